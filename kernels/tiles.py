@@ -1,0 +1,82 @@
+"""How a Triton program reads a tile of paged entries, and folds it into a running softmax.
+
+Sources: PagedAttention (arXiv 2309.06180) for the block table, FlashAttention-2 (arXiv 2307.08691) for the softmax.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+"""Folded into the scale, so that the softmax uses exp2."""
+
+
+def padded_dim(head_dim: int) -> int:
+    """Width of a head in registers: `tl.arange` needs a power of two, `tl.dot` at least 16."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+@triton.jit
+def load_blocks(table_ptr, start, length, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Block of each entry start .. start + TILE - 1 (one number where a block holds the tile), 0 past `length`.
+
+    Called an iteration ahead: the address of a tile is then known in time for its K and V to be loaded ahead too.
+    """
+    if TILE <= BLOCK_SIZE:
+        blocks = tl.load(table_ptr + start // BLOCK_SIZE, mask=start < length, other=0)
+    else:
+        entries = start + tl.arange(0, TILE)
+        blocks = tl.load(table_ptr + entries // BLOCK_SIZE, mask=entries < length, other=0)
+    return blocks.to(tl.int64)
+
+
+@triton.jit
+def attend_tile(
+    q,
+    acc,
+    row_max,
+    row_sum,
+    k_ptr,
+    v_ptr,
+    blocks,
+    block_stride,
+    start,
+    length,
+    limits,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Fold entries start .. start + TILE - 1 into (acc, row_max, row_sum).
+
+    q [M, DIM_PAD]; row i sees the entries below limits[i], none of them past `length`. k_ptr and v_ptr are at the KV
+    head, `blocks` is the tile's `load_blocks`, `start` a multiple of TILE. Not MASKED promises that every row sees the
+    whole tile. Entries past `length` are never loaded: unused slots may hold NaN, and 0 * NaN is NaN.
+    """
+    inside = tl.arange(0, TILE)
+    dims = tl.arange(0, DIM_PAD)
+    entries = start + inside
+    held = entries < length
+    offsets = blocks * block_stride + (start % BLOCK_SIZE + inside) % BLOCK_SIZE * HEAD_DIM
+    k_ptrs = k_ptr + offsets[None, :] + dims[:, None]
+    v_ptrs = v_ptr + offsets[:, None] + dims[None, :]
+    if MASKED:
+        k = tl.load(k_ptrs, mask=held[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
+        v = tl.load(v_ptrs, mask=held[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    elif HEAD_DIM == DIM_PAD:
+        k = tl.load(k_ptrs)
+        v = tl.load(v_ptrs)
+    else:
+        k = tl.load(k_ptrs, mask=(dims < HEAD_DIM)[:, None], other=0.0)
+        v = tl.load(v_ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+
+    scores = tl.dot(q, k, input_precision="ieee") * scale_log2
+    if MASKED:
+        scores = tl.where(entries[None, :] < limits[:, None], scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_max[:, None])
+    shrink = tl.exp2(row_max - new_max)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, new_max, row_sum * shrink + tl.sum(weights, 1)

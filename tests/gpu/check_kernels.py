@@ -1,0 +1,379 @@
+"""Check every compiled kernel against the float32 reference on a CUDA machine, then time attention.
+
+    python tests/gpu/check_kernels.py --out kernels.json --commit $(git rev-parse HEAD)
+
+Prints a table, writes a JSON record, and exits 1 if a case fails. `--dry` runs a few small cases in Triton's
+interpreter on a CPU, without timing, to check this script itself.
+"""
+
+# ruff: noqa: E402 - Triton's interpreter must be chosen before Triton is imported
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from itertools import accumulate, product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+DRY = "--dry" in sys.argv
+if DRY:
+    os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kernels import dispatch, reference
+from kernels.block_copy import copy_blocks_triton
+from kernels.kv_store import store_kv_triton
+from kernels.paged_decode import paged_decode_triton
+from kernels.paged_prefill import paged_prefill_triton
+
+DEVICE = "cpu" if DRY else "cuda"
+BOUNDS = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+KV_HEADS = 2
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination of these is a case."""
+
+    dtypes: tuple[str, ...]
+    head_dims: tuple[int, ...]
+    block_sizes: tuple[int, ...]
+    groups: tuple[int, ...]
+    contexts: tuple[tuple[int, ...], ...]
+
+
+FULL = Grid(
+    dtypes=("float32", "bfloat16", "float16"),
+    head_dims=(64, 96, 128, 256),
+    block_sizes=(16, 64, 256),
+    groups=(1, 4, 8),
+    contexts=((1,), (63,), (1000,), (4097,), (1, 4097, 0, 63, 256, 1000, 17)),
+)
+SMALL = Grid(("float32", "float16"), (64, 96), (16, 256), (1, 4), ((1,), (63,), (140, 0, 17)))
+
+
+@dataclass(frozen=True)
+class Paged:
+    k_cache: Tensor
+    v_cache: Tensor
+    block_tables: Tensor
+    cache_lens: Tensor
+
+    def tuple(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.k_cache, self.v_cache, self.block_tables, self.cache_lens
+
+    def upcast(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For the reference: float32 entries, and tables on the host, which it reads one by one."""
+        return self.k_cache.float(), self.v_cache.float(), self.block_tables.cpu(), self.cache_lens.cpu()
+
+
+def make_paged(contexts: tuple[int, ...], block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Paged:
+    """Random entries in shuffled blocks; every slot past a context is NaN, every table entry past it out of range."""
+    counts = [-(-n // block_size) for n in contexts]
+    total = sum(counts) + 3
+    ids = (torch.randperm(total - 1) + 1).to(torch.int32)  # block 0 belongs to nobody
+    tables = torch.full((len(contexts), max(counts) + 2), 2**31 - 1, dtype=torch.int32)
+    held = torch.zeros(total, block_size, dtype=torch.bool)
+    for row, (blocks, context) in enumerate(zip(ids.split([*counts, 2]), contexts)):
+        tables[row, : len(blocks)] = blocks
+        for column, block in enumerate(blocks.tolist()):
+            held[block, : context - column * block_size] = True
+    unused = ~held[:, None, :, None].to(DEVICE)
+    shape = (total, kv_heads, block_size, head_dim)
+    k_cache, v_cache = (
+        torch.randn(shape, device=DEVICE, dtype=dtype).masked_fill_(unused, float("nan")) for _ in range(2)
+    )
+    return Paged(k_cache, v_cache, tables.to(DEVICE), torch.tensor(contexts, dtype=torch.int32, device=DEVICE))
+
+
+def fused(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """Queries as a slice of a fused projection's output."""
+    return torch.randn(tokens, heads + 2, head_dim, device=DEVICE, dtype=dtype)[:, :heads]
+
+
+def error(out: Tensor, expected: Tensor) -> float:
+    """Largest relative error of a row, ||out - expected|| / ||expected||; infinite where anything is NaN."""
+    out, expected = out.double().flatten(1), expected.double().flatten(1)
+    rows = (out - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
+    return rows.nan_to_num(nan=math.inf).max().item()
+
+
+class Checks:
+    """The cases run so far."""
+
+    def __init__(self) -> None:
+        self.cases: list[dict[str, Any]] = []
+
+    def add(self, kernel: str, dtype: str, value: float, bound: float, **case: Any) -> None:
+        passed = value <= bound
+        self.cases.append(
+            {"kernel": kernel, "dtype": dtype, **case, "error": value if math.isfinite(value) else str(value),
+             "bound": bound, "passed": passed}
+        )  # fmt: skip
+        if not passed:
+            print(f"FAILED {kernel} {dtype} {case}: error {value:.3g}, bound {bound:.3g}", flush=True)
+
+    @property
+    def failures(self) -> int:
+        return sum(not case["passed"] for case in self.cases)
+
+    def table(self) -> list[str]:
+        groups = defaultdict(list)
+        for case in self.cases:
+            groups[case["kernel"], case["dtype"]].append(case)
+        lines = [f"{'kernel':<16}{'dtype':<10}{'cases':>6}{'failed':>8}{'worst error':>13}{'bound':>9}"]
+        for (kernel, dtype), cases in groups.items():
+            worst = max(float(case["error"]) for case in cases)
+            failed = sum(not case["passed"] for case in cases)
+            lines.append(f"{kernel:<16}{dtype:<10}{len(cases):>6}{failed:>8}{worst:>13.2e}{cases[0]['bound']:>9.0e}")
+        return lines
+
+
+def check_attention(checks: Checks, grid: Grid) -> None:
+    for name, head_dim, block_size in product(grid.dtypes, grid.head_dims, grid.block_sizes):
+        dtype, bound, scale = getattr(torch, name), BOUNDS[name], head_dim**-0.5
+        for group, contexts in product(grid.groups, grid.contexts):
+            case = {"head_dim": head_dim, "block_size": block_size, "group": group, "contexts": list(contexts)}
+            paged = make_paged(contexts, block_size, KV_HEADS, head_dim, dtype)
+            k_cache, v_cache, tables, lens = paged.tuple()
+            k_ref, v_ref, tables_ref, lens_ref = paged.upcast()
+
+            q = fused(len(contexts), KV_HEADS * group, head_dim, dtype)
+            expected = reference.paged_decode(q.float(), k_ref, v_ref, tables_ref, lens_ref, scale)
+            for splits in (1, None, 5):
+                out = paged_decode_triton(q, k_cache, v_cache, tables, lens, scale, num_splits=splits)
+                checks.add("paged_decode", name, error(out, expected), bound, splits=splits, **case)
+
+            for chunk in ("whole", "part"):
+                queries = [n if chunk == "whole" else -(-n // 3) for n in contexts]
+                bounds = torch.tensor([0, *accumulate(queries)], dtype=torch.int32)
+                q = fused(sum(queries), KV_HEADS * group, head_dim, dtype)
+                args = max(queries), scale
+                expected = reference.paged_prefill(q.float(), k_ref, v_ref, tables_ref, bounds, lens_ref, *args)
+                out = paged_prefill_triton(q, k_cache, v_cache, tables, bounds.to(DEVICE), lens, *args)
+                checks.add("paged_prefill", name, error(out, expected), bound, chunk=chunk, **case)
+
+
+def check_writes(checks: Checks, grid: Grid) -> None:
+    """Stores and copies are exact: an error is the share of elements that differ, NaN standing for itself."""
+
+    def differing(actual: Tensor, expected: Tensor) -> float:
+        same = (actual == expected) | (actual.isnan() & expected.isnan())
+        return 1 - same.float().mean().item()
+
+    for name, head_dim, block_size in product(grid.dtypes, grid.head_dims, grid.block_sizes):
+        dtype = getattr(torch, name)
+        for heads in (2, 8) if DRY else (2, 8, 20):
+            case = {"head_dim": head_dim, "block_size": block_size, "kv_heads": heads}
+            caches = torch.full((2, 3, 9, heads, block_size, head_dim), float("nan"), device=DEVICE, dtype=dtype)
+            slots = torch.randperm(9 * block_size, device=DEVICE)[:40]
+            slots[::7] = -1
+            k, v = (fused(40, heads, head_dim, dtype) for _ in range(2))
+            expected = caches.clone()
+            store_kv_triton(k, v, caches[0, 1], caches[1, 1], slots)
+            reference.store_kv(k, v, expected[0, 1], expected[1, 1], slots)
+            checks.add("store_kv", name, differing(caches, expected), 0.0, **case)
+
+            caches.normal_()
+            expected = caches.clone()
+            src, dst = torch.tensor([[8, 1, 1], [0, 3, 5]], device=DEVICE)
+            copy_blocks_triton(caches[0], caches[1], src, dst)
+            reference.copy_blocks(expected[0], expected[1], src, dst)
+            checks.add("copy_blocks", name, differing(caches, expected), 0.0, **case)
+
+
+def check_large_addresses(checks: Checks) -> None:
+    """The last block of a cache of more than 2^31 elements, written and read."""
+    blocks = 2**31 // (256 * 128) + 2
+    cache = torch.empty(blocks, 1, 256, 128, dtype=torch.bfloat16, device=DEVICE)
+    cache[0].fill_(float("nan"))
+    k = fused(100, 1, 128, torch.bfloat16)
+    store_kv_triton(k, k, cache, cache, (blocks - 1) * 256 + torch.arange(100, device=DEVICE))
+    tables = torch.tensor([[blocks - 1]], dtype=torch.int32, device=DEVICE)
+    lens = torch.tensor([100], dtype=torch.int32, device=DEVICE)
+    bounds = torch.tensor([0, 100], dtype=torch.int32, device=DEVICE)
+    q = fused(100, 4, 128, torch.bfloat16)
+    last = torch.zeros(1, 1, 256, 128, device=DEVICE)
+    last[0, 0, :100] = k[:, 0].float()
+    host = last, last, torch.zeros(1, 1, dtype=torch.int32)
+    out = paged_decode_triton(q[:1], cache, cache, tables, lens, 0.1)
+    expected = reference.paged_decode(q[:1].float(), *host, lens.cpu(), 0.1)
+    checks.add("paged_decode", "bfloat16", error(out, expected), BOUNDS["bfloat16"], elements=cache.numel())
+    out = paged_prefill_triton(q, cache, cache, tables, bounds, lens, 100, 0.1)
+    expected = reference.paged_prefill(q.float(), *host, bounds.cpu(), lens.cpu(), 100, 0.1)
+    checks.add("paged_prefill", "bfloat16", error(out, expected), BOUNDS["bfloat16"], elements=cache.numel())
+
+
+def check_graph(checks: Checks) -> None:
+    """A captured decode follows lengths and tables that change between replays."""
+    paged = make_paged((3000, 700, 64), 64, KV_HEADS, 128, torch.bfloat16)
+    k_cache, v_cache, tables, lens = paged.tuple()
+    q = fused(3, KV_HEADS * 4, 128, torch.bfloat16)
+    args = q, k_cache, v_cache, tables, lens, 0.1
+    dispatch.paged_decode(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = dispatch.paged_decode(*args)
+    for contexts in ((3000, 700, 64), (65, 0, 1), (2999, 129, 33)):
+        lens.copy_(torch.tensor(contexts, dtype=torch.int32))
+        q.normal_()
+        graph.replay()
+        expected = reference.paged_decode(q.float(), k_cache.float(), v_cache.float(), tables.cpu(), lens.cpu(), 0.1)
+        value = error(out, expected)
+        checks.add("paged_decode", "bfloat16", value, BOUNDS["bfloat16"], graph=True, contexts=list(contexts))
+
+
+def milliseconds(run, repeats: int = 5, rounds: int = 15) -> float:
+    """Median time of a launch, from replays of a CUDA graph of `repeats` launches."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            run()
+    graph.replay()
+    times = []
+    for _ in range(rounds):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / repeats)
+    return median(times)
+
+
+def time_copy() -> float:
+    """Bytes a second of a large device-to-device copy, read and written counted."""
+    source = torch.randn(1 << 30, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / (milliseconds(lambda: target.copy_(source)) / 1e3)
+
+
+def time_decode(bandwidth: float) -> list[dict[str, Any]]:
+    """Qwen3-8B's layer (32 query heads, 8 KV heads of 128) in bfloat16. Bytes are K and V, each read once."""
+    rows = []
+    for batch, context in ((64, 2048), (64, 16384), (2, 32768)):
+        for block_size in (16, 256):
+            k_cache, v_cache, tables, lens = make_paged((context,) * batch, block_size, 8, 128, torch.bfloat16).tuple()
+            q = torch.randn(batch, 32, 128, device=DEVICE, dtype=torch.bfloat16)
+            tables = tables[:, : context // block_size].contiguous()
+            elapsed = milliseconds(lambda args=(q, k_cache, v_cache, tables, lens, 0.09): paged_decode_triton(*args))
+            moved = 2 * batch * context * 8 * 128 * 2
+            rows.append(
+                {"batch": batch, "context": context, "block_size": block_size, "ms": elapsed,
+                 "bytes_per_second": moved / (elapsed / 1e3), "of_copy": moved / (elapsed / 1e3) / bandwidth}
+            )  # fmt: skip
+    return rows
+
+
+def time_prefill() -> list[dict[str, Any]]:
+    """4 prompts of 2048 at the same shape; PyTorch's attention on the same numbers, unpaged, beside it."""
+    batch, length, heads, kv_heads, head_dim = 4, 2048, 32, 8, 128
+    operations = 2 * batch * heads * length * length * head_dim  # two products, half of each masked
+    bounds = torch.arange(batch + 1, device=DEVICE, dtype=torch.int32) * length
+    q = torch.randn(batch * length, heads, head_dim, device=DEVICE, dtype=torch.bfloat16)
+    rows = []
+    for block_size in (16, 256):
+        paged = make_paged((length,) * batch, block_size, kv_heads, head_dim, torch.bfloat16).tuple()
+        args = q, *paged[:3], bounds, paged[3], length, 0.09
+        elapsed = milliseconds(lambda args=args: paged_prefill_triton(*args))
+        rows.append({"what": f"paged_prefill, block {block_size}", "ms": elapsed})
+    dense = q.view(batch, length, heads, head_dim).transpose(1, 2).contiguous()
+    k, v = torch.randn(2, *dense.shape, device=DEVICE, dtype=torch.bfloat16)
+    elapsed = milliseconds(lambda: scaled_dot_product_attention(dense, k, v, is_causal=True, scale=0.09))
+    rows.append({"what": "PyTorch, unpaged, no GQA", "ms": elapsed})
+    return [{**row, "tflops": operations / (row["ms"] / 1e3) / 1e12} for row in rows]
+
+
+def provenance(commit: str, seed: int) -> dict[str, Any]:
+    record = {
+        "commit": commit,
+        "seed": seed,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "dry": DRY,
+    }
+    if not DRY:
+        properties = torch.cuda.get_device_properties(0)
+        record |= {
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+        }
+    return record
+
+
+def timing_table(timing: dict[str, Any]) -> list[str]:
+    lines = [f"copy: {timing['copy_bytes_per_second'] / 1e12:.2f} TB/s read and written"]
+    for row in timing["decode"]:
+        lines.append(
+            f"decode {row['batch']:>3} x {row['context']:<6} block {row['block_size']:<4}{row['ms']:>8.3f} ms"
+            f"{row['bytes_per_second'] / 1e12:>6.2f} TB/s{row['of_copy']:>6.0%} of copy"
+        )
+    for row in timing["prefill"]:
+        lines.append(f"prefill 4 x 2048 {row['what']:<26}{row['ms']:>8.3f} ms{row['tflops']:>6.0f} TFLOP/s")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="path of the JSON record")
+    parser.add_argument("--commit", default="unknown", help="git commit of the kernels, for the record")
+    parser.add_argument("--seed", type=int, default=None, help="of the inputs; default: fresh ones")
+    parser.add_argument("--dry", action="store_true", help="a few small cases, interpreted on a CPU, no timing")
+    options = parser.parse_args()
+    if not DRY and not torch.cuda.is_available():
+        parser.error("no CUDA device: use --dry to check the script on a CPU")
+
+    seed = int.from_bytes(os.urandom(4)) if options.seed is None else options.seed
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("highest")
+    record = provenance(options.commit, seed)
+    grid = SMALL if DRY else FULL
+    checks, begin = Checks(), time.monotonic()
+    check_attention(checks, grid)
+    check_writes(checks, grid)
+    timing = None
+    if not DRY:
+        check_large_addresses(checks)
+        check_graph(checks)
+    record["check_seconds"] = time.monotonic() - begin
+    if not DRY:
+        bandwidth = time_copy()
+        timing = {
+            "copy_bytes_per_second": bandwidth,
+            "decode": time_decode(bandwidth),
+            "prefill": time_prefill(),
+        }
+    record |= {
+        "failures": checks.failures,
+        "grid": asdict(grid),
+        "timing": timing,
+        "cases": checks.cases,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    print("\n".join([*checks.table(), *(timing_table(timing) if timing else [])]))
+    print(f"{len(checks.cases)} cases, {checks.failures} failed, {record['check_seconds']:.0f} s")
+    return 1 if checks.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from kernels import cpu, reference
+from kernels.paged_decode import choose_splits, paged_decode_triton
+from tests.kernels.paged import BACKENDS, BOUNDS, DEVICE, device_of, error, fused, make_paged
+
+CASES = [  # contexts, block size, KV heads, group, head_dim
+    pytest.param([1], 16, 2, 3, 64, id="c1-b16-g3-d64"),
+    pytest.param([63], 64, 1, 4, 96, id="c63-b64-g4-d96"),
+    pytest.param([257], 256, 2, 1, 128, id="c257-b256-mha-d128"),
+    pytest.param([257, 0, 63, 1], 16, 2, 3, 80, id="mixed-b16-g3-d80"),
+    pytest.param([300, 17], 64, 1, 4, 128, id="mixed-b64-g4-d128"),
+    pytest.param([1, 16, 15, 257], 256, 1, 3, 64, id="mixed-b256-g3-d64"),
+    pytest.param([128, 64, 16], 64, 1, 1, 32, id="full-tiles-b64-mha-d32"),
+    pytest.param([70], 16, 1, 20, 256, id="c70-b16-g20-d256"),
+    pytest.param([0, 0], 16, 1, 3, 64, id="empty-b16-g3-d64"),
+]
+
+
+def check(attend, contexts, block_size, kv_heads, group, head_dim, dtype, device):
+    paged = make_paged(contexts, block_size, kv_heads, head_dim, dtype, device)
+    q = fused(len(contexts), kv_heads * group, head_dim, dtype, device)
+    scale = head_dim**-0.5
+    out = attend(q, *paged.tuple(), scale)
+    assert out.shape == q.shape
+    assert out.dtype == dtype
+    expected = reference.paged_decode(q.cpu().float(), *paged.upcast().tuple(), scale)
+    assert error(out, expected) < BOUNDS[dtype]
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("contexts", "block_size", "kv_heads", "group", "head_dim"), CASES)
+def test_decode(backend, dtype, contexts, block_size, kv_heads, group, head_dim):
+    attend = paged_decode_triton if backend == "triton" else cpu.paged_decode_torch
+    check(attend, contexts, block_size, kv_heads, group, head_dim, dtype, device_of(backend))
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("num_splits", [2, 3, 40])
+@pytest.mark.parametrize("block_size", [16, 256])
+def test_splits_change_nothing(num_splits, block_size):
+    """40 splits of 5 tiles leave most of them empty; with 20 in use the combining loop goes round twice."""
+    contexts = [2500, 0] if num_splits == 40 else [400, 0, 1, 129]
+
+    def attend(*args):
+        return paged_decode_triton(*args, num_splits=num_splits)
+
+    check(attend, contexts, block_size, 1, 3, 64, torch.float32, DEVICE)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("piece_bytes", [1, 50_000])
+def test_torch_pieces_change_nothing(monkeypatch, piece_bytes):
+    """Requests one by one, and a few to a piece with the shorter ones padded."""
+    monkeypatch.setattr(cpu, "PIECE_BYTES", piece_bytes)
+    contexts = [5, 300, 0, 16, 17, 48, 1, 299, 33]
+    check(cpu.paged_decode_torch, contexts, 64, 2, 3, 64, torch.float32, "cpu")
+
+
+def test_large_scores_stay_finite():
+    """Scores near 1000 overflow exp2 unless the running maximum is taken off first."""
+    paged = make_paged([200], 64, 1, 64, torch.float32, DEVICE)
+    q = 40 * torch.randn(1, 3, 64, device=DEVICE)
+    expected = reference.paged_decode(q.cpu(), *paged.upcast().tuple(), 1.0)
+    for attend in (paged_decode_triton, lambda *args: paged_decode_triton(*args, num_splits=2)):
+        assert error(attend(q, *paged.tuple(), 1.0), expected) < 1e-3
+    upcast = paged.upcast().tuple()
+    assert error(cpu.paged_decode_torch(q.cpu(), *upcast, 1.0), expected) < 1e-3
+
+
+def test_addresses_past_two_to_the_31():
+    """The last block of a cache of more than 2^31 elements. Memory that nobody touches is never really taken."""
+    blocks = 2**31 // (256 * 128) + 2
+    try:
+        cache = torch.empty(blocks, 1, 256, 128, dtype=torch.float16, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("this machine does not lend 4.3 GB")
+    cache[-1].normal_()
+    tables = torch.tensor([[blocks - 1]], dtype=torch.int32, device=DEVICE)
+    lens = torch.tensor([100], dtype=torch.int32, device=DEVICE)
+    q = torch.randn(1, 2, 128).to(DEVICE, torch.float16)
+    last = cache[-1:].cpu().float()
+    expected = reference.paged_decode(q.cpu().float(), last, last, tables.cpu() * 0, lens.cpu(), 0.1)
+    assert error(paged_decode_triton(q, cache, cache, tables, lens, 0.1), expected) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("pairs", "bound", "splits"),
+    [
+        pytest.param(64 * 8, 2048, 1, id="many-requests"),
+        pytest.param(2 * 8, 32768, 33, id="two-long"),
+        pytest.param(8, 512, 4, id="one-short"),
+        pytest.param(8, 1, 1, id="one-entry"),
+    ],
+)
+def test_few_long_requests_are_split(pairs, bound, splits):
+    assert choose_splits(pairs, bound, multiprocessors=132) == splits

@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from kernels import cpu, reference
+from kernels.paged_prefill import paged_prefill_triton
+from tests.kernels.paged import BACKENDS, BOUNDS, device_of, error, fused, make_paged, starts
+
+ATTEND = {"triton": paged_prefill_triton, "torch": cpu.paged_prefill_torch}
+CASES = [  # queries, contexts, block size, KV heads, group, head_dim
+    pytest.param([1], [1], 16, 1, 3, 64, id="n1-c1-b16-g3-d64"),
+    pytest.param([63], [63], 64, 1, 2, 96, id="n63-c63-b64-g2-d96"),
+    pytest.param([257], [257], 256, 1, 1, 128, id="n257-c257-b256-mha-d128"),
+    pytest.param([64], [128], 64, 1, 1, 64, id="n64-c128-full-tiles-b64-mha-d64"),
+    pytest.param([5, 0, 63, 1], [130, 30, 63, 17], 16, 2, 2, 80, id="mixed-chunks-b16-g2-d80"),
+    pytest.param([150, 20], [150, 257], 256, 1, 3, 64, id="mixed-chunks-b256-g3-d64"),
+    pytest.param([40], [70], 16, 1, 1, 256, id="n40-c70-b16-mha-d256"),
+]
+
+
+def check(attend, queries, contexts, block_size, kv_heads, group, head_dim, dtype, device):
+    paged = make_paged(contexts, block_size, kv_heads, head_dim, dtype, device)
+    q = fused(sum(queries), kv_heads * group, head_dim, dtype, device)
+    bounds, scale = starts(queries, device), head_dim**-0.5
+    k_cache, v_cache, tables, lens = paged.tuple()
+    out = attend(q, k_cache, v_cache, tables, bounds, lens, max(queries), scale)
+    assert out.shape == q.shape
+    assert out.dtype == dtype
+    k_cache, v_cache, tables, lens = paged.upcast().tuple()
+    args = k_cache, v_cache, tables, bounds.cpu(), lens, max(queries), scale
+    assert error(out, reference.paged_prefill(q.cpu().float(), *args)) < BOUNDS[dtype]
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("queries", "contexts", "block_size", "kv_heads", "group", "head_dim"), CASES)
+def test_prefill(backend, dtype, queries, contexts, block_size, kv_heads, group, head_dim):
+    check(ATTEND[backend], queries, contexts, block_size, kv_heads, group, head_dim, dtype, device_of(backend))
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+def test_torch_masks_in_parts(monkeypatch):
+    monkeypatch.setattr(cpu, "MASKED_QUERIES", 16)
+    check(cpu.paged_prefill_torch, [50, 33], [90, 120], 16, 2, 3, 64, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_chunks_equal_the_whole(backend):
+    """A prompt in three chunks gives what it gives at once."""
+    device = device_of(backend)
+    k_cache, v_cache, tables, lens = make_paged([100], 16, 1, 64, torch.float32, device).tuple()
+    q = torch.randn(100, 2, 64, device=device)
+    whole = ATTEND[backend](q, k_cache, v_cache, tables, starts([100], device), lens, 100, 0.125)
+    for first, last in ((0, 16), (16, 59), (59, 100)):
+        bounds, held = starts([last - first], device), torch.full_like(lens, last)
+        part = ATTEND[backend](q[first:last], k_cache, v_cache, tables, bounds, held, last - first, 0.125)
+        assert error(part, whole[first:last].cpu()) < BOUNDS[torch.float32]
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_no_queries(backend):
+    device = device_of(backend)
+    k_cache, v_cache, tables, lens = make_paged([20], 16, 1, 64, torch.float32, device).tuple()
+    q = torch.randn(0, 2, 64, device=device)
+    assert ATTEND[backend](q, k_cache, v_cache, tables, starts([0], device), lens, 0, 0.125).shape == (0, 2, 64)

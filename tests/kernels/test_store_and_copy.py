@@ -1,0 +1,57 @@
+"""Stores and copies are exact, and touch nothing else."""
+
+import pytest
+import torch
+
+from kernels import cpu, reference
+from kernels.block_copy import copy_blocks_triton
+from kernels.kv_store import store_kv_triton
+from tests.kernels.paged import BACKENDS, device_of, fused
+
+STORE = {"triton": store_kv_triton, "torch": cpu.store_kv_torch}
+COPY = {"triton": copy_blocks_triton, "torch": cpu.copy_blocks_torch}
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual.cpu(), expected.cpu(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(
+    ("block_size", "heads", "head_dim", "slots"),
+    [
+        pytest.param(16, 3, 64, [5, 16, -1, 31, 79, 40], id="b16-d64-padding"),
+        pytest.param(64, 1, 80, [0, 319], id="b64-d80-ends"),
+        pytest.param(256, 20, 128, [300, 299, 1279], id="b256-d128-many-heads"),
+        pytest.param(16, 2, 96, [-1, -1], id="b16-d96-nothing"),
+        pytest.param(16, 2, 96, [], id="b16-d96-no-tokens"),
+    ],
+)
+def test_store(backend, dtype, block_size, heads, head_dim, slots):
+    device = device_of(backend)
+    k, v = (fused(len(slots), heads, head_dim, dtype, device) for _ in range(2))
+    layers = torch.full((2, 3, 5, heads, block_size, head_dim), float("nan"), dtype=dtype, device=device)
+    expected = layers.clone()
+    index = torch.tensor(slots, dtype=torch.int64, device=device)
+    STORE[backend](k, v, layers[0, 1], layers[1, 1], index)
+    reference.store_kv(k, v, expected[0, 1], expected[1, 1], index)
+    assert_same(layers, expected)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(
+    ("block_size", "heads", "head_dim", "pairs"),
+    [
+        pytest.param(16, 3, 80, [(4, 0), (1, 3)], id="b16-d80"),
+        pytest.param(256, 2, 64, [(2, 4), (2, 1), (0, 3)], id="b256-d64-one-source-twice"),
+        pytest.param(16, 1, 32, [], id="nothing"),
+    ],
+)
+def test_copy(backend, dtype, block_size, heads, head_dim, pairs):
+    device = device_of(backend)
+    caches = torch.randn(2, 3, 5, heads, block_size, head_dim).to(device, dtype)
+    expected = caches.clone()
+    src, dst = torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2).T.contiguous()
+    COPY[backend](caches[0], caches[1], src, dst)
+    reference.copy_blocks(expected[0], expected[1], src, dst)
+    assert_same(caches, expected)
