@@ -1,0 +1,61 @@
+"""The borders of docs/architecture.md: who may import what."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("kernels", "zipage", "experiments")
+FORBIDDEN = {
+    "kernels": {"zipage", "experiments", "transformers", "datasets", "hydra", "omegaconf", "wandb", "pandas"},
+    "zipage": {"experiments", "hydra", "omegaconf", "wandb", "pandas", "datasets", "matplotlib", "pyarrow"},
+    "experiments": {"kernels"},
+}
+KERNELS_MAY = {"torch", "triton", "numpy", "kernels"}
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imports(path: Path) -> list[tuple[str, list[str]]]:
+    """(module, names) of every import in a file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, []) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.append((node.module, [alias.name for alias in node.names]))
+    return found
+
+
+@pytest.mark.parametrize("path", [p for package in PACKAGES for p in modules(package)], ids=lambda p: p.stem)
+def test_imports_stay_inside_the_borders(path):
+    package = path.relative_to(ROOT).parts[0]
+    for module, names in imports(path):
+        top = module.split(".")[0]
+        assert top not in FORBIDDEN[package], f"{path} imports {module}"
+        if package == "kernels":
+            assert top in KERNELS_MAY or top in sys.stdlib_module_names, f"{path} imports {module}"
+        if package == "experiments" and top == "zipage":
+            import zipage
+
+            assert module == "zipage", f"{path} imports {module}: use zipage's public names"
+            assert set(names) <= set(zipage.__all__), f"{path} imports {names}"
+
+
+def test_hydra_ends_at_the_schema():
+    allowed = {"schema.py", "run.py"}
+    for path in modules("experiments"):
+        tops = {module.split(".")[0] for module, _ in imports(path)}
+        if tops & {"hydra", "omegaconf"}:
+            assert path.name in allowed, f"{path} handles Hydra's objects"
+
+
+def test_scheduling_runs_without_torch():
+    code = "import sys; sys.modules['torch'] = None; import zipage.scheduler, zipage.config, zipage.sampling_params"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -1,0 +1,60 @@
+"""Tiny random models of the three families, and what transformers generates with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from tests.model.tiny import make_model
+
+VOCAB = 300
+FAMILIES = {
+    "llama": ("Llama", {"num_key_value_heads": 4}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 24}),
+}
+
+
+def save_tiny_model(family: str, folder: Path) -> Path:
+    """A model folder without a tokenizer; contexts of 1,024 tokens, no end token."""
+    name, options = FAMILIES[family]
+    shape = {"vocab_size": VOCAB, "max_position_embeddings": 1024, "eos_token_id": None}
+    make_model(name, gain=2.0, **options, **shape).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer (256 bytes and a few specials) with a chat template, beside a tiny model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<|im_start|>", "<|im_end|>"]
+    vocab = {token: i for i, token in enumerate(alphabet + specials)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@torch.inference_mode()
+def transformers_greedy(model, prompt: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens and their log-probabilities: one prompt alone, by the model's own forward pass and cache."""
+    tokens, logprobs = [], []
+    step = model(torch.tensor([prompt], device=model.device), use_cache=True)
+    for _ in range(num_tokens):
+        logits = step.logits[0, -1]
+        token = logits.argmax()
+        tokens.append(token.item())
+        logprobs.append(logits.log_softmax(-1)[token].item())
+        step = model(token.view(1, 1), past_key_values=step.past_key_values, use_cache=True)
+    return tokens, logprobs

@@ -1,0 +1,502 @@
+"""The engine: prompts in, text out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from zipage.block_pool import BlockPool
+from zipage.config import EngineConfig
+from zipage.debug import DebugChecks
+from zipage.detokenizer import Detokenizer, decode
+from zipage.kv_cache import KVCache, plan_memory
+from zipage.model.loader import load_model
+from zipage.model.tokenizer import end_of_sequence_ids, load_tokenizer
+from zipage.model_runner import ModelRunner, StepResult
+from zipage.outputs import CompletionOutput, RequestOutput, StreamEvent
+from zipage.request import Request, Status
+from zipage.sampling_params import SamplingParams
+from zipage.scheduler import Scheduler, StepPlan
+from zipage.stats import EngineStats, RequestMetrics, StepStats
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(slots=True)
+class _PromptState:
+    """A prompt on its way: its samples, and what turns their tokens into text."""
+
+    prompt: str | None
+    samples: list[Request]
+    detokenizers: list[Detokenizer] | None = None
+    events: deque[StreamEvent] | None = None
+    unfinished: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unfinished = len(self.samples)
+
+
+class LLM:
+    """A model with a paged KV cache that serves many requests at once.
+
+    Args:
+        model: local folder, hub id or GGUF file.
+        **options: the fields of `EngineConfig`.
+
+    Raises:
+        ValueError: an option is unknown or out of range, the model is of an unknown architecture, its weights are
+            incomplete, or the memory holds no KV block.
+        FileNotFoundError: the model folder lacks a file; the message names it.
+
+    Attributes:
+        config: the options as given.
+        memory_plan: what is reserved.
+        max_model_len: longest prompt plus output, in tokens.
+        step_listeners: each is called with the `StepStats` of every step.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        config = EngineConfig.from_kwargs(model=str(model), **options)
+        self.config = config
+        loaded = load_model(
+            config.model, load_format=config.load_format, dtype=config.dtype, device=config.device, seed=config.seed
+        )
+        self._spec = spec = loaded.spec
+        self._tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.model)
+        self.max_model_len = _resolve_max_model_len(config, spec.max_position)
+        weight_bytes = sum(p.numel() * p.itemsize for p in loaded.decoder.parameters())
+        dtype, device = loaded.decoder.dtype, loaded.decoder.device
+        self._eos_token_ids = end_of_sequence_ids(spec, self._tokenizer)
+
+        self._runner = ModelRunner(
+            loaded.decoder,
+            spec,
+            device,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=self.max_model_len,
+        )
+        activation_bytes, free_bytes = 0, None
+        if device.type == "cuda":
+            activation_bytes = self._runner.measure_peak(config.max_num_batched_tokens, config.block_size, dtype)
+            free, total = torch.cuda.mem_get_info(device)
+            free_bytes = int(free - (1 - config.gpu_memory_utilization) * total - activation_bytes)
+        self.memory_plan = plan_memory(config, spec, dtype, weight_bytes, activation_bytes, free_bytes)
+        logger.info("memory plan: %s", self.memory_plan)
+        cache = KVCache(spec, self.memory_plan.num_blocks, config.block_size, dtype, device)
+        self._runner.attach(cache)
+
+        pool = BlockPool(self.memory_plan.num_blocks, config.block_size, config.enable_prefix_caching)
+        self._scheduler = Scheduler(
+            pool,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            enable_chunked_prefill=config.enable_chunked_prefill,
+        )
+        self._debug = DebugChecks(self._scheduler, cache) if config.debug else None
+        self._prompts: dict[str, _PromptState] = {}
+        self._done: dict[str, RequestOutput] = {}
+        self._numbers = count()
+        self._stats = EngineStats(blocks_total=pool.num_blocks)
+        self.step_listeners: list[Callable[[StepStats], None]] = []
+
+    # Requests
+
+    def get_tokenizer(self):
+        """The `transformers` tokenizer, or None with `skip_tokenizer_init`."""
+        return self._tokenizer
+
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None) -> str:
+        """Queue one prompt; `step()` will return its output.
+
+        Args:
+            prompt: text, or token ids.
+            params: sampling options.
+            request_id: a name of its own; None numbers it.
+
+        Returns:
+            The request's id.
+
+        Raises:
+            ValueError: the prompt or an option can't be served; nothing was queued.
+        """
+        return self._add(prompt, params or SamplingParams(), request_id, stream=False)
+
+    def _add(self, prompt: Prompt, params: SamplingParams, request_id: str | None, stream: bool) -> str:
+        number = next(self._numbers)
+        request_id = str(number) if request_id is None else request_id
+        if request_id in self._prompts or request_id in self._done:
+            raise ValueError(f"request_id={request_id!r}: already in use")
+        text, token_ids = self._tokenize(prompt)
+        limit, reason = self._check_request(token_ids, params)
+        stop_ids = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= self._eos_token_ids
+        seed = number if params.seed is None else params.seed
+        if params.seed is None:
+            seed += self.config.seed * 0x9E3779B97F4A7C15
+        now = time.perf_counter()
+        samples = [
+            Request(
+                request_id,
+                token_ids,
+                params,
+                index=index,
+                seed=seed % 2**63,
+                stop_ids=frozenset(stop_ids),
+                max_total_tokens=limit,
+                limit_reason=reason,
+                arrival=now,
+            )
+            for index in range(params.n)
+        ]
+        detokenizers = None
+        if self._tokenizer is not None and (params.stop or stream):
+            detokenizers = [Detokenizer(self._tokenizer, params.stop, params.skip_special_tokens) for _ in samples]
+        self._prompts[request_id] = _PromptState(text, samples, detokenizers, deque() if stream else None)
+        for sample in samples:
+            sample.siblings = samples
+            self._scheduler.add(sample)
+        self._stats.prompt_tokens += len(token_ids)
+        return request_id
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise ValueError("the prompt is text, but skip_tokenizer_init=True: give token ids")
+            return prompt, self._tokenizer.encode(prompt)
+        if not isinstance(prompt, (Sequence, np.ndarray)) or not all(isinstance(t, (int, np.integer)) for t in prompt):
+            raise ValueError(f"a prompt is text or a list of token ids, not {prompt!r:.80}")
+        token_ids = [int(token) for token in prompt]
+        bad = next((token for token in token_ids if not 0 <= token < self._spec.vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"token id {bad} is outside the vocabulary of {self._spec.vocab_size}")
+        return None, token_ids
+
+    def _check_request(self, token_ids: list[int], params: SamplingParams) -> tuple[int, str]:
+        """The logical length at which the request ends, and the finish reason then."""
+        length, slots = len(token_ids), self.memory_plan.num_slots
+        if not length:
+            raise ValueError("the prompt is empty: it needs at least one token")
+        if length >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {length} tokens, max_model_len={self.max_model_len} leaves no room for an answer: "
+                "shorten it"
+            )
+        if length >= slots:
+            raise ValueError(
+                f"the prompt has {length} tokens, the KV pool holds {slots} ({self.memory_plan.num_blocks} blocks of "
+                f"{self.memory_plan.block_size}): raise num_blocks or shorten it"
+            )
+        if params.policy not in (None, "full"):
+            raise ValueError(f"SamplingParams.policy={params.policy!r}: this engine runs policy 'full'")
+        if params.budget_tokens is not None:
+            logger.warning("policy 'full' never evicts: budget_tokens=%d has no effect", params.budget_tokens)
+        if params.stop and self._tokenizer is None:
+            raise ValueError("SamplingParams.stop needs text, but skip_tokenizer_init=True: use stop_token_ids")
+        limit = min(length + params.max_tokens, self.max_model_len)
+        return (limit, "length") if limit <= slots else (slots, "capacity")
+
+    def abort(self, request_id: str) -> bool:
+        """Withdraw a prompt with all its samples; its output, as far as it came, is marked "abort".
+
+        Returns:
+            Whether the request was still unfinished.
+        """
+        state = self._prompts.get(request_id)
+        if state is None:
+            return False
+        live = [request for request in state.samples if request.status is not Status.FINISHED]
+        self._scheduler.finish(live, "abort", time.perf_counter())
+        self._stats.requests_aborted += 1
+        self._settle(live)
+        return True
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step()` has work to do or outputs to hand over."""
+        return bool(self._prompts or self._done)
+
+    # Running
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step. Returns the outputs that became complete and were not handed over yet."""
+        self._step()
+        done, self._done = list(self._done.values()), {}
+        return done
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer a batch of prompts.
+
+        A prompt that can't be served comes back with `error` set and finish reason "error"; the others go on.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of either.
+            params: options for all, or one for each prompt.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            One output a prompt, in order.
+
+        Raises:
+            ValueError: there are not as many `params` as prompts.
+        """
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
+            prompts = [prompts]
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(params)} sampling params for {len(prompts)} prompts: give one, or one for each")
+        outputs: list[RequestOutput | str] = []
+        for prompt, p in zip(prompts, params, strict=True):
+            try:
+                outputs.append(self._add(prompt, p, None, stream=False))
+            except ValueError as error:
+                outputs.append(self._refuse(prompt, str(error)))
+        mine = [output for output in outputs if isinstance(output, str)]
+        with tqdm(total=len(outputs), desc="requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            bar.update(len(outputs) - len(mine))
+            begin, tokens = time.perf_counter(), self._stats.output_tokens
+            pending = set(mine)
+            try:
+                while pending:
+                    self._step()
+                    finished = pending & self._done.keys()
+                    pending -= finished
+                    rate = (self._stats.output_tokens - tokens) / (time.perf_counter() - begin)
+                    bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
+                    bar.update(len(finished))
+            except BaseException:
+                for request_id in mine:
+                    self.abort(request_id)
+                    self._done.pop(request_id, None)
+                raise
+        return [self._done.pop(output) if isinstance(output, str) else output for output in outputs]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamEvent]:
+        """Answer one prompt token by token, beside whatever else is queued.
+
+        Leaving the loop early aborts the request.
+
+        Raises:
+            ValueError: the prompt or an option can't be served (at the call, not at the first event).
+        """
+        request_id = self._add(prompt, params or SamplingParams(), None, stream=True)
+        return self._events(request_id)
+
+    def _events(self, request_id: str) -> Iterator[StreamEvent]:
+        events = self._prompts[request_id].events
+        try:
+            while request_id in self._prompts:
+                self._step()
+                while events:
+                    yield events.popleft()
+            yield from events
+        finally:
+            self.abort(request_id)
+            self._done.pop(request_id, None)
+
+    def _step(self) -> None:
+        if not self._scheduler.has_unfinished:
+            return
+        begin = time.perf_counter()
+        plan = self._scheduler.schedule(begin)
+        if self._debug:
+            self._debug.before(plan)
+        ready = time.perf_counter()
+        result = self._runner.execute(plan)
+        computed = time.perf_counter()
+        self._book(plan, result, computed)
+        if self._debug:
+            self._debug.after()
+        self._record(plan, result, begin, computed - ready)
+
+    def _book(self, plan: StepPlan, result: StepResult, now: float) -> None:
+        finished = self._scheduler.update(plan, result.token_ids, now)
+        if result.logprobs is not None:
+            for request, logprob in zip(plan.sampled, result.logprobs, strict=True):
+                if request.logprobs is not None:
+                    request.logprobs.append(logprob)
+        stopped = []
+        for request, token in zip(plan.sampled, result.token_ids, strict=True):
+            state = self._prompts[request.request_id]
+            if state.detokenizers is None:
+                continue
+            stop = state.detokenizers[request.index].add(token)
+            if stop is not None and request.finish_reason != "stop":
+                request.stop_reason = stop
+                if request.finish_reason is None:
+                    stopped.append(request)
+                request.finish_reason = "stop"
+        if stopped:
+            self._scheduler.finish(stopped, "stop", now)
+        self._settle(finished + stopped, plan.sampled)
+
+    def _settle(self, finished: list[Request], sampled: Sequence[Request] = ()) -> None:
+        """Send the events of `sampled`, and complete the prompts whose last samples are in `finished`."""
+        for request in sampled:
+            if request.status is Status.RUNNING and self._prompts[request.request_id].events is not None:
+                self._send(request, request.token_ids[-1])
+        with_token = {id(request) for request in sampled}
+        for request in finished:
+            state = self._prompts[request.request_id]
+            if state.detokenizers is not None:
+                state.detokenizers[request.index].finish()
+            if state.events is not None:
+                self._send(request, request.token_ids[-1] if id(request) in with_token else None)
+            state.unfinished -= 1
+            if state.unfinished == 0:
+                del self._prompts[request.request_id]
+                self._done[request.request_id] = self._output(state)
+                self._stats.requests_finished += request.finish_reason != "abort"
+
+    def _send(self, request: Request, token_id: int | None) -> None:
+        state = self._prompts[request.request_id]
+        finished = request.finish_reason is not None
+        text = "" if state.detokenizers is None else state.detokenizers[request.index].take(finished)
+        logprob = request.logprobs[-1] if request.logprobs and token_id is not None else None
+        event = StreamEvent(request.request_id, request.index, token_id, text, logprob, request.finish_reason)
+        state.events.append(event)
+
+    # Results
+
+    def _output(self, state: _PromptState) -> RequestOutput:
+        outputs = []
+        for sample in state.samples:
+            token_ids = sample.output_token_ids
+            if state.detokenizers is not None:
+                text = state.detokenizers[sample.index].text
+            elif self._tokenizer is not None:
+                text = decode(self._tokenizer, token_ids, sample.params.skip_special_tokens)
+            else:
+                text = ""
+            outputs.append(
+                CompletionOutput(
+                    sample.index,
+                    text,
+                    token_ids,
+                    sample.finish_reason,
+                    sample.stop_reason,
+                    sample.logprobs,
+                    _metrics(sample),
+                )
+            )
+        first = state.samples[0]
+        prompt_ids = first.token_ids[: first.num_prompt_tokens].tolist()
+        self._stats.cached_tokens += sum(sample.cached_tokens for sample in state.samples)
+        metrics = _combine([output.metrics for output in outputs])
+        return RequestOutput(first.request_id, state.prompt, prompt_ids, outputs, metrics)
+
+    def _refuse(self, prompt: Prompt, error: str) -> RequestOutput:
+        self._stats.requests_failed += 1
+        metrics = RequestMetrics(arrival=time.perf_counter())
+        outputs = [CompletionOutput(0, "", [], "error", metrics=metrics)]
+        text = prompt if isinstance(prompt, str) else None
+        return RequestOutput(str(next(self._numbers)), text, [], outputs, metrics, error)
+
+    def _record(self, plan: StepPlan, result: StepResult, begin: float, execute_time: float) -> None:
+        scheduler, stats = self._scheduler, self._stats
+        end = time.perf_counter()
+        device_time = min(result.device_time, execute_time)
+        step = StepStats(
+            step=stats.steps,
+            time=end,
+            num_decode=len(plan.decodes),
+            num_prefill=len(plan.prefills),
+            prefill_tokens=sum(chunk.num_tokens for chunk in plan.prefills),
+            num_preempted=len(plan.preempted),
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            blocks_used=scheduler.pool.num_used,
+            blocks_cached=scheduler.pool.num_cached,
+            blocks_total=scheduler.pool.num_blocks,
+            host_time=end - begin - device_time,
+            device_time=device_time,
+            step_time=end - begin,
+        )
+        stats.steps += 1
+        stats.output_tokens += len(plan.sampled)
+        stats.preemptions += len(plan.preempted)
+        stats.host_time += step.host_time
+        stats.device_time += device_time
+        for listener in self.step_listeners:
+            listener(step)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters since the start, and gauges as they are now."""
+        scheduler = self._scheduler
+        return replace(
+            self._stats,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            blocks_used=scheduler.pool.num_used,
+        )
+
+
+def _resolve_max_model_len(config: EngineConfig, max_position: int) -> int:
+    length = config.max_model_len or max_position
+    if length > max_position:
+        raise ValueError(f"max_model_len={length}: the model's positions end at {max_position}")
+    if not config.enable_chunked_prefill and length > config.max_num_batched_tokens:
+        raise ValueError(
+            f"enable_chunked_prefill=False: max_num_batched_tokens={config.max_num_batched_tokens} must hold "
+            f"max_model_len={length}; raise the one or lower the other"
+        )
+    return length
+
+
+def _metrics(request: Request) -> RequestMetrics:
+    num_output = request.num_output_tokens
+    first, last = request.first_token_time, request.finish_time
+    metrics = RequestMetrics(
+        arrival=request.arrival,
+        prompt_tokens=request.num_prompt_tokens,
+        output_tokens=num_output,
+        cached_tokens=request.cached_tokens,
+        preemptions=request.num_preemptions,
+    )
+    if request.first_scheduled is not None:
+        metrics.queued = request.first_scheduled - request.arrival
+    if first is not None:
+        metrics.ttft = first - request.arrival
+    if num_output > 1:
+        metrics.tpot = (last - first) / (num_output - 1)
+    metrics.e2e = last - request.arrival
+    return metrics
+
+
+def _combine(samples: list[RequestMetrics]) -> RequestMetrics:
+    """One record for all samples of a prompt: first token of any, end of the last, mean pace, summed counts."""
+
+    def present(name: str) -> list[float]:
+        return [value for sample in samples if (value := getattr(sample, name)) is not None]
+
+    tpot = present("tpot")
+    return RequestMetrics(
+        arrival=samples[0].arrival,
+        ttft=min(present("ttft"), default=None),
+        tpot=sum(tpot) / len(tpot) if tpot else None,
+        e2e=max(present("e2e"), default=None),
+        queued=min(present("queued"), default=None),
+        prompt_tokens=samples[0].prompt_tokens,
+        output_tokens=sum(sample.output_tokens for sample in samples),
+        cached_tokens=sum(sample.cached_tokens for sample in samples),
+        preemptions=sum(sample.preemptions for sample in samples),
+        pauses=sum(sample.pauses for sample in samples),
+        compressions=sum(sample.compressions for sample in samples),
+    )

@@ -1,0 +1,1 @@
+"""The model: one decoder for Llama, Qwen2 and Qwen3, its loader and its tokenizer."""

@@ -1,0 +1,181 @@
+"""From a model's name to a `Decoder` with its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zipage.model.decoder import Decoder
+from zipage.model.gguf_file import GgufFile
+from zipage.model.gguf_model import GgufWeights, gguf_spec
+from zipage.model.locate import CONFIG, WEIGHTS, locate_model
+from zipage.model.safetensors_folder import SafetensorsFolder
+from zipage.model.spec import ModelSpec, read_spec
+
+logger = logging.getLogger(__name__)
+
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# Buffers that old checkpoints carry and that follow from the config.
+HARMLESS_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+
+
+class Weights(Protocol):
+    """Tensors by their Hugging Face names."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder with its weights, and what it is."""
+
+    decoder: Decoder
+    spec: ModelSpec
+
+
+def load_model(
+    model: str, *, load_format: str = "auto", dtype: str = "auto", device: str = "auto", seed: int = 0
+) -> LoadedModel:
+    """Build a model and fill it.
+
+    Tensors are read one at a time, cast and moved, so the model is never in memory twice.
+
+    Args:
+        model: folder with `config.json` and safetensors, hub id, or GGUF file.
+        load_format: "auto" reads weights; "dummy" draws them from `seed` and needs the config alone.
+        dtype: "float32", "float16", "bfloat16", or "auto": on CUDA the config's, failing that the first tensor's,
+            bfloat16 for GGUF and where there is neither; on a CPU float32.
+        device: "auto" (CUDA where there is one), or a torch device.
+        seed: of dummy weights.
+
+    Raises:
+        FileNotFoundError: the model, its config, its weights or a shard is missing.
+        ValueError: the architecture or an option of it is not supported; a file is broken; a tensor is missing, left
+            over, present twice or of another shape; `dtype` is unknown; there is no such device.
+        ImportError: a quantized GGUF file, and the package `gguf` is absent.
+    """
+    torch_device = resolve_device(device)
+    dummy = load_format == "dummy"
+    path = locate_model(model, CONFIG if dummy else WEIGHTS)
+    weights: Weights | None = None
+    if path.is_file():
+        file = GgufFile(path)
+        spec = gguf_spec(file)
+        weights = None if dummy else GgufWeights(file, spec)
+    else:
+        spec = read_spec(path)
+        if not dummy:
+            weights = SafetensorsFolder(path, torch_device)
+            spec = dataclasses.replace(spec, dtype=spec.dtype or weights.dtype)
+    if weights is not None:
+        spec = _checked_tying(spec, weights)
+    decoder = Decoder(spec, resolve_dtype(dtype, spec, torch_device), torch_device)
+    if weights is None:
+        fill_random(decoder, seed)
+    else:
+        fill(decoder, weights, str(path))
+    return LoadedModel(decoder, spec)
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn `EngineConfig.device` into a device. Raises ValueError where it does not exist."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        result = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: must be auto, cpu, cuda or cuda:N") from error
+    if result.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device={device!r}: torch {torch.__version__} sees no CUDA device; pass device='cpu'")
+        result = torch.device("cuda", torch.cuda.current_device() if result.index is None else result.index)
+        if result.index >= torch.cuda.device_count():
+            raise ValueError(f"device={device!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return result
+
+
+def resolve_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """Turn `EngineConfig.dtype` into a dtype; see `load_model`. Raises ValueError for an unknown one."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else spec.dtype or torch.bfloat16
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r}: must be auto, float32, float16 or bfloat16")
+    return getattr(torch, dtype)
+
+
+def fill(decoder: Decoder, weights: Weights, source: str) -> None:
+    """Copy each tensor into its place, each place once.
+
+    `lm_head.weight` is passed over where embeddings are tied: `load_model` has seen that it equals the embedding.
+
+    Args:
+        source: what errors call the weights.
+
+    Raises:
+        ValueError: tensors are missing, left over or of another shape; the message names them. Nothing was read then.
+    """
+    views = decoder.weight_views()
+    passed_over = (*HARMLESS_SUFFIXES, LM_HEAD) if decoder.spec.tie_embeddings else HARMLESS_SUFFIXES
+    names = [name for name in weights.shapes if not name.endswith(passed_over)]
+    missing = [name for name in views if name not in weights.shapes]
+    left_over = [name for name in names if name not in views]
+    misshapen = [
+        f"{name} is {list(weights.shapes[name])}, not {list(views[name].shape)}"
+        for name in names
+        if name in views and weights.shapes[name] != tuple(views[name].shape)
+    ]
+    problems = [
+        f"{what}: {_first(found)}"
+        for what, found in (("missing", missing), ("left over", left_over), ("wrong shape", misshapen))
+        if found
+    ]
+    if problems:
+        raise ValueError(f"{source} does not hold the tensors that its config describes: {'; '.join(problems)}")
+    for name in names:
+        views[name].copy_(weights.read(name))
+
+
+@torch.no_grad()
+def fill_random(decoder: Decoder, seed: int) -> None:
+    """Draw weights on the decoder's device: the same on every call with one device type, dtype and seed.
+
+    Matrices have variance 1 / fan-in, so that each sublayer adds about unit variance to the residual stream, which
+    keeps activations finite in every dtype however deep the model. Norms are 1, biases small.
+    """
+    generator = torch.Generator(decoder.device).manual_seed(seed)
+    for name, parameter in decoder.named_parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+        elif name.endswith("bias"):
+            parameter.normal_(0.0, 0.02, generator=generator)
+        else:
+            parameter.fill_(1.0)
+
+
+def _checked_tying(spec: ModelSpec, weights: Weights) -> ModelSpec:
+    """Untie embeddings that the config calls tied and the weights hold twice with different values.
+
+    As transformers does: then the config is wrong, not the weights.
+    """
+    if not spec.tie_embeddings or not {EMBEDDING, LM_HEAD} <= weights.shapes.keys():
+        return spec
+    same_shape = weights.shapes[EMBEDDING] == weights.shapes[LM_HEAD]
+    if same_shape and torch.equal(weights.read(EMBEDDING), weights.read(LM_HEAD)):
+        return spec
+    logger.warning("config says tie_word_embeddings, but %s differs from %s: not tied", LM_HEAD, EMBEDDING)
+    return dataclasses.replace(spec, tie_embeddings=False)
+
+
+def _first(names: Iterable[str], limit: int = 5) -> str:
+    names = list(names)
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

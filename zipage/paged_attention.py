@@ -1,0 +1,63 @@
+"""Attention of one step over the paged cache: what the model calls in each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import paged_decode, paged_prefill, store_kv
+from zipage.kv_cache import KVCache
+
+
+@dataclass(slots=True)
+class PagedAttention:
+    """Stores a layer's new keys and values, then attends over block tables.
+
+    The batch is decodes (one token each) followed by prefill chunks.
+
+    Attributes:
+        cache: the paged keys and values.
+        scale: factor on the logits.
+        slots: int64 [T], where each token's entry goes; the same in every layer.
+        num_decodes: leading tokens that are decodes, one request each.
+        decode_tables, prefill_tables: int32 [B, max blocks of the part].
+        decode_lens, prefill_lens: int32 [B], entries of each request with this step's included.
+        cu_seqlens: int32 [prefills + 1], borders of the chunks among the prefill tokens.
+        max_seqlen: longest chunk.
+    """
+
+    cache: KVCache
+    scale: float
+    slots: Tensor
+    num_decodes: int = 0
+    decode_tables: Tensor | None = None
+    decode_lens: Tensor | None = None
+    prefill_tables: Tensor | None = None
+    prefill_lens: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, Hq, d], k and v [T, H, d], after rotary -> [T, Hq, d]."""
+        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        store_kv(k, v, k_cache, v_cache, self.slots)
+        parts = []
+        n = self.num_decodes
+        if n:
+            parts.append(paged_decode(q[:n], k_cache, v_cache, self.decode_tables, self.decode_lens, self.scale))
+        if self.max_seqlen:
+            parts.append(
+                paged_prefill(
+                    q[n:],
+                    k_cache,
+                    v_cache,
+                    self.prefill_tables,
+                    self.cu_seqlens,
+                    self.prefill_lens,
+                    self.max_seqlen,
+                    self.scale,
+                )
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

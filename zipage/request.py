@@ -1,0 +1,127 @@
+"""One sample of one prompt: the unit the scheduler runs."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from enum import Enum
+
+from zipage.outputs import FinishReason
+from zipage.sampling_params import SamplingParams
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Request:
+    """A sample's tokens, its place in the cache and its history.
+
+    Two lengths that must never be mixed up: `num_tokens` is logical (prompt and output; sets the rotary position of the
+    next token), `cache_len` is physical (entries held in the request's blocks; sets the slot of the next entry).
+
+    Attributes:
+        request_id: of the prompt; samples of one prompt share it and differ in `index`.
+        token_ids: prompt followed by output, as C ints, whose bytes are the prefix index's keys.
+        num_computed: logical tokens whose keys and values were computed; the next position to run.
+        cache_len: entries in the cache. Equal to `num_computed` as long as nothing was evicted.
+        block_ids: the block table.
+        prefix_ids: prefix id at the end of each leading block that the prefix index was told of.
+        row: the request's row in the runner's batch tensors while it runs, else -1.
+        num_table_written: leading entries of `block_ids` already in the runner's row.
+        siblings: all samples of this prompt, this one included; they share the prompt's blocks.
+        max_total_tokens: logical length at which the request ends, and `limit_reason` why.
+    """
+
+    __slots__ = (
+        "arrival",
+        "block_ids",
+        "cache_len",
+        "cached_tokens",
+        "finish_reason",
+        "finish_time",
+        "first_scheduled",
+        "first_token_time",
+        "index",
+        "limit_reason",
+        "logprobs",
+        "max_total_tokens",
+        "num_computed",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_table_written",
+        "params",
+        "prefix_ids",
+        "request_id",
+        "row",
+        "seed",
+        "siblings",
+        "status",
+        "stop_ids",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        index: int = 0,
+        seed: int = 0,
+        stop_ids: frozenset[int] = frozenset(),
+        max_total_tokens: int,
+        limit_reason: FinishReason = "length",
+        arrival: float = 0.0,
+    ) -> None:
+        self.request_id = request_id
+        self.index = index
+        self.params = params
+        self.seed = seed
+        self.stop_ids = stop_ids
+        self.max_total_tokens = max_total_tokens
+        self.limit_reason = limit_reason
+        self.siblings: list[Request] = [self]
+
+        self.token_ids = array("i", prompt_token_ids)
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.logprobs: list[float] | None = [] if params.logprobs else None
+
+        self.status = Status.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+
+        self.num_computed = 0
+        self.cache_len = 0
+        self.block_ids: list[int] = []
+        self.row = -1
+        self.num_table_written = 0
+        self.prefix_ids: list[int] = []
+
+        self.arrival = arrival
+        self.first_scheduled: float | None = None
+        self.first_token_time: float | None = None
+        self.finish_time: float | None = None
+        self.cached_tokens = 0
+        self.num_preemptions = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :].tolist()
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id}/{self.index}, {self.status.value}, tokens={self.num_tokens}, "
+            f"computed={self.num_computed}, cached={self.cache_len}, blocks={len(self.block_ids)})"
+        )

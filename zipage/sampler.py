@@ -1,0 +1,135 @@
+"""Logits to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zipage.request import Request
+
+
+def uniform(seeds: np.ndarray, samples: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """One uniform number in (0, 1) per row, a function of (seed, sample index, token index) alone.
+
+    Counter-based (the SplitMix64 finaliser over the mixed counters; Steele et al., OOPSLA 2014), so a request draws the
+    same numbers whatever else is in its batch, however often it was preempted, and on every device.
+
+    Args:
+        seeds, samples, positions: int64 [N].
+
+    Returns:
+        float64 [N].
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)
+
+    def mix(x: np.ndarray) -> np.ndarray:
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    with np.errstate(over="ignore"):
+        state = mix(seeds.astype(np.uint64) + golden)
+        state = mix(state + golden * (samples.astype(np.uint64) + np.uint64(1)))
+        state = mix(state + golden * (positions.astype(np.uint64) + np.uint64(1)))
+    return ((state >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+class Sampler:
+    """Picks the next token of each request of a batch.
+
+    Args:
+        max_num_seqs: rows of the token record that repetition penalties need; made at the first request that has one.
+        vocab_size: length of a row of logits.
+        device: of the logits.
+    """
+
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+        self._shape = (max_num_seqs, vocab_size)
+        self._device = device
+        self._seen: Tensor | None = None
+        self._owners: list[tuple[Request, int] | None] = [None] * max_num_seqs
+
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> tuple[Tensor, Tensor | None]:
+        """Pick one token per row.
+
+        Args:
+            logits: [N, vocab], any float type; row i belongs to `requests[i]`.
+
+        Returns:
+            Tokens, int64 [N]; and float32 [N] log-probabilities of them under the raw logits, or None where no request
+            asks for any.
+        """
+        params = [request.params for request in requests]
+        logits = logits.float()
+        raw = logits if any(p.logprobs for p in params) else None
+        if any(p.repetition_penalty != 1.0 for p in params):
+            logits = self._penalise(logits, requests)
+        if all(p.temperature == 0 for p in params):
+            tokens = logits.argmax(dim=-1)
+        else:
+            tokens = self._draw(logits, requests)
+        if raw is None:
+            return tokens, None
+        return tokens, raw.log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
+
+    def _column(self, values: list, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)[:, None]
+
+    def _draw(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
+        params = [request.params for request in requests]
+        greedy = self._column([p.temperature == 0 for p in params], torch.bool)
+        best = logits.argmax(dim=-1)
+        probs = (logits / self._column([p.temperature or 1.0 for p in params])).softmax(dim=-1)
+        if any(p.min_p > 0 for p in params):
+            floor = self._column([p.min_p for p in params]) * probs.amax(dim=-1, keepdim=True)
+            probs = probs.masked_fill(probs < floor, 0.0)
+        numbers = uniform(
+            np.array([request.seed for request in requests], dtype=np.int64),
+            np.array([request.index for request in requests], dtype=np.int64),
+            np.array([request.num_output_tokens for request in requests], dtype=np.int64),
+        )
+        u = torch.from_numpy(numbers).to(self._device, non_blocking=True)[:, None]
+        if any(p.top_k > 0 or p.top_p < 1 for p in params):
+            ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+            k = self._column([p.top_k or self._shape[1] for p in params], torch.int64)
+            rank = torch.arange(ranked.shape[1], device=self._device)[None, :]
+            ranked = ranked.masked_fill(rank >= k, 0.0)
+            top_p = self._column([p.top_p for p in params]) * ranked.sum(dim=-1, keepdim=True)
+            before = ranked.cumsum(dim=-1) - ranked
+            ranked = ranked.masked_fill((before >= top_p) & (rank > 0) & (top_p < ranked.sum(-1, keepdim=True)), 0.0)
+            drawn = order.gather(1, _invert(ranked, u)).squeeze(1)
+        else:
+            drawn = _invert(probs, u).squeeze(1)
+        return torch.where(greedy.squeeze(1), best, drawn)
+
+    def _penalise(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
+        if self._seen is None:
+            self._seen = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
+        for request in requests:
+            if request.params.repetition_penalty != 1.0:
+                owner = self._owners[request.row]
+                known = owner[1] if owner is not None and owner[0] is request else 0
+                if known == 0:
+                    self._seen[request.row] = False
+                new = torch.tensor(request.token_ids[known:], device=self._device)
+                self._seen[request.row, new] = True
+                self._owners[request.row] = (request, request.num_tokens)
+        rows = torch.tensor([request.row for request in requests], device=self._device)
+        penalty = self._column([request.params.repetition_penalty for request in requests])
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+        seen = self._seen[rows] & (penalty != 1.0)
+        return torch.where(seen, penalised, logits)
+
+
+def _invert(weights: Tensor, u: Tensor) -> Tensor:
+    """Index [N, 1] at which the running sum of `weights` [N, V] (>= 0) passes the share `u` [N, 1] of its total.
+
+    Sums are float64: in float32 the tail of a large vocabulary would never be drawn.
+    """
+    running = weights.cumsum(dim=-1, dtype=torch.float64)
+    total = running[:, -1:]
+    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(running, target, right=True)

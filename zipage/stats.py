@@ -1,0 +1,77 @@
+"""Plain records of what the engine did: one per step, one set of counters per engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Timings (seconds) and counts of one sample, or of all samples of one prompt together.
+
+    Attributes:
+        arrival: host clock (`time.perf_counter`) at which the request was added.
+        ttft: time to the first token. None where no token came.
+        tpot: mean time per output token after the first. None where fewer than two tokens came.
+        e2e: time from arrival to the last token.
+        queued: time from arrival to first being scheduled.
+        prompt_tokens, output_tokens: lengths; of all samples together in the record of a prompt (its prompt once).
+        cached_tokens: prompt tokens whose KV came from the prefix index or from a sibling sample.
+        preemptions, pauses, compressions: how often each happened.
+    """
+
+    arrival: float = 0.0
+    ttft: float | None = None
+    tpot: float | None = None
+    e2e: float | None = None
+    queued: float | None = None
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    pauses: int = 0
+    compressions: int = 0
+
+
+@dataclass(slots=True)
+class StepStats:
+    """One engine step: the make-up of its batch, the pool and the queues after it, and where its time went (seconds).
+
+    `host_time` is scheduling, batch building and bookkeeping; `device_time` is the forward pass and sampling (between
+    CUDA events on a GPU, wall time on a CPU); `step_time` is the whole step as the host saw it.
+    """
+
+    step: int
+    time: float
+    num_decode: int
+    num_prefill: int
+    prefill_tokens: int
+    num_preempted: int
+    num_running: int
+    num_waiting: int
+    blocks_used: int
+    blocks_cached: int
+    blocks_total: int
+    host_time: float
+    device_time: float
+    step_time: float
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the engine started, and gauges as they are now (`llm.stats`)."""
+
+    steps: int = 0
+    requests_finished: int = 0
+    requests_failed: int = 0
+    requests_aborted: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    host_time: float = 0.0
+    device_time: float = 0.0
+    num_running: int = 0
+    num_waiting: int = 0
+    blocks_used: int = 0
+    blocks_total: int = 0
