@@ -1,6 +1,7 @@
 """The paged cache's layout: what a valid argument of a kernel is.
 
-One layer's K (or V) is `[num_blocks, kv_head, slot, head_dim]`, contiguous. The checks read shapes, strides and dtypes only: they never wait for the device.
+One layer's K (or V) is `[num_blocks, kv_head, slot, head_dim]`, contiguous. The checks read shapes,
+strides and dtypes only: they never wait for the device.
 """
 
 from __future__ import annotations
@@ -75,14 +76,13 @@ def _check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
             _fail(name, "shape", tuple(cache.shape), "give one layer, [num_blocks, heads, slots, head_dim]")
         if cache.dtype not in DTYPES:
             _fail(name, "dtype", cache.dtype, "use float32, float16 or bfloat16")
+        if not cache.is_contiguous():
+            _fail(name, "stride", cache.stride(), "make the layer contiguous")
     block_size, head_dim = k_cache.shape[2:]
     if block_size not in BLOCK_SIZES:
         _fail("k_cache", "block size", block_size, "use a power of two from 16 to 256")
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         _fail("k_cache", "head_dim", head_dim, f"use 1 to {MAX_HEAD_DIM}")
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if not cache.is_contiguous():
-            _fail(name, "stride", cache.stride(), "make the layer contiguous")
     if v_cache.shape != k_cache.shape:
         _fail("v_cache", "shape", tuple(v_cache.shape), f"lay it out as k_cache, {tuple(k_cache.shape)}")
     _check_like("v_cache", v_cache, k_cache)

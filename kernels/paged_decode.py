@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kernels.tiles import LOG2_E, attend_tile, load_blocks, padded_dim
 
-PROGRAMS_PER_SM = 4
-"""Splitting stops once this many programs a multiprocessor keep the memory busy."""
+PROGRAMS_PER_SM = 3
+"""Programs that a multiprocessor holds at once, by their shared memory on Hopper: splitting fills them, no more."""
 
 MIN_SPLIT = 128
 """Entries below which a split costs more than it hides."""
