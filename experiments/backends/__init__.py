@@ -1,0 +1,52 @@
+"""Backends: the engines that can answer a run, behind one protocol.
+
+The protocol is the part of `zipage.LLM` that the harness uses, so `LLM` needs no adapter. Another engine joins by an
+adapter of this shape and a line in `BACKENDS`; a test hands `experiments.run.main` a table of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from experiments.errors import UsageError
+from zipage import LLM, EngineStats, RequestOutput, SamplingParams, StepStats
+
+
+class Backend(Protocol):
+    """What the harness asks of an engine.
+
+    Attributes:
+        step_listeners: each is called with the `StepStats` of every step.
+        stats: counters since the start.
+        memory_plan: a dataclass that says what is reserved.
+    """
+
+    step_listeners: list[Callable[[StepStats], None]]
+    memory_plan: Any
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    def get_tokenizer(self) -> Any: ...
+
+    def add_request(self, prompt: Sequence[int], params: SamplingParams, request_id: str) -> str:
+        """Queue a prompt of token ids. Raises ValueError for one that can't be served."""
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step and return the requests that it finished."""
+
+    def has_unfinished_requests(self) -> bool: ...
+
+
+BackendFactory = Callable[..., Backend]
+"""Called with the options of `EngineConfig` as keywords. Raises ValueError or FileNotFoundError for a wrong one."""
+
+BACKENDS: dict[str, BackendFactory] = {"zipage": LLM}
+
+
+def get_backend(name: str, backends: Mapping[str, BackendFactory]) -> BackendFactory:
+    """Raises UsageError for an unknown name."""
+    if name not in backends:
+        raise UsageError(f"backend={name}: must be one of {', '.join(backends)}")
+    return backends[name]

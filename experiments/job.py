@@ -1,0 +1,192 @@
+"""One run from its options to its record."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments import outcomes, provenance, records
+from experiments.backends import BACKENDS, Backend, BackendFactory, get_backend
+from experiments.errors import RunError, UsageError, one_line
+from experiments.graders import get_grader
+from experiments.metrics import summarise
+from experiments.models import LocalModel, find_model, model_name
+from experiments.prompts import Prompt, PromptRenderer
+from experiments.report import runs_table
+from experiments.scenarios import Served, TimedRequest, arrival_times, serve
+from experiments.schema import Experiment, engine_options, to_dict
+from experiments.tracking import open_tracker
+from experiments.workloads import Problem, load_problems
+from zipage import SamplingParams, StepStats
+
+
+def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKENDS) -> Path:
+    """Do one run, or find it done.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UsageError: the run can't be done as asked; nothing was recorded.
+        RunError: it began and failed; nothing was recorded but a traceback beside it.
+    """
+    experiment = replace(experiment, model=replace(experiment.model, name=model_name(experiment.model)))
+    results = Path(experiment.results_dir).expanduser()
+    records.check_writable(results)
+    get_grader(experiment.workload.grader)
+    job = Job(
+        experiment,
+        factory=get_backend(experiment.backend, backends),
+        problems=load_problems(experiment.workload, experiment.limit),
+        model=find_model(experiment.model),
+    )
+    folder = results / job.run_id
+    if records.is_complete(folder) and not experiment.force:
+        return _found(folder)
+    with records.claim(folder) as staging:
+        if records.is_complete(folder) and not experiment.force:
+            return _found(folder)  # made by another process while this one waited
+        records.publish(staging, folder, job.record(staging))
+    print(f"{runs_table(records.load_runs(folder))}\nrecord: {folder}", flush=True)
+    return folder
+
+
+def _found(folder: Path) -> Path:
+    runs = records.load_runs(folder)
+    if runs.empty:
+        raise UsageError(f"{folder}: the record is there but can't be read; force=true replaces it")
+    then, now = runs.iloc[0], provenance.code_state()
+    print(f"already done; force=true runs it again\n{runs_table(runs)}\nrecord: {folder}", flush=True)
+    if any(then[f"provenance.code.{key}"] != value for key, value in now.items()):
+        print("note: the code has changed since", flush=True)
+    return folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose questions and model are at hand."""
+
+    experiment: Experiment
+    factory: BackendFactory
+    problems: list[Problem]
+    model: LocalModel
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return to_dict(self.experiment)
+
+    @property
+    def data(self) -> str:
+        """Content hash of the questions and their golds."""
+        return records.content_hash([[p.id, p.question, p.gold] for p in self.problems])
+
+    @property
+    def run_id(self) -> str:
+        device = provenance.device_name(self.experiment.hardware.device)
+        return records.run_id(self.options, model=self.model.identity, data=self.data, device=device)
+
+    def record(self, staging: Path) -> dict[str, Any]:
+        """Run, write all of the record but its metrics into `staging`, and return the metrics."""
+        kept = {key: value for key, value in self.options.items() if key not in ("results_dir", "force")}
+        records.write_config(staging, kept)
+        tracker = open_tracker(self.experiment.tracking, self.run_id, kept, staging.parent)
+        metrics: dict[str, Any] | None = None
+        try:
+            started, begin = provenance.now(), time.perf_counter()
+            backend = self._load(staging)
+            load_seconds = time.perf_counter() - begin
+            renderer = PromptRenderer(self.experiment.workload, self.experiment.model, backend.get_tokenizer())
+            prompts = [renderer.render(problem) for problem in self.problems]
+            steps: list[StepStats] = []
+            backend.step_listeners += [steps.append, tracker.log_step]
+            served = self._serve(backend, prompts, steps, staging)
+
+            request_rows = self._grade(prompts, served)
+            step_rows = outcomes.step_rows(steps, served.start)
+            metrics = summarise(request_rows, step_rows, served.seconds) | {
+                "load_seconds": load_seconds,
+                "counters": asdict(backend.stats),
+                "memory": asdict(backend.memory_plan),
+            }
+            outcomes.write_rows(staging / records.REQUESTS, request_rows, outcomes.REQUEST_SCHEMA)
+            outcomes.write_rows(staging / records.STEPS, step_rows, outcomes.STEP_SCHEMA)
+            times = {"started": started, "ended": provenance.now()}
+            origin = provenance.collect() | times | self._inputs(prompts, renderer)
+            records.write_json(staging / records.PROVENANCE, origin)
+            return metrics
+        finally:
+            tracker.finish(metrics)
+
+    def _load(self, staging: Path) -> Backend:
+        if self.experiment.hardware.threads is not None:
+            import torch
+
+            torch.set_num_threads(self.experiment.hardware.threads)
+        try:
+            return self.factory(**engine_options(self.experiment, str(self.model.path)))
+        except (ValueError, FileNotFoundError) as error:
+            raise UsageError(f"the model can't be loaded: {' '.join(str(error).split())}") from error
+        except Exception as error:
+            raise _failure("loading the model failed", error, staging) from error
+
+    def _serve(self, backend: Backend, prompts: list[Prompt], steps: list[StepStats], staging: Path) -> Served:
+        arrivals = arrival_times(self.experiment.scenario, len(prompts))
+        requests = [
+            TimedRequest(problem.id, prompt.token_ids, sampling_params(self.experiment, problem), arrival)
+            for problem, prompt, arrival in zip(self.problems, prompts, arrivals, strict=True)
+        ]
+        try:
+            return serve(backend, requests)
+        except Exception as error:
+            raise _failure(f"the engine failed after {len(steps)} steps", error, staging) from error
+
+    def _grade(self, prompts: list[Prompt], served: Served) -> list[dict[str, Any]]:
+        """The graded rows; says in a line what was refused or could not be graded.
+
+        Raises:
+            RunError: not one sample was answered.
+        """
+        grader, samples = get_grader(self.experiment.workload.grader), self.experiment.sampling.n
+        rows: list[dict[str, Any]] = []
+        for problem, prompt in zip(self.problems, prompts, strict=True):
+            rows += outcomes.request_rows(problem, prompt, served.outputs[problem.id], samples, grader, served.start)
+        for column, what in (("error", "could not be answered"), ("grader_error", "could not be graded, score 0")):
+            faults = [row for row in rows if row.get(column) is not None]
+            if not faults:
+                continue
+            first = f"the first is {faults[0]['prompt_id']}: {faults[0][column]}"
+            line = f"{len(faults)} of {len(rows)} samples {what}; {first}"
+            if column == "error" and len(faults) == len(rows):
+                raise RunError(line)
+            print(line, flush=True)
+        return rows
+
+    def _inputs(self, prompts: list[Prompt], renderer: PromptRenderer) -> dict[str, Any]:
+        """Seeds, and hashes of all that went in."""
+        seeds = {name: getattr(self.experiment, name).seed for name in ("workload", "scenario")}
+        return {
+            "seeds": {"run": self.experiment.seed} | seeds,
+            "model_files": self.model.files,
+            "data": self.data,
+            "prompts": hashlib.sha256("\0".join(prompt.text for prompt in prompts).encode()).hexdigest(),
+            "chat_template": renderer.chat_template_hash,
+        }
+
+
+def sampling_params(experiment: Experiment, problem: Problem) -> SamplingParams:
+    """The request's options. Its seed depends on the run's seed and the problem alone, whatever runs beside it."""
+    options = dict(vars(experiment.sampling))
+    if options["seed"] is None:
+        options["seed"] = int.from_bytes(hashlib.sha256(f"{experiment.seed}/{problem.id}".encode()).digest()[:4]) >> 1
+    return SamplingParams(**options)
+
+
+def _failure(what: str, error: Exception, staging: Path) -> RunError:
+    trace = staging / records.TRACEBACK
+    trace.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return RunError(f"{what}: {one_line(error)} (nothing was recorded; traceback: {trace})")

@@ -1,0 +1,61 @@
+"""The numbers that sum up a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+PERCENTILES = (50, 90, 99)
+
+
+def summarise(requests: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Accuracy, throughput and latency of a run.
+
+    Args:
+        requests: rows of `requests.parquet`.
+        steps: rows of `steps.parquet`.
+        seconds: from the first arrival to the end of the last request.
+
+    Returns:
+        `accuracy` is the mean grade over all samples, refused prompts included (pass@1). Times are in seconds; a
+        figure that no sample gives is None.
+    """
+    output_tokens = sum(row["output_tokens"] for row in requests)
+    prompt_tokens = sum(row["prompt_tokens"] for row in requests if row["sample_index"] == 0)
+    return {
+        "accuracy": sum(row["grade"] for row in requests) / len(requests),
+        "prompts": len({row["prompt_id"] for row in requests}),
+        "samples": len(requests),
+        "errors": sum(row.get("error") is not None for row in requests),
+        "grader_errors": sum(row.get("grader_error") is not None for row in requests),
+        "finish_reasons": dict(Counter(row["finish_reason"] for row in requests)),
+        "seconds": seconds,
+        "output_tokens_per_second": output_tokens / seconds,
+        "total_tokens_per_second": (prompt_tokens + output_tokens) / seconds,
+        "requests_per_second": len(requests) / seconds,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "cached_tokens": sum(row.get("cached_tokens") or 0 for row in requests),
+        "preemptions": sum(row.get("preemptions") or 0 for row in requests),
+        "output_length": spread([row["output_tokens"] for row in requests if row.get("error") is None]),
+        "ttft": spread([row.get("ttft") for row in requests]),
+        "tpot": spread([row.get("tpot") for row in requests]),
+        "e2e": spread([row.get("e2e") for row in requests]),
+        "steps": len(steps),
+        "peak_blocks": max((step["blocks_used"] for step in steps), default=0),
+        "peak_running": max((step["num_running"] for step in steps), default=0),
+    }
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean, percentiles and maximum of the values that are there; None where there is none."""
+    present = np.array([value for value in values if value is not None], dtype=np.float64)
+    if not present.size:
+        return dict.fromkeys(("mean", *(f"p{p}" for p in PERCENTILES), "max"))
+    percentiles = {
+        f"p{p}": float(value) for p, value in zip(PERCENTILES, np.percentile(present, PERCENTILES), strict=True)
+    }
+    return {"mean": float(present.mean())} | percentiles | {"max": float(present.max())}

@@ -1,0 +1,98 @@
+"""Where a record comes from: code, command, versions, hardware."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from experiments.paths import ROOT
+
+PACKAGES = ("zipage", "torch", "triton", "transformers", "tokenizers", "safetensors", "gguf", "datasets", "numpy")
+
+
+def collect() -> dict[str, Any]:
+    """Everything about this process and this machine that a number may depend on."""
+    import torch
+
+    return {
+        "code": code_state(),
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cpus": len(os.sched_getaffinity(0)),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+        },
+        "system": platform.platform(),
+    }
+
+
+def code_state() -> dict[str, str]:
+    """The commit ("unknown" without git), and a sha256 of what differs from it ("none" where nothing does)."""
+    commit = (_git("rev-parse", "--verify", "HEAD") or b"unknown").decode().strip()
+    if not _git("status", "--porcelain", "--untracked-files=all"):
+        return {"commit": commit, "diff": "none"}
+    digest = hashlib.sha256(_git("diff", "--binary", "HEAD") or b"")
+    untracked = _git("ls-files", "--others", "--exclude-standard", "-z") or b""
+    for name in sorted(untracked.split(b"\0")):
+        path = ROOT / os.fsdecode(name)
+        if name and path.is_file():
+            digest.update(name + path.read_bytes())
+    return {"commit": commit, "diff": digest.hexdigest()}
+
+
+def device_name(device: str) -> str:
+    """The accelerator that `hardware.device` means here: the GPU's model, or "cpu"."""
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    return torch.cuda.get_device_name(0 if device == "auto" else device)
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _git(*arguments: str) -> bytes | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.split("\n")[0].strip() if done.returncode == 0 else None

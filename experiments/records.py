@@ -1,0 +1,251 @@
+"""Run folders: their names, how one is written so that half never passes for whole, and how all are read.
+
+A run is written in `<run id>.partial` under a lock and renamed to `<run id>` when it is whole. Inside, `metrics.json`
+is written last. A folder without it, and every `.partial` one, is incomplete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from experiments.errors import RunError, UsageError
+from experiments.paths import RESULTS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+METRICS, CONFIG, PROVENANCE = "metrics.json", "config.yaml", "provenance.json"
+REQUESTS, STEPS = "requests.parquet", "steps.parquet"
+TRACEBACK = "traceback.txt"
+PARTIAL = ".partial"
+TRACKING = "wandb"
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+# Names
+
+
+def content_hash(value: Any) -> str:
+    """sha256 of a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_id(config: Mapping[str, Any], *, model: str, data: str, device: str) -> str:
+    """A readable prefix and a hash of everything that decides what a run measures.
+
+    That is the config without tracking and without what only says where things lie, and in their place the content of
+    the model, the content of the data and the name of the device. The code's commit is no part of it: it is recorded,
+    and `force` repeats a run after a change.
+
+    Args:
+        config: the resolved config as plain data.
+        model, data: content hashes.
+        device: name of the accelerator, or "cpu".
+    """
+    deciding = {key: value for key, value in config.items() if key not in ("tracking", "results_dir", "force")}
+    for group in ("model", "workload"):
+        deciding[group] = {key: value for key, value in config[group].items() if key not in ("name", "path")}
+    digest = content_hash([deciding, model, data, device])
+    names = (config["model"]["name"], config["workload"]["name"], config["policy"]["name"])
+    return "-".join([*(re.sub(r"[^\w.]+", "_", name) for name in names), digest[:12]])
+
+
+# Writing
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is there whole or not at all, also after a crash of the machine."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    text = yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def check_writable(results_dir: Path) -> None:
+    """Raise a UsageError if no run folder can be made in `results_dir`; it is made where it is missing."""
+    try:
+        results_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=results_dir):
+            return
+    except OSError as error:
+        raise UsageError(f"results_dir={results_dir}: can't be written: {error.strerror or error}") from error
+
+
+def is_complete(folder: Path) -> bool:
+    return (folder / METRICS).is_file()
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[Path]:
+    """Be the only process that makes the run `folder`, and write it in the empty staging folder that this yields.
+
+    Waits while another process makes the same run: ask `is_complete` again after that. The staging folder is removed
+    on any exception but a `RunError`, whose traceback it keeps until the next attempt.
+
+    Raises:
+        RunError: a file of the record could not be written.
+    """
+    staging = folder.with_name(folder.name + PARTIAL)
+    with _exclusive(folder.parent / ".locks" / folder.name):
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            yield staging
+        except RunError:
+            raise
+        except OSError as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise RunError(f"the record in {staging} can't be written: {error.strerror or error}") from error
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish(staging: Path, folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Write `metrics.json` and give the staged run its name, in place of any record that was there."""
+    for path in staging.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    write_json(staging / METRICS, metrics)
+    replaced = folder.with_name(folder.name + ".replaced" + PARTIAL)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    staging.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`; the kernel lets go of it when the process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another process is making {path.name}: waiting for it", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever held the lock before may have removed the file: then others can lock a new one of that name.
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+
+
+# Reading
+
+
+def find_runs(paths: str | Path | Iterable[str | Path] | None = None) -> tuple[list[Path], int]:
+    """The complete run folders in and below `paths`, in order, and the number of incomplete ones."""
+    if paths is None:
+        paths = [RESULTS] if RESULTS.exists() else []
+    elif isinstance(paths, str | Path):
+        paths = [paths]
+    complete, incomplete = [], 0
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise UsageError(f"{path}: no such folder of runs")
+        for where, folders, files in os.walk(path):
+            if CONFIG in files or where.endswith(PARTIAL):
+                folders.clear()
+                whole = METRICS in files and not where.endswith(PARTIAL)
+                complete += [Path(where)] * whole
+                incomplete += not whole
+            folders[:] = sorted(name for name in folders if name != TRACKING and not name.startswith("."))
+    return list(dict.fromkeys(complete)), incomplete
+
+
+def load_runs(paths: str | Path | Iterable[str | Path] | None = None) -> pd.DataFrame:
+    """One row for each complete run in and below `paths`; None means `results/runs`.
+
+    Columns: `run`, `path`, the options ("engine.block_size"), the provenance ("provenance.commit") and the metrics
+    ("accuracy", "ttft.p50"). Incomplete runs are counted in one log line and in `attrs["incomplete"]`; a record that
+    can't be read costs a log line.
+
+    Raises:
+        UsageError: a path does not exist.
+    """
+    import pandas as pd
+
+    folders, incomplete = find_runs(paths)
+    rows = []
+    for folder in folders:
+        try:
+            rows.append(_read_run(folder))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            logger.warning("%s: skipped, its record can't be read (%s)", folder, " ".join(str(error).split()))
+    if incomplete:
+        logger.warning("%d incomplete run%s skipped", incomplete, "s" * (incomplete > 1))
+    runs = pd.DataFrame(rows)
+    runs.attrs["incomplete"] = incomplete
+    return runs
+
+
+def load_requests(run: str | Path | pd.Series) -> pd.DataFrame:
+    """One row for each sample of a run, given as its folder or as a row of `load_runs()`."""
+    return _read_table(run, REQUESTS)
+
+
+def load_steps(run: str | Path | pd.Series) -> pd.DataFrame:
+    """One row for each engine step of a run, given as its folder or as a row of `load_runs()`."""
+    return _read_table(run, STEPS)
+
+
+def _read_table(run: str | Path | pd.Series, name: str) -> pd.DataFrame:
+    import pandas as pd
+
+    folder = Path(run if isinstance(run, str | Path) else run["path"])
+    return pd.read_parquet(folder / name)
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    with (folder / CONFIG).open(encoding="utf-8") as file:
+        config = yaml.load(file, Loader=_Loader)
+    provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    for name, part in ((CONFIG, config), (PROVENANCE, provenance), (METRICS, metrics)):
+        if not isinstance(part, dict):
+            raise ValueError(f"{name} holds no mapping")
+    names = {"run": folder.name, "path": str(folder)}
+    return names | flatten(config) | flatten({"provenance": provenance}) | flatten(metrics)
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names. Empty mappings are left out."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            flat |= flatten(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = inner
+    return flat

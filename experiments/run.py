@@ -1,0 +1,63 @@
+"""`python -m experiments.run`: ask a model the questions of a workload, grade the answers, keep a record."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+
+import hydra
+from omegaconf import DictConfig
+
+from experiments import job
+from experiments.backends import BACKENDS, BackendFactory
+from experiments.errors import RunError, UsageError
+from experiments.paths import CONF
+from experiments.schema import build, explain, register
+
+
+def main(backends: Mapping[str, BackendFactory] = BACKENDS) -> int:
+    """The command line. Returns its exit code: 0 done, 1 the run failed, 2 wrong usage, 130 interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    codes = []
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def entry(config: DictConfig) -> None:
+        codes.append(_run(config, backends))
+
+    if not CONF.is_dir():
+        return _fail(f"no folder {CONF}: run from a clone, installed with `pip install -e .`", 2)
+    register()
+    # Makes Hydra raise what it would print over many lines.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        entry()
+    except KeyboardInterrupt:
+        return _fail("interrupted: nothing was recorded", 130)
+    except Exception as error:
+        return _fail(explain(error), 2)
+    return max(codes, default=0)
+
+
+def _run(config: DictConfig, backends: Mapping[str, BackendFactory]) -> int:
+    try:
+        job.run(build(config), backends)
+    except UsageError as error:
+        return _fail(error, 2)
+    except RunError as error:
+        return _fail(error, 1)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _fail(line: object, code: int) -> int:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

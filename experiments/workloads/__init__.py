@@ -1,0 +1,68 @@
+"""Workloads: the questions of a run with their golds."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from experiments.errors import UsageError
+from experiments.schema import WorkloadConfig
+from experiments.workloads.gold import gold_answer
+from experiments.workloads.problem import Problem
+from experiments.workloads.sources import read_file, read_hub
+from experiments.workloads.word_problems import generate as word_problems
+
+__all__ = ["GENERATORS", "Problem", "load_problems"]
+
+GENERATORS: dict[str, Callable[..., Iterable[Problem]]] = {"word_problems": word_problems}
+
+
+def load_problems(config: WorkloadConfig, limit: int | None = None) -> list[Problem]:
+    """The first `limit` problems of a workload (None: all).
+
+    Raises:
+        UsageError: the source can't be read, or a field is missing, or an option of the generator is wrong.
+    """
+    if config.generator is not None and config.path is None:
+        problems = list(_generate(config))[:limit]
+    else:
+        rows = read_file(config.path) if config.path is not None else read_hub(config)
+        problems = [_problem(row, number, config) for number, row in enumerate(rows[:limit])]
+    if not problems:
+        raise UsageError(f"workload {config.name} holds no problem")
+    seen: set[str] = set()
+    for problem in problems:
+        if problem.id in seen:
+            raise UsageError(f"workload.id={config.id}: {problem.id!r} names two items; it must be unique")
+        seen.add(problem.id)
+    return problems
+
+
+def _generate(config: WorkloadConfig) -> Iterable[Problem]:
+    if config.generator not in GENERATORS:
+        raise UsageError(f"workload.generator={config.generator}: must be one of {', '.join(GENERATORS)}")
+    generator = GENERATORS[config.generator]
+    known = [name for name in inspect.signature(generator).parameters if name != "seed"]
+    for name in config.options:
+        if name not in known:
+            raise UsageError(
+                f"workload.options.{name}: unknown option of {config.generator}; known: {', '.join(known)}"
+            )
+    try:
+        return generator(seed=config.seed, **config.options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"workload.options: {error}") from error
+
+
+def _problem(row: Mapping[str, Any], number: int, config: WorkloadConfig) -> Problem:
+    for option in ("question", "id"):
+        name = getattr(config, option)
+        if name is not None and name not in row:
+            raise UsageError(f"workload.{option}={name}: item {number} has no such field; it has {', '.join(row)}")
+    gold = gold_answer(row, config.answer, config.solution)
+    if gold is None:
+        raise UsageError(f"workload.answer={config.answer}: item {number} has no such field; it has {', '.join(row)}")
+    return Problem(
+        id=str(number if config.id is None else row[config.id]), question=str(row[config.question]), gold=gold
+    )

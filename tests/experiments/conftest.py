@@ -1,0 +1,48 @@
+"""Runs in temporary folders, with an engine that needs no model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from experiments import run
+from tests.experiments.fake_engine import fake_backend
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZIPAGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny-model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architectures": ["None"]}')
+    return folder
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def arguments(model_folder: Path, results: Path) -> list[str]:
+    """The command line of a small run."""
+    return ["model=hf", f"model.path={model_folder}", "limit=6", f"results_dir={results}", "hardware=cpu"]
+
+
+@pytest.fixture
+def launch(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run the main job in this process on the fake engine; returns its exit code."""
+
+    def launch(*more: str, **behaviour) -> int:
+        monkeypatch.setattr(sys, "argv", ["experiments.run", *arguments, *more])
+        return run.main(fake_backend(**behaviour))
+
+    return launch

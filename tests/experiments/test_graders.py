@@ -1,0 +1,138 @@
+"""Graders: what is right, what is wrong, and what is taken for the answer."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from experiments.errors import UsageError
+from experiments.graders import get_grader, grade
+from experiments.graders.boxed import last_boxed
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "score"),
+    [
+        ("The answer is 18", "18", 1),
+        ("The answer is 18.", "18", 1),
+        ("The answer is 17.", "18", 0),
+        ("", "18", 0),
+        ("I do not know.", "18", 0),
+        ("The answer is N", "18", 0),
+        ("3 + 15 = 18", "18", 1),
+        ("She has 18 eggs left.", "18", 1),
+        ("It makes $18 a day.", "18", 1),
+        ("The answer is \\$18.00 a day", "18", 1),
+        ("18.00", "18", 1),
+        ("18.5", "18", 0),
+        (".5", "0.5", 1),
+        ("The total is 1,234,500 dollars", "1234500", 1),
+        ("1{,}234", "1,234", 1),
+        ("we counted 3, 4, 5", "5", 1),
+        ("The answer is -7.", "-7", 1),
+        ("The answer is −7", "-7", 1),
+        ("The answer is 7", "-7", 0),
+        ("-$7", "-7", 1),
+        ("15 - 8 gives 7", "7", 1),
+        ("10-7", "7", 1),
+        ("- 7 apples", "7", 1),
+        ("#### 18\nThat took 3 steps.", "18", 1),
+        ("so \\boxed{18}. Check: 9 times 2.", "18", 1),
+        ("\\boxed{7} no, \\boxed{18}", "18", 1),
+        ("\\boxed{\\frac{3}{4}}", "0.75", 1),
+        ("3/4", "0.75", 1),
+        ("1 / 0", "0", 1),
+        ("\\boxed{042}", "42", 1),
+        ("**Answer:** 18 eggs", "18", 1),
+        ("The final answer is **18**.", "18", 1),
+        ("The answer is 9 + 9 = 18. I checked it 2 times.", "18", 1),
+        ("The answer is:\n18\n", "18", 1),
+        ("The answer is N, and N is 18", "18", 1),
+        ("25%", "25", 1),
+        ("v2 has nothing", "2", 0),
+        ("<think>The answer is 3.</think>The answer is 18.", "18", 1),
+        ("#### 18", "It is 9 + 9. #### 18", 1),
+    ],
+)
+def test_numbers(answer, gold, score):
+    graded = grade(get_grader("number"), answer, gold)
+    assert graded.error is None
+    assert graded.score == score, graded
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "score"),
+    [
+        ("so \\boxed{\\frac{1}{2}}", "0.5", 1),
+        ("The answer is 1/2.", "\\frac{1}{2}", 1),
+        ("\\boxed{\\frac{1}{3}}", "\\frac{1}{2}", 0),
+        ("", "3", 0),
+        ("no idea", "3", 0),
+        ("\\boxed{(3, \\frac{\\pi}{2})}", "\\left( 3, \\frac{\\pi}{2} \\right)", 1),
+        ("\\boxed{x^2+2x+1}", "(x+1)^2", 1),
+        ("$x=5$", "5", 1),
+        ("\\boxed{-7}", "7", 0),
+        ("\\boxed{18\\text{ eggs}}", "18", 1),
+        ("\\boxed{1,234}", "1234", 1),
+        ("\\boxed{2} no, \\boxed{3}", "3", 1),
+        ("\\boxed{3} no, \\boxed{2}", "3", 0),
+        ("\\boxed{\\text{east}}", "\\text{east}", 1),
+    ],
+)
+def test_mathematics(answer, gold, score):
+    graded = grade(get_grader("math"), answer, gold)
+    assert graded.error is None
+    assert graded.score == score, graded
+
+
+def test_mathematics_stops_at_its_time_limit(monkeypatch):
+    monkeypatch.setattr("experiments.graders.mathematics.TIMEOUT", 1)
+    graded = grade(get_grader("math"), "\\boxed{\\binom{1000000000}{500000000}}", "5")
+    assert graded.score == 0
+    assert graded.error == "TimeoutError: math-verify took longer than 1 s"
+
+
+def test_mathematics_outside_the_main_thread_is_a_fault_of_the_grader():
+    grades = []
+    thread = threading.Thread(target=lambda: grades.append(grade(get_grader("math"), "\\boxed{5}", "5")))
+    thread.start()
+    thread.join()
+    assert grades[0].score == 0
+    assert "thread" in grades[0].error
+
+
+@pytest.mark.parametrize(("name", "gold"), [("number", "four"), ("math", "")])
+def test_gold_that_is_none_is_a_fault_of_the_grader(name, gold):
+    graded = grade(get_grader(name), "The answer is 4", gold)
+    assert graded.score == 0
+    assert graded.error.startswith("ValueError: the gold")
+
+
+@pytest.mark.parametrize(("answer", "score"), [("yes", 1), (" yes\n", 1), ("Yes", 0), ("", 0), ("yes, it is", 0)])
+def test_exact(answer, score):
+    assert grade(get_grader("exact"), answer, "yes").score == score
+
+
+def test_what_was_read_is_kept():
+    assert grade(get_grader("number"), "The answer is $1,250.", "3").extracted == "1250"
+    assert grade(get_grader("math"), "It is \\boxed{\\frac{1}{2}}.", "3").extracted == "\\frac{1}{2}"
+    assert grade(get_grader("exact"), "", "3").extracted is None
+
+
+def test_unknown_grader_is_refused():
+    with pytest.raises(UsageError, match="must be one of number, math, exact"):
+        get_grader("mind")
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed"),
+    [
+        ("\\boxed{1} and \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\fbox{3}", "3"),
+        ("\\boxed{unclosed", None),
+        ("none", None),
+    ],
+)
+def test_last_boxed_matches_braces(text, boxed):
+    assert last_boxed(text) == boxed

@@ -1,0 +1,201 @@
+"""Records: ids, whole or not at all, and reading them back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import records
+from experiments.errors import RunError, UsageError
+from experiments.schema import load_experiment, to_dict
+
+
+def make_run(folder: Path, name: str, accuracy: float = 0.5) -> Path:
+    with records.claim(folder / name) as staging:
+        records.write_config(staging, {"model": {"name": "m"}, "limit": 3, "note": "1e-3"})
+        records.write_json(staging / records.PROVENANCE, {"code": {"commit": "abc"}})
+        records.publish(staging, folder / name, {"accuracy": accuracy, "ttft": {"p50": None}})
+    return folder / name
+
+
+def identify(*options: str, **replace: str) -> str:
+    parts = {"model": "m0", "data": "d0", "device": "cpu"} | replace
+    config = to_dict(load_experiment(options))
+    config["model"]["name"] = "tiny"
+    return records.run_id(config, **parts)
+
+
+class TestRunId:
+    def test_reads_well(self):
+        assert records.re.fullmatch(r"tiny-word_problems-full-[0-9a-f]{12}", identify())
+
+    def test_what_changes_no_number_changes_no_id(self):
+        base = identify()
+        for option in ("tracking=wandb_offline", "results_dir=elsewhere", "force=true", "workload.path=x.jsonl"):
+            assert identify(option) == base, option
+
+    def test_everything_else_does(self):
+        others = [
+            identify(option)
+            for option in ("seed=1", "limit=3", "engine.block_size=16", "sampling.temperature=1", "hardware.threads=1")
+        ]
+        others += [
+            identify(model="m1"),
+            identify(data="d1"),
+            identify(device="H100"),
+            identify("policy.trigger=pressure"),
+        ]
+        assert len({identify(), *others}) == len(others) + 1
+
+    def test_names_are_safe_as_folders(self):
+        config = to_dict(load_experiment())
+        config["model"]["name"] = "../a b/c"
+        assert "/" not in records.run_id(config, model="m", data="d", device="cpu")
+
+
+def test_content_hash_ignores_the_order_of_keys():
+    assert records.content_hash({"a": 1, "b": [1, 2]}) == records.content_hash({"b": [1, 2], "a": 1})
+    assert records.content_hash([1, 2]) != records.content_hash([2, 1])
+
+
+class TestWriting:
+    def test_json_is_whole_or_not_there(self, tmp_path, monkeypatch):
+        path = tmp_path / "metrics.json"
+        records.write_json(path, {"a": 1})
+
+        def die(_):
+            raise OSError("power is gone")
+
+        monkeypatch.setattr(os, "fsync", die)
+        with pytest.raises(OSError, match="power"):
+            records.write_json(path, {"a": 2})
+        assert json.loads(path.read_text()) == {"a": 1}
+        with pytest.raises(ValueError, match="JSON compliant"):
+            records.write_json(path, {"a": float("nan")})
+
+    def test_claim_starts_from_an_empty_folder(self, tmp_path):
+        stale = tmp_path / "run.partial"
+        stale.mkdir()
+        (stale / "metrics.json").write_text("{}")
+        with records.claim(tmp_path / "run") as staging:
+            assert staging == stale
+            assert not list(staging.iterdir())
+        assert not staging.exists()
+
+    @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), UsageError("x")])
+    def test_nothing_stays_behind_after_a_fault(self, tmp_path, error):
+        def write_and_fail():
+            with records.claim(tmp_path / "run") as staging:
+                (staging / "steps.parquet").write_text("half")
+                raise error
+
+        with pytest.raises(type(error)):
+            write_and_fail()
+        assert [path.name for path in tmp_path.iterdir()] == [".locks"]
+        assert not list((tmp_path / ".locks").iterdir())
+
+    def test_traceback_of_a_failed_run_stays(self, tmp_path):
+        def fail():
+            with records.claim(tmp_path / "run") as staging:
+                (staging / records.TRACEBACK).write_text("why")
+                raise RunError("x")
+
+        with pytest.raises(RunError):
+            fail()
+        assert (tmp_path / "run.partial" / records.TRACEBACK).read_text() == "why"
+
+    def test_one_at_a_time(self, tmp_path, capsys):
+        inside, most = [], []
+
+        def work(number):
+            with records.claim(tmp_path / "run") as staging:
+                inside.append(number)
+                most.append(len(inside))
+                (staging / "mine").write_text(str(number))
+                time.sleep(0.02)
+                assert (staging / "mine").read_text() == str(number)
+                inside.remove(number)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert most == [1] * 8
+        assert "another process is making run: waiting for it" in capsys.readouterr().out
+
+    def test_publish_replaces_what_was_there(self, tmp_path):
+        make_run(tmp_path, "run", accuracy=0.1)
+        (tmp_path / "run" / "old").write_text("")
+        make_run(tmp_path, "run", accuracy=0.2)
+        assert not (tmp_path / "run" / "old").exists()
+        assert records.load_runs(tmp_path)["accuracy"].tolist() == [0.2]
+
+    def test_unwritable_folder_is_named(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UsageError, match="can't be written: Not a directory"):
+            records.check_writable(tmp_path / "file" / "runs")
+
+
+class TestReading:
+    def test_one_row_a_run(self, tmp_path):
+        make_run(tmp_path, "b", 0.2)
+        make_run(tmp_path, "a", 0.1)
+        runs = records.load_runs(tmp_path)
+        assert runs["run"].tolist() == ["a", "b"]
+        assert runs["accuracy"].tolist() == [0.1, 0.2]
+        assert runs["model.name"].tolist() == ["m", "m"]
+        assert runs["provenance.code.commit"].tolist() == ["abc", "abc"]
+        assert runs["note"].tolist() == ["1e-3", "1e-3"]
+
+    def test_incomplete_runs_are_counted_and_left_out(self, tmp_path, caplog):
+        make_run(tmp_path, "whole")
+        (make_run(tmp_path, "cut") / "metrics.json").unlink()
+        make_run(tmp_path, "staged").rename(tmp_path / "staged.partial")
+        (tmp_path / "wandb" / "offline" / "files").mkdir(parents=True)
+        (tmp_path / "wandb" / "offline" / "files" / "config.yaml").write_text("")
+        with caplog.at_level(logging.WARNING):
+            runs = records.load_runs(tmp_path)
+        assert runs["run"].tolist() == ["whole"]
+        assert runs.attrs["incomplete"] == 2
+        assert [record.getMessage() for record in caplog.records] == ["2 incomplete runs skipped"]
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("metrics.json", "{"),
+            ("metrics.json", "[]"),
+            ("config.yaml", "a: ["),
+            ("config.yaml", ""),
+            ("provenance.json", None),
+        ],
+    )
+    def test_corrupt_record_costs_one_line(self, tmp_path, caplog, name, content):
+        make_run(tmp_path, "good")
+        path = make_run(tmp_path, "bad") / name
+        path.unlink() if content is None else path.write_text(content)
+        with caplog.at_level(logging.WARNING):
+            runs = records.load_runs(tmp_path)
+        assert runs["run"].tolist() == ["good"]
+        assert len(caplog.records) == 1
+        line = caplog.records[0].getMessage()
+        assert line.startswith(f"{path.parent}: skipped")
+        assert "\n" not in line
+
+    def test_folders_and_runs_can_be_given(self, tmp_path):
+        a, b = make_run(tmp_path / "x" / "deep", "a"), make_run(tmp_path / "y", "b")
+        assert records.load_runs([a, b])["run"].tolist() == ["a", "b"]
+        assert records.load_runs([tmp_path, a])["run"].tolist() == ["a", "b"]
+
+    def test_missing_folder_is_named(self, tmp_path):
+        with pytest.raises(UsageError, match="no such folder of runs"):
+            records.load_runs(tmp_path / "nothing")
+
+    def test_no_runs_give_an_empty_frame(self, tmp_path):
+        assert records.load_runs(tmp_path).empty

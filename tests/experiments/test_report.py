@@ -1,0 +1,89 @@
+"""Numbers of a run, and the table of runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments import report
+from experiments.metrics import spread, summarise
+from experiments.provenance import code_state, collect, device_name
+from experiments.records import load_runs
+
+
+def test_accuracy_is_the_mean_over_samples_refused_ones_included():
+    answered = {"error": None, "finish_reason": "stop", "prompt_tokens": 10, "ttft": 0.5, "tpot": 0.1, "e2e": 2.0}
+    rows = [
+        answered | {"prompt_id": "a", "sample_index": 0, "grade": 1.0, "output_tokens": 4},
+        answered | {"prompt_id": "a", "sample_index": 1, "grade": 0.0, "output_tokens": 6},
+        answered | {"prompt_id": "b", "sample_index": 0, "grade": 1.0, "output_tokens": 8, "ttft": 1.5},
+        {"prompt_id": "c", "sample_index": 0, "grade": 0.0, "output_tokens": 0, "prompt_tokens": 99}
+        | {"finish_reason": "error", "error": "too long"},
+    ]
+    metrics = summarise(rows, [{"blocks_used": 3, "num_running": 2}, {"blocks_used": 7, "num_running": 1}], seconds=2.0)
+    assert metrics["accuracy"] == 0.5
+    assert (metrics["prompts"], metrics["samples"], metrics["errors"]) == (3, 4, 1)
+    assert metrics["finish_reasons"] == {"stop": 3, "error": 1}
+    assert metrics["output_tokens"] == 18
+    assert metrics["output_tokens_per_second"] == 9
+    assert metrics["prompt_tokens"] == 119, "a prompt counts once, however many samples it has"
+    assert metrics["output_length"]["mean"] == 6
+    assert metrics["ttft"]["mean"] == pytest.approx(2.5 / 3)
+    assert metrics["peak_blocks"] == 7
+
+
+def test_spread_of_nothing_is_none():
+    assert set(spread([None, None]).values()) == {None}
+    assert spread([1.0, None, 3.0]) == pytest.approx({"mean": 2, "p50": 2, "p90": 2.8, "p99": 2.98, "max": 3})
+
+
+def test_table_of_runs(launch, results, capsys):
+    launch()
+    launch("seed=1")
+    capsys.readouterr()
+    assert report.main([str(results)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split("|")[1].strip() == "run"
+    assert {line.split("|")[1].strip() for line in lines[2:]} == set(load_runs(results)["run"])
+
+
+def test_table_of_nothing_says_so(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "no finished run\n"
+    assert report.main([str(tmp_path / "nowhere")]) == 2
+    assert "no such folder of runs" in capsys.readouterr().err
+
+
+def test_code_state_follows_the_files(tmp_path, monkeypatch):
+    import subprocess
+
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=t", "-c", "user.email=t", *arguments], check=True)
+
+    monkeypatch.setattr("experiments.provenance.ROOT", tmp_path)
+    assert code_state() == {"commit": "unknown", "diff": "none"}
+    git("init", "-q")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-qm", "first")
+    clean = code_state()
+    assert len(clean["commit"]) == 40
+    assert clean["diff"] == "none"
+    (tmp_path / "a").write_text("2")
+    changed = code_state()
+    assert changed["commit"] == clean["commit"]
+    assert len(changed["diff"]) == 64
+    (tmp_path / "b").write_text("new")
+    assert code_state()["diff"] != changed["diff"]
+
+
+def test_provenance_is_plain_and_complete():
+    from experiments.records import content_hash
+
+    origin = collect()
+    content_hash(origin)
+    assert origin["command"]
+    assert origin["hardware"]["cpu"]
+    assert origin["hardware"]["cpus"] >= 1
+    assert device_name("cpu") == "cpu"

@@ -1,0 +1,91 @@
+"""Tracking: the real wandb offline, and its faults never reach the run."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments.records import load_runs
+from experiments.schema import load_experiment
+from experiments.tracking import NullTracker, WandbTracker, open_tracker
+from zipage import StepStats
+
+STEP = StepStats(0, 0.0, 1, 0, 0, 0, 1, 0, 1, 0, 10, 0.0, 0.0, 0.0)
+
+
+@pytest.fixture
+def no_key(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+def tracking(*options: str):
+    return load_experiment(options).tracking
+
+
+def test_off_by_default(tmp_path):
+    tracker = open_tracker(tracking(), "run", {}, tmp_path)
+    assert isinstance(tracker, NullTracker)
+    tracker.log_step(STEP)
+    tracker.finish({})
+    assert not list(tmp_path.iterdir())
+
+
+def test_offline_run_is_kept_on_disk(launch, results, no_key):
+    assert launch("tracking=wandb_offline", "limit=2", "sampling.max_tokens=3") == 0
+    runs = load_runs(results)
+    assert len(runs) == 1
+    assert runs.attrs["incomplete"] == 0
+    files = list((results / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 1
+    assert runs["run"][0] in files[0].name
+    assert files[0].stat().st_size > 0
+
+
+def test_online_without_a_key_goes_offline(tmp_path, no_key, capsys):
+    tracker = open_tracker(tracking("tracking=wandb_online"), "a-run", {"limit": 3}, tmp_path)
+    tracker.log_step(STEP)
+    tracker.finish({"accuracy": 0.5, "ttft": {"p50": 0.1}})
+    assert "wandb has no key here: offline" in capsys.readouterr().out
+    assert list((tmp_path / "wandb").glob("offline-run-*-a-run"))
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+def test_a_fault_costs_one_line_and_the_run_goes_on(monkeypatch, tmp_path, capsys, where):
+    import wandb
+
+    class Run:
+        def __init__(self):
+            self.summary = {}
+
+        def log(self, values):
+            if where == "log":
+                raise RuntimeError("no\nroom")
+
+        def finish(self, exit_code):
+            if where == "finish":
+                raise RuntimeError("no\nroom")
+
+    def init(**options):
+        if where == "init":
+            raise RuntimeError("no\nroom")
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    tracker = WandbTracker(tracking("tracking=wandb_offline"), "run", {}, tmp_path)
+    for _ in range(3):
+        tracker.log_step(STEP)
+    tracker.finish({"accuracy": 1.0})
+    out = capsys.readouterr().out
+    assert out == "tracking: wandb failed and is left out from here on (RuntimeError: no room)\n"
+
+
+def test_missing_wandb_costs_one_line(monkeypatch, tmp_path, capsys):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    tracker = open_tracker(tracking("tracking=wandb_offline"), "run", {}, tmp_path)
+    tracker.log_step(STEP)
+    tracker.finish(None)
+    assert capsys.readouterr().out.count("\n") == 1
