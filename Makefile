@@ -1,0 +1,37 @@
+# make demo: from nothing to a table.   make test: what CI runs.
+PYTHON ?= python3
+VENV ?= .venv
+# The build for CPUs; on a CUDA machine: make setup TORCH=torch==2.13.0
+TORCH ?= torch==2.13.0+cpu
+RUN = $(VENV)/bin/python
+
+.PHONY: setup demo test lint format bench-scheduler
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Zipage needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install -q --disable-pip-version-check "$(TORCH)" || { \
+	  echo "No $(TORCH) for this Python in pip's indexes: taking the default build of torch, which on Linux may bring"; \
+	  echo "gigabytes of CUDA. To avoid that, stop here and point PIP_EXTRA_INDEX_URL at PyTorch's index of CPU wheels."; \
+	  $(RUN) -m pip install -q --disable-pip-version-check torch==2.13.0; }
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+demo: setup
+	$(RUN) -m experiments.run model=smollm2 workload=word_problems policy=full hardware=cpu limit=48
+
+test: setup lint
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: setup
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench-scheduler: setup
+	$(RUN) -m pytest tests/benchmarks/bench_scheduler.py -q -p no:cacheprovider
