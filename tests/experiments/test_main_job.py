@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
-from experiments import run
+from experiments import bench_transformers, run
 from experiments.records import load_requests, load_runs, load_steps
 
 ROOT = Path(__file__).parents[2]
@@ -101,3 +102,32 @@ def test_prompt_longer_than_the_pool_is_one_line(options, tmp_path, monkeypatch,
     assert errors.count("\n") == 1
     assert errors.startswith("error: 5 of 5 samples could not be answered; the first is 00000: the prompt has")
     assert load_runs(tmp_path / "runs").empty
+
+
+def test_bench_against_transformers(tiny, tmp_path, capsys):
+    output = tmp_path / "bench.json"
+    options = ["model=hf", f"model.path={tiny}", "hardware=cpu", "engine.block_size=16", "engine.num_blocks=128"]
+    sizes = ["--batch", "3", "--alone", "2", "--tokens", "8"]
+    assert bench_transformers.main([*options, *sizes, "--output", str(output)]) == 0
+    record = json.loads(output.read_text())
+    assert record["same_tokens"] == 1
+    assert record["config"]["engine"]["dtype"] == "float32"
+    rates = [record[name]["output_tokens_per_second"] for name in ("engine", "transformers")]
+    assert record["ratio"] == pytest.approx(rates[0] / rates[1])
+    assert record["provenance"]["model_files"].keys() >= {"config.json", "model.safetensors"}
+    assert f"record: {output}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["engine.blok_size=16"], "engine.blok_size: unknown option; did you mean engine.block_size?"),
+        (["--alone", "9", "--batch", "2"], "--batch, --alone and --tokens must be at least 1, and --alone at most"),
+        (["--batch", "64"], "--batch 64: the workload holds 48 problems"),
+    ],
+)
+def test_wrong_bench_is_one_line(arguments, line, capsys):
+    assert bench_transformers.main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {line}")
+    assert errors.count("\n") == 1
