@@ -7,6 +7,8 @@ are masked and their V is zeroed in the copy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -181,3 +183,195 @@ def _causal(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         part = q[:, :, first:last], keys[:, :, :limit], values[:, :, :limit]
         parts.append(scaled_dot_product_attention(*part, attn_mask=seen, scale=scale))
     return torch.cat(parts, dim=2)
+
+
+def store_queries_torch(q: Tensor, q_cache: Tensor, indices: Tensor) -> None:
+    """`reference.store_queries`, all tokens at once."""
+    stored = indices >= 0
+    if not stored.all():
+        q, indices = q[stored], indices[stored]
+    q_cache.view(-1, *q_cache.shape[2:]).index_copy_(0, indices, q)
+
+
+def store_positions_torch(positions: Tensor, state: Tensor, slots: Tensor) -> None:
+    """`reference.store_positions`, all tokens at once."""
+    stored = slots >= 0
+    if not stored.all():
+        positions, slots = positions[stored], slots[stored]
+    blocks = slots.div(state.shape[3], rounding_mode="floor")
+    state[:, blocks, :, slots - blocks * state.shape[3]] = positions[:, None, None]
+
+
+def attention_score_torch(
+    q_cache: Tensor,
+    k_cache: Tensor,
+    query_slots: Tensor,
+    window_ends: Tensor,
+    block_tables: Tensor,
+    lens: Tensor,
+    scale: float,
+    *,
+    softmax: str = "all",
+    group: str = "max",
+    window: str = "mean",
+) -> Tensor:
+    """`reference.attention_score`, a matrix product for each layer and request."""
+    layers, _, kv_heads, _, head_dim = k_cache.shape
+    queries, query_heads = q_cache.shape[2:4]
+    out = _scores_like(k_cache, block_tables)
+    ends, slots = window_ends.tolist(), query_slots.tolist()
+    reduce_group = torch.amax if group == "max" else torch.mean
+    for row, length in enumerate(lens.tolist()):
+        if length == 0:
+            continue
+        past = length - queries
+        scored = length if softmax == "all" else past
+        ring = torch.arange(ends[row] - queries, ends[row]) % queries
+        hidden = torch.arange(past, length) > torch.arange(past, length)[:, None]
+        for layer in range(layers):
+            q = q_cache[layer, slots[row]].index_select(0, ring).view(queries, kv_heads, -1, head_dim)
+            q = (q.float() * scale).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+            keys = _entries(k_cache[layer], block_tables[row], length)[:, 0, :scored].float()
+            logits = torch.bmm(q, keys.transpose(1, 2)).view(kv_heads, query_heads // kv_heads, queries, scored)
+            if softmax == "all":
+                logits[..., past:].masked_fill_(hidden, float("-inf"))
+            if softmax == "group_cut":
+                weights = reduce_group(logits, 1).softmax(dim=-1)
+            else:
+                weights = reduce_group(logits.softmax(dim=-1), 1)
+            if window == "max":
+                out[layer, row, :, :scored] = weights.amax(dim=1)
+            else:
+                out[layer, row, :, :scored] = weights.sum(dim=1) / (queries if window == "mean" else 1)
+    return out
+
+
+def redundancy_torch(
+    k_cache: Tensor, block_tables: Tensor, lens: Tensor, *, tau: float, threshold: float = 0.5, chunk: int | None = None
+) -> Tensor:
+    """`reference.redundancy`, the runs of a request together as far as their cosines stay small."""
+    out = _scores_like(k_cache, block_tables)
+    for row, length in enumerate(lens.tolist()):
+        if length == 0:
+            continue
+        run = min(chunk or length, length)
+        compared = torch.full((length,), run)
+        compared[length // run * run :] = length % run
+        for layer in range(k_cache.shape[0]):
+            keys = _entries(k_cache[layer], block_tables[row], length)[:, 0].float()
+            keys = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+            runs = torch.nn.functional.pad(keys, (0, 0, 0, -length % run)).view(-1, run, keys.shape[-1])
+            pieces = runs.split(max(1, PIECE_BYTES // (4 * run * run)))
+            raw = torch.cat([_unexcused_sums(piece, threshold) for piece in pieces]).view(keys.shape[0], -1)
+            out[layer, row, :, :length] = (raw[:, :length] / (tau * compared)).softmax(dim=-1)
+    return out
+
+
+def _unexcused_sums(keys: Tensor, threshold: float) -> Tensor:
+    """For normalised keys [M, n, d], the sum of each one's cosines but those that it excuses: [M, n]."""
+    cosine = torch.bmm(keys, keys.transpose(1, 2))
+    cosine.diagonal(dim1=1, dim2=2).zero_()
+    slots = torch.arange(cosine.shape[1])
+    last = torch.where(cosine > threshold, slots, -1).amax(dim=2)
+    excused = cosine.gather(2, last.clamp(min=0)[..., None])[..., 0].masked_fill_(last < 0, 0)
+    return cosine.sum(dim=2).scatter_add_(1, last.clamp(min=0), -excused)
+
+
+def update_global_score_torch(
+    scores: Tensor,
+    stored: Tensor,
+    block_tables: Tensor,
+    lens: Tensor,
+    num_carried: Tensor,
+    alpha: float,
+    *,
+    kind: str = "max",
+) -> Tensor:
+    """`reference.update_global_score`, request by request."""
+    out = scores.clone()
+    block_size = stored.shape[3]
+    for row, carried in enumerate(torch.minimum(num_carried, lens).tolist()):
+        blocks = block_tables[row, : -(-carried // block_size)].long()
+        old = stored[:, blocks].transpose(1, 2).flatten(2)[..., :carried] * alpha
+        new = out[:, row, :, :carried]
+        new.copy_(torch.maximum(new, old) if kind == "max" else new + old)
+    return out
+
+
+def select_torch(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
+    """`reference.select`, as the largest of integers that order slots by (must, score, slot) and are all different."""
+    width = scores.shape[3]
+    must = must[:, None] if must.dim() == 2 else must
+    bits = scores.masked_fill(scores == 0, 0).view(torch.int32)
+    order = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).long()
+    order = torch.where(must, 1 << 32, order)
+    slots = torch.arange(width)
+    order = (order * width + slots).masked_fill(slots >= lens[:, None, None], torch.iinfo(torch.int64).min)
+    best = order.topk(max_keep, dim=-1).indices
+    count = torch.minimum(keep, lens)[:, None, None]
+    best = best.masked_fill(torch.arange(max_keep) >= count, width).sort(dim=-1).values
+    return best.masked_fill(best == width, -1).int()
+
+
+def compact_stable_torch(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    states: Sequence[Tensor],
+    kept: Tensor,
+    block_tables: Tensor,
+    dst_tables: Tensor,
+    updates: Sequence[Tensor | None] | None = None,
+) -> None:
+    """`reference.compact_stable`, all survivors at once."""
+    _move(k_cache, v_cache, states, kept, block_tables, dst_tables, updates)
+
+
+def compact_holes_torch(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    states: Sequence[Tensor],
+    kept: Tensor,
+    block_tables: Tensor,
+    updates: Sequence[Tensor | None] | None = None,
+) -> None:
+    """`reference.compact_holes`, all survivors at once."""
+    slots = torch.arange(kept.shape[3])
+    count = (kept >= 0).sum(dim=-1, keepdim=True)
+    stays = (kept >= 0) & (kept < count)
+    # Survivors that stay are marked in the slot they have; the last column takes the marks of the others.
+    marks = torch.zeros((*kept.shape[:3], kept.shape[3] + 1), dtype=torch.bool)
+    marks.scatter_(3, torch.where(stays, kept, kept.shape[3]).long(), True)
+    hole = ~marks[..., :-1] & (slots < count)
+    rank = hole.cumsum(dim=-1) - 1 + stays.sum(dim=-1, keepdim=True)
+    movers = kept.gather(3, rank.clamp(0, kept.shape[3] - 1))
+    sources = torch.where(hole, movers, torch.where(slots < count, slots.int(), -1))
+    _move(k_cache, v_cache, states, sources, block_tables, block_tables, updates)
+
+
+def _move(k_cache, v_cache, states, sources, block_tables, dst_tables, updates) -> None:
+    """Give destination slot i the entry of source slot sources[l, r, h, i]; -1 gives nothing."""
+    block_size = k_cache.shape[3]
+    layer, row, head, index = (sources >= 0).nonzero(as_tuple=True)
+    source = sources[layer, row, head, index].long()
+    to_block = dst_tables[row, index.div(block_size, rounding_mode="floor")].long()
+    written = to_block >= 0
+    layer, row, head, index, source, to_block = (x[written] for x in (layer, row, head, index, source, to_block))
+    from_block = block_tables[row, source.div(block_size, rounding_mode="floor")].long()
+    offset = index % block_size
+    moved = (from_block != to_block) | (source % block_size != offset)
+    reads = layer[moved], from_block[moved], head[moved], source[moved] % block_size
+    writes = layer[moved], to_block[moved], head[moved], offset[moved]
+    for x in (k_cache, v_cache):
+        x.index_put_(writes, x[reads])
+    for state, update in zip(states, updates or [None] * len(states), strict=True):
+        if update is None:
+            state.index_put_(writes, state[reads])
+        else:
+            state.index_put_((layer, to_block, head, offset), update[layer, row, head, source])
+
+
+def _scores_like(k_cache: Tensor, block_tables: Tensor) -> Tensor:
+    """Scores of all -inf: float32 [L, R, H, max_blocks * b]."""
+    layers, _, kv_heads, block_size, _ = k_cache.shape
+    requests, blocks = block_tables.shape
+    return torch.full((layers, requests, kv_heads, blocks * block_size), float("-inf"))

@@ -6,6 +6,7 @@ Triton is imported at the first CUDA call, so that a machine without it runs eve
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
@@ -16,16 +17,30 @@ from kernels import cpu, layout
 
 @functools.cache
 def _triton() -> SimpleNamespace:
+    from kernels.attention_score import attention_score_triton
     from kernels.block_copy import copy_blocks_triton
+    from kernels.compaction import compact_holes_triton, compact_stable_triton
+    from kernels.global_score import update_global_score_triton
     from kernels.kv_store import store_kv_triton
     from kernels.paged_decode import paged_decode_triton
     from kernels.paged_prefill import paged_prefill_triton
+    from kernels.redundancy import redundancy_triton
+    from kernels.selection import select_triton
+    from kernels.window_store import store_positions_triton, store_queries_triton
 
     return SimpleNamespace(
         store_kv=store_kv_triton,
         paged_decode=paged_decode_triton,
         paged_prefill=paged_prefill_triton,
         copy_blocks=copy_blocks_triton,
+        store_queries=store_queries_triton,
+        store_positions=store_positions_triton,
+        attention_score=attention_score_triton,
+        redundancy=redundancy_triton,
+        update_global_score=update_global_score_triton,
+        select=select_triton,
+        compact_stable=compact_stable_triton,
+        compact_holes=compact_holes_triton,
     )
 
 
@@ -123,3 +138,271 @@ def copy_blocks(k_cache: Tensor, v_cache: Tensor, src: Tensor, dst: Tensor) -> N
             _triton().copy_blocks(k_cache, v_cache, src, dst)
     else:
         cpu.copy_blocks_torch(k_cache, v_cache, src, dst)
+
+
+def store_queries(q: Tensor, q_cache: Tensor, indices: Tensor) -> None:
+    """Write each token's queries into its place of a query slot.
+
+    Args:
+        q: [T, Hq, d], last dimension contiguous, of q_cache's dtype.
+        q_cache: [num_query_slots, w, Hq, d], one layer; float32, float16 or bfloat16; written in place. A slot is a
+            ring: the queries of logical position p lie at p % w.
+        indices: int64 [T], `query_slot * w + p % w`; -1 stores nothing. Two tokens never share a place: of a longer
+            chunk of a request, only the last w tokens are stored.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or layout is not as above.
+    """
+    layout.check_store_queries(q, q_cache, indices)
+    if q_cache.is_cuda:
+        with torch.cuda.device(q_cache.device):
+            _triton().store_queries(q, q_cache, indices)
+    else:
+        cpu.store_queries_torch(q, q_cache, indices)
+
+
+def store_positions(positions: Tensor, state: Tensor, slots: Tensor) -> None:
+    """Write each token's logical position beside its K and V, in every layer and head.
+
+    Args:
+        positions: int32 [T].
+        state: int32 [L, num_blocks, H, b], each layer contiguous; written in place.
+        slots: int64 [T], `block_id * b + offset`; -1 stores nothing. Two tokens never share a slot.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or layout is not as above.
+    """
+    layout.check_store_positions(positions, state, slots)
+    if state.is_cuda:
+        with torch.cuda.device(state.device):
+            _triton().store_positions(positions, state, slots)
+    else:
+        cpu.store_positions_torch(positions, state, slots)
+
+
+def attention_score(
+    q_cache: Tensor,
+    k_cache: Tensor,
+    query_slots: Tensor,
+    window_ends: Tensor,
+    block_tables: Tensor,
+    lens: Tensor,
+    scale: float,
+    *,
+    softmax: str = "all",
+    group: str = "max",
+    window: str = "mean",
+) -> Tensor:
+    """What a request's last w queries, the tokens of its last w entries, think of each of its n entries.
+
+    A softmax of each query over the entries, then `group` over the query heads of a KV head, then `window` over the
+    queries. Zipage (arXiv 2603.08743) and G-KV (2512.00504) use (all, max, mean), SnapKV (2404.14469) (all, mean,
+    mean), R-KV (2505.24133) (group_cut, max, mean), MorphKV (2503.00979) (cut, max, sum or max).
+
+    Args:
+        q_cache: [L, num_query_slots, w, Hq, d], each layer contiguous, of k_cache's dtype; Hq a multiple of H.
+        k_cache: [L, num_blocks, H, b, d], any range of layers; float32, float16 or bfloat16.
+        query_slots: int32 [R].
+        window_ends: int32 [R]; the last query of the window is that of logical position end - 1, and end >= w.
+        block_tables: int32 [R, max_blocks]; never read past ceil(n / b).
+        lens: int32 [R], n: at least w, or 0 for a row that is left out.
+        scale: of the logits, before the softmax.
+        softmax: "all": over the entries that a query sees, itself included; "cut": over the entries before the
+            window; "group_cut": the same of the logits reduced by `group`, one softmax a KV head.
+        group: "max" or "mean".
+        window: "mean", "sum" or "max".
+
+    Returns:
+        float32 [L, R, H, max_blocks * b]; -inf past n, and in the window's own columns where they are cut.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device, layout or value is not as above.
+    """
+    layout.check_attention_score(
+        q_cache, k_cache, query_slots, window_ends, block_tables, lens, softmax, group, window
+    )  # fmt: skip
+    args = q_cache, k_cache, query_slots, window_ends, block_tables, lens, scale
+    kinds = {"softmax": softmax, "group": group, "window": window}
+    if k_cache.is_cuda:
+        with torch.cuda.device(k_cache.device):
+            return _triton().attention_score(*args, **kinds)
+    return cpu.attention_score_torch(*args, **kinds)
+
+
+def redundancy(
+    k_cache: Tensor, block_tables: Tensor, lens: Tensor, *, tau: float, threshold: float = 0.5, chunk: int | None = None
+) -> Tensor:
+    """How much each key repeats others (R-KV, arXiv 2505.24133; in chunks: Zipage, arXiv 2603.08743).
+
+    With c(m, j) the cosine of two keys and c(j, j) = 0, last(j) is the highest slot m with c(m, j) > threshold, and
+    raw[m] the sum over j of c(m, j), leaving out each j with last(j) = m. The result is the softmax over the request
+    of raw / (tau * keys compared).
+
+    Args:
+        k_cache: [L, num_blocks, H, b, d], any range of layers; float32, float16 or bfloat16.
+        block_tables: int32 [R, max_blocks]; never read past ceil(n / b).
+        lens: int32 [R], n.
+        tau: temperature.
+        threshold: cosine above which a key is a near-duplicate.
+        chunk: keys are compared within aligned runs of so many slots, a power of two from 16, the last one partial;
+            None: with all.
+
+    Returns:
+        float32 [L, R, H, max_blocks * b], summing to 1 over a request's n entries; -inf past n.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device, layout or value is not as above.
+    """
+    layout.check_redundancy(k_cache, block_tables, lens, tau, chunk)
+    kinds = {"tau": tau, "threshold": threshold, "chunk": chunk}
+    if k_cache.is_cuda:
+        with torch.cuda.device(k_cache.device):
+            return _triton().redundancy(k_cache, block_tables, lens, **kinds)
+    return cpu.redundancy_torch(k_cache, block_tables, lens, **kinds)
+
+
+def update_global_score(
+    scores: Tensor,
+    stored: Tensor,
+    block_tables: Tensor,
+    lens: Tensor,
+    num_carried: Tensor,
+    alpha: float,
+    *,
+    kind: str = "max",
+) -> Tensor:
+    """Fold the scores stored at earlier compressions into new ones: max(s, alpha * stored), as G-KV (2512.00504).
+
+    Args:
+        scores: float32 [L, R, H, N], contiguous.
+        stored: float32 [L, num_blocks, H, b], each layer contiguous; never written: source blocks may be shared.
+        block_tables: int32 [R, N / b]; never read past ceil(min(num_carried, n) / b).
+        lens: int32 [R], n.
+        num_carried: int32 [R]; the slots below it carry a stored score, the others keep their new one.
+        alpha: decay of the stored score.
+        kind: "max", or "sum" for s + alpha * stored (H2O, arXiv 2306.14048).
+
+    Returns:
+        float32 [L, R, H, N], also the scores to store: hand them to the compaction as the state's update.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device, layout or value is not as above.
+    """
+    layout.check_global_score(scores, stored, block_tables, lens, num_carried, kind)
+    args = scores, stored, block_tables, lens, num_carried, alpha
+    if scores.is_cuda:
+        with torch.cuda.device(scores.device):
+            return _triton().update_global_score(*args, kind=kind)
+    return cpu.update_global_score_torch(*args, kind=kind)
+
+
+def pool_scores(scores: Tensor, lens: Tensor, width: int, kind: str, limit: Tensor) -> Tensor:
+    """Pool scores along the sequence, so that neighbours survive together (SnapKV, arXiv 2404.14469).
+
+    Args:
+        scores: float32 [L, R, H, N], contiguous.
+        lens: int32 [R], n.
+        width: odd number of slots, stride 1.
+        kind: "max", over fewer slots at the ends; "avg", with zeros past the ends and the divisor always `width`.
+        limit: int32 [R]; the slots below min(limit, n) are pooled, among themselves.
+
+    Returns:
+        float32 [L, R, H, N]; slots from the limit on are as they were.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device, layout or value is not as above.
+    """
+    layout.check_pool(scores, lens, width, kind, limit)
+    slots = torch.arange(scores.shape[3], device=scores.device)
+    pooled = slots < torch.minimum(limit, lens)[:, None, None]
+    lines = torch.where(pooled, scores, float("-inf") if kind == "max" else 0.0).flatten(0, 2)[:, None]
+    pool = torch.nn.functional.max_pool1d if kind == "max" else torch.nn.functional.avg_pool1d
+    return torch.where(pooled, pool(lines, width, 1, width // 2).view(scores.shape), scores)
+
+
+def select(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
+    """The slots that survive in each layer and KV head: those of `must`, then the best, ties to the higher slot.
+
+    Args:
+        scores: float32 [L, R, H, N], contiguous, no NaN in a request's n entries; those past n are never used.
+        must: bool [R, N] or [L, R, H, N], last dimension contiguous; at most keep[r] of a request's n entries.
+        lens: int32 [R], n.
+        keep: int32 [R], up to max_keep; all n entries survive where n is smaller.
+        max_keep: of all requests, up to N.
+
+    Returns:
+        int32 [L, R, H, max_keep]: slots in ascending order, then -1.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device, layout or value is not as above.
+    """
+    layout.check_select(scores, must, lens, keep, max_keep)
+    if scores.is_cuda:
+        with torch.cuda.device(scores.device):
+            return _triton().select(scores, must, lens, keep, max_keep)
+    return cpu.select_torch(scores, must, lens, keep, max_keep)
+
+
+def compact_stable(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    states: Sequence[Tensor],
+    kept: Tensor,
+    block_tables: Tensor,
+    dst_tables: Tensor,
+    updates: Sequence[Tensor | None] | None = None,
+) -> None:
+    """Pack each layer and head's survivors, in slot order, into the request's destination blocks.
+
+    Args:
+        k_cache, v_cache: [L, num_blocks, H, b, d], any range of layers, laid out alike; written in place.
+        states: int32 or float32 [L, num_blocks, H, b], each layer contiguous; moved along, written in place.
+        kept: int32 [L, R, H, max_keep], contiguous, `select`'s.
+        block_tables: int32 [R, max_blocks], the source; read where a survivor is.
+        dst_tables: int32 [R, dst_blocks], the destination; read up to ceil(survivors / b). A block of it is the
+            request's own source block of the same place or an earlier one, or one that no request reads, or -1: then
+            the survivors of its slots are already there, and nothing is written, as others share the block.
+        updates: for each state None or [L, R, H, max_blocks * b] of its dtype, contiguous: values by source slot that
+            are stored instead of the old ones.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or layout is not as above.
+    """
+    layout.check_compact(k_cache, v_cache, states, kept, block_tables, dst_tables, updates)
+    args = k_cache, v_cache, states, kept, block_tables, dst_tables, updates
+    if k_cache.is_cuda:
+        with torch.cuda.device(k_cache.device):
+            _triton().compact_stable(*args)
+    else:
+        cpu.compact_stable_torch(*args)
+
+
+def compact_holes(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    states: Sequence[Tensor],
+    kept: Tensor,
+    block_tables: Tensor,
+    updates: Sequence[Tensor | None] | None = None,
+) -> None:
+    """Move the survivors from slot `count` on into the holes below it, the first into the first; others stay.
+
+    Attention does not depend on the order of entries: `count` survivors fill slots 0 .. count - 1 again.
+
+    Args:
+        k_cache, v_cache: [L, num_blocks, H, b, d], any range of layers, laid out alike; written in place.
+        states: int32 or float32 [L, num_blocks, H, b], each layer contiguous; moved along, written in place.
+        kept: int32 [L, R, H, max_keep], contiguous, `select`'s; count is a row's number of survivors.
+        block_tables: int32 [R, max_blocks]; the blocks of the slots below count are the request's own.
+        updates: as in `compact_stable`.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or layout is not as above.
+    """
+    layout.check_compact(k_cache, v_cache, states, kept, block_tables, block_tables, updates)
+    args = k_cache, v_cache, states, kept, block_tables, updates
+    if k_cache.is_cuda:
+        with torch.cuda.device(k_cache.device):
+            _triton().compact_holes(*args)
+    else:
+        cpu.compact_holes_torch(*args)

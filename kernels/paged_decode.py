@@ -5,14 +5,12 @@ Sources: Flash-Decoding (https://pytorch.org/blog/flash-decoding/), PagedAttenti
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.tiles import LOG2_E, attend_tile, load_blocks, padded_dim
+from kernels.tiles import LOG2_E, attend_tile, load_blocks, multiprocessors, padded_dim
 
 PROGRAMS_PER_SM = 3
 """Programs that a multiprocessor holds at once, by their shared memory on Hopper: splitting fills them, no more."""
@@ -154,11 +152,6 @@ def tile_config(head_dim: int, element_size: int) -> dict[str, int]:
     return {"TILE": 128 if dim <= 64 else 64 if dim <= 128 else 32, "num_warps": 4, "num_stages": 3}
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def choose_splits(pairs: int, bound: int, multiprocessors: int) -> int:
     """Splits of a request: few (request, KV head) pairs are split until they fill the GPU.
 
@@ -201,7 +194,7 @@ def paged_decode_triton(
         return out
     if num_splits is None:
         bound = block_tables.shape[1] * block_size
-        num_splits = choose_splits(batch * kv_heads, bound, _multiprocessors(q.device))
+        num_splits = choose_splits(batch * kv_heads, bound, multiprocessors(q.device))
     options = tile_config(head_dim, q.element_size())
     tile, dim_pad = options["TILE"], padded_dim(head_dim)
     min_tiles = max(1, MIN_SPLIT // tile)

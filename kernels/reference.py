@@ -5,10 +5,15 @@ Every entry is reached through the block table and by slicing, so nothing past a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+
 import torch
 from torch import Tensor
 
 from kernels.layout import PAD_SLOT
+
+REDUCTIONS = {"max": torch.amax, "mean": torch.mean, "sum": torch.sum}
 
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -99,6 +104,297 @@ def copy_blocks(k_cache: Tensor, v_cache: Tensor, src: Tensor, dst: Tensor) -> N
     for source, target in zip(src.tolist(), dst.tolist(), strict=True):
         k_cache[:, target] = k_cache[:, source]
         v_cache[:, target] = v_cache[:, source]
+
+
+def store_queries(q: Tensor, q_cache: Tensor, indices: Tensor) -> None:
+    """Write each token's queries into its place of a query slot.
+
+    Args:
+        q: [T, Hq, d].
+        q_cache: [num_query_slots, w, Hq, d], one layer; written in place. A slot is a ring: the queries of logical
+            position p lie at p % w.
+        indices: int64 [T], `query_slot * w + p % w`; -1 stores nothing.
+    """
+    window = q_cache.shape[1]
+    for token, index in enumerate(indices.tolist()):
+        if index != PAD_SLOT:
+            q_cache[index // window, index % window] = q[token]
+
+
+def store_positions(positions: Tensor, state: Tensor, slots: Tensor) -> None:
+    """Write each token's logical position beside its K and V, in every layer and head.
+
+    Args:
+        positions: int32 [T].
+        state: int32 [L, num_blocks, H, b], written in place.
+        slots: int64 [T], `block_id * b + offset`; -1 stores nothing.
+    """
+    block_size = state.shape[3]
+    for position, slot in zip(positions.tolist(), slots.tolist(), strict=True):
+        if slot != PAD_SLOT:
+            state[:, slot // block_size, :, slot % block_size] = position
+
+
+def attention_score(
+    q_cache: Tensor,
+    k_cache: Tensor,
+    query_slots: Tensor,
+    window_ends: Tensor,
+    block_tables: Tensor,
+    lens: Tensor,
+    scale: float,
+    *,
+    softmax: str = "all",
+    group: str = "max",
+    window: str = "mean",
+) -> Tensor:
+    """What a request's last w queries, the tokens of its last w entries, think of each of its n entries.
+
+    A softmax of each query over the entries, then `group` over the query heads of a KV head, then `window` over the
+    queries. Zipage and G-KV use (all, max, mean), SnapKV (all, mean, mean), R-KV (group_cut, max, mean), MorphKV
+    (cut, max, sum or max), VaSE (cut, mean, mean).
+
+    Args:
+        q_cache: [L, num_query_slots, w, Hq, d]; the queries of logical position p lie at p % w.
+        k_cache: [L, num_blocks, H, b, d].
+        query_slots, window_ends: int32 [R]; the last query of the window is that of logical position end - 1.
+        block_tables: int32 [R, max_blocks]; read up to ceil(n / b).
+        lens: int32 [R], n: at least w, or 0 for a row that is left out.
+        scale: of the logits, before the softmax.
+        softmax: "all": over the entries that a query sees, itself included; "cut": over the entries before the
+            window; "group_cut": the same of the logits reduced by `group`, one softmax a KV head.
+        group: "max" or "mean".
+        window: "mean", "sum" or "max".
+
+    Returns:
+        float32 [L, R, H, max_blocks * b]; -inf past n, and in the window's own columns where they are cut.
+    """
+    layers, _, kv_heads, block_size, _ = k_cache.shape
+    width = q_cache.shape[2]
+    reduce_group, reduce_window = REDUCTIONS[group], REDUCTIONS[window]
+    out = torch.full((layers, len(lens), kv_heads, block_tables.shape[1] * block_size), float("-inf"))
+    for layer, row in product(range(layers), range(len(lens))):
+        length = int(lens[row])
+        if length == 0:
+            continue
+        places = (int(window_ends[row]) - width + torch.arange(width)) % width
+        queries = q_cache[layer, int(query_slots[row])].cpu()[places].float()
+        queries = queries.view(width, kv_heads, -1, queries.shape[-1])
+        keys = _entries(k_cache[layer], block_tables[row], length).cpu()
+        logits = torch.einsum("qhgd,hjd->hgqj", queries, keys) * scale
+        past = length - width
+        if softmax == "all":
+            hidden = torch.arange(length) > past + torch.arange(width)[:, None]
+            weights = reduce_group(logits.masked_fill(hidden, float("-inf")).softmax(dim=-1), 1)
+        elif softmax == "cut":
+            weights = reduce_group(logits[..., :past].softmax(dim=-1), 1)
+        else:
+            weights = reduce_group(logits[..., :past], 1).softmax(dim=-1)
+        out[layer, row, :, : weights.shape[-1]] = reduce_window(weights, 1)
+    return out.to(k_cache.device)
+
+
+def redundancy(
+    k_cache: Tensor, block_tables: Tensor, lens: Tensor, *, tau: float, threshold: float = 0.5, chunk: int | None = None
+) -> Tensor:
+    """How much each key repeats others (R-KV, arXiv 2505.24133; in chunks: Zipage, arXiv 2603.08743).
+
+    With c(m, j) the cosine of two keys and c(j, j) = 0, last(j) is the highest slot m with c(m, j) > threshold, and
+    raw[m] the sum over j of c(m, j), leaving out each j with last(j) = m. The result is the softmax over the request
+    of raw / (tau * keys compared).
+
+    Args:
+        k_cache: [L, num_blocks, H, b, d].
+        block_tables: int32 [R, max_blocks]; read up to ceil(n / b).
+        lens: int32 [R], n.
+        tau: temperature.
+        threshold: cosine above which a key is a near-duplicate.
+        chunk: keys are compared within aligned runs of so many slots, the last one partial; None: with all.
+
+    Returns:
+        float32 [L, R, H, max_blocks * b], summing to 1 over a request's n entries; -inf past n.
+    """
+    layers, _, kv_heads, block_size, _ = k_cache.shape
+    out = torch.full((layers, len(lens), kv_heads, block_tables.shape[1] * block_size), float("-inf"))
+    for layer, row in product(range(layers), range(len(lens))):
+        length = int(lens[row])
+        if length == 0:
+            continue
+        keys = _entries(k_cache[layer], block_tables[row], length).cpu()
+        keys = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        runs = keys.split(length if chunk is None else chunk, dim=1)
+        logits = [_unexcused_sums(run, threshold) / (tau * run.shape[1]) for run in runs]
+        out[layer, row, :, :length] = torch.cat(logits, dim=1).softmax(dim=-1)
+    return out.to(k_cache.device)
+
+
+def _unexcused_sums(keys: Tensor, threshold: float) -> Tensor:
+    """raw of each of the normalised keys [H, n, d]: [H, n]."""
+    heads, length, _ = keys.shape
+    cosine = keys @ keys.transpose(1, 2)
+    cosine.diagonal(dim1=1, dim2=2).zero_()
+    raw = cosine.sum(dim=2)
+    for head, j in product(range(heads), range(length)):
+        duplicates = (cosine[head, :, j] > threshold).nonzero()
+        if len(duplicates):
+            last = int(duplicates.max())
+            raw[head, last] -= cosine[head, last, j]
+    return raw
+
+
+def update_global_score(
+    scores: Tensor,
+    stored: Tensor,
+    block_tables: Tensor,
+    lens: Tensor,
+    num_carried: Tensor,
+    alpha: float,
+    *,
+    kind: str = "max",
+) -> Tensor:
+    """Fold the scores stored at earlier compressions into new ones: max(s, alpha * stored), as G-KV (2512.00504).
+
+    Args:
+        scores: float32 [L, R, H, N].
+        stored: float32 [L, num_blocks, H, b]; never written: source blocks may be shared.
+        block_tables: int32 [R, N / b]; read up to ceil(min(num_carried, n) / b).
+        lens: int32 [R], n.
+        num_carried: int32 [R]; the slots below it carry a stored score, the others keep their new one.
+        alpha: decay of the stored score.
+        kind: "max", or "sum" for s + alpha * stored (H2O, arXiv 2306.14048).
+
+    Returns:
+        float32 [L, R, H, N], also the scores to store: hand them to the compaction as the state's update.
+    """
+    out = scores.clone()
+    for row in range(len(lens)):
+        carried = min(int(num_carried[row]), int(lens[row]))
+        if carried == 0:
+            continue
+        for layer in range(len(scores)):
+            old = alpha * _entries(stored[layer, ..., None], block_tables[row], carried)[..., 0]
+            new = scores[layer, row, :, :carried]
+            out[layer, row, :, :carried] = torch.maximum(new, old) if kind == "max" else new + old
+    return out
+
+
+def pool_scores(scores: Tensor, lens: Tensor, width: int, kind: str, limit: Tensor) -> Tensor:
+    """Pool scores along the sequence, so that neighbours survive together (SnapKV, arXiv 2404.14469).
+
+    Args:
+        scores: float32 [L, R, H, N].
+        lens: int32 [R], n.
+        width: odd number of slots, stride 1.
+        kind: "max", over fewer slots at the ends; "avg", with zeros past the ends and the divisor always `width`.
+        limit: int32 [R]; the slots below min(limit, n) are pooled, among themselves.
+
+    Returns:
+        float32 [L, R, H, N]; slots from the limit on are as they were.
+    """
+    out = scores.clone()
+    for row, slots in enumerate(torch.minimum(limit, lens).tolist()):
+        for slot in range(slots):
+            near = scores[:, row, :, max(0, slot - width // 2) : min(slots, slot + width // 2 + 1)]
+            out[:, row, :, slot] = near.amax(dim=-1) if kind == "max" else near.sum(dim=-1) / width
+    return out
+
+
+def select(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
+    """The slots that survive in each layer and KV head: those of `must`, then the best, ties to the higher slot.
+
+    Args:
+        scores: float32 [L, R, H, N], no NaN in a request's n entries.
+        must: bool [R, N] or [L, R, H, N]; at most keep[r] of a request's n entries.
+        lens: int32 [R], n.
+        keep: int32 [R]; all n entries survive where n is smaller.
+        max_keep: of all requests.
+
+    Returns:
+        int32 [L, R, H, max_keep]: slots in ascending order, then -1.
+    """
+    layers, requests, heads, _ = scores.shape
+    must = must.expand(layers, heads, -1, -1).transpose(1, 2) if must.dim() == 2 else must
+    kept = torch.full((layers, requests, heads, max_keep), PAD_SLOT, dtype=torch.int32)
+    for row in range(requests):
+        length = int(lens[row])
+        count = min(int(keep[row]), length)
+        for layer, head in product(range(layers), range(heads)):
+            required, values = must[layer, row, head].tolist(), scores[layer, row, head].tolist()
+            best = sorted(range(length), key=lambda j: (required[j], values[j], j), reverse=True)
+            kept[layer, row, head, :count] = torch.tensor(sorted(best[:count]), dtype=torch.int32)
+    return kept.to(scores.device)
+
+
+def compact_stable(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    states: Sequence[Tensor],
+    kept: Tensor,
+    block_tables: Tensor,
+    dst_tables: Tensor,
+    updates: Sequence[Tensor | None] | None = None,
+) -> None:
+    """Pack each layer and head's survivors, in slot order, into the request's destination blocks.
+
+    Args:
+        k_cache, v_cache: [L, num_blocks, H, b, d], written in place.
+        states: tensors [L, num_blocks, H, b] of four-byte elements, moved along; written in place.
+        kept: int32 [L, R, H, max_keep], `select`'s.
+        block_tables: int32 [R, max_blocks], the source; read where a survivor is.
+        dst_tables: int32 [R, dst_blocks], the destination; read up to ceil(survivors / b). A block of it is the
+            request's own source block of the same place or an earlier one, or one that no request reads, or -1: then
+            the survivors of its slots are already there, and nothing is written, as others share the block.
+        updates: for each state None or [L, R, H, N], values by source slot that are stored instead of the old ones.
+    """
+    _move(k_cache, v_cache, states, kept, block_tables, dst_tables, updates)
+
+
+def compact_holes(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    states: Sequence[Tensor],
+    kept: Tensor,
+    block_tables: Tensor,
+    updates: Sequence[Tensor | None] | None = None,
+) -> None:
+    """Move the survivors from slot `count` on into the holes below it, the first into the first; others stay.
+
+    Attention does not depend on the order of entries: `count` survivors fill slots 0 .. count - 1 again.
+
+    Args:
+        k_cache, v_cache: [L, num_blocks, H, b, d], written in place.
+        states: tensors [L, num_blocks, H, b] of four-byte elements, moved along; written in place.
+        kept: int32 [L, R, H, max_keep], `select`'s; count is a row's number of survivors.
+        block_tables: int32 [R, max_blocks]; the blocks of the slots below count are the request's own.
+        updates: as in `compact_stable`.
+    """
+    sources = torch.full_like(kept, PAD_SLOT)
+    for layer, row, head in product(*map(range, kept.shape[:3])):
+        slots = [slot for slot in kept[layer, row, head].tolist() if slot != PAD_SLOT]
+        staying = {slot for slot in slots if slot < len(slots)}
+        moving = iter(slots[len(staying) :])
+        for slot in range(len(slots)):
+            sources[layer, row, head, slot] = slot if slot in staying else next(moving)
+    _move(k_cache, v_cache, states, sources, block_tables, block_tables, updates)
+
+
+def _move(k_cache, v_cache, states, sources, block_tables, dst_tables, updates) -> None:
+    """Give destination slot i the entry of source slot sources[l, r, h, i], all at once; -1 ends a row."""
+    block_size = k_cache.shape[3]
+    written = [k_cache, v_cache, *states]
+    before = [x.clone() for x in written]
+    updates = [None, None, *(updates or [None] * len(states))]
+    for layer, row, head in product(*map(range, sources.shape[:3])):
+        for index, slot in enumerate(sources[layer, row, head].tolist()):
+            if slot == PAD_SLOT:
+                break
+            target = int(dst_tables[row, index // block_size])
+            source = int(block_tables[row, slot // block_size])
+            if target < 0:
+                continue
+            for x, old, update in zip(written, before, updates):
+                entry = old[layer, source, head, slot % block_size]
+                x[layer, target, head, index % block_size] = entry if update is None else update[layer, row, head, slot]
 
 
 def _entries(cache: Tensor, table: Tensor, length: int) -> Tensor:

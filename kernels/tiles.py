@@ -3,6 +3,9 @@
 Sources: PagedAttention (arXiv 2309.06180) for the block table, FlashAttention-2 (arXiv 2307.08691) for the softmax.
 """
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 
@@ -13,6 +16,12 @@ LOG2_E = 1.4426950408889634
 def padded_dim(head_dim: int) -> int:
     """Width of a head in registers: `tl.arange` needs a power of two, `tl.dot` at least 16."""
     return max(16, triton.next_power_of_2(head_dim))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 on a CPU, where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @triton.jit
@@ -27,6 +36,29 @@ def load_blocks(table_ptr, start, length, BLOCK_SIZE: tl.constexpr, TILE: tl.con
         entries = start + tl.arange(0, TILE)
         blocks = tl.load(table_ptr + entries // BLOCK_SIZE, mask=entries < length, other=0)
     return blocks.to(tl.int64)
+
+
+@triton.jit
+def load_keys(
+    k_ptr,
+    blocks,
+    block_stride,
+    start,
+    length,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """K of entries start .. start + TILE - 1, one a column: [DIM_PAD, TILE], 0 past `length`, where none is loaded.
+
+    k_ptr is at the KV head, `blocks` is the tile's `load_blocks`, `start` a multiple of TILE.
+    """
+    inside = tl.arange(0, TILE)
+    dims = tl.arange(0, DIM_PAD)
+    offsets = blocks * block_stride + (start % BLOCK_SIZE + inside) % BLOCK_SIZE * HEAD_DIM
+    mask = (start + inside < length)[None, :] & (dims < HEAD_DIM)[:, None]
+    return tl.load(k_ptr + offsets[None, :] + dims[:, None], mask=mask, other=0.0)
 
 
 @triton.jit

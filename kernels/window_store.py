@@ -1,0 +1,96 @@
+"""Store window queries and logical positions, in Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+QUERY_ELEMENTS = 4096
+"""Elements of a token's queries that one program stores."""
+
+POSITIONS = 64
+"""Tokens whose positions one program stores, in every head of a layer."""
+
+
+@triton.jit(do_not_specialize=["indices_ptr"])
+def _store_query_rows(
+    q_ptr,
+    q_cache_ptr,
+    indices_ptr,
+    token_stride,
+    head_stride,
+    HEADS: tl.constexpr,
+    HEADS_TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    """One token and HEADS_TILE of its heads."""
+    token = tl.program_id(0).to(tl.int64)
+    index = tl.load(indices_ptr + token)
+    if index < 0:
+        return
+    heads = tl.program_id(1) * HEADS_TILE + tl.arange(0, HEADS_TILE)[:, None]
+    dims = tl.arange(0, DIM_PAD)[None, :]
+    inside = (heads < HEADS) & (dims < HEAD_DIM)
+    q = tl.load(q_ptr + token * token_stride + heads * head_stride + dims, mask=inside)
+    tl.store(q_cache_ptr + (index * HEADS + heads) * HEAD_DIM + dims, q, mask=inside)
+
+
+def store_queries_triton(q: Tensor, q_cache: Tensor, indices: Tensor) -> None:
+    """`reference.store_queries` in one launch.
+
+    Args:
+        q: [T, Hq, d], last dimension contiguous.
+        q_cache: [num_query_slots, w, Hq, d], one layer, of q's dtype; written in place.
+        indices: int64 [T]; -1 stores nothing. Two tokens never share a place.
+    """
+    tokens, heads, head_dim = q.shape
+    if tokens == 0:
+        return
+    dim_pad = triton.next_power_of_2(head_dim)
+    heads_tile = max(1, min(triton.next_power_of_2(heads), QUERY_ELEMENTS // dim_pad))
+    _store_query_rows[(tokens, triton.cdiv(heads, heads_tile))](
+        q, q_cache, indices, q.stride(0), q.stride(1),
+        HEADS=heads, HEADS_TILE=heads_tile, HEAD_DIM=head_dim, DIM_PAD=dim_pad, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["positions_ptr", "slots_ptr", "tokens"])
+def _store_position_tiles(
+    positions_ptr,
+    state_ptr,
+    slots_ptr,
+    tokens,
+    layer_stride,
+    HEADS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """One layer and TOKENS tokens, in all heads."""
+    index = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    slots = tl.load(slots_ptr + index, mask=index < tokens, other=-1)
+    positions = tl.load(positions_ptr + index, mask=index < tokens, other=0)
+    heads = tl.arange(0, HEADS_PAD)[:, None]
+    entry = slots // BLOCK_SIZE * (HEADS * BLOCK_SIZE) + slots % BLOCK_SIZE
+    layer = state_ptr + tl.program_id(1).to(tl.int64) * layer_stride
+    values = tl.broadcast_to(positions[None, :], (HEADS_PAD, TOKENS))
+    tl.store(layer + entry[None, :] + heads * BLOCK_SIZE, values, mask=(slots >= 0)[None, :] & (heads < HEADS))
+
+
+def store_positions_triton(positions: Tensor, state: Tensor, slots: Tensor) -> None:
+    """`reference.store_positions` in one launch.
+
+    Args:
+        positions: int32 [T].
+        state: int32 [L, num_blocks, H, b]; written in place.
+        slots: int64 [T]; -1 stores nothing. Two tokens never share a slot.
+    """
+    tokens, (layers, _, heads, block_size) = positions.numel(), state.shape
+    if tokens == 0:
+        return
+    _store_position_tiles[(triton.cdiv(tokens, POSITIONS), layers)](
+        positions, state, slots, tokens, state.stride(0),
+        HEADS=heads, HEADS_PAD=triton.next_power_of_2(heads), BLOCK_SIZE=block_size, TOKENS=POSITIONS, num_warps=4,
+    )  # fmt: skip

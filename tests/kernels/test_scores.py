@@ -1,0 +1,271 @@
+"""Attention scores, redundancy and the global score, each against the reference."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels import cpu, dispatch, reference
+from kernels.attention_score import attention_score_triton
+from kernels.global_score import update_global_score_triton
+from kernels.redundancy import redundancy_triton
+from tests.kernels.events import difference, make_event, scatter
+from tests.kernels.paged import BACKENDS, DEVICE, GARBAGE, device_of
+
+SCORE = {"triton": attention_score_triton, "torch": cpu.attention_score_torch, "reference": reference.attention_score}
+REDUNDANCY = {"triton": redundancy_triton, "torch": cpu.redundancy_torch, "reference": reference.redundancy}
+UPDATE = {"triton": update_global_score_triton, "torch": cpu.update_global_score_torch}
+BOUNDS = {torch.float32: 5e-6, torch.float16: 2e-5, torch.bfloat16: 2e-5}
+"""Products of half-precision numbers are exact in float32: only the order of sums differs."""
+
+KINDS = {
+    "zipage": {"softmax": "all", "group": "max", "window": "mean"},
+    "snapkv": {"softmax": "all", "group": "mean", "window": "mean"},
+    "r_kv": {"softmax": "group_cut", "group": "max", "window": "mean"},
+    "r_kv_mean": {"softmax": "group_cut", "group": "mean", "window": "max"},
+    "morphkv": {"softmax": "cut", "group": "max", "window": "sum"},
+    "morphkv_max": {"softmax": "cut", "group": "max", "window": "max"},
+    "vase": {"softmax": "cut", "group": "mean", "window": "mean"},
+}
+
+
+def window_queries(event, window: int, query_heads: int):
+    """(query cache, slots, ends): every slot that no request has is NaN."""
+    requests, (layers, *_, head_dim) = len(event.lens), event.k_cache.shape
+    q_cache = torch.full((layers + 2, requests + 3, window, query_heads, head_dim), float("nan"))
+    slots = torch.randperm(requests + 3)[:requests]
+    q_cache[:, slots] = torch.randn(layers + 2, requests, window, query_heads, head_dim)
+    ends = event.lens.cpu() + 7 * torch.arange(requests)
+    device = event.k_cache.device
+    q_cache = q_cache.to(device, event.k_cache.dtype)[1:-1]
+    return q_cache, slots.int().to(device), ends.int().to(device)
+
+
+def check_score(score, event, window, group_size, kind, bound=None):
+    q_cache, slots, ends = window_queries(event, window, event.k_cache.shape[2] * group_size)
+    scale = 2 * event.k_cache.shape[-1] ** -0.5
+    out = score(q_cache, event.k_cache, slots, ends, event.block_tables, event.lens, scale, **KINDS[kind])
+    assert out.dtype == torch.float32
+    up = event.upcast()
+    host = q_cache.cpu().float(), up.k_cache, slots.cpu(), ends.cpu(), up.block_tables, up.lens, scale
+    expected = reference.attention_score(*host, **KINDS[kind])
+    assert difference(out, expected) < (bound or BOUNDS[event.k_cache.dtype])
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(
+    ("lens", "block_size", "layers", "heads", "group", "head_dim", "window", "kind"),
+    [
+        pytest.param([37, 0, 16, 90], 16, 2, 2, 3, 40, 16, "zipage", id="mixed-b16-g3-zipage"),
+        pytest.param([130], 64, 1, 1, 4, 64, 8, "snapkv", id="b64-g4-snapkv"),
+        pytest.param([70, 257], 256, 1, 2, 1, 64, 16, "r_kv", id="b256-mha-r_kv"),
+        pytest.param([100, 33], 64, 1, 1, 7, 32, 5, "r_kv", id="b64-g7-w5-r_kv"),
+        pytest.param([61, 40], 16, 1, 1, 3, 32, 33, "r_kv_mean", id="b16-g3-w33-r_kv_mean"),
+        pytest.param([50, 16], 16, 1, 2, 2, 32, 16, "morphkv", id="no-past-morphkv"),
+        pytest.param([90], 64, 1, 1, 4, 32, 40, "morphkv_max", id="b64-g4-w40-morphkv_max"),
+        pytest.param([80, 20], 64, 1, 1, 5, 32, 1, "vase", id="b64-g5-w1-vase"),
+    ],
+)
+def test_attention_score(backend, dtype, lens, block_size, layers, heads, group, head_dim, window, kind):
+    event = make_event(lens, block_size, layers, heads, head_dim, dtype, device_of(backend))
+    check_score(SCORE[backend], event, window, group, kind)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("num_splits", [1, 3, 50])
+@pytest.mark.parametrize("kind", ["zipage", "r_kv"])
+def test_splits_change_nothing(num_splits, kind):
+    event = make_event([300, 17], 64, 1, 1, 32, torch.float32, DEVICE)
+
+    def score(*args, **kinds):
+        return attention_score_triton(*args, **kinds, num_splits=num_splits)
+
+    check_score(score, event, 16, 3, kind)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_large_logits_stay_finite(backend):
+    event = make_event([60], 16, 1, 1, 64, torch.float32, device_of(backend))
+    check_score(SCORE[backend], replace(event, k_cache=event.k_cache * 100), 16, 2, "zipage", bound=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_score_properties(backend):
+    """What policies.md promises: SnapKV's scores sum to 1; Zipage's to at least 1; a group's order means nothing."""
+    event = make_event([70], 16, 1, 1, 32, torch.float32, device_of(backend))
+    q_cache, slots, ends = window_queries(event, 16, 4)
+    args = event.k_cache, slots, ends, event.block_tables, event.lens, 1.0
+    snapkv = SCORE[backend](q_cache, *args, **KINDS["snapkv"])[0, 0, 0, :70]
+    assert abs(snapkv.sum().item() - 1) < 1e-5
+    zipage = SCORE[backend](q_cache, *args, **KINDS["zipage"])
+    assert zipage[0, 0, 0, :70].sum() >= 1
+    flipped = SCORE[backend](q_cache.flip(3), *args, **KINDS["zipage"])
+    assert difference(flipped, zipage) < 1e-6
+    cut = SCORE[backend](q_cache, *args, **KINDS["vase"])[0, 0, 0]
+    assert abs(cut[:54].sum().item() - 1) < 1e-5
+    assert cut[54:].eq(float("-inf")).all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_layers_and_requests_do_not_depend_on_company(backend):
+    event = make_event([64, 23, 48], 64, 3, 1, 16, torch.float32, device_of(backend))
+    q_cache, slots, ends = window_queries(event, 8, 4)
+    together = SCORE[backend](q_cache, event.k_cache, slots, ends, event.block_tables, event.lens, 0.3)
+    repeated = REDUNDANCY[backend](event.k_cache, event.block_tables, event.lens, tau=0.4, chunk=32)
+    for layer in range(3):
+        one = slice(layer, layer + 1)
+        alone = SCORE[backend](q_cache[one], event.k_cache[one], slots, ends, event.block_tables, event.lens, 0.3)
+        assert torch.equal(alone, together[one])
+        alone = REDUNDANCY[backend](event.k_cache[one], event.block_tables, event.lens, tau=0.4, chunk=32)
+        assert torch.equal(alone, repeated[one])
+    for row in range(3):
+        one = slice(row, row + 1)
+        batch = slots[one], ends[one], event.block_tables[one], event.lens[one]
+        alone = SCORE[backend](q_cache, event.k_cache, *batch, 0.3)
+        assert difference(alone, together[:, one]) < 1e-6
+        alone = REDUNDANCY[backend](event.k_cache, *batch[2:], tau=0.4, chunk=32)
+        assert difference(alone, repeated[:, one]) < 1e-6
+
+
+def cluster(event, slots: list[int], row: int = 0, noise: float = 0.02) -> None:
+    """Make the keys of some slots near-duplicates, of different lengths."""
+    block_size, head_dim = event.k_cache.shape[3:]
+    direction = torch.randn(event.k_cache.shape[0], event.k_cache.shape[2], head_dim)
+    for i, slot in enumerate(slots):
+        block = int(event.block_tables[row, slot // block_size])
+        key = (1 + i) * (direction + noise * torch.randn_like(direction))
+        event.k_cache[:, block, :, slot % block_size] = key.to(event.k_cache)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(
+    ("lens", "block_size", "layers", "heads", "head_dim", "chunk"),
+    [
+        pytest.param([70, 0, 33], 16, 2, 2, 64, 32, id="mixed-b16-chunk32"),
+        pytest.param([150], 64, 1, 1, 80, 64, id="b64-d80-chunk64"),
+        pytest.param([40, 90], 256, 1, 2, 64, 16, id="b256-chunk16"),
+        pytest.param([300], 64, 1, 1, 128, 256, id="b64-d128-chunk256"),
+        pytest.param([100, 21], 64, 1, 2, 64, None, id="b64-full"),
+        pytest.param([1, 2], 16, 1, 1, 32, None, id="b16-full-tiny"),
+    ],
+)
+def test_redundancy(backend, dtype, lens, block_size, layers, heads, head_dim, chunk):
+    event = make_event(lens, block_size, layers, heads, head_dim, dtype, device_of(backend))
+    if lens[0] > 40:
+        cluster(event, [0, 5, 9, 31, 40])
+        cluster(event, [lens[0] - 1, 12])
+    out = REDUNDANCY[backend](event.k_cache, event.block_tables, event.lens, tau=0.05, chunk=chunk)
+    up = event.upcast()
+    expected = reference.redundancy(up.k_cache, up.block_tables, up.lens, tau=0.05, chunk=chunk)
+    assert difference(out, expected) < 2e-5
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_triton_chunks_either_way(chunk):
+    """Chunks too large for one program take the way of whole requests."""
+    event = make_event([75, 130], 16, 1, 1, 32, torch.float32, DEVICE)
+    cluster(event, [3, 9, 70, 71, 74])
+    args = event.k_cache, event.block_tables, event.lens
+    split = redundancy_triton(*args, tau=0.1, chunk=chunk, fused=False)
+    assert difference(split, redundancy_triton(*args, tau=0.1, chunk=chunk)) < 5e-6
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("chunk", [None, 64])
+@pytest.mark.parametrize("sums", [[0, 0], [2, 1, 0], [4, 4, 4, 3, 0]], ids=lambda sums: f"{len(sums)}-copies")
+@pytest.mark.parametrize("first", [2, 40])
+def test_cluster_sums(backend, chunk, sums, first):
+    """Identical keys among orthogonal ones: the youngest is free, the second youngest gets one pair off."""
+    event = make_event([64], 16, 1, 1, 64, torch.float32, device_of(backend))
+    slots = [first + 4 * i for i in range(len(sums))]
+    keys = torch.eye(64)
+    keys[slots] = keys[slots[0]].clone()
+    for slot in range(64):
+        event.k_cache[0, int(event.block_tables[0, slot // 16]), 0, slot % 16] = keys[slot] * (1 + slot)
+    out = REDUNDANCY[backend](event.k_cache, event.block_tables, event.lens, tau=0.5, chunk=chunk)[0, 0, 0, :64].cpu()
+    raw = torch.zeros(64)
+    raw[slots] = torch.tensor(sums, dtype=torch.float32)
+    torch.testing.assert_close(out, (raw / (0.5 * 64)).softmax(0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_a_chunk_of_a_short_request_is_all_of_it(backend):
+    event = make_event([200], 64, 1, 1, 32, torch.float32, device_of(backend))
+    cluster(event, [1, 100, 199])
+    args = event.k_cache, event.block_tables, event.lens
+    full = REDUNDANCY[backend](*args, tau=0.4)
+    assert difference(REDUNDANCY[backend](*args, tau=0.4, chunk=256), full) < 2e-6
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_keys_are_compared_by_direction_only(backend):
+    event = make_event([48], 16, 1, 1, 32, torch.float32, device_of(backend))
+    cluster(event, [1, 30, 44])
+    args = event.block_tables, event.lens
+    scaled = event.k_cache * (0.1 + torch.rand(event.k_cache.shape[:4]).to(event.k_cache)[..., None])
+    one, other = (REDUNDANCY[backend](keys, *args, tau=0.1, chunk=16) for keys in (event.k_cache, scaled))
+    assert difference(one, other) < 5e-6
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_keys_of_zero_are_nothing_like_others(backend):
+    event = make_event([20], 16, 1, 1, 32, torch.float32, device_of(backend))
+    out = REDUNDANCY[backend](torch.zeros_like(event.k_cache), event.block_tables, event.lens, tau=0.1, chunk=16)
+    torch.testing.assert_close(out[..., :20].cpu(), torch.full((1, 1, 1, 20), 1 / 20))
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("block_size", [16, 256])
+@pytest.mark.parametrize("kind", ["max", "sum"])
+def test_global_score(backend, block_size, kind):
+    event = make_event([75, 40, 0, 300], block_size, 2, 3, 32)
+    shape = 2, 4, 3, event.width
+    scores = torch.rand(shape).masked_fill(~event.slots()[:, None], float("-inf"))
+    stored = scatter(torch.rand(shape), event)
+    carried = torch.tensor([40, 0, 0, 1000], dtype=torch.int32)
+    event.block_tables[0, -(-40 // block_size) :] = GARBAGE
+    args = scores, stored, event.block_tables, event.lens, carried
+    expected = reference.update_global_score(*args, 0.8, kind=kind)
+    moved = [x.to(device_of(backend)) for x in args]
+    moved[1] = torch.cat((moved[1][:1], moved[1], moved[1][:1]))[1:-1]
+    before = [x.clone() for x in moved]
+    out = UPDATE[backend](*moved, 0.8, kind=kind)
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-6, atol=0)
+    for x, y in zip(moved, before):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+def test_global_score_keeps_the_larger_and_forgets():
+    event = make_event([4], 16, 1, 1, 32)
+    scores = torch.full((1, 1, 1, event.width), float("-inf"))
+    scores[..., :4] = torch.tensor([0.1, 0.5, 0.1, 0.1])
+    stored = scatter(torch.full_like(scores, 0.25), event)
+    args = scores, stored, event.block_tables, event.lens, torch.tensor([3], dtype=torch.int32)
+    out = reference.update_global_score(*args, 0.8)
+    torch.testing.assert_close(out[0, 0, 0, :4], torch.tensor([0.2, 0.5, 0.2, 0.1]))
+    assert torch.equal(reference.update_global_score(*args, 0.0), scores)
+
+
+@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("width", [1, 5, 7])
+def test_pool(device, kind, width):
+    lens = torch.tensor([40, 3, 0, 25], dtype=torch.int32)
+    limit = torch.tensor([32, 3, 5, 100], dtype=torch.int32)
+    scores = torch.randn(2, 4, 3, 48).masked_fill(torch.arange(48) >= lens[:, None, None], float("-inf"))
+    out = dispatch.pool_scores(*(x.to(device) for x in (scores, lens)), width, kind, limit.to(device))
+    expected = reference.pool_scores(scores, lens, width, kind, limit)
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_pool_at_the_ends():
+    scores, lens = torch.tensor([5.0, 0, 0, 0, 0, 10, 7]).view(1, 1, 1, 7), torch.tensor([7], dtype=torch.int32)
+    limit = torch.tensor([6], dtype=torch.int32)
+    out = reference.pool_scores(scores, lens, 5, "avg", limit).flatten().tolist()
+    assert out == [1, 1, 1, 2, 2, 2, 7]
+    out = reference.pool_scores(scores, lens, 5, "max", limit).flatten().tolist()
+    assert out == [5, 5, 5, 10, 10, 10, 7]
