@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from kernels import dispatch, reference
+from tests.kernels.events import difference, make_event
 from tests.kernels.paged import BOUNDS, DEVICE, error, make_paged, starts
 
 WITHOUT_TRITON = """
@@ -17,6 +18,9 @@ dispatch.store_kv(torch.randn(1, 1, 32), torch.randn(1, 1, 32), cache, cache, to
 dispatch.paged_decode(torch.randn(1, 1, 32), cache, cache, tables, lens, 1.0)
 dispatch.paged_prefill(torch.randn(1, 1, 32), cache, cache, tables, torch.tensor([0, 1]).int(), lens, 1, 1.0)
 dispatch.copy_blocks(cache[None], cache[None], torch.tensor([0]), torch.tensor([1]))
+scores = dispatch.redundancy(cache[None], tables, lens, tau=0.4)
+kept = dispatch.select(scores, torch.zeros(1, 16, dtype=torch.bool), lens, lens - 1, 4)
+dispatch.compact_stable(cache[None], cache[None], [], kept, tables, tables)
 """
 
 
@@ -41,3 +45,55 @@ def test_a_step_of_a_layer(device):
     assert error(out, reference.paged_prefill(q, *host, bounds.cpu(), lens.cpu(), 10, 0.1)) < BOUNDS[torch.float32]
     out = dispatch.paged_decode(q[:1].to(device), k_cache, v_cache, tables, lens, 0.1)
     assert error(out, reference.paged_decode(q[:1], *host, lens.cpu(), 0.1)) < BOUNDS[torch.float32]
+
+
+@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+@pytest.mark.parametrize("order", ["stable", "holes"])
+def test_a_compression_of_some_layers(device, order):
+    """Zipage's whole event, 75 entries to 32, through the engine's entry points; attention then reads what is left."""
+    event = make_event([75], 16, 2, 2, 32, torch.float32, device)
+    positions = torch.full(event.k_cache.shape[:4], -1, dtype=torch.int32, device=device)
+    stored = torch.zeros(event.k_cache.shape[:4], device=device)
+    tables, lens = event.block_tables, event.lens
+    slots = (tables[0, :5].long()[:, None] * 16 + torch.arange(16, device=device)).flatten()[:75]
+    dispatch.store_positions(torch.arange(75, dtype=torch.int32, device=device), positions, slots)
+    q_cache = torch.zeros(2, 3, 16, 6, 32, device=device)
+    for layer in q_cache:
+        queries = torch.randn(16, 6, 32, device=device)
+        dispatch.store_queries(queries, layer, 16 + (59 + torch.arange(16, device=device)) % 16)
+    one, keep = torch.ones(1, dtype=torch.int32, device=device), torch.full((1,), 32, dtype=torch.int32, device=device)
+    must = torch.zeros(1, event.width, dtype=torch.bool, device=device)
+    must[:, 59:75] = True
+
+    def choose(kernels, q_cache, k_cache, tables, lens, one, stored, must, keep):
+        score = kernels.attention_score(q_cache, k_cache, one, lens, tables, lens, 0.2)
+        score = kernels.update_global_score(score, stored, tables, lens, keep, 0.8)
+        pooled = kernels.pool_scores(score, lens, 5, "max", lens)
+        pooled = 0.2 * pooled - 0.8 * kernels.redundancy(k_cache, tables, lens, tau=0.4, chunk=16)
+        return score, kernels.select(pooled, must, lens, keep, 32)
+
+    args = q_cache, event.k_cache, tables, lens, one, stored, must, keep
+    score, kept = choose(dispatch, *args)
+    expected_score, expected = choose(reference, *(x.cpu() for x in args))
+    assert difference(score, expected_score) < 5e-6
+    assert torch.equal(kept.cpu(), expected)
+
+    survivors = [x.cpu().clone() for x in (event.k_cache, event.v_cache)]
+    states, updates = [positions, stored], [None, score]
+    if order == "stable":
+        dispatch.compact_stable(event.k_cache, event.v_cache, states, kept, tables, tables[:, :2], updates)
+    else:
+        dispatch.compact_holes(event.k_cache, event.v_cache, states, kept, tables, updates)
+    blocks = tables[0, :2].long()
+    held = positions[:, blocks].transpose(1, 2).flatten(2).cpu()
+    assert torch.equal(held.sort().values, expected[:, 0])
+    assert order != "stable" or torch.equal(held, expected[:, 0])
+    source = tables[0].cpu().long()
+    for layer in range(2):
+        for head in range(2):
+            where = held[layer, head].long()
+            for cache, before in zip((event.k_cache, event.v_cache), survivors):
+                now = cache[layer, blocks, head].flatten(0, 1).cpu()
+                assert torch.equal(now, before[layer, source[where // 16], head, where % 16])
+            scores_now = stored[layer, blocks, head].flatten().cpu()
+            assert torch.equal(scores_now, score.cpu()[layer, 0, head, where])

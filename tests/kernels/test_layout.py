@@ -39,11 +39,76 @@ def copy_arguments() -> dict:
     return {"k_cache": k_cache, "v_cache": v_cache, "src": torch.tensor([0]), "dst": torch.tensor([1])}
 
 
+def event_arguments() -> dict:
+    tables, lens = torch.tensor([[1, 2], [3, 0]], dtype=torch.int32), torch.tensor([20, 16], dtype=torch.int32)
+    return {"k_cache": torch.randn(3, 4, 2, 16, 32), "block_tables": tables, "lens": lens}
+
+
+def score_arguments() -> dict:
+    numbers = torch.zeros(2, dtype=torch.int32)
+    queries = {"q_cache": torch.randn(3, 2, 8, 6, 32), "query_slots": numbers, "window_ends": numbers + 20}
+    return {**event_arguments(), **queries, "scale": 0.1}
+
+
+def redundancy_arguments() -> dict:
+    return {**event_arguments(), "tau": 0.4}
+
+
+def line_arguments() -> dict:
+    return {"scores": torch.randn(3, 2, 2, 32), "lens": event_arguments()["lens"]}
+
+
+def update_arguments() -> dict:
+    event = event_arguments()
+    stored, carried = torch.zeros(3, 4, 2, 16), torch.ones(2, dtype=torch.int32)
+    tables = {"stored": stored, "block_tables": event["block_tables"], "num_carried": carried}
+    return {**line_arguments(), **tables, "alpha": 0.8}
+
+
+def pool_arguments() -> dict:
+    return {**line_arguments(), "width": 5, "kind": "max", "limit": torch.ones(2, dtype=torch.int32)}
+
+
+def select_arguments() -> dict:
+    must, keep = torch.zeros(2, 32, dtype=torch.bool), torch.full((2,), 16, dtype=torch.int32)
+    return {**line_arguments(), "must": must, "keep": keep, "max_keep": 16}
+
+
+def holes_arguments() -> dict:
+    event = event_arguments()
+    del event["lens"]
+    kept = torch.arange(16, dtype=torch.int32).expand(3, 2, 2, 16).contiguous()
+    return {**event, "v_cache": event["k_cache"].clone(), "states": [torch.zeros(3, 4, 2, 16)], "kept": kept}
+
+
+def stable_arguments() -> dict:
+    arguments = holes_arguments()
+    return {**arguments, "dst_tables": arguments["block_tables"][:, :1]}
+
+
+def store_queries_arguments() -> dict:
+    return {"q": torch.randn(3, 6, 32), "q_cache": torch.zeros(2, 8, 6, 32), "indices": torch.arange(3)}
+
+
+def store_positions_arguments() -> dict:
+    state = torch.zeros(3, 4, 2, 16, dtype=torch.int32)
+    return {"positions": torch.arange(3, dtype=torch.int32), "state": state, "slots": torch.arange(3)}
+
+
 VALID = {
     dispatch.paged_decode: decode_arguments,
     dispatch.paged_prefill: prefill_arguments,
     dispatch.store_kv: store_arguments,
     dispatch.copy_blocks: copy_arguments,
+    dispatch.store_queries: store_queries_arguments,
+    dispatch.store_positions: store_positions_arguments,
+    dispatch.attention_score: score_arguments,
+    dispatch.redundancy: redundancy_arguments,
+    dispatch.update_global_score: update_arguments,
+    dispatch.pool_scores: pool_arguments,
+    dispatch.select: select_arguments,
+    dispatch.compact_stable: stable_arguments,
+    dispatch.compact_holes: holes_arguments,
 }
 
 
@@ -92,6 +157,56 @@ WRONG = [
     (dispatch.copy_blocks, {"v_cache": torch.zeros(2, 4, 2, 16, 64)}, r"v_cache has shape \(2, 4, 2, 16, 64\)"),
     (dispatch.copy_blocks, {"dst": torch.arange(2)}, r"dst has shape \(2,\): give \[1\]"),
     (dispatch.copy_blocks, {"src": torch.tensor([0.0])}, r"src has dtype torch.float32"),
+    (dispatch.store_queries, {"q": torch.randn(3, 5, 32)}, r"q has shape \(3, 5, 32\): give \[tokens, 6, 32\]"),
+    (dispatch.store_queries, {"q": torch.randn(3, 6, 32).half()}, r"q has dtype .* as q_cache is"),
+    (dispatch.store_queries, {"q_cache": torch.zeros(2, 6, 32)}, r"q_cache has shape .* one layer"),
+    (dispatch.store_queries, {"q_cache": torch.zeros(2, 6, 8, 32).mT}, r"q_cache has stride"),
+    (dispatch.store_queries, {"indices": torch.arange(2)}, r"indices has shape \(2,\): give \[3\]"),
+    (dispatch.store_positions, {"positions": torch.arange(3)}, r"positions has dtype torch.int64"),
+    (dispatch.store_positions, {"state": torch.zeros(3, 4, 2, 16)}, r"state has dtype .* use torch.int32"),
+    (dispatch.store_positions, {"state": torch.zeros(4, 2, 16).int()}, r"state has shape"),
+    (dispatch.store_positions, {"slots": torch.arange(4)}, r"slots has shape \(4,\): give \[3\]"),
+    (dispatch.attention_score, {"q_cache": torch.randn(3, 2, 8, 5, 32)}, r"q_cache has shape .* multiple of 2 heads"),
+    (dispatch.attention_score, {"q_cache": torch.randn(2, 2, 8, 6, 32)}, r"q_cache has shape .* give \[3, slots"),
+    (dispatch.attention_score, {"q_cache": torch.randn(3, 2, 8, 6, 32).half()}, r"q_cache has dtype torch.float16"),
+    (dispatch.attention_score, {"k_cache": torch.randn(4, 2, 16, 32)}, r"k_cache has shape .* all layers"),
+    (dispatch.attention_score, {"lens": torch.ones(3).int()}, r"block_tables has shape \(2, 2\): give \[3, 2\]"),
+    (dispatch.attention_score, {"window_ends": torch.ones(2)}, r"window_ends has dtype torch.float32"),
+    (dispatch.attention_score, {"query_slots": torch.ones(3).int()}, r"query_slots has shape \(3,\): give \[2\]"),
+    (dispatch.attention_score, {"softmax": "none"}, r"softmax has value 'none': use one of all, cut, group_cut"),
+    (dispatch.attention_score, {"group": "sum"}, r"group has value 'sum': use one of max, mean"),
+    (dispatch.attention_score, {"window": "last"}, r"window has value 'last'"),
+    (dispatch.redundancy, {"chunk": 48}, r"chunk has value 48: give a power of two from 16"),
+    (dispatch.redundancy, {"chunk": 8}, r"chunk has value 8"),
+    (dispatch.redundancy, {"tau": 0.0}, r"tau has value 0.0: give a temperature above 0"),
+    (dispatch.update_global_score, {"scores": torch.randn(3, 2, 2, 32).half()}, r"scores has dtype torch.float16"),
+    (dispatch.update_global_score, {"scores": torch.randn(3, 2, 2, 48)}, r"block_tables has shape .* give \[2, 3\]"),
+    (dispatch.update_global_score, {"stored": torch.zeros(3, 4, 3, 16)}, r"stored has shape .* give \[3, 4, 2, 16\]"),
+    (dispatch.update_global_score, {"stored": torch.zeros(3, 4, 2, 16).half()}, r"stored has dtype torch.float16"),
+    (dispatch.update_global_score, {"kind": "mean"}, r"kind has value 'mean': use one of max, sum"),
+    (dispatch.pool_scores, {"width": 4}, r"width has value 4: give an odd number"),
+    (dispatch.pool_scores, {"kind": "sum"}, r"kind has value 'sum': use one of max, avg"),
+    (dispatch.pool_scores, {"limit": torch.ones(3).int()}, r"limit has shape \(3,\): give \[2\]"),
+    (
+        dispatch.select,
+        {"scores": torch.randn(2, 2, 32)},
+        r"scores has shape .* give \[layers, requests, heads, slots\]",
+    ),
+    (dispatch.select, {"scores": torch.randn(3, 2, 32, 2).mT}, r"scores has stride .* make it contiguous"),
+    (dispatch.select, {"must": torch.zeros(2, 32)}, r"must has dtype torch.float32: convert it to torch.bool"),
+    (dispatch.select, {"must": torch.zeros(2, 31).bool()}, r"must has shape \(2, 31\): give \[2, 32\]"),
+    (dispatch.select, {"must": torch.zeros(2, 2, 32).bool()}, r"must has shape .* give \[3, 2, 2, 32\]"),
+    (dispatch.select, {"max_keep": 33}, r"max_keep has value 33: .* up to 32"),
+    (dispatch.select, {"keep": torch.ones(2).long()}, r"keep has dtype torch.int64"),
+    (dispatch.compact_stable, {"kept": torch.zeros(3, 2, 2, 17).int()}, r"kept has shape .* up to 16 entries"),
+    (dispatch.compact_stable, {"dst_tables": torch.zeros(1, 1).int()}, r"dst_tables has shape .* give \[2, any\]"),
+    (dispatch.compact_stable, {"states": [torch.zeros(3, 4, 2, 16).half()]}, r"states\[0\] has dtype torch.float16"),
+    (dispatch.compact_stable, {"states": [torch.zeros(3, 5, 2, 16)]}, r"states\[0\] has shape .* \[3, 4, 2, 16\]"),
+    (dispatch.compact_stable, {"updates": []}, r"updates has length 0: give 1"),
+    (dispatch.compact_stable, {"updates": [torch.zeros(3, 2, 2, 32).int()]}, r"updates\[0\] has dtype torch.int32"),
+    (dispatch.compact_stable, {"updates": [torch.zeros(3, 2, 2, 16)]}, r"updates\[0\] has shape .* \[3, 2, 2, 32\]"),
+    (dispatch.compact_holes, {"kept": torch.zeros(3, 2, 3, 16).int()}, r"kept has shape .* give \[3, 2, 2, any\]"),
+    (dispatch.compact_holes, {"v_cache": torch.randn(3, 5, 2, 16, 32)}, r"v_cache has shape \(5, 2, 16, 32\)"),
 ]
 
 
