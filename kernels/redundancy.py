@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.tiles import load_blocks, load_keys, padded_dim
 
 CHUNK_BYTES = 64 * 1024
-"""Largest chunk of keys that one program holds."""
+"""Largest chunk of keys that one program holds; half of it in float32, without tensor cores."""
 
 MAX_CHUNK = 256
 SOFTMAX_TILE = 4096
@@ -241,7 +241,8 @@ def redundancy_triton(
     strides = *k_cache.stride()[:3], block_tables.stride(0)
     shape = {"HEADS": kv_heads, "HEAD_DIM": head_dim, "DIM_PAD": dim_pad, "BLOCK_SIZE": block_size}
     wide = k_cache.element_size() == 4
-    if fused and chunk and chunk <= MAX_CHUNK and chunk * dim_pad * k_cache.element_size() <= CHUNK_BYTES:
+    most = CHUNK_BYTES // (2 if wide else 1)
+    if fused and chunk and chunk <= MAX_CHUNK and chunk * dim_pad * k_cache.element_size() <= most:
         _chunk_sums[(triton.cdiv(width, chunk), pairs, layers)](
             k_cache, block_tables, lens, out, tau, threshold, width, *strides,
             **shape, CHUNK=chunk, ROWS=min(chunk, 16 if wide else 64), num_warps=8 if chunk > 64 else 4, num_stages=2,
@@ -254,7 +255,7 @@ def redundancy_triton(
         grid = triton.cdiv(width, rows), pairs, layers
         _row_sums[grid](
             k_cache, block_tables, lens, out, last, excused, threshold, width, *strides,
-            **shape, CHUNK=chunk or 0, ROWS=rows, TILE=tile, num_warps=4, num_stages=2,
+            **shape, CHUNK=chunk or 0, ROWS=rows, TILE=tile, num_warps=8 if tile > 64 else 4, num_stages=2,
         )  # fmt: skip
         _take_off_excused[grid](
             out, last, excused, lens, tau, width,
