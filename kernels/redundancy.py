@@ -255,7 +255,7 @@ def redundancy_triton(
         grid = triton.cdiv(width, rows), pairs, layers
         _row_sums[grid](
             k_cache, block_tables, lens, out, last, excused, threshold, width, *strides,
-            **shape, CHUNK=chunk or 0, ROWS=rows, TILE=tile, num_warps=8 if tile > 64 else 4, num_stages=2,
+            **shape, CHUNK=chunk or 0, ROWS=rows, TILE=tile, num_warps=4, num_stages=2,
         )  # fmt: skip
         _take_off_excused[grid](
             out, last, excused, lens, tau, width,
