@@ -1,0 +1,61 @@
+"""How many entries a request may hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zipage.eviction.policy import Policy
+    from zipage.eviction.protection import Protection
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A request's bound: at most `max_blocks` blocks while it decodes, `keep` entries after an event.
+
+    Attributes:
+        max_blocks: N_max.
+        block_size: b.
+    """
+
+    max_blocks: int
+    block_size: int
+
+    def __post_init__(self) -> None:
+        if self.max_blocks < 2:
+            raise ValueError(
+                f"max_blocks={self.max_blocks}: must be at least 2, one of entries kept and one of entries to come"
+            )
+
+    @classmethod
+    def from_tokens(cls, tokens: int, block_size: int) -> Budget:
+        """Round `tokens` entries up to whole blocks: `N_max = ceil(tokens / b) + 1`."""
+        if tokens < 1:
+            raise ValueError(f"budget_tokens={tokens}: must be at least 1")
+        return cls(-(-tokens // block_size) + 1, block_size)
+
+    @property
+    def keep(self) -> int:
+        """`k = (N_max - 1) * b`, entries per layer and KV head after an event."""
+        return (self.max_blocks - 1) * self.block_size
+
+    @property
+    def peak(self) -> int:
+        """`N_max * b`, entries held at most while decoding under the trigger `block_full`."""
+        return self.max_blocks * self.block_size
+
+    def exceeded(self, cache_len: int) -> bool:
+        """Whether an event would evict anything: `n > k`."""
+        return cache_len > self.keep
+
+    def check(self, policy: Policy, protection: Protection, recent: int) -> None:
+        """Check that policy, protection and budget go together.
+
+        Raises:
+            ValueError: they do not; the message names what to change.
+        """
+        if not policy.evicts:
+            return
+        protection.check(self.keep, recent, policy.page)
+        policy.check(block_size=self.block_size, keep=self.keep, recent=recent)

@@ -1,0 +1,245 @@
+"""What a policy may ask of one compression: the border between policies and the paged cache.
+
+A policy sees R requests in one launch over L layers as padded tensors `[L, R, H, N]`; where the keys lie, in which
+blocks and on which device, stays behind this class.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from zipage.eviction import counters
+
+Softmax = Literal["all", "cut", "group_cut"]
+EPSILON = 1e-8
+"""Norms are clamped here before anything is divided by them."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Event(ABC):
+    """One launch: R requests of one policy, L layers, the KV heads of one rank.
+
+    Slot `j` of a request is its `j`-th entry in time order. `N` is the longest request of the launch. Tensors over
+    entries are `[L, R, H, N]`; what they hold past a request's `n` entries has no meaning and must reach no score.
+
+    Attributes:
+        num_layers: L, layers of this launch. All of the model's where the policy says `all_layers`.
+        num_heads: H, KV heads on this rank.
+        group_size: G, query heads per KV head.
+        head_dim: d.
+        window: w, stored queries per request: those of slots n-w .. n-1. Equals the policy's `num_queries`.
+        lens: int32 [R], n of each request.
+        keep: int32 [R], k of each request: entries per layer and KV head after the event.
+        must: bool [R, N], entries that stay whatever their score. False past n.
+        carried: int32 [R], entries whose state an earlier event wrote: slots 0 .. carried-1. 0 before the first.
+        seeds: of each request, distinct for the samples of one prompt.
+        rounds: t of each request, its compressions before this one.
+        prompt_lens: P of each request.
+        layer_offset, head_offset: numbers of the first layer and KV head of this launch in the whole model.
+        new_state: what the policy handed to `store`; None without state.
+    """
+
+    num_layers: int
+    num_heads: int
+    group_size: int
+    head_dim: int
+    window: int
+    lens: Tensor
+    keep: Tensor
+    must: Tensor
+    carried: Tensor
+    seeds: Sequence[int]
+    rounds: Sequence[int]
+    prompt_lens: Sequence[int]
+    layer_offset: int = 0
+    head_offset: int = 0
+    new_state: Tensor | None = None
+
+    @property
+    def num_requests(self) -> int:
+        return self.must.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        """N."""
+        return self.must.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(L, R, H, N)."""
+        return self.num_layers, self.num_requests, self.num_heads, self.num_slots
+
+    @property
+    def device(self) -> torch.device:
+        return self.must.device
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """int64 [N], 0 .. N-1."""
+        return torch.arange(self.num_slots, device=self.device)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """bool [R, 1, N], slots that hold an entry; broadcasts against [L, R, H, N], as do the masks below."""
+        return (self.slots < self.lens[:, None])[:, None]
+
+    @cached_property
+    def before_window(self) -> Tensor:
+        """bool [R, 1, N], slots j < n - w."""
+        return (self.slots < self.window_start[:, None])[:, None]
+
+    @cached_property
+    def window_start(self) -> Tensor:
+        """int32 [R], n - w."""
+        return self.lens - self.window
+
+    # What the cache answers.
+
+    @abstractmethod
+    def attention(
+        self,
+        softmax: Softmax = "all",
+        group: Literal["max", "mean"] = "max",
+        window: Literal["mean", "sum", "max"] = "mean",
+    ) -> Tensor:
+        """Attention of the window queries, one number per entry.
+
+        `Z[g, q, j] = Q . K / sqrt(d)`, -inf for j > n-w+q. The group is reduced first, then the window.
+
+        Args:
+            softmax: "all": over all n entries. "cut": over j < n-w only, per query head. "group_cut": the maximum of
+                the logits over the group, then over j < n-w only; `group` plays no part.
+            group: over the query heads of a KV head.
+            window: over the queries.
+
+        Returns:
+            float32 [L, R, H, N]. Where the softmax is cut, slots j >= n-w have no meaning.
+        """
+
+    @abstractmethod
+    def redundancy(self, tau: float, chunk: int | None = None, threshold: float = 0.5) -> Tensor:
+        """How much of a key the others repeat: a softmax over a request's entries.
+
+        Args:
+            tau: temperature; raw sums are divided by `tau` times the keys compared.
+            chunk: compare inside aligned runs of so many slots; None compares all n.
+            threshold: cosine above which two keys are near-duplicates.
+
+        Returns:
+            float32 [L, R, H, N].
+        """
+
+    @abstractmethod
+    def pool(self, scores: Tensor, width: int, kind: Literal["max", "mean"], limit: Tensor) -> Tensor:
+        """Pool along the sequence, stride 1, centred, over slots j < limit; the others come back as they were.
+
+        Args:
+            scores: float32 [L, R, H, N].
+            width: odd.
+            kind: "max" is shorter at the ends; "mean" counts zeros beyond them and always divides by `width`.
+            limit: int32 [R].
+        """
+
+    @abstractmethod
+    def carried_state(self) -> Tensor:
+        """The state array of the entries, float32 [L, R, H, N]. Slots that carry none may hold anything."""
+
+    @abstractmethod
+    def keys(self) -> Tensor:
+        """Keys as cached (after RoPE), float32 [L, R, H, N, d]: a dense copy."""
+
+    @abstractmethod
+    def values(self) -> Tensor:
+        """Values, float32 [L, R, H, N, d]: a dense copy."""
+
+    # Reductions over keys and values. A cache may answer them without the dense copy.
+
+    def key_norms(self) -> Tensor:
+        """|K|_2, float32 [L, R, H, N]."""
+        return self.keys().norm(dim=-1)
+
+    def mean_unit_key(self) -> Tensor:
+        """Mean of K / |K| over a request's n entries, float32 [L, R, H, d]."""
+        keys = self.keys()
+        units = keys / keys.norm(dim=-1, keepdim=True).clamp_min(EPSILON)
+        units = units.masked_fill(~self.valid[..., None], 0.0)
+        return units.sum(dim=3) / self.lens[:, None, None]
+
+    def key_cosines(self, direction: Tensor) -> Tensor:
+        """Cosine of each key and `direction` [L, R, H, d]; float32 [L, R, H, N]."""
+        keys = self.keys()
+        dots = (keys * direction[:, :, :, None]).sum(dim=-1)
+        norms = keys.norm(dim=-1).clamp_min(EPSILON)
+        return dots / (norms * direction.norm(dim=-1, keepdim=True).clamp_min(EPSILON))
+
+    def value_ranges(self) -> Tensor:
+        """max over d of V - min over d of V, float32 [L, R, H, N]."""
+        low, high = self.values().aminmax(dim=-1)
+        return high - low
+
+    def projected_norms(self, of: Literal["keys", "values"], matrix: Tensor) -> Tensor:
+        """|G^T x|_2 of every key or value x under the request's `matrix` G [R, d, c]; float32 [L, R, H, N]."""
+        entries = self.keys() if of == "keys" else self.values()
+        return (entries @ matrix[:, None]).norm(dim=-1)
+
+    # State.
+
+    @cached_property
+    def stored(self) -> Tensor:
+        """State carried from the last event, float32 [L, R, H, N]; -1 where an entry carries none."""
+        known = (self.slots < self.carried[:, None])[:, None]
+        return torch.where(known, self.carried_state(), -1.0)
+
+    def store(self, state: Tensor) -> None:
+        """Hand over the new state of all entries, float32 [L, R, H, N]; survivors take theirs along.
+
+        States are >= 0; a negative one means that the entry carries none.
+        """
+        self.new_state = state
+
+    # Reductions over heads and layers. With heads spread over ranks these need an all-reduce.
+
+    def mean_over_heads(self, scores: Tensor) -> Tensor:
+        """Mean over all KV heads of a layer: [L, R, H, N] -> [L, R, 1, N]."""
+        return scores.mean(dim=2, keepdim=True)
+
+    def mean_over_layers_and_heads(self, scores: Tensor) -> Tensor:
+        """Mean over all layers and KV heads of the model: [L, R, H, N] -> [1, R, 1, N]. Needs `all_layers`."""
+        return scores.mean(dim=(0, 2), keepdim=True)
+
+    # Randomness.
+
+    def uniform(self, stream: int, *, per_layer: bool = True, per_head: bool = True, run: int = 1) -> Tensor:
+        """Uniform numbers in (0, 1), one per entry, functions of (seed, stream, t, layer, head, slot // run) alone.
+
+        Args:
+            stream: the policy's own number, so that two policies draw independently.
+            per_layer, per_head: whether layers and KV heads draw for themselves.
+            run: neighbouring slots that share a number.
+
+        Returns:
+            float32 [L or 1, R, H or 1, N].
+        """
+        layers = range(self.layer_offset, self.layer_offset + self.num_layers) if per_layer else range(1)
+        heads = range(self.head_offset, self.head_offset + self.num_heads) if per_head else range(1)
+        return counters.uniform(self.seeds, stream, self.rounds, layers, heads, self.slots // run)
+
+    def gaussian(self, stream: int, rows: int, columns: int) -> Tensor:
+        """Standard normal matrices, one per request and event: float32 [R, rows, columns]."""
+        numbers = counters.normal(self.seeds, stream, self.rounds, rows * columns)
+        return torch.from_numpy(numbers).float().view(-1, rows, columns).to(self.device, non_blocking=True)
+
+    # Ranking.
+
+    def top(self, values: Tensor, count: Tensor) -> Tensor:
+        """The `count` [R] largest entries of every row: bool [L, R, H, N]. Ties go to the higher slot."""
+        order = values.flip(-1).argsort(dim=-1, descending=True, stable=True)
+        ranks = torch.empty_like(order).scatter_(-1, order, self.slots.expand_as(order)).flip(-1)
+        return ranks < count[:, None, None]

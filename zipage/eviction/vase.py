@@ -1,0 +1,83 @@
+"""VaSE: a reserve of wide values and a draw weighted by attention."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from zipage.eviction.event import Event
+from zipage.eviction.policy import HUGE, Policy
+
+SINKS = 4
+FLOOR = 1e-12
+COLUMNS = 20
+DRAW_STREAM = 3
+PROJECTION_STREAM = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaSE(Policy):
+    """Value-aware stochastic eviction, arXiv 2606.03928. Scores [L, R, H, N].
+
+    `attn`: the `reserve * k` entries of widest values (max - min over d; the first four count as infinitely wide) stay;
+    the rest of the free budget is drawn without replacement, with probability proportional to
+    `p = mean over the group of avgpool5(mean over the window of A_cut)`: the top-k of `log p` + Gumbel noise. Entries
+    that must stay anyway are in neither pool, and where fewer than the reserve are free, it takes what there is.
+
+    `dkv`: `S = |G^T K|^2 * |G^T V|^2` under one Gaussian G [d, 20] / sqrt(20) per request and event; the first four
+    entries before all others; no queries.
+
+    Attributes:
+        mode: "attn" or "dkv".
+        window: w, for `attn`. The original's is 64, with as many recent entries kept.
+        reserve: share of k.
+        pool_width: odd.
+    """
+
+    name: ClassVar[str] = "vase"
+    variant: ClassVar[str] = "VaSE"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2606.03928"
+    always_labelled: ClassVar[tuple[str, ...]] = ("mode",)
+
+    mode: str = "attn"
+    window: int = 16
+    reserve: float = 0.25
+    pool_width: int = 5
+
+    def __post_init__(self) -> None:
+        self._one_of("mode", "attn", "dkv")
+        self._positive("window")
+        self._unit("reserve")
+        self._require("pool_width", self.pool_width > 0 and self.pool_width % 2 == 1, "odd and positive")
+
+    @property
+    def num_queries(self) -> int:
+        return self.window if self.mode == "attn" else 0
+
+    @property
+    def leaves_window_unscored(self) -> bool:
+        return self.mode == "attn"
+
+    def rank(self, event: Event) -> Tensor:
+        return self._drawn(event) if self.mode == "attn" else self._projected(event)
+
+    def _drawn(self, event: Event) -> Tensor:
+        pool = event.valid & ~event.must[:, None]
+        widths = event.value_ranges().masked_fill(event.slots < SINKS, float("inf"))
+        free = (event.keep - event.must.sum(dim=-1)).clamp_min(0)
+        reserve = torch.minimum((event.keep * self.reserve).floor().to(free.dtype), free)
+        reserved = event.top(torch.where(pool, widths, float("-inf")), reserve)
+        attention = event.attention("cut", group="mean", window="mean")
+        attention = event.pool(attention, self.pool_width, "mean", event.window_start)
+        chances = torch.where(pool, attention, 0.0).clamp_min(FLOOR).log()
+        gumbel = -torch.log(-torch.log(event.uniform(DRAW_STREAM)))
+        return torch.where(reserved, HUGE, chances + gumbel)
+
+    def _projected(self, event: Event) -> Tensor:
+        matrix = event.gaussian(PROJECTION_STREAM, event.head_dim, COLUMNS) / math.sqrt(COLUMNS)
+        scores = (event.projected_norms("keys", matrix) * event.projected_norms("values", matrix)).square()
+        return scores.clamp_max(HUGE / 2).masked_fill(event.slots < SINKS, HUGE)

@@ -1,0 +1,75 @@
+"""Zipage's composite: attention, global score, pooling and redundancy, each with a switch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from zipage.eviction.event import Event
+from zipage.eviction.policy import Policy, option
+from zipage.eviction.pooling import pooled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zipage(Policy):
+    """`S = lambda * pool(max(A_max, alpha * stored)) - (1 - lambda) * R`. Liao et al., arXiv 2603.08743.
+
+    `A_max` [L, R, H, N]: softmax over all entries, maximum over the group, mean over the window. The global score is
+    G-KV's (arXiv 2512.00504), the redundancy R-KV's (arXiv 2505.24133) in chunks ("lightning").
+
+    Attributes:
+        window: w.
+        global_score (option `global`): entries of earlier events keep `alpha` times their stored score; what is stored
+            is the score of all n entries, the window included, before pooling and redundancy.
+        alpha: decay per event.
+        pooling: maximum over `pool_width` neighbours: "never", "first" (at a request's first event) or "always".
+        pool_width: odd.
+        redundancy: "none", "full" or "chunk". Without it `S` is the attention part alone.
+        chunk: slots compared with each other.
+        weight (option `lambda`): of attention against redundancy.
+        tau: temperature of the redundancy.
+        max_norm: divide the attention score by its maximum per layer and KV head.
+    """
+
+    name: ClassVar[str] = "zipage"
+    variant: ClassVar[str] = "Zipage"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2603.08743"
+
+    window: int = 16
+    global_score: bool = option(True, "global")
+    alpha: float = 0.8
+    pooling: str = "first"
+    pool_width: int = 5
+    redundancy: str = "chunk"
+    chunk: int = 256
+    weight: float = option(0.2, "lambda")
+    tau: float = 0.4
+    max_norm: bool = False
+
+    def __post_init__(self) -> None:
+        self._positive("window", "chunk", "tau")
+        self._unit("alpha")
+        self._unit("weight")
+        self._pooling()
+        self._one_of("redundancy", "none", "full", "chunk")
+
+    @property
+    def state(self) -> bool:
+        return self.global_score
+
+    def rank(self, event: Event) -> Tensor:
+        scores = event.attention("all", group="max", window="mean")
+        if self.max_norm:
+            scores = scores / torch.where(event.valid, scores, 0.0).amax(dim=-1, keepdim=True)
+        if self.global_score:
+            # Entries without a stored score carry -1, which no attention score is below.
+            scores = torch.maximum(scores, self.alpha * event.stored)
+            event.store(scores)
+        scores = pooled(event, scores, self.pooling, self.pool_width, "max", event.lens)
+        if self.redundancy == "none":
+            return scores
+        redundancy = event.redundancy(self.tau, self.chunk if self.redundancy == "chunk" else None)
+        return self.weight * scores - (1 - self.weight) * redundancy
