@@ -57,5 +57,5 @@ class Budget:
         """
         if not policy.evicts:
             return
+        policy.check(block_size=self.block_size, recent=recent)
         protection.check(self.keep, recent, policy.page)
-        policy.check(block_size=self.block_size, keep=self.keep, recent=recent)

@@ -72,8 +72,8 @@ class PagePolicy(Policy):
         scores = torch.where(self.must_pages(event)[:, None], HUGE, scores)
         return scores.repeat_interleave(self.page_size, dim=-1)[..., : event.num_slots]
 
-    def check(self, *, block_size: int, keep: int, recent: int) -> None:
-        super().check(block_size=block_size, keep=keep, recent=recent)
+    def check(self, *, block_size: int, recent: int) -> None:
+        super().check(block_size=block_size, recent=recent)
         if self.native and self.page_size != block_size:
             raise ValueError(
                 f"{self.name}: page_size={self.page_size} is not the block_size={block_size}: "

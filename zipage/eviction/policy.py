@@ -102,12 +102,11 @@ class Policy(ABC):
         scores = self.rank(event).float().expand(event.shape)
         return torch.where(event.valid, scores, float("-inf"))
 
-    def check(self, *, block_size: int, keep: int, recent: int) -> None:
+    def check(self, *, block_size: int, recent: int) -> None:
         """Check the policy against a run's sizes.
 
         Args:
             block_size: b.
-            keep: k, entries a request keeps.
             recent: r, latest entries that always stay.
 
         Raises:
