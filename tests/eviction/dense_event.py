@@ -108,22 +108,35 @@ class Tokens:
     prompt_len: int
 
 
-def make_tokens(seed: int, total: int = 256, layers=2, heads=2, group=2, head_dim=16, prompt_len=24) -> Tokens:
-    """Random entries; half of the keys are near-duplicates of each other. No cosine lies near 0.5."""
+def make_tokens(seed: int, total: int = 256, layers=2, heads=2, group=2, head_dim=32, prompt_len=24) -> Tokens:
+    """Random entries; half of the keys are near-duplicates of each other. No cosine is within 0.02 of 0.5."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    centres = normal(layers, heads, total, head_dim)[:, :, torch.randint(total // 8, (total,), generator=generator)]
-    alike = (torch.rand(layers, heads, total, 1, generator=generator) < 0.5).float()
-    keys = alike * (centres + 0.2 * normal(layers, heads, total, head_dim)) + (1 - alike) * normal(
-        layers, heads, total, head_dim
-    )
+    def draw(like: Tensor, centres: Tensor) -> Tensor:
+        keys = normal(layers, heads, total, head_dim)
+        return torch.where(like, centres + 0.2 * keys, keys)
+
+    like = torch.rand(layers, heads, total, 1, generator=generator) < 0.5
+    groups = torch.randint(total // 8, (total,), generator=generator)
+    centres = normal(layers, heads, total, head_dim)[:, :, groups]
+    keys = draw(like, centres)
+    while (doubtful := _near_half(keys)).any():
+        like = like & ~doubtful
+        keys = torch.where(doubtful, draw(like, centres), keys)
     keys = keys * (0.5 + torch.rand(layers, heads, total, 1, generator=generator))
     values = normal(layers, heads, total, head_dim)
     queries = 1.5 * normal(layers, total, heads * group, head_dim)
     return Tokens(keys, values, queries, 1000 + seed, prompt_len)
+
+
+def _near_half(keys: Tensor) -> Tensor:
+    """Keys [..., T, d] whose cosine with an earlier one is near 0.5: bool [..., T, 1]."""
+    units = torch.nn.functional.normalize(keys, dim=-1)
+    near = ((units @ units.transpose(-1, -2)) - 0.5).abs() < 0.02
+    return near.tril(-1).any(dim=-1, keepdim=True)
 
 
 def dense_event(

@@ -35,10 +35,6 @@ def with_keys(tokens, change):
     return replace(tokens, keys=change(tokens.keys))
 
 
-def same_ranking(one, two):
-    return torch.equal(one.argsort(dim=-1, stable=True), two.argsort(dim=-1, stable=True))
-
-
 def scripted(event, *answers):
     """Make `event.attention` answer with `answers` [n] in every layer, head and request."""
     answer = torch.stack(answers).expand(event.shape).clone()
@@ -133,7 +129,7 @@ def test_snapkv_is_invariant_to_the_order_of_a_groups_heads(group):
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o", "tova", "morphkv"])
 def test_a_constant_added_to_all_logits_of_a_query_changes_nothing(name):
-    shifted = [with_keys(tokens, lambda keys: keys + torch.randn(2, 2, 1, 16)) for tokens in REQUESTS]
+    shifted = [with_keys(tokens, lambda keys: keys + torch.randn(2, 2, 1, 32)) for tokens in REQUESTS]
     policy = make(name)
     assert torch.allclose(scores_of(policy), scores_of(policy, shifted), atol=1e-5)
 
@@ -184,7 +180,7 @@ def test_tova_keeps_the_same_entries_in_every_head():
 def test_tova_evicts_the_least_attended_even_the_newest():
     tokens = with_keys(REQUESTS[0], torch.clone)
     # The last key points against the last query of every head.
-    tokens.keys[:, :, 64] = -10 * tokens.queries[:, 64].view(2, 2, 2, 16).sum(dim=2)
+    tokens.keys[:, :, 64] = -10 * tokens.queries[:, 64].view(2, 2, 2, 32).sum(dim=2)
     positions = kept(make("tova"), [tokens], schedule=[[65]], recent=0)[0, 0]
     assert (positions == torch.arange(64)).all()
 
@@ -285,7 +281,7 @@ def test_morphkv_fuses_are_one_for_one_query():
 def test_morphkv_maximum_keeps_what_one_query_looks_at(seed):
     tokens = make_tokens(seed)
     # Among random queries of the window, one per group points at entry 5.
-    direction = torch.nn.functional.normalize(torch.randn(2, 2, 16), dim=-1)
+    direction = torch.nn.functional.normalize(torch.randn(2, 2, 32), dim=-1)
     tokens.keys[:, :, 5] = 6 * direction
     tokens.queries[:, 70, ::2] = 16 * direction
     positions = kept(make("morphkv", fuse="max"), [tokens], schedule=[[80]], keep=17)[0, 0]
@@ -297,7 +293,7 @@ def test_morphkv_maximum_keeps_what_one_query_looks_at(seed):
 
 def test_keydiff_is_invariant_to_scale_and_rotation():
     policy = make("keydiff")
-    rotation = torch.linalg.qr(torch.randn(16, 16)).Q
+    rotation = torch.linalg.qr(torch.randn(32, 32)).Q
     scale = 0.5 + torch.rand(2, 2, 256, 1)
     for change in (lambda keys: keys * scale, lambda keys: keys @ rotation):
         changed = [with_keys(tokens, change) for tokens in REQUESTS]
@@ -323,7 +319,7 @@ def test_equal_keys_keep_the_youngest(name):
 
 def test_keydiff_without_a_mean_direction_is_finite():
     keys = torch.cat([REQUESTS[0].keys[:, :, :40], -REQUESTS[0].keys[:, :, :40]], dim=2)
-    zero = with_keys(REQUESTS[0], lambda _: torch.zeros(2, 2, 80, 16))
+    zero = with_keys(REQUESTS[0], lambda _: torch.zeros(2, 2, 80, 32))
     for tokens in (with_keys(REQUESTS[0], lambda _: keys), zero):
         assert scores_of(make("keydiff"), [tokens]).isfinite().all()
 

@@ -20,7 +20,7 @@ def test_every_policy_is_in_the_table_and_the_simulation():
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_defaults_are_those_of_the_definitions(name):
-    options = registry.find(name)._options()
+    options = registry.find(name).known_options()
     for option, value in DEFAULTS[name].items():
         if (name, option) != ("tova", "window"):
             assert options[option].default == value, option

@@ -128,13 +128,13 @@ class Policy(ABC):
         """Name of the variant with every option that is not at its default, for tables."""
         changed = [
             f"{name}={getattr(self, f.name)}"
-            for name, f in self._options().items()
+            for name, f in self.known_options().items()
             if name in self.always_labelled or getattr(self, f.name) != f.default
         ]
         return f"{self.variant} ({', '.join(changed)})" if changed else self.variant
 
     @classmethod
-    def _options(cls) -> dict[str, Field]:
+    def known_options(cls) -> dict[str, Field]:
         """Option name -> field."""
         return {f.metadata.get("option", f.name): f for f in fields(cls)}
 
@@ -145,7 +145,7 @@ class Policy(ABC):
         Raises:
             ValueError: an option is unknown (the message names the closest) or its value is outside its range.
         """
-        known = cls._options()
+        known = cls.known_options()
         hints = get_type_hints(cls)
         given = {}
         check_names(options, tuple(known), f"policy {cls.name!r}")
@@ -160,7 +160,7 @@ class Policy(ABC):
 
     def _require(self, attribute: str, ok: bool, what: str) -> None:
         if not ok:
-            name = next(name for name, f in self._options().items() if f.name == attribute)
+            name = next(name for name, f in self.known_options().items() if f.name == attribute)
             raise ValueError(f"{self.name}.{name}={getattr(self, attribute)!r}: must be {what}")
 
     def _one_of(self, attribute: str, *values: str) -> None:
