@@ -154,7 +154,7 @@ def main() -> int:
     if memory:
         good &= memory["peak_bytes"] <= memory["planned_bytes"] <= memory["limit_bytes"]
     record = {
-        "command": f"python -m tests.gpu.check_engine --out {args.out.name} --commit {args.commit} --device {args.device}",
+        "command": f"python -m tests.gpu.check_engine --out {args.out.name} --device {args.device}",
         "commit": args.commit,
         "device": torch.cuda.get_device_name() if cuda else platform.processor(),
         "torch": torch.__version__,
