@@ -161,6 +161,17 @@ def test_bad_sampling_params_are_named(options, message):
         SamplingParams(**options)
 
 
+def test_options_of_eviction_are_said_to_have_no_effect(folder, caplog):
+    make_llm(folder)
+    assert "without effect" not in caplog.text
+    llm = make_llm(folder, budget_tokens=64, protection="sink:4", async_compression=False)
+    assert "budget_tokens, protection, async_compression without effect" in caplog.text
+    caplog.clear()
+    llm.generate([[1, 2]] * 3, SamplingParams(max_tokens=2, budget_tokens=32), use_tqdm=False)
+    assert caplog.text.count("SamplingParams.budget_tokens has no effect") == 1
+    assert "runs policy 'full'" in llm.generate([[1]], SamplingParams(policy="random"), use_tqdm=False)[0].error
+
+
 def test_text_options_need_a_tokenizer(folder):
     llm = make_llm(folder, skip_tokenizer_init=True)
     assert llm.get_tokenizer() is None

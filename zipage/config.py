@@ -10,6 +10,15 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+EVICTION_DEFAULTS = {
+    "budget_tokens": None,
+    "protection": "none",
+    "trigger": "block_full",
+    "scheduling": "hybrid",
+    "async_compression": True,
+}
+"""Options that mean nothing under policy "full", and the values that ask for nothing."""
+
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -44,9 +53,10 @@ class EngineConfig:
         max_num_batched_tokens: tokens in a step at most (decodes first, then prefill).
         enable_prefix_caching: find and share full blocks of equal prefixes.
         enable_chunked_prefill: prompts may be computed in pieces beside decodes; off, a prompt runs in one step.
-        enforce_eager: never use CUDA graphs.
+        enforce_eager: never use CUDA graphs. The engine captures none yet, so both values run alike.
         policy, policy_options: the eviction policy and its options.
-        budget_tokens: KV budget of a request, per layer and KV head.
+        budget_tokens: KV budget of a request, per layer and KV head. This option and those below it up to `debug` have
+            no effect under policy "full", which is said in a warning where one is set.
         protection: "none", "sink:N", "prompt".
         trigger: "block_full", "pressure".
         scheduling: "hybrid", "constrained".
@@ -116,8 +126,9 @@ class EngineConfig:
         self._require("protection", valid, "none, prompt or sink:N")
         self._one_of("trigger", ("block_full", "pressure"))
         self._one_of("scheduling", ("hybrid", "constrained"))
-        if self.budget_tokens is not None:
-            logger.warning("policy 'full' never evicts: budget_tokens=%d has no effect", self.budget_tokens)
+        idle = [name for name, default in EVICTION_DEFAULTS.items() if getattr(self, name) != default]
+        if idle:
+            logger.warning("policy 'full' never evicts: %s without effect", ", ".join(idle))
 
     def _require(self, name: str, ok: bool, what: str) -> None:
         if not ok:

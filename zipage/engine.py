@@ -26,7 +26,7 @@ from zipage.outputs import CompletionOutput, RequestOutput, StreamEvent
 from zipage.request import Request, Status
 from zipage.sampling_params import SamplingParams
 from zipage.scheduler import Scheduler, StepPlan
-from zipage.stats import EngineStats, RequestMetrics, StepStats
+from zipage.stats import EngineStats, RequestMetrics, StepStats, combine_metrics, request_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ class LLM:
         self._prompts: dict[str, _PromptState] = {}
         self._done: dict[str, RequestOutput] = {}
         self._numbers = count()
+        self._warned_of_budget = False
         self._stats = EngineStats(blocks_total=pool.num_blocks)
         self.step_listeners: list[Callable[[StepStats], None]] = []
 
@@ -200,8 +201,9 @@ class LLM:
             )
         if params.policy not in (None, "full"):
             raise ValueError(f"SamplingParams.policy={params.policy!r}: this engine runs policy 'full'")
-        if params.budget_tokens is not None:
-            logger.warning("policy 'full' never evicts: budget_tokens=%d has no effect", params.budget_tokens)
+        if params.budget_tokens is not None and not self._warned_of_budget:
+            self._warned_of_budget = True
+            logger.warning("policy 'full' never evicts: SamplingParams.budget_tokens has no effect")
         if params.stop and self._tokenizer is None:
             raise ValueError("SamplingParams.stop needs text, but skip_tokenizer_init=True: use stop_token_ids")
         limit = min(length + params.max_tokens, self.max_model_len)
@@ -392,13 +394,13 @@ class LLM:
                     sample.finish_reason,
                     sample.stop_reason,
                     sample.logprobs,
-                    _metrics(sample),
+                    request_metrics(sample),
                 )
             )
         first = state.samples[0]
         prompt_ids = first.token_ids[: first.num_prompt_tokens].tolist()
         self._stats.cached_tokens += sum(sample.cached_tokens for sample in state.samples)
-        metrics = _combine([output.metrics for output in outputs])
+        metrics = combine_metrics([output.metrics for output in outputs])
         return RequestOutput(first.request_id, state.prompt, prompt_ids, outputs, metrics)
 
     def _refuse(self, prompt: Prompt, error: str) -> RequestOutput:
@@ -458,45 +460,3 @@ def _resolve_max_model_len(config: EngineConfig, max_position: int) -> int:
             f"max_model_len={length}; raise the one or lower the other"
         )
     return length
-
-
-def _metrics(request: Request) -> RequestMetrics:
-    num_output = request.num_output_tokens
-    first, last = request.first_token_time, request.finish_time
-    metrics = RequestMetrics(
-        arrival=request.arrival,
-        prompt_tokens=request.num_prompt_tokens,
-        output_tokens=num_output,
-        cached_tokens=request.cached_tokens,
-        preemptions=request.num_preemptions,
-    )
-    if request.first_scheduled is not None:
-        metrics.queued = request.first_scheduled - request.arrival
-    if first is not None:
-        metrics.ttft = first - request.arrival
-    if num_output > 1:
-        metrics.tpot = (last - first) / (num_output - 1)
-    metrics.e2e = last - request.arrival
-    return metrics
-
-
-def _combine(samples: list[RequestMetrics]) -> RequestMetrics:
-    """One record for all samples of a prompt: first token of any, end of the last, mean pace, summed counts."""
-
-    def present(name: str) -> list[float]:
-        return [value for sample in samples if (value := getattr(sample, name)) is not None]
-
-    tpot = present("tpot")
-    return RequestMetrics(
-        arrival=samples[0].arrival,
-        ttft=min(present("ttft"), default=None),
-        tpot=sum(tpot) / len(tpot) if tpot else None,
-        e2e=max(present("e2e"), default=None),
-        queued=min(present("queued"), default=None),
-        prompt_tokens=samples[0].prompt_tokens,
-        output_tokens=sum(sample.output_tokens for sample in samples),
-        cached_tokens=sum(sample.cached_tokens for sample in samples),
-        preemptions=sum(sample.preemptions for sample in samples),
-        pauses=sum(sample.pauses for sample in samples),
-        compressions=sum(sample.compressions for sample in samples),
-    )

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zipage.request import Request
 
 
 @dataclass(slots=True)
@@ -75,3 +79,46 @@ class EngineStats:
     num_waiting: int = 0
     blocks_used: int = 0
     blocks_total: int = 0
+
+
+def request_metrics(request: Request) -> RequestMetrics:
+    """The record of one finished sample."""
+    num_output = request.num_output_tokens
+    first, last = request.first_token_time, request.finish_time
+    metrics = RequestMetrics(
+        arrival=request.arrival,
+        prompt_tokens=request.num_prompt_tokens,
+        output_tokens=num_output,
+        cached_tokens=request.cached_tokens,
+        preemptions=request.num_preemptions,
+    )
+    if request.first_scheduled is not None:
+        metrics.queued = request.first_scheduled - request.arrival
+    if first is not None:
+        metrics.ttft = first - request.arrival
+    if num_output > 1:
+        metrics.tpot = (last - first) / (num_output - 1)
+    metrics.e2e = last - request.arrival
+    return metrics
+
+
+def combine_metrics(samples: list[RequestMetrics]) -> RequestMetrics:
+    """One record for all samples of a prompt: first token of any, end of the last, mean pace, summed counts."""
+
+    def present(name: str) -> list[float]:
+        return [value for sample in samples if (value := getattr(sample, name)) is not None]
+
+    tpot = present("tpot")
+    return RequestMetrics(
+        arrival=samples[0].arrival,
+        ttft=min(present("ttft"), default=None),
+        tpot=sum(tpot) / len(tpot) if tpot else None,
+        e2e=max(present("e2e"), default=None),
+        queued=min(present("queued"), default=None),
+        prompt_tokens=samples[0].prompt_tokens,
+        output_tokens=sum(sample.output_tokens for sample in samples),
+        cached_tokens=sum(sample.cached_tokens for sample in samples),
+        preemptions=sum(sample.preemptions for sample in samples),
+        pauses=sum(sample.pauses for sample in samples),
+        compressions=sum(sample.compressions for sample in samples),
+    )
