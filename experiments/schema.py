@@ -104,7 +104,7 @@ class WorkloadConfig:
 
     Attributes:
         name: in run ids and tables.
-        generator: "word_problems", or None.
+        generator: "word_problems", "reasoning_gym", or None.
         seed, options: of the generator.
         path: JSONL, gzipped JSONL (.jsonl.gz) or parquet file.
         hub_id, subset, split, revision: of a data set on the hub.

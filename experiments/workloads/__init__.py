@@ -10,12 +10,16 @@ from experiments.errors import UsageError
 from experiments.schema import WorkloadConfig
 from experiments.workloads.gold import gold_answer
 from experiments.workloads.problem import Problem
+from experiments.workloads.reasoning_gym import generate as reasoning_gym
 from experiments.workloads.sources import read_file, read_hub
 from experiments.workloads.word_problems import generate as word_problems
 
 __all__ = ["GENERATORS", "Problem", "load_problems"]
 
-GENERATORS: dict[str, Callable[..., Iterable[Problem]]] = {"word_problems": word_problems}
+GENERATORS: dict[str, Callable[..., Iterable[Problem]]] = {
+    "word_problems": word_problems,
+    "reasoning_gym": reasoning_gym,
+}
 
 
 def load_problems(config: WorkloadConfig, limit: int | None = None) -> list[Problem]:

@@ -6,7 +6,9 @@ import gzip
 import json
 import math
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -233,3 +235,27 @@ def test_numbers_of_steps_are_balanced():
     steps = [n for n, _ in KINDS.values()]
     assert len(steps) >= 36
     assert math.isclose(steps.count(1), steps.count(2), abs_tol=6)
+
+
+def test_reasoning_gym_items_become_problems(monkeypatch):
+    asked = []
+
+    def create_dataset(task, size, seed):
+        asked.append((task, size, seed))
+        if task != "gsm_symbolic":
+            raise ValueError(f"Dataset '{task}' not registered")
+        return [{"question": f"{i} + {seed}?", "answer": str(i + seed)} for i in range(size)]
+
+    monkeypatch.setitem(sys.modules, "reasoning_gym", SimpleNamespace(create_dataset=create_dataset))
+    config = load_experiment(["workload=reasoning_gym", "workload.seed=3", "workload.options.count=5"]).workload
+    problems = load_problems(config)
+    assert asked == [("gsm_symbolic", 5, 3)]
+    assert [(p.question, p.gold, p.kind) for p in problems][1] == ("1 + 3?", "4", "gsm_symbolic")
+    with pytest.raises(UsageError, match=r"workload\.options\.task=nope: Dataset 'nope' not registered"):
+        load_problems(load_experiment(["workload=reasoning_gym", "workload.options.task=nope"]).workload)
+
+
+def test_reasoning_gym_that_is_absent_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[reasoning-gym\]'"):
+        load_problems(load_experiment(["workload=reasoning_gym"]).workload)
