@@ -1,0 +1,132 @@
+"""An event over the paged cache, answered by the kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch as ops
+from zipage.eviction.event import Event, Softmax
+
+POOLINGS = {"max": "max", "mean": "avg"}
+"""Pooling as policies call it -> as the kernel does."""
+
+
+@dataclass(kw_only=True, eq=False)
+class PagedEvent(Event):
+    """R requests of at least `window` entries each, wherever their blocks lie. N = max_blocks * b.
+
+    Nothing here writes to the cache: blocks may be shared by requests of this launch and by others.
+
+    Attributes:
+        k_cache, v_cache: [L, num_blocks, H, b, d], the layers of this launch.
+        block_tables: int32 [R, max_blocks]; never read past ceil(n / b).
+        q_cache: [L, num_query_slots, w_cache, Hq, d] of k_cache's dtype, w_cache >= window: a slot is a ring, with the
+            queries of logical position p at p % w_cache. None for a policy that reads no queries.
+        query_slots: int32 [R].
+        window_ends: int32 [R], logical lengths: the last query of the window is that of position end - 1.
+        state_cache: float32 [L, num_blocks, H, b], what the policy stored for each entry. None for one without state.
+    """
+
+    k_cache: Tensor
+    v_cache: Tensor
+    block_tables: Tensor
+    q_cache: Tensor | None = None
+    query_slots: Tensor | None = None
+    window_ends: Tensor | None = None
+    state_cache: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        layers, _, heads, block_size, head_dim = self.k_cache.shape
+        requests, max_blocks = self.block_tables.shape
+        wanted = layers, requests, heads, max_blocks * block_size, head_dim
+        if (*self.shape, self.head_dim) != wanted:
+            raise ValueError(
+                f"(L, R, H, N, d) = {(*self.shape, self.head_dim)}, but caches and block tables are of {wanted}: "
+                "slice the caches to the layers of the launch and give `must` max_blocks * b slots"
+            )
+        if self.window and (self.q_cache is None or self.query_slots is None or self.window_ends is None):
+            raise ValueError(f"window={self.window}: give q_cache, query_slots and window_ends")
+        if self.window and self.q_cache.shape[2] < self.window:
+            raise ValueError(f"q_cache holds {self.q_cache.shape[2]} queries of a request: the window is {self.window}")
+
+    def of_layers(self, first: int, last: int) -> PagedEvent:
+        """The same event over layers first .. last-1 of this one."""
+        return replace(
+            self,
+            num_layers=last - first,
+            layer_offset=self.layer_offset + first,
+            k_cache=self.k_cache[first:last],
+            v_cache=self.v_cache[first:last],
+            q_cache=None if self.q_cache is None else self.q_cache[first:last],
+            state_cache=None if self.state_cache is None else self.state_cache[first:last],
+            new_state=None if self.new_state is None else self.new_state[first:last],
+        )
+
+    def attention(
+        self,
+        softmax: Softmax = "all",
+        group: Literal["max", "mean"] = "max",
+        window: Literal["mean", "sum", "max"] = "mean",
+    ) -> Tensor:
+        q_cache, query_slots, window_ends = self._window_queries
+        return ops.attention_score(
+            q_cache,
+            self.k_cache,
+            query_slots,
+            window_ends,
+            self.block_tables,
+            self.lens,
+            1 / math.sqrt(self.head_dim),
+            softmax=softmax,
+            # The kernel reduces the logits by `group` there; here it is the maximum, whatever `group` says.
+            group="max" if softmax == "group_cut" else group,
+            window=window,
+        )
+
+    def redundancy(self, tau: float, chunk: int | None = None, threshold: float = 0.5) -> Tensor:
+        return ops.redundancy(self.k_cache, self.block_tables, self.lens, tau=tau, threshold=threshold, chunk=chunk)
+
+    def pool(self, scores: Tensor, width: int, kind: Literal["max", "mean"], limit: Tensor) -> Tensor:
+        return ops.pool_scores(scores.contiguous(), self.lens, width, POOLINGS[kind], limit)
+
+    def carried_state(self) -> Tensor:
+        if self.state_cache is None:
+            raise ValueError("the policy carries state: give state_cache")
+        return self._gathered(self.state_cache[..., None])[..., 0]
+
+    def keys(self) -> Tensor:
+        return self._gathered(self.k_cache)
+
+    def values(self) -> Tensor:
+        return self._gathered(self.v_cache)
+
+    @cached_property
+    def _window_queries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(q_cache, query_slots, window_ends) of a cache that holds `window` queries a request.
+
+        A wider ring is unrolled: the latest `window` queries of each request in order, [L, R, window, Hq, d].
+        """
+        width = self.q_cache.shape[2]
+        if width == self.window:
+            return self.q_cache, self.query_slots, self.window_ends
+        places = (self.window_ends[:, None] - self.window + torch.arange(self.window, device=self.device)) % width
+        queries = self.q_cache[:, self.query_slots.long()[:, None], places.long()].contiguous()
+        rows = torch.arange(self.num_requests, dtype=torch.int32, device=self.device)
+        return queries, rows, torch.full_like(rows, self.window)
+
+    @cached_property
+    def _blocks(self) -> Tensor:
+        """int64 [R, max_blocks], the block tables with block 0 wherever a request has none."""
+        first_slots = self.slots[:: self.k_cache.shape[3]]
+        return torch.where(first_slots < self.lens[:, None], self.block_tables, 0).long()
+
+    def _gathered(self, cache: Tensor) -> Tensor:
+        """[L, num_blocks, H, b, c] -> float32 [L, R, H, N, c], zero past a request's n entries."""
+        entries = cache[:, self._blocks].transpose(2, 3).flatten(3, 4).float()
+        return entries.masked_fill_(~self.valid[..., None], 0.0)
