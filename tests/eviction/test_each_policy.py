@@ -564,3 +564,9 @@ def test_page_random_pages_keep_their_members_for_life():
         runs = event.unflatten(-1, (-1, 8))
         assert (runs - runs[..., :1] == torch.arange(8)).all()
         assert (runs[..., 0] % 8 == 0).all()
+
+
+@pytest.mark.parametrize("chunk", [0, 8, 48])
+def test_zipage_takes_only_chunks_that_the_kernels_take(chunk):
+    with pytest.raises(ValueError, match=f"zipage.chunk={chunk}: must be a power of two from 16"):
+        make("zipage", chunk=chunk)

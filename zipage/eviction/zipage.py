@@ -28,7 +28,7 @@ class Zipage(Policy):
         pooling: maximum over `pool_width` neighbours: "never", "first" (at a request's first event) or "always".
         pool_width: odd.
         redundancy: "none", "full" or "chunk". Without it `S` is the attention part alone.
-        chunk: slots compared with each other.
+        chunk: slots compared with each other, a power of two from 16.
         weight (option `lambda`): of attention against redundancy.
         tau: temperature of the redundancy.
         max_norm: divide the attention score by its maximum per layer and KV head.
@@ -50,7 +50,8 @@ class Zipage(Policy):
     max_norm: bool = False
 
     def __post_init__(self) -> None:
-        self._positive("window", "chunk", "tau")
+        self._positive("window", "tau")
+        self._require("chunk", self.chunk >= 16 and self.chunk & (self.chunk - 1) == 0, "a power of two from 16")
         self._unit("alpha")
         self._unit("weight")
         self._pooling()
