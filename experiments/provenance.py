@@ -40,8 +40,14 @@ def collect() -> dict[str, Any]:
 
 
 def code_state() -> dict[str, str]:
-    """The commit ("unknown" without git), and a sha256 of what differs from it ("none" where nothing does)."""
-    commit = (_git("rev-parse", "--verify", "HEAD") or b"unknown").decode().strip()
+    """The commit, and a sha256 of what differs from it ("none" where nothing does).
+
+    Where git can't tell, as in a copy without its history, the commit is `$ZIPAGE_COMMIT` or "unknown", and what differs
+    from it "unknown".
+    """
+    commit = (_git("rev-parse", "--verify", "HEAD") or b"").decode().strip()
+    if not commit:
+        return {"commit": os.environ.get("ZIPAGE_COMMIT", "unknown"), "diff": "unknown"}
     if not _git("status", "--porcelain", "--untracked-files=all"):
         return {"commit": commit, "diff": "none"}
     digest = hashlib.sha256(_git("diff", "--binary", "HEAD") or b"")

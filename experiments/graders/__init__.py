@@ -9,6 +9,7 @@ from experiments.errors import UsageError, one_line
 from experiments.graders.code import SANDBOX, grade_code
 from experiments.graders.exact import grade_exact
 from experiments.graders.f1 import grade_f1
+from experiments.graders.final import grade_final
 from experiments.graders.literal import grade_literal
 from experiments.graders.mathematics import grade_math
 from experiments.graders.number import grade_number
@@ -24,6 +25,7 @@ GRADERS: dict[str, Grader] = {
     "number": grade_number,
     "math": grade_math,
     "exact": grade_exact,
+    "final": grade_final,
     "f1": grade_f1,
     "literal": grade_literal,
     "code": grade_code,

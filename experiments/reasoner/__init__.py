@@ -1,0 +1,1 @@
+"""The project's own small reasoner: its tokenizer, its training data, its training."""
