@@ -50,7 +50,7 @@ def packed_attention(module, query, key, value, attention_mask, *, scaling, cu_s
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
-        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        rows = [tensor[0].transpose(0, 1).to(torch.bfloat16) for tensor in (query, key, value)]
         output = varlen_attn(*rows, cu_seq_lens, cu_seq_lens, LONGEST, LONGEST, scale=scaling, window_size=(-1, 0))
         return output[None], None
     pieces = [
