@@ -22,7 +22,7 @@ def build_config() -> Qwen3Config:
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=LONGEST,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=False,
         eos_token_id=VOCABULARY[END],
         pad_token_id=VOCABULARY[PAD],

@@ -19,7 +19,7 @@ def generate(
     count: int = 32,
     variables: int = 3,
     statements: int = 5,
-    iterations: int = 5,
+    iterations: int = 4,
     conditional: float = 0.4,
     split: str = HELD_OUT,
 ) -> Iterator[Problem]:

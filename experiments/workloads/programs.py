@@ -15,8 +15,8 @@ Its trace takes the lines in the order of the run, each with the values that it 
     a:417 b:203
     A q=(a*7)%1000 a:417 417*7=919 q:919
     B i:100 a:417 b:203
-    C a=(a+b)%1000 a:417 b:203 417+203=620 a:620
-    D if b%2: b=(b-317)%1000 b:203 odd b:203 203-317=886 b:886
+    C  a=(a+b)%1000 a:417 b:203 417+203=620 a:620
+    D  if b%2: b=(b-317)%1000 b:203 odd b:203 203-317=886 b:886
     ...
     B end
     E print((a+q)%1000) a:... q:919 ...=...
@@ -140,7 +140,7 @@ class Program:
         iterations = []
         if self.body:
             head = next(labels)
-            body = [(f"{next(labels)} {statement}", statement) for statement in self.body]
+            body = [(f"{next(labels)}  {statement}", statement) for statement in self.body]
             for i in range(100, 100 + self.iterations):
                 iterations.append(len(lines))
                 lines.append(f"{head} i:{i} " + " ".join(f"{name}:{state[name]:03d}" for name in self.shown))
