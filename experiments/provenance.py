@@ -42,8 +42,8 @@ def collect() -> dict[str, Any]:
 def code_state() -> dict[str, str]:
     """The commit, and a sha256 of what differs from it ("none" where nothing does).
 
-    Where git can't tell, as in a copy without its history, the commit is `$ZIPAGE_COMMIT` or "unknown", and what differs
-    from it "unknown".
+    Where git can't tell, as in a copy without its history, the commit is `$ZIPAGE_COMMIT` or "unknown", and the
+    difference "unknown".
     """
     commit = (_git("rev-parse", "--verify", "HEAD") or b"").decode().strip()
     if not commit:

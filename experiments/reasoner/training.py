@@ -47,7 +47,7 @@ class TrainingOptions:
         held_out: problems of each family in an evaluation.
     """
 
-    tokens: int = 800_000_000
+    tokens: int = 320_000_000
     batch_tokens: int = 32_768
     slots: int = 96
     learning_rate: float = 2e-3
