@@ -99,7 +99,7 @@ class Job:
         lengths = {p.id: [p.prompt_tokens, p.output_tokens] for p in self.problems if p.prompt_tokens is not None}
         traced = self.experiment.scenario.arrival == "trace"
         arrivals = arrival_times(self.experiment.scenario, len(self.problems)) if traced else []
-        questions = [[p.id, p.question, p.gold] for p in self.problems]
+        questions = [[p.id, p.question, p.gold, *p.history] for p in self.problems]
         return records.content_hash(questions + [part for part in (lengths, arrivals) if part])
 
     @property

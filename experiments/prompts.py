@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,12 @@ class PromptRenderer:
             )
         user = self._workload.template.replace("{question}", problem.question)
         system = self._workload.system_prompt
+        turns = [text for turn in problem.history for text in turn]
         if self.chat_template is None:
-            text = user if system is None else f"{system}\n\n{user}"
+            text = "\n\n".join(([] if system is None else [system]) + [*turns, user])
             return Prompt(text, list(self._tokenizer(text)["input_ids"]))
-        messages = [{"role": "user", "content": user}]
+        roles = itertools.cycle(("user", "assistant"))
+        messages = [{"role": role, "content": text} for role, text in zip(roles, [*turns, user])]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         text = self._tokenizer.apply_chat_template(

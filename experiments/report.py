@@ -21,6 +21,7 @@ COLUMNS = {
     "budget": ("budget", "{}"),
     "samples": ("samples", "{:.0f}"),
     "accuracy": ("accuracy", "{:.1%}"),
+    "facts_known": ("facts", "{:.1%}"),
     "output_tokens_per_second": ("output tok/s", "{:,.1f}"),
     "output_length.mean": ("mean output", "{:.0f}"),
     "ttft.p50": ("TTFT p50 (s)", "{:.3f}"),

@@ -116,7 +116,7 @@ class WorkloadConfig:
 
     Attributes:
         name: in run ids and tables.
-        generator: "word_problems", "reasoning_gym", "lengths", or None.
+        generator: a name in `workloads.GENERATORS`, or None.
         seed, options: of the generator.
         path: JSONL, gzipped JSONL (.jsonl.gz) or parquet file.
         hub_id, subset, split, revision: of a data set on the hub.

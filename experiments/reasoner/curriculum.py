@@ -54,5 +54,5 @@ def _program_trace(random: Random, size: float) -> Problem:
     statements = random.randint(1, 8)
     most = max(1, round(size * 56 / statements))
     return program_trace.build(
-        random, random.randint(1, 5), statements, random.randint(1, min(most, 24)), random.choice((0.0, 0.3, 0.5))
+        random, random.randint(1, 5), statements, random.randint(1, min(most, 24)), random.choice((0.0, 0.3, 0.5)), 0.5
     )

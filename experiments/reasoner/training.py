@@ -190,7 +190,7 @@ def held_out_problems(family: str, count: int) -> Iterator[Problem]:
 
 @torch.no_grad()
 def _exact(predict, batches: list[tuple[Batch, int]], device: str) -> float:
-    """Share of the documents whose every labelled token is the most likely one: what greedy decoding would get right."""
+    """Share of the documents whose every labelled token is the most likely one: greedy decoding gets them right."""
     right = total = 0
     for batch, count in batches:
         batch = _to(batch, device)
@@ -211,6 +211,6 @@ def _save(network: torch.nn.Module, out: Path) -> None:
     """bfloat16 safetensors with config and tokenizer, as any folder of `transformers`."""
     network = network.to(torch.bfloat16)
     network.config.dtype = torch.bfloat16
-    network.config.use_cache = True
+    network.config.use_cache = network.generation_config.use_cache = True
     network.save_pretrained(out)
     build_tokenizer(LONGEST).save_pretrained(out)

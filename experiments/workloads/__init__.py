@@ -11,10 +11,13 @@ from typing import Any
 
 from experiments.errors import UsageError
 from experiments.schema import WorkloadConfig
+from experiments.workloads.chained_arithmetic import generate as chained_arithmetic
 from experiments.workloads.exams import exam
+from experiments.workloads.fragility import generate as fragility
 from experiments.workloads.gold import gold_answer
 from experiments.workloads.lengths import generate as lengths
 from experiments.workloads.problem import Problem
+from experiments.workloads.program_trace import generate as program_trace
 from experiments.workloads.reasoning_gym import generate as reasoning_gym
 from experiments.workloads.sources import read_file, read_hub
 from experiments.workloads.word_problems import generate as word_problems
@@ -27,6 +30,9 @@ GENERATORS: dict[str, Callable[..., Iterable[Problem]]] = {
     "word_problems": word_problems,
     "reasoning_gym": reasoning_gym,
     "lengths": lengths,
+    "chained_arithmetic": chained_arithmetic,
+    "program_trace": program_trace,
+    "fragility": fragility,
 }
 
 

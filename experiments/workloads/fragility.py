@@ -16,6 +16,7 @@ from experiments.workloads.programs import LETTERS, Program, Statement, draw_sta
 from experiments.workloads.splits import HELD_OUT, draw
 
 KINDS = ("fact", "instructions", "turn")
+MANNERS = ("backwards", "twice", "plainly")
 ITERATION_TOKENS = 56
 """About what one iteration of a loop with one statement takes in the trace."""
 
@@ -25,6 +26,7 @@ def generate(
     count: int = 36,
     kinds: Sequence[str] = KINDS,
     distances: Sequence[int] = (512, 1024, 2048),
+    manners: Sequence[str] = ("twice", "plainly"),
     split: str = HELD_OUT,
 ) -> Iterator[Problem]:
     """Problems of all kinds at all distances, in turn.
@@ -34,27 +36,31 @@ def generate(
         count: problems.
         kinds: "fact", "instructions", "turn".
         distances: tokens of the loop's trace, each 128 to 8,192.
+        manners: how instructions want the answer: "plainly", "twice", "backwards".
         split: "held_out" or "train".
 
     Raises:
         ValueError: an option is out of range.
     """
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ValueError(f"kinds={list(kinds)}: {kind} must be one of {', '.join(KINDS)}")
+    for name, chosen, known in (("kinds", kinds, KINDS), ("manners", manners, MANNERS)):
+        for choice in chosen:
+            if choice not in known:
+                raise ValueError(f"{name}={list(chosen)}: {choice} must be one of {', '.join(known)}")
+        if not chosen:
+            raise ValueError(f"{name}=[]: give at least one of {', '.join(known)}")
     for distance in distances:
         if not 128 <= distance <= 8192:
             raise ValueError(f"distances={list(distances)}: {distance} must be from 128 to 8192")
-    if not kinds or not distances:
-        raise ValueError(f"kinds={list(kinds)}, distances={list(distances)}: give at least one of each")
+    if not distances:
+        raise ValueError("distances=[]: give at least one")
 
     def problem(random: Random, number: int) -> Problem:
-        return build(random, kinds[number % len(kinds)], distances[number // len(kinds) % len(distances)])
+        return build(random, kinds[number % len(kinds)], distances[number // len(kinds) % len(distances)], manners)
 
     return draw(count, split, seed, problem)
 
 
-def build(random: Random, kind: str, distance: int) -> Problem:
+def build(random: Random, kind: str, distance: int, manners: Sequence[str] = MANNERS) -> Problem:
     """One problem; its id is empty."""
     iterations = max(1, round(distance / ITERATION_TOKENS))
     loop, fact = random.sample(LETTERS, 2)
@@ -63,7 +69,7 @@ def build(random: Random, kind: str, distance: int) -> Problem:
     combined = (loop, random.choice("+-"), fact)
     difficulty = f"{kind} at {distance}"
     if kind == "instructions":
-        return _instructions(random, Program(start, (), body, iterations, (loop,), (loop,)), difficulty)
+        return _instructions(random, Program(start, (), body, iterations, (loop,), (loop,)), manners, difficulty)
     if kind == "fact":
         program = Program(start, (computed,), body, iterations, (loop,), combined)
         question, trace = program.text, program.trace()
@@ -96,13 +102,13 @@ def build(random: Random, kind: str, distance: int) -> Problem:
     )  # fmt: skip
 
 
-def _instructions(random: Random, program: Program, difficulty: str) -> Problem:
+def _instructions(random: Random, program: Program, manners: Sequence[str], difficulty: str) -> Problem:
     word = random.choice(WORDS)
-    how = random.choice(("Write the answer backwards.", "Write the answer twice.", "Write the answer plainly."))
+    manner = random.choice(manners)
     before = f"Before the answer write {word}."
-    question = f"{before}\n{how}\n{program.text}"
+    question = f"{before}\nWrite the answer {manner}.\n{program.text}"
     trace = program.trace()
-    answer = {"backwards": trace.answer[::-1], "twice": trace.answer * 2, "plainly": trace.answer}[how.split()[-1][:-1]]
+    answer = {"backwards": trace.answer[::-1], "twice": trace.answer * 2, "plainly": trace.answer}[manner]
     solution = _solution(trace.lines, f"{word} {answer}")
     end = len(question) + len(solution)
     facts = (

@@ -21,6 +21,7 @@ def generate(
     statements: int = 5,
     iterations: int = 4,
     conditional: float = 0.4,
+    comparisons: float = 0.2,
     split: str = HELD_OUT,
 ) -> Iterator[Problem]:
     """Programs with one loop.
@@ -34,6 +35,7 @@ def generate(
         statements: in the loop, 1 to 12; the trace of one takes about 42 tokens.
         iterations: of the loop, 1 to 200.
         conditional: share of the statements that stand under an `if`, in [0, 1].
+        comparisons: share of these that compare two variables, in [0, 1]; the others ask whether one is odd.
         split: "held_out" or "train".
 
     Raises:
@@ -46,23 +48,26 @@ def generate(
     ):
         if not isinstance(value, int) or not least <= value <= most:
             raise ValueError(f"{name}={value}: must be a whole number from {least} to {most}")
-    if not 0 <= conditional <= 1:
-        raise ValueError(f"conditional={conditional}: must be from 0 to 1")
+    for name, share in (("conditional", conditional), ("comparisons", comparisons)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}={share}: must be from 0 to 1")
 
     def problem(random: Random, number: int) -> Problem:
-        return build(random, variables, statements, iterations, conditional)
+        return build(random, variables, statements, iterations, conditional, comparisons)
 
     return draw(count, split, seed, problem)
 
 
-def build(random: Random, variables: int, statements: int, iterations: int, conditional: float) -> Problem:
+def build(
+    random: Random, variables: int, statements: int, iterations: int, conditional: float, comparisons: float
+) -> Problem:
     """One problem; its id is empty."""
     names = sorted(random.sample(LETTERS, variables))
     # Every variable changes somewhere, as far as there are statements.
     targets = random.sample(names, min(variables, statements))
     targets += random.choices(names, k=statements - len(targets))
     random.shuffle(targets)
-    body = tuple(draw_statement(random, target, names, conditional) for target in targets)
+    body = tuple(draw_statement(random, target, names, conditional, comparisons) for target in targets)
     program = Program(draw_start(random, names), (), body, iterations, tuple(names), (random.choice(names),))
     question, trace = program.text, program.trace()
     solution = "\n".join([*trace.lines, f"Answer: {trace.answer}"])

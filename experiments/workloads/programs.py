@@ -177,13 +177,20 @@ class Trace:
         return sum(len(line) + 1 for line in self.lines[:index])
 
 
-def draw_statement(random: Random, target: str, names: Sequence[str], conditional: float = 0.0) -> Statement:
-    """One that changes `target`, from its own value or that of another name."""
+def draw_statement(
+    random: Random, target: str, names: Sequence[str], conditional: float = 0.0, comparisons: float = 0.5
+) -> Statement:
+    """One that changes `target`, from its own value or that of another name.
+
+    Args:
+        conditional: probability that it stands under an `if`.
+        comparisons: probability that an `if` compares two names, where there are two; else it asks whether one is odd.
+    """
     condition = None
     if conditional and random.random() < conditional:
         left = random.choice(names)
         others = [name for name in names if name != left]
-        condition = f"{left}<{random.choice(others)}" if others and random.random() < 0.5 else f"{left}%2"
+        condition = f"{left}<{random.choice(others)}" if others and random.random() < comparisons else f"{left}%2"
     kind = random.random()
     left = target if random.random() < 0.7 else random.choice(names)
     if kind < 0.4:
