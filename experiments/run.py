@@ -47,6 +47,8 @@ def main(backends: Mapping[str, BackendFactory] = BACKENDS, child: Sequence[str]
         entry()
     except KeyboardInterrupt:
         return _fail("interrupted: nothing was recorded", 130)
+    except UsageError as error:
+        return _fail(error, 2)
     except Exception as error:
         return _fail(explain(error), 2)
     return max(codes, default=0)

@@ -107,7 +107,7 @@ class Sweep:
         self.shared = [option for option in arms[0].overrides if all(option in arm.overrides for arm in arms)]
         self.started = time.monotonic()
         self.seconds: dict[tuple[Any, ...], list[float]] = {}
-        """Seconds of finished runs by their kind."""
+        """Seconds that runs of each kind have taken."""
 
     def write(self) -> None:
         """Write the record. Raises UsageError where it can't be written."""
@@ -144,11 +144,12 @@ class Sweep:
 
     def _print_plan(self) -> list[PlannedRun]:
         """Print what there is to do. Returns the arms that must be run."""
-        readable = set()
+        readable, kinds = set(), {arm.kind for arm in self.arms}
         for run in records.load_runs(self.path.parents[1]).to_dict("records"):
             readable.add(run["path"])
             kind = tuple(None if run.get(name) != run.get(name) else run.get(name) for name in ALIKE)  # no NaN
-            self.seconds.setdefault(kind, []).append(run["load_seconds"] + run["seconds"])
+            if kind in kinds:
+                self.seconds.setdefault(kind, []).append(run["load_seconds"] + run["seconds"])
         waiting = [arm for arm in self.arms if arm.experiment.force or str(arm.folder) not in readable]
         done = len(self.arms) - len(waiting)
         print(f"sweep {self.name}: {len(self.arms)} arms, {done} done, {self._to_go(waiting)}")
