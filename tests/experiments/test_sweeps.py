@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -189,7 +188,7 @@ def test_file_that_is_no_sweep_is_one_line(tmp_path, capsys, content):
     ("more", "line"),
     [
         (["limt=3"], "limt: unknown option; did you mean limit?"),
-        (["model.path=no/such"], "model.path=no/such: no such file or folder"),
+        (["model.path=no/such/folder"], "model.path=no/such/folder: no such file or folder"),
         (["workload.options.kount=1"], "workload.options.kount: unknown option of word_problems"),
         (["policy.budget_tokens=16"], "engine: "),
     ],
