@@ -67,7 +67,11 @@ def _wait(process: subprocess.Popen[bytes], progress: Callable[[], str]) -> int:
             return process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             if sys.stdout.isatty():
-                print(f"\r{progress()}\033[K\r", end="", flush=True)
+                # Whatever is printed next takes the line's place.
+                print(f"{progress()}\033[K\r", end="", flush=True)
+        finally:
+            if process.returncode is not None and sys.stdout.isatty():
+                print("\033[K", end="", flush=True)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
