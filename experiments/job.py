@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from experiments.models import LocalModel, find_model, model_name
 from experiments.prompts import Prompt, PromptRenderer
 from experiments.report import never_bound, runs_table
 from experiments.scenarios import Served, TimedRequest, arrival_times, serve
-from experiments.schema import Experiment, engine_options, to_dict
+from experiments.schema import Experiment, ModelConfig, WorkloadConfig, engine_options, to_dict
 from experiments.tracking import open_tracker
 from experiments.workloads import Problem, load_problems
 from zipage import EventStats, SamplingParams, StepStats
@@ -38,17 +38,8 @@ def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKEND
         UsageError: the run can't be done as asked; nothing was recorded.
         RunError: it began and failed; nothing was recorded but a traceback beside it.
     """
-    experiment = replace(experiment, model=replace(experiment.model, name=model_name(experiment.model)))
-    results = Path(experiment.results_dir).expanduser()
-    records.check_writable(results)
-    grader_of(experiment)
-    job = Job(
-        experiment,
-        factory=get_backend(experiment.backend, backends),
-        problems=load_problems(experiment.workload, experiment.limit),
-        model=find_model(experiment.model),
-    )
-    folder = results / job.run_id  # reads a trace too, so that its faults show before the model is loaded
+    job = prepare(experiment, backends)
+    folder = job.folder  # reads a trace too, so that its faults show before the model is loaded
     if records.is_complete(folder) and not experiment.force:
         return _found(folder)
     with records.claim(folder) as staging:
@@ -57,6 +48,28 @@ def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKEND
         records.publish(staging, folder, job.record(staging))
     _show(records.load_runs(folder))
     return folder
+
+
+def prepare(
+    experiment: Experiment,
+    backends: Mapping[str, BackendFactory] = BACKENDS,
+    load_problems: Callable[[WorkloadConfig, int | None], list[Problem]] = load_problems,
+    find_model: Callable[[ModelConfig], LocalModel] = find_model,
+) -> Job:
+    """Get hold of all that a run needs, but load no model.
+
+    Raises:
+        UsageError: the run can't be done as asked.
+    """
+    experiment = replace(experiment, model=replace(experiment.model, name=model_name(experiment.model)))
+    records.check_writable(Path(experiment.results_dir).expanduser())
+    grader_of(experiment)
+    return Job(
+        experiment,
+        factory=get_backend(experiment.backend, backends),
+        problems=load_problems(experiment.workload, experiment.limit),
+        model=find_model(experiment.model),
+    )
 
 
 def _show(runs: pd.DataFrame) -> None:
@@ -106,6 +119,11 @@ class Job:
     def run_id(self) -> str:
         device = provenance.device_name(self.experiment.hardware.device)
         return records.run_id(self.options, model=self.model.identity, data=self.data, device=device)
+
+    @property
+    def folder(self) -> Path:
+        """Where the record lies, or will."""
+        return Path(self.experiment.results_dir).expanduser() / self.run_id
 
     def record(self, staging: Path) -> dict[str, Any]:
         """Run, write all of the record but its metrics into `staging`, and return the metrics."""

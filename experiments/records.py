@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from experiments.errors import RunError, UsageError
+from experiments.errors import RunError, UsageError, one_line
 from experiments.paths import RESULTS
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ REQUESTS, STEPS, EVENTS = "requests.parquet", "steps.parquet", "events.parquet"
 TRACEBACK = "traceback.txt"
 PARTIAL = ".partial"
 TRACKING = "wandb"
+SWEEPS = "sweeps"
+"""Folder beside the runs with a file for each sweep, which lists its arms and their runs."""
 
 _IN_DATA = ("name", "path", "parts", "tests", "allow_code_execution")
 """Options of model and workload that say where content lies or how it is read: the content is hashed itself."""
@@ -170,13 +172,21 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 
 def find_runs(paths: str | Path | Iterable[str | Path] | None = None) -> tuple[list[Path], int]:
-    """The complete run folders in and below `paths`, in order, and the number of incomplete ones."""
+    """The complete run folders in and below `paths`, in order, and the number of incomplete ones.
+
+    A file among `paths` is a sweep's: its runs, in the order of its arms.
+    """
     if paths is None:
         paths = [RESULTS] if RESULTS.exists() else []
     elif isinstance(paths, str | Path):
         paths = [paths]
     complete, incomplete = [], 0
     for path in map(Path, paths):
+        if path.is_file():
+            runs = [path.parents[1] / arm["run"] for arm in read_sweep(path)]
+            complete += [run for run in runs if is_complete(run)]
+            incomplete += sum(not is_complete(run) for run in runs)
+            continue
         if not path.is_dir():
             raise UsageError(f"{path}: no such folder of runs")
         for where, folders, files in os.walk(path):
@@ -189,8 +199,24 @@ def find_runs(paths: str | Path | Iterable[str | Path] | None = None) -> tuple[l
     return list(dict.fromkeys(complete)), incomplete
 
 
+def read_sweep(path: Path) -> list[dict[str, Any]]:
+    """The arms of a sweep: of each its "overrides" and the name of its "run".
+
+    Raises:
+        UsageError: the file can't be read, or is no sweep's.
+    """
+    try:
+        arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
+        if all(isinstance(arm["run"], str) and isinstance(arm["overrides"], list) for arm in arms):
+            return arms
+        reason = "no list of arms"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = one_line(error)
+    raise UsageError(f"{path}: is no record of a sweep ({reason})")
+
+
 def load_runs(paths: str | Path | Iterable[str | Path] | None = None) -> pd.DataFrame:
-    """One row for each complete run in and below `paths`; None means `results/runs`.
+    """One row for each complete run in and below `paths`, folders of runs or files of sweeps; None: `results/runs`.
 
     Columns: `run`, `path`, the options ("engine.block_size"), the provenance ("provenance.commit") and the metrics
     ("accuracy", "ttft.p50"). Incomplete runs are counted in one log line and in `attrs["incomplete"]`; a record that

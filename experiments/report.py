@@ -1,4 +1,4 @@
-"""`python -m experiments.report RUNS...`: the table of runs."""
+"""`python -m experiments.report RUNS...`: the table of runs, or of a sweep."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.errors import UsageError
-from experiments.records import load_runs
+from experiments.records import load_runs, read_sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,23 +34,46 @@ COLUMNS = {
 """Column of `load_runs()`, or of the table's own, -> its heading, its format."""
 
 
-def runs_table(runs: pd.DataFrame) -> str:
-    """The runs as a Markdown table, padded so that it reads well in a terminal too."""
-    headings = [heading for heading, _ in COLUMNS.values()]
+def runs_table(runs: pd.DataFrame, options: Sequence[str] = ()) -> str:
+    """The runs as a Markdown table, padded so that it reads well in a terminal too.
+
+    Args:
+        options: further columns of `load_runs()` to show, after the policy and its budget.
+    """
+    columns = list(COLUMNS.items())
+    place = list(COLUMNS).index("budget") + 1
+    columns[place:place] = [
+        (option, (option, "{:.15g}" if runs[option].dtype.kind == "f" else "{}")) for option in options
+    ]
+    headings = [heading for _, (heading, _) in columns]
     own = {
         "policy": [_policy(run) for _, run in runs.iterrows()],
         "budget": [_budget(run) for _, run in runs.iterrows()],
         "tpot.p50": runs["tpot.p50"].astype(float) * 1000,
     }
     shown = runs.assign(**own)
-    cells = [
-        [_cell(row.get(column), template) for column, (_, template) in COLUMNS.items()] for _, row in shown.iterrows()
-    ]
+    cells = [[_cell(row.get(column), template) for column, (_, template) in columns] for _, row in shown.iterrows()]
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     lines = [headings, ["-" * width for width in widths], *cells]
     return "\n".join(
         "| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in lines
     )
+
+
+def sweep_table(path: Path) -> str:
+    """The finished runs of a sweep, given by its file, with the options in which its arms differ.
+
+    Raises:
+        UsageError: the file is no record of a sweep.
+    """
+    runs = load_runs(path)
+    if runs.empty:
+        return "no finished run"
+    settings = [set(arm["overrides"]) for arm in read_sweep(path)]
+    differing = set.union(*settings) - set.intersection(*settings)
+    varied = {override.lstrip("+").partition("=")[0] for override in differing}
+    shown = {*COLUMNS, "policy.name", "policy.budget_tokens", "policy.protection"}
+    return runs_table(runs, sorted(varied & set(runs.columns) - shown))
 
 
 def never_bound(run: pd.Series) -> bool:
@@ -81,10 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.report", description="Print the table of finished runs."
     )
-    parser.add_argument("runs", nargs="*", help="run folders, or folders of them (default: results/runs)")
+    parser.add_argument(
+        "runs", nargs="*", help="run folders, folders of them, or files of sweeps (default: results/runs)"
+    )
     paths = parser.parse_args(arguments).runs
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        if paths and all(Path(path).is_file() for path in paths):
+            print(*(sweep_table(Path(path)) for path in paths), sep="\n\n")
+            return 0
         runs = load_runs(paths or None)
     except UsageError as error:
         print(error, file=sys.stderr)

@@ -1,4 +1,7 @@
-"""`python -m experiments.run`: ask a model the questions of a workload, grade the answers, keep a record."""
+"""`python -m experiments.run`: ask a model the questions of a workload, grade the answers, keep a record.
+
+With `+sweep=NAME` it does so for every arm of a sweep.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,25 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import hydra
 from omegaconf import DictConfig
 
-from experiments import job
+from experiments import job, sweep
+from experiments.arms import split_command_line
 from experiments.backends import BACKENDS, BackendFactory
 from experiments.errors import RunError, UsageError
 from experiments.paths import CONF
 from experiments.schema import build, explain, register
 
 
-def main(backends: Mapping[str, BackendFactory] = BACKENDS) -> int:
-    """The command line. Returns its exit code: 0 done, 1 the run failed, 2 wrong usage, 130 interrupted."""
+def main(backends: Mapping[str, BackendFactory] = BACKENDS, child: Sequence[str] = sweep.RUN) -> int:
+    """The command line. Returns its exit code: 0 done, 1 a run failed, 2 wrong usage, 130 interrupted.
+
+    Args:
+        child: the command that makes one run of a sweep.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     codes = []
 
@@ -33,9 +41,14 @@ def main(backends: Mapping[str, BackendFactory] = BACKENDS) -> int:
     # Makes Hydra raise what it would print over many lines.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
+        sweeps, arguments = split_command_line(sys.argv[1:])
+        if sweeps:
+            return sweep.run(sweeps, arguments, backends, child)
         entry()
     except KeyboardInterrupt:
         return _fail("interrupted: nothing was recorded", 130)
+    except UsageError as error:
+        return _fail(error, 2)
     except Exception as error:
         return _fail(explain(error), 2)
     return max(codes, default=0)

@@ -13,10 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -286,6 +290,39 @@ def load_experiment(overrides: Sequence[str] = ()) -> Experiment:
     except Exception as error:
         raise UsageError(explain(error)) from error
     return build(config)
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Overrides by the option that each sets: "seed=0,1" gives {"seed": ["seed=0", "seed=1"]}.
+
+    Raises:
+        UsageError: an argument is no override.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(arguments))
+    except OverrideParseException as error:
+        raise UsageError(explain(error)) from error
+    return {override.key_or_group: _alternatives(override) for override in parsed}
+
+
+def _alternatives(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    if not (override.is_choice_sweep() or override.is_range_sweep()):
+        raise UsageError(f"{override.input_line}: an axis must be a list such as a,b,c or a range(START,STOP)")
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file as plain data. A key that is there twice is an error, as in every config file.
+
+    Raises:
+        UsageError: the file is no YAML.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def engine_options(experiment: Experiment, model_path: str) -> dict[str, Any]:

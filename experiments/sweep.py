@@ -1,0 +1,221 @@
+"""A sweep: one run after another, each in a process of its own.
+
+What a sweep has done is what the results folder holds: a run is known by its id, so a sweep that was stopped, however
+that was, goes on when it is started again. A run that outlived a killed sweep ends by itself; the new one waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from operator import attrgetter
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from experiments import job, records
+from experiments.arms import Arm, expand
+from experiments.backends import BackendFactory
+from experiments.child import reason_of, run_child
+from experiments.errors import UsageError, one_line
+from experiments.models import find_model
+from experiments.report import sweep_table
+from experiments.schema import Experiment, load_experiment
+from experiments.workloads import load_problems
+
+RUN = (sys.executable, "-m", "experiments.run")
+ALIKE = ("model.name", "workload.name", "limit", "sampling.n", "sampling.max_tokens", "hardware.device")
+"""Runs that are equal in these options take about as long as each other."""
+
+
+def run(
+    names: Sequence[str], arguments: Sequence[str], backends: Mapping[str, BackendFactory], child: Sequence[str] = RUN
+) -> int:
+    """Run the arms of the joined sweeps that are not done yet, and print the table of all.
+
+    Args:
+        names: of sweeps (see `experiments.arms`).
+        arguments: overrides for every arm.
+        child: the command that makes one run of the overrides after it.
+
+    Returns:
+        The exit code: 0 all arms are done, 1 some failed, 130 interrupted.
+
+    Raises:
+        UsageError: the sweep can't be done as asked; nothing was run.
+    """
+    arms = plan(names, arguments, backends)
+    sweep = Sweep("+".join(Path(name).stem for name in names), arms, child)
+    sweep.write()
+    with _stop_signals():
+        try:
+            return sweep.run()
+        except KeyboardInterrupt:
+            print("\nerror: interrupted; finished arms are kept, and the same command goes on", file=sys.stderr)
+            return 130
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """An arm, and where its record lies or will lie."""
+
+    overrides: Arm
+    experiment: Experiment
+    folder: Path
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        return attrgetter(*ALIKE)(self.experiment)
+
+
+def plan(names: Sequence[str], arguments: Sequence[str], backends: Mapping[str, BackendFactory]) -> list[PlannedRun]:
+    """Compose and check every arm, without loading a model. Arms that mean the same run are one.
+
+    Raises:
+        UsageError: an arm can't be run as asked; the line names the sweep, the arm and the option.
+    """
+    problems, model = _remembered(load_problems), _remembered(find_model)
+    planned: dict[Path, PlannedRun] = {}
+    for number, overrides in enumerate(expand(names, arguments), 1):
+        try:
+            prepared = job.prepare(load_experiment(overrides), backends, problems, model)
+            arm = PlannedRun(overrides, prepared.experiment, prepared.folder)
+        except UsageError as error:
+            raise UsageError(f"sweep {', '.join(names)}: arm {number} ({' '.join(overrides)}): {error}") from error
+        planned.setdefault(arm.folder, arm)
+    if len({arm.folder.parent for arm in planned.values()}) > 1:
+        raise UsageError(f"sweep {', '.join(names)}: results_dir: must be one folder for all arms")
+    return list(planned.values())
+
+
+class Sweep:
+    """Arms on their way.
+
+    Attributes:
+        path: the sweep's record, a list of its arms and their runs; it has nothing that changes.
+    """
+
+    def __init__(self, name: str, arms: Sequence[PlannedRun], child: Sequence[str]) -> None:
+        self.name, self.arms, self.child = name, arms, child
+        digest = records.content_hash([arm.folder.name for arm in arms])
+        self.path = arms[0].folder.parent / records.SWEEPS / f"{name}-{digest[:12]}.json"
+        self.shared = [option for option in arms[0].overrides if all(option in arm.overrides for arm in arms)]
+        self.started = time.monotonic()
+        self.seconds: dict[tuple[Any, ...], list[float]] = {}
+        """Seconds that runs of each kind have taken."""
+
+    def write(self) -> None:
+        """Write the record. Raises UsageError where it can't be written."""
+        arms = [{"overrides": list(arm.overrides), "run": arm.folder.name} for arm in self.arms]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            records.write_json(self.path, {"sweep": self.name, "arms": arms})
+        except OSError as error:
+            raise UsageError(f"{self.path}: can't be written: {error.strerror or error}") from error
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        waiting = self._print_plan()
+        failures: list[str] = []
+        for number, arm in enumerate(self.arms, 1):
+            if arm not in waiting:
+                continue
+            waiting.remove(arm)
+            title = f"arm {number} of {len(self.arms)}: {self._own(arm)}"
+            print(title, flush=True)
+            begin = time.monotonic()
+            reason = self._run_arm(arm, begin, waiting)
+            seconds = time.monotonic() - begin
+            if reason is None:
+                self.seconds.setdefault(arm.kind, []).append(seconds)
+            else:
+                failures.append(f"{title}: {reason}")
+            print(f"  {f'failed: {reason}' if reason else 'done'}; {self._progress(begin, waiting)}", flush=True)
+        print("\n" + sweep_table(self.path), flush=True)
+        print(f"sweep: {self.path}", flush=True)
+        for failure in failures:
+            print(f"error: {failure}", file=sys.stderr)
+        return int(bool(failures))
+
+    def _print_plan(self) -> list[PlannedRun]:
+        """Print what there is to do. Returns the arms that must be run."""
+        readable, kinds = set(), {arm.kind for arm in self.arms}
+        for run in records.load_runs(self.path.parents[1]).to_dict("records"):
+            readable.add(run["path"])
+            kind = tuple(None if run.get(name) != run.get(name) else run.get(name) for name in ALIKE)  # no NaN
+            if kind in kinds:
+                self.seconds.setdefault(kind, []).append(run["load_seconds"] + run["seconds"])
+        waiting = [arm for arm in self.arms if arm.experiment.force or str(arm.folder) not in readable]
+        done = len(self.arms) - len(waiting)
+        print(f"sweep {self.name}: {len(self.arms)} arms, {done} done, {self._to_go(waiting)}")
+        print(f"  all arms: {' '.join(self.shared) or '-'}")
+        for number, arm in enumerate(self.arms, 1):
+            print(f"  {number:3} {'    ' if arm in waiting else 'done'} {self._own(arm)}", flush=True)
+        return waiting
+
+    def _run_arm(self, arm: PlannedRun, begin: float, waiting: Sequence[PlannedRun]) -> str | None:
+        """Run one arm. Returns None when it is done, else why not, in one line."""
+        try:
+            code, output = run_child([*self.child, *arm.overrides], lambda: f"  {self._progress(begin, waiting)}")
+        except OSError as error:
+            return one_line(error)
+        log = self.path.with_name(f"{arm.folder.name}.log")
+        if code == 0 and records.is_complete(arm.folder):
+            log.unlink(missing_ok=True)
+            return None
+        with contextlib.suppress(OSError):
+            log.write_text(output, encoding="utf-8")
+        return reason_of(code, output)
+
+    def _own(self, arm: PlannedRun) -> str:
+        """What sets the arm apart from the others."""
+        return " ".join(option for option in arm.overrides if option not in self.shared) or "-"
+
+    def _progress(self, begin: float, waiting: Sequence[PlannedRun]) -> str:
+        now = time.monotonic()
+        return f"arm {_clock(now - begin)}, sweep {_clock(now - self.started)}, {self._to_go(waiting)}"
+
+    def _to_go(self, waiting: Sequence[PlannedRun]) -> str:
+        """The time that `waiting` arms will take, by those of their kind, or else by all that are known."""
+        if not waiting:
+            return "nothing to go"
+        known = [seconds for kind in self.seconds.values() for seconds in kind]
+        if not known:
+            return f"{len(waiting)} to go, for a time that the first will tell"
+        return f"{len(waiting)} to go, about {_clock(sum(mean(self.seconds.get(a.kind, known)) for a in waiting))}"
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    """A request to end, or a closed terminal, stops a sweep like Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:  # under nohup, SIGHUP is ignored
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that works out each answer once: arms share models, whose files are hashed, and data sets."""
+    answers: dict[str, Any] = {}
+
+    def remembered(*arguments: Any) -> Any:
+        key = repr(arguments)
+        if key not in answers:
+            answers[key] = function(*arguments)
+        return answers[key]
+
+    return remembered
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
