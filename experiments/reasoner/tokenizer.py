@@ -48,4 +48,5 @@ def build_tokenizer(model_max_length: int) -> PreTrainedTokenizerFast:
 
 def encode(text: str) -> np.ndarray:
     """Token ids int16 [characters] of a text without special tokens: the tokenizer's own, many times as fast."""
-    return _TABLE[np.frombuffer(text.encode("utf-16-le"), dtype=np.uint16)]
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    return _TABLE[np.minimum(codes, len(_TABLE) - 1)]

@@ -11,28 +11,23 @@ from typing import Any
 
 from experiments.errors import UsageError
 from experiments.schema import WorkloadConfig
-from experiments.workloads.chained_arithmetic import generate as chained_arithmetic
+from experiments.workloads import chained_arithmetic, fragility, lengths, program_trace, reasoning_gym, word_problems
 from experiments.workloads.exams import exam
-from experiments.workloads.fragility import generate as fragility
 from experiments.workloads.gold import gold_answer
-from experiments.workloads.lengths import generate as lengths
 from experiments.workloads.problem import Problem
-from experiments.workloads.program_trace import generate as program_trace
-from experiments.workloads.reasoning_gym import generate as reasoning_gym
 from experiments.workloads.sources import read_file, read_hub
-from experiments.workloads.word_problems import generate as word_problems
 
 FIELDS = re.compile(r"\{(\w+)\}")
 
 __all__ = ["GENERATORS", "Problem", "load_problems"]
 
 GENERATORS: dict[str, Callable[..., Iterable[Problem]]] = {
-    "word_problems": word_problems,
-    "reasoning_gym": reasoning_gym,
-    "lengths": lengths,
-    "chained_arithmetic": chained_arithmetic,
-    "program_trace": program_trace,
-    "fragility": fragility,
+    "word_problems": word_problems.generate,
+    "reasoning_gym": reasoning_gym.generate,
+    "lengths": lengths.generate,
+    "chained_arithmetic": chained_arithmetic.generate,
+    "program_trace": program_trace.generate,
+    "fragility": fragility.generate,
 }
 
 
@@ -45,7 +40,7 @@ def load_problems(config: WorkloadConfig, limit: int | None = None) -> list[Prob
     if config.parts and config.path is None:
         problems = _mix(config)[:limit]
     elif config.generator is not None and config.path is None:
-        problems = list(_generate(config))[:limit]
+        problems = _generate(config)[:limit]
     else:
         rows = read_file(config.path) if config.path is not None else read_hub(config)
         problems = [_problem(row, number, config) for number, row in enumerate(rows[:limit])]
@@ -72,7 +67,7 @@ def _mix(config: WorkloadConfig) -> list[Problem]:
     return problems
 
 
-def _generate(config: WorkloadConfig) -> Iterable[Problem]:
+def _generate(config: WorkloadConfig) -> list[Problem]:
     if config.generator not in GENERATORS:
         raise UsageError(f"workload.generator={config.generator}: must be one of {', '.join(GENERATORS)}")
     generator = GENERATORS[config.generator]
@@ -83,7 +78,7 @@ def _generate(config: WorkloadConfig) -> Iterable[Problem]:
                 f"workload.options.{name}: unknown option of {config.generator}; known: {', '.join(known)}"
             )
     try:
-        return generator(seed=config.seed, **config.options)
+        return list(generator(seed=config.seed, **config.options))
     except (TypeError, ValueError) as error:
         raise UsageError(f"workload.options: {error}") from error
 

@@ -79,18 +79,16 @@ def check(
     dead_ends: float,
 ) -> None:
     """Raises ValueError as `generate` does."""
-    if not 8 <= steps <= 96:
-        raise ValueError(f"steps={steps}: must be from 8 to 96")
+    if not isinstance(steps, int) or not 8 <= steps <= 96:
+        raise ValueError(f"steps={steps}: must be a whole number from 8 to 96")
     for name, value in (("recalls", recalls), ("restatements", restatements), ("distractors", distractors)):
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"{name}={value}: must be a whole number of at least 0")
     for name, share in (("stated_once", stated_once), ("dead_ends", dead_ends)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name}={share}: must be from 0 to 1")
-    if len(distance) != 2 or not LINE_TOKENS <= distance[0] <= distance[1]:
-        raise ValueError(
-            f"distance={list(distance)}: must be two numbers of tokens, {LINE_TOKENS} <= least <= greatest"
-        )
+    if not isinstance(distance, Sequence) or len(distance) != 2 or not LINE_TOKENS <= distance[0] <= distance[1]:
+        raise ValueError(f"distance={distance}: must be two numbers of tokens, {LINE_TOKENS} <= least <= greatest")
     if recalls and distance[1] > (longest := (steps - 3) * LINE_TOKENS):
         raise ValueError(f"distance={list(distance)}: {steps} steps allow at most {longest}; take more steps")
     taken = recalls * 2 + round((1 - stated_once) * recalls) * restatements + distractors
@@ -122,7 +120,8 @@ def build(
             break
     else:
         raise ValueError(
-            f"distance={list(distance)}: {recalls} recalls so far apart do not fit into steps={steps}; take more steps"
+            f"distance={list(distance)}: {recalls} such recalls with restatements={restatements} in between do not fit "
+            f"into steps={steps}; take more steps, or fewer recalls or fewer restatements"
         )
     return _Chain(random, steps).write(roles, dead_ends, f"{steps} steps, {recalls} recalls")
 
@@ -244,5 +243,5 @@ class _Chain:
         value = (a + b if sign == "+" else a - b) % 1000
         statement = f"{left}{sign}{fact}"
         needed = self._length + len(f"{name}={statement} {left}:{a:03d} {fact}:")
-        self._recalls.append((name, f" {fact}:{b:03d}", self._stated[fact], needed))
+        self._recalls.append((name, f"{fact}:{b:03d}", self._stated[fact], needed))
         self._line(name, statement, f" {left}:{a:03d} {fact}:{b:03d} {a:03d}{sign}{b:03d}={value:03d}", value)

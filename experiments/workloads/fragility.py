@@ -93,8 +93,8 @@ def build(random: Random, kind: str, distance: int, manners: Sequence[str] = MAN
         question, trace = program.text, program.trace({fact: value})
         stated = -len(f"\nAnswer: {before.answer}") - 3
     last = trace.lines[-1]
-    text = f" {fact}:{value:03d} "
-    needed = len(question) + trace.begins(len(trace.lines) - 1) + last.index(text) + 3
+    text = f"{fact}:{value:03d}"
+    needed = len(question) + trace.begins(len(trace.lines) - 1) + last.index(f" {text} ") + 3
     facts = (Fact(last[: last.index(" ", 2)], text, stated, needed),)
     return Problem(
         "", question, trace.answer, kind, history, solution=_solution(trace.lines, trace.answer), difficulty=difficulty,
@@ -112,8 +112,8 @@ def _instructions(random: Random, program: Program, manners: Sequence[str], diff
     solution = _solution(trace.lines, f"{word} {answer}")
     end = len(question) + len(solution)
     facts = (
-        Fact("Answer: ", f" {word} ", len(before) - len(word) - 1, end - len(f"{word} {answer}")),
-        Fact("Answer: ", f" {answer}", len(before) + 1 + len("Write the answer "), end - len(answer)),
+        Fact("Answer: ", word, len(before) - len(word) - 1, end - len(f"{word} {answer}")),
+        Fact("Answer: ", answer, len(before) + 1 + len("Write the answer "), end - len(answer)),
     )
     return Problem(
         "", question, f"{word} {answer}", "instructions", solution=solution, difficulty=difficulty, facts=facts

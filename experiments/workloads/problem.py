@@ -11,7 +11,7 @@ class Fact:
 
     Attributes:
         line: how the line of the thought begins that needs it.
-        text: stands in that line where the fact was known.
+        text: stands in that line, as words of its own, where the fact was known.
         stated: where it was last stated before, in characters of the prompt's question and the solution behind it.
         needed: where it is needed, likewise; `needed - stated` is the distance of the recall.
     """
@@ -26,8 +26,9 @@ class Fact:
         return self.needed - self.stated
 
     def known(self, thought: str) -> bool:
-        """Whether a line of `thought` that begins with `line` holds `text`."""
-        return any(line.startswith(self.line) and self.text in line for line in thought.splitlines())
+        """Whether a line of `thought` that begins with `line` holds `text` as words of its own."""
+        wanted = f" {self.text} "
+        return any(line.startswith(self.line) and wanted in f"{line} " for line in thought.splitlines())
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def build(
     program = Program(draw_start(random, names), (), body, iterations, tuple(names), (random.choice(names),))
     question, trace = program.text, program.trace()
     solution = "\n".join([*trace.lines, f"Answer: {trace.answer}"])
-    facts, stated = [], 0
+    facts, stated = [], len(question)
     for index in trace.iterations:
         head, values = trace.lines[index].split(" ", 2)[1:]
         begins = len(question) + trace.begins(index)
