@@ -24,10 +24,23 @@ def write(tmp_path):
     return write
 
 
+OF_THE_PAPER = [name for name in SHIPPED if name.startswith(("paper_", "ablation_"))]
+
+
+@pytest.mark.parametrize("name", OF_THE_PAPER)
+def test_sweeps_of_the_paper_have_a_small_form(name):
+    paper, small = ([load_experiment(arm) for arm in expand(names)] for names in ([name], [name, "small"]))
+    assert {arm.model.path for arm in small} == {"models/zipage-reasoner"}
+    assert all(arm.model.path.startswith("Qwen/") and arm.sampling.n > 1 for arm in paper)
+    assert {arm.workload.name for arm in small} == {"chained_arithmetic"}
+    assert {arm.policy.name for arm in small} == {arm.policy.name for arm in paper}
+    assert {arm.policy.budget_tokens for arm in small} - {None} == {768}
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_arm_of_every_sweep_composes(name):
     arms = expand([name])
-    assert len(arms) > 1
+    assert len(arms) > 1 or name == "small"
     options = [repr(to_dict(load_experiment(arm))) for arm in arms]
     known = 2 if name == "policy" else 0  # random_attention is random with the prompt protected
     assert len(options) - len(set(options)) == known, "arms that are the same run"
@@ -43,7 +56,13 @@ def test_shipped_sweeps():
         "policy",
         "prefix",
         "scheduling",
+        "reasoner",
+        "paper_table1",
+        "paper_workloads",
+        "paper_sizes",
+        "paper_budget",
     }
+    assert len(OF_THE_PAPER) == 12
 
 
 def test_policy_sweep_has_every_policy():
@@ -170,7 +189,7 @@ def test_wrong_files_are_named_in_one_line(write, text, line):
 
 
 def test_unknown_sweep_names_the_closest():
-    with pytest.raises(UsageError, match=r"sweep=bugdet: no such sweep; did you mean budget\? \(choices: async, b"):
+    with pytest.raises(UsageError, match=r"sweep=bugdet: no such sweep; did you mean budget\? \(choices: ablation_alpha, ablation"):
         sweep_path("bugdet")
     with pytest.raises(UsageError, match=r"sweep=nowhere/own\.yaml: no such sweep"):
         sweep_path("nowhere/own.yaml")
