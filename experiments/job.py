@@ -160,6 +160,7 @@ class Job:
             times = {"started": started, "ended": provenance.now()}
             origin = provenance.collect() | times | self._inputs(prompts, renderer)
             records.write_json(staging / records.PROVENANCE, origin)
+            tracker.log_record(staging, request_rows)
             return metrics
         finally:
             tracker.finish(metrics)

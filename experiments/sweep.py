@@ -161,7 +161,9 @@ class Sweep:
     def _run_arm(self, arm: PlannedRun, begin: float, waiting: Sequence[PlannedRun]) -> str | None:
         """Run one arm. Returns None when it is done, else why not, in one line."""
         try:
-            code, output = run_child([*self.child, *arm.overrides], lambda: f"  {self._progress(begin, waiting)}")
+            code, output = run_child(
+                [*self.child, *arm.overrides, *self._group(arm)], lambda: f"  {self._progress(begin, waiting)}"
+            )
         except OSError as error:
             return one_line(error)
         log = self.path.with_name(f"{arm.folder.name}.log")
@@ -171,6 +173,11 @@ class Sweep:
         with contextlib.suppress(OSError):
             log.write_text(output, encoding="utf-8")
         return reason_of(code, output)
+
+    def _group(self, arm: PlannedRun) -> list[str]:
+        """The override that gathers the sweep's runs in wandb, where they go there without a group of their own."""
+        tracking = arm.experiment.tracking
+        return [f"tracking.group={self.path.stem}"] if tracking.backend == "wandb" and tracking.group is None else []
 
     def _own(self, arm: PlannedRun) -> str:
         """What sets the arm apart from the others."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,11 +13,21 @@ from experiments.records import flatten
 from experiments.schema import TrackingConfig
 from zipage import StepStats
 
+ANSWER_COLUMNS = (
+    "prompt_id", "sample_index", "kind", "difficulty", "grade", "extracted", "gold", "finish_reason", "output_tokens",
+    "compressions", "output", "error",
+)  # fmt: skip
+MOST_ANSWERS = 256
+"""Samples in the table `answers`; the artifact holds all."""
+
 
 class Tracker(Protocol):
     """Hears of a run as it goes. It never raises: the run does not depend on it."""
 
     def log_step(self, step: StepStats) -> None: ...
+
+    def log_record(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The run is done: its record lies in `folder`, all but the metrics, and `rows` are its samples."""
 
     def finish(self, metrics: Mapping[str, Any] | None) -> None:
         """The run is over; `metrics` is None where it failed."""
@@ -27,6 +37,9 @@ class NullTracker:
     """Tells nobody."""
 
     def log_step(self, step: StepStats) -> None:
+        return
+
+    def log_record(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         return
 
     def finish(self, metrics: Mapping[str, Any] | None) -> None:
@@ -56,6 +69,8 @@ class WandbTracker:
         if mode == "online" and not wandb.api.api_key:
             print("tracking: wandb has no key here: offline (`wandb login`, then `wandb sync`, sends it)", flush=True)
             mode = "offline"
+        # What an offline run keeps for later lies beside the records too, not in the home folder.
+        os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))
         silent = os.environ.get("WANDB_SILENT", "true").lower() == "true"
         self._run = wandb.init(
             id=run_id,
@@ -69,10 +84,29 @@ class WandbTracker:
             resume="allow" if mode == "online" else None,
             settings=wandb.Settings(silent=silent, console="off"),
         )
+        self._run.define_metric("step/time")
+        self._run.define_metric("step/*", step_metric="step/time")
 
     def log_step(self, step: StepStats) -> None:
         if self._run is not None:
             self._attempt(lambda: self._run.log({f"step/{key}": value for key, value in asdict(step).items()}))
+
+    def log_record(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self._run is not None:
+            self._attempt(lambda: self._send_record(folder, rows))
+
+    def _send_record(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        table = wandb.Table(columns=list(ANSWER_COLUMNS), allow_mixed_types=True)
+        for row in rows[:MOST_ANSWERS]:
+            table.add_data(*(row.get(column) for column in ANSWER_COLUMNS))
+        self._run.log({"answers": table})
+        artifact = wandb.Artifact(f"record-{self._run.id}", type="record")
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and path.suffix in (".yaml", ".json", ".parquet"):
+                artifact.add_file(str(path), policy="immutable", skip_cache=True)
+        self._run.log_artifact(artifact)
 
     def finish(self, metrics: Mapping[str, Any] | None) -> None:
         if self._run is not None:

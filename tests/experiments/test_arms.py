@@ -189,7 +189,9 @@ def test_wrong_files_are_named_in_one_line(write, text, line):
 
 
 def test_unknown_sweep_names_the_closest():
-    with pytest.raises(UsageError, match=r"sweep=bugdet: no such sweep; did you mean budget\? \(choices: ablation_alpha, ablation"):
+    with pytest.raises(
+        UsageError, match=r"sweep=bugdet: no such sweep; did you mean budget\? \(choices: ablation_alpha, ablation"
+    ):
         sweep_path("bugdet")
     with pytest.raises(UsageError, match=r"sweep=nowhere/own\.yaml: no such sweep"):
         sweep_path("nowhere/own.yaml")

@@ -41,6 +41,10 @@ def test_offline_run_is_kept_on_disk(launch, results, no_key):
     assert len(files) == 1
     assert runs["run"][0] in files[0].name
     assert files[0].stat().st_size > 0
+    stored = files[0].read_bytes()
+    assert b"record-" in stored  # the artifact of the run's files
+    assert b"answers" in stored
+    assert b"step/time" in stored
 
 
 def test_online_without_a_key_goes_offline(tmp_path, no_key, capsys):
@@ -51,13 +55,21 @@ def test_online_without_a_key_goes_offline(tmp_path, no_key, capsys):
     assert list((tmp_path / "wandb").glob("offline-run-*-a-run"))
 
 
-@pytest.mark.parametrize("where", ["init", "log", "finish"])
+@pytest.mark.parametrize("where", ["init", "log", "record", "finish"])
 def test_a_fault_costs_one_line_and_the_run_goes_on(monkeypatch, tmp_path, capsys, where):
     import wandb
 
     class Run:
         def __init__(self):
             self.summary = {}
+            self.id = "run"
+
+        def define_metric(self, *name, **options):
+            pass
+
+        def log_artifact(self, artifact):
+            if where == "record":
+                raise RuntimeError("no\nroom")
 
         def log(self, values):
             if where == "log":
@@ -76,6 +88,8 @@ def test_a_fault_costs_one_line_and_the_run_goes_on(monkeypatch, tmp_path, capsy
     tracker = WandbTracker(tracking("tracking=wandb_offline"), "run", {}, tmp_path)
     for _ in range(3):
         tracker.log_step(STEP)
+    (tmp_path / "metrics.json").write_text("{}")
+    tracker.log_record(tmp_path, [{"prompt_id": "0", "grade": 1.0}])
     tracker.finish({"accuracy": 1.0})
     out = capsys.readouterr().out
     assert out == "tracking: wandb failed and is left out from here on (RuntimeError: no room)\n"
