@@ -147,7 +147,10 @@ def test_the_result_is_frozen():
         ("+engine.wheels=4", "engine.wheels: unknown option; "),
         ("+limits=4", "limits: unknown option; did you mean limit?"),
         ("modell=smollm2", "modell: unknown option; did you mean model?"),
-        ("model=smollm", "model=smollm: no such choice; did you mean smollm2? (choices: dummy, gguf, hf, reasoner, smollm2)"),
+        (
+            "model=smollm",
+            "model=smollm: no such choice; did you mean smollm2? (choices: dummy, gguf, hf, reasoner, smollm2)",
+        ),
         ("engine.seed=3", "engine.seed: set it as seed=..."),
         ("engine.policy=full", "engine.policy: set it as policy.name=..."),
         ("engine.recent_tokens=8", "engine.recent_tokens: set it as policy.recent_tokens=..."),
