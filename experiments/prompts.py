@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.errors import UsageError
+from jinja2 import TemplateError
+
+from experiments.errors import UsageError, one_line
 from experiments.schema import ModelConfig, WorkloadConfig
 from experiments.workloads import Problem
 
@@ -46,7 +48,11 @@ class PromptRenderer:
         return None if self.chat_template is None else hashlib.sha256(self.chat_template.encode()).hexdigest()
 
     def render(self, problem: Problem) -> Prompt:
-        """The prompt of one problem, ending where the model's answer begins."""
+        """The prompt of one problem, ending where the model's answer begins.
+
+        Raises:
+            UsageError: the chat template refuses it, such as for its system prompt.
+        """
         if problem.prompt_tokens is not None:
             return Prompt(
                 problem.question, list(self._tokenizer(problem.question)["input_ids"])[: problem.prompt_tokens]
@@ -61,9 +67,13 @@ class PromptRenderer:
         messages = [{"role": role, "content": text} for role, text in zip(roles, [*turns, user])]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        text = self._tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True, **self._options
-        )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True, **self._options
+            )
+        except TemplateError as error:
+            what = "" if system is None else "; workload.system_prompt=null leaves the system prompt out"
+            raise UsageError(f"the model's chat template refuses the prompt ({one_line(error)}){what}") from error
         # The template writes the special tokens itself.
         return Prompt(text, list(self._tokenizer(text, add_special_tokens=False)["input_ids"]))
 

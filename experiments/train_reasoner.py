@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     last = record["curve"][-1]
     print(f"{record['parameters']:,} parameters, {last['tokens']:,} tokens in {last['seconds']:.0f} s: {out}")
     return 0

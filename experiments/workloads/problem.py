@@ -28,7 +28,7 @@ class Fact:
     def known(self, thought: str) -> bool:
         """Whether a line of `thought` that begins with `line` holds `text` as words of its own."""
         wanted = f" {self.text} "
-        return any(line.startswith(self.line) and wanted in f"{line} " for line in thought.splitlines())
+        return any(line.startswith(self.line) and wanted in f" {line} " for line in thought.splitlines())
 
 
 @dataclass(frozen=True)

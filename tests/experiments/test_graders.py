@@ -115,6 +115,32 @@ def test_exact(answer, score):
 
 
 @pytest.mark.parametrize(
+    ("answer", "score", "extracted"),
+    [
+        ("C print(k) k:432\nAnswer: butter 432", 1, "butter 432"),
+        ("Answer:   butter 432  \nand so on", 1, "butter 432"),
+        ("Answer:butter 432", 1, "butter 432"),
+        ("Answer: island 111\nAnswer: butter 432", 1, "butter 432"),
+        ("Answer: butter 432\nAnswer: island 111", 0, "island 111"),
+        ("Answer: butter 432432", 0, "butter 432432"),
+        ("Answer: butter 43", 0, "butter 43"),
+        ("Answer: Butter 432", 0, "Butter 432"),
+        ("Answer: butter  432", 0, "butter  432"),
+        ("Answer: 432", 0, "432"),
+        ("Answer: butter", 0, "butter"),
+        ("Answer:\nbutter 432", 0, None),
+        ("Answer:", 0, None),
+        ("answer: butter 432", 0, None),
+        ("butter 432", 0, None),
+        ("", 0, None),
+    ],
+)
+def test_final(answer, score, extracted):
+    graded = grade(get_grader("final"), answer, " butter 432")
+    assert (graded.score, graded.extracted, graded.error) == (score, extracted, None)
+
+
+@pytest.mark.parametrize(
     ("answer", "gold", "score"),
     [
         ("Ulm", "Ulm", 1),

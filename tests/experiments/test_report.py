@@ -97,12 +97,12 @@ def test_records_from_before_there_was_eviction_are_in_the_table(launch, results
     launch()
     path = next(results.glob("*/metrics.json"))
     metrics = json.loads(path.read_text())
-    for name in ("compressions", "budget_never_bound"):
+    for name in ("compressions", "budget_never_bound", "facts_known"):
         del metrics[name]
     path.write_text(json.dumps(metrics))
     capsys.readouterr()
     assert report.main([str(results)]) == 0
-    assert capsys.readouterr().out.splitlines()[2].count(" - ") == 2
+    assert capsys.readouterr().out.splitlines()[2].count(" - ") == 3
 
 
 def test_table_of_nothing_says_so(tmp_path, capsys):
@@ -119,13 +119,18 @@ def test_code_state_follows_the_files(tmp_path, monkeypatch):
         subprocess.run(["git", "-C", tmp_path, "-c", "user.name=t", "-c", "user.email=t", *arguments], check=True)
 
     monkeypatch.setattr("experiments.provenance.ROOT", tmp_path)
-    assert code_state() == {"commit": "unknown", "diff": "none"}
+    monkeypatch.delenv("ZIPAGE_COMMIT", raising=False)
+    assert code_state() == {"commit": "unknown", "diff": "unknown"}
+    monkeypatch.setenv("ZIPAGE_COMMIT", "f" * 40)
+    assert code_state() == {"commit": "f" * 40, "diff": "unknown"}, "a copy without its history"
     git("init", "-q")
+    assert code_state() == {"commit": "f" * 40, "diff": "unknown"}, "a history without a commit"
     (tmp_path / "a").write_text("1")
     git("add", "a")
     git("commit", "-qm", "first")
     clean = code_state()
     assert len(clean["commit"]) == 40
+    assert clean["commit"] != "f" * 40, "git knows better"
     assert clean["diff"] == "none"
     (tmp_path / "a").write_text("2")
     changed = code_state()

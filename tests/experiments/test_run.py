@@ -310,6 +310,14 @@ def test_prompts_follow_the_chat_template(model_folder):
     assert bare.text == "Think.\n\nQ: 1+1?"
     assert bare.token_ids[0] == 1
 
+    # Earlier turns go before, as they were: the workload's template is for the question alone.
+    problem = Problem("0", "1+1?", "2", history=(("3+3?", "6"), ("4+4?", "8")))
+    turns = "<user>3+3?<assistant>6<user>4+4?<assistant>8<user>Q: 1+1?<assistant>"
+    assert render().text == turns
+    assert render("workload.system_prompt=Think.").text == f"<system>Think.{turns}"
+    assert render("model.chat_template=none").text == "3+3?\n\n6\n\n4+4?\n\n8\n\nQ: 1+1?"
+    assert render("model.chat_template=none", "workload.system_prompt=Think.").text.startswith("Think.\n\n3+3?\n\n6")
+
 
 def test_steps_table_has_the_columns_of_the_engine(launch, results):
     from dataclasses import fields
