@@ -51,11 +51,13 @@ def generate(
         steps: lines of a chain, 8 to 96; a line takes about 32 tokens of thought.
         recalls: side quantities that a later line needs.
         distance: the least and greatest distance between the line that states a side quantity and the one that needs
-            it, in tokens of thought; drawn evenly, kept to within a line.
+            it, in tokens of thought; drawn evenly in lines of 32 tokens, which lines reach but for some 5 % (with
+            dead ends they are longer). Each fact of a problem has its exact distance, from where it was stated last.
         stated_once: share of the recalled quantities that are not stated again in between, in [0, 1].
         restatements: how often each of the others is stated again.
         distractors: side quantities that nothing needs.
-        dead_ends: share of the remaining lines that try up to four branches for the first even one, in [0, 1].
+        dead_ends: share of the remaining lines that try one to four branches for the first even one, in [0, 1]. One
+            of a single branch reads like a step on.
         split: "held_out" or "train".
 
     Raises:

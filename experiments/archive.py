@@ -1,0 +1,83 @@
+"""`python -m experiments.archive RUNS... --to FOLDER`: small copies of finished runs, to be committed or sent.
+
+A copy has everything that tables and intervals are computed from: config, provenance, metrics, and for each sample its
+grade, lengths, times and facts. Prompts, answers and their tokens stay behind, and so do steps and events unless they
+are asked for: they are nearly all of a record's size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from experiments import records
+from experiments.errors import RunError, UsageError
+
+TEXTS = ("prompt", "output", "output_token_ids")
+"""Columns of `requests.parquet` that a copy leaves out."""
+
+
+def archive(run: Path, folder: Path, steps: bool = False, events: bool = False) -> Path:
+    """Copy the run at `run` into `folder`; a copy that is there is replaced.
+
+    Args:
+        steps, events: take `steps.parquet` and `events.parquet` along.
+
+    Returns:
+        The copy, a run folder as `load_runs` and `load_requests` read it.
+
+    Raises:
+        UsageError: the copy can't be written, or would lie in the place of the run itself.
+    """
+    target = folder / run.name
+    if target.resolve() == run.resolve():
+        raise UsageError(f"--to {folder}: holds {run.name} itself; give another folder")
+    try:
+        with records.claim(target) as staging:
+            rows = pq.read_table(run / records.REQUESTS)
+            kept = rows.drop_columns([name for name in TEXTS if name in rows.column_names])
+            pq.write_table(kept, staging / records.REQUESTS, compression="zstd")
+            names = [records.CONFIG, records.PROVENANCE]
+            names += [name for name, wanted in ((records.STEPS, steps), (records.EVENTS, events)) if wanted]
+            for name in names:
+                if (run / name).exists():
+                    shutil.copyfile(run / name, staging / name)
+            metrics = json.loads((run / records.METRICS).read_text(encoding="utf-8"))
+            records.publish(staging, target, metrics)
+    except OSError as error:
+        raise UsageError(f"--to {folder}: can't be written: {error.strerror or error}") from error
+    return target
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.archive", description="Copy finished runs without the texts of their samples."
+    )
+    parser.add_argument("runs", nargs="+", help="run folders, or folders of them")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where the copies go")
+    parser.add_argument("--steps", action="store_true", help="take the engine's steps along")
+    parser.add_argument("--events", action="store_true", help="take compressions, pauses and preemptions along")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        runs, incomplete = records.find_runs(options.runs)
+        if not runs:
+            raise UsageError("no finished run in what was given")
+        for run in runs:
+            archive(run, options.to, options.steps, options.events)
+    except (UsageError, RunError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(runs)} runs copied to {options.to}" + f"; {incomplete} incomplete left out" * bool(incomplete))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Small copies of runs: what they keep, what they leave behind, what goes wrong."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from experiments import archive
+from experiments.records import EVENTS, REQUESTS, STEPS, load_requests, load_runs, load_steps
+
+
+@pytest.fixture
+def run(launch, results):
+    assert launch("limit=3", "sampling.max_tokens=5") == 0
+    return load_runs(results).iloc[0]
+
+
+def test_a_copy_tells_the_same_without_the_texts(run, results, tmp_path, capsys):
+    copies = tmp_path / "copies"
+    assert archive.main([str(results), "--to", str(copies)]) == 0
+    assert "1 runs copied" in capsys.readouterr().out
+    copy = load_runs(copies).iloc[0]
+    pd.testing.assert_series_equal(copy.drop("path"), run.drop("path"), check_names=False)
+    whole, kept = load_requests(run), load_requests(copy)
+    assert set(whole.columns) - set(kept.columns) == {"prompt", "output", "output_token_ids"}
+    pd.testing.assert_frame_equal(kept, whole[kept.columns])
+    assert not (copies / run["run"] / STEPS).exists()
+    assert not (copies / run["run"] / EVENTS).exists()
+
+
+def test_steps_and_events_when_asked_for(run, results, tmp_path):
+    assert archive.main([str(results), "--to", str(tmp_path / "copies"), "--steps", "--events"]) == 0
+    copy = load_runs(tmp_path / "copies").iloc[0]
+    pd.testing.assert_frame_equal(load_steps(copy), load_steps(run))
+    assert (tmp_path / "copies" / run["run"] / EVENTS).exists()
+
+
+def test_a_copy_replaces_the_one_before(run, results, tmp_path):
+    for options in (["--steps"], []):
+        assert archive.main([str(results), "--to", str(tmp_path / "copies"), *options]) == 0
+    assert not (tmp_path / "copies" / run["run"] / STEPS).exists()
+
+
+def test_a_run_is_not_copied_onto_itself(run, results, capsys):
+    assert archive.main([run["path"], "--to", str(results)]) == 2
+    assert "holds" in capsys.readouterr().err
+    assert "output" in load_requests(run).columns
+
+
+def test_faults_are_one_line(run, results, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for arguments, line in (
+        ([str(results), "--to", str(tmp_path / "file" / "copies")], "can't be written"),
+        ([str(tmp_path / "nowhere"), "--to", str(tmp_path / "copies")], "no such folder of runs"),
+        ([str(tmp_path / "file"), "--to", str(tmp_path / "copies")], "no record of a sweep"),
+    ):
+        assert archive.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert line in error
+        assert error.count("\n") == 1
+    broken = results / run["run"] / REQUESTS
+    broken.write_bytes(b"no parquet")
+    assert archive.main([str(results), "--to", str(tmp_path / "copies")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert load_runs(tmp_path / "copies").empty if (tmp_path / "copies").exists() else True
