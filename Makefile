@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	OMP_WAIT_POLICY=passive $(RUN) -m experiments.run model=smollm2 workload=word_problems policy=full hardware=cpu limit=48
+	OMP_WAIT_POLICY=passive $(RUN) -m experiments.run +sweep=demo hardware=cpu
 
 test: setup lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto
