@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from scipy.stats import norm, t
+from scipy.stats import norm
+
+from experiments.bootstrap import check_share, percentiles, quantile, tail_of, wilson
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,14 +87,14 @@ def mean_intervals(
     """The mean over samples and its interval, for many runs that have equally many problems.
 
     Percentiles of the bootstrap that resamples problems, taken at the levels that give a mean of few problems its width
-    back (Student's t and n - 1; Hesterberg 2015, doi 10.1080/00031305.2015.1089789, "expanded percentile").
+    back (Student's t and n - 1: the expanded percentile interval of Hesterberg 2015, The American Statistician 69).
 
     Where right or wrong answers are rare (below `FEW_ANSWERS`, or none at all) that undercovers, down to a width of 0.
     There it is Wilson's interval with Student's t on the effective sample size p (1 - p) / variance, the variance
-    being that between problems (Dean and Pagano 2015, doi 10.1093/jssam/smv024). That size is kept between the
-    one of samples that all agree within a problem and the one of independent samples; where all grades are equal it is
-    the former. A handful of problems with many samples each and a mean near 0 or 1 can't tell how much problems
-    differ: 30 problems x 32 samples at 0.9 cover about 92 %.
+    being that between problems (Dean and Pagano 2015, J. Survey Statistics and Methodology 3). That size is kept
+    between the one of samples that all agree within a problem and the one of independent samples; where all grades are
+    equal it is the former. A handful of problems with many samples each and a mean near 0 or 1 can't tell how much
+    problems differ: 30 problems x 32 samples at 0.9 cover about 92 %.
 
     Args:
         sums: of the grades of each problem, [runs, problems].
@@ -112,9 +113,9 @@ def mean_intervals(
 
     fewest = samples**2 / (sizes**2).sum(1)
     effective = np.divide(value * (1 - value), variance, out=fewest.copy(), where=variance > 0).clip(fewest, samples)
-    low, high = _wilson(value, effective, _quantile(problems, confidence))
+    low, high = wilson(value, effective, quantile(problems, confidence))
     enough = np.flatnonzero(effective * np.minimum(value, 1 - value) >= FEW_ANSWERS)
-    low[enough], high[enough] = _percentiles(sums[enough], sizes[enough], confidence, resamples, seed)
+    low[enough], high[enough] = percentiles(sums[enough], sizes[enough], confidence, resamples, seed)
     return _intervals(value, low, high, problems, samples, np.sqrt(variance))
 
 
@@ -159,7 +160,8 @@ def difference_intervals(
 
     The bootstrap of `mean_intervals` over the problems' differences. Where the scores of fewer than `FEW_DIFFERENCES`
     problems differ it undercovers, down to a width of 0. There it is a t interval after half a problem is added to
-    each of the four outcomes (both right, both wrong, only one right; Agresti and Min 2005, doi 10.1002/sim.1781).
+    each of the four outcomes (both right, both wrong, only one right; Agresti and Min 2005, Statistics in
+    Medicine 24).
 
     Args:
         differences: mean grade of the first run less that of the second, [pairs, problems].
@@ -170,12 +172,11 @@ def difference_intervals(
     value, total = differences.mean(1), problems + 2
     centre = differences.sum(1) / total
     error = np.sqrt((((differences**2).sum(1) + 1) / total - centre**2) / total)
-    half = _quantile(problems, confidence) * error
+    half = quantile(problems, confidence) * error
     low, high = (centre - half).clip(-1), (centre + half).clip(max=1)
     enough = np.flatnonzero((differences != 0).sum(1) >= FEW_DIFFERENCES)
-    if enough.size:
-        chosen = differences[enough]
-        low[enough], high[enough] = _percentiles(chosen, np.ones_like(chosen), confidence, resamples, seed)
+    chosen = differences[enough]
+    low[enough], high[enough] = percentiles(chosen, np.ones_like(chosen), confidence, resamples, seed)
     return _intervals(value, low, high, problems, samples, error)
 
 
@@ -192,7 +193,7 @@ def non_inferiority(difference: Interval, margin: float) -> Verdict:
     Raises:
         ValueError: the margin is outside its range.
     """
-    _check_margin(margin)
+    check_share("margin", margin)
     if difference.low > -margin:
         return "non-inferior"
     return "inferior" if difference.high < -margin else "inconclusive"
@@ -209,11 +210,11 @@ def power_warning(
     Raises:
         ValueError: a number is outside its range, or the interval has no standard error.
     """
-    _check_margin(margin)
-    _check_share("power", power)
+    check_share("margin", margin)
+    check_share("power", power)
     if not difference.standard_error > 0:
         raise ValueError("difference: it has no standard error; take it from paired_difference")
-    detectable = (norm.isf(_tail(confidence)) + norm.ppf(power)) * difference.standard_error
+    detectable = (norm.isf(tail_of(confidence)) + norm.ppf(power)) * difference.standard_error
     if detectable <= margin:
         return None
     needed = math.ceil(difference.clusters * (detectable / margin) ** 2)
@@ -223,71 +224,8 @@ def power_warning(
     )
 
 
-# The numbers beneath
-
-
-@lru_cache(maxsize=2)
-def _resampled_counts(problems: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each problem is drawn: multinomial counts, float32 [resamples, problems]."""
-    drawn = np.random.default_rng(seed).integers(problems, size=(resamples, problems), dtype=np.int32)
-    counts = np.empty((resamples, problems), np.float32)
-    for row, indices in zip(counts, drawn, strict=True):
-        row[:] = np.bincount(indices, minlength=problems)
-    return counts
-
-
-def _percentiles(
-    sums: np.ndarray, sizes: np.ndarray, confidence: float, resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of the expanded percentile bootstrap, [runs] each, from [runs, problems]."""
-    if resamples < 1:
-        raise ValueError(f"resamples={resamples}: must be at least 1")
-    runs, problems = sums.shape
-    bounds = np.empty((2, runs))
-    if not runs:
-        return bounds[0], bounds[1]
-    tail = norm.sf(_quantile(problems, confidence) * math.sqrt(problems / (problems - 1)))
-    counts = _resampled_counts(problems, resamples, seed)
-    for begin in range(0, runs, 128):  # 5 MB of means at a time
-        part = slice(begin, begin + 128)
-        means = sums[part].astype(np.float32) @ counts.T
-        if (sizes[part] == sizes[part, :1]).all():
-            means /= sizes[part, :1].astype(np.float32) * problems
-        else:
-            means /= sizes[part].astype(np.float32) @ counts.T
-        bounds[:, part] = np.quantile(means, [tail, 1 - tail], axis=1, overwrite_input=True)
-    return bounds[0], bounds[1]
-
-
-def _wilson(value: np.ndarray, size: np.ndarray, z: float) -> tuple[np.ndarray, np.ndarray]:
-    shrink = 1 + z * z / size
-    centre = (value + z * z / (2 * size)) / shrink
-    half = z * np.sqrt(value * (1 - value) / size + z * z / (4 * size * size)) / shrink
-    return np.minimum(centre - half, value).clip(0), np.maximum(centre + half, value).clip(max=1)
-
-
 def _intervals(
     value: np.ndarray, low: np.ndarray, high: np.ndarray, problems: int, samples: np.ndarray, error: np.ndarray
 ) -> list[Interval]:
     columns = zip(value, low, high, samples, error, strict=True)
     return [Interval(float(v), float(lo), float(hi), problems, int(n), float(e)) for v, lo, hi, n, e in columns]
-
-
-def _quantile(problems: int, confidence: float) -> float:
-    """Of Student's t; of the normal distribution for a single problem, which has no variance to estimate."""
-    tail = _tail(confidence)
-    return float(t.isf(tail, problems - 1) if problems > 1 else norm.isf(tail))
-
-
-def _tail(confidence: float) -> float:
-    _check_share("confidence", confidence)
-    return (1 - confidence) / 2
-
-
-def _check_margin(margin: float) -> None:
-    _check_share("margin", margin)
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise ValueError(f"{name}={value}: must be above 0 and below 1, such as 0.02 for two points of a hundred")
