@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -75,4 +76,4 @@ def _ascending(problems: tuple[str, ...]) -> tuple[tuple[str, ...], np.ndarray]:
 def _loop_rate(table: pa.Table) -> float | None:
     lists = table.filter(table["error"].is_null())["output_token_ids"].combine_chunks()
     tokens, bounds = lists.values.to_numpy(), lists.offsets.to_numpy()
-    return loop_rate(tokens[begin:end] for begin, end in zip(bounds[:-1], bounds[1:], strict=True))
+    return loop_rate(tokens[begin:end] for begin, end in pairwise(bounds))
