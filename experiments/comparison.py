@@ -6,6 +6,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +89,21 @@ def compare(
     options = {"confidence": confidence, "resamples": resamples, "seed": seed}
     recorded = runs.reindex(columns=list(RECORDED))
     numbers = runs.reindex(columns=list(_NUMBERS)).astype(float).rename(columns=_NUMBERS)
-    samples: dict[int, Samples] = {}
-    for i, (path, rate) in enumerate(zip(recorded["path"], numbers["loop_rate"], strict=True)):
+
+    def read(path: str, recorded_loops: float) -> Samples | None:
         try:
-            samples[i] = read_samples(Path(path), ttft=ttft, tpot=tpot, loops=math.isnan(rate))
+            return read_samples(Path(path), ttft=ttft, tpot=tpot, loops=math.isnan(recorded_loops))
         except (OSError, ValueError, KeyError) as error:
             logger.warning("%s: its samples can't be read (%s)", path, " ".join(str(error).split()))
-    graded = {i: run for i, run in samples.items() if run.problems}
+
+    with ThreadPoolExecutor() as threads:
+        samples = list(threads.map(read, recorded["path"], numbers["loop_rate"]))
+    graded = {i: run for i, run in enumerate(samples) if run is not None and run.problems}
 
     rows: list[dict[str, Any]] = [{"device": device} for device in devices(runs)]
     for i, (row, run) in enumerate(zip(rows, numbers.itertuples(index=False), strict=True)):
         row["cap_hit_share"] = _ratio(0 if math.isnan(run.cut) else run.cut, run.samples - run.errors)
-        row["loop_rate"] = samples[i].loop_rate if i in samples and math.isnan(run.loop_rate) else run.loop_rate
+        row["loop_rate"] = samples[i].loop_rate if samples[i] and math.isnan(run.loop_rate) else run.loop_rate
         if i in graded:
             right = graded[i].sums.sum()
             row["goodput"], row["slo_goodput"] = right / run.seconds, graded[i].in_time / run.seconds

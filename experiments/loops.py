@@ -40,12 +40,12 @@ def is_loop(
     tail = np.asarray(token_ids[-max(min_tokens, max_period * min_repeats) :])
     if tail.size < min_tokens:
         return False
-    last = tail.size - 1
-    periods = np.arange(1, min(max_period, tail.size // min_repeats) + 1)
-    for i in range(last, last - _PROBE, -1):
-        periods = periods[tail[i - periods] == tail[i]]
+    last, longest = tail.size - 1, min(max_period, tail.size // min_repeats)
+    periods = 1 + np.flatnonzero(tail[last - longest : last][::-1] == tail[last])
+    for i in range(last - 1, last - _PROBE, -1):
         if not periods.size:
             return False
+        periods = periods[tail[i - periods] == tail[i]]
     for period in periods:
         repeated = max(min_tokens, min_repeats * period) - period
         if (tail[-repeated:] == tail[-repeated - period : -period]).all():
