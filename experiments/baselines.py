@@ -62,13 +62,10 @@ def _device(option: object, gpus: object) -> str:
 
 def _described(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs with their device and with the policy and the budget that their requests had."""
-    asked = runs.reindex(columns=[_POLICY, _BUDGET, "policy.budget_tokens", "policy.protection"]).astype(object)
-    return runs.drop(columns=[_POLICY, _BUDGET], errors="ignore").assign(
-        device=devices(runs),
-        policy=asked[_POLICY].where(asked[_POLICY].notna(), runs["policy.name"]),
-        budget=asked[_BUDGET].where(asked[_BUDGET].notna(), asked["policy.budget_tokens"]),
-        **{"policy.protection": asked["policy.protection"]},
-    )
+    policy = runs.reindex(columns=[_POLICY, "policy.name"]).astype(object).bfill(axis=1).iloc[:, 0]
+    budget = runs.reindex(columns=[_BUDGET, "policy.budget_tokens"]).astype(float).bfill(axis=1).iloc[:, 0]
+    plain = runs.drop(columns=[_POLICY, _BUDGET], errors="ignore")
+    return plain.assign(device=devices(runs), policy=policy, budget=budget)
 
 
 def _match(

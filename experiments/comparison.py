@@ -42,6 +42,7 @@ DERIVED = (
     *(f"{baseline}.{name}" for baseline in ("full", "random") for name in AGAINST),
     *("output_length.inflation", "goodput", "slo_goodput", "correct_per_gpu_hour"),
 )
+_TEXTS = ("device", ".run", ".verdict", ".power_warning")
 
 _BATCH = 512
 """Runs whose intervals are computed at once."""
@@ -86,6 +87,8 @@ def compare(
         ValueError: the margin or an option of the intervals is outside its range.
     """
     check_share("margin", margin)
+    if runs.empty:
+        return runs.reindex(columns=[*RECORDED, *DERIVED])
     options = {"confidence": confidence, "resamples": resamples, "seed": seed}
     recorded = runs.reindex(columns=list(RECORDED))
     numbers = runs.reindex(columns=list(_NUMBERS)).astype(float).rename(columns=_NUMBERS)
@@ -121,7 +124,8 @@ def compare(
             warning = power_warning(difference, margin, confidence=confidence)
             found = (difference.value, difference.low, difference.high, non_inferiority(difference, margin), warning)
             rows[i] |= {f"{name}.{column}": value for column, value in zip(AGAINST[1:], found, strict=True)}
-    return recorded.join(pd.DataFrame(rows, index=runs.index, columns=list(DERIVED)))
+    derived = pd.DataFrame(rows, index=runs.index, columns=list(DERIVED))
+    return recorded.join(derived.astype({name: object if name.endswith(_TEXTS) else float for name in DERIVED}))
 
 
 _NUMBERS = {
