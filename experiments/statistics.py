@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from experiments.bootstrap import check_share, percentiles, quantile, tail_of, wilson
 
@@ -214,7 +214,7 @@ def power_warning(
     check_share("power", power)
     if not difference.standard_error > 0:
         raise ValueError("difference: it has no standard error; take it from paired_difference")
-    detectable = (norm.isf(tail_of(confidence)) + norm.ppf(power)) * difference.standard_error
+    detectable = (ndtri(power) - ndtri(tail_of(confidence))) * difference.standard_error
     if detectable <= margin:
         return None
     needed = math.ceil(difference.clusters * (detectable / margin) ** 2)
