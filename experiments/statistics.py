@@ -72,6 +72,8 @@ def clustered_mean(
     graded = ~np.isnan(grades)
     if not graded.any():
         raise ValueError("values: no sample is graded; a mean needs at least one")
+    if (grades < 0).any() or (grades > 1).any():
+        raise ValueError("values: grades must be in [0, 1]")
     codes, _ = pd.factorize(np.fromiter(clusters, object, len(clusters))[graded])
     sums, sizes = np.bincount(codes, grades[graded]), np.bincount(codes)
     return mean_intervals(sums[None], sizes[None], confidence, resamples, seed)[0]
@@ -97,24 +99,23 @@ def mean_intervals(
     problems differ: 30 problems x 32 samples at 0.9 cover about 92 %.
 
     Args:
-        sums: of the grades of each problem, [runs, problems].
+        sums: of the grades of each problem, each in [0, 1], [runs, problems].
         sizes: samples of each problem, at least 1, [runs, problems].
 
     Raises:
-        ValueError: a mean grade is outside [0, 1], or an argument is out of range.
+        ValueError: an argument is out of range.
     """
     sums, sizes = np.asarray(sums, np.float64), np.asarray(sizes, np.float64)
-    if (sums < 0).any() or (sums > sizes).any():
-        raise ValueError("values: grades must be in [0, 1]")
     problems, samples = sums.shape[1], sizes.sum(1)
     value = sums.sum(1) / samples
     residuals = sums - value[:, None] * sizes
     variance = (residuals**2).sum(1) * problems / max(problems - 1, 1) / samples**2
 
+    varies = variance > 1e-24  # not by rounding alone
     fewest = samples**2 / (sizes**2).sum(1)
-    effective = np.divide(value * (1 - value), variance, out=fewest.copy(), where=variance > 0).clip(fewest, samples)
+    effective = np.divide(value * (1 - value), variance, out=fewest.copy(), where=varies).clip(fewest, samples)
     low, high = wilson(value, effective, quantile(problems, confidence))
-    enough = np.flatnonzero(effective * np.minimum(value, 1 - value) >= FEW_ANSWERS)
+    enough = np.flatnonzero(varies & (effective * np.minimum(value, 1 - value) >= FEW_ANSWERS))
     low[enough], high[enough] = percentiles(sums[enough], sizes[enough], confidence, resamples, seed)
     return _intervals(value, low, high, problems, samples, np.sqrt(variance))
 

@@ -115,6 +115,12 @@ class TestMean:
             assert interval.high - interval.low == pytest.approx(width, abs=1e-4)
             assert interval.low <= grade <= interval.high
 
+    def test_equal_partial_grades_are_no_certainty_either(self):
+        interval = clustered_mean([0.1] * 300, range(300))
+        assert interval.value == pytest.approx(0.1)
+        assert 0.02 < interval.value - interval.low < 0.04
+        assert 0.03 < interval.high - interval.value < 0.05
+
     def test_one_problem(self):
         interval = clustered_mean([1, 0, 1, 1], ["a"] * 4)
         assert (interval.value, interval.clusters, interval.samples) == (0.75, 1, 4)
@@ -133,6 +139,7 @@ class TestMean:
             ([], [], {}, "no sample is graded"),
             ([2.0], ["a"], {}, r"must be in \[0, 1\]"),
             ([0.5, -1], ["a", "b"], {}, r"must be in \[0, 1\]"),
+            ([2, 0], ["a", "a"], {}, r"must be in \[0, 1\]"),
             ([1, 0], ["a", "b"], {"confidence": 1.0}, "confidence=1.0"),
             ([1, 0] * 50, range(100), {"resamples": 0}, "resamples=0"),
         ],
