@@ -75,10 +75,10 @@ class TestCoverage:
         assert coverage(mean_intervals(right, np.ones_like(right), resamples=FEWER), truth) < 0.9
 
     def test_rare_answers(self):
-        """Where the bootstrap alone covers 77 %."""
+        """Where the bootstrap alone covers 87 %."""
         random = np.random.default_rng(7)
-        right = random.binomial(1, 0.97, size=(SIMULATIONS, 64))
-        assert coverage(mean_intervals(right, np.ones_like(right)), np.full(SIMULATIONS, 0.97)) >= 0.93
+        right = random.binomial(1, 0.95, size=(SIMULATIONS, 64))
+        assert coverage(mean_intervals(right, np.ones_like(right)), np.full(SIMULATIONS, 0.95)) >= 0.93
 
 
 class TestMean:
@@ -288,6 +288,7 @@ class TestLoops:
     def test_long_cycles_are_none(self):
         assert not is_loop(THOUGHT[:513] * 6)
         assert is_loop(THOUGHT[:513] * 6, max_period=513)
+        assert not is_loop(THOUGHT[:20] * 10, min_tokens=80, max_period=19)
 
     def test_short_outputs(self):
         for output in ([], [1], [1, 2] * 8, [1] * 63):
