@@ -30,13 +30,15 @@ def percentiles(
     if not runs:
         return bounds[0], bounds[1]
     tail = ndtr(-quantile(clusters, confidence) * math.sqrt(clusters / (clusters - 1)))
+    outside = int(tail * (resamples - 1))
     counts = _counts(clusters, resamples, seed)
     for begin in range(0, runs, _BATCH):
         part = slice(begin, begin + _BATCH)
         drawn, size = sums[part].astype(np.float32) @ counts.T, sizes[part].sum(1)
         if (sizes[part] != sizes[part, :1]).any():
             drawn *= size[:, None] / (sizes[part].astype(np.float32) @ counts.T)
-        bounds[:, part] = np.quantile(drawn, [tail, 1 - tail], axis=1, overwrite_input=True) / size
+        drawn.sort(axis=1)
+        bounds[:, part] = drawn[:, outside] / size, drawn[:, -1 - outside] / size
     return bounds[0], bounds[1]
 
 
