@@ -21,7 +21,7 @@ def percentiles(
         sums, sizes: sum of the values of each cluster and their number, [runs, clusters]; at least two clusters.
 
     Returns:
-        The lower and the upper bounds, [runs] each. A run's do not depend on the runs beside it.
+        The lower and the upper bounds, [runs] each. A run's depend on the runs beside it by rounding at most.
     """
     if resamples < 1:
         raise ValueError(f"resamples={resamples}: must be at least 1")
