@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.loops import loop_rate
+
 PERCENTILES = (50, 90, 99)
 
 
@@ -34,7 +36,8 @@ def summarise(
         name none). Times are in seconds; a
         figure that no sample gives is None. `budget_bound_share` is the share of the answered samples that were
         compressed (None where the policy never evicts); `budget_never_bound` says that the policy evicts and none was,
-        so that the run equals full KV. `entries_evicted` are per layer and KV head.
+        so that the run equals full KV. `entries_evicted` are per layer and KV head. `loop_rate` is the share of the
+        answered samples that end in a loop.
     """
     answered = [row for row in requests if row.get("error") is None]
     compressed = sum(bool(row.get("compressions")) for row in answered)
@@ -63,6 +66,7 @@ def summarise(
         "entries_evicted": sum(
             event["entries_before"] - event["entries_after"] for event in events if event["kind"] == "compress"
         ),
+        "loop_rate": loop_rate([row.get("output_token_ids", ()) for row in answered]),
         "output_length": spread([row["output_tokens"] for row in answered]),
         "ttft": spread([row.get("ttft") for row in requests]),
         "tpot": spread([row.get("tpot") for row in requests]),

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -278,8 +279,7 @@ def _folder(run: str | Path | pd.Series) -> Path:
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
-    with (folder / CONFIG).open(encoding="utf-8") as file:
-        config = yaml.load(file, Loader=_Loader)
+    config = _parse_config((folder / CONFIG).read_text(encoding="utf-8"))
     provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     for name, part in ((CONFIG, config), (PROVENANCE, provenance), (METRICS, metrics)):
@@ -287,6 +287,20 @@ def _read_run(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{name} holds no mapping")
     names = {"run": folder.name, "path": str(folder)}
     return names | flatten(config) | flatten({"provenance": provenance}) | flatten(metrics)
+
+
+def _parse_config(text: str) -> Any:
+    """The YAML text as data. Groups are parsed one by one, for most are the same in many runs."""
+    groups = re.split(r"^(?=\w)", text, flags=re.MULTILINE)
+    try:
+        return {key: value for group in groups if group for key, value in _parse_group(group).items()} or None
+    except (yaml.YAMLError, AttributeError):  # no text of such groups, or none at all: the parser says it best
+        return yaml.load(text, Loader=_Loader)
+
+
+@lru_cache(maxsize=4096)
+def _parse_group(text: str) -> dict[str, Any]:
+    return yaml.load(text, Loader=_Loader)
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
