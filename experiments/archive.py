@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from experiments import records
 from experiments.errors import RunError, UsageError
+from experiments.samples import read_samples
 
 TEXTS = ("prompt", "output", "output_token_ids")
 """Columns of `requests.parquet` that a copy leaves out."""
@@ -50,6 +51,8 @@ def archive(run: Path, folder: Path, steps: bool = False, events: bool = False) 
                 if (run / name).exists():
                     shutil.copyfile(run / name, staging / name)
             metrics = json.loads((run / records.METRICS).read_text(encoding="utf-8"))
+            if "loop_rate" not in metrics:  # a record from before it was one; without the tokens it can't be told later
+                metrics["loop_rate"] = read_samples(run, loops=True).loop_rate
             records.publish(staging, target, metrics)
     except OSError as error:
         raise UsageError(f"--to {folder}: can't be written: {error.strerror or error}") from error

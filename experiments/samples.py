@@ -23,7 +23,8 @@ class Samples:
         problems: ids of those with a graded sample, ascending, [problems].
         sums, sizes: of the grades of each problem, and their number, [problems].
         in_time: sum of the grades of the answers that kept the limits on TTFT and TPOT.
-        loop_rate: share of the answered samples that end in a loop; None where it was not asked for.
+        loop_rate: share of the answered samples that end in a loop; None where it was not asked for or the record
+            has no tokens.
     """
 
     problems: tuple[str, ...]
@@ -47,8 +48,10 @@ def read_samples(folder: Path, *, ttft: float | None = None, tpot: float | None 
     Raises:
         OSError, ValueError: the record can't be read.
     """
+    file = pq.ParquetFile(folder / REQUESTS)
+    loops = loops and "output_token_ids" in file.schema_arrow.names  # an archived copy has no tokens
     names = ["prompt_id", "grade", "ttft", "tpot", *(["error", "output_token_ids"] if loops else [])]
-    table = pq.ParquetFile(folder / REQUESTS).read(columns=names, use_threads=False)
+    table = file.read(columns=names, use_threads=False)
     encoded = table["prompt_id"].combine_chunks().dictionary_encode()
     problems, places = _ascending(tuple(encoded.dictionary.to_pylist()))
     codes = places[encoded.indices.to_numpy()]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 import pytest
 
 from experiments import archive
-from experiments.records import EVENTS, REQUESTS, STEPS, load_requests, load_runs, load_steps
+from experiments.comparison import compare
+from experiments.records import EVENTS, METRICS, REQUESTS, STEPS, load_requests, load_runs, load_steps
+from experiments.samples import read_samples
 
 
 @pytest.fixture
@@ -63,3 +67,20 @@ def test_faults_are_one_line(run, results, tmp_path, capsys):
     assert archive.main([str(results), "--to", str(tmp_path / "copies")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert load_runs(tmp_path / "copies").empty if (tmp_path / "copies").exists() else True
+
+
+def test_a_copy_of_an_old_record_says_how_many_loop(run, results, tmp_path):
+    path = results / run["run"] / METRICS
+    metrics = json.loads(path.read_text())
+    rate = metrics.pop("loop_rate")
+    path.write_text(json.dumps(metrics))
+    assert archive.main([str(results), "--to", str(tmp_path / "copies")]) == 0
+    assert load_runs(tmp_path / "copies")["loop_rate"].tolist() == [rate]
+    assert compare(load_runs(tmp_path / "copies"))["problems"].tolist() == [3]
+
+
+def test_samples_without_tokens_can_be_compared(run, results, tmp_path):
+    archive.archive(results / run["run"], tmp_path)
+    samples = read_samples(tmp_path / run["run"], loops=True)
+    assert samples.loop_rate is None
+    assert len(samples.problems) == 3
