@@ -44,7 +44,31 @@ class Backend(Protocol):
 BackendFactory = Callable[..., Backend]
 """Called with the options of `EngineConfig` as keywords. Raises ValueError or FileNotFoundError for a wrong one."""
 
-BACKENDS: dict[str, BackendFactory] = {"zipage": LLM}
+
+def _transformers(**options: Any) -> Backend:
+    from experiments.backends.transformers import TransformersBackend
+
+    return TransformersBackend(**options)
+
+
+def _vllm(**options: Any) -> Backend:
+    from experiments.backends.vllm import VllmBackend
+
+    return VllmBackend(**options)
+
+
+def _vllm_matched(**options: Any) -> Backend:
+    from experiments.backends.vllm import VllmBackend
+
+    return VllmBackend(matched=True, **options)
+
+
+BACKENDS: dict[str, BackendFactory] = {
+    "zipage": LLM,
+    "transformers": _transformers,
+    "vllm": _vllm,
+    "vllm_matched": _vllm_matched,
+}
 
 
 def get_backend(name: str, backends: Mapping[str, BackendFactory]) -> BackendFactory:

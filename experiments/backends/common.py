@@ -1,0 +1,50 @@
+"""What the adapters of other engines share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from zipage import EngineConfig, EngineStats, SamplingParams, StepStats
+
+
+@dataclass(frozen=True)
+class OwnMemory:
+    """The memory plan of an engine that plans for itself."""
+
+    planned_by: str
+
+    def __str__(self) -> str:
+        return f"left to {self.planned_by}"
+
+
+def require_full_kv(name: str, config: EngineConfig) -> None:
+    """Raise ValueError for options that only Zipage can honour."""
+    if config.policy != "full":
+        raise ValueError(f"policy={config.policy}: backend={name} keeps full KV; take policy=full, or backend=zipage")
+
+
+def require_plain(name: str, params: SamplingParams) -> None:
+    """Raise ValueError for options of a request that only Zipage can honour."""
+    if params.policy not in (None, "full") or params.budget_tokens is not None:
+        raise ValueError(f"sampling.policy, sampling.budget_tokens: backend={name} keeps full KV; leave them out")
+
+
+def step_stats(stats: EngineStats, *, decode: int, prefill: int, prefill_tokens: int, waiting: int, seconds: float):
+    """A `StepStats` of an engine that tells its batch alone; what it does not tell is 0. Counts the step in `stats`."""
+    stats.steps += 1
+    stats.device_time += seconds
+    stats.num_running, stats.num_waiting = decode + prefill, waiting
+    known = {
+        "step": stats.steps - 1,
+        "time": time.perf_counter(),
+        "num_decode": decode,
+        "num_prefill": prefill,
+        "prefill_tokens": prefill_tokens,
+        "num_running": decode + prefill,
+        "num_waiting": waiting,
+        "host_time": 0.0,
+        "device_time": seconds,
+        "step_time": seconds,
+    }
+    return StepStats(**{name: known.get(name, 0) for name in StepStats.__slots__})

@@ -1,0 +1,196 @@
+"""`backend=vllm` and `backend=vllm_matched`: vLLM, where it is installed, as the production baseline.
+
+`vllm` is vLLM as one would serve with it: CUDA graphs, prefix caching, asynchronous scheduling, its own block size.
+`vllm_matched` has only what Zipage has switched on in the same run: its block size and number of blocks, its
+`enable_prefix_caching`, `enable_chunked_prefill` and `enforce_eager`, and synchronous scheduling.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from experiments.backends.common import OwnMemory, require_full_kv, require_plain, step_stats
+from zipage import (
+    CompletionOutput,
+    EngineConfig,
+    EngineStats,
+    EventStats,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    StepStats,
+)
+
+PASSED_ON = (
+    *("n", "temperature", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens", "ignore_eos"),
+    "skip_special_tokens",
+)
+"""Options of a request whose names and meanings are vLLM's."""
+
+
+@dataclass(slots=True)
+class _Sample:
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    first: float | None = None
+    last: float | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class _Running:
+    prompt: list[int]
+    params: SamplingParams
+    arrival: float
+    samples: list[_Sample]
+
+
+class VllmBackend:
+    """vLLM's engine, one of its steps for each of ours.
+
+    Args:
+        matched: as the module says.
+        options: of `EngineConfig`.
+
+    Raises:
+        ValueError: vLLM is not installed, or an option can't be honoured.
+    """
+
+    def __init__(self, matched: bool = False, **options: Any) -> None:
+        name = "vllm_matched" if matched else "vllm"
+        config = EngineConfig.from_kwargs(**options)
+        require_full_kv(name, config)
+        if config.device == "cpu":
+            raise ValueError(f"hardware.device=cpu: backend={name} needs a GPU")
+        try:
+            import vllm
+        except ImportError as error:
+            raise ValueError(f"backend={name}: vLLM is not installed here (pip install vllm): {error}") from error
+        self._name, self._vllm = name, vllm
+        self._llm = vllm.LLM(**vllm_options(config, matched))
+        self._engine = self._llm.llm_engine
+        self._running: dict[str, _Running] = {}
+        self.step_listeners: list[Callable[[StepStats], None]] = []
+        self.event_listeners: list[Callable[[EventStats], None]] = []
+        self.memory_plan = OwnMemory(f"vLLM {vllm.__version__}")
+        self.stats = EngineStats()
+
+    def get_tokenizer(self) -> Any:
+        return self._llm.get_tokenizer()
+
+    def add_request(self, prompt: list[int], params: SamplingParams, request_id: str) -> str:
+        """Queue a prompt of token ids. Raises ValueError for one that can't be served."""
+        require_plain(self._name, params)
+        if params.logprobs:
+            raise ValueError(f"sampling.logprobs=True: backend={self._name} has none")
+        from vllm.sampling_params import RequestOutputKind
+
+        theirs = self._vllm.SamplingParams(
+            **{name: getattr(params, name) for name in PASSED_ON},
+            top_k=params.top_k,
+            stop=list(params.stop) or None,
+            stop_token_ids=list(params.stop_token_ids) or None,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self._engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, theirs)
+        samples = [_Sample() for _ in range(params.n)]
+        self._running[request_id] = _Running(list(prompt), params, time.perf_counter(), samples)
+        return request_id
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._running)
+
+    def step(self) -> list[RequestOutput]:
+        begin = time.perf_counter()
+        updates = self._engine.step()
+        now = time.perf_counter()
+        prefill = decode = prefill_tokens = 0
+        finished = []
+        for update in updates:
+            running = self._running[update.request_id]
+            for output in update.outputs:
+                sample = running.samples[output.index]
+                if sample.first is None and output.token_ids:
+                    prefill, prefill_tokens = prefill + 1, prefill_tokens + len(running.prompt)
+                    sample.first = now
+                elif output.token_ids:
+                    decode += 1
+                sample.token_ids += output.token_ids
+                sample.text += output.text
+                sample.last = now
+                sample.finish_reason, sample.stop_reason = output.finish_reason, output.stop_reason
+            if update.finished:
+                finished.append(self._finish(update.request_id, now))
+        started = sum(any(sample.first for sample in running.samples) for running in self._running.values())
+        step = step_stats(
+            self.stats,
+            decode=decode,
+            prefill=prefill,
+            prefill_tokens=prefill_tokens,
+            waiting=len(self._running) - started,
+            seconds=now - begin,
+        )
+        for listener in self.step_listeners:
+            listener(step)
+        return finished
+
+    def _finish(self, request_id: str, now: float) -> RequestOutput:
+        running = self._running.pop(request_id)
+        answers = []
+        for index, sample in enumerate(running.samples):
+            count = len(sample.token_ids)
+            metrics = RequestMetrics(
+                arrival=running.arrival,
+                ttft=None if sample.first is None else sample.first - running.arrival,
+                tpot=(sample.last - sample.first) / (count - 1) if count > 1 else None,
+                e2e=(sample.last or now) - running.arrival,
+                prompt_tokens=len(running.prompt),
+                output_tokens=count,
+            )
+            reason = sample.finish_reason if sample.finish_reason in ("stop", "length", "abort") else "error"
+            answers.append(
+                CompletionOutput(index, sample.text, sample.token_ids, reason, sample.stop_reason, metrics=metrics)
+            )
+        self.stats.requests_finished += 1
+        self.stats.prompt_tokens += len(running.prompt)
+        self.stats.output_tokens += sum(answer.metrics.output_tokens for answer in answers)
+        first = min((a.metrics.ttft for a in answers if a.metrics.ttft is not None), default=None)
+        paces = [a.metrics.tpot for a in answers if a.metrics.tpot is not None]
+        together = RequestMetrics(
+            arrival=running.arrival,
+            ttft=first,
+            tpot=sum(paces) / len(paces) if paces else None,
+            e2e=now - running.arrival,
+            prompt_tokens=len(running.prompt),
+            output_tokens=sum(answer.metrics.output_tokens for answer in answers),
+        )
+        return RequestOutput(request_id, None, running.prompt, answers, together)
+
+
+def vllm_options(config: EngineConfig, matched: bool) -> dict[str, Any]:
+    """Keywords of `vllm.LLM`."""
+    options: dict[str, Any] = {
+        "model": config.model,
+        "load_format": config.load_format,
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+    }
+    if not matched:
+        return options
+    return options | {
+        "block_size": config.block_size,
+        "num_gpu_blocks_override": config.num_blocks,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "enable_chunked_prefill": config.enable_chunked_prefill,
+        "enforce_eager": config.enforce_eager,
+        "async_scheduling": False,
+    }
