@@ -114,12 +114,13 @@ def compare(
     for i, interval in _accuracies(graded, options):
         rows[i] |= {"problems": interval.clusters, "graded": interval.samples, "accuracy": interval.value}
         rows[i] |= {"accuracy.low": interval.low, "accuracy.high": interval.high}
+    names, lengths = recorded["run"].tolist(), numbers["length"].tolist()
     for name, baselines in (("full", full_kv(runs)), ("random", random_with_prompt(runs))):
         pairs = {i: j for i, j in enumerate(baselines) if j is not None}
         for i, j in pairs.items():
-            rows[i][f"{name}.run"] = recorded["run"].iloc[j]
+            rows[i][f"{name}.run"] = names[j]
             if name == "full":
-                rows[i]["output_length.inflation"] = _ratio(numbers["length"].iloc[i], numbers["length"].iloc[j])
+                rows[i]["output_length.inflation"] = _ratio(lengths[i], lengths[j])
         for i, difference in _differences(graded, pairs, options):
             warning = power_warning(difference, margin, confidence=confidence)
             found = (difference.value, difference.low, difference.high, non_inferiority(difference, margin), warning)

@@ -16,6 +16,7 @@ import pytest
 
 from experiments import outcomes, records
 from experiments.errors import RunError, UsageError
+from experiments.paths import ROOT
 from experiments.schema import load_experiment, to_dict
 from zipage import EventStats
 
@@ -157,6 +158,22 @@ class TestReading:
         assert runs["model.name"].tolist() == ["m", "m"]
         assert runs["provenance.code.commit"].tolist() == ["abc", "abc"]
         assert runs["note"].tolist() == ["1e-3", "1e-3"]
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            (ROOT / "results" / "records" / "demo" / "config.yaml").read_text(),
+            "a: &x [1, 2]\nb: *x\n",
+            "a:\n- 1\n- 2\nb: 'one\n\n  two'\n# note\nc: |\n  x: 1\n  y\n",
+            "---\na: {b: null}\n",
+            '"a": 1\n',
+            "a: 1\na: 2\n",
+            "just text\n",
+            "",
+        ],
+    )
+    def test_config_is_what_yaml_says(self, text):
+        assert records._parse_config(text) == records.yaml.load(text, Loader=records._Loader)
 
     def test_incomplete_runs_are_counted_and_left_out(self, tmp_path, caplog):
         make_run(tmp_path, "whole")
