@@ -168,9 +168,11 @@ class StandIn(ModuleType):
             end = number == 2
             reason = "length" if end else None
             outputs = [
-                SimpleNamespace(index=i, token_ids=[10 * i + number], text=f"{i}{number} ", finish_reason=reason, stop_reason=None)
+                SimpleNamespace(index=i, token_ids=[10 * i + number], text=f"{i}{number} ", finish_reason=reason)
                 for i in range(params.n)
-            ]  # fmt: skip
+            ]
+            for output in outputs:
+                output.stop_reason = None
             updates.append(SimpleNamespace(request_id=request_id, outputs=outputs, finished=end))
             if end:
                 del self.made[request_id]
@@ -230,7 +232,7 @@ def test_option_sets_of_vllm(vllm):
 
 
 def test_vllm_refuses_what_it_has_not(vllm, monkeypatch):
-    with pytest.raises(ValueError, match="hardware.device=cpu: backend=vllm needs a GPU"):
+    with pytest.raises(ValueError, match=r"hardware\.device=cpu: backend=vllm needs a GPU"):
         VllmBackend(model="m", device="cpu")
     with pytest.raises(ValueError, match="backend=vllm_matched keeps full KV"):
         VllmBackend(matched=True, model="m", device="cuda", policy="zipage", budget_tokens=64)
