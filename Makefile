@@ -21,6 +21,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	OMP_WAIT_POLICY=passive $(RUN) -m experiments.run +sweep=demo hardware=cpu
+	$(RUN) -m experiments.report results/runs/sweeps/demo-*.json --html results/runs/demo.html --title "Zipage demo" > /dev/null
+	@echo "with intervals, verdicts and pictures: results/runs/demo.html"
 
 test: setup lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto

@@ -1,4 +1,5 @@
-"""`python -m experiments.report RUNS...`: the table of runs, or of a sweep."""
+"""`python -m experiments.report RUNS...`: the table of runs, or of a sweep; with `--html` and `--tables` the comparison
+with intervals, verdicts and pictures."""
 
 from __future__ import annotations
 
@@ -108,21 +109,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "runs", nargs="*", help="run folders, folders of them, or files of sweeps (default: results/runs)"
     )
-    paths = parser.parse_args(arguments).runs
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the comparison with pictures as one page")
+    parser.add_argument("--tables", type=Path, metavar="FOLDER", help="write it as Markdown, LaTeX and CSV")
+    parser.add_argument("--margin", type=float, default=0.02, help="of non-inferiority to full KV (%(default)s)")
+    parser.add_argument("--title", default="Runs compared", help="of the page")
+    options = parser.parse_args(arguments)
+    paths = options.runs
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        runs = load_runs(paths or None)
+        if runs.empty:
+            print("no finished run", file=sys.stderr)
+            return 1
         if paths and all(Path(path).is_file() for path in paths):
             print(*(sweep_table(Path(path)) for path in paths), sep="\n\n")
-            return 0
-        runs = load_runs(paths or None)
-    except UsageError as error:
+        else:
+            print(runs_table(runs))
+        if options.html or options.tables:
+            _write(runs, options)
+    except (UsageError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    if runs.empty:
-        print("no finished run", file=sys.stderr)
-        return 1
-    print(runs_table(runs))
     return 0
+
+
+def _write(runs: pd.DataFrame, options: argparse.Namespace) -> None:
+    """The page and the tables. Raises UsageError where they can't be written, ValueError for a wrong margin."""
+    from experiments.comparison import compare
+    from experiments.page import page
+    from experiments.tables import comparison_table, write_tables
+
+    try:
+        if options.tables:
+            table = comparison_table(compare(runs, options.margin))
+            print("tables:", *write_tables(table, options.tables))
+        if options.html:
+            text = page(runs, options.margin, options.title)
+            options.html.parent.mkdir(parents=True, exist_ok=True)
+            options.html.write_text(text, encoding="utf-8")
+            print(f"page: {options.html}")
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or options.html or options.tables}: can't be written: {error.strerror}"
+        ) from error
 
 
 if __name__ == "__main__":

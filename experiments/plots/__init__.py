@@ -1,0 +1,21 @@
+"""Pictures of runs: functions from rows of `load_runs()` to matplotlib figures.
+
+Each raises a ValueError that says what the runs lack.
+"""
+
+from experiments.plots.accuracy import accuracy_by_budget, accuracy_by_throughput, facts_by_distance, length_inflation
+from experiments.plots.maps import crossover_map, kept_positions
+from experiments.plots.timeline import blocks_over_time, concurrency_over_time, latency_cdfs, throughput_over_time
+
+__all__ = [
+    "accuracy_by_budget",
+    "accuracy_by_throughput",
+    "blocks_over_time",
+    "concurrency_over_time",
+    "crossover_map",
+    "facts_by_distance",
+    "kept_positions",
+    "latency_cdfs",
+    "length_inflation",
+    "throughput_over_time",
+]
