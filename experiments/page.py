@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from experiments import plots
 from experiments.comparison import compare
 from experiments.plots.style import label
+from experiments.published import beside
 from experiments.records import EVENTS, load_events
 from experiments.tables import comparison_table
 
@@ -31,18 +32,31 @@ th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right
 td.text, th.text { text-align: left } img { max-width: 100%; height: auto } .left { color: #666 }
 """
 
-TEXTS = ("model", "workload", "policy", "verdict", "run", "commit", "diff", "device", "versions", "command")
+TEXTS = ("row", "model", "workload", "policy", "verdict", "run", "commit", "diff", "device", "versions", "command")
 
 
-def page(runs: pd.DataFrame, margin: float = 0.02, title: str = "Runs compared") -> str:
+def page(
+    runs: pd.DataFrame,
+    margin: float = 0.02,
+    title: str = "Runs compared",
+    published: Mapping[str, Any] | None = None,
+) -> str:
     """The page for rows of `load_runs()`.
 
     Args:
         margin: of non-inferiority, fixed before the runs.
+        published: figures to set beside ours, of `read_published`.
     """
     compared = compare(runs, margin)
     parts = [f"<h1>{escape(title)}</h1>", *_summary(runs, compared)]
     parts += ["<h2>Comparison</h2>", _explained(margin), _table(comparison_table(compared))]
+    if published is not None:
+        parts.append(f"<h2>Beside published figures: {escape(published['title'])}</h2>")
+        parts.append(
+            f"<p>Published in {escape(published['source'])} for {escape(published['setting'])}; other machines, models "
+            "or problems than ours unless the row says the same. Not measured here.</p>"
+        )
+        parts.append(_table(beside(runs, compared, published)))
     left_out = []
     for heading, help_text, draw in _pictures(runs, compared):
         try:

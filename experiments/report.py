@@ -112,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the comparison with pictures as one page")
     parser.add_argument("--tables", type=Path, metavar="FOLDER", help="write it as Markdown, LaTeX and CSV")
     parser.add_argument("--margin", type=float, default=0.02, help="of non-inferiority to full KV (%(default)s)")
+    parser.add_argument("--published", metavar="NAME", help="a table of results/published to set beside, on the page")
     parser.add_argument("--title", default="Runs compared", help="of the page")
     options = parser.parse_args(arguments)
     paths = options.runs
@@ -137,6 +138,7 @@ def _write(runs: pd.DataFrame, options: argparse.Namespace) -> None:
     """The page and the tables. Raises UsageError where they can't be written, ValueError for a wrong margin."""
     from experiments.comparison import compare
     from experiments.page import page
+    from experiments.published import read_published
     from experiments.tables import comparison_table, write_tables
 
     try:
@@ -144,7 +146,8 @@ def _write(runs: pd.DataFrame, options: argparse.Namespace) -> None:
             table = comparison_table(compare(runs, options.margin))
             print("tables:", *write_tables(table, options.tables))
         if options.html:
-            text = page(runs, options.margin, options.title)
+            published = None if options.published is None else read_published(options.published)
+            text = page(runs, options.margin, options.title, published)
             options.html.parent.mkdir(parents=True, exist_ok=True)
             options.html.write_text(text, encoding="utf-8")
             print(f"page: {options.html}")
