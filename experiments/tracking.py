@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from experiments.errors import one_line
 from experiments.records import flatten
 from experiments.schema import TrackingConfig
 from zipage import StepStats
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from PIL import Image
 
 ANSWER_COLUMNS = (
     "prompt_id", "sample_index", "kind", "difficulty", "grade", "extracted", "gold", "finish_reason", "output_tokens",
@@ -19,6 +25,18 @@ ANSWER_COLUMNS = (
 )  # fmt: skip
 MOST_ANSWERS = 256
 """Samples in the table `answers`; the artifact holds all."""
+
+
+def pictures() -> Mapping[str, Callable[[pd.DataFrame], Any]]:
+    """What is drawn of a single run."""
+    from experiments import plots
+
+    return {
+        "throughput": plots.throughput_over_time,
+        "concurrency": plots.concurrency_over_time,
+        "blocks": plots.blocks_over_time,
+        "latency": plots.latency_cdfs,
+    }
 
 
 class Tracker(Protocol):
@@ -60,6 +78,7 @@ class WandbTracker:
 
     def __init__(self, config: TrackingConfig, run_id: str, options: Mapping[str, Any], folder: Path) -> None:
         self._run: Any = None
+        self._options = options
         self._attempt(lambda: self._start(config, run_id, options, folder))
 
     def _start(self, config: TrackingConfig, run_id: str, options: Mapping[str, Any], folder: Path) -> None:
@@ -102,11 +121,19 @@ class WandbTracker:
         for row in rows[:MOST_ANSWERS]:
             table.add_data(*(row.get(column) for column in ANSWER_COLUMNS))
         self._run.log({"answers": table})
+        for name, draw in pictures().items():
+            self._run.log({f"pictures/{name}": wandb.Image(_drawn(draw(self._as_row(folder))))})
         artifact = wandb.Artifact(f"record-{self._run.id}", type="record")
         for path in sorted(folder.iterdir()):
             if path.is_file() and path.suffix in (".yaml", ".json", ".parquet"):
                 artifact.add_file(str(path), policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact)
+
+    def _as_row(self, folder: Path) -> pd.DataFrame:
+        """The run as `load_runs` will read it, as far as pictures ask."""
+        import pandas as pd
+
+        return pd.DataFrame([flatten(self._options) | {"run": self._run.id, "path": str(folder)}])
 
     def finish(self, metrics: Mapping[str, Any] | None) -> None:
         if self._run is not None:
@@ -120,6 +147,14 @@ class WandbTracker:
         except Exception as error:
             print(f"tracking: wandb failed and is left out from here on ({one_line(error)})", flush=True)
             self._run = None
+
+
+def _drawn(figure: Figure) -> Image.Image:
+    from PIL import Image
+
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    return Image.open(png)
 
 
 def open_tracker(config: TrackingConfig, run_id: str, options: Mapping[str, Any], folder: Path) -> Tracker:

@@ -45,6 +45,8 @@ def test_offline_run_is_kept_on_disk(launch, results, no_key):
     assert b"record-" in stored  # the artifact of the run's files
     assert b"answers" in stored
     assert b"step/time" in stored
+    images = {path.name.partition("_")[0] for path in (results / "wandb").rglob("*.png")}
+    assert images == {"throughput", "concurrency", "blocks", "latency"}
 
 
 def test_online_without_a_key_goes_offline(tmp_path, no_key, capsys):
@@ -85,6 +87,7 @@ def test_a_fault_costs_one_line_and_the_run_goes_on(monkeypatch, tmp_path, capsy
         return Run()
 
     monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr("experiments.tracking.pictures", dict)
     tracker = WandbTracker(tracking("tracking=wandb_offline"), "run", {}, tmp_path)
     for _ in range(3):
         tracker.log_step(STEP)
