@@ -84,6 +84,12 @@ def _pictures(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tuple[str,
         lambda: plots.accuracy_by_budget(runs, compared),
     )
     yield (
+        "Accuracy by policy",
+        "A row a policy, a point with its 95 % interval a run; the point is filled where the prompt is protected. The "
+        "black line is full KV with its interval.",
+        lambda: plots.accuracy_by_policy(runs, compared),
+    )
+    yield (
         "Facts against distance",
         "What answers still knew of the values that their thoughts needed late, by how far back each was stated. A "
         "policy that keeps what it needs stays level; one that forgets with time falls.",
@@ -100,7 +106,11 @@ def _pictures(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tuple[str,
         "Full KV comes in waves where memory is short; a bounded cache holds its level.",
         lambda: plots.throughput_over_time(runs),
     )
-    yield ("Concurrency over time", "Requests that decode together.", lambda: plots.concurrency_over_time(runs))
+    yield (
+        "Concurrency over time",
+        "Requests that decode together, and those that wait for room.",
+        lambda: plots.concurrency_over_time(runs),
+    )
     yield ("Blocks over time", "How full the pool was.", lambda: plots.blocks_over_time(runs))
     yield (
         "Latency",
