@@ -22,6 +22,7 @@ from experiments.plots.style import (
     require,
     run_names,
     split,
+    without_policy,
 )
 from experiments.records import load_requests
 from experiments.statistics import clustered_mean
@@ -61,14 +62,13 @@ def accuracy_by_budget(runs: pd.DataFrame, compared: pd.DataFrame | None = None)
             axis.axhline(100 * value, color="black", linewidth=1.2, label="full KV")
             axis.axhspan(100 * low, 100 * high, color="black", alpha=0.12, linewidth=0)
         groups = _groups(part.runs[evicts(part.runs)], part.names)
-        shifts = np.linspace(-0.04, 0.04, len(groups)) * min(len(groups), 7)  # so that intervals do not hide each other
-        for shift, (name, line) in zip(shifts - shifts.mean(), groups, strict=True):
-            line = line.sort_values("policy.budget_tokens")
+        for number, (name, line) in enumerate(groups):
+            shift = 0.08 * (number - (len(groups) - 1) / 2)  # so that intervals do not hide each other
             style = look(label(line.iloc[0]))
-            _points(axis, np.searchsorted(budgets, line["policy.budget_tokens"]) + shift, line, name, style)
             middle = line.groupby("policy.budget_tokens")["accuracy"].mean()
             places = np.searchsorted(budgets, middle.index) + shift
-            axis.plot(places, 100 * middle, color=style["color"], linestyle=style["linestyle"], linewidth=1.4)
+            axis.plot(places, 100 * middle, label=name, linewidth=1.4, markersize=5, **style)
+            _intervals(axis, np.searchsorted(budgets, line["policy.budget_tokens"]) + shift, line, style)
         axis.set_xticks(range(len(budgets)), [f"{budget:,.0f}" for budget in budgets])
         axis.set_xlim(-0.5, len(budgets) - 0.5)
         axis.set_ylim(-3, 103)
@@ -80,7 +80,7 @@ def accuracy_by_budget(runs: pd.DataFrame, compared: pd.DataFrame | None = None)
 
 def accuracy_by_policy(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> Figure:
     """Accuracy of every policy with its 95 % interval: a row a policy, a panel for each workload and budget."""
-    table, names = _graded(runs, compared, budget=False)
+    table, _ = _graded(runs, compared, budget=False)
     evicting = table[evicts(table) & table["policy.budget_tokens"].notna()]
     require(len(evicting), "graded run under a budget")
     parts = []
@@ -125,7 +125,8 @@ def accuracy_by_throughput(runs: pd.DataFrame, compared: pd.DataFrame | None = N
             style = look(label(line.iloc[0]))
             style["marker"] = "*" if name == "full KV" else style["marker"]
             rate, right = line["output_tokens_per_second"].to_numpy(float), line["accuracy"].to_numpy(float)
-            _points(axis, rate, line, name, style)
+            axis.plot(rate, 100 * right, label=name, markersize=5, **(style | {"linestyle": "none"}))
+            _intervals(axis, rate, line, style)
             front = pareto_front(rate, right)
             if len(front) > 1:
                 axis.plot(
@@ -173,15 +174,18 @@ def facts_by_distance(runs: pd.DataFrame) -> Figure:
     for axis, (_, same, policy) in zip(axes, parts, strict=True):
         names = run_names(same, budget=policy is not None)
         if policy:
-            names = names.map(lambda name, policy=policy: name.removeprefix(policy).lstrip(" ,+"))
+            names = without_policy(names, policy)
         for index, name, style in zip(same.index, names, line_looks(same), strict=True):
             centres, shares = known_by_distance(known[index])
             spans = np.array([[share.value - share.low, share.high - share.value] for share in shares]).T
             values = [100 * share.value for share in shares]
-            axis.errorbar(centres, values, yerr=100 * spans.clip(0), label=name, capsize=2, **style)
+            axis.errorbar(
+                centres, values, yerr=100 * spans.clip(0), label=name, capsize=0 if policy else 2, elinewidth=0.8,
+                **style,
+            )  # fmt: skip
         axis.set_ylim(-3, 103)
         axis.set_xlim(left=0)
-        axis.set_xlabel("distance to the last statement (characters)", fontsize=9)
+        axis.set_xlabel("distance back (characters)", fontsize=9)
         axis.set_ylabel("facts known (%)", fontsize=9)
     one_legend(figure, axes, neutral=any(policy for _, _, policy in parts))
     return figure
@@ -264,12 +268,10 @@ def _beside(table: pd.DataFrame, part: Part) -> pd.DataFrame:
     return table[mine & evicts(table)].drop(part.runs.index, errors="ignore")
 
 
-def _points(axis: Axes, places: np.ndarray, line: pd.DataFrame, name: str, style: dict[str, object]) -> None:
-    """Points with their intervals, and in the legend the line that is drawn through them."""
-    bars = axis.errorbar(
-        places, 100 * line["accuracy"], yerr=_spans(line), label=name, capsize=2, linewidth=1.2, markersize=5, **style
+def _intervals(axis: Axes, places: np.ndarray, line: pd.DataFrame, style: dict[str, object]) -> None:
+    axis.errorbar(
+        places, 100 * line["accuracy"], yerr=_spans(line), fmt="none", ecolor=style["color"], elinewidth=1.1, capsize=2
     )
-    bars.lines[0].set_linestyle("none")
 
 
 def _spans(line: pd.DataFrame) -> np.ndarray:

@@ -29,6 +29,7 @@ MOST_LINES = 8
 """Names that are told apart in one panel; a panel for each policy where there are more."""
 TELLING = ("engine.", "policy.", "sampling.", "scenario.", "backend", "limit")
 """Beginnings of the options that may tell runs of one label and budget apart. Seeds are repetitions."""
+NAMED = ("policy.name", "policy.protection", "policy.budget_tokens")
 
 
 def label(run: pd.Series) -> str:
@@ -65,7 +66,7 @@ def run_names(runs: pd.DataFrame, budget: bool = True) -> pd.Series:
     budgets = runs["policy.budget_tokens"].astype(float).where(evicts(runs))
     if budget:
         names += budgets.map(lambda b: "" if pd.isna(b) else f", {b:.0f}")
-    options = [c for c in runs if c.startswith(TELLING) and c not in ("policy.budget_tokens", "policy.protection")]
+    options = [c for c in runs if c.startswith(TELLING) and c not in NAMED]
     keys = [runs["workload.name"].map(str), runs["model.name"].map(str), names, budgets]
     for _, alike in runs.groupby(keys, dropna=False) if len(runs) else ():
         for option in options if len(alike) > 1 else ():
@@ -90,17 +91,22 @@ def split(runs: pd.DataFrame, names: pd.Series) -> list[Part]:
     """A panel for each workload; one for each policy of it, with full KV in each, where one would be crowded."""
     parts = []
     for title, part in by_workload(runs):
-        policies = part.apply(label, axis=1).str.partition(" + ")[0]
-        if names[part.index].nunique() <= MOST_LINES or policies[evicts(part)].nunique() == 1:
-            parts.append(Part(title, part, names[part.index]))
+        labels, budgets = part.apply(label, axis=1), part["policy.budget_tokens"].astype(float)
+        order = sorted(part.index, key=lambda i: (evicts(part)[i], *rank(labels[i]), budgets[i]))
+        part, policies = part.loc[order], labels[order].str.partition(" + ")[0]
+        evicting = policies[evicts(part)]
+        if names[order].nunique() <= MOST_LINES or evicting.nunique() <= 1:
+            parts.append(Part(title, part, names[order]))
             continue
-        for policy in in_order(policies[evicts(part)]):
+        for policy in in_order(evicting):
             mine = part[(policies == policy) | ~evicts(part)]
-            short = names[mine.index].map(
-                lambda name, policy=policy: name.removeprefix(policy).lstrip(" ,+") or "plain"
-            )
-            parts.append(Part(f"{title}: {policy}", mine, short, policy))
+            parts.append(Part(f"{title}: {policy}", mine, without_policy(names[mine.index], policy), policy))
     return parts
+
+
+def without_policy(names: pd.Series, policy: str) -> pd.Series:
+    """Names for a panel whose title says the policy."""
+    return names.map(lambda name: name.removeprefix(policy).lstrip(" ,+") or "no protection")
 
 
 def in_order(policies: Iterable[str]) -> list[str]:

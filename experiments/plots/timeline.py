@@ -94,7 +94,7 @@ def _over_time(runs: pd.DataFrame, kinds: list[tuple[Callable[[pd.DataFrame], Li
     require(len(runs), "steps (an archived copy may have left them out)")
     parts = split(runs, run_names(runs))
     titles = [part.title for part in parts for _ in kinds]
-    figure, axes = panels(titles, columns=len(kinds) if len(kinds) > 1 else None)
+    figure, axes = panels(titles, columns=None if len(kinds) == 1 else 2 if len(parts) < 3 else 4)
     for place, axis in enumerate(axes):
         part, kind = parts[place // len(kinds)], place % len(kinds)
         looks = line_looks(part.runs)
