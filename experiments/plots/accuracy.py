@@ -21,6 +21,7 @@ from experiments.plots.style import (
     rank,
     require,
     run_names,
+    same_limits,
     split,
     without_policy,
 )
@@ -136,6 +137,8 @@ def accuracy_by_throughput(runs: pd.DataFrame, compared: pd.DataFrame | None = N
         axis.set_xlim(left=0)
         axis.set_xlabel("output tokens a second", fontsize=9)
         axis.set_ylabel("accuracy (%)", fontsize=9)
+    for workload in {part.workload for part in parts}:
+        same_limits(axis for part, axis in zip(parts, axes, strict=True) if part.workload == workload)
     one_legend(figure, axes, neutral=any(part.policy for part in parts))
     return figure
 

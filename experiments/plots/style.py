@@ -83,6 +83,7 @@ class Part:
     title: str
     runs: pd.DataFrame
     names: pd.Series
+    workload: str
     policy: str | None = None
     """The only one beside full KV, where the workload has too many for one panel."""
 
@@ -91,16 +92,16 @@ def split(runs: pd.DataFrame, names: pd.Series) -> list[Part]:
     """A panel for each workload; one for each policy of it, with full KV in each, where one would be crowded."""
     parts = []
     for title, part in by_workload(runs):
-        labels, budgets = part.apply(label, axis=1), part["policy.budget_tokens"].astype(float)
+        labels, budgets = part.apply(label, axis=1), part["policy.budget_tokens"].astype(float).fillna(0)
         order = sorted(part.index, key=lambda i: (evicts(part)[i], *rank(labels[i]), budgets[i]))
         part, policies = part.loc[order], labels[order].str.partition(" + ")[0]
         evicting = policies[evicts(part)]
         if names[order].nunique() <= MOST_LINES or evicting.nunique() <= 1:
-            parts.append(Part(title, part, names[order]))
+            parts.append(Part(title, part, names[order], title))
             continue
         for policy in in_order(evicting):
             mine = part[(policies == policy) | ~evicts(part)]
-            parts.append(Part(f"{title}: {policy}", mine, without_policy(names[mine.index], policy), policy))
+            parts.append(Part(f"{title}: {policy}", mine, without_policy(names[mine.index], policy), title, policy))
     return parts
 
 
@@ -153,6 +154,18 @@ def panels(
     return figure, axes[: len(titles)]
 
 
+def same_limits(axes: Iterable[Axes], x: bool = True, y: bool = True) -> None:
+    """Give panels that are read beside each other one scale."""
+    axes = list(axes)
+    left, right = zip(*(axis.get_xlim() for axis in axes))
+    bottom, top = zip(*(axis.get_ylim() for axis in axes))
+    for axis in axes:
+        if x:
+            axis.set_xlim(min(left), max(right))
+        if y:
+            axis.set_ylim(min(bottom), max(top))
+
+
 def one_legend(figure: Figure, axes: Sequence[Axes], neutral: bool = False) -> None:
     """One legend under all panels, without repetitions. The figure grows by its height.
 
@@ -168,8 +181,9 @@ def one_legend(figure: Figure, axes: Sequence[Axes], neutral: bool = False) -> N
     if neutral:
         found = {name: handle if name == "full KV" else _without_colour(handle) for name, handle in found.items()}
     width = 0.55 + 0.075 * max(map(len, found))  # inches of an entry
-    columns = min(len(found), max(1, int(figure.get_figwidth() / width)))
-    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(found) / columns))
+    rows = math.ceil(len(found) / max(1, int(figure.get_figwidth() / width)))
+    columns = math.ceil(len(found) / rows)
+    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
     figure.legend(
         found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=9, frameon=False,
         handlelength=2.6,

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.plots.style import line_looks, one_legend, panels, require, run_names, split
+from experiments.plots.style import Part, line_looks, one_legend, panels, require, run_names, same_limits, split
 from experiments.records import STEPS, load_requests, load_steps
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SLICES = 120
+SLICES = 60
 """Points of a line over time."""
 MARKS = 8
 """Markers on a line over time, so that lines are told apart in print without colours."""
@@ -71,6 +72,8 @@ def latency_cdfs(runs: pd.DataFrame) -> Figure:
             axis.set_ylim(0, 104)
             axis.set_xlabel(what, fontsize=9)
         axes[3 * i].set_ylabel("samples (%)", fontsize=9)
+    for kind in range(3):
+        _align(parts, axes[kind::3])
     require(drawn, "sample with times")
     one_legend(figure, axes, neutral=any(part.policy for part in parts))
     return figure
@@ -105,8 +108,17 @@ def _over_time(runs: pd.DataFrame, kinds: list[tuple[Callable[[pd.DataFrame], Li
         axis.set_ylabel(kinds[kind][1], fontsize=9)
         axis.set_ylim(bottom=0)
         axis.set_xlim(left=0)
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    for kind in range(len(kinds)):
+        _align(parts, axes[kind :: len(kinds)])
     one_legend(figure, axes, neutral=any(part.policy for part in parts))
     return figure
+
+
+def _align(parts: list[Part], axes: list[Axes]) -> None:
+    """One scale for the panels of each workload."""
+    for workload in {part.workload for part in parts}:
+        same_limits(axis for part, axis in zip(parts, axes, strict=True) if part.workload == workload)
 
 
 def _marked(points: int, number: int = 0) -> tuple[int, int]:
@@ -116,5 +128,5 @@ def _marked(points: int, number: int = 0) -> tuple[int, int]:
 
 
 def _thinned(steps: pd.DataFrame, values: pd.Series) -> Line:
-    chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 4 * SLICES)).astype(int))
+    chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 8 * SLICES)).astype(int))
     return steps["time"].to_numpy(float)[chosen], values.to_numpy(float)[chosen]
