@@ -17,6 +17,16 @@ def test_all_are_there():
     assert [path.stem for path in NOTEBOOKS] == ["ablations", "accuracy", "anatomy_of_a_request", "throughput"]
 
 
+def test_they_only_call_the_library():
+    allowed = {"experiments", "IPython", "pandas"}
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                words = [line.split() for line in cell.source.splitlines()]
+                imported = {line[1].partition(".")[0] for line in words if line[:1] in (["from"], ["import"])}
+                assert imported <= allowed, path.name
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_and_is_stored_without_outputs(path: Path):
     notebook = nbformat.read(path, as_version=4)
