@@ -53,6 +53,7 @@ def accuracy_by_throughput(runs: pd.DataFrame, compared: pd.DataFrame | None = N
     """Accuracy against output tokens a second; a line joins the runs of a policy that no other of it beats in both."""
     table = _graded(runs, compared)
     parts = by_workload(table)
+    parts = [(title, part) for title, part in parts if len(part) > 1] or parts  # a single run has nothing beside it
     figure, axes = panels([title for title, _ in parts])
     for axis, (_, part) in zip(axes, parts, strict=True):
         names = part.apply(label, axis=1)
