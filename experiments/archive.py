@@ -25,11 +25,12 @@ TEXTS = ("prompt", "output", "output_token_ids")
 """Columns of `requests.parquet` that a copy leaves out."""
 
 
-def archive(run: Path, folder: Path, steps: bool = False, events: bool = False) -> Path:
+def archive(run: Path, folder: Path, steps: bool = False, events: bool = False, texts: bool = False) -> Path:
     """Copy the run at `run` into `folder`; a copy that is there is replaced.
 
     Args:
         steps, events: take `steps.parquet` and `events.parquet` along.
+        texts: keep prompts and answers, without their tokens.
 
     Returns:
         The copy, a run folder as `load_runs` and `load_requests` read it.
@@ -43,7 +44,8 @@ def archive(run: Path, folder: Path, steps: bool = False, events: bool = False) 
     try:
         with records.claim(target) as staging:
             rows = pq.read_table(run / records.REQUESTS)
-            kept = rows.drop_columns([name for name in TEXTS if name in rows.column_names])
+            left_out = ("output_token_ids",) if texts else TEXTS
+            kept = rows.drop_columns([name for name in left_out if name in rows.column_names])
             pq.write_table(kept, staging / records.REQUESTS, compression="zstd")
             names = [records.CONFIG, records.PROVENANCE]
             names += [name for name, wanted in ((records.STEPS, steps), (records.EVENTS, events)) if wanted]
@@ -67,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where the copies go")
     parser.add_argument("--steps", action="store_true", help="take the engine's steps along")
     parser.add_argument("--events", action="store_true", help="take compressions, pauses and preemptions along")
+    parser.add_argument("--texts", action="store_true", help="keep prompts and answers")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -74,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not runs:
             raise UsageError("no finished run in what was given")
         for run in runs:
-            archive(run, options.to, options.steps, options.events)
+            archive(run, options.to, options.steps, options.events, options.texts)
     except (UsageError, RunError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

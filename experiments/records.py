@@ -268,6 +268,11 @@ def load_events(run: str | Path | pd.Series) -> pd.DataFrame:
     return events
 
 
+def read_config(run: str | Path | pd.Series) -> dict[str, Any]:
+    """The options of a run as they were nested, given as for `load_steps`."""
+    return _parse_config((_folder(run) / CONFIG).read_text(encoding="utf-8"))
+
+
 def _read_table(run: str | Path | pd.Series, name: str) -> pd.DataFrame:
     import pandas as pd
 

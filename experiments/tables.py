@@ -70,6 +70,52 @@ def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+GROUPS = ("model", "engine", "policy", "workload", "sampling", "scenario", "hardware", "backend", "limit", "seed")
+"""Groups of a run's options, and its options without a group; `tracking` decides nothing."""
+
+
+def varied_options(runs: pd.DataFrame) -> list[str]:
+    """The options that differ among these rows of `load_runs()`, within a model and workload."""
+    options = [name for name in runs if name.partition(".")[0] in GROUPS and name != "workload.max_tokens"]
+    readable = runs[options].map(_readable)
+    differ = readable.groupby(["model.name", "workload.name"])[options].nunique().gt(1).any()
+    return [name for name in options if differ[name]]
+
+
+def by_option(
+    runs: pd.DataFrame, compared: pd.DataFrame, option: str, heading: str = "accuracy (%) [95 %]"
+) -> pd.DataFrame:
+    """What one option changes: a column for each of its values, a row for each setting of all others that vary.
+
+    Settings that were run with a single value of the option are left out: they can't tell what it changes.
+
+    Args:
+        runs, compared: rows of `load_runs()`, and what `compare()` made of them.
+        heading: of `COLUMNS`, what the cells show.
+    """
+    others = ["model.name", "workload.name", *(name for name in varied_options(runs) if name != option)]
+    cells = runs[[*others, option]].map(_readable).assign(_cell=compared.apply(COLUMNS[heading], axis=1))
+    several = cells[cells.groupby(others)[option].transform("nunique") > 1]
+    values = sorted(several[option].unique(), key=_by_number)
+    settings = several[others].drop_duplicates()
+    settings = settings.sort_values(others, key=lambda column: column.map(_by_number), ignore_index=True)
+    for value in values:
+        alike = several[several[option] == value].groupby(others)["_cell"].agg(" / ".join)
+        settings = settings.join(alike.rename(f"{option}={value}"), on=others)
+    told_apart = [name for name in others if settings[name].nunique() > 1]
+    return settings[[*told_apart, *(f"{option}={value}" for value in values)]].fillna("")
+
+
+def _readable(value: object) -> str:
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return "-" if value is None or value != value else str(value)
+
+
+def _by_number(text: str) -> tuple[int, float, str]:
+    return (0, float(text), "") if text.isdigit() else (1, 0.0, text)
+
+
 def to_markdown(table: pd.DataFrame) -> str:
     """Padded, so that it reads well in a terminal too."""
     cells = [list(table.columns), *table.astype(str).values.tolist()]

@@ -11,13 +11,20 @@ from experiments.plots.accuracy import (
     length_inflation,
 )
 from experiments.plots.maps import crossover_map, kept_positions
-from experiments.plots.timeline import blocks_over_time, concurrency_over_time, latency_cdfs, throughput_over_time
+from experiments.plots.timeline import (
+    blocks_over_time,
+    cache_over_tokens,
+    concurrency_over_time,
+    latency_cdfs,
+    throughput_over_time,
+)
 
 __all__ = [
     "accuracy_by_budget",
     "accuracy_by_policy",
     "accuracy_by_throughput",
     "blocks_over_time",
+    "cache_over_tokens",
     "concurrency_over_time",
     "crossover_map",
     "facts_by_distance",

@@ -118,6 +118,7 @@ def accuracy_by_throughput(runs: pd.DataFrame, compared: pd.DataFrame | None = N
     """
     table, names = _graded(runs, compared, budget=False)
     parts = split(table, names)
+    parts = [part for part in parts if len(part.runs) > 1] or parts  # a single run has nothing beside it
     figure, axes = panels([part.title for part in parts])
     for axis, part in zip(axes, parts, strict=True):
         beside = _beside(table, part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -90,12 +91,13 @@ def against_full(runs: pd.DataFrame, load: str = LOAD, pool: str = POOL, value: 
     )
 
 
-def kept_positions(events: pd.DataFrame, prompt_id: str, sample_index: int = 0) -> Figure:
+def kept_positions(events: pd.DataFrame, prompt_id: str, sample_index: int = 0, marks: Sequence[int] = ()) -> Figure:
     """Which token positions each layer and KV head of a sample kept: a row a head, shaded by how long they stayed.
 
     Args:
         events: of `load_events(run)`, from a run with `engine.trace_positions=true`.
         prompt_id, sample_index: which sample.
+        marks: token positions that a triangle above the picture points to.
     """
     mine = events[(events["prompt_id"] == prompt_id) & (events["sample_index"] == sample_index)]
     traced = mine[(mine["kind"] == "compress") & mine["kept_positions"].notna()].sort_values("round")
@@ -114,6 +116,12 @@ def kept_positions(events: pd.DataFrame, prompt_id: str, sample_index: int = 0) 
     for border in range(1, layers):
         axis.axhline(border * heads - 0.5, color="white", linewidth=0.5)
     axis.set_xlabel("token position", fontsize=9)
+    if len(marks):
+        axis.plot(
+            marks, [1.03] * len(marks), "v", color="#D55E00", markersize=6, clip_on=False,
+            transform=axis.get_xaxis_transform(),
+        )  # fmt: skip
+        axis.set_title(axis.get_title(), fontsize=10, pad=14)
     bar = figure.colorbar(image, ax=axis)
     bar.set_label("compressions survived", fontsize=9)
     bar.ax.tick_params(labelsize=8)

@@ -142,6 +142,7 @@ def panels(
     across = min(columns, len(titles))
     down = math.ceil(len(titles) / across)
     figure = Figure(figsize=(size[0] * across, size[1] * down), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     axes = list(figure.subplots(down, across, squeeze=False).flat)
     for axis in axes[len(titles) :]:
         axis.remove()

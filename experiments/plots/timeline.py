@@ -79,6 +79,38 @@ def latency_cdfs(runs: pd.DataFrame) -> Figure:
     return figure
 
 
+def cache_over_tokens(requests: pd.DataFrame, events: pd.DataFrame, prompt_id: str, sample_index: int = 0) -> Figure:
+    """Entries that each layer and head of a sample held, and its blocks, against its length; dotted: without eviction.
+
+    Args:
+        requests, events: of `load_requests(run)` and `load_events(run)`.
+        prompt_id, sample_index: which sample.
+    """
+    mine, happened = (
+        rows[(rows["prompt_id"] == prompt_id) & (rows["sample_index"] == sample_index)] for rows in (requests, events)
+    )
+    happened = happened[happened["kind"] == "compress"].sort_values("round")
+    require(len(mine), f"sample {sample_index} of {prompt_id}")
+    require(len(happened), f"compression of {prompt_id}")
+    begin = int(mine["prompt_tokens"].iloc[0])
+    lengths = np.arange(begin, begin + int(mine["output_tokens"].iloc[0]) + 1)
+    latest = np.searchsorted(happened["num_tokens"], lengths, side="right") - 1
+    since, after = happened["num_tokens"].to_numpy(), happened["entries_after"].to_numpy()
+    entries = np.where(latest < 0, lengths - 1, after[latest] + lengths - since[latest])  # the last token has none yet
+    block = round((happened["entries_before"] / happened["blocks_before"]).max())
+    figure, axes = panels(["entries a layer and head", "blocks"], (4.6, 2.9))
+    for axis, size in zip(axes, (1, block), strict=True):
+        axis.step(lengths, np.ceil((lengths - 1) / size), where="post", color="black", linestyle=":", linewidth=1.2)
+        axis.step(lengths, np.ceil(entries / size), where="post", color="#0072B2", linewidth=1.4)
+        axis.axvline(begin, color="#7F7F7F", linewidth=0.8)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("tokens of prompt and output", fontsize=9)
+    axes[0].annotate(
+        "end of prompt", (begin, 0), xytext=(4, 6), textcoords="offset points", fontsize=8, color="#555555"
+    )
+    return figure
+
+
 def decoding_rate(steps: pd.DataFrame) -> Line:
     """Middles of equal slices of time, and the tokens a second that were decoded in each."""
     end = max(steps["time"].max(), 1e-9)

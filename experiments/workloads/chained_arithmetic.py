@@ -18,6 +18,7 @@ their distances are known, and each is graded by itself as well.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from random import Random
 
@@ -153,6 +154,28 @@ def _lay_out(random, steps, recalls, distance, stated_once, restatements, distra
     for i in random.sample(free, distractors):
         roles[i] = ("fact",)
     return roles
+
+
+def where_lost(problem: Problem, thought: str) -> str | None:
+    """What the first wrong character of a thought should have said; None where the whole thought is right.
+
+    Returns:
+        "question": the statement of a line, copied from the question. "far fact": a side quantity stated before the
+        line above. "near value": the value of the line above. "arithmetic": anything else.
+    """
+    solution = problem.solution or ""
+    if thought.strip() == solution:
+        return None
+    ends = min(len(solution), len(thought))
+    first = next((i for i in range(ends) if solution[i] != thought[i]), ends)
+    line = solution[solution.rfind("\n", 0, first) + 1 : first]
+    statement, written, rest = line.partition(" ")
+    if not written:
+        return "question"
+    value = re.search(r"(\S):\d{0,2}$", rest)
+    if value is None or value[1] == line[0]:  # the line's own value repeats its result
+        return "arithmetic"
+    return "far fact" if re.search(rf"[@+-]{value[1]}$", statement) else "near value"
 
 
 class _Chain:

@@ -39,6 +39,13 @@ def test_steps_and_events_when_asked_for(run, results, tmp_path):
     assert (tmp_path / "copies" / run["run"] / EVENTS).exists()
 
 
+def test_texts_when_asked_for(run, results, tmp_path):
+    assert archive.main([str(results), "--to", str(tmp_path / "copies"), "--texts"]) == 0
+    whole, kept = load_requests(run), load_requests(load_runs(tmp_path / "copies").iloc[0])
+    assert set(whole.columns) - set(kept.columns) == {"output_token_ids"}
+    assert kept["output"].tolist() == whole["output"].tolist()
+
+
 def test_a_copy_replaces_the_one_before(run, results, tmp_path):
     for options in (["--steps"], []):
         assert archive.main([str(results), "--to", str(tmp_path / "copies"), *options]) == 0

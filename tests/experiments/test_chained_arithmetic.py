@@ -10,7 +10,7 @@ import pytest
 from experiments.errors import UsageError
 from experiments.schema import load_experiment
 from experiments.workloads import load_problems
-from experiments.workloads.chained_arithmetic import LINE_TOKENS, NAMES, generate
+from experiments.workloads.chained_arithmetic import LINE_TOKENS, NAMES, generate, where_lost
 from experiments.workloads.problem import Problem
 
 OPTIONS = {
@@ -108,7 +108,7 @@ def test_names_follow_each_other(options):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_facts_stand_where_they_say(options):
-    recalls = options.get("recalls", 4)
+    recalls = options.get("recalls", 2)
     for problem in generate(5, count=60, **options):
         values, whole = values_of(problem), problem.question + problem.solution
         assert len(problem.facts) == recalls
@@ -194,7 +194,7 @@ def test_dead_ends():
                     branches[len(tried)] += 1
         assert branches.keys() == {1, 2, 3, 4}
         # Side quantities that nothing or something needs far behind are plain steps.
-        assert searches / steps == pytest.approx(share * (36 - 1 - 4 - 4 - 4 - 2) / (36 - 1 - 4 - 4), abs=0.04)
+        assert searches / steps == pytest.approx(share * (36 - 1 - 2 - 2 - 2 - 1) / (36 - 1 - 2 - 2), abs=0.04)
 
 
 def test_same_seed_same_problems():
@@ -238,7 +238,6 @@ def test_defaults_are_a_long_thought():
         ("distance=300", ["distance=300", "two numbers"]),
         ("distance=[200,2000]", ["distance=[200, 2000]", "at most 1056", "take more steps"]),
         ("recalls=16", ["recalls=16", "steps=36", "fewer"]),
-        ("distance=[1056,1056]", ["distance=[1056, 1056]", "4 such recalls", "steps=36", "take more steps"]),
         ("distance=[32,64]", ["distance=[32, 64]", "restatements=2", "fewer restatements"]),
         ("count=0", ["count=0", "at least 1"]),
         ("split=test", ["split=test", "held_out or train"]),
@@ -254,3 +253,29 @@ def test_wrong_options_are_one_line_with_a_remedy(option, words):
     assert "\n" not in line
     for word in words:
         assert word in line
+
+
+def test_recalls_that_do_not_fit_say_what_to_change():
+    with pytest.raises(ValueError, match=r"distance=\[1056, 1056\]: 4 such recalls .* steps=36; take more steps"):
+        list(generate(0, count=1, distance=(1056, 1056), recalls=4))
+
+
+def test_where_a_thought_is_lost():
+    problem = next(generate(seed=3, count=1))
+    solution = problem.solution
+    assert where_lost(problem, solution) is None
+
+    def wrong_at(place: int) -> str | None:
+        return where_lost(problem, solution[:place] + "§" + solution[place + 1 :])
+
+    fact = problem.facts[0]
+    needed = fact.needed - len(problem.question)
+    assert [wrong_at(needed + i) for i in range(3)] == ["far fact"] * 3
+    second = solution.index("\n") + 1
+    line = solution[second:].partition("\n")[0]
+    assert wrong_at(second) == wrong_at(second + 3) == "question"
+    assert wrong_at(second + line.index(":") + 2) == "near value"
+    assert wrong_at(second + line.rindex("=") + 1) == "arithmetic"
+    assert wrong_at(second + len(line) - 1) == "arithmetic"
+    assert where_lost(problem, solution[: second + 2]) == "question"
+    assert where_lost(problem, "") == "question"

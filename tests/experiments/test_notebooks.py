@@ -1,0 +1,45 @@
+"""The notebooks run from top to bottom on what a fresh clone holds, and are stored without outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from experiments.paths import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_all_are_there():
+    assert [path.stem for path in NOTEBOOKS] == ["ablations", "accuracy", "anatomy_of_a_request", "throughput"]
+
+
+def test_they_only_call_the_library():
+    allowed = {"experiments", "IPython", "pandas"}
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                words = [line.split() for line in cell.source.splitlines()]
+                imported = {line[1].partition(".")[0] for line in words if line[:1] in (["from"], ["import"])}
+                assert imported <= allowed, path.name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_and_is_stored_without_outputs(path: Path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
+    client.execute()  # raises where a cell does
+    assert all(cell.execution_count for cell in code)
+    pictures = [
+        output
+        for cell in code
+        for output in cell.outputs
+        if output.output_type in ("display_data", "execute_result") and "image/png" in output.data
+    ]
+    assert pictures
