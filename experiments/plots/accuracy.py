@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BINS = 5
-"""Groups of facts by distance, of equal size."""
+BINS, FEWEST = 5, 10
+"""Groups of facts by distance, of equal size, and the facts that each has at least."""
 
 
 def accuracy_by_budget(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> Figure:
@@ -206,7 +206,7 @@ def known_by_distance(requests: pd.DataFrame, bins: int = BINS) -> tuple[list[fl
     """Mean distances of groups of facts, and the share of each that was known as an `Interval` over problems."""
     facts = requests[["prompt_id", "fact_distances", "facts_known"]].explode(["fact_distances", "facts_known"])
     facts = facts.astype({"fact_distances": float, "facts_known": float})
-    groups = pd.qcut(facts["fact_distances"].rank(method="first"), min(bins, len(facts)), labels=False)
+    groups = pd.qcut(facts["fact_distances"].rank(method="first"), min(bins, max(1, len(facts) // FEWEST)), labels=False)
     centres, known = [], []
     for _, group in facts.groupby(groups):
         centres.append(group["fact_distances"].mean())
@@ -260,7 +260,8 @@ def _graded(runs: pd.DataFrame, compared: pd.DataFrame | None, budget: bool) -> 
 
 
 def _groups(part: pd.DataFrame, names: pd.Series) -> list[tuple[str, pd.DataFrame]]:
-    return [(str(name), line) for name, line in part.groupby(names.loc[part.index], sort=True)]
+    groups = [(str(name), line) for name, line in part.groupby(names.loc[part.index])]
+    return sorted(groups, key=lambda group: (rank(label(group[1].iloc[0])), group[0]))
 
 
 def _beside(table: pd.DataFrame, part: Part) -> pd.DataFrame:

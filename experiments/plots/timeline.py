@@ -112,10 +112,16 @@ def cache_over_tokens(requests: pd.DataFrame, events: pd.DataFrame, prompt_id: s
 
 
 def decoding_rate(steps: pd.DataFrame) -> Line:
-    """Middles of equal slices of time, and the tokens a second that were decoded in each."""
-    end = max(steps["time"].max(), 1e-9)
-    edges = np.linspace(0, end, min(SLICES, max(2, len(steps) // 4)) + 1)
-    tokens, _ = np.histogram(steps["time"], edges, weights=steps["num_decode"])
+    """Middles of equal slices of time, and the tokens a second that were decoded in each.
+
+    A step decodes evenly from its begin to its end, so that a slice's edge inside it is no jump.
+    """
+    ends = steps["time"].to_numpy(float)
+    begins = np.maximum(ends - steps["step_time"].to_numpy(float), np.concatenate([[0.0], ends[:-1]]))
+    decoded = np.concatenate([[0], np.cumsum(steps["num_decode"])])
+    moments = np.stack([begins, ends], axis=1).ravel()
+    edges = np.linspace(0, max(ends[-1], 1e-9), min(SLICES, max(2, len(steps) // 4)) + 1)
+    tokens = np.diff(np.interp(edges, moments, np.stack([decoded[:-1], decoded[1:]], axis=1).ravel(), left=0))
     return (edges[:-1] + edges[1:]) / 2, tokens / np.diff(edges)
 
 

@@ -75,7 +75,10 @@ def make_run(
         requests.append(row)
     blank = {field.name: 0 for field in STEP_SCHEMA}
     if steps is None:
-        steps = [{"time": 0.1 * (i + 1), "num_decode": 8, "num_running": 8, "blocks_used": 40} for i in range(100)]
+        steps = [
+            {"time": 0.1 * (i + 1), "step_time": 0.1, "num_decode": 8, "num_running": 8, "blocks_used": 40}
+            for i in range(100)
+        ]
     steps = [blank | {"step": i, "blocks_total": 100} | step for i, step in enumerate(steps)]
     rows = []
     for event in events:
