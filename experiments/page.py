@@ -29,7 +29,9 @@ h1 { font-size: 1.6rem; margin: .5rem 0 } h2 { font-size: 1.2rem; margin: 2rem 0
 p { max-width: 46rem } .note { border-left: 4px solid #D55E00; padding: .2rem .8rem; background: #fdf3ec }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right } th { background: #f4f4f4 }
-td.text, th.text { text-align: left } img { max-width: 100%; height: auto } .left { color: #666 }
+td.text, th.text { text-align: left } img { max-width: 100%; height: auto }
+@media (max-width: 48rem) { .wide img { max-width: none } }
+.left { color: #666 }
 """
 
 TEXTS = ("row", "model", "workload", "policy", "verdict", "run", "commit", "diff", "device", "versions", "command")
@@ -69,7 +71,8 @@ def page(
         items = "".join(f"<li>{escape(line)}</li>" for line in left_out)
         parts.append(f'<h2>Left out</h2><ul class="left">{items}</ul>')
     parts += ["<h2>Where the numbers come from</h2>", _table(provenance_table(runs))]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8">{view}<title>{escape(title)}</title>'
     return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n' + (
         "\n".join(parts) + "\n</body></html>\n"
     )
@@ -82,6 +85,12 @@ def _pictures(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tuple[str,
         "Bars are 95 % intervals over problems. The black line is full KV with its interval; whole lines protect the "
         "prompt, broken ones do not. Where intervals of two policies overlap, look at the paired differences above.",
         lambda: plots.accuracy_by_budget(runs, compared),
+    )
+    yield (
+        "Accuracy by policy",
+        "A row a policy, a point with its 95 % interval a run; the point is filled where the prompt is protected. The "
+        "black line is full KV with its interval.",
+        lambda: plots.accuracy_by_policy(runs, compared),
     )
     yield (
         "Facts against distance",
@@ -100,7 +109,11 @@ def _pictures(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tuple[str,
         "Full KV comes in waves where memory is short; a bounded cache holds its level.",
         lambda: plots.throughput_over_time(runs),
     )
-    yield ("Concurrency over time", "Requests that decode together.", lambda: plots.concurrency_over_time(runs))
+    yield (
+        "Concurrency over time",
+        "Requests that decode together, and those that wait for room.",
+        lambda: plots.concurrency_over_time(runs),
+    )
     yield ("Blocks over time", "How full the pool was.", lambda: plots.blocks_over_time(runs))
     yield (
         "Latency",
@@ -178,17 +191,20 @@ def warnings(runs: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
 
 def provenance_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Which run is which: its id, commit, device, versions, time and command."""
-    versions = runs.get("provenance.versions.torch", pd.Series("-", index=runs.index))
+
+    def recorded(name: str) -> pd.Series:
+        return runs.reindex(columns=[f"provenance.{name}"]).iloc[:, 0].fillna("-").astype(str)
+
     return pd.DataFrame(
         {
             "run": runs["run"],
             "policy": runs.apply(label, axis=1),
             "budget": runs["policy.budget_tokens"].map(lambda b: "-" if pd.isna(b) else f"{b:,.0f}"),
-            "commit": runs["provenance.code.commit"].astype(str).str[:10],
-            "diff": runs["provenance.code.diff"].astype(str).str[:10],
-            "versions": "torch " + versions.astype(str),
-            "started": runs["provenance.started"],
-            "command": runs["provenance.command"],
+            "commit": recorded("code.commit").str[:10],
+            "diff": recorded("code.diff").str[:10],
+            "versions": "torch " + recorded("versions.torch"),
+            "started": recorded("started"),
+            "command": recorded("command"),
         }
     )
 
@@ -217,4 +233,5 @@ def _image(figure: Figure, heading: str) -> str:
     figure.savefig(data, format="png", dpi=DPI)
     width = round(figure.get_figwidth() * 96)
     encoded = base64.b64encode(data.getvalue()).decode()
-    return f'<img width="{width}" alt="{escape(heading)}" src="data:image/png;base64,{encoded}">'
+    image = f'<img width="{width}" alt="{escape(heading)}" src="data:image/png;base64,{encoded}">'
+    return f'<div class="wide">{image}</div>'

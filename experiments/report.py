@@ -110,7 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "runs", nargs="*", help="run folders, folders of them, or files of sweeps (default: results/runs)"
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the comparison with pictures as one page")
-    parser.add_argument("--tables", type=Path, metavar="FOLDER", help="write it as Markdown, LaTeX and CSV")
+    parser.add_argument(
+        "--tables", type=Path, metavar="FOLDER", help="write it as Markdown and LaTeX, and all its numbers as CSV"
+    )
     parser.add_argument("--margin", type=float, default=0.02, help="of non-inferiority to full KV (%(default)s)")
     parser.add_argument("--published", metavar="NAME", help="a table of results/published to set beside, on the page")
     parser.add_argument("--title", default="Runs compared", help="of the page")
@@ -143,8 +145,8 @@ def _write(runs: pd.DataFrame, options: argparse.Namespace) -> None:
 
     try:
         if options.tables:
-            table = comparison_table(compare(runs, options.margin))
-            print("tables:", *write_tables(table, options.tables))
+            compared = compare(runs, options.margin)
+            print("tables:", *write_tables(comparison_table(compared), options.tables, numbers=compared))
         if options.html:
             published = None if options.published is None else read_published(options.published)
             text = page(runs, options.margin, options.title, published)

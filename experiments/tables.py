@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
 
@@ -141,10 +142,17 @@ def _escaped(text: str) -> str:
     return re.sub(r"[\\~^<>&%$#_{}]", lambda match: _SPECIAL[match[0]], text)
 
 
-def write_tables(table: pd.DataFrame, folder, name: str = "comparison") -> Sequence:
-    """Write `name`.md, .tex and .csv into `folder`, which is made where it is missing. Returns their paths."""
+def write_tables(
+    table: pd.DataFrame, folder: Path, name: str = "comparison", numbers: pd.DataFrame | None = None
+) -> list[Path]:
+    """Write `name`.md, .tex and .csv into `folder`, which is made where it is missing. Returns their paths.
+
+    Args:
+        numbers: what the CSV file holds instead of the table's texts, such as the rows of `compare()`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}{suffix}" for suffix in (".md", ".tex", ".csv")]
-    for path, text in zip(paths, (to_markdown(table) + "\n", to_latex(table), table.to_csv(index=False)), strict=True):
+    plain = (table if numbers is None else numbers).to_csv(index=False)
+    for path, text in zip(paths, (to_markdown(table) + "\n", to_latex(table), plain), strict=True):
         path.write_text(text, encoding="utf-8")
     return paths

@@ -3,7 +3,13 @@
 Each raises a ValueError that says what the runs lack.
 """
 
-from experiments.plots.accuracy import accuracy_by_budget, accuracy_by_throughput, facts_by_distance, length_inflation
+from experiments.plots.accuracy import (
+    accuracy_by_budget,
+    accuracy_by_policy,
+    accuracy_by_throughput,
+    facts_by_distance,
+    length_inflation,
+)
 from experiments.plots.maps import crossover_map, kept_positions
 from experiments.plots.timeline import (
     blocks_over_time,
@@ -15,6 +21,7 @@ from experiments.plots.timeline import (
 
 __all__ = [
     "accuracy_by_budget",
+    "accuracy_by_policy",
     "accuracy_by_throughput",
     "blocks_over_time",
     "cache_over_tokens",

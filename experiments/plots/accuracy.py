@@ -8,11 +8,28 @@ import numpy as np
 import pandas as pd
 
 from experiments.comparison import compare
-from experiments.plots.style import by_workload, label, look, one_legend, panels, require
+from experiments.plots.style import (
+    Part,
+    by_workload,
+    evicts,
+    in_order,
+    label,
+    line_looks,
+    look,
+    one_legend,
+    panels,
+    rank,
+    require,
+    run_names,
+    same_limits,
+    split,
+    without_policy,
+)
 from experiments.records import load_requests
 from experiments.statistics import clustered_mean
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BINS = 5
@@ -22,60 +39,108 @@ BINS = 5
 def accuracy_by_budget(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> Figure:
     """Accuracy against the budget with 95 % intervals over problems, a panel for each workload, full KV as a band.
 
+    A line passes through the mean of runs that differ by their seed alone. Many policies have a panel each, with the
+    others in grey.
+
     Args:
         runs: rows of `load_runs()`.
         compared: what `compare(runs)` gave, where it is at hand.
     """
-    table = _graded(runs, compared)
-    evicting = table[table["policy.budget_tokens"].notna()]
+    table, names = _graded(runs, compared, budget=False)
+    evicting = table[evicts(table) & table["policy.budget_tokens"].notna()]
     require(len(evicting), "graded run under a budget")
-    parts = [(title, part) for title, part in by_workload(table) if part["policy.budget_tokens"].notna().any()]
-    figure, axes = panels([title for title, _ in parts])
-    for axis, (_, part) in zip(axes, parts, strict=True):
-        budgets = sorted(part["policy.budget_tokens"].dropna().unique())
-        _full_band(axis, part)
-        names = part.apply(label, axis=1)
-        for i, (name, line) in enumerate(_groups(part[part["policy.budget_tokens"].notna()], names)):
-            line = line.sort_values("policy.budget_tokens")
-            place = np.searchsorted(budgets, line["policy.budget_tokens"].to_numpy(float))
-            shift = 0.06 * ((i + 1) // 2) * (-1) ** i  # so that intervals do not hide each other
-            _errorbar(axis, place + shift, line, name)
-        axis.set_xticks(range(len(budgets)), [f"{int(budget):,}" for budget in budgets])
-        axis.set_xlim(-0.4, len(budgets) - 0.6)
+    table = pd.concat([table[~evicts(table)], evicting])
+    parts = [part for part in split(table, names) if evicts(part.runs).any()]
+    figure, axes = panels([part.title for part in parts])
+    for axis, part in zip(axes, parts, strict=True):
+        beside = _beside(table, part)
+        budgets = sorted({*part.runs[evicts(part.runs)]["policy.budget_tokens"], *beside["policy.budget_tokens"]})
+        for _, line in _groups(beside, names):
+            middle = line.groupby("policy.budget_tokens")["accuracy"].mean()
+            axis.plot(np.searchsorted(budgets, middle.index), 100 * middle, color="#CCCCCC", linewidth=0.8, zorder=1)
+        full = part.runs[~evicts(part.runs)]
+        for low, value, high in full[["accuracy.low", "accuracy", "accuracy.high"]].to_numpy(float):
+            axis.axhline(100 * value, color="black", linewidth=1.2, label="full KV")
+            axis.axhspan(100 * low, 100 * high, color="black", alpha=0.12, linewidth=0)
+        groups = _groups(part.runs[evicts(part.runs)], part.names)
+        for number, (name, line) in enumerate(groups):
+            shift = 0.08 * (number - (len(groups) - 1) / 2)  # so that intervals do not hide each other
+            style = look(label(line.iloc[0]))
+            middle = line.groupby("policy.budget_tokens")["accuracy"].mean()
+            places = np.searchsorted(budgets, middle.index) + shift
+            axis.plot(places, 100 * middle, label=name, linewidth=1.4, markersize=5, **style)
+            _intervals(axis, np.searchsorted(budgets, line["policy.budget_tokens"]) + shift, line, style)
+        axis.set_xticks(range(len(budgets)), [f"{budget:,.0f}" for budget in budgets])
+        axis.set_xlim(-0.5, len(budgets) - 0.5)
         axis.set_ylim(-3, 103)
         axis.set_xlabel("KV budget (entries a layer and head)", fontsize=9)
         axis.set_ylabel("accuracy (%)", fontsize=9)
-    one_legend(figure, axes)
+    one_legend(figure, axes, neutral=any(part.policy for part in parts))
+    return figure
+
+
+def accuracy_by_policy(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> Figure:
+    """Accuracy of every policy with its 95 % interval: a row a policy, a panel for each workload and budget."""
+    table, _ = _graded(runs, compared, budget=False)
+    evicting = table[evicts(table) & table["policy.budget_tokens"].notna()]
+    require(len(evicting), "graded run under a budget")
+    parts = []
+    for title, part in by_workload(table):
+        for budget, same in part[evicts(part)].groupby("policy.budget_tokens"):
+            parts.append((f"{title}, budget {budget:,.0f}", same, part[~evicts(part)]))
+    rows = in_order(evicting.apply(label, axis=1).str.partition(" + ")[0])
+    figure, axes = panels([title for title, _, _ in parts], (4.6, 1.1 + 0.26 * len(rows)), columns=2)
+    for axis, (_, same, full) in zip(axes, parts, strict=True):
+        for low, value, high in full[["accuracy.low", "accuracy", "accuracy.high"]].to_numpy(float):
+            axis.axvline(100 * value, color="black", linewidth=1.2, label="full KV")
+            axis.axvspan(100 * low, 100 * high, color="black", alpha=0.12, linewidth=0)
+        policies = same.apply(label, axis=1).str.partition(" + ")
+        for policy, mine in same.groupby(policies[0]):
+            count = len(mine)
+            for number, (index, run) in enumerate(mine.sort_values("policy.protection").iterrows()):
+                place = rows.index(policy) + (number - (count - 1) / 2) * min(0.3, 0.7 / count)
+                style = look(label(run)) | {"marker": "o", "linestyle": "none"}
+                name = policies[2][index] or "no protection"
+                span = _spans(mine.loc[[index]])
+                axis.errorbar([100 * run["accuracy"]], [place], xerr=span, label=name, capsize=2, markersize=5, **style)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set_xlim(-3, 103)
+        axis.set_xlabel("accuracy (%)", fontsize=9)
+    one_legend(figure, axes, neutral=True)
     return figure
 
 
 def accuracy_by_throughput(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> Figure:
-    """Accuracy against output tokens a second; a line joins the runs of a policy that no other of it beats in both."""
-    table = _graded(runs, compared)
-    parts = by_workload(table)
-    parts = [(title, part) for title, part in parts if len(part) > 1] or parts  # a single run has nothing beside it
-    figure, axes = panels([title for title, _ in parts])
-    for axis, (_, part) in zip(axes, parts, strict=True):
-        names = part.apply(label, axis=1)
-        for name, line in _groups(part, names):
-            style = look(name)
+    """Accuracy against output tokens a second; a line joins the runs of a policy that no other of it beats in both.
+
+    Many policies have a panel each, with the others in grey.
+    """
+    table, names = _graded(runs, compared, budget=False)
+    parts = split(table, names)
+    parts = [part for part in parts if len(part.runs) > 1] or parts  # a single run has nothing beside it
+    figure, axes = panels([part.title for part in parts])
+    for axis, part in zip(axes, parts, strict=True):
+        beside = _beside(table, part)
+        axis.plot(beside["output_tokens_per_second"], 100 * beside["accuracy"], ".", color="#CCCCCC", zorder=1)
+        for name, line in _groups(part.runs, part.names):
+            style = look(label(line.iloc[0]))
             style["marker"] = "*" if name == "full KV" else style["marker"]
-            rate = line["output_tokens_per_second"].to_numpy(float)
-            axis.errorbar(
-                rate, 100 * line["accuracy"], yerr=_spans(line), label=name, capsize=2, linewidth=1, markersize=5,
-                **(style | {"linestyle": "none"}),
-            )  # fmt: skip
-            front = pareto_front(rate, line["accuracy"].to_numpy(float))
+            rate, right = line["output_tokens_per_second"].to_numpy(float), line["accuracy"].to_numpy(float)
+            axis.plot(rate, 100 * right, label=name, markersize=5, **(style | {"linestyle": "none"}))
+            _intervals(axis, rate, line, style)
+            front = pareto_front(rate, right)
             if len(front) > 1:
                 axis.plot(
-                    rate[front], 100 * line["accuracy"].to_numpy(float)[front],
-                    color=style["color"], linestyle=style["linestyle"], linewidth=1,
-                )  # fmt: skip
+                    rate[front], 100 * right[front], color=style["color"], linestyle=style["linestyle"], linewidth=1.2
+                )
         axis.set_ylim(-3, 103)
         axis.set_xlim(left=0)
         axis.set_xlabel("output tokens a second", fontsize=9)
         axis.set_ylabel("accuracy (%)", fontsize=9)
-    one_legend(figure, axes)
+    for workload in {part.workload for part in parts}:
+        same_limits(axis for part, axis in zip(parts, axes, strict=True) if part.workload == workload)
+    one_legend(figure, axes, neutral=any(part.policy for part in parts))
     return figure
 
 
@@ -91,37 +156,42 @@ def pareto_front(rate: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
 
 
 def facts_by_distance(runs: pd.DataFrame) -> Figure:
-    """Share of the facts known against how far back they were stated: a panel for each workload and budget.
+    """Share of the facts known against how far back they were stated, with full KV in every panel.
 
-    Points are groups of equal size, with 95 % intervals over problems.
+    A panel for each workload and budget, or for each policy where these are many. Points are groups of equal size,
+    with 95 % intervals over problems.
     """
+    known = {index: facts for index, run in runs.iterrows() if (facts := _facts(run)) is not None}
+    runs = runs.loc[list(known)]
+    require(len(runs), "run whose problems name facts")
     parts = []
-    for title, part in by_workload(runs) if len(runs) else ():
-        for budget, same in part.groupby("policy.budget_tokens"):
-            lines = {label(run): requests for _, run in same.iterrows() if (requests := _facts(run)) is not None}
-            if lines:
-                parts.append((f"{title}, budget {budget:,.0f}", lines))
-    require(parts, "run under a budget whose problems name facts")
-    figure, axes = panels([title for title, _ in parts])
-    for axis, (_, lines) in zip(axes, parts, strict=True):
-        for name, requests in sorted(lines.items()):
-            centres, known = known_by_distance(requests)
-            spans = np.array([[k.value - k.low, k.high - k.value] for k in known]).T
+    for part in split(runs, run_names(runs, budget=False)):
+        budgets = sorted(part.runs[evicts(part.runs)]["policy.budget_tokens"].dropna().unique())
+        if part.policy or len(budgets) < 2:
+            title = f"{part.title}, budget {budgets[0]:,.0f}" if len(budgets) == 1 else part.title
+            parts.append((title, part.runs, part.policy))
+            continue
+        for budget in budgets:
+            same = part.runs[~evicts(part.runs) | (part.runs["policy.budget_tokens"] == budget)]
+            parts.append((f"{part.title}, budget {budget:,.0f}", same, None))
+    figure, axes = panels([title for title, _, _ in parts])
+    for axis, (_, same, policy) in zip(axes, parts, strict=True):
+        names = run_names(same, budget=policy is not None)
+        if policy:
+            names = without_policy(names, policy)
+        for index, name, style in zip(same.index, names, line_looks(same), strict=True):
+            centres, shares = known_by_distance(known[index])
+            spans = np.array([[share.value - share.low, share.high - share.value] for share in shares]).T
+            values = [100 * share.value for share in shares]
             axis.errorbar(
-                centres,
-                [100 * k.value for k in known],
-                yerr=100 * spans.clip(0),
-                label=name,
-                capsize=2,
-                linewidth=1.4,
-                markersize=4,
-                **look(name),
-            )
+                centres, values, yerr=100 * spans.clip(0), label=name, capsize=0 if policy else 2, elinewidth=0.8,
+                **style,
+            )  # fmt: skip
         axis.set_ylim(-3, 103)
         axis.set_xlim(left=0)
-        axis.set_xlabel("distance to where it was stated last (tokens)", fontsize=9)
+        axis.set_xlabel("distance back (characters)", fontsize=9)
         axis.set_ylabel("facts known (%)", fontsize=9)
-    one_legend(figure, axes)
+    one_legend(figure, axes, neutral=any(policy for _, _, policy in parts))
     return figure
 
 
@@ -146,71 +216,68 @@ def known_by_distance(requests: pd.DataFrame, bins: int = BINS) -> tuple[list[fl
 
 def length_inflation(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> Figure:
     """How much longer each answer is than under full KV on the same problem: medians, quartiles, 5 and 95 %."""
+    require(len(runs), "run")
     table = compare(runs) if compared is None else compared
     table = table[table["full.run"].notna()]
     require(len(table), "evicting run with full KV beside it")
-    names, ratios = [], []
-    by_run = runs.set_index("run")
+    paths = dict(zip(runs["run"], runs["path"]))
+    names, ratios = run_names(runs).loc[table.index], {}
     for index, row in table.iterrows():
-        ours, full = (_lengths(run) for run in (runs.loc[index], by_run.loc[row["full.run"]]))
-        budget = "" if pd.isna(row["policy.budget_tokens"]) else f", {row['policy.budget_tokens']:.0f}"
-        names.append(f"{label(row)}{budget} · {row['workload.name']}")
-        ratios.append((ours / full).dropna().to_numpy())
-    order = sorted(range(len(names)), key=lambda i: (table["workload.name"].iloc[i], _by_name_and_budget(names[i])))
-    figure, (axis,) = panels(["output length against full KV, problem by problem"], (7.5, 1.2 + 0.24 * len(names)))
-    boxes = axis.boxplot(
-        [ratios[i] for i in order], orientation="horizontal", whis=(5, 95), showfliers=False, patch_artist=True
-    )
-    for box, i in zip(boxes["boxes"], order):
-        box.set_facecolor(look(names[i].partition(",")[0].partition(" ·")[0])["color"])
-        box.set_alpha(0.6)
-    for line in boxes["medians"]:
-        line.set_color("black")
-    axis.axvline(1, color="black", linewidth=1)
-    axis.set_yticks(range(1, len(order) + 1), [names[i] for i in order], fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlabel("output tokens / output tokens of full KV", fontsize=9)
+        ratio = (_lengths(row["path"]) / _lengths(paths[row["full.run"]])).replace(np.inf, np.nan).dropna()
+        ratios[index] = ratio.to_numpy()
+    parts = by_workload(table)
+    most = max(len(part) for _, part in parts)
+    figure, axes = panels([title for title, _ in parts], (7.5 if len(parts) == 1 else 4.9, 1.2 + 0.24 * most), 2)
+    for axis, (_, part) in zip(axes, parts, strict=True):
+        order = sorted(part.index, key=lambda i: (rank(label(part.loc[i])), part.loc[i, "policy.budget_tokens"]))
+        boxes = axis.boxplot(
+            [ratios[i] for i in order], orientation="horizontal", whis=(5, 95), showfliers=False, patch_artist=True
+        )
+        for box, i in zip(boxes["boxes"], order, strict=True):
+            style = look(label(part.loc[i]))
+            box.set(facecolor=style["color"], alpha=0.7, linestyle=style["linestyle"])
+        for line in boxes["medians"]:
+            line.set_color("black")
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_yticks(range(1, len(order) + 1), names[order], fontsize=8)
+        axis.set_ylim(len(order) + 0.7, 0.3)
+        axis.set_xlabel("output tokens / output tokens of full KV", fontsize=9)
     return figure
 
 
-def _by_name_and_budget(name: str) -> tuple[str, float]:
-    policy, _, rest = name.partition(", ")
-    number = rest.partition(" ")[0]
-    return policy, float(number) if number.isdigit() else 0.0
-
-
-def _lengths(run: pd.Series) -> pd.Series:
-    requests = load_requests(run)
+def _lengths(path: str) -> pd.Series:
+    requests = load_requests(path)
     return requests[requests["error"].isna()].groupby("prompt_id")["output_tokens"].mean()
 
 
-def _graded(runs: pd.DataFrame, compared: pd.DataFrame | None) -> pd.DataFrame:
+def _graded(runs: pd.DataFrame, compared: pd.DataFrame | None, budget: bool) -> tuple[pd.DataFrame, pd.Series]:
+    """The rows of `compare()` that have an accuracy, and what to call each."""
     require(len(runs), "run")
     table = compare(runs) if compared is None else compared
     table = table[table["accuracy"].notna()]
     require(len(table), "graded run")
-    return table
+    return table, run_names(runs, budget).loc[table.index]
 
 
 def _groups(part: pd.DataFrame, names: pd.Series) -> list[tuple[str, pd.DataFrame]]:
     return [(str(name), line) for name, line in part.groupby(names.loc[part.index], sort=True)]
 
 
-def _errorbar(axis, places: np.ndarray, line: pd.DataFrame, name: str) -> None:
+def _beside(table: pd.DataFrame, part: Part) -> pd.DataFrame:
+    """The evicting runs of the same workload that have panels of their own."""
+    if part.policy is None:
+        return table.iloc[:0]
+    same = part.runs.iloc[0][["model.name", "workload.name"]]
+    mine = (table[["model.name", "workload.name"]] == same).all(axis=1)
+    return table[mine & evicts(table)].drop(part.runs.index, errors="ignore")
+
+
+def _intervals(axis: Axes, places: np.ndarray, line: pd.DataFrame, style: dict[str, object]) -> None:
     axis.errorbar(
-        places, 100 * line["accuracy"], yerr=_spans(line), label=name, capsize=2, linewidth=1.4, markersize=5,
-        **look(name),
-    )  # fmt: skip
+        places, 100 * line["accuracy"], yerr=_spans(line), fmt="none", ecolor=style["color"], elinewidth=1.1, capsize=2
+    )
 
 
 def _spans(line: pd.DataFrame) -> np.ndarray:
     below, above = line["accuracy"] - line["accuracy.low"], line["accuracy.high"] - line["accuracy"]
     return 100 * np.clip(np.array([below, above], dtype=float), 0, None)
-
-
-def _full_band(axis, part: pd.DataFrame) -> None:
-    full = part[part["policy.name"] == "full"]
-    if len(full):
-        run = full.iloc[-1]
-        axis.axhline(100 * run["accuracy"], color="black", linewidth=1.2, label="full KV")
-        axis.axhspan(100 * run["accuracy.low"], 100 * run["accuracy.high"], color="black", alpha=0.12, linewidth=0)

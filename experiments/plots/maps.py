@@ -6,67 +6,89 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.colors import TwoSlopeNorm
-from matplotlib.figure import Figure
+from matplotlib import colormaps
+from matplotlib.colors import LogNorm, Normalize
 
-from experiments.plots.style import label, panels, require
+from experiments.plots.style import by_workload, evicts, label, panels, rank, require
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 LOAD, POOL = "engine.max_num_seqs", "engine.num_blocks"
+RATE, ACCURACY = "output_tokens_per_second", "accuracy"
+_AXES = {LOAD: "requests at once, at most", POOL: "blocks in the pool"}
 
 
-def crossover_map(runs: pd.DataFrame, load: str = LOAD, pool: str = POOL) -> Figure:
-    """Throughput of each evicting policy over that of full KV, for every load and pool that both ran with.
+def crossover_map(runs: pd.DataFrame, load: str = LOAD, pool: str = POOL, value: str = RATE) -> Figure:
+    """Evicting runs against full KV, for every load and pool that both ran with; a panel for each policy and budget.
+
+    All panels share one scale, which is white where both are equal. A setting that one of the two lacks stays grey.
 
     Args:
         load, pool: the columns that make the axes.
+        value: "output_tokens_per_second", whose ratio is shown, or "accuracy", whose difference is, in points.
     """
-    table = ratios(runs, load, pool)
-    names = list(table)
-    figure, axes = panels(names, (4.8, 3.8))
-    for axis, name in zip(axes, names, strict=True):
-        grid = table[name]
+    table = against_full(runs, load, pool, value)
+    every = np.concatenate([grid.to_numpy(float).ravel() for grid in table.values()])
+    if value == ACCURACY:
+        far = max(1.0, np.nanmax(np.abs(every)))
+        norm, template, what = Normalize(-far, far), "{:+.1f}", "accuracy less that of full KV (points)"
+    else:
+        far = max(1.05, np.nanmax(every), 1 / np.nanmin(every))
+        norm, template, what = LogNorm(1 / far, far), "{:.2f}", "tokens/s over full KV"
+    colours = colormaps["PuOr_r"].with_extremes(bad="#E0E0E0")
+    figure, axes = panels(list(table), (4.6, 3.6), columns=2)
+    for axis, grid in zip(axes, table.values(), strict=True):
         values = grid.to_numpy(float)
-        spread = max(1.05, np.nanmax(values), 1 / max(np.nanmin(values), 1e-9))
-        image = axis.imshow(
-            values, cmap="PuOr_r", norm=TwoSlopeNorm(1, 1 / spread, spread), aspect="auto", origin="lower"
-        )
+        image = axis.imshow(np.ma.masked_invalid(values), cmap=colours, norm=norm, aspect="auto", origin="lower")
         axis.grid(False)
-        for (i, j), value in np.ndenumerate(values):
-            if not np.isnan(value):
-                dark = value > spread**0.6 or value < spread**-0.6
-                axis.text(
-                    j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color="white" if dark else "black"
-                )
-        axis.set_xticks(range(grid.shape[1]), [f"{int(x):,}" for x in grid.columns])
-        axis.set_yticks(range(grid.shape[0]), [f"{int(y):,}" for y in grid.index])
-        axis.set_xlabel(f"blocks in the pool ({pool})", fontsize=9)
-        axis.set_ylabel(f"requests at once ({load})", fontsize=9)
-        bar = figure.colorbar(image, ax=axis)
-        bar.set_label("tokens/s over full KV", fontsize=9)
-        bar.ax.tick_params(labelsize=8)
+        for (i, j), cell in np.ndenumerate(values):
+            text, dark = "not run", False
+            if not np.isnan(cell):
+                text, dark = template.format(cell), abs(norm(cell) - 0.5) > 0.3
+            axis.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+        axis.set_xticks(range(grid.shape[1]), [f"{x:,.0f}" for x in grid.columns])
+        axis.set_yticks(range(grid.shape[0]), [f"{y:,.0f}" for y in grid.index])
+        axis.set_xlabel(_AXES.get(pool, pool), fontsize=9)
+        axis.set_ylabel(_AXES.get(load, load), fontsize=9)
+    bar = figure.colorbar(image, ax=axes, format=template.format if value == ACCURACY else "{x:.2g}")
+    bar.ax.minorticks_off()
+    if value != ACCURACY:
+        bar.set_ticks(np.geomspace(1 / far, far, 5))
+    bar.set_label(what, fontsize=9)
+    bar.ax.tick_params(labelsize=8)
     return figure
 
 
-def ratios(runs: pd.DataFrame, load: str, pool: str) -> dict[str, pd.DataFrame]:
-    """For each evicting label, throughput over that of full KV: a frame with loads as rows and pools as columns."""
-    lacking = [column for column in (load, pool) if column not in runs or runs[column].isna().all()]
+def against_full(runs: pd.DataFrame, load: str = LOAD, pool: str = POOL, value: str = RATE) -> dict[str, pd.DataFrame]:
+    """For each evicting policy, budget and workload, a frame with loads as rows and pools as columns.
+
+    It holds the ratio of throughputs or the difference of accuracies in points; means where seeds repeat a setting.
+    """
+    require(len(runs), "run")
+    lacking = [column for column in (load, pool, value) if column not in runs or runs[column].isna().all()]
     require(not lacking, f"values of {', '.join(lacking)}")
-    full = runs[runs["policy.name"] == "full"]
+    full, evicting = runs[~evicts(runs)], runs[evicts(runs)]
     require(len(full), "run of full KV")
-    keys = ["model.name", "workload.name", load, pool]
-    base = full.groupby(keys)["output_tokens_per_second"].mean()
+    require(len(evicting), "evicting run")
+    names = evicting.apply(label, axis=1)
+    if (evicting.groupby(names)["policy.budget_tokens"].nunique() > 1).any():
+        names += evicting["policy.budget_tokens"].map(lambda budget: f", {budget:.0f}")
     found = {}
-    evicting = runs[runs["policy.name"] != "full"]
-    for name, part in evicting.groupby(evicting.apply(label, axis=1) if len(evicting) else []):
-        rates = part.groupby(keys)["output_tokens_per_second"].mean()
-        grid = (rates / base).dropna().groupby([load, pool]).mean().unstack()
-        if grid.size > 1:
-            found[str(name)] = grid
+    for title, part in by_workload(runs):
+        base = part[~evicts(part)].groupby([load, pool])[value].mean().astype(float)
+        mine = part[evicts(part)]
+        for name, same in mine.groupby(names[mine.index]):
+            ours = same.groupby([load, pool])[value].mean().astype(float)
+            grid = (100 * (ours - base) if value == ACCURACY else ours / base).dropna().unstack()
+            if grid.size > 1:
+                several = len(by_workload(runs)) > 1
+                found[f"{title}: {name}" if several else str(name)] = grid
     require(found, f"two settings of {load} and {pool} that both full KV and an evicting policy ran with")
-    return found
+    return dict(
+        sorted(found.items(), key=lambda item: (item[0].rpartition(": ")[0], rank(item[0].rpartition(": ")[2])))
+    )
 
 
 def kept_positions(events: pd.DataFrame, prompt_id: str, sample_index: int = 0, marks: Sequence[int] = ()) -> Figure:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C564B")
@@ -21,8 +23,13 @@ ORDER = (
 )
 """Policies in the order in which they take colours; others follow by name."""
 
-PANEL = (4.6, 3.4)
-"""Inches of one panel, for text of 9 points."""
+PANEL, SMALL = (4.6, 3.4), (3.1, 2.5)
+"""Inches of one panel, for text of 9 points: of one of two beside each other, and of one of three."""
+MOST_LINES = 8
+"""Names that are told apart in one panel; a panel for each policy where there are more."""
+TELLING = ("engine.", "policy.", "sampling.", "scenario.", "backend", "limit")
+"""Beginnings of the options that may tell runs of one label and budget apart. Seeds are repetitions."""
+NAMED = ("policy.name", "policy.protection", "policy.budget_tokens")
 
 
 def label(run: pd.Series) -> str:
@@ -48,18 +55,90 @@ def look(name: str) -> dict[str, object]:
     }
 
 
-def line_of(run: pd.Series, among: pd.DataFrame) -> dict[str, object]:
-    """Colour and line of a run without markers; of several budgets of one label, the greater is the darker."""
-    name = label(run)
-    style = look(name)
-    alike = among[among.apply(label, axis=1) == name]["policy.budget_tokens"].dropna().unique()
-    rank = sum(budget <= run["policy.budget_tokens"] for budget in alike) if len(alike) > 1 else 1
-    shade = 0.4 + 0.6 * rank / len(alike) if len(alike) > 1 else 1.0
-    return {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 1.0 + 0.6 * shade, "alpha": shade}
+def evicts(runs: pd.DataFrame) -> pd.Series:
+    """Whether each run can evict. Full KV may carry a budget that it never uses."""
+    return runs["policy.name"] != "full"
 
 
-def panels(titles: Sequence[str], size: tuple[float, float] = PANEL, columns: int = 2) -> tuple[Figure, list[Axes]]:
-    """A figure of panels with titles, at most `columns` beside each other."""
+def run_names(runs: pd.DataFrame, budget: bool = True) -> pd.Series:
+    """What a legend calls each run: its label and budget, and the options that differ where these are the same."""
+    names = runs.apply(label, axis=1).astype(str)
+    budgets = runs["policy.budget_tokens"].astype(float).where(evicts(runs))
+    if budget:
+        names += budgets.map(lambda b: "" if pd.isna(b) else f", {b:.0f}")
+    options = [c for c in runs if c.startswith(TELLING) and c not in NAMED]
+    keys = [runs["workload.name"].map(str), runs["model.name"].map(str), names, budgets]
+    for _, alike in runs.groupby(keys, dropna=False) if len(runs) else ():
+        for option in options if len(alike) > 1 else ():
+            values = alike[option].map(str)
+            if values.nunique() > 1:
+                names.loc[alike.index] += f", {option.rpartition('.')[2]} " + values
+    return names
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one panel shows: its title, its runs, and what its legend calls each."""
+
+    title: str
+    runs: pd.DataFrame
+    names: pd.Series
+    workload: str
+    policy: str | None = None
+    """The only one beside full KV, where the workload has too many for one panel."""
+
+
+def split(runs: pd.DataFrame, names: pd.Series) -> list[Part]:
+    """A panel for each workload; one for each policy of it, with full KV in each, where one would be crowded."""
+    parts = []
+    for title, part in by_workload(runs):
+        labels, budgets = part.apply(label, axis=1), part["policy.budget_tokens"].astype(float).fillna(0)
+        order = sorted(part.index, key=lambda i: (evicts(part)[i], *rank(labels[i]), budgets[i]))
+        part, policies = part.loc[order], labels[order].str.partition(" + ")[0]
+        evicting = policies[evicts(part)]
+        if names[order].nunique() <= MOST_LINES or evicting.nunique() <= 1:
+            parts.append(Part(title, part, names[order], title))
+            continue
+        for policy in in_order(evicting):
+            mine = part[(policies == policy) | ~evicts(part)]
+            parts.append(Part(f"{title}: {policy}", mine, without_policy(names[mine.index], policy), title, policy))
+    return parts
+
+
+def without_policy(names: pd.Series, policy: str) -> pd.Series:
+    """Names for a panel whose title says the policy."""
+    return names.map(lambda name: name.removeprefix(policy).lstrip(" ,+") or "no protection")
+
+
+def in_order(policies: Iterable[str]) -> list[str]:
+    """Each policy once, as `ORDER` has them."""
+    return sorted(set(policies), key=rank)
+
+
+def rank(name: str) -> tuple[int, str]:
+    """The place of a policy or label: that of its policy in `ORDER`, then by name."""
+    policy = name.partition(" + ")[0]
+    return (ORDER.index(policy) if policy in ORDER else len(ORDER)), name
+
+
+def line_looks(runs: pd.DataFrame) -> list[dict[str, object]]:
+    """Colour, line and marker of each run's line; of several of one label, the greater budget is the darker."""
+    labels = runs.apply(label, axis=1).tolist()
+    order = list(zip(runs["policy.budget_tokens"].astype(float).fillna(0), range(len(runs))))
+    looks = []
+    for place, name in zip(order, labels, strict=True):
+        alike = [other for other, its in zip(order, labels) if its == name]
+        shade = 1.0 if len(alike) == 1 else 0.35 + 0.65 * sorted(alike).index(place) / (len(alike) - 1)
+        looks.append(look(name) | {"linewidth": 1.0 + 0.6 * shade, "alpha": shade, "markersize": 4})
+    return looks
+
+
+def panels(
+    titles: Sequence[str], size: tuple[float, float] | None = None, columns: int | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure of panels with titles, at most `columns` beside each other; many are small and three in a row."""
+    many = len(titles) > 4
+    size, columns = size or (SMALL if many else PANEL), columns or (3 if many else 2)
     across = min(columns, len(titles))
     down = math.ceil(len(titles) / across)
     figure = Figure(figsize=(size[0] * across, size[1] * down), layout="constrained")
@@ -76,17 +155,49 @@ def panels(titles: Sequence[str], size: tuple[float, float] = PANEL, columns: in
     return figure, axes[: len(titles)]
 
 
-def one_legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend under all panels, without repetitions."""
+def same_limits(axes: Iterable[Axes], x: bool = True, y: bool = True) -> None:
+    """Give panels that are read beside each other one scale."""
+    axes = list(axes)
+    left, right = zip(*(axis.get_xlim() for axis in axes))
+    bottom, top = zip(*(axis.get_ylim() for axis in axes))
+    for axis in axes:
+        if x:
+            axis.set_xlim(min(left), max(right))
+        if y:
+            axis.set_ylim(min(bottom), max(top))
+
+
+def one_legend(figure: Figure, axes: Sequence[Axes], neutral: bool = False) -> None:
+    """One legend under all panels, without repetitions. The figure grows by its height.
+
+    Args:
+        neutral: names stand for a policy in one panel and for another in the next, so the legend has no colours.
+    """
     found = {}
     for axis in axes:
         for handle, name in zip(*axis.get_legend_handles_labels()):
             found.setdefault(name, handle)
-    if found:
-        columns = min(len(found), max(1, int(figure.get_figwidth() / 2.1)))
-        figure.legend(
-            found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=9, frameon=False
-        )
+    if not found:
+        return
+    if neutral:
+        found = {name: handle if name == "full KV" else _without_colour(handle) for name, handle in found.items()}
+    width = 0.55 + 0.075 * max(map(len, found))  # inches of an entry
+    rows = math.ceil(len(found) / max(1, int(figure.get_figwidth() / width)))
+    columns = math.ceil(len(found) / rows)
+    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
+    figure.legend(
+        found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=9, frameon=False,
+        handlelength=2.6,
+    )  # fmt: skip
+
+
+def _without_colour(handle: object) -> Line2D:
+    line = handle if isinstance(handle, Line2D) else handle.lines[0]
+    filled = line.get_markerfacecolor() != "white"
+    return Line2D(
+        [], [], color="#444444", linestyle=line.get_linestyle(), linewidth=line.get_linewidth(), alpha=line.get_alpha(),
+        marker="o", markersize=4, markerfacecolor="#444444" if filled else "white",
+    )  # fmt: skip
 
 
 def require(ok: object, what: str) -> None:

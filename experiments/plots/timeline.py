@@ -3,46 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.plots.style import by_workload, label, line_of, one_legend, panels, require
+from experiments.plots.style import Part, line_looks, one_legend, panels, require, run_names, same_limits, split
 from experiments.records import STEPS, load_requests, load_steps
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SLICES = 120
+SLICES = 60
 """Points of a line over time."""
+MARKS = 8
+"""Markers on a line over time, so that lines are told apart in print without colours."""
+
+Line = tuple[np.ndarray, np.ndarray]
 
 
 def throughput_over_time(runs: pd.DataFrame) -> Figure:
     """Decoded tokens a second over the seconds of each run."""
-
-    def rate(steps: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-        edges = np.linspace(0, max(steps["time"].max(), 1e-9), min(SLICES, max(2, len(steps) // 4)) + 1)
-        tokens, _ = np.histogram(steps["time"], edges, weights=steps["num_decode"] + steps["num_prefill"])
-        return (edges[:-1] + edges[1:]) / 2, tokens / np.diff(edges)
-
-    return _over_time(runs, rate, "decoded tokens a second")
+    return _over_time(runs, [(decoding_rate, "decoded tokens a second")])
 
 
 def concurrency_over_time(runs: pd.DataFrame) -> Figure:
-    """Requests that run, over the seconds of each run."""
-    return _over_time(runs, lambda steps: _thinned(steps, steps["num_running"]), "running requests")
+    """Requests that run, and those that wait, over the seconds of each run."""
+
+    def count(column: str) -> Callable[[pd.DataFrame], Line]:
+        return lambda steps: _thinned(steps, steps[column])
+
+    return _over_time(runs, [(count("num_running"), "running requests"), (count("num_waiting"), "waiting requests")])
 
 
 def blocks_over_time(runs: pd.DataFrame) -> Figure:
     """Share of the pool's blocks in use, over the seconds of each run."""
 
-    def share(steps: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    def share(steps: pd.DataFrame) -> Line:
         return _thinned(steps, 100 * steps["blocks_used"] / steps["blocks_total"].clip(lower=1))
 
-    return _over_time(runs, share, "blocks in use (%)")
+    return _over_time(runs, [(share, "blocks in use (%)")])
 
 
 def latency_cdfs(runs: pd.DataFrame) -> Figure:
@@ -53,23 +55,27 @@ def latency_cdfs(runs: pd.DataFrame) -> Figure:
         ("tpot", "time per output token (ms)", 1000),
         ("e2e", "end to end (s)", 1),
     )
-    figure, axes = panels([title for _, title, _ in kinds], (3.7, 3.2), columns=3)
-    for _, run in runs.iterrows():
-        requests, name = load_requests(run), _name(run)
-        for axis, (column, _, scale) in zip(axes, kinds, strict=True):
-            values = np.sort(requests[column].dropna().to_numpy(float)) * scale
-            if len(values):
-                axis.step(
-                    values,
-                    100 * np.arange(1, len(values) + 1) / len(values),
-                    where="post",
-                    label=name,
-                    **line_of(run, runs),
-                )
-    for axis in axes:
-        axis.set_ylim(0, 102)
-        axis.set_ylabel("samples (%)", fontsize=9)
-    one_legend(figure, axes)
+    parts = split(runs, run_names(runs))
+    titles = [part.title if column == "ttft" else "" for part in parts for column, _, _ in kinds]
+    figure, axes = panels(titles, (3.1, 2.7), columns=3)
+    drawn = False
+    for i, part in enumerate(parts):
+        for (_, run), name, style in zip(part.runs.iterrows(), part.names, line_looks(part.runs), strict=True):
+            requests = load_requests(run)
+            for axis, (column, _, scale) in zip(axes[3 * i :], kinds):
+                values = np.sort(requests[column].dropna().to_numpy(float)) * scale
+                if len(values):
+                    drawn = True
+                    shares = 100 * np.arange(1, len(values) + 1) / len(values)
+                    axis.step(values, shares, where="post", label=name, markevery=_marked(len(values)), **style)
+        for axis, (_, what, _) in zip(axes[3 * i :], kinds):
+            axis.set_ylim(0, 104)
+            axis.set_xlabel(what, fontsize=9)
+        axes[3 * i].set_ylabel("samples (%)", fontsize=9)
+    for kind in range(3):
+        _align(parts, axes[kind::3])
+    require(drawn, "sample with times")
+    one_legend(figure, axes, neutral=any(part.policy for part in parts))
     return figure
 
 
@@ -105,39 +111,54 @@ def cache_over_tokens(requests: pd.DataFrame, events: pd.DataFrame, prompt_id: s
     return figure
 
 
-def _over_time(runs: pd.DataFrame, values: Callable, what: str) -> Figure:
-    parts = []
-    for title, part in by_workload(runs) if len(runs) else ():
-        kept = part[[(_folder(run) / STEPS).exists() for _, run in part.iterrows()]]
-        if len(kept):
-            parts.append((title, kept))
-    require(parts, "steps (an archived copy may have left them out)")
-    figure, axes = panels([title for title, _ in parts], (5.4, 3.2))
-    for axis, (_, part) in zip(axes, parts, strict=True):
-        for _, run in part.iterrows():
-            times, line = values(load_steps(run))
-            axis.plot(times, line, label=_name(run), **line_of(run, part))
+def decoding_rate(steps: pd.DataFrame) -> Line:
+    """Middles of equal slices of time, and the tokens a second that were decoded in each."""
+    end = max(steps["time"].max(), 1e-9)
+    edges = np.linspace(0, end, min(SLICES, max(2, len(steps) // 4)) + 1)
+    tokens, _ = np.histogram(steps["time"], edges, weights=steps["num_decode"])
+    return (edges[:-1] + edges[1:]) / 2, tokens / np.diff(edges)
+
+
+def _over_time(runs: pd.DataFrame, kinds: list[tuple[Callable[[pd.DataFrame], Line], str]]) -> Figure:
+    """Panels of each kind of line beside each other."""
+    lines = {}
+    for index, run in runs.iterrows():
+        if (Path(run["path"]) / STEPS).exists() and len(steps := load_steps(run)):
+            lines[index] = [values(steps) for values, _ in kinds]
+    runs = runs.loc[list(lines)]
+    require(len(runs), "steps (an archived copy may have left them out)")
+    parts = split(runs, run_names(runs))
+    titles = [part.title for part in parts for _ in kinds]
+    figure, axes = panels(titles, columns=None if len(kinds) == 1 else 2 if len(parts) < 3 else 4)
+    for place, axis in enumerate(axes):
+        part, kind = parts[place // len(kinds)], place % len(kinds)
+        looks = line_looks(part.runs)
+        for number, (index, name, style) in enumerate(zip(part.runs.index, part.names, looks, strict=True)):
+            times, line = lines[index][kind]
+            axis.plot(times, line, label=name, markevery=_marked(len(times), number), **style)
         axis.set_xlabel("seconds", fontsize=9)
-        axis.set_ylabel(what, fontsize=9)
+        axis.set_ylabel(kinds[kind][1], fontsize=9)
         axis.set_ylim(bottom=0)
         axis.set_xlim(left=0)
-    one_legend(figure, axes)
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    for kind in range(len(kinds)):
+        _align(parts, axes[kind :: len(kinds)])
+    one_legend(figure, axes, neutral=any(part.policy for part in parts))
     return figure
 
 
-def _thinned(steps: pd.DataFrame, values: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 4 * SLICES)).astype(int))
+def _align(parts: list[Part], axes: list[Axes]) -> None:
+    """One scale for the panels of each workload."""
+    for workload in {part.workload for part in parts}:
+        same_limits(axis for part, axis in zip(parts, axes, strict=True) if part.workload == workload)
+
+
+def _marked(points: int, number: int = 0) -> tuple[int, int]:
+    """Where a line has its markers; lines beside it have theirs elsewhere."""
+    every = max(1, points // MARKS)
+    return number * max(1, every // 4) % every, every
+
+
+def _thinned(steps: pd.DataFrame, values: pd.Series) -> Line:
+    chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 8 * SLICES)).astype(int))
     return steps["time"].to_numpy(float)[chosen], values.to_numpy(float)[chosen]
-
-
-def _folder(run: pd.Series) -> Path:
-    from pathlib import Path
-
-    return Path(run["path"])
-
-
-def _name(run: pd.Series) -> str:
-    """The label, and the budget where there is one."""
-    budget = run["policy.budget_tokens"]
-    name = label(run)
-    return name if name == "full KV" or budget is None or budget != budget else f"{name}, {budget:.0f}"
