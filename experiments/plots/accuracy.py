@@ -206,7 +206,9 @@ def known_by_distance(requests: pd.DataFrame, bins: int = BINS) -> tuple[list[fl
     """Mean distances of groups of facts, and the share of each that was known as an `Interval` over problems."""
     facts = requests[["prompt_id", "fact_distances", "facts_known"]].explode(["fact_distances", "facts_known"])
     facts = facts.astype({"fact_distances": float, "facts_known": float})
-    groups = pd.qcut(facts["fact_distances"].rank(method="first"), min(bins, max(1, len(facts) // FEWEST)), labels=False)
+    groups = pd.qcut(
+        facts["fact_distances"].rank(method="first"), min(bins, max(1, len(facts) // FEWEST)), labels=False
+    )
     centres, known = [], []
     for _, group in facts.groupby(groups):
         centres.append(group["fact_distances"].mean())
