@@ -12,7 +12,7 @@ import pandas as pd
 
 from experiments import plots
 from experiments.comparison import compare
-from experiments.plots.style import MOST_LINES, label
+from experiments.plots.style import MOST_LINES, evicts, label
 from experiments.published import beside
 from experiments.records import EVENTS, load_events
 from experiments.tables import comparison_table
@@ -86,7 +86,8 @@ def _pictures(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tuple[str,
         "prompt, broken ones do not. Where intervals of two policies overlap, look at the paired differences above.",
         lambda: plots.accuracy_by_budget(runs, compared),
     )
-    if runs.apply(label, axis=1).nunique() > MOST_LINES or runs["policy.budget_tokens"].nunique() == 1:
+    labels, budgets = runs.apply(label, axis=1), runs["policy.budget_tokens"].where(evicts(runs))
+    if labels.nunique() > MOST_LINES or budgets.nunique() == 1:
         yield (
             "Accuracy by policy",
             "A row a policy, a point with its 95 % interval a run; the point is filled where the prompt is protected. "

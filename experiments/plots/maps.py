@@ -72,23 +72,21 @@ def against_full(runs: pd.DataFrame, load: str = LOAD, pool: str = POOL, value: 
     full, evicting = runs[~evicts(runs)], runs[evicts(runs)]
     require(len(full), "run of full KV")
     require(len(evicting), "evicting run")
-    names = evicting.apply(label, axis=1)
-    if (evicting.groupby(names)["policy.budget_tokens"].nunique() > 1).any():
-        names += evicting["policy.budget_tokens"].map(lambda budget: f", {budget:.0f}")
-    found = {}
-    for title, part in by_workload(runs):
+    labels, budgets = evicting.apply(label, axis=1), evicting["policy.budget_tokens"].astype(float).fillna(0)
+    many = (budgets.groupby(labels).nunique() > 1).any()
+    found, workloads = {}, by_workload(runs)
+    for title, part in workloads:
         base = part[~evicts(part)].groupby([load, pool])[value].mean().astype(float)
         mine = part[evicts(part)]
-        for name, same in mine.groupby(names[mine.index]):
+        groups = mine.groupby([labels[mine.index], budgets[mine.index]])
+        for (name, budget), same in sorted(groups, key=lambda group: (rank(group[0][0]), group[0][1])):
             ours = same.groupby([load, pool])[value].mean().astype(float)
             grid = (100 * (ours - base) if value == ACCURACY else ours / base).dropna().unstack()
             if grid.size > 1:
-                several = len(by_workload(runs)) > 1
-                found[f"{title}: {name}" if several else str(name)] = grid
+                name = f"{name}, {budget:.0f}" if many else name
+                found[f"{title}: {name}" if len(workloads) > 1 else name] = grid
     require(found, f"two settings of {load} and {pool} that both full KV and an evicting policy ran with")
-    return dict(
-        sorted(found.items(), key=lambda item: (item[0].rpartition(": ")[0], rank(item[0].rpartition(": ")[2])))
-    )
+    return found
 
 
 def kept_positions(events: pd.DataFrame, prompt_id: str, sample_index: int = 0, marks: Sequence[int] = ()) -> Figure:
