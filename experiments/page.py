@@ -195,7 +195,7 @@ def provenance_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Which run is which: its id, commit, device, versions, time and command."""
 
     def recorded(name: str) -> pd.Series:
-        return runs.reindex(columns=[f"provenance.{name}"]).iloc[:, 0].fillna("-").astype(str)
+        return runs.reindex(columns=[f"provenance.{name}"]).iloc[:, 0].astype(object).fillna("-").astype(str)
 
     return pd.DataFrame(
         {
