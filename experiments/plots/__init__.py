@@ -7,9 +7,8 @@ from experiments.plots.accuracy import (
     accuracy_by_budget,
     accuracy_by_policy,
     accuracy_by_throughput,
-    facts_by_distance,
-    length_inflation,
 )
+from experiments.plots.answers import facts_by_distance, length_inflation
 from experiments.plots.maps import crossover_map, kept_positions
 from experiments.plots.timeline import (
     blocks_over_time,

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from experiments import plots
 from experiments.comparison import compare
 from experiments.plots import style
-from experiments.plots.accuracy import known_by_distance, pareto_front
+from experiments.plots.accuracy import pareto_front
+from experiments.plots.answers import known_by_distance
 from experiments.plots.maps import against_full, survival
 from experiments.plots.timeline import decoding_rate
 from experiments.records import load_events, load_requests, load_runs, load_steps
