@@ -108,7 +108,8 @@ def _pictures(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tuple[str,
     )
     yield (
         "Throughput over time",
-        "Full KV comes in waves where memory is short; a bounded cache holds its level.",
+        "Full KV comes in waves where memory is short; a bounded cache holds its level. Of one policy, the darker line "
+        "has the greater budget.",
         lambda: plots.throughput_over_time(runs),
     )
     yield (

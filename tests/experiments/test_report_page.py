@@ -192,6 +192,7 @@ class TestCommandLine:
         assert out[-1] == f"page: {html}"
         assert "<h1>Mine &amp; yours</h1>" in html.read_text()
         assert sorted(path.name for path in tables.iterdir()) == ["comparison.csv", "comparison.md", "comparison.tex"]
+        assert pd.read_csv(tables / "comparison.csv")["accuracy"].tolist() == [0.5, 0.5, 0.25]
 
     def test_nothing_is_written_unasked(self, folder, tmp_path, capsys):
         before = sorted(tmp_path.rglob("*"))
