@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 RECORDED = (
     *("run", "path", "model.name", "workload.name", "policy.name", "policy.protection", "policy.budget_tokens"),
-    *("output_length.mean", "budget_bound_share", "output_tokens_per_second"),
-    *(f"{name}.{figure}" for name in ("ttft", "tpot") for figure in ("mean", "p50", "p90", "p99", "max")),
+    *("output_length.mean", "budget_bound_share", "output_tokens_per_second", "kv_bytes.mean", "kv_bytes.max"),
+    *(f"{name}.{figure}" for name in ("ttft", "tpot", "itl") for figure in ("mean", "p50", "p90", "p99", "max")),
 )
 """Columns of `load_runs()` that are taken over."""
 

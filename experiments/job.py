@@ -148,11 +148,14 @@ class Job:
             step_rows = outcomes.step_rows(steps, served.start)
             event_rows = outcomes.event_rows(events, served.start)
             evicts = self.experiment.policy.name != "full"
-            summary = summarise(request_rows, step_rows, event_rows, seconds=served.seconds, evicts=evicts)
+            memory = asdict(backend.memory_plan)
+            summary = summarise(
+                request_rows, step_rows, event_rows, seconds=served.seconds, evicts=evicts, memory=memory
+            )
             metrics = summary | {
                 "load_seconds": load_seconds,
                 "counters": asdict(backend.stats),
-                "memory": asdict(backend.memory_plan),
+                "memory": memory,
             }
             outcomes.write_rows(staging / records.REQUESTS, request_rows, outcomes.REQUEST_SCHEMA)
             outcomes.write_rows(staging / records.STEPS, step_rows, outcomes.STEP_SCHEMA)

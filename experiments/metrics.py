@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ def summarise(
     *,
     seconds: float,
     evicts: bool,
+    memory: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Accuracy, throughput and latency of a run, and how far its budget bound it.
 
@@ -29,6 +31,7 @@ def summarise(
         events: rows of `events.parquet`.
         seconds: from the first arrival to the end of the last request.
         evicts: whether the policy can evict at all.
+        memory: the engine's memory plan; None where it tells none.
 
     Returns:
         `accuracy` is the mean grade over all samples, refused prompts included (pass@1; None where
@@ -37,7 +40,10 @@ def summarise(
         figure that no sample gives is None. `budget_bound_share` is the share of the answered samples that were
         compressed (None where the policy never evicts); `budget_never_bound` says that the policy evicts and none was,
         so that the run equals full KV. `entries_evicted` are per layer and KV head. `loop_rate` is the share of the
-        answered samples that end in a loop.
+        answered samples that end in a loop. `itl` is the time between two tokens of a sample, over all tokens: the time
+        from one engine step to the next, counted once for each sample that decodes in it. `kv_bytes` is the most that
+        an answered sample's cache holds, in bytes: its blocks, with scores and positions, the trigger's slack and its
+        query slot.
     """
     answered = [row for row in requests if row.get("error") is None]
     compressed = sum(bool(row.get("compressions")) for row in answered)
@@ -71,11 +77,37 @@ def summarise(
         "ttft": spread([row.get("ttft") for row in requests]),
         "tpot": spread([row.get("tpot") for row in requests]),
         "e2e": spread([row.get("e2e") for row in requests]),
+        "itl": inter_token_latency(steps),
+        "kv_bytes": spread([cache_bytes(row["prompt_tokens"] + row["output_tokens"], memory) for row in answered]),
         "steps": len(steps),
         "peak_blocks": max((step["blocks_used"] for step in steps), default=0),
         "peak_running": max((step["num_running"] for step in steps), default=0),
         "peak_query_slots": max((step["query_slots_used"] for step in steps), default=0),
     }
+
+
+def inter_token_latency(steps: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """`spread` of the seconds between engine steps, each weighted by the samples that decode in it."""
+    pairs = [
+        (step["time"] - before["time"], step["num_decode"]) for before, step in pairwise(steps) if step["num_decode"]
+    ]
+    if not pairs:
+        return spread([])
+    gaps, weights = (np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True))
+    order = gaps.argsort()
+    reached = weights[order].cumsum() / weights.sum()
+    percentiles = {f"p{p}": float(gaps[order][np.searchsorted(reached, p / 100 - 1e-12)]) for p in PERCENTILES}
+    return {"mean": float(np.average(gaps, weights=weights))} | percentiles | {"max": float(gaps.max())}
+
+
+def cache_bytes(tokens: int, memory: Mapping[str, Any] | None) -> int | None:
+    """The most that the cache of a sample of `tokens` in all holds; None where the engine's plan does not tell."""
+    if memory is None or "block_bytes" not in memory:
+        return None
+    blocks, most = -(-tokens // memory["block_size"]), memory["max_blocks_per_request"]
+    if not most:
+        return blocks * memory["block_bytes"]
+    return min(blocks, most) * memory["block_bytes"] + memory["query_slot_bytes"]
 
 
 def accuracy(grades: Sequence[float | None]) -> float | None:

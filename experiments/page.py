@@ -215,8 +215,9 @@ def provenance_table(runs: pd.DataFrame) -> pd.DataFrame:
 def _explained(margin: float) -> str:
     return (
         "<p>Accuracy is the mean over samples with a 95 % interval that resamples problems. Differences are paired by "
-        f"problem. The verdict is about non-inferiority to full KV at a margin of {100 * margin:.0f} points. Right "
-        "answers per GPU-hour leave loading out.</p>"
+        "problem. KV MiB is the most that one sample's cache held, scores, positions and query slot included. The "
+        f"verdict is about non-inferiority to full KV at a margin of {100 * margin:.0f} points. Right answers per "
+        "GPU-hour leave loading out.</p>"
     )
 
 

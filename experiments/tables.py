@@ -43,6 +43,7 @@ COLUMNS: dict[str, Cell] = {
     "workload": _text("workload.name"),
     "policy": label,
     "budget": _number("policy.budget_tokens", "{:,.0f}"),
+    "KV MiB": lambda row: "-" if pd.isna(row["kv_bytes.max"]) else f"{row['kv_bytes.max'] / 2**20:,.2f}",
     "problems": _number("problems", "{:,.0f}"),
     "accuracy (%) [95 %]": _accuracy,
     "less full KV": _difference("full"),

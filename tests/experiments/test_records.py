@@ -16,6 +16,7 @@ import pytest
 
 from experiments import outcomes, records
 from experiments.errors import RunError, UsageError
+from experiments.metrics import cache_bytes, inter_token_latency
 from experiments.paths import ROOT
 from experiments.schema import load_experiment, to_dict
 from zipage import EventStats
@@ -249,3 +250,23 @@ class TestReading:
 
     def test_no_runs_give_an_empty_frame(self, tmp_path):
         assert records.load_runs(tmp_path).empty
+
+
+# What a run's numbers mean
+
+
+def test_inter_token_latency_weighs_steps_by_the_samples_that_decode():
+    steps = [{"time": t, "num_decode": n} for t, n in ((0.0, 5), (1.0, 0), (3.0, 1), (3.5, 8), (4.0, 1))]
+    found = inter_token_latency(steps)
+    assert found["mean"] == pytest.approx((2.0 * 1 + 0.5 * 8 + 0.5 * 1) / 10)
+    assert (found["p50"], found["p90"], found["p99"], found["max"]) == (0.5, 0.5, 2.0, 2.0)
+    assert inter_token_latency(steps[:2]) == dict.fromkeys(("mean", "p50", "p90", "p99", "max"))
+
+
+def test_bytes_of_a_cache_count_slack_and_query_slot():
+    plan = {"block_size": 16, "block_bytes": 100, "max_blocks_per_request": 5, "query_slot_bytes": 7}
+    assert cache_bytes(16, plan) == 107
+    assert cache_bytes(17, plan) == 207
+    assert cache_bytes(1000, plan) == 507
+    assert cache_bytes(1000, plan | {"max_blocks_per_request": 0}) == 6300
+    assert cache_bytes(1000, None) is cache_bytes(1000, {"planned_by": "another"}) is None

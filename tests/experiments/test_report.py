@@ -25,7 +25,9 @@ def test_accuracy_is_the_mean_over_samples_refused_ones_included():
         {"blocks_used": 3, "num_running": 2, "query_slots_used": 1},
         {"blocks_used": 7, "num_running": 1, "query_slots_used": 0},
     ]
+    steps = [step | {"time": float(i), "num_decode": 1} for i, step in enumerate(steps)]
     metrics = summarise(rows, steps, [], seconds=2.0, evicts=False)
+    assert metrics["kv_bytes"]["max"] is None, "no plan"
     assert metrics["accuracy"] == 0.5
     assert (metrics["prompts"], metrics["samples"], metrics["errors"]) == (3, 4, 1)
     assert metrics["finish_reasons"] == {"stop": 3, "error": 1}
