@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 def accuracy_by_budget(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> Figure:
     """Accuracy against the budget with 95 % intervals over problems, a panel for each workload, full KV as a band.
 
-    A line passes through the mean of runs that differ by their seed alone. Many policies have a panel each, with the
-    others in grey.
+    Below each budget stands the memory that a sample's cache held at most, where it was recorded: equal budgets are
+    equal bytes only up to what a policy keeps beside the entries. A line passes through the mean of runs that differ by
+    their seed alone. Many policies have a panel each, with the others in grey.
 
     Args:
         runs: rows of `load_runs()`.
@@ -63,13 +64,24 @@ def accuracy_by_budget(runs: pd.DataFrame, compared: pd.DataFrame | None = None)
             places = np.searchsorted(budgets, middle.index) + shift
             axis.plot(places, 100 * middle, label=name, linewidth=1.4, markersize=5, **style)
             _intervals(axis, np.searchsorted(budgets, line["policy.budget_tokens"]) + shift, line, style)
-        axis.set_xticks(range(len(budgets)), [f"{budget:,.0f}" for budget in budgets])
+        bytes_held = [_mebibytes(part.runs[evicts(part.runs)], budget) for budget in budgets]
+        axis.set_xticks(range(len(budgets)), [f"{b:,.0f}\n{held}".rstrip() for b, held in zip(budgets, bytes_held)])
         axis.set_xlim(-0.5, len(budgets) - 0.5)
         axis.set_ylim(-3, 103)
-        axis.set_xlabel("KV budget (entries a layer and head)", fontsize=9)
+        unit = "entries; MiB a sample" if any(bytes_held) else "entries a layer and head"
+        axis.set_xlabel(f"KV budget ({unit})", fontsize=9)
         axis.set_ylabel("accuracy (%)", fontsize=9)
     one_legend(figure, axes, neutral=any(part.policy for part in parts))
     return figure
+
+
+def _mebibytes(runs: pd.DataFrame, budget: float) -> str:
+    """What a sample's cache held at most under a budget, from the least to the most of the runs; "" where unknown."""
+    held = runs[runs["policy.budget_tokens"] == budget].reindex(columns=["kv_bytes.max"]).iloc[:, 0].astype(float)
+    least, most = (f"{value / 2**20:.2g}" for value in (held.min(), held.max()))
+    if held.isna().all():
+        return ""
+    return least if least == most else f"{least}–{most}"
 
 
 def accuracy_by_policy(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> Figure:

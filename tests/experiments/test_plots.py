@@ -81,6 +81,12 @@ class TestAccuracyByBudget:
             low, high = 100 * table.loc[run, ["accuracy.low", "accuracy.high"]].astype(float)
             assert (round(low, 6), round(high, 6)) in ends, run
 
+    def test_bytes_stand_below_the_budgets(self, runs):
+        runs["kv_bytes.max"] = [9.0 * 2**20, 2.0 * 2**20, 4 * 2**20, 2.5 * 2**20, 4 * 2**20, 9 * 2**20, np.nan]
+        panels = axes_of(plots.accuracy_by_budget(runs))
+        assert [tick.get_text() for tick in panels["sums"].get_xticklabels()] == ["64\n2–2.5", "128\n4"]
+        assert [tick.get_text() for tick in panels["traces"].get_xticklabels()] == ["64"]
+
     def test_full_kv_is_a_band(self, runs):
         axis = axes_of(plots.accuracy_by_budget(runs))["sums"]
         full = compare(runs).set_index("run").loc["a-full"]
