@@ -63,7 +63,7 @@ def page(
     for heading, help_text, draw in _pictures(runs, compared):
         try:
             figure = draw()
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # OSError: a record without one of its files
             left_out.append(f"{heading}: {error}")
             continue
         parts += [f"<h2>{escape(heading)}</h2>", f"<p>{escape(help_text)}</p>", _image(figure, heading)]
@@ -216,7 +216,7 @@ def _explained(margin: float) -> str:
     return (
         "<p>Accuracy is the mean over samples with a 95 % interval that resamples problems. Differences are paired by "
         "problem. KV MiB is the most that one sample's cache held, scores, positions and query slot included. The "
-        f"verdict is about non-inferiority to full KV at a margin of {100 * margin:.0f} points. Right answers per "
+        f"verdict is about non-inferiority to full KV at a margin of {100 * margin:g} points. Right answers per "
         "GPU-hour leave loading out.</p>"
     )
 

@@ -212,3 +212,15 @@ class TestCommandLine:
     def test_a_folder_in_the_place_of_the_page(self, folder, tmp_path, capsys):
         assert report.main([str(folder), "--html", str(tmp_path)]) == 2
         assert capsys.readouterr().err == f"{tmp_path}: can't be written: Is a directory\n"
+
+
+def test_the_margin_is_told_as_given(folder):
+    assert "at a margin of 2.5 points" in page(load_runs(folder), 0.025)
+
+
+def test_a_record_without_its_samples_costs_the_pictures_that_need_them(folder):
+    runs = load_runs(folder)
+    (Path(runs["path"].iloc[0]) / "requests.parquet").unlink()
+    text = page(runs)
+    assert "Left out" in text
+    assert "requests.parquet" in text
