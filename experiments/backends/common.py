@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zipage import EngineConfig, EngineStats, SamplingParams, StepStats
+from zipage import CompletionOutput, EngineConfig, EngineStats, RequestMetrics, SamplingParams, StepStats
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,23 @@ def require_plain(name: str, params: SamplingParams) -> None:
     """Raise ValueError for options of a request that only Zipage can honour."""
     if params.policy not in (None, "full") or params.budget_tokens is not None:
         raise ValueError(f"sampling.policy, sampling.budget_tokens: backend={name} keeps full KV; leave them out")
+
+
+def together(answers: Sequence[CompletionOutput]) -> RequestMetrics:
+    """One record for all samples of a prompt: its first token, its last end, the mean pace."""
+    samples = [answer.metrics for answer in answers]
+    firsts, paces, ends = (
+        [v for s in samples if (v := getattr(s, name)) is not None] for name in ("ttft", "tpot", "e2e")
+    )
+    return RequestMetrics(
+        arrival=samples[0].arrival,
+        ttft=min(firsts, default=None),
+        tpot=sum(paces) / len(paces) if paces else None,
+        e2e=max(ends, default=None),
+        queued=samples[0].queued,
+        prompt_tokens=samples[0].prompt_tokens,
+        output_tokens=sum(sample.output_tokens for sample in samples),
+    )
 
 
 def step_stats(stats: EngineStats, *, decode: int, prefill: int, prefill_tokens: int, waiting: int, seconds: float):

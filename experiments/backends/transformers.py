@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.backends.common import OwnMemory, require_full_kv, require_plain, step_stats
+from experiments.backends.common import OwnMemory, require_full_kv, require_plain, step_stats, together
 from zipage import (
     CompletionOutput,
     EngineConfig,
@@ -108,7 +108,7 @@ class TransformersBackend:
             count = request.params.n
             answers = [self._answer(request, i, tokens[taken + i], begin, times, end) for i in range(count)]
             taken += count
-            outputs.append(RequestOutput(request.id, None, request.prompt, answers, _together(answers)))
+            outputs.append(RequestOutput(request.id, None, request.prompt, answers, together(answers)))
             self.stats.requests_finished += 1
             self.stats.prompt_tokens += len(request.prompt)
             self.stats.output_tokens += sum(len(answer.token_ids) for answer in answers)
@@ -159,7 +159,7 @@ class TransformersBackend:
                 last = now
                 return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-        stops = set(params.stop_token_ids) | (set() if params.ignore_eos else self._ends)
+        stops = self._stops(params)
         sampled = params.temperature > 0
         chosen = {"temperature": params.temperature, "top_p": params.top_p, "min_p": params.min_p or None}
         generation = GenerationConfig(
@@ -171,8 +171,8 @@ class TransformersBackend:
             **(chosen | {"top_k": params.top_k} if sampled else {}),
         )
         seeds = hashlib.sha256(repr([(row.id, row.params.seed) for row in rows]).encode()).digest()
-        devices = [ids.device] if self._model.device.type == "cpu" else [self._model.device]
-        with torch.random.fork_rng([d for d in devices if d.type == "cuda"]), torch.inference_mode():
+        devices = [self._model.device] if self._model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.inference_mode():
             torch.manual_seed(int.from_bytes(seeds[:6]))
             made = self._model.generate(
                 ids.to(self._model.device),
@@ -182,10 +182,13 @@ class TransformersBackend:
             )
         return made[:, width:].tolist(), times
 
+    def _stops(self, params: SamplingParams) -> set[int]:
+        return set(params.stop_token_ids) | (set() if params.ignore_eos else self._ends)
+
     def _answer(
         self, request: _Request, index: int, tokens: list[int], begin: float, times: list[float], end: float
     ) -> CompletionOutput:
-        stops = set(request.params.stop_token_ids) | (set() if request.params.ignore_eos else self._ends)
+        stops = self._stops(request.params)
         stop = next((i for i, token in enumerate(tokens) if token in stops), None)
         kept = tokens if stop is None else tokens[: stop + 1]
         text = self._tokenizer.decode(
@@ -201,18 +204,3 @@ class TransformersBackend:
             output_tokens=len(kept),
         )
         return CompletionOutput(index, text, kept, "length" if stop is None else "stop", metrics=metrics)
-
-
-def _together(answers: list[CompletionOutput]) -> RequestMetrics:
-    """One record for all samples of a prompt."""
-    first = answers[0].metrics
-    paces = [answer.metrics.tpot for answer in answers if answer.metrics.tpot is not None]
-    return RequestMetrics(
-        arrival=first.arrival,
-        ttft=first.ttft,
-        tpot=sum(paces) / len(paces) if paces else None,
-        e2e=first.e2e,
-        queued=first.queued,
-        prompt_tokens=first.prompt_tokens,
-        output_tokens=sum(answer.metrics.output_tokens for answer in answers),
-    )

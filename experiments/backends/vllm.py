@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.backends.common import OwnMemory, require_full_kv, require_plain, step_stats
+from experiments.backends.common import OwnMemory, require_full_kv, require_plain, step_stats, together
 from zipage import (
     CompletionOutput,
     EngineConfig,
@@ -158,17 +158,7 @@ class VllmBackend:
         self.stats.requests_finished += 1
         self.stats.prompt_tokens += len(running.prompt)
         self.stats.output_tokens += sum(answer.metrics.output_tokens for answer in answers)
-        first = min((a.metrics.ttft for a in answers if a.metrics.ttft is not None), default=None)
-        paces = [a.metrics.tpot for a in answers if a.metrics.tpot is not None]
-        together = RequestMetrics(
-            arrival=running.arrival,
-            ttft=first,
-            tpot=sum(paces) / len(paces) if paces else None,
-            e2e=now - running.arrival,
-            prompt_tokens=len(running.prompt),
-            output_tokens=sum(answer.metrics.output_tokens for answer in answers),
-        )
-        return RequestOutput(request_id, None, running.prompt, answers, together)
+        return RequestOutput(request_id, None, running.prompt, answers, together(answers))
 
 
 def vllm_options(config: EngineConfig, matched: bool) -> dict[str, Any]:

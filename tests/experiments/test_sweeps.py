@@ -422,3 +422,18 @@ def test_two_sweeps_at_once_share_the_work(start_sweep, twelve, results, tmp_pat
     assert len((tmp_path / "loads").read_text().split()) == 12, "no arm was run twice"
     assert len(json.loads(sweep_file(results).read_text())["arms"]) == 12
     assert list(load_runs(sweep_file(results))["run"].sort_values()) == list(runs["run"].sort_values())
+
+
+@pytest.mark.parametrize(
+    ("more", "group"),
+    [
+        (["tracking=wandb_offline"], "small-"),
+        (["tracking=wandb_offline", "tracking.group=mine"], "mine"),
+        ([], None),
+    ],
+)
+def test_runs_in_wandb_are_grouped_by_their_sweep(launch_sweep, small, results, more, group):
+    assert launch_sweep(small, *more) == 0
+    groups = load_runs(results)["tracking.group"].unique().tolist()
+    assert len(groups) == 1
+    assert groups[0] is None if group is None else groups[0].startswith(group)
