@@ -10,7 +10,7 @@ from zipage.block_pool import ROOT, BlockPool
 from zipage.eviction.budget import Budget
 from zipage.eviction.rule import EvictionRule
 from zipage.plan import CompressionOrder, StepPlan, Swap
-from zipage.request import Request, Status
+from zipage.request import PENDING, Request, Status
 from zipage.sampling_params import SamplingParams
 from zipage.scheduler import Scheduler
 
@@ -120,6 +120,7 @@ class FabricatedModel:
     Attributes:
         max_delay: compressions are completed up to this many steps after their order; 0: at once.
         orders: compressions are ordered behind every step, as the engine does; else when a test says so.
+        overlaps: a step's tokens are booked once the next step is under way.
         events: how often what happened.
         compressed: (request, entries, blocks) of each order.
     """
@@ -128,6 +129,7 @@ class FabricatedModel:
     seed: int = 0
     max_delay: int = 0
     orders: bool = True
+    overlaps: bool = False
     events: Counter = field(default_factory=Counter)
     compressed: list[tuple[Request, int, int]] = field(default_factory=list)
 
@@ -141,6 +143,7 @@ class FabricatedModel:
         self.shadows: dict[int, Shadow] = {}
         self.flights: list[_Flight] = []
         self.rng = random.Random(self.seed)
+        self._under_way: tuple[StepPlan, list[int]] | None = None
         self._poisoned: set[int] = set()
         self._fresh: list[int] = []
         self._prefix_ends = {ROOT: 0}
@@ -239,13 +242,34 @@ class FabricatedModel:
             self._compute(request, num_tokens)
         self.scheduler.advance(plan)
         if self.orders:
-            changes = self.flights or not plan.is_empty or not self.scheduler.has_unfinished
+            changes = self.flights or self._under_way or not plan.is_empty or not self.scheduler.has_unfinished
             assert self.compress() or changes, "nothing runs, nothing will change"
         rng = self.rng
         tokens = [EOS if eos_share and rng.random() < eos_share else rng.randrange(10, 1000) for _ in plan.sampled]
-        finished = self.scheduler.update(plan, tokens)
+        finished = self.settle()
+        self._under_way = plan, tokens
+        if not self.overlaps:
+            finished = self.settle()
         self.check()
         return finished
+
+    def settle(self) -> list[Request]:
+        """Book the tokens of the step under way."""
+        if self._under_way is None:
+            return []
+        (plan, tokens), self._under_way = self._under_way, None
+        ended = sum(request.finish_reason is not None for request in plan.sampled)
+        self.events["tokens_dropped"] += ended
+        return self.scheduler.update(plan, tokens)
+
+    def _token(self, request: Request, position: int) -> int:
+        """A request's token, also where its value is on the device alone."""
+        token = request.token_ids[position]
+        if token == PENDING:
+            plan, tokens = self._under_way
+            assert plan.sampled[request.place] is request
+            return tokens[request.place]
+        return token
 
     def check(self) -> None:
         scheduler = self.scheduler
@@ -254,8 +278,9 @@ class FabricatedModel:
         by_pressure = scheduler.compressions.by_pressure
         for request in scheduler.running:
             shadow = self.shadow(request)
-            assert request.num_tokens >= shadow.num_tokens, f"{request}: forgot tokens"
-            shadow.num_tokens = request.num_tokens
+            num_known = request.num_tokens - request.num_pending
+            assert num_known >= shadow.num_tokens, f"{request}: forgot tokens"
+            shadow.num_tokens = num_known
             rule = request.rule
             if rule is not None and not by_pressure:
                 blocks = rule.max_blocks
@@ -272,13 +297,13 @@ class FabricatedModel:
     def _compute(self, request: Request, num_tokens: int) -> None:
         assert request.status is Status.RUNNING
         shadow = self.shadow(request)
-        size, token_ids, cells = self.size, request.token_ids, self.cells
+        size, cells = self.size, self.cells
         n, position = request.cache_len, request.num_computed
         entries = shadow.entries
         if not entries and n:
             assert shadow.rounds == 0
             previous = 0
-            for token in token_ids[:n]:
+            for token in request.token_ids[:n]:
                 previous = _after(previous, token)
                 entries.append(previous)
             shadow.num_computed = n
@@ -295,7 +320,7 @@ class FabricatedModel:
             if block != writable:
                 self._assert_writable(block)
                 writable = block
-            token = token_ids[position + i]
+            token = self._token(request, position + i)
             if shadow.rounds:
                 value = _after_eviction(position + i, token, seen)
             else:
@@ -484,6 +509,7 @@ class FabricatedModel:
         return plans
 
     def check_all_returned(self) -> None:
+        self.settle()
         scheduler = self.scheduler
         assert scheduler.pool.num_free == scheduler.pool.num_blocks
         assert not any(scheduler.pool.ref_counts)

@@ -38,6 +38,7 @@ MUST_OCCUR = (
     "resumes",
     "resumes_with_shared_blocks",
     "stalls",
+    "tokens_dropped",
 )
 """Events without which a run of some thousand steps has tested nothing."""
 
@@ -108,7 +109,7 @@ class Simulation:
         }
         caching = rng.random() < 0.7
         self.scheduler = Scheduler(BlockPool(num_blocks, size, caching), **options)
-        self.model = FabricatedModel(self.scheduler, seed, max_delay=rng.choice([0, 0, 1, 4]))
+        self.model = FabricatedModel(self.scheduler, seed, max_delay=rng.choice([0, 0, 1, 4]), overlaps=bool(seed % 2))
         self.requests: list[Request] = []
         self.max_eos = rng.choice([0.0, 0.02])
         self.rates = {
@@ -133,6 +134,7 @@ class Simulation:
             f"trigger={options['trigger']}",
             f"scheduling={options['scheduling']}",
             f"compression={'async' if self.model.max_delay else 'sync'}",
+            f"steps={'overlapped' if self.model.overlaps else 'one by one'}",
             f"prefix_caching={caching}",
             f"chunked_prefill={chunked}",
             f"window={policy.num_queries}",

@@ -6,7 +6,7 @@ import torch
 from tests.compressed import greedy, make_llm, random_prompts
 from tests.eviction.cases import Case
 from tests.tiny_models import VOCAB, save_tiny_model
-from zipage.cuda_graph import batch_sizes
+from zipage.cuda_graph import DecodeGraphs, batch_sizes
 
 
 @pytest.mark.parametrize(("largest", "sizes"), [(1, [1]), (5, [1, 2, 4, 5]), (33, [1, 2, 4, 8, 16, 32, 33])])
@@ -38,9 +38,8 @@ def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case):
         computed = [x.clone() for x in tensors]
         for x, before in zip(tensors, state, strict=True):
             x.copy_(before)
-        graphs = runner._decode_graphs(cache)
-        inputs = graphs.inputs(8)
-        inputs.write(*runner._decode_batch(plan))
+        graphs = DecodeGraphs(runner.decoder, cache, runner.scale, runner._tables, runner._sampled)
+        inputs = graphs.inputs(runner._decode_batch(plan), 8)
         logits = runner.decoder.logits(graphs.forward(inputs))
     torch.testing.assert_close(logits[:3], expected, rtol=1e-5, atol=1e-5)
     for x, once in zip(tensors, computed, strict=True):

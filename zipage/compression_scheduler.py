@@ -66,7 +66,7 @@ class CompressionScheduler:
     def _due(self, running: Sequence[Request]) -> list[Request]:
         size = self.pool.block_size
         full = [r for r in running if r.rule is not None and r.cache_len == len(r.block_ids) * size]
-        return [r for r in full if r.status is Status.RUNNING and self.is_due(r) and not r.ends_with_next_token]
+        return [r for r in full if r.status is Status.RUNNING and self.is_due(r) and not r.has_all_tokens]
 
     def _most_over_budget(self, running: Sequence[Request], num_short: int) -> list[Request]:
         num_short -= sum(len(order.block_ids) - order.request.rule.max_blocks + 1 for order in self.in_flight)
@@ -91,7 +91,7 @@ class CompressionScheduler:
             rule is not None
             and request.status is Status.RUNNING
             and request.num_tokens - request.num_computed <= 1
-            and not request.ends_with_next_token
+            and not request.has_all_tokens
             and request.cache_len > rule.keep
             and request.cache_len % rule.policy.page == 0
             and self._has_window(request)

@@ -64,6 +64,9 @@ class EngineConfig:
         max_num_batched_tokens: tokens in a step at most (decodes first, then prefill).
         enable_prefix_caching: find and share full blocks of equal prefixes.
         enable_chunked_prefill: prompts may be computed in pieces beside decodes; off, a prompt runs in one step.
+        async_scheduling: plan and queue a step while the device computes the one before, so that the device does not
+            wait for the host. A request that an end token ends is then computed for one step more, which is dropped.
+            Steps after one that samples under a repetition penalty wait for its tokens. None: on CUDA.
         enforce_eager: never use CUDA graphs. Otherwise, on CUDA, steps of decodes alone are graphs, captured when a
             batch of their size first comes.
         policy, policy_options: the eviction policy, by its registered name or as "package.module:Class", and its
@@ -102,6 +105,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 8192
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    async_scheduling: bool | None = None
     enforce_eager: bool = False
     policy: str = "full"
     policy_options: Mapping[str, Any] = field(default_factory=dict)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.dispatch import store_positions
+from zipage.block_tables import BlockTables
 from zipage.kv_cache import KVCache
 from zipage.model.decoder import Decoder
 from zipage.paged_attention import PagedAttention
@@ -21,6 +22,37 @@ def batch_sizes(largest: int) -> list[int]:
     return [size for size in sizes if size < largest] + [largest]
 
 
+@dataclass(slots=True)
+class DecodeBatch:
+    """One token of each of n requests, on the host.
+
+    Attributes:
+        token_ids: int64 [n]; without meaning where `places` is not -1.
+        places: int64 [n], where in `DecodeGraphs.sampled` the token lies, or -1.
+        positions: int64 [n], of the tokens.
+        slots: int64 [n], where their entries go.
+        queries: int64 [n], where their queries go, -1 for nowhere.
+        rows: int64 [n], of the block tables.
+        lens: int64 [n], entries of each request with this one.
+    """
+
+    token_ids: np.ndarray
+    places: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    queries: np.ndarray
+    rows: np.ndarray
+    lens: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def known_tokens(token_ids: Tensor, places: Tensor, sampled: Tensor) -> Tensor:
+    """int64 [T]: `token_ids`, and tokens of `sampled` where `places` is not -1."""
+    return torch.where(places < 0, token_ids, sampled[places.clamp(min=0)])
+
+
 class DecodeGraphs:
     """A forward pass over decodes alone, captured once for each of a few batch sizes and replayed.
 
@@ -29,73 +61,60 @@ class DecodeGraphs:
 
     Args:
         decoder, cache, scale: as in `PagedAttention`; queries are stored where the cache has query slots.
-        max_num_seqs: largest batch.
-        max_blocks: columns of a block table.
+        tables: of all requests.
+        sampled: int64 [max_num_seqs], the tokens of the step before.
     """
 
-    def __init__(self, decoder: Decoder, cache: KVCache, scale: float, *, max_num_seqs: int, max_blocks: int) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, scale: float, tables: BlockTables, sampled: Tensor) -> None:
         self._decoder = decoder
         self._cache = cache
         self._scale = scale
-        self._max_blocks = max_blocks
-        self._sizes = batch_sizes(max_num_seqs)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, _Inputs, Tensor]] = {}
+        self._tables = tables
+        self._sampled = sampled
+        self._sizes = batch_sizes(len(sampled))
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._pool: tuple[int, int] | None = None
 
-    def run(
-        self,
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        slots: np.ndarray,
-        query_indices: np.ndarray | None,
-        lens: np.ndarray,
-        tables: np.ndarray,
-    ) -> Tensor:
-        """One token of each of n requests.
-
-        Args:
-            token_ids, positions: of the tokens.
-            slots: int64 [n], where their entries go.
-            query_indices: int64 [n], where their queries go, or None.
-            lens: int [n], entries of each request with this one.
-            tables: int32 [n, max_blocks].
-
-        Returns:
-            Hidden states [n, width], overwritten by the next run.
-        """
-        count = len(token_ids)
-        size = self._sizes[bisect_left(self._sizes, count)]
+    def run(self, batch: DecodeBatch) -> Tensor:
+        """Hidden states [n, width], overwritten by the next run."""
+        size = self._sizes[bisect_left(self._sizes, len(batch))]
         if size not in self._graphs:
             self._graphs[size] = self._capture(size)
         graph, inputs, hidden = self._graphs[size]
-        inputs.write(token_ids, positions, slots, query_indices, lens, tables)
+        inputs.copy_(self.inputs(batch, size).pin_memory(), non_blocking=True)
         graph.replay()
-        return hidden[:count]
+        return hidden[: len(batch)]
 
-    def forward(self, inputs: _Inputs) -> Tensor:
+    def inputs(self, batch: DecodeBatch | None, size: int) -> Tensor:
+        """What a graph reads, int64 [7, size] on the host: the fields of `DecodeBatch`, padded with rows of nobody."""
+        packed = np.zeros((7, size), dtype=np.int64)
+        packed[[1, 3, 4]] = -1
+        packed[5] = self._tables.nobody
+        if batch is not None:
+            for line, field in zip(packed, fields(batch), strict=True):
+                line[: len(batch)] = getattr(batch, field.name)
+        return torch.from_numpy(packed)
+
+    def forward(self, inputs: Tensor) -> Tensor:
         """The captured computation: hidden states [size, width]. Logits are left out, since each graph would keep its
         own, hundreds of megabytes in all.
         """
-        token_ids, positions, slots, query_indices = inputs.longs
+        token_ids, places, positions, slots, queries, rows, lens = inputs
         if self._cache.positions is not None:
             store_positions(positions.int(), self._cache.positions, slots)
         attention = PagedAttention(
             self._cache,
             self._scale,
             slots=slots,
-            query_indices=None if self._cache.queries is None else query_indices,
-            num_decodes=len(token_ids),
-            decode_tables=inputs.tables,
-            decode_lens=inputs.lens,
+            query_indices=None if self._cache.queries is None else queries,
+            num_decodes=inputs.shape[1],
+            decode_tables=self._tables.device.index_select(0, rows),
+            decode_lens=lens.int(),
         )
-        return self._decoder(token_ids, positions, attention)
+        return self._decoder(known_tokens(token_ids, places, self._sampled), positions, attention)
 
-    def inputs(self, size: int) -> _Inputs:
-        """Of an empty batch."""
-        return _Inputs(size, self._max_blocks, self._cache.k.device)
-
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, _Inputs, Tensor]:
-        inputs = self.inputs(size)
+    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        inputs = self.inputs(None, size).to(self._cache.k.device)
         stream = torch.cuda.Stream(self._cache.k.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -108,29 +127,3 @@ class DecodeGraphs:
             hidden = self.forward(inputs)
         self._pool = graph.pool()
         return graph, inputs, hidden
-
-
-class _Inputs:
-    """What a graph reads, at fixed addresses: int64 [4, size] token ids, positions, slots, query indices; int32 [size]
-    lengths; int32 [size, max_blocks] tables."""
-
-    def __init__(self, size: int, max_blocks: int, device: torch.device) -> None:
-        self.longs = torch.zeros((4, size), dtype=torch.int64, device=device)
-        self.longs[2:] = -1
-        self.lens = torch.zeros(size, dtype=torch.int32, device=device)
-        self.tables = torch.zeros((size, max_blocks), dtype=torch.int32, device=device)
-
-    def write(self, token_ids, positions, slots, query_indices, lens, tables) -> None:
-        count = len(token_ids)
-        longs = np.zeros(self.longs.shape, dtype=np.int64)
-        longs[2:] = -1
-        longs[0, :count], longs[1, :count], longs[2, :count] = token_ids, positions, slots
-        if query_indices is not None:
-            longs[3, :count] = query_indices
-        padded_lens = np.zeros(self.lens.shape, dtype=np.int32)
-        padded_lens[:count] = lens
-        padded_tables = np.zeros(self.tables.shape, dtype=np.int32)
-        padded_tables[:count] = tables
-        for device, host in ((self.longs, longs), (self.lens, padded_lens), (self.tables, padded_tables)):
-            source = torch.from_numpy(host)
-            device.copy_(source.pin_memory() if device.is_cuda else source, non_blocking=True)

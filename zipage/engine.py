@@ -23,7 +23,7 @@ from zipage.intake import Intake, Prompt
 from zipage.kv_cache import KVCache, plan_memory
 from zipage.model.loader import load_model
 from zipage.model.tokenizer import end_of_sequence_ids, load_tokenizer
-from zipage.model_runner import ModelRunner, StepResult
+from zipage.model_runner import Launch, ModelRunner, StepResult
 from zipage.outputs import CompletionOutput, RequestOutput, StreamEvent
 from zipage.plan import StepPlan
 from zipage.request import Request
@@ -47,6 +47,15 @@ class _PromptState:
 
     def __post_init__(self) -> None:
         self.unfinished = len(self.samples)
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A step that was launched at `begin` (host clock) and not booked yet."""
+
+    plan: StepPlan
+    launch: Launch
+    begin: float
 
 
 class LLM:
@@ -152,7 +161,12 @@ class LLM:
         self.step_listeners = self._telemetry.step_listeners
         self.event_listeners = self._telemetry.event_listeners
         self._debug = DebugChecks(self._scheduler, cache) if config.debug else None
+        self._overlaps = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
+        self._under_way: _UnderWay | None = None
+        self._step_ended = 0.0
         self._prompts: dict[str, _PromptState] = {}
+        self._watched: set[str] = set()
+        """Of the prompts, those whose text or events are made token by token."""
         self._done: dict[str, RequestOutput] = {}
         self._numbers = count()
 
@@ -189,6 +203,8 @@ class LLM:
             detokenizers = [Detokenizer(self._tokenizer, params.stop, params.skip_special_tokens) for _ in samples]
         text = prompt if isinstance(prompt, str) else None
         self._prompts[request_id] = _PromptState(text, samples, detokenizers, deque() if stream else None)
+        if detokenizers is not None or stream:
+            self._watched.add(request_id)
         for sample in samples:
             self._scheduler.add(sample)
         rule, counters = samples[0].rule, self._telemetry.counters
@@ -307,39 +323,62 @@ class LLM:
             self._done.pop(request_id, None)
 
     def _step(self) -> None:
+        if self._under_way and not self._may_overlap(self._under_way.plan):
+            self._end_step()
         if not self._scheduler.has_unfinished:
             return
         begin = time.perf_counter()
         plan = self._plan(begin)
-        self._runner.move(plan)
-        self._telemetry.record_moves(plan)
-        if self._debug:
-            self._debug.before(plan)
-        ready = time.perf_counter()
-        launch = self._runner.launch(plan)
-        self._scheduler.advance(plan)
-        self._compress()
-        result = launch.wait()
-        computed = time.perf_counter()
-        self._book(plan, result, computed)
+        if not plan.is_empty:
+            self._runner.move(plan)
+            self._telemetry.record_moves(plan)
+            if self._debug:
+                self._debug.before(plan)
+            launch = self._runner.launch(plan)
+            self._scheduler.advance(plan)
+            self._compress()
+            if self._under_way:
+                self._end_step()
+            self._under_way = _UnderWay(plan, launch, begin)
+        if self._under_way and not self._overlaps:
+            self._end_step()
         self._drain()
-        if self._debug:
-            self._debug.after()
-        self._telemetry.record_step(plan, begin, min(result.device_time, computed - ready))
+
+    def _may_overlap(self, plan: StepPlan) -> bool:
+        """Whether the next step may be launched before the host knows this one's tokens."""
+        return all(request.params.repetition_penalty == 1.0 for request in plan.sampled)
 
     def _plan(self, now: float) -> StepPlan:
-        """Complete compressions that are done, then plan a step; waits for compressions where nothing else can run."""
+        """Complete compressions that are done, then plan a step; waits for the step and the compressions under way
+        where nothing else can run. Empty only where nothing is left to do.
+        """
         scheduler = self._scheduler
         self._complete(self._compressor.poll())
         while True:
             plan = scheduler.schedule(now)
             if not plan.is_empty or not scheduler.has_unfinished:
                 return plan
+            if self._under_way:
+                self._end_step()
+                continue
             num_applied = scheduler.compressions.num_applied
             self._compress()
             self._complete(self._compressor.poll(wait=True))
             if scheduler.compressions.num_applied == num_applied:
                 raise RuntimeError(f"nothing can run: {scheduler.running} run, {len(scheduler.waiting)} wait")
+
+    def _end_step(self) -> None:
+        """Wait for the step under way and book its tokens."""
+        step, self._under_way = self._under_way, None
+        result = step.launch.wait()
+        now = time.perf_counter()
+        num_tokens = self._book(step.plan, result, now)
+        if self._debug:
+            self._debug.after()
+        # With the next step launched already, this one's time is what has passed since the one before it ended.
+        begin = max(step.begin, self._step_ended)
+        self._telemetry.record_step(step.plan, num_tokens, begin, result.device_time)
+        self._step_ended = time.perf_counter()
 
     def _compress(self) -> None:
         """Begin the compressions that are due. Synchronous ones are in place for whatever is launched after them."""
@@ -352,6 +391,8 @@ class LLM:
     def _drain(self) -> None:
         """Without a prompt to serve there may be no further step: end what is under way, so that its blocks go back."""
         if not self._prompts:
+            if self._under_way:
+                self._end_step()
             self._complete(self._compressor.poll(wait=True))
 
     def _complete(self, results: Sequence[CompressionResult]) -> None:
@@ -360,18 +401,21 @@ class LLM:
             self._scheduler.complete(result.order, result.kept_pages)
             self._telemetry.record_compression(result, num_entries)
 
-    def _book(self, plan: StepPlan, result: StepResult, now: float) -> None:
-        finished = self._scheduler.update(plan, result.token_ids, now)
+    def _book(self, plan: StepPlan, result: StepResult, now: float) -> int:
+        """Returns how many tokens came of the step: those of requests that had ended before it are dropped."""
+        sampled = [request for request in plan.sampled if request.finish_reason is None]
         if result.logprobs is not None:
             for request, logprob in zip(plan.sampled, result.logprobs, strict=True):
-                if request.logprobs is not None:
+                if request.logprobs is not None and request.finish_reason is None:
                     request.logprobs.append(logprob)
+        finished = self._scheduler.update(plan, result.token_ids, now)
+        watched = [request for request in sampled if request.request_id in self._watched] if self._watched else []
         stopped = []
-        for request, token in zip(plan.sampled, result.token_ids, strict=True):
+        for request in watched:
             state = self._prompts[request.request_id]
             if state.detokenizers is None:
                 continue
-            stop = state.detokenizers[request.index].add(token)
+            stop = state.detokenizers[request.index].add(request.last_token)
             if stop is not None and request.finish_reason != "stop":
                 request.stop_reason = stop
                 if request.finish_reason is None:
@@ -379,23 +423,25 @@ class LLM:
                 request.finish_reason = "stop"
         if stopped:
             self._scheduler.finish(stopped, "stop", now)
-        self._settle(finished + stopped, plan.sampled)
+        self._settle(finished + stopped, watched)
+        return len(sampled)
 
     def _settle(self, finished: list[Request], sampled: Sequence[Request] = ()) -> None:
         """Send the events of `sampled`, and complete the prompts whose last samples are in `finished`."""
         for request in sampled:
             if request.finish_reason is None and self._prompts[request.request_id].events is not None:
-                self._send(request, request.token_ids[-1])
+                self._send(request, request.last_token)
         with_token = {id(request) for request in sampled}
         for request in finished:
             state = self._prompts[request.request_id]
             if state.detokenizers is not None:
                 state.detokenizers[request.index].finish()
             if state.events is not None:
-                self._send(request, request.token_ids[-1] if id(request) in with_token else None)
+                self._send(request, request.last_token if id(request) in with_token else None)
             state.unfinished -= 1
             if state.unfinished == 0:
                 del self._prompts[request.request_id]
+                self._watched.discard(request.request_id)
                 self._done[request.request_id] = self._output(state)
                 self._telemetry.counters.requests_finished += request.finish_reason != "abort"
 

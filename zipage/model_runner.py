@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import copy_blocks, store_positions
+from zipage.block_tables import BlockTables
 from zipage.compression_runner import CompressionRunner
 from zipage.compressor import LAUNCH_ENTRIES
-from zipage.cuda_graph import DecodeGraphs
+from zipage.cuda_graph import DecodeBatch, DecodeGraphs, known_tokens
 from zipage.eviction.rule import EvictionRule
 from zipage.kv_cache import KVCache
 from zipage.model.decoder import Decoder
@@ -42,7 +44,7 @@ class Launch:
     tokens: Tensor | None
     logprobs: Tensor | None
     device_time: float
-    events: tuple[torch.cuda.Event, ...] = ()
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
     def wait(self) -> StepResult:
         """Wait for the step's tokens."""
@@ -85,24 +87,24 @@ class ModelRunner:
         self.sampler = Sampler(max_num_seqs, spec.vocab_size, device)
         self.scale = spec.head_dim**-0.5
         self.cache: KVCache | None = None
-        self._tables = np.zeros((0, 0), dtype=np.int32)
-        self._events: tuple[torch.cuda.Event, ...] = ()
+        self._tables: BlockTables | None = None
+        self._sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        """Tokens of the latest step, for the next one to go on from before the host knows them."""
+        self._timers: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         if device.type == "cuda":
-            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            # One pair for each step that may be under way, and one in hand.
+            for _ in range(3):
+                self._timers.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
 
     def attach(self, cache: KVCache) -> None:
         """Use `cache` from now on."""
         self.cache = cache
-        self._tables = np.zeros((self.max_num_seqs, self._num_columns(cache)), dtype=np.int32)
+        self._tables = self._block_tables(cache)
         if self.device.type == "cuda" and not self.enforce_eager:
-            self._graphs = self._decode_graphs(cache)
+            self._graphs = DecodeGraphs(self.decoder, cache, self.scale, self._tables, self._sampled)
 
-    def _num_columns(self, cache: KVCache) -> int:
-        return -(-self.max_model_len // cache.block_size)
-
-    def _decode_graphs(self, cache: KVCache) -> DecodeGraphs:
-        sizes = {"max_num_seqs": self.max_num_seqs, "max_blocks": self._num_columns(cache)}
-        return DecodeGraphs(self.decoder, cache, self.scale, **sizes)
+    def _block_tables(self, cache: KVCache) -> BlockTables:
+        return BlockTables(self.max_num_seqs, -(-self.max_model_len // cache.block_size), cache.block_size, self.device)
 
     @torch.inference_mode()
     def move(self, plan: StepPlan) -> None:
@@ -127,114 +129,101 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> Launch:
         """Begin to compute a step, after its moves: the forward pass and the sampling, where there are tokens.
 
-        On CUDA this returns when both are queued. One launch is under way at a time.
+        On CUDA this returns when both are queued. The step before may still be under way: a request's pending token is
+        then taken from where that step leaves it.
         """
         start = time.perf_counter()
-        if self._events:
-            self._events[0].record()
+        events = None
+        if self._timers:
+            self._timers.rotate()
+            events = self._timers[0]
+            events[0].record()
         tokens = logprobs = None
         if plan.num_tokens:
             logits = self.forward(plan)
             if plan.sampled:
                 tokens, logprobs = self.sampler.sample(logits, plan.sampled)
-        if self._events:
-            # Copied from here, so that nothing queued behind the step is waited for.
-            tokens, logprobs = (None if x is None else x.to("cpu", non_blocking=True) for x in (tokens, logprobs))
-            self._events[1].record()
-            return Launch(tokens, logprobs, 0.0, self._events)
-        return Launch(tokens, logprobs, time.perf_counter() - start)
+                self._sampled[: len(tokens)] = tokens
+        if events is None:
+            return Launch(tokens, logprobs, time.perf_counter() - start)
+        # Copied from here, so that nothing queued behind the step is waited for.
+        tokens, logprobs = (None if x is None else x.to("cpu", non_blocking=True) for x in (tokens, logprobs))
+        events[1].record()
+        return Launch(tokens, logprobs, 0.0, events)
 
     def forward(self, plan: StepPlan) -> Tensor:
         """Logits [len(plan.sampled), vocab] of a plan's requests."""
+        batch = self._decode_batch(plan)
+        for chunk in plan.prefills:
+            self._tables.write(chunk.request)
+        self._tables.upload()
         if self._graphs is not None and not plan.prefills:
-            return self.decoder.logits(self._graphs.run(*self._decode_batch(plan)))
-        token_ids, positions, last, attention = self._batch(plan)
+            return self.decoder.logits(self._graphs.run(batch))
+        token_ids, positions, last, attention = self._batch(plan, batch)
         if self.cache.positions is not None:
             store_positions(positions.int(), self.cache.positions, attention.slots)
         hidden = self.decoder(token_ids, positions, attention)
         return self.decoder.logits(hidden if last is None else hidden[last])
 
-    def _decode_batch(self, plan: StepPlan) -> tuple:
-        """Of the decodes: token ids, positions, slots, query indices (or None), lengths, block tables, on the host.
-
-        The arguments of `DecodeGraphs.run`, lengths counting the new entry.
-        """
-        size, decodes = self.cache.block_size, plan.decodes
+    def _decode_batch(self, plan: StepPlan) -> DecodeBatch:
+        decodes = plan.decodes
         for request in decodes:
             if request.num_table_written != len(request.block_ids):
-                self._write_table(request)
-        tokens = [request.token_ids[-1] for request in decodes]
-        positions = [request.num_computed for request in decodes]
-        lens = np.array([request.cache_len for request in decodes], dtype=np.int64)
-        rows = np.array([request.row for request in decodes], dtype=np.int64)
-        slots = self._tables[rows, lens // size].astype(np.int64) * size + lens % size
-        queries = None if plan.prefills else self._query_indices(plan, positions)
-        return tokens, positions, slots, queries, lens + 1, self._tables[rows]
+                self._tables.write(request)
+        values = [
+            (r.token_ids[-1], r.place if r.num_pending else -1, r.num_computed, r.row, r.cache_len) for r in decodes
+        ]
+        token_ids, places, positions, rows, lens = np.array(values, dtype=np.int64).reshape(-1, 5).T
+        queries = self._query_indices(decodes, positions)
+        return DecodeBatch(token_ids, places, positions, self._tables.slots(rows, lens), queries, rows, lens + 1)
 
-    def _batch(self, plan: StepPlan) -> tuple[Tensor, Tensor, Tensor | None, PagedAttention]:
-        size = self.cache.block_size
-        decodes, prefills = plan.decodes, plan.prefills
-        tokens, positions, slots, queries, lens, tables = self._decode_batch(plan)
-        attention = PagedAttention(self.cache, self.scale, slots=None, num_decodes=len(decodes))
-        if decodes:
-            attention.decode_lens = self._tensor(lens, np.int32)
-            attention.decode_tables = self._tensor(tables[:, : -(-int(lens.max()) // size)])
-        if not prefills:
-            attention.query_indices = None if queries is None else self._tensor(queries)
-            attention.slots = self._tensor(slots)
-            return self._tensor(tokens, np.int64), self._tensor(positions, np.int64), None, attention
+    def _batch(self, plan: StepPlan, batch: DecodeBatch) -> tuple[Tensor, Tensor, Tensor | None, PagedAttention]:
+        """Token ids [T], positions [T], which of them are sampled from (None for all), and how they attend."""
+        attention = PagedAttention(self.cache, self.scale, slots=None, num_decodes=len(batch))
+        if len(batch):
+            attention.decode_lens = self._tensor(batch.lens, np.int32)
+            attention.decode_tables = self._tables.of(batch.rows, int(batch.lens.max()))
+        parts = [(batch.token_ids, batch.places, batch.positions, batch.slots, batch.queries)]
+        last = list(range(len(batch)))
+        num_tokens = len(batch)
+        for request, count in plan.prefills:
+            begin, num_tokens = request.num_computed, num_tokens + count
+            positions = np.arange(begin, begin + count)
+            tokens = np.array(request.token_ids[begin : begin + count])
+            slots = self._tables.slots(request.row, np.arange(request.cache_len, request.cache_len + count))
+            parts.append((tokens, np.full(count, -1), positions, slots, self._chunk_queries(request, positions)))
+            if begin + count == request.num_tokens:
+                last.append(num_tokens - 1)
+        inputs = self._tensor(np.concatenate([np.array(part) for part in parts], axis=1), np.int64)
+        token_ids, places, positions, attention.slots, queries = inputs
+        attention.query_indices = None if self.cache.queries is None else queries
+        if batch.places.max(initial=-1) >= 0:
+            token_ids = known_tokens(token_ids, places, self._sampled)
+        if not plan.prefills:
+            return token_ids, positions, None, attention
+        counts = [chunk.num_tokens for chunk in plan.prefills]
+        lens = [chunk.request.cache_len + chunk.num_tokens for chunk in plan.prefills]
+        attention.prefill_tables = self._tables.of([chunk.request.row for chunk in plan.prefills], max(lens))
+        attention.prefill_lens = self._tensor(lens, np.int32)
+        attention.cu_seqlens = self._tensor(np.cumsum([0, *counts]), np.int32)
+        attention.max_seqlen = max(counts)
+        return token_ids, positions, self._tensor(last, np.int64), attention
 
-        slot_parts = [slots]
-        last = list(range(len(decodes)))
-        cu_seqlens, prefill_lens = [0], []
-        for request, num_tokens in prefills:
-            self._write_table(request)
-            begin = request.num_computed
-            tokens += request.token_ids[begin : begin + num_tokens]
-            positions += range(begin, begin + num_tokens)
-            entries = np.arange(request.cache_len, request.cache_len + num_tokens)
-            slot_parts.append(self._tables[request.row, entries // size].astype(np.int64) * size + entries % size)
-            cu_seqlens.append(cu_seqlens[-1] + num_tokens)
-            prefill_lens.append(request.cache_len + num_tokens)
-            if begin + num_tokens == request.num_tokens:
-                last.append(len(tokens) - 1)
-        rows = [chunk.request.row for chunk in prefills]
-        queries = self._query_indices(plan, positions)
-        attention.query_indices = None if queries is None else self._tensor(queries)
-        attention.slots = self._tensor(np.concatenate(slot_parts))
-        attention.prefill_tables = self._tensor(self._tables[rows, : -(-max(prefill_lens) // size)])
-        attention.prefill_lens = self._tensor(prefill_lens, np.int32)
-        attention.cu_seqlens = self._tensor(cu_seqlens, np.int32)
-        attention.max_seqlen = max(chunk.num_tokens for chunk in prefills)
-        return (
-            self._tensor(tokens, np.int64),
-            self._tensor(positions, np.int64),
-            self._tensor(last, np.int64),
-            attention,
-        )
-
-    def _query_indices(self, plan: StepPlan, positions: list[int]) -> np.ndarray | None:
-        """int64 [T], where each token's queries go, or -1; None where nobody of the batch keeps any."""
+    def _query_indices(self, requests: list[Request], positions: np.ndarray) -> np.ndarray:
+        """int64 [n], where the queries of each request's token at `positions` go, or -1."""
         window = self.cache.window
         if self.cache.queries is None:
-            return None
-        requests = plan.decodes + [chunk.request for chunk in plan.prefills]
-        slots = np.array([r.query_slot if r.query_slot >= 0 and r.rule.window else -1 for r in requests])
-        if slots.max() < 0:
-            return None
-        if plan.prefills:
-            counts = [1] * len(plan.decodes) + [chunk.num_tokens for chunk in plan.prefills]
-            ends = np.cumsum(counts)
-            slots = np.repeat(slots, counts)
-            # Of a longer chunk only the last w tokens, so that no two share a place of the ring.
-            slots[np.repeat(ends, counts) - np.arange(ends[-1]) > window] = -1
-        places = slots * window + np.array(positions) % window
-        return np.where(slots >= 0, places, -1).astype(np.int64)
+            return np.full(len(requests), -1)
+        slots = np.array(
+            [r.query_slot if r.rule is not None and r.rule.window else -1 for r in requests], dtype=np.int64
+        )
+        return np.where(slots >= 0, slots * window + positions % max(window, 1), -1)
 
-    def _write_table(self, request: Request) -> None:
-        begin = request.num_table_written
-        self._tables[request.row, begin : len(request.block_ids)] = request.block_ids[begin:]
-        request.num_table_written = len(request.block_ids)
+    def _chunk_queries(self, request: Request, positions: np.ndarray) -> np.ndarray:
+        """The same for a chunk: of a longer one only the last w tokens, so that no two share a place of the ring."""
+        queries = self._query_indices([request] * len(positions), positions)
+        queries[: max(0, len(positions) - self.cache.window)] = -1
+        return queries
 
     def _tensor(self, values: list | np.ndarray, dtype: type | None = None) -> Tensor:
         host = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
@@ -269,9 +258,10 @@ class ModelRunner:
         peak = self._peak_of(lambda: self._run_largest_step(cache, num_tokens))
         if not self.enforce_eager:
             # Graphs keep what they allocate, beside what other steps do; the largest needs most, and all share it.
-            graphs = self._decode_graphs(cache)
-            peak += self._peak_of(lambda: graphs.forward(graphs.inputs(self.max_num_seqs)))
-            del graphs
+            graphs = DecodeGraphs(self.decoder, cache, self.scale, self._block_tables(cache), self._sampled)
+            inputs = graphs.inputs(None, self.max_num_seqs).to(self.device)
+            peak += self._peak_of(lambda: graphs.forward(inputs))
+            del graphs, inputs
         del cache
         if rule is not None:
             options = {"positions": True, "scores": rule.policy.state, "num_query_slots": 1, "window": rule.window}

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from zipage.eviction.rule import EvictionRule
 
 
+PENDING = -1
+"""Stands in `Request.token_ids` for a token that the host does not know yet."""
+
+
 class Status(Enum):
     """Where a request is. Running and compressing ones hold blocks and a row; waiting and paused ones hold none."""
 
@@ -32,7 +36,10 @@ class Request:
 
     Attributes:
         request_id: of the prompt; samples of one prompt share it and differ in `index`.
-        token_ids: prompt followed by output, as C ints, whose bytes are the prefix index's keys.
+        token_ids: prompt followed by output, as C ints, whose bytes are the prefix index's keys. The last `num_pending`
+            are `PENDING`.
+        num_pending: tokens of steps under way, whose values the host does not know yet.
+        place: where the newest pending token lies among those of its step.
         num_computed: logical tokens whose keys and values were computed; the next position to run.
         cache_len: entries in the cache. Equal to `num_computed` as long as nothing was evicted.
         block_ids: the block table. Of a paused request: the one it had.
@@ -66,11 +73,13 @@ class Request:
         "max_total_tokens",
         "num_computed",
         "num_pauses",
+        "num_pending",
         "num_preemptions",
         "num_prompt_tokens",
         "num_table_written",
         "number",
         "params",
+        "place",
         "prefix_ids",
         "queries_from",
         "queries_saved",
@@ -113,6 +122,8 @@ class Request:
         self.siblings: list[Request] = [self]
 
         self.token_ids = array("i", prompt_token_ids)
+        self.num_pending = 0
+        self.place = -1
         self.num_prompt_tokens = len(prompt_token_ids)
         self.logprobs: list[float] | None = [] if params.logprobs else None
 
@@ -153,9 +164,31 @@ class Request:
         return self.token_ids[self.num_prompt_tokens :].tolist()
 
     @property
-    def ends_with_next_token(self) -> bool:
-        """All tokens known are computed, and the one to come reaches the request's length: nothing follows it."""
-        return self.num_computed == len(self.token_ids) >= self.max_total_tokens - 1
+    def last_token(self) -> int:
+        """The newest that is known."""
+        return self.token_ids[-1 - self.num_pending]
+
+    @property
+    def has_all_tokens(self) -> bool:
+        """Its length is reached, though the last token may be pending: nothing more is computed for it."""
+        return len(self.token_ids) >= self.max_total_tokens
+
+    def await_token(self, place: int) -> None:
+        """A step that will give the next token is under way; `place` is the request's among those that get one."""
+        self.token_ids.append(PENDING)
+        self.num_pending += 1
+        self.place = place
+
+    def take_token(self, token: int) -> None:
+        """The oldest pending token is known."""
+        self.token_ids[-self.num_pending] = token
+        self.num_pending -= 1
+
+    def forget_pending(self) -> None:
+        """The request has ended before its pending tokens."""
+        if self.num_pending:
+            del self.token_ids[-self.num_pending :]
+            self.num_pending = 0
 
     def __repr__(self) -> str:
         return (

@@ -40,6 +40,10 @@ class Scheduler:
     or some steps later; and `update` with the tokens that came of it. The order of a plan: every running decode, then
     the rest of prompts already begun, then paused and new requests, within `max_num_batched_tokens`.
 
+    The next step may be planned and advanced before `update`, but no further one: a request decodes on from a token
+    whose value is still pending. If that token turns out to end it, what the next step computes for it is dropped.
+    Without its blocks or row it waits until its token is known, for then its text is computed again from the host's.
+
     **Memory.** A prompt is admitted only when the pool holds all of it at once and keeps `watermark` of its blocks free
     for the growth of those that already run. A decode that finds no free block takes those of a younger request: of the
     youngest without a query slot, else of the youngest. The victim's text is computed again when it returns; after its
@@ -133,7 +137,9 @@ class Scheduler:
         """Blocks that decodes at a block's end and the head of the queue want beyond the free ones."""
         size = self.pool.block_size
         wanted = sum(
-            request.cache_len == len(request.block_ids) * size and request.status is Status.RUNNING
+            request.cache_len == len(request.block_ids) * size
+            and request.status is Status.RUNNING
+            and not request.has_all_tokens
             for request in self.running
         )
         if self.waiting and len(self.running) < self.max_num_seqs:
@@ -184,7 +190,7 @@ class Scheduler:
         while i < len(running):
             request = running[i]
             i += 1
-            if request.status is not Status.RUNNING:
+            if request.status is not Status.RUNNING or request.has_all_tokens:
                 continue
             if len(request.token_ids) - request.num_computed != 1:
                 unfinished.append(request)
@@ -233,11 +239,11 @@ class Scheduler:
         Every request that goes may leave blocks behind that only `request` still holds, so that it needs fewer.
 
         Returns:
-            Whether they are free now. If not, a compression under way will return some, or `request` was the youngest
-            itself and has left.
+            Whether they are free now. If not, a compression under way or a request at its end will return some, or
+            `request` was the youngest itself and has left.
         """
         while self.pool.num_free < reserved + (self.compressions.num_fresh(request) if to_compress else 1):
-            if self.compressions.in_flight:
+            if self.compressions.in_flight or any(other.has_all_tokens for other in self.running):
                 return False
             victim = self._find_victim(request)
             self._evict_request(plan, victim or request)
@@ -282,6 +288,8 @@ class Scheduler:
         held_back = []
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
+            if request.num_pending:
+                break
             if request.status is Status.PAUSED:
                 if not self._resume(plan, request):
                     break
@@ -448,36 +456,40 @@ class Scheduler:
     # After the step
 
     def advance(self, plan: StepPlan) -> None:
-        """Book the entries of a planned step; their computation is under way."""
-        size = self.pool.block_size
-        indexed = self.pool.enable_prefix_caching
+        """Book the entries of a planned step; their computation is under way, and its tokens are pending."""
         for request in plan.decodes:
             request.num_computed += 1
             request.cache_len += 1
-            if indexed and request.cache_len % size == 0:
-                self._register(request)
         for request, num_tokens in plan.prefills:
             request.num_computed += num_tokens
             request.cache_len += num_tokens
-            if indexed:
+            if self.pool.enable_prefix_caching:
                 self._register(request)
+        for place, request in enumerate(plan.sampled):
+            request.await_token(place)
 
     def update(self, plan: StepPlan, token_ids: Sequence[int], now: float = 0.0) -> list[Request]:
-        """Book the tokens of a step: `token_ids[i]` is that of `plan.sampled[i]`.
+        """Book the tokens of a step: `token_ids[i]` is that of `plan.sampled[i]`, unless it ended before.
 
         Returns:
             The requests that ended with it, by an end token or by length. They are released already, or will be with
             the completion of the compression that they are in.
         """
+        size = self.pool.block_size
+        indexed = self.pool.enable_prefix_caching
         finished = []
         for request, token in zip(plan.sampled, token_ids, strict=True):
-            request.token_ids.append(token)
+            if request.finish_reason is not None:
+                continue
+            request.take_token(token)
+            if indexed and request.cache_len // size > len(request.prefix_ids) and request.status is Status.RUNNING:
+                self._register(request)
             if request.first_token_time is None:
                 request.first_token_time = now
             if token in request.stop_ids:
                 request.stop_reason = token
                 request.finish_reason = "stop"
-            elif len(request.token_ids) >= request.max_total_tokens:
+            elif request.has_all_tokens and not request.num_pending:
                 request.finish_reason = request.limit_reason
             else:
                 continue
@@ -487,12 +499,13 @@ class Scheduler:
         return finished
 
     def _register(self, request: Request) -> None:
-        """Tell the prefix index of full blocks. Entries computed after an eviction are of no prefix."""
+        """Tell the prefix index of full blocks whose tokens are known. Entries after an eviction are of no prefix."""
         if request.rounds:
             return
         size = self.pool.block_size
         prefix_ids = request.prefix_ids
-        for i in range(len(prefix_ids), request.cache_len // size):
+        num_known = request.num_tokens - request.num_pending
+        for i in range(len(prefix_ids), min(request.cache_len, num_known) // size):
             tokens = request.token_ids[i * size : (i + 1) * size]
             parent_id = prefix_ids[-1] if prefix_ids else ROOT
             prefix_ids.append(self.pool.register(request.block_ids[i], parent_id, tokens))
@@ -508,6 +521,7 @@ class Scheduler:
         was_queued = any(request.status in (Status.WAITING, Status.PAUSED) for request in requests)
         for request in requests:
             request.finish_time = now
+            request.forget_pending()
             if request.status is Status.COMPRESSING:
                 continue
             if request.status is Status.RUNNING:
@@ -541,7 +555,8 @@ class Scheduler:
         size, rule = self.pool.block_size, request.rule
         if not request.cache_len <= len(request.block_ids) * size:
             raise RuntimeError(f"{request}: more entries than its blocks hold")
-        if not request.cache_len <= request.num_computed < request.num_tokens:
+        num_expected = request.num_tokens + (request.finish_reason is not None)  # it may end a step late
+        if not request.cache_len <= request.num_computed < num_expected:
             raise RuntimeError(f"{request}: its lengths are out of order")
         if (request.cache_len < request.num_computed) != (request.rounds > 0):
             raise RuntimeError(f"{request}: entries were lost")

@@ -47,8 +47,9 @@ class StepStats:
     compression under way will return; `num_compressing` those out of the batch for a compression; `num_compressed`
     compressions applied in this step; `query_slots_used` slots held.
 
-    `host_time` is scheduling, batch building and bookkeeping; `device_time` is the forward pass and sampling (between
-    CUDA events on a GPU, wall time on a CPU); `step_time` is the whole step as the host saw it.
+    `device_time` is the forward pass and sampling (between CUDA events on a GPU, wall time on a CPU); `step_time` is
+    the step as the host saw it, with `async_scheduling` from the end of the step before; `host_time` is the difference:
+    scheduling, batch building and bookkeeping, as far as the device waited for them.
     """
 
     step: int

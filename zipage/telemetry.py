@@ -29,10 +29,11 @@ class Telemetry:
         self.step_listeners: list[Callable[[StepStats], None]] = []
         self.event_listeners: list[Callable[[EventStats], None]] = []
 
-    def record_step(self, plan: StepPlan, begin: float, device_time: float) -> None:
-        """A step that began at `begin` (host clock) and has just ended."""
+    def record_step(self, plan: StepPlan, num_tokens: int, begin: float, device_time: float) -> None:
+        """A step of `num_tokens` new tokens that began at `begin` (host clock) and has just ended."""
         scheduler, counters = self._scheduler, self.counters
         end = time.perf_counter()
+        device_time = min(device_time, end - begin)
         num_applied = scheduler.compressions.num_applied
         step = StepStats(
             step=counters.steps,
@@ -58,7 +59,7 @@ class Telemetry:
         )
         self._num_applied = num_applied
         counters.steps += 1
-        counters.output_tokens += len(plan.sampled)
+        counters.output_tokens += num_tokens
         counters.preemptions += len(plan.preempted)
         counters.host_time += step.host_time
         counters.device_time += device_time
