@@ -7,7 +7,8 @@
   prefix hit, synchronous or not, paused or not; float32.
 * bounded: every policy with a budget, its requests alone against a batch, chunks, tight pools, pauses and asynchronous
   compression; float32.
-* graphs: decode steps as CUDA graphs against eager ones; float32.
+* loops: decode steps as CUDA graphs, and launched before the tokens of the last are known, against eager ones one by
+  one; float32.
 * kept: the positions that each head keeps over a generation against the dense simulation of the tests.
 * decode: a Qwen3-8B-shaped model, 128 requests at a budget of 2,048 entries: what compression adds to decoding.
 * long: a Qwen3-0.6B-shaped model, 200 requests of 16,384 tokens in a pool that holds the budgets of 100.
@@ -168,14 +169,24 @@ def check_bounded(folder: Path, device: str) -> list[dict]:
     return rows
 
 
-def check_graphs(folder: Path, device: str) -> list[dict]:
-    """One row a policy and block size: whether tokens of decode graphs equal those of eager steps."""
+def check_loops(folder: Path, device: str) -> list[dict]:
+    """One row a policy, block size and sampling: whether decode graphs, and steps launched ahead, give the tokens of
+    eager steps one by one."""
     prompts = random_prompts(LENGTHS * 3, VOCAB)
-    params = [greedy(90, seed=i) for i in range(len(prompts))]
+    stop = {"ignore_eos": True, "stop_token_ids": list(range(3))}
+    drawn = [SamplingParams(temperature=1.0, max_tokens=90, seed=i, **stop) for i in range(len(prompts))]
+    choices = {"greedy": [greedy(90, seed=i) for i in range(len(prompts))], "drawn, with end tokens": drawn}
     rows = []
-    for case, size in product((None, Case("zipage", {"chunk": 32}), Case("random", {}, 16, "prompt")), (16, 64)):
+    cases = (None, Case("zipage", {"chunk": 32}), Case("random", {}, 16, "prompt"))
+    loops = ((True, False, False), (False, False, False), (True, True, True), (False, True, True))
+    for case, size, (sampling, params) in product(cases, (16, 64), choices.items()):
         tokens = []
-        for eager in (True, False):
+        for eager, ahead, beside in (
+            (True, False, False),
+            (False, False, False),
+            (True, True, True),
+            (False, True, True),
+        ):
             llm = make_llm(
                 folder,
                 case,
@@ -186,6 +197,8 @@ def check_graphs(folder: Path, device: str) -> list[dict]:
                 num_blocks=40 * 16 // size,
                 max_num_seqs=18,
                 enforce_eager=eager,
+                async_scheduling=ahead,
+                **({} if case is None else {"async_compression": beside}),
             )
             tokens.append(tokens_of(llm.generate(prompts, params, use_tqdm=False)))
         name = "full" if case is None else str(case)
@@ -193,11 +206,13 @@ def check_graphs(folder: Path, device: str) -> list[dict]:
             {
                 "case": name,
                 "block_size": size,
+                "sampling": sampling,
                 "requests": len(prompts),
+                "ended_early": sum(len(one) < 90 for one in tokens[0]),
                 "compressions": llm.stats.compressions_applied,
                 "preemptions": llm.stats.preemptions,
                 "pauses": llm.stats.pauses,
-                "ok": tokens[0] == tokens[1],
+                "ok": all(other == tokens[0] for other in tokens[1:]),
             }
         )
     return rows
@@ -398,7 +413,7 @@ def measure_long(device: str, num_tokens: int, requests: int = 200, limit_s: flo
     }
 
 
-CHECKS = {"unbounded": check_unbounded, "bounded": check_bounded, "graphs": check_graphs, "kept": check_kept}
+CHECKS = {"unbounded": check_unbounded, "bounded": check_bounded, "loops": check_loops, "kept": check_kept}
 SECTIONS = (*CHECKS, "decode", "long")
 
 
