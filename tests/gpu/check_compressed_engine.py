@@ -181,12 +181,7 @@ def check_loops(folder: Path, device: str) -> list[dict]:
     loops = ((True, False, False), (False, False, False), (True, True, True), (False, True, True))
     for case, size, (sampling, params) in product(cases, (16, 64), choices.items()):
         tokens = []
-        for eager, ahead, beside in (
-            (True, False, False),
-            (False, False, False),
-            (True, True, True),
-            (False, True, True),
-        ):
+        for eager, ahead, beside in loops:
             llm = make_llm(
                 folder,
                 case,
