@@ -105,6 +105,7 @@ def test_every_engine_option_can_be_set_and_arrives():
         "layer_stride": 3,
         "trigger": "pressure",
         "scheduling": "constrained",
+        "async_scheduling": True,
     }
     left = {f.name: f.default for f in fields(EngineConfig) if f.name not in values and f.name not in FIXED}
     values |= {name: not default for name, default in left.items() if isinstance(default, bool)}
