@@ -20,15 +20,7 @@ def _first_past(running, weights, target, places, NONE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["temperature_ptr"])
-def _sum_chunk(
-    logits_ptr,
-    temperature_ptr,
-    max_ptr,
-    sum_ptr,
-    row_stride,
-    vocab,
-    CHUNK: tl.constexpr,
-):
+def _sum_chunk(logits_ptr, temperature_ptr, max_ptr, sum_ptr, row_stride, vocab, CHUNK: tl.constexpr):
     """One row and chunk: its largest logit m, and the sum of exp((logit - m) / temperature)."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -105,9 +97,7 @@ def sample_from_logits_triton(logits: Tensor, temperature: Tensor, u: Tensor) ->
     chunks = triton.cdiv(vocab, CHUNK)
     maxima = torch.empty((rows, chunks), dtype=torch.float32, device=logits.device)
     sums = torch.empty((rows, chunks), dtype=torch.float64, device=logits.device)
-    _sum_chunk[(rows, chunks)](
-        logits, temperature, maxima, sums, logits.stride(0), vocab, CHUNK=CHUNK, num_warps=8
-    )  # fmt: skip
+    _sum_chunk[(rows, chunks)](logits, temperature, maxima, sums, logits.stride(0), vocab, CHUNK=CHUNK, num_warps=8)
     _pick_token[(rows,)](
         logits, temperature, u, maxima, sums, tokens, logits.stride(0), vocab,
         CHUNKS=chunks, CHUNKS_PAD=triton.next_power_of_2(chunks), CHUNK=CHUNK, num_warps=8,

@@ -66,9 +66,7 @@ class DecoderLayer(nn.Module):
         """
         normed = add_rms_norm(hidden, delta, self.input_norm, self.eps)
         qkv = F.linear(normed, self.qkv_weight, self.qkv_bias)
-        q, k, v = qk_norm_rope(
-            qkv, self.q_norm, self.k_norm, self.eps, cos, sin, self.num_heads, self.num_kv_heads
-        )  # fmt: skip
+        q, k, v = qk_norm_rope(qkv, self.q_norm, self.k_norm, self.eps, cos, sin, self.num_heads, self.num_kv_heads)
         attended = attention(self.index, q, k, v).reshape(hidden.shape[0], -1)
         delta = F.linear(attended, self.output_weight, self.output_bias)
         normed = add_rms_norm(hidden, delta, self.mlp_norm, self.eps)
