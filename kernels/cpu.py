@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 SPAN = 16
 """Slots copied together: the smallest block, so a short request copies little of a large block."""
@@ -200,6 +200,77 @@ def store_positions_torch(positions: Tensor, state: Tensor, slots: Tensor) -> No
         positions, slots = positions[stored], slots[stored]
     blocks = slots.div(state.shape[3], rounding_mode="floor")
     state[:, blocks, :, slots - blocks * state.shape[3]] = positions[:, None, None]
+
+
+def store_step_torch(
+    k: Tensor,
+    v: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_cache: Tensor,
+    slots: Tensor,
+    indices: Tensor,
+) -> None:
+    """`reference.store_step`, all tokens at once."""
+    store_kv_torch(k, v, k_cache, v_cache, slots)
+    store_queries_torch(q, q_cache, indices)
+
+
+def add_rms_norm_torch(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """`reference.add_rms_norm`."""
+    if delta is not None:
+        hidden += delta
+    return rms_norm(hidden, weight.shape, weight, eps)
+
+
+def silu_mul_torch(gate_up: Tensor) -> Tensor:
+    """`reference.silu_mul`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu(gate).mul_(up)
+
+
+def qk_norm_rope_torch(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.qk_norm_rope`, all heads together: q and k are views of one new tensor, v of qkv."""
+    head_dim, half = cos.shape[2], sin.shape[2]
+    heads = qkv.unflatten(1, (-1, head_dim))
+    qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
+    if q_weight is not None:
+        q = rms_norm(qk[:, :num_heads], (head_dim,), q_weight, eps)
+        k = rms_norm(qk[:, num_heads:], (head_dim,), k_weight, eps)
+        qk = torch.cat((q, k), dim=1)
+    rotated = qk * cos
+    rotated[..., :half].addcmul_(qk[..., half:], sin, value=-1)
+    rotated[..., half:].addcmul_(qk[..., :half], sin)
+    q, k = rotated.to(qkv.dtype).split((num_heads, num_kv_heads), dim=1)
+    return q, k, v
+
+
+def sample_from_logits_torch(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
+    """`reference.sample_from_logits`, all rows at once."""
+    greedy = temperature == 0
+    probs = (logits.float() / temperature.masked_fill(greedy, 1.0)[:, None]).softmax(dim=-1)
+    return torch.where(greedy, logits.argmax(dim=-1), invert(probs, u[:, None]).squeeze(1))
+
+
+def invert(weights: Tensor, u: Tensor) -> Tensor:
+    """Index [N, 1] at which the running sum of `weights` [N, V] (>= 0) passes the share `u` [N, 1] of its total.
+
+    Sums are float64: in float32 the tail of a large vocabulary would never be drawn. Runs on any device.
+    """
+    running = weights.cumsum(dim=-1, dtype=torch.float64)
+    total = running[:, -1:]
+    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(running, target, right=True)
 
 
 def attention_score_torch(

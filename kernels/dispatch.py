@@ -24,8 +24,13 @@ def _triton() -> SimpleNamespace:
     from kernels.kv_store import store_kv_triton
     from kernels.paged_decode import paged_decode_triton
     from kernels.paged_prefill import paged_prefill_triton
+    from kernels.qk_norm_rope import qk_norm_rope_triton
     from kernels.redundancy import redundancy_triton
+    from kernels.rms_norm import add_rms_norm_triton
+    from kernels.sampling import sample_from_logits_triton
     from kernels.selection import select_triton
+    from kernels.silu_mul import silu_mul_triton
+    from kernels.step_store import store_step_triton
     from kernels.window_store import store_positions_triton, store_queries_triton
 
     return SimpleNamespace(
@@ -35,6 +40,11 @@ def _triton() -> SimpleNamespace:
         copy_blocks=copy_blocks_triton,
         store_queries=store_queries_triton,
         store_positions=store_positions_triton,
+        store_step=store_step_triton,
+        add_rms_norm=add_rms_norm_triton,
+        silu_mul=silu_mul_triton,
+        qk_norm_rope=qk_norm_rope_triton,
+        sample_from_logits=sample_from_logits_triton,
         attention_score=attention_score_triton,
         redundancy=redundancy_triton,
         update_global_score=update_global_score_triton,
@@ -178,6 +188,134 @@ def store_positions(positions: Tensor, state: Tensor, slots: Tensor) -> None:
             _triton().store_positions(positions, state, slots)
     else:
         cpu.store_positions_torch(positions, state, slots)
+
+
+def store_step(
+    k: Tensor,
+    v: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_cache: Tensor,
+    slots: Tensor,
+    indices: Tensor,
+) -> None:
+    """`store_kv` and `store_queries` of the same tokens, together.
+
+    Args:
+        k, v, k_cache, v_cache, slots: as in `store_kv`.
+        q, q_cache, indices: as in `store_queries`, of the same tokens, head_dim and dtype.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or layout is not as above.
+    """
+    layout.check_store_step(k, v, q, k_cache, v_cache, q_cache, slots, indices)
+    args = k, v, q, k_cache, v_cache, q_cache, slots, indices
+    if k_cache.is_cuda:
+        with torch.cuda.device(k_cache.device):
+            _triton().store_step(*args)
+    else:
+        cpu.store_step_torch(*args)
+
+
+def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """Add to the residual stream, then RMSNorm (arXiv:1910.07467) of the sum.
+
+    Args:
+        hidden: [T, width], last dimension contiguous, width up to 16384; float32, float16 or bfloat16; `delta` is added
+            in place.
+        delta: [T, width], last dimension contiguous, of hidden's dtype; None: hidden is only read.
+        weight: [width], of hidden's dtype.
+        eps: added to the mean square.
+
+    Returns:
+        [T, width], hidden's dtype: computed in float32 from the rounded sum, and rounded once.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or layout is not as above.
+    """
+    layout.check_add_rms_norm(hidden, delta, weight)
+    if hidden.is_cuda:
+        with torch.cuda.device(hidden.device):
+            return _triton().add_rms_norm(hidden, delta, weight, eps)
+    return cpu.add_rms_norm_torch(hidden, delta, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, the gate of a SwiGLU (arXiv:2002.05202).
+
+    Args:
+        gate_up: [T, 2 * width], last dimension contiguous, a row gate and then up; float32, float16 or bfloat16.
+
+    Returns:
+        [T, width], gate_up's dtype; silu(gate) is rounded to it before the product.
+
+    Raises:
+        ValueError: the argument's shape, dtype or layout is not as above.
+    """
+    layout.check_silu_mul(gate_up)
+    if gate_up.is_cuda:
+        with torch.cuda.device(gate_up.device):
+            return _triton().silu_mul(gate_up)
+    return cpu.silu_mul_torch(gate_up)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm of each query and key head, then rotary embedding (arXiv:2104.09864) of the pairs (i, i + d / 2).
+
+    Args:
+        qkv: [T, (Hq + 2 H) * d], last dimension contiguous, a row the heads of q, k and v; float32, float16 or
+            bfloat16. Its memory is taken over: it may be overwritten, and v lies in it.
+        q_weight, k_weight: [d], of qkv's dtype; None for both: no norm.
+        eps: added to the mean square.
+        cos: float32 [T, 1, d], each half the same, contiguous.
+        sin: float32 [T, 1, d / 2], contiguous.
+        num_heads, num_kv_heads: Hq and H.
+
+    Returns:
+        q [T, Hq, d], k and v [T, H, d], views whose last two dimensions are contiguous, of qkv's dtype. The norm is
+        rounded to it before the rotation, which is in float32.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device, layout or value is not as above.
+    """
+    layout.check_qk_norm_rope(qkv, q_weight, k_weight, cos, sin, num_heads, num_kv_heads)
+    args = qkv, q_weight, k_weight, eps, cos, sin, num_heads, num_kv_heads
+    if qkv.is_cuda:
+        with torch.cuda.device(qkv.device):
+            return _triton().qk_norm_rope(*args)
+    return cpu.qk_norm_rope_torch(*args)
+
+
+def sample_from_logits(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
+    """Draw a token a row: where the running sum of the probabilities passes u.
+
+    Args:
+        logits: [N, vocab], last dimension contiguous; float32, float16 or bfloat16. A row has a finite one, no NaN and
+            no +inf.
+        temperature: float32 [N], by which logits are divided; 0 takes the largest, of several the first.
+        u: float64 [N], in (0, 1).
+
+    Returns:
+        int64 [N], never a token of probability 0. Exponentials are float32, sums float64.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or layout is not as above.
+    """
+    layout.check_sample(logits, temperature, u)
+    if logits.is_cuda:
+        with torch.cuda.device(logits.device):
+            return _triton().sample_from_logits(logits, temperature, u)
+    return cpu.sample_from_logits_torch(logits, temperature, u)
 
 
 def attention_score(

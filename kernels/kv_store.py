@@ -7,6 +7,38 @@ import triton.language as tl
 from torch import Tensor
 
 
+@triton.jit
+def store_entries(
+    token,
+    tile,
+    slot,
+    k_ptr,
+    v_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    k_token_stride,
+    k_head_stride,
+    v_token_stride,
+    v_head_stride,
+    block_stride,
+    head_stride,
+    HEADS: tl.constexpr,
+    HEADS_TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Store a token's K and V of one tile of heads; nothing at slot -1."""
+    heads = tile * HEADS_TILE + tl.arange(0, HEADS_TILE)[:, None]
+    dims = tl.arange(0, DIM_PAD)[None, :]
+    inside = (heads < tl.where(slot >= 0, HEADS, 0)) & (dims < HEAD_DIM)
+    k = tl.load(k_ptr + token * k_token_stride + heads * k_head_stride + dims, mask=inside)
+    v = tl.load(v_ptr + token * v_token_stride + heads * v_head_stride + dims, mask=inside)
+    entry = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * HEAD_DIM + heads * head_stride + dims
+    tl.store(k_cache_ptr + entry, k, mask=inside)
+    tl.store(v_cache_ptr + entry, v, mask=inside)
+
+
 @triton.jit(do_not_specialize=["slots_ptr"])
 def _store_tokens(
     k_ptr,
@@ -28,17 +60,11 @@ def _store_tokens(
 ):
     """One token and HEADS_TILE of its heads."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + token)
-    if slot < 0:
-        return
-    heads = tl.program_id(1) * HEADS_TILE + tl.arange(0, HEADS_TILE)[:, None]
-    dims = tl.arange(0, DIM_PAD)[None, :]
-    inside = (heads < HEADS) & (dims < HEAD_DIM)
-    k = tl.load(k_ptr + token * k_token_stride + heads * k_head_stride + dims, mask=inside)
-    v = tl.load(v_ptr + token * v_token_stride + heads * v_head_stride + dims, mask=inside)
-    entry = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * HEAD_DIM + heads * head_stride + dims
-    tl.store(k_cache_ptr + entry, k, mask=inside)
-    tl.store(v_cache_ptr + entry, v, mask=inside)
+    store_entries(
+        token, tl.program_id(1), tl.load(slots_ptr + token), k_ptr, v_ptr, k_cache_ptr, v_cache_ptr,
+        k_token_stride, k_head_stride, v_token_stride, v_head_stride, block_stride, head_stride,
+        HEADS, HEADS_TILE, HEAD_DIM, DIM_PAD, BLOCK_SIZE,
+    )  # fmt: skip
 
 
 def store_kv_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

@@ -18,6 +18,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
 STATE_DTYPES = (torch.int32, torch.float32)
+MAX_WIDTH = 16384
+"""Of a hidden state: a program of `add_rms_norm` holds a whole row."""
 
 
 def check_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -90,6 +92,77 @@ def check_store_positions(positions: Tensor, state: Tensor, slots: Tensor) -> No
     _check_state("state", state, tuple(state.shape), (torch.int32,), state.device)
     _check_index("positions", positions, torch.int32, (positions.numel(),), state.device, "state")
     _check_index("slots", slots, torch.int64, (positions.numel(),), state.device, "state")
+
+
+def check_store_step(
+    k: Tensor,
+    v: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_cache: Tensor,
+    slots: Tensor,
+    indices: Tensor,
+) -> None:
+    """Check the arguments of `store_step`. Raises ValueError naming the argument, its value and the remedy."""
+    check_store(k, v, k_cache, v_cache, slots)
+    _check_like("q_cache", q_cache, k_cache)
+    check_store_queries(q, q_cache, indices)
+    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        _fail("q", "shape", tuple(q.shape), f"give {k.shape[0]} tokens of {k.shape[2]} dimensions, as k has")
+
+
+def check_add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor) -> None:
+    """Check the arguments of `add_rms_norm`. Raises ValueError naming the argument, its value and the remedy."""
+    tokens, width = _check_rows("hidden", hidden)
+    if width > MAX_WIDTH:
+        _fail("hidden", "width", width, f"use up to {MAX_WIDTH}")
+    if delta is not None:
+        _check_index("delta", delta, hidden.dtype, (tokens, width), hidden.device, "hidden")
+    _check_index("weight", weight, hidden.dtype, (width,), hidden.device, "hidden")
+
+
+def check_silu_mul(gate_up: Tensor) -> None:
+    """Check the argument of `silu_mul`. Raises ValueError naming it, its value and the remedy."""
+    width = _check_rows("gate_up", gate_up)[1]
+    if width % 2:
+        _fail("gate_up", "width", width, "give as many columns of up as of gate")
+
+
+def check_qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> None:
+    """Check the arguments of `qk_norm_rope`. Raises ValueError naming the argument, its value and the remedy."""
+    tokens, width = _check_rows("qkv", qkv)
+    for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if not isinstance(count, int) or count < 1:
+            _fail(name, "value", count, "give an int from 1")
+    head_dim, left_over = divmod(width, num_heads + 2 * num_kv_heads)
+    if left_over or head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
+        heads = num_heads + 2 * num_kv_heads
+        _fail("qkv", "width", width, f"give {heads} heads of one even head_dim up to {MAX_HEAD_DIM}")
+    for name, x, columns in (("cos", cos, head_dim), ("sin", sin, head_dim // 2)):
+        _check_index(name, x, torch.float32, (tokens, 1, columns), qkv.device, "qkv")
+        if not x.is_contiguous():
+            _fail(name, "stride", x.stride(), "make it contiguous")
+    if (q_weight is None) != (k_weight is None):
+        _fail("k_weight", "value", "None" if k_weight is None else "a tensor", "give both norms' weights or neither")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            _check_index(name, weight, qkv.dtype, (head_dim,), qkv.device, "qkv")
+
+
+def check_sample(logits: Tensor, temperature: Tensor, u: Tensor) -> None:
+    """Check the arguments of `sample_from_logits`. Raises ValueError naming the argument, its value and the remedy."""
+    rows = _check_rows("logits", logits)[0]
+    _check_index("temperature", temperature, torch.float32, (rows,), logits.device, "logits")
+    _check_index("u", u, torch.float64, (rows,), logits.device, "logits")
 
 
 def check_attention_score(
@@ -195,6 +268,16 @@ def check_compact(
             _check_index(f"updates[{i}]", update, state.dtype, shape, k_cache.device)
             if not update.is_contiguous():
                 _fail(f"updates[{i}]", "stride", update.stride(), "make it contiguous")
+
+
+def _check_rows(name: str, x: Tensor) -> tuple[int, int]:
+    if x.dim() != 2 or x.shape[1] == 0:
+        _fail(name, "shape", tuple(x.shape), "give [rows, columns], at least one column")
+    if x.dtype not in DTYPES:
+        _fail(name, "dtype", x.dtype, "use float32, float16 or bfloat16")
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        _fail(name, "stride", x.stride(), "make its last dimension contiguous")
+    return tuple(x.shape)
 
 
 def _check_scores(scores: Tensor) -> tuple[int, ...]:

@@ -135,6 +135,125 @@ def store_positions(positions: Tensor, state: Tensor, slots: Tensor) -> None:
             state[:, slot // block_size, :, slot % block_size] = position
 
 
+def store_step(
+    k: Tensor,
+    v: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_cache: Tensor,
+    slots: Tensor,
+    indices: Tensor,
+) -> None:
+    """`store_kv` and `store_queries` of the same tokens.
+
+    Args:
+        k, v: [T, H, d]; q: [T, Hq, d].
+        k_cache, v_cache: [num_blocks, H, b, d], one layer; q_cache: [num_query_slots, w, Hq, d]; written in place.
+        slots, indices: int64 [T]; -1 stores nothing.
+    """
+    store_kv(k, v, k_cache, v_cache, slots)
+    store_queries(q, q_cache, indices)
+
+
+def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """Add `delta` to `hidden` in place, then x / sqrt(mean(x^2) + eps) * weight of each row x.
+
+    The sum is rounded to hidden's dtype, the norm computed from what was rounded, and rounded once.
+
+    Args:
+        hidden, delta: [T, width]; without a delta hidden stays as it is.
+        weight: [width].
+        eps: added to the mean square.
+
+    Returns:
+        [T, width], hidden's dtype.
+    """
+    if delta is not None:
+        hidden.copy_(hidden.float() + delta.float())
+    return _rms_norm(hidden, weight, eps)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Over the last dimension, in float32, rounded once to x's dtype."""
+    exact = x.float()
+    scale = 1 / (exact.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    return (exact * scale * weight.float()).to(x.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, where silu(x) = x / (1 + exp(-x)) is rounded before the product.
+
+    Args:
+        gate_up: [T, 2 * width]: a row is gate, then up.
+
+    Returns:
+        [T, width], gate_up's dtype.
+    """
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    activated = (gate / (1 + torch.exp(-gate))).to(gate_up.dtype)
+    return (activated.float() * up).to(gate_up.dtype)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm of each query and key head, rounded, then the rotation of its pairs (i, i + d / 2), in float32.
+
+    Args:
+        qkv: [T, (Hq + 2 H) * d]: a row is the query heads, the key heads, the value heads.
+        q_weight, k_weight: [d], or None for both: no norm.
+        eps: of the norms.
+        cos: float32 [T, 1, d], each half the same; sin: float32 [T, 1, d / 2].
+        num_heads, num_kv_heads: Hq and H.
+
+    Returns:
+        q [T, Hq, d], k and v [T, H, d], qkv's dtype.
+    """
+    heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, -1))
+    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    if q_weight is not None:
+        q, k = _rms_norm(q, q_weight, eps), _rms_norm(k, k_weight, eps)
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.float().chunk(2, dim=-1)
+        cosine = cos[..., : sin.shape[2]]
+        turned = torch.cat((first * cosine - second * sin, second * cosine + first * sin), dim=-1)
+        return turned.to(x.dtype)
+
+    return rotate(q), rotate(k), v
+
+
+def sample_from_logits(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
+    """The token at which the running sum of exp(logit / temperature) passes the share u of its total.
+
+    Args:
+        logits: [N, vocab]; -inf is never drawn.
+        temperature: float32 [N]; 0 takes the largest logit, of several the first.
+        u: float64 [N], in (0, 1).
+
+    Returns:
+        int64 [N].
+    """
+    tokens = []
+    for row, divisor, share in zip(logits.float(), temperature, u):
+        if divisor == 0:
+            tokens.append((row == row.max()).nonzero()[0, 0])
+            continue
+        weights = ((row - row.max()) / divisor).exp()
+        running = weights.double().cumsum(dim=0)
+        passed = (running > share * running[-1]).nonzero()
+        tokens.append(passed[0, 0] if len(passed) else weights.nonzero()[-1, 0])
+    return torch.stack(tokens) if tokens else torch.empty(0, dtype=torch.int64)
+
+
 def attention_score(
     q_cache: Tensor,
     k_cache: Tensor,

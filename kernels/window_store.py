@@ -13,8 +13,30 @@ POSITIONS = 64
 """Tokens whose positions one program stores, in every head of a layer."""
 
 
+@triton.jit
+def store_query_rows(
+    token,
+    tile,
+    index,
+    q_ptr,
+    q_cache_ptr,
+    token_stride,
+    head_stride,
+    HEADS: tl.constexpr,
+    HEADS_TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    """Store a token's queries of one tile of heads; nothing at index -1."""
+    heads = tile * HEADS_TILE + tl.arange(0, HEADS_TILE)[:, None]
+    dims = tl.arange(0, DIM_PAD)[None, :]
+    inside = (heads < tl.where(index >= 0, HEADS, 0)) & (dims < HEAD_DIM)
+    q = tl.load(q_ptr + token * token_stride + heads * head_stride + dims, mask=inside)
+    tl.store(q_cache_ptr + (index * HEADS + heads) * HEAD_DIM + dims, q, mask=inside)
+
+
 @triton.jit(do_not_specialize=["indices_ptr"])
-def _store_query_rows(
+def _store_query_tokens(
     q_ptr,
     q_cache_ptr,
     indices_ptr,
@@ -27,14 +49,10 @@ def _store_query_rows(
 ):
     """One token and HEADS_TILE of its heads."""
     token = tl.program_id(0).to(tl.int64)
-    index = tl.load(indices_ptr + token)
-    if index < 0:
-        return
-    heads = tl.program_id(1) * HEADS_TILE + tl.arange(0, HEADS_TILE)[:, None]
-    dims = tl.arange(0, DIM_PAD)[None, :]
-    inside = (heads < HEADS) & (dims < HEAD_DIM)
-    q = tl.load(q_ptr + token * token_stride + heads * head_stride + dims, mask=inside)
-    tl.store(q_cache_ptr + (index * HEADS + heads) * HEAD_DIM + dims, q, mask=inside)
+    store_query_rows(
+        token, tl.program_id(1), tl.load(indices_ptr + token), q_ptr, q_cache_ptr, token_stride, head_stride,
+        HEADS, HEADS_TILE, HEAD_DIM, DIM_PAD,
+    )  # fmt: skip
 
 
 def store_queries_triton(q: Tensor, q_cache: Tensor, indices: Tensor) -> None:
@@ -50,7 +68,7 @@ def store_queries_triton(q: Tensor, q_cache: Tensor, indices: Tensor) -> None:
         return
     dim_pad = triton.next_power_of_2(head_dim)
     heads_tile = max(1, min(triton.next_power_of_2(heads), QUERY_ELEMENTS // dim_pad))
-    _store_query_rows[(tokens, triton.cdiv(heads, heads_tile))](
+    _store_query_tokens[(tokens, triton.cdiv(heads, heads_tile))](
         q, q_cache, indices, q.stride(0), q.stride(1),
         HEADS=heads, HEADS_TILE=heads_tile, HEAD_DIM=head_dim, DIM_PAD=dim_pad, num_warps=4,
     )  # fmt: skip

@@ -100,6 +100,25 @@ def test_a_seed_gives_the_same_token_in_any_batch_and_row():
         assert token.item() == batch[i].item()
 
 
+def test_a_batch_draws_the_same_tokens_beside_a_request_that_cuts_its_distribution():
+    """Without one, the logits are drawn from as they are; with one, every row's probabilities are computed."""
+    logits = torch.randn(20, 5000)
+    plain, _ = sample(logits, *[SamplingParams(temperature=0.8)] * 20)
+    beside, _ = sample(logits, *[SamplingParams(temperature=0.8)] * 19, SamplingParams(min_p=0.1))
+    assert beside[:19].tolist() == plain[:19].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_of_any_float_type_are_read_as_their_float32_values(temperature):
+    logits = (3 * torch.randn(8, VOCAB)).bfloat16()
+    params = [SamplingParams(temperature=temperature, logprobs=True)] * 8
+    tokens, logprobs = sample(logits, *params)
+    expected, expected_logprobs = sample(logits.float(), *params)
+    assert tokens.tolist() == expected.tolist()
+    assert logprobs.dtype == torch.float32
+    assert torch.equal(logprobs, expected_logprobs)
+
+
 def test_samples_and_steps_draw_differently():
     logits = torch.zeros(1, 10_000)
     sampler = Sampler(1, 10_000, logits.device)

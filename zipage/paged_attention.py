@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.dispatch import paged_decode, paged_prefill, store_kv, store_queries
+from kernels.dispatch import paged_decode, paged_prefill, store_kv, store_step
 from zipage.kv_cache import KVCache
 
 
@@ -21,7 +21,7 @@ class PagedAttention:
         cache: the paged keys and values.
         scale: factor on the logits.
         slots: int64 [T], where each token's entry goes; the same in every layer.
-        query_indices: int64 [T], where each token's queries go (`store_queries`); None where nobody keeps any.
+        query_indices: int64 [T], where each token's queries go (`store_step`); None where nobody keeps any.
         num_decodes: leading tokens that are decodes, one request each.
         decode_tables, prefill_tables: int32 [B, max blocks of the part].
         decode_lens, prefill_lens: int32 [B], entries of each request with this step's included.
@@ -44,9 +44,10 @@ class PagedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, d], k and v [T, H, d], after rotary -> [T, Hq, d]."""
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        store_kv(k, v, k_cache, v_cache, self.slots)
-        if self.query_indices is not None:
-            store_queries(q, self.cache.queries[layer], self.query_indices)
+        if self.query_indices is None:
+            store_kv(k, v, k_cache, v_cache, self.slots)
+        else:
+            store_step(k, v, q, k_cache, v_cache, self.cache.queries[layer], self.slots, self.query_indices)
         parts = []
         n = self.num_decodes
         if n:

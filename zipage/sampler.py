@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.cpu import invert
+from kernels.dispatch import sample_from_logits
 from zipage.request import Request
 
 
@@ -63,35 +65,37 @@ class Sampler:
             asks for any.
         """
         params = [request.params for request in requests]
-        logits = logits.float()
         raw = logits if any(p.logprobs for p in params) else None
         if any(p.repetition_penalty != 1.0 for p in params):
-            logits = self._penalise(logits, requests)
+            logits = self._penalise(logits.float(), requests)
         if all(p.temperature == 0 for p in params):
             tokens = logits.argmax(dim=-1)
         else:
             tokens = self._draw(logits, requests)
         if raw is None:
             return tokens, None
-        return tokens, raw.log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
+        return tokens, raw.log_softmax(dim=-1, dtype=torch.float32).gather(1, tokens[:, None]).squeeze(1)
 
     def _column(self, values: list, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)[:, None]
 
     def _draw(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
         params = [request.params for request in requests]
-        greedy = self._column([p.temperature == 0 for p in params], torch.bool)
-        best = logits.argmax(dim=-1)
-        probs = (logits / self._column([p.temperature or 1.0 for p in params])).softmax(dim=-1)
-        if any(p.min_p > 0 for p in params):
-            floor = self._column([p.min_p for p in params]) * probs.amax(dim=-1, keepdim=True)
-            probs = probs.masked_fill(probs < floor, 0.0)
+        temperature = self._column([p.temperature for p in params])
         numbers = uniform(
             np.array([request.seed for request in requests], dtype=np.int64),
             np.array([request.index for request in requests], dtype=np.int64),
             np.array([request.num_output_tokens for request in requests], dtype=np.int64),
         )
         u = torch.from_numpy(numbers).to(self._device, non_blocking=True)[:, None]
+        if all(p.top_k == 0 and p.top_p == 1 and p.min_p == 0 for p in params):
+            return sample_from_logits(logits, temperature.squeeze(1), u.squeeze(1))
+        greedy = temperature == 0
+        best = logits.argmax(dim=-1)
+        probs = (logits.float() / temperature.masked_fill(greedy, 1.0)).softmax(dim=-1)
+        if any(p.min_p > 0 for p in params):
+            floor = self._column([p.min_p for p in params]) * probs.amax(dim=-1, keepdim=True)
+            probs = probs.masked_fill(probs < floor, 0.0)
         if any(p.top_k > 0 or p.top_p < 1 for p in params):
             ranked, order = probs.sort(dim=-1, descending=True, stable=True)
             k = self._column([p.top_k or self._shape[1] for p in params], torch.int64)
@@ -100,9 +104,9 @@ class Sampler:
             top_p = self._column([p.top_p for p in params]) * ranked.sum(dim=-1, keepdim=True)
             before = ranked.cumsum(dim=-1) - ranked
             ranked = ranked.masked_fill((before >= top_p) & (rank > 0) & (top_p < ranked.sum(-1, keepdim=True)), 0.0)
-            drawn = order.gather(1, _invert(ranked, u)).squeeze(1)
+            drawn = order.gather(1, invert(ranked, u)).squeeze(1)
         else:
-            drawn = _invert(probs, u).squeeze(1)
+            drawn = invert(probs, u).squeeze(1)
         return torch.where(greedy.squeeze(1), best, drawn)
 
     def _penalise(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
@@ -122,14 +126,3 @@ class Sampler:
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         seen = self._seen[rows] & (penalty != 1.0)
         return torch.where(seen, penalised, logits)
-
-
-def _invert(weights: Tensor, u: Tensor) -> Tensor:
-    """Index [N, 1] at which the running sum of `weights` [N, V] (>= 0) passes the share `u` [N, 1] of its total.
-
-    Sums are float64: in float32 the tail of a large vocabulary would never be drawn.
-    """
-    running = weights.cumsum(dim=-1, dtype=torch.float64)
-    total = running[:, -1:]
-    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(running, target, right=True)

@@ -1,4 +1,4 @@
-"""Check every compiled kernel against the float32 reference on a CUDA machine, then time attention.
+"""Check every compiled kernel against the float32 reference on a CUDA machine, then time it.
 
     python tests/gpu/check_kernels.py --out kernels.json --commit $(git rev-parse HEAD)
 
@@ -19,6 +19,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate, product
 from pathlib import Path
 from statistics import median
@@ -34,11 +35,17 @@ import triton
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels import dispatch, reference
+from kernels import cpu, dispatch, reference
 from kernels.block_copy import copy_blocks_triton
 from kernels.kv_store import store_kv_triton
 from kernels.paged_decode import paged_decode_triton
 from kernels.paged_prefill import paged_prefill_triton
+from kernels.qk_norm_rope import qk_norm_rope_triton
+from kernels.rms_norm import add_rms_norm_triton
+from kernels.sampling import sample_from_logits_triton
+from kernels.silu_mul import silu_mul_triton
+from kernels.step_store import store_step_triton
+from kernels.window_store import store_queries_triton
 
 DEVICE = "cpu" if DRY else "cuda"
 BOUNDS = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
@@ -112,6 +119,12 @@ def error(out: Tensor, expected: Tensor) -> float:
     return rows.nan_to_num(nan=math.inf).max().item()
 
 
+def differing(actual: Tensor, expected: Tensor) -> float:
+    """Share of elements that differ, NaN standing for itself."""
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    return 1 - same.float().mean().item()
+
+
 class Checks:
     """The cases run so far."""
 
@@ -135,11 +148,11 @@ class Checks:
         groups = defaultdict(list)
         for case in self.cases:
             groups[case["kernel"], case["dtype"]].append(case)
-        lines = [f"{'kernel':<16}{'dtype':<10}{'cases':>6}{'failed':>8}{'worst error':>13}{'bound':>9}"]
+        lines = [f"{'kernel':<20}{'dtype':<10}{'cases':>6}{'failed':>8}{'worst error':>13}{'bound':>9}"]
         for (kernel, dtype), cases in groups.items():
             worst = max(float(case["error"]) for case in cases)
             failed = sum(not case["passed"] for case in cases)
-            lines.append(f"{kernel:<16}{dtype:<10}{len(cases):>6}{failed:>8}{worst:>13.2e}{cases[0]['bound']:>9.0e}")
+            lines.append(f"{kernel:<20}{dtype:<10}{len(cases):>6}{failed:>8}{worst:>13.2e}{cases[0]['bound']:>9.0e}")
         return lines
 
 
@@ -169,12 +182,7 @@ def check_attention(checks: Checks, grid: Grid) -> None:
 
 
 def check_writes(checks: Checks, grid: Grid) -> None:
-    """Stores and copies are exact: an error is the share of elements that differ, NaN standing for itself."""
-
-    def differing(actual: Tensor, expected: Tensor) -> float:
-        same = (actual == expected) | (actual.isnan() & expected.isnan())
-        return 1 - same.float().mean().item()
-
+    """Stores and copies are exact: an error is the share of elements that differ."""
     for name, head_dim, block_size in product(grid.dtypes, grid.head_dims, grid.block_sizes):
         dtype = getattr(torch, name)
         for heads in (2, 8) if DRY else (2, 8, 20):
@@ -188,12 +196,72 @@ def check_writes(checks: Checks, grid: Grid) -> None:
             reference.store_kv(k, v, expected[0, 1], expected[1, 1], slots)
             checks.add("store_kv", name, differing(caches, expected), 0.0, **case)
 
+            q = fused(40, 4 * heads, head_dim, dtype)
+            rings = torch.full((2, 5, 16, 4 * heads, head_dim), float("nan"), device=DEVICE, dtype=dtype)
+            places = torch.randperm(5 * 16, device=DEVICE)[:40]
+            places[::3] = -1
+            caches.fill_(float("nan"))
+            expected_rings = rings.clone()
+            store_step_triton(k, v, q, caches[0, 1], caches[1, 1], rings[1], slots, places)
+            reference.store_queries(q, expected_rings[1], places)
+            value = max(differing(caches, expected), differing(rings, expected_rings))
+            checks.add("store_step", name, value, 0.0, **case)
+
             caches.normal_()
             expected = caches.clone()
             src, dst = torch.tensor([[8, 1, 1], [0, 3, 5]], device=DEVICE)
             copy_blocks_triton(caches[0], caches[1], src, dst)
             reference.copy_blocks(expected[0], expected[1], src, dst)
             checks.add("copy_blocks", name, differing(caches, expected), 0.0, **case)
+
+
+def rotation(tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos [T, 1, d] and sin [T, 1, d / 2] of random angles, lengthened by a factor."""
+    angles = torch.randn(tokens, 1, head_dim // 2, device=DEVICE) * 1000
+    cos, sin = 1.2 * angles.cos(), 1.2 * angles.sin()
+    return torch.cat((cos, cos), dim=-1), sin
+
+
+def check_layer_ops(checks: Checks, grid: Grid) -> None:
+    """Outputs within a rounding or two of the reference's; the residual stream exactly its own."""
+
+    def rows(tokens: int, width: int) -> Tensor:
+        return torch.randn(tokens, width + 16, device=DEVICE, dtype=dtype)[:, :width]
+
+    for name, tokens in product(grid.dtypes, (1, 33)):
+        dtype, bound = getattr(torch, name), BOUNDS[name]
+        for width in (384, 896) if DRY else (384, 896, 2560, 4096, 12288, 16384):
+            case = {"tokens": tokens, "width": width}
+            for add in (False, True):
+                hidden, delta = rows(tokens, width), rows(tokens, width) if add else None
+                weight, expected_hidden = rows(1, width)[0], hidden.clone()
+                out = add_rms_norm_triton(hidden, delta, weight, 1e-6)
+                expected = reference.add_rms_norm(expected_hidden, delta, weight, 1e-6)
+                value = error(out, expected) if differing(hidden, expected_hidden) == 0 else math.inf
+                checks.add("add_rms_norm", name, value, bound, add=add, **case)
+            gate_up = 4 * rows(tokens, 2 * width)
+            checks.add("silu_mul", name, error(silu_mul_triton(gate_up), reference.silu_mul(gate_up)), bound, **case)
+        for head_dim, heads, norm in product(grid.head_dims, ((14, 2), (32, 8)), (False, True)):
+            case = {"tokens": tokens, "head_dim": head_dim, "heads": heads, "norm": norm}
+            qkv = rows(tokens, (heads[0] + 2 * heads[1]) * head_dim)
+            weights = [torch.randn(head_dim, device=DEVICE, dtype=dtype) if norm else None for _ in range(2)]
+            args = *weights, 1e-6, *rotation(tokens, head_dim), *heads
+            expected = reference.qk_norm_rope(qkv.clone(), *args)
+            value = max(error(x, y) for x, y in zip(qk_norm_rope_triton(qkv, *args), expected, strict=True))
+            checks.add("qk_norm_rope", name, value, bound, **case)
+
+
+def check_sampling(checks: Checks, grid: Grid) -> None:
+    """The middle of a token's share draws it, temperature 0 the first of the best: an error is the share of others."""
+    for name, vocab, temperature in product(grid.dtypes, (1000, 9000) if DRY else (1000, 151936), (0.0, 0.5, 2.0)):
+        logits = (3 * torch.randn(4 if DRY else 64, vocab, device=DEVICE)).to(getattr(torch, name))
+        probs = (logits.double() / (temperature or 1.0)).softmax(dim=-1)
+        tokens = probs.masked_fill(probs < 1e-6, 0.0).multinomial(1)  # wide enough a share for any rounding before it
+        u = (probs.cumsum(dim=-1) - probs / 2).gather(1, tokens).squeeze(1)
+        temperatures = torch.full_like(u, temperature, dtype=torch.float32)
+        expected = tokens.squeeze(1) if temperature else (logits == logits.amax(1, keepdim=True)).int().argmax(dim=-1)
+        value = differing(sample_from_logits_triton(logits, temperatures, u), expected)
+        checks.add("sample_from_logits", name, value, 0.0, vocab=vocab, temperature=temperature)
 
 
 def check_large_addresses(checks: Checks) -> None:
@@ -300,6 +368,59 @@ def time_prefill() -> list[dict[str, Any]]:
     return [{**row, "tflops": operations / (row["ms"] / 1e3) / 1e12} for row in rows]
 
 
+def store_apart(k, v, q, k_cache, v_cache, q_cache, slots, indices) -> None:
+    store_kv_triton(k, v, k_cache, v_cache, slots)
+    store_queries_triton(q, q_cache, indices)
+
+
+def time_layer_ops(bandwidth: float) -> list[dict[str, Any]]:
+    """Qwen3-8B's sizes in bfloat16, beside the operations that were fused. Bytes are each input and output once."""
+    width, mlp_width, heads, kv_heads, head_dim, vocab = 4096, 12288, 32, 8, 128, 151936
+    options = {"device": DEVICE, "dtype": torch.bfloat16}
+    weight, head_weight = torch.randn(width, **options), torch.randn(head_dim, **options)
+    rows = []
+
+    def add(kernel: str, tokens: int, moved: int, run, unfused) -> None:
+        elapsed = milliseconds(run)
+        speed = moved / (elapsed / 1e3)
+        rows.append(
+            {"kernel": kernel, "tokens": tokens, "ms": elapsed, "unfused_ms": milliseconds(unfused),
+             "bytes_per_second": speed, "of_copy": speed / bandwidth}
+        )  # fmt: skip
+
+    for tokens in (1, 256, 8192):
+        hidden, delta = torch.randn(2, tokens, width, **options)
+        args = hidden, delta, weight, 1e-6
+        run, unfused = partial(add_rms_norm_triton, *args), partial(cpu.add_rms_norm_torch, *args)
+        add("add_rms_norm", tokens, 4 * hidden.nbytes, run, unfused)
+
+        gate_up = torch.randn(tokens, 2 * mlp_width, **options)
+        run, unfused = partial(silu_mul_triton, gate_up), partial(cpu.silu_mul_torch, gate_up)
+        add("silu_mul", tokens, 3 * gate_up.nbytes // 2, run, unfused)
+
+        qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, **options)
+        cos, sin = rotation(tokens, head_dim)
+        args = qkv, head_weight, head_weight, 1e-6, cos, sin, heads, kv_heads
+        moved = 2 * tokens * (heads + kv_heads) * head_dim * 2 + cos.nbytes + sin.nbytes
+        run, unfused = partial(qk_norm_rope_triton, *args), partial(cpu.qk_norm_rope_torch, *args)
+        add("qk_norm_rope", tokens, moved, run, unfused)
+
+        q, k, v = qkv.view(tokens, -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
+        caches = torch.empty(2, -(-tokens // 256), kv_heads, 256, head_dim, **options)
+        rings = torch.empty(-(-tokens // 16), 16, heads, head_dim, **options)
+        places = torch.randperm(tokens, device=DEVICE)
+
+        args = k, v, q, *caches, rings, places, places
+        add("store_step", tokens, 2 * qkv.nbytes, partial(store_step_triton, *args), partial(store_apart, *args))
+
+    for tokens in (1, 256):
+        logits = torch.randn(tokens, vocab, **options)
+        args = logits, torch.ones(tokens, device=DEVICE), torch.rand(tokens, device=DEVICE, dtype=torch.float64)
+        run, unfused = partial(sample_from_logits_triton, *args), partial(cpu.sample_from_logits_torch, *args)
+        add("sample_from_logits", tokens, logits.nbytes, run, unfused)
+    return rows
+
+
 def provenance(commit: str, seed: int) -> dict[str, Any]:
     record = {
         "commit": commit,
@@ -329,6 +450,12 @@ def timing_table(timing: dict[str, Any]) -> list[str]:
         )
     for row in timing["prefill"]:
         lines.append(f"prefill 4 x 2048 {row['what']:<26}{row['ms']:>8.3f} ms{row['tflops']:>6.0f} TFLOP/s")
+    for row in timing["layer_ops"]:
+        lines.append(
+            f"{row['kernel']:<20}{row['tokens']:>5} rows{1e3 * row['ms']:>9.1f} us"
+            f"{row['bytes_per_second'] / 1e12:>6.2f} TB/s{row['of_copy']:>6.0%} of copy"
+            f", unfused{1e3 * row['unfused_ms']:>9.1f} us"
+        )
     return lines
 
 
@@ -350,6 +477,8 @@ def main() -> int:
     checks, begin = Checks(), time.monotonic()
     check_attention(checks, grid)
     check_writes(checks, grid)
+    check_layer_ops(checks, grid)
+    check_sampling(checks, grid)
     timing = None
     if not DRY:
         check_large_addresses(checks)
@@ -361,6 +490,7 @@ def main() -> int:
             "copy_bytes_per_second": bandwidth,
             "decode": time_decode(bandwidth),
             "prefill": time_prefill(),
+            "layer_ops": time_layer_ops(bandwidth),
         }
     record |= {
         "failures": checks.failures,

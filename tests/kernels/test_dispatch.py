@@ -21,6 +21,10 @@ dispatch.copy_blocks(cache[None], cache[None], torch.tensor([0]), torch.tensor([
 scores = dispatch.redundancy(cache[None], tables, lens, tau=0.4)
 kept = dispatch.select(scores, torch.zeros(1, 16, dtype=torch.bool), lens, lens - 1, 4)
 dispatch.compact_stable(cache[None], cache[None], [], kept, tables, tables)
+normed = dispatch.add_rms_norm(torch.randn(1, 128), torch.randn(1, 128), torch.ones(128), 1e-6)
+q, k, v = dispatch.qk_norm_rope(normed, None, None, 1e-6, torch.ones(1, 1, 32), torch.zeros(1, 1, 16), 2, 1)
+dispatch.store_step(k, v, q, cache, cache, torch.randn(1, 4, 2, 32), torch.tensor([20]), torch.tensor([3]))
+dispatch.sample_from_logits(dispatch.silu_mul(normed), torch.ones(1), torch.full((1,), 0.5, dtype=torch.float64))
 """
 
 

@@ -95,6 +95,37 @@ def store_positions_arguments() -> dict:
     return {"positions": torch.arange(3, dtype=torch.int32), "state": state, "slots": torch.arange(3)}
 
 
+def store_step_arguments() -> dict:
+    queries = {"q": torch.randn(3, 6, 64), "q_cache": torch.zeros(2, 8, 6, 64), "indices": torch.arange(3)}
+    return {**store_arguments(), **queries}
+
+
+def norm_arguments() -> dict:
+    hidden, delta = torch.randn(2, 3, 64)
+    return {"hidden": hidden, "delta": delta, "weight": torch.ones(64), "eps": 1e-6}
+
+
+def gate_arguments() -> dict:
+    return {"gate_up": torch.randn(3, 64)}
+
+
+def rotary_arguments() -> dict:
+    return {
+        "qkv": torch.randn(3, (4 + 2 * 2) * 16),
+        "q_weight": torch.ones(16),
+        "k_weight": torch.ones(16),
+        "eps": 1e-6,
+        "cos": torch.randn(3, 1, 16),
+        "sin": torch.randn(3, 1, 8),
+        "num_heads": 4,
+        "num_kv_heads": 2,
+    }
+
+
+def sample_arguments() -> dict:
+    return {"logits": torch.randn(3, 50), "temperature": torch.ones(3), "u": torch.full((3,), 0.5, dtype=torch.float64)}
+
+
 VALID = {
     dispatch.paged_decode: decode_arguments,
     dispatch.paged_prefill: prefill_arguments,
@@ -102,6 +133,11 @@ VALID = {
     dispatch.copy_blocks: copy_arguments,
     dispatch.store_queries: store_queries_arguments,
     dispatch.store_positions: store_positions_arguments,
+    dispatch.store_step: store_step_arguments,
+    dispatch.add_rms_norm: norm_arguments,
+    dispatch.silu_mul: gate_arguments,
+    dispatch.qk_norm_rope: rotary_arguments,
+    dispatch.sample_from_logits: sample_arguments,
     dispatch.attention_score: score_arguments,
     dispatch.redundancy: redundancy_arguments,
     dispatch.update_global_score: update_arguments,
@@ -166,6 +202,40 @@ WRONG = [
     (dispatch.store_positions, {"state": torch.zeros(3, 4, 2, 16)}, r"state has dtype .* use torch.int32"),
     (dispatch.store_positions, {"state": torch.zeros(4, 2, 16).int()}, r"state has shape"),
     (dispatch.store_positions, {"slots": torch.arange(4)}, r"slots has shape \(4,\): give \[3\]"),
+    (dispatch.store_step, {"slots": torch.arange(4)}, r"slots has shape \(4,\): give \[3\]"),
+    (dispatch.store_step, {"indices": torch.arange(3).int()}, r"indices has dtype torch.int32"),
+    (dispatch.store_step, {"q_cache": torch.zeros(2, 8, 6, 64).half()}, r"q_cache has dtype .* as k_cache is"),
+    (
+        dispatch.store_step,
+        {"q": torch.randn(2, 6, 64), "indices": torch.arange(2)},
+        r"q has shape \(2, 6, 64\): give 3 tokens of 64 dimensions, as k has",
+    ),
+    (
+        dispatch.store_step,
+        {"q": torch.randn(3, 6, 32), "q_cache": torch.zeros(2, 8, 6, 32)},
+        r"q has shape \(3, 6, 32\): give 3 tokens of 64 dimensions",
+    ),
+    (dispatch.add_rms_norm, {"hidden": torch.randn(3, 2, 64)}, r"hidden has shape .* give \[rows, columns\]"),
+    (dispatch.add_rms_norm, {"hidden": torch.randn(1, 16385)}, r"hidden has width 16385: use up to 16384"),
+    (dispatch.add_rms_norm, {"hidden": torch.randn(3, 64).double()}, r"hidden has dtype torch.float64"),
+    (dispatch.add_rms_norm, {"hidden": torch.randn(64, 3).T}, r"hidden has stride .* last dimension contiguous"),
+    (dispatch.add_rms_norm, {"delta": torch.randn(2, 64)}, r"delta has shape \(2, 64\): give \[3, 64\]"),
+    (dispatch.add_rms_norm, {"delta": torch.randn(3, 64).half()}, r"delta has dtype torch.float16"),
+    (dispatch.add_rms_norm, {"weight": torch.ones(63)}, r"weight has shape \(63,\): give \[64\]"),
+    (dispatch.add_rms_norm, {"weight": torch.ones(64, device="meta")}, r"weight has device meta: .* where hidden is"),
+    (dispatch.silu_mul, {"gate_up": torch.randn(3, 63)}, r"gate_up has width 63: give as many columns of up"),
+    (dispatch.silu_mul, {"gate_up": torch.randn(3, 0)}, r"gate_up has shape \(3, 0\)"),
+    (dispatch.qk_norm_rope, {"qkv": torch.randn(3, 130)}, r"qkv has width 130: give 8 heads of one even head_dim"),
+    (dispatch.qk_norm_rope, {"qkv": torch.randn(3, 8 * 15)}, r"qkv has width 120: .* even head_dim"),
+    (dispatch.qk_norm_rope, {"num_heads": 0}, r"num_heads has value 0: give an int from 1"),
+    (dispatch.qk_norm_rope, {"cos": torch.randn(3, 16)}, r"cos has shape \(3, 16\): give \[3, 1, 16\]"),
+    (dispatch.qk_norm_rope, {"cos": torch.randn(3, 2, 16)[:, :1]}, r"cos has stride .* make it contiguous"),
+    (dispatch.qk_norm_rope, {"sin": torch.randn(3, 1, 8).half()}, r"sin has dtype torch.float16: .* torch.float32"),
+    (dispatch.qk_norm_rope, {"k_weight": None}, r"k_weight has value None: give both norms' weights or neither"),
+    (dispatch.qk_norm_rope, {"q_weight": torch.ones(8)}, r"q_weight has shape \(8,\): give \[16\]"),
+    (dispatch.sample_from_logits, {"logits": torch.randn(50)}, r"logits has shape \(50,\): give \[rows, columns\]"),
+    (dispatch.sample_from_logits, {"temperature": torch.ones(3, 1)}, r"temperature has shape \(3, 1\): give \[3\]"),
+    (dispatch.sample_from_logits, {"u": torch.ones(3)}, r"u has dtype torch.float32: convert it to torch.float64"),
     (dispatch.attention_score, {"q_cache": torch.randn(3, 2, 8, 5, 32)}, r"q_cache has shape .* multiple of 2 heads"),
     (dispatch.attention_score, {"q_cache": torch.randn(2, 2, 8, 6, 32)}, r"q_cache has shape .* give \[3, slots"),
     (dispatch.attention_score, {"q_cache": torch.randn(3, 2, 8, 6, 32).half()}, r"q_cache has dtype torch.float16"),

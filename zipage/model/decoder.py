@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zipage.model.rotary import RotaryEmbedding, apply_rotary
+from kernels.dispatch import add_rms_norm, qk_norm_rope, silu_mul
+from zipage.model.rotary import RotaryEmbedding
 from zipage.model.spec import ModelSpec
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -28,8 +29,6 @@ class DecoderLayer(nn.Module):
     def __init__(self, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.index = index
-        self.width = spec.width
-        self.head_dim = spec.head_dim
         self.num_heads = spec.num_heads
         self.num_kv_heads = spec.num_kv_heads
         self.eps = spec.rms_norm_eps
@@ -53,28 +52,26 @@ class DecoderLayer(nn.Module):
         self.down_weight = parameter(spec.width, spec.mlp_width)
         self.down_bias = parameter(spec.width) if spec.mlp_bias else None
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-        """[T, width] -> [T, width], in place; cos and sin of `RotaryEmbedding`."""
-        normed = F.rms_norm(hidden, (self.width,), self.input_norm, self.eps)
-        q, k, v = self._qkv(normed, cos, sin)
-        attended = attention(self.index, q, k, v).reshape(hidden.shape[0], -1)
-        hidden += F.linear(attended, self.output_weight, self.output_bias)
-        normed = F.rms_norm(hidden, (self.width,), self.mlp_norm, self.eps)
-        gate, up = F.linear(normed, self.gate_up_weight, self.gate_up_bias).chunk(2, dim=-1)
-        hidden += F.linear(F.silu(gate).mul_(up), self.down_weight, self.down_bias)
-        return hidden
+    def forward(self, hidden: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        """One layer, up to the add of its output, which the next norm does.
 
-    def _qkv(self, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, Hq, d], k and v [T, H, d]: views, q and k of one rotated tensor, v of the projection's output."""
-        qkv = F.linear(normed, self.qkv_weight, self.qkv_bias).view(normed.shape[0], -1, self.head_dim)
-        num_rotated = self.num_heads + self.num_kv_heads
-        qk, v = qkv[:, :num_rotated], qkv[:, num_rotated:]
-        if self.q_norm is not None:
-            q = F.rms_norm(qk[:, : self.num_heads], (self.head_dim,), self.q_norm, self.eps)
-            k = F.rms_norm(qk[:, self.num_heads :], (self.head_dim,), self.k_norm, self.eps)
-            qk = torch.cat((q, k), dim=1)
-        qk = apply_rotary(qk, cos, sin)
-        return qk[:, : self.num_heads], qk[:, self.num_heads :], v
+        Args:
+            hidden: [T, width], the residual stream; added to in place.
+            delta: [T, width], the layer before's output, not yet added; None in the first layer.
+            cos, sin: of `RotaryEmbedding`.
+            attention: as in `Decoder.forward`.
+
+        Returns:
+            [T, width], this layer's output, not yet added.
+        """
+        normed = add_rms_norm(hidden, delta, self.input_norm, self.eps)
+        qkv = F.linear(normed, self.qkv_weight, self.qkv_bias)
+        q, k, v = qk_norm_rope(qkv, self.q_norm, self.k_norm, self.eps, cos, sin, self.num_heads, self.num_kv_heads)
+        attended = attention(self.index, q, k, v).reshape(hidden.shape[0], -1)
+        delta = F.linear(attended, self.output_weight, self.output_bias)
+        normed = add_rms_norm(hidden, delta, self.mlp_norm, self.eps)
+        gated = silu_mul(F.linear(normed, self.gate_up_weight, self.gate_up_bias))
+        return F.linear(gated, self.down_weight, self.down_bias)
 
     def weight_views(self) -> dict[str, Tensor]:
         """Each tensor of a Hugging Face checkpoint's layer, by its name there, as a view of a parameter."""
@@ -150,9 +147,10 @@ class Decoder(nn.Module):
         """
         hidden = F.embedding(token_ids, self.embedding)
         cos, sin = self.rotary(positions)
+        delta = None
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin, attention)
-        return F.rms_norm(hidden, (self.spec.width,), self.norm, self.spec.rms_norm_eps)
+            delta = layer(hidden, delta, cos, sin, attention)
+        return add_rms_norm(hidden, delta, self.norm, self.spec.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, width] -> [N, vocab] in the model's dtype."""

@@ -94,20 +94,3 @@ class RotaryEmbedding(torch.nn.Module):
         if self.attention_factor != 1.0:
             cos, sin = cos * self.attention_factor, sin * self.attention_factor
         return torch.cat((cos, cos), dim=-1), sin
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2) of each head, in float32.
-
-    Args:
-        x: [T, heads, head_dim], any float type, any strides.
-        cos, sin: of `RotaryEmbedding`.
-
-    Returns:
-        [T, heads, head_dim], a new contiguous tensor of x's dtype.
-    """
-    half = x.shape[-1] // 2
-    out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin, value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin)
-    return out.to(x.dtype)
