@@ -19,8 +19,8 @@ CHOICES = sorted(
 )
 
 
-GROUPS = [(group, choice) for group, choice in CHOICES if group != "sweep"]
-"""Sweeps are no part of a run's config: tests/experiments/test_arms.py composes their arms."""
+GROUPS = [(group, choice) for group, choice in CHOICES if group not in ("sweep", "bench")]
+"""Sweeps and the loads of benchmarks are no part of a run's config: test_arms.py and test_bench.py read them."""
 
 
 @pytest.mark.parametrize(("group", "choice"), GROUPS)
