@@ -27,7 +27,7 @@ from experiments.models import find_model
 from experiments.schema import EngineOptions, Experiment
 from zipage import measure_ceilings
 
-WORKER = (sys.executable, "-m", "experiments.bench.measure")
+WORKER = (sys.executable, "-m", "experiments.bench.worker")
 
 
 def prepare(
@@ -40,7 +40,7 @@ def prepare(
     """
     if experiment.model.load_format != "dummy":
         raise UsageError(f"model.load_format={experiment.model.load_format}: a benchmark takes random weights: dummy")
-    model, default, device = find_model(experiment.model), vars(EngineOptions(**{})), experiment.hardware.device
+    model, default, device = find_model(experiment.model), vars(EngineOptions()), experiment.hardware.device
     given = {name: value for name, value in vars(experiment.engine).items() if value != default[name]}
     arms = read_arms(
         experiment.scenario.loads,

@@ -1,14 +1,9 @@
-"""One engine under one load: from its start to a row.
-
-`python -m experiments.bench.measure ARM.json ROW.json` does it in a process of its own.
-"""
+"""One engine under one load: from its start to a row."""
 
 from __future__ import annotations
 
 import gc
-import json
 import statistics
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,10 +13,10 @@ from typing import Any
 
 import torch
 
-from experiments.backends import BACKENDS, Backend, BackendFactory
+from experiments.backends import Backend, BackendFactory
 from experiments.bench.loads import Arm
 from experiments.bench.roofline import EntriesRead, ModelShape, step_floor
-from experiments.errors import RunError, one_line
+from experiments.errors import RunError
 from experiments.scenarios import Served, TimedRequest, serve
 from zipage import RequestOutput, SamplingParams, StepStats
 
@@ -103,11 +98,16 @@ def _requests(arm: Arm, label: str, prompts: list[list[int]], outputs: list[int]
 
 
 def _served(backend: Backend, arm: Arm, label: str, prompts: list[list[int]], outputs: list[int]) -> Served:
-    """All requests, answered. Raises RunError where one is refused."""
-    served = serve(backend, _requests(arm, label, prompts, outputs), progress=False)
-    refused = [output.error for output in served.outputs.values() if output.error is not None]
+    """All requests, answered at full length. Raises RunError where one is not."""
+    requests = _requests(arm, label, prompts, outputs)
+    served = serve(backend, requests, progress=False)
+    answers = [served.outputs[request.id] for request in requests]
+    refused = [answer.error for answer in answers if answer.error is not None]
     if refused:
-        raise RunError(f"{len(refused)} of {len(prompts)} requests were refused: {refused[0]}")
+        raise RunError(f"{len(refused)} of {len(answers)} requests were refused: {refused[0]}")
+    short = sum(answer.metrics.output_tokens < asked for answer, asked in zip(answers, outputs, strict=True))
+    if short:
+        raise RunError(f"{short} of {len(answers)} outputs ended early: raise max_model_len, or ask for fewer tokens")
     return served
 
 
@@ -242,20 +242,3 @@ def refused(arm: Arm, reason: str) -> dict[str, Any]:
 def _quantile(values: list[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[round(share * (len(ordered) - 1))]
-
-
-def main() -> int:
-    source, target = map(Path, sys.argv[1:])
-    task = json.loads(source.read_text(encoding="utf-8"))
-    arm = Arm(**task["arm"])
-    try:
-        row = measure(arm, BACKENDS[arm.backend], task["ceilings"], task["used_before"])
-    except Exception as error:
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        return 1
-    target.write_text(json.dumps(row), encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

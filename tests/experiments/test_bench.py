@@ -14,7 +14,7 @@ from experiments.backends import BACKENDS
 from experiments.bench import __main__ as show
 from experiments.bench import engine, gate
 from experiments.bench.loads import LOADS, read_arms
-from experiments.bench.measure import _Observed, _served
+from experiments.bench.measure import _Observed, _served, measure
 from experiments.bench.roofline import EntriesRead, ModelShape, step_floor
 from experiments.bench.tables import markdown
 from experiments.errors import UsageError
@@ -22,6 +22,7 @@ from experiments.paths import ROOT
 from experiments.plots import against_roofline
 from experiments.records import load_rows, load_runs
 from kernels import bench as kernels
+from tests.experiments.test_backends import StandIn
 from zipage import LLM, StepStats
 
 LOAD = """
@@ -145,8 +146,28 @@ def test_arms_fail_alone(bench, results, tiny, tmp_path, monkeypatch, capsys):
     assert pd.isna(reasons["full"])
     assert reasons["zipage"] == "tokens differ"
     assert "backend=vllm needs a GPU" in reasons["vllm"]
-    assert "4 of 4 requests were refused" in reasons["short"]
+    assert "4 of 4 outputs ended early: raise max_model_len" in reasons["short"]
     engine._gate.cache_clear()
+
+
+def test_vllm_is_measured_by_the_same_code(monkeypatch, tiny, tmp_path):
+    """On the stand-in, which makes two tokens a request."""
+    vllm = StandIn()
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", vllm.sampling_params)
+    (tmp_path / "load.yaml").write_text(
+        "lengths: {count: 3, prompt_tokens: 5, output_tokens: 2}\n"
+        "engine: {max_num_seqs: 3, kv_cache_memory_bytes: 1000000}\narms: {vllm: {backend: vllm}}\n"
+    )
+    (arm,) = arms_of(tmp_path / "load.yaml", str(tiny), device="cuda")
+    ceilings = {"copy": 1e9, "read": 2e9, "matmul": 1e12}
+    row = measure(arm, BACKENDS["vllm"], ceilings, None)
+    assert (vllm.options["load_format"], vllm.options["skip_tokenizer_init"]) == ("dummy", True)
+    assert row["tokens_per_second"] > 0
+    assert row["floor_tokens_per_second"] > 0
+    assert "gpu_idle" not in row
+    assert row["steps"] == 2
+    json.dumps(row)
 
 
 def test_what_means_nothing_is_refused(bench, tmp_path, capsys):
@@ -200,7 +221,7 @@ def test_a_gate_tells_engines_apart(monkeypatch):
     options |= {"skip_tokenizer_init": True, "load_format": "dummy", "seed": 0, "max_num_batched_tokens": 64}
     assert gate.why_refused(options) is None
     tokens = gate._tokens
-    monkeypatch.setattr(gate, "_tokens", lambda o, p, s: tokens(o | {"seed": "enforce_eager" in o}, p, s))
+    monkeypatch.setattr(gate, "_tokens", lambda o, p, s: tokens(o | {"seed": int("enforce_eager" in o)}, p, s))
     assert "4 of 4 requests differ" in gate.why_refused(options)
 
 
@@ -234,7 +255,7 @@ def test_entries_are_followed_to_the_last(tiny, tmp_path, policy):
         _served(observed, arm, "a", [[i + 1] * 20 for i in range(4)], [60] * 4)
     held = observed._reads.entries
     assert observed._reads._held == 0
-    assert all(entries <= 16 * (step.blocks_used + 4) for step, entries in zip(observed.steps, held, strict=True))
+    assert all(entries <= 16 * step.blocks_total for step, entries in zip(observed.steps, held, strict=True))
     assert any(observed.repeat(1.0).counts.values())
     llm.shutdown()
 
