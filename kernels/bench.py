@@ -186,9 +186,9 @@ def measure_kernels(device: str = "auto", options: dict[str, Any] | None = None,
         rounds: timed launches of each, on CUDA of a graph of five.
 
     Raises:
-        ValueError: an option is unknown or out of range.
+        ValueError: an option is unknown or out of range, or there is no such device.
     """
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = _place(device)
     shapes = KernelShapes.of(place, options or {})
     torch.manual_seed(0)
     report = KernelReport(str(place), shapes, measure_ceilings(device, shapes))
@@ -199,8 +199,8 @@ def measure_kernels(device: str = "auto", options: dict[str, Any] | None = None,
 
 
 def measure_ceilings(device: str = "auto", shapes: KernelShapes | None = None) -> Ceilings | None:
-    """What a CUDA device can do; None on a CPU."""
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    """What a CUDA device can do; None on a CPU. Raises ValueError where there is no such device."""
+    place = _place(device)
     if place.type != "cuda":
         return None
     shapes = shapes or KernelShapes()
@@ -208,6 +208,14 @@ def measure_ceilings(device: str = "auto", shapes: KernelShapes | None = None) -
     a, b = (torch.randn(shapes.matmul, shapes.matmul, device=place, dtype=torch.bfloat16) for _ in range(2))
     seconds = statistics.median(_seconds(lambda: a @ b, place, 15))
     return Ceilings(copy, read, 2 * shapes.matmul**3 / seconds)
+
+
+def _place(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: torch {torch.__version__} sees no CUDA device; take cpu")
+    return torch.device(device)
 
 
 def _bandwidths(size: int, device: torch.device) -> tuple[float, float]:

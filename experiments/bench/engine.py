@@ -54,7 +54,10 @@ def prepare(
     loads = [arm.plain() | {"options": arm.options | {"model": None}} for arm in arms]
 
     def run() -> tuple[list[dict], dict]:
-        ceilings = measure_ceilings(device)
+        try:
+            ceilings = measure_ceilings(device)
+        except ValueError as error:
+            raise UsageError(f"scenario=engine_bench: {error}") from error
         if ceilings is None:
             print("no CUDA device: no roofline to compare with", flush=True)
         ceilings = ceilings and asdict(ceilings)

@@ -22,7 +22,7 @@ def prepare(
         try:
             report = measure_kernels(experiment.hardware.device, scenario.options, rounds=scenario.repeats)
         except ValueError as error:
-            raise UsageError(f"scenario.options: {error}") from error
+            raise UsageError(f"scenario={scenario.name}: {error}") from error
         if report.ceilings is None:
             print("no CUDA device: small shapes, and no roofline to compare with", flush=True)
         ceilings = report.ceilings and asdict(report.ceilings)

@@ -170,15 +170,18 @@ def test_vllm_is_measured_by_the_same_code(monkeypatch, tiny, tmp_path):
     json.dumps(row)
 
 
-def test_what_means_nothing_is_refused(bench, tmp_path, capsys):
+def test_what_means_nothing_is_refused(bench, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: False)
     (tmp_path / "bad.yaml").write_text(LOAD + "  bad: {polcy: zipage}\n")
     (tmp_path / "worse.yaml").write_text(LOAD + "repeat: 3\n")
     for arguments, line in (
         (["scenario=kernels", "limit=3"], "limit=3: means nothing to scenario=kernels"),
         (["scenario=kernels", "policy=zipage"], "means nothing to scenario=kernels"),
         (["scenario=kernels", "scenario.loads=[ample]"], "scenario.loads=['ample']: means nothing"),
-        (["scenario=kernels", "scenario.options.bach=3"], "scenario.options: bach: unknown option"),
-        (["scenario=kernels", "scenario.options.batch=0"], "scenario.options: batch=0: must be a whole number"),
+        (["scenario=kernels", "scenario.options.bach=3"], "scenario=kernels: bach: unknown option"),
+        (["scenario=kernels", "scenario.options.batch=0"], "scenario=kernels: batch=0: must be a whole number"),
+        (["scenario=kernels", "hardware.device=cuda"], "sees no CUDA device"),
+        (["scenario=engine_bench", "hardware.device=cuda"], "sees no CUDA device"),
         (["scenario=kernels", "scenario.repeats=0"], "scenario.repeats=0: must be at least 1"),
         (["scenario=engine_bench", "scenario.options.batch=3"], "scenario.options.batch=3: means nothing"),
         (["scenario=engine_bench", "workload=gsm8k"], "means nothing to scenario=engine_bench"),
