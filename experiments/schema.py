@@ -176,7 +176,7 @@ class ScenarioConfig:
         rate: mean arrivals per second of a Poisson process.
         seed: of its gaps.
         path: file with the times of a trace (see `experiments.traces`).
-        loads: of "engine_bench": names in `conf/bench/`, or YAML files.
+        loads: of "engine_bench": names in `conf/bench/`, NAME/ARM for one arm, or YAML files.
         repeats: of a benchmark: measurements of each row.
         options: of "kernels": the fields of `kernels.bench.KernelShapes`.
     """

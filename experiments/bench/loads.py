@@ -83,7 +83,7 @@ def read_arms(
     """The arms of loads, in order.
 
     Args:
-        names: of files in `conf/bench/`, or paths of YAML files.
+        names: of files in `conf/bench/`, "short/zipage" for one arm of a file there, or paths of YAML files.
         model: where the model lies.
         given: options of `EngineConfig` that win over those of the files.
 
@@ -94,11 +94,17 @@ def read_arms(
         raise UsageError(f"scenario.loads=[]: name some of {', '.join(_known())}, or YAML files")
     arms = []
     for name in names:
-        path = Path(name) if name.endswith((".yaml", ".yml")) else LOADS / f"{name}.yaml"
+        own_file = name.endswith((".yaml", ".yml"))
+        stem, _, only = (name, "", "") if own_file else name.partition("/")
+        path = Path(name) if own_file else LOADS / f"{stem}.yaml"
         if not path.is_file():
             raise UsageError(f"scenario.loads={name}: no such load; known: {', '.join(_known())}, or a YAML file")
         load = _parse(path)
+        if only and only not in load.arms:
+            raise UsageError(f"scenario.loads={name}: no such arm; {stem} has {', '.join(load.arms)}")
         for arm, own in load.arms.items():
+            if only and arm != only:
+                continue
             try:
                 arms.append(_arm(path.stem, load, arm, own, model, given, seed, repeats, backends))
             except (TypeError, ValueError, UsageError) as error:

@@ -186,6 +186,7 @@ def test_what_means_nothing_is_refused(bench, tmp_path, capsys, monkeypatch):
         (["scenario=engine_bench", "scenario.options.batch=3"], "scenario.options.batch=3: means nothing"),
         (["scenario=engine_bench", "workload=gsm8k"], "means nothing to scenario=engine_bench"),
         (["scenario=engine_bench", "scenario.loads=[amle]"], "scenario.loads=amle: no such load; known: ample"),
+        (["scenario=engine_bench", "scenario.loads=[short/x]"], "no such arm; short has full, zipage"),
         (["scenario=engine_bench", "scenario.loads=[]"], "scenario.loads=[]: name some of ample"),
         (["scenario=engine_bench", f"scenario.loads=[{tmp_path / 'bad.yaml'}]"], "arms.bad: LLM: unknown option"),
         (["scenario=engine_bench", f"scenario.loads=[{tmp_path / 'worse.yaml'}]"], "unknown option repeat"),
@@ -213,6 +214,10 @@ def test_staggered_requests_end_where_the_others_do():
     begun = sorted(prompt for prompt, _ in arm.lengths[:43])
     assert begun[0] < 400
     assert begun[-1] > 16_000
+
+
+def test_one_arm_of_a_load():
+    assert [arm.title for name in ("short/vllm", "ample") for arm in arms_of(name)][:2] == ["short/vllm", "ample/full"]
 
 
 def test_the_command_line_wins_over_a_load():
