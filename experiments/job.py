@@ -61,6 +61,8 @@ def prepare(
     Raises:
         UsageError: the run can't be done as asked.
     """
+    if experiment.scenario.kind != "serve":
+        raise UsageError(f"scenario={experiment.scenario.name}: a benchmark is no arm of a sweep; run it alone")
     experiment = replace(experiment, model=replace(experiment.model, name=model_name(experiment.model)))
     records.check_writable(Path(experiment.results_dir).expanduser())
     grader_of(experiment)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 METRICS, CONFIG, PROVENANCE = "metrics.json", "config.yaml", "provenance.json"
+ROWS = "rows.json"
+"""Of a benchmark, in the place of the three below."""
 REQUESTS, STEPS, EVENTS = "requests.parquet", "steps.parquet", "events.parquet"
 TRACEBACK = "traceback.txt"
 PARTIAL = ".partial"
@@ -40,6 +42,10 @@ SWEEPS = "sweeps"
 
 _IN_DATA = ("name", "path", "parts", "tests", "allow_code_execution")
 """Options of model and workload that say where content lies or how it is read: the content is hashed itself."""
+
+_NOT_SERVED = ("path", "kind", "loads", "repeats", "options")
+"""Options of a scenario that decide nothing when a workload is served: the times of a trace are data, the rest is of
+benchmarks."""
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -69,7 +75,7 @@ def run_id(config: Mapping[str, Any], *, model: str, data: str, device: str) -> 
     deciding = {key: value for key, value in config.items() if key not in ("tracking", "results_dir", "force")}
     for group in ("model", "workload"):
         deciding[group] = {key: value for key, value in config[group].items() if key not in _IN_DATA}
-    deciding["scenario"] = {key: value for key, value in config["scenario"].items() if key != "path"}
+    deciding["scenario"] = {key: value for key, value in config["scenario"].items() if key not in _NOT_SERVED}
     digest = content_hash([deciding, model, data, device])
     names = (config["model"]["name"], config["workload"]["name"], config["policy"]["name"])
     return "-".join([*(re.sub(r"[^\w.]+", "_", name) for name in names), digest[:12]])
@@ -219,6 +225,8 @@ def read_sweep(path: Path) -> list[dict[str, Any]]:
 def load_runs(paths: str | Path | Iterable[str | Path] | None = None) -> pd.DataFrame:
     """One row for each complete run in and below `paths`, folders of runs or files of sweeps; None: `results/runs`.
 
+    Benchmarks are left out: `load_rows` reads them.
+
     Columns: `run`, `path`, the options ("engine.block_size"), the provenance ("provenance.commit") and the metrics
     ("accuracy", "ttft.p50"). Incomplete runs are counted in one log line and in `attrs["incomplete"]`; a record that
     can't be read costs a log line.
@@ -231,6 +239,8 @@ def load_runs(paths: str | Path | Iterable[str | Path] | None = None) -> pd.Data
     folders, incomplete = find_runs(paths)
     rows = []
     for folder in folders:
+        if (folder / ROWS).exists():
+            continue
         try:
             rows.append(_read_run(folder))
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -240,6 +250,20 @@ def load_runs(paths: str | Path | Iterable[str | Path] | None = None) -> pd.Data
     runs = pd.DataFrame(rows)
     runs.attrs["incomplete"] = incomplete
     return runs
+
+
+def load_rows(run: str | Path) -> pd.DataFrame:
+    """One row for each line of a benchmark, given as its folder.
+
+    Raises:
+        UsageError: the folder is no benchmark's, or can't be read.
+    """
+    import pandas as pd
+
+    try:
+        return pd.DataFrame(json.loads((Path(run) / ROWS).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{run}: no record of a benchmark ({one_line(error)})") from error
 
 
 def load_requests(run: str | Path | pd.Series) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """`python -m experiments.run`: ask a model the questions of a workload, grade the answers, keep a record.
 
-With `+sweep=NAME` it does so for every arm of a sweep.
+With `+sweep=NAME` it does so for every arm of a sweep; `scenario=kernels` and `scenario=engine_bench` run benchmarks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import hydra
 from omegaconf import DictConfig
 
-from experiments import job, sweep
+from experiments import bench, job, sweep
 from experiments.arms import split_command_line
 from experiments.backends import BACKENDS, BackendFactory
 from experiments.errors import RunError, UsageError
@@ -56,7 +56,8 @@ def main(backends: Mapping[str, BackendFactory] = BACKENDS, child: Sequence[str]
 
 def _run(config: DictConfig, backends: Mapping[str, BackendFactory]) -> int:
     try:
-        job.run(build(config), backends)
+        experiment = build(config)
+        (job if experiment.scenario.kind == "serve" else bench).run(experiment, backends)
     except UsageError as error:
         return _fail(error, 2)
     except RunError as error:

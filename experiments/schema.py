@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from operator import attrgetter
@@ -19,6 +20,7 @@ from typing import Any, get_type_hints
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -52,6 +54,7 @@ FIXED = {"skip_tokenizer_init": False}
 
 SOURCES = ("path", "generator", "hub_id", "parts")
 ARRIVALS = ("all_at_once", "poisson", "trace")
+KINDS = ("serve", "kernels", "engine_bench")
 
 
 def _derive(name: str, source: type, left_out: Sequence[str]) -> type:
@@ -164,20 +167,29 @@ class WorkloadConfig:
 
 @dataclass(frozen=True)
 class ScenarioConfig:
-    """When requests arrive.
+    """What is done: a workload is served, or a benchmark is run.
 
     Attributes:
+        kind: "serve": the questions of the workload arrive as said here; "kernels", "engine_bench": see
+            `experiments.bench`.
         arrival: "all_at_once", "poisson" or "trace".
         rate: mean arrivals per second of a Poisson process.
         seed: of its gaps.
         path: file with the times of a trace (see `experiments.traces`).
+        loads: of "engine_bench": names in `conf/bench/`, NAME/ARM for one arm, or YAML files.
+        repeats: of a benchmark: measurements of each row.
+        options: of "kernels": the fields of `kernels.bench.KernelShapes`.
     """
 
     name: str = "???"
+    kind: str = "serve"
     arrival: str = "all_at_once"
     rate: float | None = None
     seed: int = 0
     path: str | None = None
+    loads: list[str] = field(default_factory=list)
+    repeats: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -251,6 +263,7 @@ def register() -> None:
         schema.policy.options,
         schema.workload.options,
         schema.workload.parts,
+        schema.scenario.options,
         schema.model.chat_template_options,
     ):
         OmegaConf.set_struct(free, False)
@@ -285,7 +298,9 @@ def load_experiment(overrides: Sequence[str] = ()) -> Experiment:
     """
     register()
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
+        # Inside an application of Hydra's, as `python -m experiments.run` is, there is an instance to compose with.
+        running = GlobalHydra.instance().is_initialized()
+        with nullcontext() if running else initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("config", overrides=list(overrides))
     except Exception as error:
         raise UsageError(explain(error)) from error
@@ -392,12 +407,18 @@ def _check(experiment: Experiment) -> None:
     model, workload, scenario = experiment.model, experiment.workload, experiment.scenario
     threads, limit = experiment.hardware.threads, experiment.limit
     poisson, rate = scenario.arrival == "poisson", scenario.rate
+    serve, repeats = scenario.kind == "serve", scenario.repeats
     for option, ok, what in (
         ("model.path", model.path or model.wheel, "given: a folder, a hub id or a GGUF file"),
         ("workload.path", any(getattr(workload, name) for name in SOURCES), "given: a file of questions"),
         ("limit", limit is None or limit >= 1, "at least 1, or null for all"),
         ("workload.template", "{question}" in workload.template, "a text that holds {question}"),
         ("scenario.arrival", scenario.arrival in ARRIVALS, " or ".join(ARRIVALS)),
+        ("scenario.kind", scenario.kind in KINDS, " or ".join(KINDS)),
+        ("scenario.loads", not (serve and scenario.loads), "left out: only scenario=engine_bench has loads"),
+        ("scenario.options", not (serve and scenario.options), "left out: only scenario=kernels has options"),
+        ("scenario.repeats", not (serve and repeats), "left out: only benchmarks repeat; take sampling.n or seed=0,1"),
+        ("scenario.repeats", serve or (repeats is not None and repeats >= 1), "at least 1"),
         ("scenario.path", scenario.arrival != "trace" or scenario.path, "given: a file of arrival times"),
         ("scenario.rate", not poisson or (rate is not None and 0 < rate < math.inf), "arrivals a second, above 0"),
         ("tracking.backend", experiment.tracking.backend in ("none", "wandb"), "none or wandb"),

@@ -8,6 +8,7 @@ from zipage.sampling_params import SamplingParams
 from zipage.stats import EngineStats, EventStats, RequestMetrics, StepStats
 
 if TYPE_CHECKING:
+    from kernels.bench import measure_ceilings, measure_kernels
     from zipage.engine import LLM
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "SamplingParams",
     "StepStats",
     "StreamEvent",
+    "measure_ceilings",
+    "measure_kernels",
 ]
 
 
@@ -30,4 +33,8 @@ def __getattr__(name: str):
         from zipage.engine import LLM
 
         return LLM
+    if name in ("measure_ceilings", "measure_kernels"):
+        from kernels import bench
+
+        return getattr(bench, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

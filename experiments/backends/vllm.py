@@ -1,15 +1,18 @@
 """`backend=vllm` and `backend=vllm_matched`: vLLM, where it is installed, as the production baseline.
 
-`vllm` is vLLM as one would serve with it: CUDA graphs, prefix caching, asynchronous scheduling, its own block size.
+`vllm` is vLLM as one would serve with it: CUDA graphs, prefix caching, asynchronous scheduling, its own block size; of
+ours it has the limits of a batch and the pool's memory (`kv_cache_memory_bytes` or `gpu_memory_utilization`).
 `vllm_matched` has only what Zipage has switched on in the same run: its block size and number of blocks, its
 `enable_prefix_caching`, `enable_chunked_prefill` and `enforce_eager`, and synchronous scheduling.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from experiments.backends.common import OwnMemory, require_full_kv, require_plain, step_stats, together
@@ -29,6 +32,10 @@ PASSED_ON = (
     "skip_special_tokens",
 )
 """Options of a request whose names and meanings are vLLM's."""
+
+
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_HOST_IP": "127.0.0.1"}
+"""Set where they are not: nothing is sent anywhere, and the sampler is vLLM's own whatever else is installed."""
 
 
 @dataclass(slots=True)
@@ -66,12 +73,16 @@ class VllmBackend:
         require_full_kv(name, config)
         if config.device == "cpu":
             raise ValueError(f"hardware.device=cpu: backend={name} needs a GPU")
+        keywords = vllm_options(config, matched)
+        offline = {"HF_HUB_OFFLINE": "1"} if Path(config.model).exists() else {}
+        for variable, value in (ENVIRONMENT | offline).items():
+            os.environ.setdefault(variable, value)
         try:
             import vllm
         except ImportError as error:
             raise ValueError(f"backend={name}: vLLM is not installed here (pip install vllm): {error}") from error
         self._name, self._vllm = name, vllm
-        self._llm = vllm.LLM(**vllm_options(config, matched))
+        self._llm = vllm.LLM(**keywords)
         self._engine = self._llm.llm_engine
         self._running: dict[str, _Running] = {}
         self.step_listeners: list[Callable[[StepStats], None]] = []
@@ -162,10 +173,21 @@ class VllmBackend:
 
 
 def vllm_options(config: EngineConfig, matched: bool) -> dict[str, Any]:
-    """Keywords of `vllm.LLM`."""
+    """Keywords of `vllm.LLM`.
+
+    Raises:
+        ValueError: the pool is given in blocks of ours, which vLLM's own are not.
+    """
+    if not matched and config.num_blocks is not None:
+        raise ValueError(
+            f"num_blocks={config.num_blocks}: backend=vllm has blocks of its own size; give "
+            "kv_cache_memory_bytes, or take backend=vllm_matched"
+        )
     options: dict[str, Any] = {
         "model": config.model,
         "load_format": config.load_format,
+        "skip_tokenizer_init": config.skip_tokenizer_init,
+        "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
         "dtype": config.dtype,
         "seed": config.seed,
         "tensor_parallel_size": config.tensor_parallel_size,

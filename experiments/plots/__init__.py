@@ -9,6 +9,7 @@ from experiments.plots.accuracy import (
     accuracy_by_throughput,
 )
 from experiments.plots.answers import facts_by_distance, length_inflation
+from experiments.plots.bench import against_roofline
 from experiments.plots.maps import crossover_map, kept_positions
 from experiments.plots.timeline import (
     blocks_over_time,
@@ -22,6 +23,7 @@ __all__ = [
     "accuracy_by_budget",
     "accuracy_by_policy",
     "accuracy_by_throughput",
+    "against_roofline",
     "blocks_over_time",
     "cache_over_tokens",
     "concurrency_over_time",

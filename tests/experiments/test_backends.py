@@ -215,9 +215,12 @@ def test_option_sets_of_vllm(vllm):
         "enforce_eager": True,
         "max_num_seqs": 9,
     }
-    BACKENDS["vllm"](**given)
+    with pytest.raises(ValueError, match="num_blocks=77: backend=vllm has blocks of its own size"):
+        BACKENDS["vllm"](**given)
+    BACKENDS["vllm"](**given | {"num_blocks": None, "kv_cache_memory_bytes": 10**9, "skip_tokenizer_init": True})
     production = vllm.options
-    assert production["max_num_seqs"] == 9
+    assert (production["max_num_seqs"], production["kv_cache_memory_bytes"]) == (9, 10**9)
+    assert production["skip_tokenizer_init"]
     assert not {"block_size", "enforce_eager", "enable_prefix_caching", "async_scheduling"} & set(production)
     BACKENDS["vllm_matched"](**given, enable_prefix_caching=False)
     own = {name: value for name, value in vllm.options.items() if name not in production}

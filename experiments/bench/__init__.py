@@ -1,0 +1,99 @@
+"""Benchmarks: runs that time kernels or the engine and ask no questions.
+
+One is chosen as a scenario (`scenario=kernels`, `scenario=engine_bench`) and leaves a folder like any run's, with
+`rows.json` in the place of samples: one row a line of its table.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments import provenance, records
+from experiments.backends import BACKENDS, BackendFactory
+from experiments.bench import engine, kernels
+from experiments.bench.tables import markdown
+from experiments.errors import RunError, UsageError
+from experiments.schema import Experiment, load_experiment, to_dict
+
+ALWAYS = ("hardware.", "scenario.repeats", "results_dir", "force")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A kind of benchmark.
+
+    Attributes:
+        prepare: checks the options and gives what decides the result beside them, as plain data, and the function that
+            measures: it returns the rows and what is true of all of them.
+        options: beginnings of the options that mean something to it, beside `ALWAYS`.
+    """
+
+    prepare: Callable[[Experiment, Mapping[str, BackendFactory]], tuple[Any, Callable[[], tuple[list[dict], dict]]]]
+    options: tuple[str, ...]
+
+
+BENCHES = {
+    "kernels": Bench(kernels.prepare, ("scenario.options",)),
+    "engine_bench": Bench(engine.prepare, ("scenario.loads", "model.", "engine.", "seed")),
+}
+
+
+def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKENDS) -> Path:
+    """Run a benchmark, or find it done, and print its table.
+
+    Returns:
+        The record's folder.
+
+    Raises:
+        UsageError: it can't be run as asked; nothing was recorded.
+        RunError: rows were refused; the record says which and why.
+    """
+    scenario = experiment.scenario
+    bench = BENCHES[scenario.kind]
+    _refuse_idle(experiment, bench)
+    records.check_writable(Path(experiment.results_dir).expanduser())
+    inputs, measure = bench.prepare(experiment, backends)
+    options = {k: v for k, v in to_dict(experiment).items() if k not in ("results_dir", "force")}
+    device = provenance.device_name(experiment.hardware.device)
+    digest = records.content_hash([options | {"tracking": None}, inputs, device])
+    folder = Path(experiment.results_dir).expanduser() / f"{scenario.name}-{digest[:12]}"
+    if records.is_complete(folder) and not experiment.force:
+        print("already done; force=true runs it again")
+        return _show(folder)
+    with records.claim(folder) as staging:
+        if experiment.hardware.threads is not None:
+            import torch
+
+            torch.set_num_threads(experiment.hardware.threads)
+        started, begin = provenance.now(), time.perf_counter()
+        rows, common = measure()
+        records.write_config(staging, options)
+        records.write_json(staging / records.ROWS, rows)
+        origin = provenance.collect() | {"started": started, "ended": provenance.now(), "inputs": inputs}
+        records.write_json(staging / records.PROVENANCE, origin)
+        refused = sum(row["refused"] is not None for row in rows)
+        metrics = {"rows": len(rows), "refused": refused, "seconds": time.perf_counter() - begin} | common
+        records.publish(staging, folder, metrics)
+    _show(folder)
+    if refused:
+        raise RunError(f"{refused} of {len(rows)} rows were refused: see {folder / records.ROWS}")
+    return folder
+
+
+def _show(folder: Path) -> Path:
+    print(markdown(records.load_rows(folder)))
+    print(f"record: {folder}", flush=True)
+    return folder
+
+
+def _refuse_idle(experiment: Experiment, bench: Bench) -> None:
+    """Raise a UsageError for an option that was set and means nothing to the benchmark."""
+    name = experiment.scenario.name
+    given, default = (records.flatten(to_dict(e)) for e in (experiment, load_experiment([f"scenario={name}"])))
+    for key, value in given.items():
+        if value != default.get(key) and not key.startswith((*ALWAYS, *bench.options)):
+            raise UsageError(f"{key}={value!r}: means nothing to scenario={name}; leave it out")

@@ -1,0 +1,36 @@
+"""`python -m experiments.bench RECORD...`: the tables of benchmarks in Markdown, and their picture."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from experiments import records
+from experiments.bench.tables import markdown
+from experiments.errors import UsageError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench", description="Show finished benchmarks.")
+    parser.add_argument("records", nargs="+", help="folders of scenario=kernels or scenario=engine_bench")
+    parser.add_argument("--picture", metavar="FILE", help="draw one record's share of the roofline (PNG, SVG or PDF)")
+    options = parser.parse_args(arguments)
+    try:
+        if options.picture and len(options.records) > 1:
+            raise UsageError(f"--picture {options.picture}: draws one record; give one")
+        for record in options.records:
+            rows = records.load_rows(record)
+            print(markdown(rows))
+            if options.picture:
+                from experiments.plots import against_roofline
+
+                against_roofline(rows).savefig(options.picture, dpi=150)
+    except (UsageError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

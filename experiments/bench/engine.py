@@ -1,0 +1,104 @@
+"""`scenario=engine_bench`: engines under loads, one after another.
+
+Zipage's arms run in this process, each engine shut down and freed before the next; those of other engines in processes
+of their own, since some never give a GPU's memory back.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from experiments.backends import BackendFactory
+from experiments.bench.gate import why_refused
+from experiments.bench.loads import Arm, read_arms
+from experiments.bench.measure import device_used, measure, refused
+from experiments.bench.roofline import ModelShape
+from experiments.child import reason_of, run_child
+from experiments.errors import UsageError, one_line
+from experiments.models import find_model
+from experiments.schema import EngineOptions, Experiment
+from zipage import measure_ceilings
+
+WORKER = (sys.executable, "-m", "experiments.bench.worker")
+
+
+def prepare(
+    experiment: Experiment, backends: Mapping[str, BackendFactory]
+) -> tuple[Any, Callable[[], tuple[list[dict], dict]]]:
+    """As `experiments.bench.Bench` says; the inputs are the loads and the model's files.
+
+    Raises:
+        UsageError: a load or the model can't be read, or an option is wrong.
+    """
+    if experiment.model.load_format != "dummy":
+        raise UsageError(f"model.load_format={experiment.model.load_format}: a benchmark takes random weights: dummy")
+    model, default, device = find_model(experiment.model), vars(EngineOptions()), experiment.hardware.device
+    given = {name: value for name, value in vars(experiment.engine).items() if value != default[name]}
+    arms = read_arms(
+        experiment.scenario.loads,
+        model=str(model.path),
+        given=given | {"device": device},
+        seed=experiment.seed,
+        repeats=experiment.scenario.repeats,
+        backends=backends,
+    )
+    ModelShape.read(model.path, "float32", device)
+    loads = [arm.plain() | {"options": arm.options | {"model": None}} for arm in arms]
+
+    def run() -> tuple[list[dict], dict]:
+        try:
+            ceilings = measure_ceilings(device)
+        except ValueError as error:
+            raise UsageError(f"scenario=engine_bench: {error}") from error
+        if ceilings is None:
+            print("no CUDA device: no roofline to compare with", flush=True)
+        ceilings = ceilings and asdict(ceilings)
+        rows = []
+        for number, arm in enumerate(arms, 1):
+            begin = time.perf_counter()
+            rows.append(_measured(arm, backends, ceilings))
+            rate = rows[-1].get("tokens_per_second")
+            said = f"refused: {rows[-1]['refused']}" if rate is None else f"{rate:,.0f} tokens/s"
+            print(f"{number}/{len(arms)} {arm.title}: {said} ({time.perf_counter() - begin:.0f} s)", flush=True)
+        return rows, {"ceilings": ceilings}
+
+    return {"loads": loads, "model": model.files}, run
+
+
+def _measured(arm: Arm, backends: Mapping[str, BackendFactory], ceilings: Mapping[str, float] | None) -> dict:
+    """The row of an arm; an arm that fails costs itself, and its row says why."""
+    try:
+        if not arm.is_own:
+            return _in_child(arm, ceilings)
+        device_used(arm.options["device"])  # the engine before is gone before the gate takes memory
+        reason = _gate(json.dumps({name: value for name, value in arm.options.items() if name != "model"}))
+        if reason is not None:
+            return refused(arm, reason)
+        return measure(arm, backends[arm.backend], ceilings, device_used(arm.options["device"]))
+    except Exception as error:
+        return refused(arm, one_line(error))
+
+
+@cache
+def _gate(options: str) -> str | None:
+    """The gate's verdict on options, as JSON: loads that share them ask once."""
+    return why_refused(json.loads(options))
+
+
+def _in_child(arm: Arm, ceilings: Mapping[str, float] | None) -> dict:
+    used = device_used(arm.options["device"])
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "arm.json", Path(folder) / "row.json"
+        source.write_text(json.dumps({"arm": arm.plain(), "ceilings": ceilings, "used_before": used}))
+        code, output = run_child([*WORKER, str(source), str(target)], lambda: f"  {arm.title}")
+        if code == 0 and target.exists():
+            return json.loads(target.read_text(encoding="utf-8"))
+        return refused(arm, reason_of(code, output))

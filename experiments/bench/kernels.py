@@ -1,0 +1,32 @@
+"""`scenario=kernels`: the kernels against what the machine can move and multiply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from experiments.backends import BackendFactory
+from experiments.errors import UsageError
+from experiments.schema import Experiment
+from zipage import measure_kernels
+
+
+def prepare(
+    experiment: Experiment, backends: Mapping[str, BackendFactory]
+) -> tuple[Any, Callable[[], tuple[list[dict], dict]]]:
+    """As `experiments.bench.Bench` says; it has no inputs beside its options."""
+
+    def measure() -> tuple[list[dict], dict]:
+        scenario = experiment.scenario
+        try:
+            report = measure_kernels(experiment.hardware.device, scenario.options, rounds=scenario.repeats)
+        except ValueError as error:
+            raise UsageError(f"scenario={scenario.name}: {error}") from error
+        if report.ceilings is None:
+            print("no CUDA device: small shapes, and no roofline to compare with", flush=True)
+        ceilings = report.ceilings and asdict(report.ceilings)
+        common = {"ceilings": ceilings, "device": report.device, "shapes": asdict(report.shapes)}
+        return [asdict(row) for row in report.rows], common
+
+    return None, measure

@@ -1,0 +1,163 @@
+"""Loads of the engine's benchmark: YAML files, each with requests and the engines (arms) that answer them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from experiments.backends import BackendFactory, get_backend
+from experiments.errors import UsageError
+from experiments.paths import CONF
+from experiments.schema import read_yaml
+from experiments.workloads.lengths import generate
+from zipage import EngineConfig, SamplingParams
+
+LOADS = CONF / "bench"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """A load as its file has it.
+
+    Attributes:
+        lengths: options of the workload `lengths`: count, prompt_tokens, output_tokens, distribution, ...
+        arms: by name, options of `EngineConfig`, and `backend` (default zipage), and `staggered`: so many requests
+            begin with prompts of lengths spread evenly over their outputs, which become as much shorter.
+        engine: options of `EngineConfig` for all arms.
+        temperature: of sampling.
+        warmup_tokens: tokens of each output in the run before those that are timed: as many as it takes to compress.
+        window_steps: None: each repeat answers all requests. Else: one run, in which each repeat is so many steps,
+            timed once the queue is empty or the pool full.
+    """
+
+    lengths: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
+    engine: dict[str, Any] = field(default_factory=dict)
+    temperature: float = 0.6
+    warmup_tokens: int = 32
+    window_steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One engine under one load, as plain data that can be handed to another process.
+
+    Attributes:
+        options: of `EngineConfig`.
+        lengths: tokens of each prompt and output.
+        seed: of the prompts.
+        repeats: measurements.
+    """
+
+    load: str
+    name: str
+    backend: str
+    options: dict[str, Any]
+    lengths: list[list[int]]
+    temperature: float
+    warmup_tokens: int
+    window_steps: int | None
+    seed: int
+    repeats: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.load}/{self.name}"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether Zipage answers; other engines run in processes of their own."""
+        return self.backend == "zipage"
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_arms(
+    names: Sequence[str], *, model: str, given: Mapping[str, Any], seed: int, repeats: int,
+    backends: Mapping[str, BackendFactory],
+) -> list[Arm]:  # fmt: skip
+    """The arms of loads, in order.
+
+    Args:
+        names: of files in `conf/bench/`, "short/zipage" for one arm of a file there, or paths of YAML files.
+        model: where the model lies.
+        given: options of `EngineConfig` that win over those of the files.
+
+    Raises:
+        UsageError: a load is unknown, or an option of one is unknown or out of range.
+    """
+    if not names:
+        raise UsageError(f"scenario.loads=[]: name some of {', '.join(_known())}, or YAML files")
+    arms = []
+    for name in names:
+        own_file = name.endswith((".yaml", ".yml"))
+        stem, _, only = (name, "", "") if own_file else name.partition("/")
+        path = Path(name) if own_file else LOADS / f"{stem}.yaml"
+        if not path.is_file():
+            raise UsageError(f"scenario.loads={name}: no such load; known: {', '.join(_known())}, or a YAML file")
+        load = _parse(path)
+        if only and only not in load.arms:
+            raise UsageError(f"scenario.loads={name}: no such arm; {stem} has {', '.join(load.arms)}")
+        for arm, own in load.arms.items():
+            if only and arm != only:
+                continue
+            try:
+                arms.append(_arm(path.stem, load, arm, own, model, given, seed, repeats, backends))
+            except (TypeError, ValueError, UsageError) as error:
+                raise UsageError(f"{path}: arms.{arm}: {error}") from error
+    return arms
+
+
+def _known() -> list[str]:
+    return sorted(path.stem for path in LOADS.glob("*.yaml"))
+
+
+def _parse(path: Path) -> Load:
+    content = read_yaml(path)
+    known = [f.name for f in fields(Load)]
+    if not isinstance(content, dict) or not isinstance(content.get("arms"), dict) or not content["arms"]:
+        raise UsageError(f"{path}: must have a mapping `arms` with one arm at least")
+    unknown = sorted(set(content) - set(known))
+    if unknown:
+        raise UsageError(f"{path}: unknown option {unknown[0]}; known: {', '.join(known)}")
+    if not isinstance(content.get("lengths"), dict):
+        raise UsageError(f"{path}: must have a mapping `lengths`, options of the workload `lengths`")
+    load = Load(**content)
+    for option in ("warmup_tokens", "window_steps"):
+        value = getattr(load, option)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UsageError(f"{path}: {option}={value!r}: must be a whole number from 1 up")
+    return load
+
+
+def _arm(
+    load_name: str, load: Load, name: str, own: Mapping[str, Any], model: str, given: Mapping[str, Any], seed: int,
+    repeats: int, backends: Mapping[str, BackendFactory],
+) -> Arm:  # fmt: skip
+    options = load.engine | dict(own)
+    backend, staggered = options.pop("backend", "zipage"), options.pop("staggered", 0)
+    get_backend(backend, backends)
+    options |= dict(given) | {"model": model, "load_format": "dummy", "skip_tokenizer_init": True, "seed": seed}
+    EngineConfig.from_kwargs(**options)
+    SamplingParams(temperature=load.temperature)
+    lengths = [[p.prompt_tokens, p.output_tokens] for p in generate(seed, **load.lengths)]
+    if not isinstance(staggered, int) or not 0 <= staggered <= len(lengths):
+        raise UsageError(f"staggered={staggered!r}: must be a whole number up to the {len(lengths)} requests")
+    return Arm(
+        load=load_name, name=name, backend=backend, options=options, lengths=_stagger(lengths, staggered, seed),
+        temperature=load.temperature, warmup_tokens=load.warmup_tokens, window_steps=load.window_steps, seed=seed,
+        repeats=repeats,
+    )  # fmt: skip
+
+
+def _stagger(lengths: list[list[int]], count: int, seed: int) -> list[list[int]]:
+    """The first `count` requests as if a part of each output were there: parts spread evenly, in a random order."""
+    parts = [(i + 0.5) / count for i in range(count)]
+    Random(seed).shuffle(parts)
+    done = [int(part * output) for part, (_, output) in zip(parts, lengths)]
+    begun = [[prompt + n, output - n] for n, (prompt, output) in zip(done, lengths)]
+    return begun + lengths[count:]

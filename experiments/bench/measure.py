@@ -1,0 +1,244 @@
+"""One engine under one load: from its start to a row."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from experiments.backends import Backend, BackendFactory
+from experiments.bench.loads import Arm
+from experiments.bench.roofline import EntriesRead, ModelShape, step_floor
+from experiments.errors import RunError
+from experiments.scenarios import Served, TimedRequest, serve
+from zipage import RequestOutput, SamplingParams, StepStats
+
+SETTLE_STEPS = 16
+"""Steps between a full pool and the first window."""
+COUNTED = {"compressions": "compressions_applied", "pauses": "pauses", "preemptions": "preemptions"}
+
+
+@dataclass
+class Repeat:
+    """One measurement."""
+
+    tokens: int
+    seconds: float
+    steps: list[StepStats]
+    entries: list[float]
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def measure(arm: Arm, factory: BackendFactory, ceilings: Mapping[str, float] | None, used_before: int | None) -> dict:
+    """Start an engine, warm it up, time it, and stop it.
+
+    Args:
+        ceilings: `copy`, `read` and `matmul` as measured; None: no roofline.
+        used_before: bytes of the device in use before the engine; None: without CUDA.
+
+    Returns:
+        The row, as plain data.
+
+    Raises:
+        RunError: a request was refused, or a load ended before its last window.
+    """
+    begin = time.perf_counter()
+    backend = factory(**arm.options)
+    try:
+        shape = ModelShape.read(
+            Path(arm.options["model"]), arm.options.get("dtype", "auto"), "cpu" if used_before is None else "cuda"
+        )
+        random = Random(arm.seed)
+        prompts = [[random.randrange(shape.vocab_size) for _ in range(prompt)] for prompt, _ in arm.lengths]
+        _served(backend, arm, "start", [prompts[0][:16]], [1])
+        startup = time.perf_counter() - begin
+        outputs = [output for _, output in arm.lengths]
+        if arm.window_steps is None:
+            _served(backend, arm, "warm-up", prompts, [min(output, arm.warmup_tokens) for output in outputs])
+            repeats = [_whole(backend, arm, shape, i, prompts, outputs) for i in range(arm.repeats)]
+        else:
+            repeats = _windows(backend, arm, shape, prompts, outputs)
+        return _row(arm, shape, repeats, ceilings) | {"startup_seconds": startup, "memory_bytes": _used(used_before)}
+    finally:
+        if hasattr(backend, "shutdown"):
+            backend.shutdown()
+
+
+def device_used(device: str) -> int | None:
+    """Bytes of the device in use, whoever uses them, after what this process no longer needs; None without CUDA."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return None
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def _used(before: int | None) -> int | None:
+    if before is None:
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return total - free - before
+
+
+def _requests(arm: Arm, label: str, prompts: list[list[int]], outputs: list[int]) -> list[TimedRequest]:
+    return [
+        TimedRequest(
+            f"{label}-{i}", prompt, SamplingParams(temperature=arm.temperature, max_tokens=output, ignore_eos=True)
+        )
+        for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
+    ]
+
+
+def _served(backend: Backend, arm: Arm, label: str, prompts: list[list[int]], outputs: list[int]) -> Served:
+    """All requests, answered at full length. Raises RunError where one is not."""
+    requests = _requests(arm, label, prompts, outputs)
+    served = serve(backend, requests, progress=False)
+    answers = [served.outputs[request.id] for request in requests]
+    refused = [answer.error for answer in answers if answer.error is not None]
+    if refused:
+        raise RunError(f"{len(refused)} of {len(answers)} requests were refused: {refused[0]}")
+    short = sum(answer.metrics.output_tokens < asked for answer, asked in zip(answers, outputs, strict=True))
+    if short:
+        raise RunError(f"{short} of {len(answers)} outputs ended early: raise max_model_len, or ask for fewer tokens")
+    return served
+
+
+class _Observed:
+    """An engine as `serve` steps it, and what it tells meanwhile."""
+
+    def __init__(self, backend: Backend, arm: Arm, shape: ModelShape) -> None:
+        pool = arm.options.get("kv_cache_memory_bytes")
+        self.steps: list[StepStats] = []
+        self._reads = EntriesRead(None if pool is None else pool / shape.kv_bytes)
+        self._backend = backend
+        self.add_request, self.has_unfinished_requests = backend.add_request, backend.has_unfinished_requests
+        self.mark()
+
+    def __enter__(self) -> _Observed:
+        self._backend.step_listeners += [self.steps.append, self._reads.step]
+        self._backend.event_listeners.append(self._reads.event)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for listener in (self.steps.append, self._reads.step):
+            self._backend.step_listeners.remove(listener)
+        self._backend.event_listeners.remove(self._reads.event)
+
+    def step(self) -> list[RequestOutput]:
+        outputs = self._backend.step()
+        for output in outputs:
+            self._reads.finished(output)
+        return outputs
+
+    def mark(self) -> None:
+        """Count from here."""
+        self._first, self._before = len(self.steps), self._counts()
+
+    def repeat(self, seconds: float, tokens: int | None = None) -> Repeat:
+        """What came since the mark; `tokens` None: those decoded."""
+        steps, entries = self.steps[self._first :], self._reads.entries[self._first :]
+        counts = {name: value - self._before[name] for name, value in self._counts().items()}
+        tokens = sum(step.num_decode for step in steps) if tokens is None else tokens
+        return Repeat(tokens, seconds, steps, entries, counts)
+
+    def _counts(self) -> dict[str, int]:
+        stats = self._backend.stats
+        return {name: getattr(stats, counter) for name, counter in COUNTED.items()}
+
+
+def _whole(
+    backend: Backend, arm: Arm, shape: ModelShape, number: int, prompts: list[list[int]], outputs: list[int]
+) -> Repeat:
+    """All requests from the first to the last."""
+    with _Observed(backend, arm, shape) as observed:
+        served = _served(observed, arm, str(number), prompts, outputs)
+        return observed.repeat(served.seconds, sum(o.metrics.output_tokens for o in served.outputs.values()))
+
+
+def _windows(
+    backend: Backend, arm: Arm, shape: ModelShape, prompts: list[list[int]], outputs: list[int]
+) -> list[Repeat]:
+    """Windows of steps, once a step without prefill shows that the pool is full or the queue empty."""
+    with _Observed(backend, arm, shape) as observed:
+        for request in _requests(arm, "0", prompts, outputs):
+            observed.add_request(request.token_ids, request.params, request.id)
+
+        def run(steps: int) -> None:
+            for _ in range(steps):
+                if not observed.has_unfinished_requests():
+                    raise RunError("the load ended before its last window: ask for longer outputs or fewer steps")
+                observed.step()
+
+        run(1)
+        while not observed.steps or observed.steps[-1].num_prefill or not observed.steps[-1].num_decode:
+            run(1)
+        run(SETTLE_STEPS)
+        repeats = []
+        for _ in range(arm.repeats):
+            observed.mark()
+            begin = time.perf_counter()
+            run(arm.window_steps)
+            repeats.append(observed.repeat(time.perf_counter() - begin))
+        return repeats
+
+
+def _row(arm: Arm, shape: ModelShape, repeats: list[Repeat], ceilings: Mapping[str, float] | None) -> dict[str, Any]:
+    rates = [repeat.tokens / repeat.seconds for repeat in repeats]
+    steps = [step for repeat in repeats for step in repeat.steps]
+    times = [step.step_time for step in steps]
+    row = _names(arm) | {
+        "tokens_per_second": statistics.median(rates),
+        "lowest": min(rates),
+        "highest": max(rates),
+        "repeats": rates,
+        "steps": len(steps),
+        "mean_batch": statistics.mean(step.num_decode for step in steps),
+        "step_ms": {name: 1e3 * _quantile(times, q) for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))},
+    }
+    if arm.is_own:  # other engines tell neither
+        device = sum(step.device_time for step in steps)
+        row["host_ms"] = 1e3 * _quantile([step.host_time for step in steps], 0.5)
+        row["gpu_idle"] = 1 - device / sum(times)
+        row |= {name: statistics.median(repeat.counts[name] for repeat in repeats) for name in COUNTED}
+    if ceilings is not None:
+        bandwidth = max(ceilings["copy"], ceilings["read"])
+        floors = [
+            sum(
+                step_floor(shape, entries, step.prefill_tokens, bandwidth, ceilings["matmul"])
+                for step, entries in zip(repeat.steps, repeat.entries, strict=True)
+            )
+            for repeat in repeats
+        ]
+        row["floor_tokens_per_second"] = statistics.median(r.tokens / f for r, f in zip(repeats, floors))
+        row["of_floor"] = statistics.median(f / r.seconds for r, f in zip(repeats, floors))
+    return row
+
+
+def _names(arm: Arm) -> dict[str, Any]:
+    return {
+        "load": arm.load,
+        "arm": arm.name,
+        "backend": arm.backend,
+        "requests": len(arm.lengths),
+        "policy": arm.options.get("policy", "full"),
+        "budget_tokens": arm.options.get("budget_tokens") if arm.options.get("policy", "full") != "full" else None,
+        "refused": None,
+    }
+
+
+def refused(arm: Arm, reason: str) -> dict[str, Any]:
+    """The row of an arm that was not timed."""
+    return _names(arm) | {"refused": reason}
+
+
+def _quantile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[round(share * (len(ordered) - 1))]

@@ -1,0 +1,112 @@
+"""The least time that a step can take, and the entries that it must read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.errors import UsageError
+from zipage import EventStats, RequestOutput, StepStats
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a model makes a step read and multiply.
+
+    Attributes:
+        weight_bytes: of all matrices that a step reads. An input embedding is looked up, not read, unless it is the
+            output's too.
+        kv_bytes: of one token's K and V in all layers.
+        token_flops: operations of one token in the layers' matrices.
+        vocab_size: tokens.
+    """
+
+    weight_bytes: int
+    kv_bytes: int
+    token_flops: int
+    vocab_size: int
+
+    @classmethod
+    def read(cls, folder: Path, dtype: str, device: str) -> ModelShape:
+        """From a folder's `config.json`.
+
+        Args:
+            dtype: as `EngineConfig.dtype`; "auto" is the config's on CUDA and float32 on a CPU.
+            device: "cpu" or another.
+
+        Raises:
+            UsageError: there is no such file, or it lacks a size.
+        """
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            hidden, heads = config["hidden_size"], config["num_attention_heads"]
+            head_dim = config.get("head_dim") or hidden // heads
+            kv_heads = config.get("num_key_value_heads") or heads
+            attention = 2 * hidden * (heads + kv_heads) * head_dim
+            layers = config["num_hidden_layers"] * (attention + 3 * hidden * config["intermediate_size"])
+            vocab = config["vocab_size"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(f"model.path={folder}: a benchmark needs a config.json with the model's sizes") from error
+        if dtype == "auto":
+            named = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+            dtype = "float32" if device == "cpu" else named
+        size = DTYPE_BYTES[dtype]
+        kv_bytes = 2 * config["num_hidden_layers"] * kv_heads * head_dim * size
+        return cls((layers + vocab * hidden) * size, kv_bytes, 2 * layers, vocab)
+
+
+def step_floor(
+    shape: ModelShape, entries: float, prefill_tokens: float, bandwidth: float, flops_per_second: float
+) -> float:
+    """The least seconds of a step: (weights + entries x bytes of one) / bandwidth + prefill arithmetic / matmul rate.
+
+    The arithmetic of decodes hides behind the bytes; attention within a prompt and all host time count as nothing.
+
+    Args:
+        entries: of all requests that the step reads.
+        prefill_tokens: of the step.
+        bandwidth: measured bytes a second.
+        flops_per_second: measured.
+    """
+    moved = shape.weight_bytes + entries * shape.kv_bytes
+    return moved / bandwidth + prefill_tokens * shape.token_flops / flops_per_second
+
+
+class EntriesRead:
+    """Follows the entries that running requests hold, from what an engine tells.
+
+    Attributes:
+        entries: of each step, those that it reads: the part of all held that its batch is of all running.
+    """
+
+    def __init__(self, most: float | None = None) -> None:
+        """`most`: entries that the pool holds. It bounds engines that don't tell of preemptions; None: no bound."""
+        self.entries: list[float] = []
+        self._most, self._held = float("inf") if most is None else most, 0
+        self._evicted: Counter[str] = Counter()
+
+    def step(self, step: StepStats) -> None:
+        self._held += step.prefill_tokens + step.num_decode
+        running = max(step.num_running, step.num_decode + step.num_prefill, 1)
+        share = (step.num_decode + step.num_prefill) / running
+        self.entries.append(min(max(self._held, 0), self._most) * share)
+
+    def event(self, event: EventStats) -> None:
+        if event.kind == "compress":
+            gone = event.entries_before - event.entries_after
+            self._evicted[event.request_id] += gone
+            self._held -= gone
+        elif event.kind == "resume":
+            self._held += event.entries_before
+        else:
+            self._held -= event.entries_before
+
+    def finished(self, output: RequestOutput) -> None:
+        """The last token of an answer was never an input, so it has no entry."""
+        metrics = output.metrics
+        held = metrics.prompt_tokens - metrics.cached_tokens + metrics.output_tokens - 1
+        self._held -= held - self._evicted.pop(output.request_id, 0)
