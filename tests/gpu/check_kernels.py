@@ -264,6 +264,14 @@ def check_sampling(checks: Checks, grid: Grid) -> None:
         checks.add("sample_from_logits", name, value, 0.0, vocab=vocab, temperature=temperature)
 
 
+PARTS = {
+    "attention": check_attention,
+    "writes": check_writes,
+    "layer_ops": check_layer_ops,
+    "sampling": check_sampling,
+}
+
+
 def check_large_addresses(checks: Checks) -> None:
     """The last block of a cache of more than 2^31 elements, written and read."""
     blocks = 2**31 // (256 * 128) + 2
@@ -465,7 +473,12 @@ def main() -> int:
     parser.add_argument("--commit", default="unknown", help="git commit of the kernels, for the record")
     parser.add_argument("--seed", type=int, default=None, help="of the inputs; default: fresh ones")
     parser.add_argument("--dry", action="store_true", help="a few small cases, interpreted on a CPU, no timing")
+    parser.add_argument("--only", default=",".join(PARTS), help="some of %(default)s")
+    parser.add_argument("--no-timing", action="store_true", help="check, but time nothing: beside other processes")
     options = parser.parse_args()
+    parts = options.only.split(",")
+    if not set(parts) <= set(PARTS):
+        parser.error(f"--only {options.only}: name some of {', '.join(PARTS)}")
     if not DRY and not torch.cuda.is_available():
         parser.error("no CUDA device: use --dry to check the script on a CPU")
 
@@ -475,23 +488,20 @@ def main() -> int:
     record = provenance(options.commit, seed)
     grid = SMALL if DRY else FULL
     checks, begin = Checks(), time.monotonic()
-    check_attention(checks, grid)
-    check_writes(checks, grid)
-    check_layer_ops(checks, grid)
-    check_sampling(checks, grid)
+    for part in parts:
+        PARTS[part](checks, grid)
     timing = None
-    if not DRY:
+    if not DRY and "attention" in parts:
         check_large_addresses(checks)
         check_graph(checks)
     record["check_seconds"] = time.monotonic() - begin
-    if not DRY:
+    if not DRY and not options.no_timing:
         bandwidth = time_copy()
-        timing = {
-            "copy_bytes_per_second": bandwidth,
-            "decode": time_decode(bandwidth),
-            "prefill": time_prefill(),
-            "layer_ops": time_layer_ops(bandwidth),
-        }
+        timing = {"copy_bytes_per_second": bandwidth, "decode": [], "prefill": [], "layer_ops": []}
+        if "attention" in parts:
+            timing |= {"decode": time_decode(bandwidth), "prefill": time_prefill()}
+        if "layer_ops" in parts:
+            timing["layer_ops"] = time_layer_ops(bandwidth)
     record |= {
         "failures": checks.failures,
         "grid": asdict(grid),
