@@ -122,7 +122,7 @@ def error(out: Tensor, expected: Tensor) -> float:
 def differing(actual: Tensor, expected: Tensor) -> float:
     """Share of elements that differ, NaN standing for itself."""
     same = (actual == expected) | (actual.isnan() & expected.isnan())
-    return 1 - same.float().mean().item()
+    return (~same).double().mean().item()
 
 
 class Checks:
