@@ -24,6 +24,9 @@ BUDGET = ("budget", "engine.block_size", "policy.trigger", "policy.recent_tokens
 PREFERRED = ("engine.", "scenario.", "hardware.", "provenance.code.")
 """Of several baselines, the one that differs in the fewest of these is taken, and of those the latest."""
 
+BYTES = ("kv_bytes.mean", 1.05)
+"""A control of as many bytes: of the runs that hold at least those of this column, up to so many times as many."""
+
 _POLICY, _BUDGET = "sampling.policy", "sampling.budget_tokens"
 """Options of a request that stand before the run's policy and budget."""
 
@@ -41,10 +44,27 @@ def random_with_prompt(runs: pd.DataFrame) -> list[int | None]:
     None where there is none, for the control itself and under full KV.
     """
     runs = _described(runs)
-    control = runs["policy"] == "random_attention"
-    control |= (runs["policy"] == "random") & (runs["policy.protection"] == "prompt")
-    compared = ~control & (runs["policy"] != "full")
-    return _match(runs, control.to_numpy(), compared.to_numpy(), MATCHED + BUDGET, (*PREFERRED, "policy."))
+    control, compared = _controls(runs)
+    return _match(runs, control, compared, MATCHED + BUDGET, (*PREFERRED, "policy."))
+
+
+def random_of_as_many_bytes(runs: pd.DataFrame) -> list[int | None]:
+    """The same of the same bytes: the control whose samples held the fewest bytes that are no fewer than the run's.
+
+    A budget counts entries; a policy also holds queries, scores and positions, and these are counted here. None where no
+    control holds as many, or the least holds over 5 % more.
+    """
+    runs = _described(runs)
+    control, compared = _controls(runs)
+    column, most = BYTES
+    held = runs.reindex(columns=[column]).astype(float).to_numpy()[:, 0]
+    groups = _groups(runs, MATCHED + tuple(name for name in BUDGET if name != "budget"))
+    found: list[int | None] = [None] * len(runs)
+    for i in np.flatnonzero(compared & (held > 0)):
+        enough = control & (groups == groups[i]) & (held >= held[i]) & (held <= most * held[i])
+        if enough.any():
+            found[i] = int(min(np.flatnonzero(enough), key=lambda j: held[j]))
+    return found
 
 
 def devices(runs: pd.DataFrame) -> list[str]:
@@ -68,6 +88,13 @@ def _described(runs: pd.DataFrame) -> pd.DataFrame:
     return plain.assign(device=devices(runs), policy=policy, budget=budget)
 
 
+def _controls(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Masks over described runs: those of random eviction that protects the prompt, and those to compare with them."""
+    control = runs["policy"] == "random_attention"
+    control |= (runs["policy"] == "random") & (runs["policy.protection"] == "prompt")
+    return control.to_numpy(), (~control & (runs["policy"] != "full")).to_numpy()
+
+
 def _match(
     runs: pd.DataFrame,
     baselines: np.ndarray,
@@ -76,7 +103,7 @@ def _match(
     preferred: tuple[str, ...],
 ) -> list[int | None]:
     """For each run in the mask `compared`, the position of the nearest one in the mask `baselines`."""
-    _, groups = np.unique(_codes(runs, matched), axis=0, return_inverse=True)
+    groups = _groups(runs, matched)
     nearness = _codes(runs, preferred)
     ended = runs.reindex(columns=["provenance.ended"]).astype(str).to_numpy()[:, 0]
     latest_first = np.argsort(ended, kind="stable")[::-1]
@@ -89,6 +116,11 @@ def _match(
         if among:
             found[i] = among[int((nearness[among] != nearness[i]).sum(1).argmin())]
     return found
+
+
+def _groups(runs: pd.DataFrame, matched: tuple[str, ...]) -> np.ndarray:
+    """A number for each set of runs that have all of these in common, [runs]."""
+    return np.unique(_codes(runs, matched), axis=0, return_inverse=True)[1]
 
 
 def _codes(runs: pd.DataFrame, names: tuple[str, ...]) -> np.ndarray:

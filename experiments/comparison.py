@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.baselines import devices, full_kv, random_with_prompt
+from experiments.baselines import devices, full_kv, random_of_as_many_bytes, random_with_prompt
 from experiments.bootstrap import check_share
 from experiments.samples import Samples, read_samples
 from experiments.statistics import (
@@ -39,7 +39,7 @@ RECORDED = (
 AGAINST = ("run", "difference", "low", "high", "verdict", "power_warning")
 DERIVED = (
     *("device", "problems", "graded", "accuracy", "accuracy.low", "accuracy.high", "cap_hit_share", "loop_rate"),
-    *(f"{baseline}.{name}" for baseline in ("full", "random") for name in AGAINST),
+    *(f"{baseline}.{name}" for baseline in ("full", "random", "bytes") for name in AGAINST),
     *("output_length.inflation", "goodput", "slo_goodput", "correct_per_gpu_hour"),
 )
 _TEXTS = ("device", ".run", ".verdict", ".power_warning")
@@ -78,6 +78,7 @@ def compare(
         full.run, full.difference, full.low, full.high, full.verdict, full.power_warning: the baseline under full KV,
             accuracy less its accuracy, paired by problem, and what `non_inferiority` and `power_warning` say.
         random.run, ...: the same against random eviction of the same budget that protects the prompt.
+        bytes.run, ...: the same against random eviction that protects the prompt and holds as many bytes, up to 5 % more.
         output_length.inflation: mean output length over that of full KV.
         goodput, slo_goodput: right answers per second, and those in time. A grade between 0 and 1 counts in part.
         correct_per_gpu_hour: right answers per hour and device, loading left out. On a CPU that is an hour of the
@@ -115,7 +116,8 @@ def compare(
         rows[i] |= {"problems": interval.clusters, "graded": interval.samples, "accuracy": interval.value}
         rows[i] |= {"accuracy.low": interval.low, "accuracy.high": interval.high}
     names, lengths = recorded["run"].tolist(), numbers["length"].tolist()
-    for name, baselines in (("full", full_kv(runs)), ("random", random_with_prompt(runs))):
+    controls = {"full": full_kv(runs), "random": random_with_prompt(runs), "bytes": random_of_as_many_bytes(runs)}
+    for name, baselines in controls.items():
         pairs = {i: j for i, j in enumerate(baselines) if j is not None}
         for i, j in pairs.items():
             rows[i][f"{name}.run"] = names[j]

@@ -185,7 +185,11 @@ def warnings(runs: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
         lines.append(f"The budget never bound in {int(unbound.sum())} evicting runs: these equal full KV.")
     if (faults := int(runs["errors"].fillna(0).sum())) > 0:
         lines.append(f"{faults} samples were refused; they count as wrong.")
-    for baseline, name in (("full", "full KV"), ("random", "random + prompt")):
+    for baseline, name in (
+        ("full", "full KV"),
+        ("random", "random + prompt"),
+        ("bytes", "random + prompt of as many bytes"),
+    ):
         said = compared[f"{baseline}.power_warning"].dropna().unique()
         if len(said):
             lines.append(f"Against {name}, in {compared[f'{baseline}.power_warning'].notna().sum()} runs: {said[0]}.")
@@ -215,7 +219,8 @@ def provenance_table(runs: pd.DataFrame) -> pd.DataFrame:
 def _explained(margin: float) -> str:
     return (
         "<p>Accuracy is the mean over samples with a 95 % interval that resamples problems. Differences are paired by "
-        "problem. KV MiB is the most that one sample's cache held, scores, positions and query slot included. The "
+        "problem. KV MiB is the most that one sample's cache held, scores, positions and query slot included. "
+        "Random + prompt is the control of the same budget, or, beside it, of as many bytes and up to 5 % more. The "
         f"verdict is about non-inferiority to full KV at a margin of {100 * margin:g} points. Right answers per "
         "GPU-hour leave loading out.</p>"
     )

@@ -39,6 +39,9 @@ def _text(column: str) -> Cell:
     return lambda row: "-" if row[column] is None or pd.isna(row[column]) else str(row[column])
 
 
+AS_MANY_BYTES = "less random + prompt of as many bytes"
+"""The column is left out where no run has such a control."""
+
 COLUMNS: dict[str, Cell] = {
     "workload": _text("workload.name"),
     "policy": label,
@@ -49,6 +52,7 @@ COLUMNS: dict[str, Cell] = {
     "less full KV": _difference("full"),
     "verdict": _text("full.verdict"),
     "less random + prompt": _difference("random"),
+    AS_MANY_BYTES: _difference("bytes"),
     "tokens/s": _number("output_tokens_per_second", "{:,.0f}"),
     "right answers/GPU-hour": _number("correct_per_gpu_hour", "{:,.0f}"),
     "mean output": _number("output_length.mean", "{:,.0f}"),
@@ -66,6 +70,8 @@ def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
     order = keyed.sort_values(["workload.name", "model.name", "_full", "_label", "policy.budget_tokens"])
     rows = [[cell(row) for cell in COLUMNS.values()] for _, row in order.iterrows()]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
+    if (table[AS_MANY_BYTES] == "-").all():
+        table = table.drop(columns=AS_MANY_BYTES)
     if compared["model.name"].nunique() > 1:
         table.insert(0, "model", order["model.name"].tolist())
     return table

@@ -232,6 +232,28 @@ class TestBaselines:
         assert controls.isna().to_dict() == {"control": True, "run": not found}
         assert controls.dropna().tolist() == ["control"] * found
 
+    @pytest.mark.parametrize(
+        ("held", "found"),
+        [
+            ({"control-a": 101.0, "control-b": 104.0}, "control-a"),
+            ({"control-a": 104.0, "control-b": 100.0}, "control-b"),
+            ({"control-a": 99.9, "control-b": 105.1}, None),
+            ({"control-a": 99.9, "control-b": None}, None),
+        ],
+    )
+    def test_random_control_of_as_many_bytes(self, tmp_path, held, found):
+        """The fewest that are no fewer, up to 5 % more, whatever its budget."""
+        for budget, (name, mean) in enumerate(held.items(), 600):
+            metrics = {"kv_bytes": None if mean is None else {"mean": mean}}
+            make_run(tmp_path, name, RANDOM | {"budget_tokens": budget}, metrics=metrics)
+        make_run(tmp_path, "other", RANDOM, metrics={"kv_bytes": {"mean": 100.0}}, config={"engine.block_size": 16})
+        make_run(tmp_path, "bare", RANDOM | {"protection": "none"}, metrics={"kv_bytes": {"mean": 100.0}})
+        make_run(tmp_path, "run", ZIPAGE, [1.0] * 60, metrics={"kv_bytes": {"mean": 100.0}})
+        table = compared(tmp_path)
+        assert table["random.run"].isna().all(), "none of the same budget in blocks of the same size"
+        assert table["bytes.run"].dropna().to_dict() == ({"run": found, "bare": found} if found else {})
+        assert pd.isna(table.loc["run", "bytes.difference"]) == (found is None)
+
     def test_policy_and_budget_of_the_requests_count(self, tmp_path):
         make_run(tmp_path, "a", ZIPAGE, config={"sampling.policy": "full"})
         make_run(tmp_path, "b", ZIPAGE)
