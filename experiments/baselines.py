@@ -51,8 +51,8 @@ def random_with_prompt(runs: pd.DataFrame) -> list[int | None]:
 def random_of_as_many_bytes(runs: pd.DataFrame) -> list[int | None]:
     """The same of the same bytes: the control whose samples held the fewest bytes that are no fewer than the run's.
 
-    A budget counts entries; a policy also holds queries, scores and positions, and these are counted here. None where no
-    control holds as many, or the least holds over 5 % more.
+    A budget counts entries; a policy also holds queries, scores and positions, and these are counted here. None where
+    no control holds as many, or the least holds over 5 % more.
     """
     runs = _described(runs)
     control, compared = _controls(runs)

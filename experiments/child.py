@@ -1,7 +1,11 @@
-"""A run in a process of its own, so that whatever happens to it happens to nothing else."""
+"""Runs in processes of their own, so that whatever happens to one happens to nothing else."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import select
 import signal
 import subprocess
 import sys
@@ -43,6 +47,71 @@ def run_child(command: Sequence[str], progress: Callable[[], str]) -> tuple[int,
         return code, output.read().decode(errors="replace")
 
 
+class Worker:
+    """A process that does one task after another, and ends with the first that fails.
+
+    The command gets a file descriptor as its last argument. It reads tasks from its standard input, a JSON list of
+    texts a line, and writes a line to the descriptor after each that is done.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        """Raises OSError where it could not be started."""
+        told, tells = os.pipe()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            self._process = subprocess.Popen(
+                [*command, str(tells)],
+                stdin=subprocess.PIPE,
+                stdout=self._output,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+                pass_fds=(tells,),
+            )
+        except OSError:
+            os.close(told)
+            self._output.close()
+            raise
+        finally:
+            os.close(tells)
+        self._told = os.fdopen(told, "rb")
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def run(self, task: Sequence[str], progress: Callable[[], str]) -> tuple[int, str]:
+        """Do a task. Arguments, returns and raises as `run_child`; any exit code but 0 ends the process too."""
+        # Not a seek: the process writes at the file's own place.
+        begin = os.fstat(self._output.fileno()).st_size
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has ended, which the other pipe tells
+                self._process.stdin.write(json.dumps(list(task)).encode() + b"\n")
+                self._process.stdin.flush()
+            while not select.select([self._told], [], [], 1)[0]:
+                _show(progress)
+            code = 0 if self._told.readline() else self._process.wait()
+        except BaseException:
+            _stop(self._process)
+            raise
+        finally:
+            _clear()
+        size = os.fstat(self._output.fileno()).st_size - begin
+        output = os.pread(self._output.fileno(), size, begin).decode(errors="replace")
+        return code, output
+
+    def close(self) -> None:
+        """End the process, which is idle."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._told.close()
+        self._output.close()
+
+
 def reason_of(code: int, output: str) -> str:
     """Why a run failed, in one line, from its exit code and what it printed."""
     if code < 0:
@@ -66,12 +135,21 @@ def _wait(process: subprocess.Popen[bytes], progress: Callable[[], str]) -> int:
         try:
             return process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            if sys.stdout.isatty():
-                # Whatever is printed next takes the line's place.
-                print(f"{progress()}\033[K\r", end="", flush=True)
+            _show(progress)
         finally:
-            if process.returncode is not None and sys.stdout.isatty():
-                print("\033[K", end="", flush=True)
+            if process.returncode is not None:
+                _clear()
+
+
+def _show(progress: Callable[[], str]) -> None:
+    if sys.stdout.isatty():
+        # Whatever is printed next takes the line's place.
+        print(f"{progress()}\033[K\r", end="", flush=True)
+
+
+def _clear() -> None:
+    if sys.stdout.isatty():
+        print("\033[K", end="", flush=True)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

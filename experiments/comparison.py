@@ -78,7 +78,8 @@ def compare(
         full.run, full.difference, full.low, full.high, full.verdict, full.power_warning: the baseline under full KV,
             accuracy less its accuracy, paired by problem, and what `non_inferiority` and `power_warning` say.
         random.run, ...: the same against random eviction of the same budget that protects the prompt.
-        bytes.run, ...: the same against random eviction that protects the prompt and holds as many bytes, up to 5 % more.
+        bytes.run, ...: the same against random eviction that protects the prompt and holds as many bytes, or up to 5 %
+            more.
         output_length.inflation: mean output length over that of full KV.
         goodput, slo_goodput: right answers per second, and those in time. A grade between 0 and 1 counts in part.
         correct_per_gpu_hour: right answers per hour and device, loading left out. On a CPU that is an hour of the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,12 @@ def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKEND
         UsageError: the run can't be done as asked; nothing was recorded.
         RunError: it began and failed; nothing was recorded but a traceback beside it.
     """
-    job = prepare(experiment, backends)
+    return carry_out(prepare(experiment, backends))
+
+
+def carry_out(job: Job) -> Path:
+    """`run` of a job that is prepared."""
+    experiment = job.experiment
     folder = job.folder  # reads a trace too, so that its faults show before the model is loaded
     if records.is_complete(folder) and not experiment.force:
         return _found(folder)
@@ -55,8 +60,12 @@ def prepare(
     backends: Mapping[str, BackendFactory] = BACKENDS,
     load_problems: Callable[[WorkloadConfig, int | None], list[Problem]] = load_problems,
     find_model: Callable[[ModelConfig], LocalModel] = find_model,
+    command: Sequence[str] | None = None,
 ) -> Job:
     """Get hold of all that a run needs, but load no model.
+
+    Args:
+        command: that the record names, after Python; None: this process's.
 
     Raises:
         UsageError: the run can't be done as asked.
@@ -71,6 +80,7 @@ def prepare(
         factory=get_backend(experiment.backend, backends),
         problems=load_problems(experiment.workload, experiment.limit),
         model=find_model(experiment.model),
+        command=command,
     )
 
 
@@ -103,6 +113,7 @@ class Job:
     factory: BackendFactory
     problems: list[Problem]
     model: LocalModel
+    command: Sequence[str] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -163,9 +174,11 @@ class Job:
             outcomes.write_rows(staging / records.STEPS, step_rows, outcomes.STEP_SCHEMA)
             outcomes.write_rows(staging / records.EVENTS, event_rows, outcomes.EVENT_SCHEMA)
             times = {"started": started, "ended": provenance.now()}
-            origin = provenance.collect() | times | self._inputs(prompts, renderer)
+            origin = provenance.collect(self.command) | times | self._inputs(prompts, renderer)
             records.write_json(staging / records.PROVENANCE, origin)
             tracker.log_record(staging, request_rows)
+            if hasattr(backend, "shutdown"):
+                backend.shutdown()
             return metrics
         finally:
             tracker.finish(metrics)

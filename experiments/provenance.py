@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,13 +19,17 @@ from experiments.paths import ROOT
 PACKAGES = ("zipage", "torch", "triton", "transformers", "tokenizers", "safetensors", "gguf", "datasets", "numpy")
 
 
-def collect() -> dict[str, Any]:
-    """Everything about this process and this machine that a number may depend on."""
+def collect(command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Everything about this process and this machine that a number may depend on.
+
+    Args:
+        command: what was run, where it is not this process's command line.
+    """
     import torch
 
     return {
         "code": code_state(),
-        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "command": shlex.join([Path(sys.executable).name, *(sys.orig_argv[1:] if command is None else command)]),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "hardware": {
             "cpu": _cpu_model(),

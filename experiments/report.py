@@ -62,7 +62,7 @@ def runs_table(runs: pd.DataFrame, options: Sequence[str] = ()) -> str:
 
 
 def sweep_table(path: Path) -> str:
-    """The finished runs of a sweep, given by its file, with the options in which its arms differ.
+    """The finished runs of a sweep, given by its file, with the options in which arms of one workload differ.
 
     Raises:
         UsageError: the file is no record of a sweep.
@@ -70,9 +70,12 @@ def sweep_table(path: Path) -> str:
     runs = load_runs(path)
     if runs.empty:
         return "no finished run"
-    settings = [set(arm["overrides"]) for arm in read_sweep(path)]
-    differing = set.union(*settings) - set.intersection(*settings)
-    varied = {override.lstrip("+").partition("=")[0] for override in differing}
+    alike: dict[frozenset[str], list[set[str]]] = {}
+    for arm in read_sweep(path):
+        asked = {override.lstrip("+") for override in arm["overrides"]}
+        alike.setdefault(frozenset(o for o in asked if o.startswith("workload=")), []).append(asked)
+    differing = set().union(*(set.union(*arms) - set.intersection(*arms) for arms in alike.values()))
+    varied = {override.partition("=")[0] for override in differing}
     shown = {*COLUMNS, "policy.name", "policy.budget_tokens", "policy.protection"}
     return runs_table(runs, sorted(varied & set(runs.columns) - shown))
 

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import hydra
 from omegaconf import DictConfig
@@ -22,11 +22,16 @@ from experiments.paths import CONF
 from experiments.schema import build, explain, register
 
 
-def main(backends: Mapping[str, BackendFactory] = BACKENDS, child: Sequence[str] = sweep.RUN) -> int:
+def main(
+    backends: Mapping[str, BackendFactory] = BACKENDS,
+    child: Sequence[str] = sweep.RUN,
+    worker: Sequence[str] = sweep.WORKER,
+) -> int:
     """The command line. Returns its exit code: 0 done, 1 a run failed, 2 wrong usage, 130 interrupted.
 
     Args:
         child: the command that makes one run of a sweep.
+        worker: the command that makes one after another (`experiments.worker`).
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     codes = []
@@ -43,7 +48,7 @@ def main(backends: Mapping[str, BackendFactory] = BACKENDS, child: Sequence[str]
     try:
         sweeps, arguments = split_command_line(sys.argv[1:])
         if sweeps:
-            return sweep.run(sweeps, arguments, backends, child)
+            return sweep.run(sweeps, arguments, backends, child, worker)
         entry()
     except KeyboardInterrupt:
         return _fail("interrupted: nothing was recorded", 130)
@@ -55,9 +60,17 @@ def main(backends: Mapping[str, BackendFactory] = BACKENDS, child: Sequence[str]
 
 
 def _run(config: DictConfig, backends: Mapping[str, BackendFactory]) -> int:
-    try:
+    def act() -> None:
         experiment = build(config)
         (job if experiment.scenario.kind == "serve" else bench).run(experiment, backends)
+
+    return exit_code(act)
+
+
+def exit_code(act: Callable[[], object]) -> int:
+    """Do a run, and say in a line how it failed if it did: 0 done, 1 it failed, 2 wrong usage."""
+    try:
+        act()
     except UsageError as error:
         return _fail(error, 2)
     except RunError as error:

@@ -1,4 +1,4 @@
-"""A sweep: one run after another, each in a process of its own.
+"""A sweep: one run after another, each in a process of its own, or, where that is asked for, around one loaded model.
 
 What a sweep has done is what the results folder holds: a run is known by its id, so a sweep that was stopped, however
 that was, goes on when it is started again. A run that outlived a killed sweep ends by itself; the new one waits for it.
@@ -21,7 +21,7 @@ from typing import Any
 from experiments import job, records
 from experiments.arms import Arm, expand
 from experiments.backends import BackendFactory
-from experiments.child import reason_of, run_child
+from experiments.child import Worker, reason_of, run_child
 from experiments.errors import UsageError, one_line
 from experiments.models import find_model
 from experiments.report import sweep_table
@@ -29,19 +29,24 @@ from experiments.schema import Experiment, load_experiment
 from experiments.workloads import load_problems
 
 RUN = (sys.executable, "-m", "experiments.run")
+WORKER = (sys.executable, "-m", "experiments.worker")
+SHARE = "share_model"
+"""`+share_model=true`: arms of Zipage on the same model and hardware follow each other in one process."""
 ALIKE = ("model.name", "workload.name", "limit", "sampling.n", "sampling.max_tokens", "hardware.device")
 """Runs that are equal in these options take about as long as each other."""
 
 
 def run(
-    names: Sequence[str], arguments: Sequence[str], backends: Mapping[str, BackendFactory], child: Sequence[str] = RUN
-) -> int:
+    names: Sequence[str], arguments: Sequence[str], backends: Mapping[str, BackendFactory], child: Sequence[str] = RUN,
+    worker: Sequence[str] = WORKER,
+) -> int:  # fmt: skip
     """Run the arms of the joined sweeps that are not done yet, and print the table of all.
 
     Args:
         names: of sweeps (see `experiments.arms`).
-        arguments: overrides for every arm.
+        arguments: overrides for every arm, and `+share_model=true`.
         child: the command that makes one run of the overrides after it.
+        worker: the command of an `experiments.child.Worker` that makes one after another.
 
     Returns:
         The exit code: 0 all arms are done, 1 some failed, 130 interrupted.
@@ -49,8 +54,9 @@ def run(
     Raises:
         UsageError: the sweep can't be done as asked; nothing was run.
     """
+    shares, arguments = _asks_to_share(arguments)
     arms = plan(names, arguments, backends)
-    sweep = Sweep("+".join(Path(name).stem for name in names), arms, child)
+    sweep = Sweep("+".join(Path(name).stem for name in names), arms, child, worker if shares else None)
     sweep.write()
     with _stop_signals():
         try:
@@ -58,6 +64,17 @@ def run(
         except KeyboardInterrupt:
             print("\nerror: interrupted; finished arms are kept, and the same command goes on", file=sys.stderr)
             return 130
+        finally:
+            sweep.close()
+
+
+def _asks_to_share(arguments: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether arms shall share a model, and the rest of the arguments."""
+    asked = [argument for argument in arguments if argument.lstrip("+").partition("=")[0] == SHARE]
+    values = {argument.partition("=")[2].lower() for argument in asked}
+    if not values <= {"true", "false"} or len(values) > 1:
+        raise UsageError(f"{' '.join(asked)}: must be +{SHARE}=true or +{SHARE}=false")
+    return values == {"true"}, [argument for argument in arguments if argument not in asked]
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,15 @@ class PlannedRun:
     def kind(self) -> tuple[Any, ...]:
         return attrgetter(*ALIKE)(self.experiment)
 
+    @property
+    def shared(self) -> str | None:
+        """Equal for arms that may share a loaded model; None for one that may not: only Zipage can be shut down."""
+        experiment = self.experiment
+        if experiment.backend != "zipage":
+            return None
+        drawn = experiment.seed if experiment.model.load_format == "dummy" else None
+        return repr((experiment.model, experiment.hardware, experiment.engine.dtype, drawn))
+
 
 def plan(names: Sequence[str], arguments: Sequence[str], backends: Mapping[str, BackendFactory]) -> list[PlannedRun]:
     """Compose and check every arm, without loading a model. Arms that mean the same run are one.
@@ -79,7 +105,7 @@ def plan(names: Sequence[str], arguments: Sequence[str], backends: Mapping[str, 
     Raises:
         UsageError: an arm can't be run as asked; the line names the sweep, the arm and the option.
     """
-    problems, model = _remembered(load_problems), _remembered(find_model)
+    problems, model = remembered(load_problems), remembered(find_model)
     planned: dict[Path, PlannedRun] = {}
     for number, overrides in enumerate(expand(names, arguments), 1):
         try:
@@ -100,8 +126,12 @@ class Sweep:
         path: the sweep's record, a list of its arms and their runs; it has nothing that changes.
     """
 
-    def __init__(self, name: str, arms: Sequence[PlannedRun], child: Sequence[str]) -> None:
-        self.name, self.arms, self.child = name, arms, child
+    def __init__(
+        self, name: str, arms: Sequence[PlannedRun], child: Sequence[str], worker: Sequence[str] | None = None
+    ) -> None:
+        self.name, self.arms, self.child, self.worker = name, arms, child, worker
+        self._working: tuple[str, Worker] | None = None
+        """The process that holds a model, and what arms must have in common to run there."""
         digest = records.content_hash([arm.folder.name for arm in arms])
         self.path = arms[0].folder.parent / records.SWEEPS / f"{name}-{digest[:12]}.json"
         self.shared = [option for option in arms[0].overrides if all(option in arm.overrides for arm in arms)]
@@ -161,9 +191,7 @@ class Sweep:
     def _run_arm(self, arm: PlannedRun, begin: float, waiting: Sequence[PlannedRun]) -> str | None:
         """Run one arm. Returns None when it is done, else why not, in one line."""
         try:
-            code, output = run_child(
-                [*self.child, *arm.overrides, *self._group(arm)], lambda: f"  {self._progress(begin, waiting)}"
-            )
+            code, output = self._carry_out(arm, lambda: f"  {self._progress(begin, waiting)}")
         except OSError as error:
             return one_line(error)
         log = self.path.with_name(f"{arm.folder.name}.log")
@@ -173,6 +201,23 @@ class Sweep:
         with contextlib.suppress(OSError):
             log.write_text(output, encoding="utf-8")
         return reason_of(code, output)
+
+    def _carry_out(self, arm: PlannedRun, progress: Callable[[], str]) -> tuple[int, str]:
+        """The exit code and output of the arm, in a process of its own or in the one that holds its model."""
+        overrides = [*arm.overrides, *self._group(arm)]
+        if self._working and (self._working[0] != arm.shared or self._working[1].ended):
+            self.close()  # before another takes memory
+        if self.worker is None or arm.shared is None:
+            return run_child([*self.child, *overrides], progress)
+        if self._working is None:
+            self._working = arm.shared, Worker(self.worker)
+        return self._working[1].run(overrides, progress)
+
+    def close(self) -> None:
+        """End the process that holds a model, if there is one."""
+        if self._working:
+            self._working[1].close()
+            self._working = None
 
     def _group(self, arm: PlannedRun) -> list[str]:
         """The override that gathers the sweep's runs in wandb, where they go there without a group of their own."""
@@ -211,7 +256,7 @@ def _stop_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that works out each answer once: arms share models, whose files are hashed, and data sets."""
     answers: dict[str, Any] = {}
 

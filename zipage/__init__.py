@@ -10,6 +10,7 @@ from zipage.stats import EngineStats, EventStats, RequestMetrics, StepStats
 if TYPE_CHECKING:
     from kernels.bench import measure_ceilings, measure_kernels
     from zipage.engine import LLM
+    from zipage.model.loader import share_model
 
 __all__ = [
     "LLM",
@@ -24,6 +25,7 @@ __all__ = [
     "StreamEvent",
     "measure_ceilings",
     "measure_kernels",
+    "share_model",
 ]
 
 
@@ -37,4 +39,8 @@ def __getattr__(name: str):
         from kernels import bench
 
         return getattr(bench, name)
+    if name == "share_model":
+        from zipage.model.loader import share_model
+
+        return share_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,7 +21,7 @@ from zipage.debug import DebugChecks
 from zipage.detokenizer import Detokenizer, decode
 from zipage.intake import Intake, Prompt
 from zipage.kv_cache import KVCache, plan_memory
-from zipage.model.loader import load_model
+from zipage.model.loader import obtain_model
 from zipage.model.tokenizer import end_of_sequence_ids, load_tokenizer
 from zipage.model_runner import Launch, ModelRunner, StepResult
 from zipage.outputs import CompletionOutput, RequestOutput, StreamEvent
@@ -81,7 +81,7 @@ class LLM:
     def __init__(self, model: str, **options: Any) -> None:
         config = EngineConfig.from_kwargs(model=str(model), **options)
         self.config = config
-        loaded = load_model(
+        loaded = obtain_model(
             config.model, load_format=config.load_format, dtype=config.dtype, device=config.device, seed=config.seed
         )
         spec = loaded.spec
