@@ -64,7 +64,14 @@ def prepare(
         rows = []
         for number, arm in enumerate(arms, 1):
             begin = time.perf_counter()
-            rows.append(_measured(arm, backends, ceilings))
+            try:
+                rows.append(_measured(arm, backends, ceilings))
+            except KeyboardInterrupt:
+                if not rows:
+                    raise
+                rows += [refused(late, "interrupted") for late in arms[number - 1 :]]
+                print("interrupted: what was measured is recorded", flush=True)
+                break
             rate = rows[-1].get("tokens_per_second")
             said = f"refused: {rows[-1]['refused']}" if rate is None else f"{rate:,.0f} tokens/s"
             print(f"{number}/{len(arms)} {arm.title}: {said} ({time.perf_counter() - begin:.0f} s)", flush=True)

@@ -55,16 +55,15 @@ def measure(arm: Arm, factory: BackendFactory, ceilings: Mapping[str, float] | N
         shape = ModelShape.read(
             Path(arm.options["model"]), arm.options.get("dtype", "auto"), "cpu" if used_before is None else "cuda"
         )
-        random = Random(arm.seed)
-        prompts = [[random.randrange(shape.vocab_size) for _ in range(prompt)] for prompt, _ in arm.lengths]
-        _served(backend, arm, "start", [prompts[0][:16]], [1])
+        _served(backend, arm, "start", [_prompts(arm, shape, "start")[0][:16]], [1])
         startup = time.perf_counter() - begin
         outputs = [output for _, output in arm.lengths]
         if arm.window_steps is None:
-            _served(backend, arm, "warm-up", prompts, [min(output, arm.warmup_tokens) for output in outputs])
-            repeats = [_whole(backend, arm, shape, i, prompts, outputs) for i in range(arm.repeats)]
+            warm_up = [min(output, arm.warmup_tokens) for output in outputs]
+            _served(backend, arm, "warm-up", _prompts(arm, shape, "warm-up"), warm_up)
+            repeats = [_whole(backend, arm, shape, str(i), outputs) for i in range(arm.repeats)]
         else:
-            repeats = _windows(backend, arm, shape, prompts, outputs)
+            repeats = _windows(backend, arm, shape, outputs)
         return _row(arm, shape, repeats, ceilings) | {"startup_seconds": startup, "memory_bytes": _used(used_before)}
     finally:
         if hasattr(backend, "shutdown"):
@@ -86,6 +85,12 @@ def _used(before: int | None) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info()
     return total - free - before
+
+
+def _prompts(arm: Arm, shape: ModelShape, label: str) -> list[list[int]]:
+    """Token ids, others for each label: no repeat finds its prompts in a prefix cache."""
+    random = Random(f"{arm.seed} {label}")
+    return [[random.randrange(shape.vocab_size) for _ in range(prompt)] for prompt, _ in arm.lengths]
 
 
 def _requests(arm: Arm, label: str, prompts: list[list[int]], outputs: list[int]) -> list[TimedRequest]:
@@ -154,21 +159,18 @@ class _Observed:
         return {name: getattr(stats, counter) for name, counter in COUNTED.items()}
 
 
-def _whole(
-    backend: Backend, arm: Arm, shape: ModelShape, number: int, prompts: list[list[int]], outputs: list[int]
-) -> Repeat:
+def _whole(backend: Backend, arm: Arm, shape: ModelShape, label: str, outputs: list[int]) -> Repeat:
     """All requests from the first to the last."""
+    prompts = _prompts(arm, shape, label)
     with _Observed(backend, arm, shape) as observed:
-        served = _served(observed, arm, str(number), prompts, outputs)
+        served = _served(observed, arm, label, prompts, outputs)
         return observed.repeat(served.seconds, sum(o.metrics.output_tokens for o in served.outputs.values()))
 
 
-def _windows(
-    backend: Backend, arm: Arm, shape: ModelShape, prompts: list[list[int]], outputs: list[int]
-) -> list[Repeat]:
+def _windows(backend: Backend, arm: Arm, shape: ModelShape, outputs: list[int]) -> list[Repeat]:
     """Windows of steps, once a step without prefill shows that the pool is full or the queue empty."""
     with _Observed(backend, arm, shape) as observed:
-        for request in _requests(arm, "0", prompts, outputs):
+        for request in _requests(arm, "0", _prompts(arm, shape, "0"), outputs):
             observed.add_request(request.token_ids, request.params, request.id)
 
         def run(steps: int) -> None:

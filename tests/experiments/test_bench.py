@@ -13,6 +13,7 @@ from experiments import archive, run
 from experiments.backends import BACKENDS
 from experiments.bench import __main__ as show
 from experiments.bench import engine, gate
+from experiments.bench import measure as measuring
 from experiments.bench.loads import LOADS, read_arms
 from experiments.bench.measure import _Observed, _served, measure
 from experiments.bench.roofline import EntriesRead, ModelShape, step_floor
@@ -134,6 +135,47 @@ def test_the_engine_is_timed_and_recorded(bench, results, tiny, tmp_path, capsys
     assert "| whole | zipage |" in capsys.readouterr().out
     assert show.main([str(record_of(results)), "--picture", str(tmp_path / "bench.png")]) == 0
     assert (tmp_path / "bench.png").stat().st_size > 0
+
+
+def test_an_interruption_costs_the_arms_that_are_not_done(bench, results, tiny, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "load.yaml"
+    path.write_text(LOAD)
+    arguments = "scenario=engine_bench", f"scenario.loads=[{path}]", f"model.path={tiny}"
+    measured, done = engine.measure, []
+
+    def interrupted(arm, *rest):
+        if len(done) == interrupted.after:
+            raise KeyboardInterrupt
+        done.append(arm.name)
+        return measured(arm, *rest)
+
+    monkeypatch.setattr(engine, "measure", interrupted)
+    interrupted.after = 0
+    assert bench(*arguments) == 130
+    assert not list(results.glob("*/metrics.json"))
+    interrupted.after = 1
+    assert bench(*arguments) == 1
+    rows = load_rows(record_of(results))
+    assert rows["refused"].isna()[0]
+    assert rows["refused"][1] == "interrupted"
+    assert rows["tokens_per_second"][0] > 0
+
+
+def test_no_repeat_finds_its_prompts_in_the_prefix_cache(bench, results, tiny, tmp_path, monkeypatch):
+    path = tmp_path / "load.yaml"
+    path.write_text(LOAD.replace("prompt_tokens: 20", "prompt_tokens: 40"))
+    cached = []
+    serve = measuring._served
+
+    def observed(*arguments):
+        served = serve(*arguments)
+        cached.extend(output.metrics.cached_tokens for output in served.outputs.values())
+        return served
+
+    monkeypatch.setattr(measuring, "_served", observed)
+    assert bench("scenario=engine_bench", f"scenario.loads=[{path}]", f"model.path={tiny}") == 0
+    assert len(cached) == 2 * (1 + 4 + 2 * 4), "two arms: a start, a warm-up and two repeats of four requests"
+    assert not any(cached)
 
 
 def test_arms_fail_alone(bench, results, tiny, tmp_path, monkeypatch, capsys):
