@@ -34,9 +34,9 @@ def make_rule(
     return EvictionRule(policy, Budget.from_tokens((max_blocks - 1) * block_size, block_size), protected, recent)
 
 
-def make_scheduler(num_blocks=64, block_size=16, *, caching=True, watermark=0.0, **options) -> Scheduler:
+def make_scheduler(num_blocks=64, block_size=16, *, caching=True, growth=0, **options) -> Scheduler:
     options = {"max_num_seqs": 8, "max_num_batched_tokens": 64} | options
-    return Scheduler(BlockPool(num_blocks, block_size, caching), watermark=watermark, **options)
+    return Scheduler(BlockPool(num_blocks, block_size, caching), growth=growth, **options)
 
 
 def make_samples(name="r", prompt=20, max_tokens=8, n=1, rule=None) -> list[Request]:

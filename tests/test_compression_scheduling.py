@@ -504,26 +504,34 @@ def test_a_resumed_request_gets_its_protected_entries_back_where_the_blocks_were
 
 
 @pytest.mark.parametrize("paused", [True, False])
-def test_admission_and_return_leave_the_watermark_free(paused):
-    request, other = make_request("a", 12, 60, make_rule(3, 4)), make_request("b", 4, 60, make_rule(3, 4))
-    scheduler, model = started(request, num_blocks=10, watermark=0.6)
+@pytest.mark.parametrize("bounded", [True, False])
+def test_admission_and_return_leave_room_to_grow_to_those_that_no_compression_stops(paused, bounded):
+    request = make_request("a", 12, 60, make_rule(3, 4))
+    other = make_request("b", 4, 60, make_rule(3, 4) if bounded else None)
+    scheduler, model = started(request, num_blocks=10, growth=24)
     if paused:
         step_until(model, lambda: request.rounds == 1)
         model.pause(request)
-        scheduler.waiting.remove(request)
-    else:
-        scheduler.waiting.remove(request)
+    scheduler.waiting.remove(request)
     scheduler.add(other)
     step_until(model, lambda: len(other.block_ids) == 3)
     scheduler.waiting.append(request)
     model.step()
-    assert scheduler.running == [other], "3 + 2 blocks would leave fewer than 6 of 10"
+    assert set(scheduler.running) == ({request, other} if bounded else {other})
+
+
+def test_under_pressure_room_to_grow_is_kept_for_the_unbounded_alone():
+    bounded, full = make_request("a", 4, 60, make_rule(3, 4)), make_request("b", 4, 60)
+    scheduler, model = started(bounded, full, num_blocks=30, trigger="pressure", growth=24)
+    model.step()
+    assert scheduler._growth_of(bounded) == 0
+    assert scheduler._growth_of(full) == -(-(5 + 24) // 4) - 1
 
 
 @pytest.mark.parametrize("paused", [True, False])
-def test_alone_a_request_may_use_the_whole_pool_whatever_the_watermark(paused):
+def test_alone_a_request_may_use_the_whole_pool(paused):
     request = make_request("a", 16, 20, make_rule(4, 4))
-    scheduler, model = started(request, num_blocks=4, watermark=0.5)
+    scheduler, model = started(request, num_blocks=4, growth=24)
     if paused:
         step_until(model, lambda: request.rounds == 1 and request.cache_len == 14)
         model.pause(request)

@@ -117,16 +117,39 @@ def test_youngest_is_preempted_and_returns_first():
     assert [r.num_output_tokens for r in (old, young, new)] == [30, 30, 30]
 
 
-def test_admission_leaves_the_watermark_free():
-    scheduler = make_scheduler(num_blocks=10, watermark=0.2)
+@pytest.mark.parametrize(("growth", "admitted"), [(6, True), (7, False)])
+def test_admission_leaves_room_to_grow(growth, admitted):
+    """The first holds 38 of 40 tokens' room in ten of twelve blocks; the second takes one of the two that are left."""
+    scheduler = make_scheduler(num_blocks=12, block_size=4, growth=growth)
     model = FabricatedModel(scheduler)
-    for name in "ab":
-        scheduler.add(make_request(name, prompt=70, max_tokens=2))
-    model.run()
-    scheduler.add(make_request("c", prompt=100, max_tokens=2))
-    scheduler.add(make_request("d", prompt=30, max_tokens=2))
+    scheduler.add(make_request("a", prompt=37, max_tokens=30))
     model.step()
-    assert len(scheduler.running) == 1, "7 + 2 blocks would leave fewer than 2 of 10"
+    scheduler.add(make_request("b", prompt=4, max_tokens=30))
+    model.step()
+    assert len(scheduler.running) == 1 + admitted
+
+
+def test_no_room_is_kept_beyond_a_request_s_end():
+    scheduler = make_scheduler(num_blocks=12, block_size=4, growth=128)
+    model = FabricatedModel(scheduler)
+    scheduler.add(make_request("a", prompt=37, max_tokens=4))
+    scheduler.add(make_request("b", prompt=8, max_tokens=30))
+    model.step()
+    assert len(scheduler.running) == 2
+
+
+def test_room_to_grow_saves_preemptions():
+    def preemptions(growth: int) -> int:
+        scheduler = make_scheduler(128, 4, growth=growth, max_num_seqs=32)
+        model = FabricatedModel(scheduler)
+        requests = [make_request(f"r{i}", prompt=16 + i % 7, max_tokens=60) for i in range(48)]
+        for request in requests:
+            scheduler.add(request)
+        model.run()
+        assert all(request.num_output_tokens == 60 for request in requests)
+        return sum(request.num_preemptions for request in requests)
+
+    assert preemptions(16) < preemptions(0)
 
 
 def test_end_tokens_and_length_end_a_request():
@@ -165,7 +188,7 @@ def test_random_loads_end_without_leak_starvation_or_stale_entry(seed):
         num_blocks,
         size,
         caching=rng.random() < 0.7,
-        watermark=rng.choice([0.0, 0.05]),
+        growth=rng.choice([0, 0, 1, size, 128]),
         max_num_seqs=rng.randrange(1, 10),
         max_num_batched_tokens=rng.randrange(10, 80),
     )

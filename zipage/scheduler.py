@@ -17,6 +17,11 @@ from zipage.request import Request, Status
 
 AGE = attrgetter("number")
 
+GROWTH = 128
+"""Entries of each running request for which room is kept when another is admitted. With less, more are admitted that
+must soon leave again, to be computed anew; with more, the pool stands empty (`tests/benchmarks/growth.py`).
+"""
+
 
 class CachedPrefix(NamedTuple):
     """The beginning of a text that is in the cache already.
@@ -44,10 +49,11 @@ class Scheduler:
     whose value is still pending. If that token turns out to end it, what the next step computes for it is dropped.
     Without its blocks or row it waits until its token is known, for then its text is computed again from the host's.
 
-    **Memory.** A prompt is admitted only when the pool holds all of it at once and keeps `watermark` of its blocks free
-    for the growth of those that already run. A decode that finds no free block takes those of a younger request: of the
-    youngest without a query slot, else of the youngest. The victim's text is computed again when it returns; after its
-    first compression that is impossible, so it is *paused*: its entries go to host memory and come back unchanged.
+    **Memory.** A prompt is admitted only when the pool holds all of it at once and keeps blocks free for the next
+    `growth` entries of each that runs, unless its compression comes before. A decode that finds no free block takes
+    those of a younger request: of the youngest without a query slot, else of the youngest. The victim's text is
+    computed again when it returns; after its first compression that is impossible, so it is *paused*: its entries go to
+    host memory and come back unchanged.
 
     **Query slots.** Policies that score by attention need the latest `w` queries of a request, which only one with a
     query slot stores. `hybrid`: others run too, as long as they own fewer than N_max blocks or their last block has
@@ -69,7 +75,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enable_chunked_prefill: bool = True,
-        watermark: float = 0.01,
+        growth: int = GROWTH,
         num_query_slots: int = 0,
         trigger: str = "block_full",
         scheduling: str = "hybrid",
@@ -78,7 +84,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_chunked_prefill = enable_chunked_prefill
-        self.reserve = int(watermark * pool.num_blocks)
+        self.growth = growth
         self.num_query_slots = num_query_slots
         self.constrained = scheduling == "constrained"
         self.waiting: deque[Request] = deque()
@@ -143,14 +149,28 @@ class Scheduler:
             for request in self.running
         )
         if self.waiting and len(self.running) < self.max_num_seqs:
-            wanted += self._num_wanted(self.waiting[0]) + self.reserve
+            wanted += self._num_wanted(self.waiting[0]) + self._room_to_grow()
         return wanted - self.pool.num_free
+
+    def _room_to_grow(self) -> int:
+        return sum(map(self._growth_of, self.running))
+
+    def _growth_of(self, request: Request) -> int:
+        """Blocks that a running request lacks for its next `growth` entries, as far as no compression comes before."""
+        rule = request.rule
+        if rule is not None and self.compressions.by_pressure:
+            return 0
+        length = min(request.num_tokens + self.growth, request.max_total_tokens - 1)
+        blocks = -(-(request.cache_len + length - request.num_computed) // self.pool.block_size)
+        if rule is not None:
+            blocks = min(blocks, rule.max_blocks)
+        return max(0, blocks - len(request.block_ids))
 
     def _num_wanted(self, request: Request) -> int:
         """Blocks that the return or admission of a request takes from the free ones."""
         if request.status is Status.PAUSED:
             shared = self._unchanged_blocks(request)
-            total = len(request.block_ids) + self._growth(request)
+            total = len(request.block_ids) + self._next_block(request)
         else:
             prefix = self._find_prefix(request)
             if prefix is None:
@@ -286,13 +306,15 @@ class Scheduler:
     def _admit(self, plan: StepPlan, budget: int, now: float) -> None:
         self._assign_slots()
         held_back = []
+        room = self._room_to_grow() if self.waiting else 0
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             if request.num_pending:
                 break
             if request.status is Status.PAUSED:
-                if not self._resume(plan, request):
+                if not self._resume(plan, request, room):
                     break
+                room += self._growth_of(request)
                 continue
             prefix = self._find_prefix(request)
             if prefix is None:
@@ -304,8 +326,7 @@ class Scheduler:
                 break
             if not self._slots and not self._may_enter_without_slot(request, num_entries, num_blocks):
                 break
-            reserve = self.reserve if self.running else 0
-            blocks = self.pool.allocate(num_blocks - len(prefix.shared), prefix.shared, reserve)
+            blocks = self.pool.allocate(num_blocks - len(prefix.shared), prefix.shared, room)
             if blocks is None:
                 break
             self._enter(request, blocks)
@@ -319,6 +340,7 @@ class Scheduler:
             if prefix.tail is not None:
                 plan.copies.append((prefix.tail, blocks[len(prefix.shared)]))
             budget -= self._add_chunk(plan, request, budget)
+            room += self._growth_of(request)
         self.waiting.extendleft(reversed(held_back))
 
     def _enter(self, request: Request, blocks: list[int]) -> None:
@@ -406,13 +428,14 @@ class Scheduler:
             place += 1
         self.waiting.insert(place, request)
 
-    def _resume(self, plan: StepPlan, request: Request) -> bool:
-        """Give the head of the queue, which is paused, its blocks and slot back, with room for its next token."""
+    def _resume(self, plan: StepPlan, request: Request, room: int) -> bool:
+        """Give the head of the queue, which is paused, its blocks and slot back, with room for its next token and
+        `room` blocks for the others.
+        """
         if request.queries_saved and not self._slots:
             return False
         shared = self._unchanged_blocks(request)
-        reserve = self._growth(request) + (self.reserve if self.running else 0)
-        blocks = self.pool.allocate(len(request.block_ids) - len(shared), shared, reserve)
+        blocks = self.pool.allocate(len(request.block_ids) - len(shared), shared, self._next_block(request) + room)
         if blocks is None:
             return False
         self._enter(request, blocks)
@@ -425,7 +448,7 @@ class Scheduler:
         self.num_resumes += 1
         return True
 
-    def _growth(self, request: Request) -> int:
+    def _next_block(self, request: Request) -> int:
         """Blocks that a paused request needs for its next token beside those it had, unless it is compressed first."""
         held = len(request.block_ids)
         if request.cache_len < held * self.pool.block_size:
