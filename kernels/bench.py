@@ -369,8 +369,7 @@ def _store(shapes: KernelShapes, device: torch.device, block_size: int) -> Case:
 def _compression(shapes: KernelShapes, device: torch.device) -> Iterator[Case]:
     """The kernels of one launch that compresses several requests in all layers."""
     size, count, layers, heads = max(shapes.block_sizes), shapes.compressions, shapes.layers, shapes.kv_heads
-    flat = replace(shapes, kv_heads=layers * heads)
-    k_flat, v_flat, tables, lens = _paged(flat, device, count, shapes.entries, size)
+    k_flat, v_flat, tables, lens = _paged(shapes, device, count, shapes.entries, size, layers)
     k_cache, v_cache = (x.unflatten(1, (layers, heads)).transpose(0, 1).contiguous() for x in (k_flat, v_flat))
     del k_flat, v_flat
     pairs = layers * count * heads
@@ -442,11 +441,11 @@ def _compression(shapes: KernelShapes, device: torch.device) -> Iterator[Case]:
 
 
 def _paged(
-    shapes: KernelShapes, device: torch.device, count: int, length: int, block_size: int
+    shapes: KernelShapes, device: torch.device, count: int, length: int, block_size: int, layers: int = 1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random K and V of `count` requests in shuffled blocks: caches, block tables and lengths."""
+    """Random K and V of `count` requests in shuffled blocks: caches [blocks, layers * H, b, d], tables and lengths."""
     each = -(-length // block_size)
-    shape = (count * each, shapes.kv_heads, block_size, shapes.head_dim)
+    shape = (count * each, layers * shapes.kv_heads, block_size, shapes.head_dim)
     k_cache, v_cache = (torch.randn(shape, device=device, dtype=getattr(torch, shapes.dtype)) for _ in range(2))
     tables = torch.randperm(count * each, device=device).int().view(count, each)
     return k_cache, v_cache, tables, torch.full((count,), length, dtype=torch.int32, device=device)

@@ -12,12 +12,16 @@ from tests.eviction.cases import Case
 from zipage import LLM, EventStats, RequestOutput, SamplingParams
 from zipage.plan import StepPlan
 from zipage.request import Status
+from zipage.scheduler import GROWTH
 
 UNBOUNDED = 100_000
 
 
-def make_llm(folder: Path, case: Case | None, budget: int = 64, **options) -> LLM:
-    """An engine in debug mode; `case` None is full KV. `recent`, protection and options are the case's."""
+def make_llm(folder: Path, case: Case | None, budget: int = 64, growth: int = GROWTH, **options) -> LLM:
+    """An engine in debug mode; `case` None is full KV. `recent`, protection and options are the case's.
+
+    A `growth` of 0 lets a small pool take in more requests than it can hold to their budgets: some have to leave.
+    """
     defaults = {
         "skip_tokenizer_init": True,
         "device": "cpu",
@@ -35,7 +39,9 @@ def make_llm(folder: Path, case: Case | None, budget: int = 64, **options) -> LL
             "protection": case.protection,
             "recent_tokens": case.recent,
         }
-    return LLM(str(folder), **defaults | options)
+    llm = LLM(str(folder), **defaults | options)
+    llm._scheduler.growth = growth
+    return llm
 
 
 def greedy(max_tokens: int, **options) -> SamplingParams:

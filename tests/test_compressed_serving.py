@@ -34,7 +34,7 @@ def test_a_long_thought_stays_inside_its_blocks(tmp_path, asynchronous):
 
 
 def test_counters_events_and_steps_tell_the_same(folder):
-    llm = make_llm(folder, ZIPAGE, num_blocks=11)
+    llm = make_llm(folder, ZIPAGE, num_blocks=11, growth=0)
     events, steps = record_events(llm), []
     llm.step_listeners.append(steps.append)
     outputs = llm.generate(random_prompts([5, 17, 33, 9, 40, 20], VOCAB), greedy(90), use_tqdm=False)

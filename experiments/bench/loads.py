@@ -25,7 +25,8 @@ class Load:
     Attributes:
         lengths: options of the workload `lengths`: count, prompt_tokens, output_tokens, distribution, ...
         arms: by name, options of `EngineConfig`, and `backend` (default zipage), and `staggered`: so many requests
-            begin with prompts of lengths spread evenly over their outputs, which become as much shorter.
+            begin as if a part of their outputs were there, parts spread evenly from nothing to all: with prompts of as
+            many entries as they would hold, and outputs as much shorter.
         engine: options of `EngineConfig` for all arms.
         temperature: of sampling.
         warmup_tokens: tokens of each output in the run before those that are timed: as many as it takes to compress.
@@ -142,22 +143,31 @@ def _arm(
     backend, staggered = options.pop("backend", "zipage"), options.pop("staggered", 0)
     get_backend(backend, backends)
     options |= dict(given) | {"model": model, "load_format": "dummy", "skip_tokenizer_init": True, "seed": seed}
-    EngineConfig.from_kwargs(**options)
+    config = EngineConfig.from_kwargs(**options)
     SamplingParams(temperature=load.temperature)
     lengths = [[p.prompt_tokens, p.output_tokens] for p in generate(seed, **load.lengths)]
     if not isinstance(staggered, int) or not 0 <= staggered <= len(lengths):
         raise UsageError(f"staggered={staggered!r}: must be a whole number up to the {len(lengths)} requests")
     return Arm(
-        load=load_name, name=name, backend=backend, options=options, lengths=_stagger(lengths, staggered, seed),
+        load=load_name, name=name, backend=backend, options=options, lengths=_stagger(lengths, staggered, seed, config),
         temperature=load.temperature, warmup_tokens=load.warmup_tokens, window_steps=load.window_steps, seed=seed,
         repeats=repeats,
     )  # fmt: skip
 
 
-def _stagger(lengths: list[list[int]], count: int, seed: int) -> list[list[int]]:
-    """The first `count` requests as if a part of each output were there: parts spread evenly, in a random order."""
+def _stagger(lengths: list[list[int]], count: int, seed: int, config: EngineConfig) -> list[list[int]]:
+    """The first `count` requests as if a part of each output were there: parts spread evenly, in a random order.
+
+    Past its budget a bounded request holds the budget and, from compression to compression, up to a block more.
+    """
     parts = [(i + 0.5) / count for i in range(count)]
     Random(seed).shuffle(parts)
-    done = [int(part * output) for part, (_, output) in zip(parts, lengths)]
-    begun = [[prompt + n, output - n] for n, (prompt, output) in zip(done, lengths)]
+    budget = None if config.policy == "full" else config.budget_tokens
+    begun = []
+    for part, (prompt, output) in zip(parts, lengths):
+        done = int(part * output)
+        held = prompt + done
+        if budget is not None and held > budget:
+            held = budget + 1 + done % config.block_size
+        begun.append([held, output - done])
     return begun + lengths[count:]

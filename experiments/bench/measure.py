@@ -21,7 +21,7 @@ from experiments.scenarios import Served, TimedRequest, serve
 from zipage import RequestOutput, SamplingParams, StepStats
 
 SETTLE_STEPS = 16
-"""Steps between a full pool and the first window."""
+"""Steps in a row without prefill that tell a full pool from one in which a compression is about to make room."""
 COUNTED = {"compressions": "compressions_applied", "pauses": "pauses", "preemptions": "preemptions"}
 
 
@@ -168,7 +168,7 @@ def _whole(backend: Backend, arm: Arm, shape: ModelShape, label: str, outputs: l
 
 
 def _windows(backend: Backend, arm: Arm, shape: ModelShape, outputs: list[int]) -> list[Repeat]:
-    """Windows of steps, once a step without prefill shows that the pool is full or the queue empty."""
+    """Windows of steps, once steps without prefill show that the pool is full or the queue empty."""
     with _Observed(backend, arm, shape) as observed:
         for request in _requests(arm, "0", _prompts(arm, shape, "0"), outputs):
             observed.add_request(request.token_ids, request.params, request.id)
@@ -179,10 +179,10 @@ def _windows(backend: Backend, arm: Arm, shape: ModelShape, outputs: list[int]) 
                     raise RunError("the load ended before its last window: ask for longer outputs or fewer steps")
                 observed.step()
 
-        run(1)
-        while not observed.steps or observed.steps[-1].num_prefill or not observed.steps[-1].num_decode:
+        while len(observed.steps) < SETTLE_STEPS or not all(
+            step.num_decode and not step.num_prefill for step in observed.steps[-SETTLE_STEPS:]
+        ):
             run(1)
-        run(SETTLE_STEPS)
         repeats = []
         for _ in range(arm.repeats):
             observed.mark()

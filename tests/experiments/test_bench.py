@@ -94,6 +94,11 @@ def test_kernels_are_timed_and_recorded(bench, results, capsys, tmp_path):
         against_roofline(rows)
 
 
+def test_a_model_may_have_more_kv_heads_in_all_its_layers_than_query_heads():
+    report = kernels.measure_kernels("cpu", {"layers": 6, "query_heads": 4, "kv_heads": 2}, rounds=1)
+    assert all(row.refused is None for row in report.rows)
+
+
 def test_a_wrong_kernel_is_refused_a_time(bench, results, monkeypatch, capsys):
     decode = kernels.dispatch.paged_decode
     monkeypatch.setattr(kernels.dispatch, "paged_decode", lambda *args: decode(*args) * 1.01)
@@ -256,6 +261,16 @@ def test_staggered_requests_end_where_the_others_do():
     begun = sorted(prompt for prompt, _ in arm.lengths[:43])
     assert begun[0] < 400
     assert begun[-1] > 16_000
+
+
+def test_staggered_requests_hold_what_their_budget_lets_them():
+    (arm,) = (arm for arm in arms_of("long") if arm.name == "zipage")
+    begun = arm.lengths[:156]
+    assert sorted(output for _, output in begun)[::155] == [53, 16_384 - 52]
+    held = [prompt for prompt, output in begun if output < 16_384 - 2048]
+    assert min(held) > 2048
+    assert 2048 + 240 < max(held) <= 2048 + 256
+    assert sum(held) / len(held) == pytest.approx(2048 + 128, rel=0.01)
 
 
 def test_one_arm_of_a_load():

@@ -57,7 +57,7 @@ BINDING = {
     "batch": {},
     "chunked": {"max_num_batched_tokens": 24},
     "constrained": {"scheduling": "constrained", "num_blocks": 25},
-    "tight": {"num_blocks": 11},
+    "tight": {"num_blocks": 11, "growth": 0},
     "paused": {},
     "prefix hit": {},
 }
