@@ -16,7 +16,18 @@ from typing import Any
 
 from experiments.paths import ROOT
 
-PACKAGES = ("zipage", "torch", "triton", "transformers", "tokenizers", "safetensors", "gguf", "datasets", "numpy", "vllm")
+PACKAGES = (
+    "zipage",
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "gguf",
+    "datasets",
+    "numpy",
+    "vllm",
+)
 
 
 def collect(command: Sequence[str] | None = None) -> dict[str, Any]:

@@ -279,6 +279,7 @@ def _cases(shapes: KernelShapes, device: torch.device) -> Iterator[Case]:
     for context in shapes.contexts:
         for block_size in shapes.block_sizes:
             yield _decode(shapes, device, context, block_size)
+        yield _decode(shapes, device, context, max(shapes.block_sizes), spread=True)
     for block_size in shapes.block_sizes:
         yield _prefill(shapes, device, block_size)
     for block_size in shapes.block_sizes:
@@ -286,28 +287,33 @@ def _cases(shapes: KernelShapes, device: torch.device) -> Iterator[Case]:
     yield from _compression(shapes, device)
 
 
-def _decode(shapes: KernelShapes, device: torch.device, context: int, block_size: int) -> Case:
-    k_cache, v_cache, tables, lens = _paged(shapes, device, shapes.batch, context, block_size)
+def _decode(shapes: KernelShapes, device: torch.device, context: int, block_size: int, spread: bool = False) -> Case:
+    """`spread`: lengths from nothing to twice the context, as of requests that began one after the other."""
+    longest = 2 * context if spread else context
+    k_cache, v_cache, tables, lens = _paged(shapes, device, shapes.batch, longest, block_size)
+    if spread:
+        lens = torch.linspace(1, longest, shapes.batch, device=device).int()
+    pieces = dispatch.decode_pieces(lens, k_cache, tables.shape[1])
     q = torch.randn(shapes.batch, shapes.query_heads, shapes.head_dim, device=device, dtype=k_cache.dtype)
     scale = shapes.head_dim**-0.5
 
     def run() -> Tensor:
-        return dispatch.paged_decode(q, k_cache, v_cache, tables, lens, scale)
+        return dispatch.paged_decode(q, k_cache, v_cache, tables, lens, scale, pieces)
 
     def gate() -> tuple[float, float]:
-        host = _slice(k_cache, v_cache, tables[:GATED])
-        expected = reference.paged_decode(q[:GATED].cpu().float(), *host, lens[:GATED].cpu(), scale)
-        return _row_error(run()[:GATED], expected), ATTENTION_BOUNDS[q.dtype]
+        host = _slice(k_cache, v_cache, tables[-GATED:])
+        expected = reference.paged_decode(q[-GATED:].cpu().float(), *host, lens[-GATED:].cpu(), scale)
+        return _row_error(run()[-GATED:], expected), ATTENTION_BOUNDS[q.dtype]
 
-    entries = shapes.batch * context * shapes.kv_heads * shapes.head_dim
+    entries = int(lens.sum())
     return Case(
         "paged_decode",
-        f"{shapes.batch} x {context:,}, block {block_size}",
+        f"{shapes.batch} x {'1 to ' if spread else ''}{longest:,}, block {block_size}",
         run,
         gate,
-        read=2 * entries * q.itemsize + q.nbytes,
+        read=2 * entries * shapes.kv_heads * shapes.head_dim * q.itemsize + q.nbytes,
         written=q.nbytes,
-        flops=4 * shapes.batch * context * shapes.query_heads * shapes.head_dim,
+        flops=4 * entries * shapes.query_heads * shapes.head_dim,
     )
 
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kernels import cpu, layout
+
+if TYPE_CHECKING:
+    from kernels.decode_pieces import Pieces
 
 
 @functools.cache
@@ -22,7 +26,7 @@ def _triton() -> SimpleNamespace:
     from kernels.compaction import compact_holes_triton, compact_stable_triton
     from kernels.global_score import update_global_score_triton
     from kernels.kv_store import store_kv_triton
-    from kernels.paged_decode import paged_decode_triton
+    from kernels.paged_decode import decode_pieces_triton, paged_decode_triton
     from kernels.paged_prefill import paged_prefill_triton
     from kernels.qk_norm_rope import qk_norm_rope_triton
     from kernels.redundancy import redundancy_triton
@@ -35,6 +39,7 @@ def _triton() -> SimpleNamespace:
 
     return SimpleNamespace(
         store_kv=store_kv_triton,
+        decode_pieces=decode_pieces_triton,
         paged_decode=paged_decode_triton,
         paged_prefill=paged_prefill_triton,
         copy_blocks=copy_blocks_triton,
@@ -73,8 +78,31 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
         cpu.store_kv_torch(k, v, k_cache, v_cache, slots)
 
 
+def decode_pieces(cache_lens: Tensor, k_cache: Tensor, max_blocks: int) -> Pieces | None:
+    """How `paged_decode` cuts the requests of a step, to be given to it in every layer.
+
+    Args:
+        cache_lens: int32 [B].
+        k_cache: [num_blocks, H, b, d], of any layer.
+        max_blocks: columns of the block tables.
+
+    Returns:
+        The pieces; None on a CPU, which cuts nothing.
+    """
+    if not k_cache.is_cuda:
+        return None
+    with torch.cuda.device(k_cache.device):
+        return _triton().decode_pieces(cache_lens, k_cache, max_blocks)
+
+
 def paged_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, cache_lens: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    cache_lens: Tensor,
+    scale: float,
+    pieces: Pieces | None = None,
 ) -> Tensor:
     """Attention of one query a request over its entries.
 
@@ -84,6 +112,7 @@ def paged_decode(
         block_tables: int32 [B, max_blocks]; never read past ceil(cache_len / b).
         cache_lens: int32 [B], the current token's entry included; 0 gives zeros.
         scale: of the scores, before the softmax.
+        pieces: `decode_pieces` of these lengths, caches and tables; None: they are made here.
 
     Returns:
         [B, Hq, d], q's dtype. The softmax is in float32.
@@ -94,7 +123,7 @@ def paged_decode(
     layout.check_decode(q, k_cache, v_cache, block_tables, cache_lens)
     if q.is_cuda:
         with torch.cuda.device(q.device):
-            return _triton().paged_decode(q, k_cache, v_cache, block_tables, cache_lens, scale)
+            return _triton().paged_decode(q, k_cache, v_cache, block_tables, cache_lens, scale, pieces)
     return cpu.paged_decode_torch(q, k_cache, v_cache, block_tables, cache_lens, scale)
 
 

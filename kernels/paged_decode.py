@@ -1,4 +1,4 @@
-"""Split-KV flash decoding over block tables, in Triton.
+"""Flash decoding over block tables, in Triton: requests cut into pieces, and the pieces' results combined.
 
 Sources: Flash-Decoding (https://pytorch.org/blog/flash-decoding/), PagedAttention (arXiv 2309.06180).
 """
@@ -10,35 +10,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.tiles import LOG2_E, attend_tile, load_blocks, multiprocessors, padded_dim
-
-PROGRAMS_PER_SM = 3
-"""Programs that a multiprocessor holds at once, by their shared memory on Hopper: splitting fills them, no more."""
-
-MIN_SPLIT = 128
-"""Entries below which a split costs more than it hides."""
+from kernels.decode_pieces import Pieces, cut_requests
+from kernels.tiles import LOG2_E, attend_tile, load_blocks, padded_dim
 
 
-@triton.jit
-def _splits_in_use(length, num_splits, TILE: tl.constexpr, MIN_TILES: tl.constexpr):
-    """(tiles of a request, tiles of one split). A split past the request's tiles is empty."""
-    tiles = tl.cdiv(length, TILE)
-    return tiles, tl.maximum(tl.cdiv(tiles, num_splits), MIN_TILES)
-
-
-@triton.jit(do_not_specialize=["table_ptr", "lens_ptr", "max_ptr", "sum_ptr", "num_splits", "group", "table_stride"])
-def _attend_splits(
+@triton.jit(
+    do_not_specialize=[
+        "table_ptr",
+        "lens_ptr",
+        "ranges_ptr",
+        "max_ptr",
+        "sum_ptr",
+        "num_pieces",
+        "group",
+        "table_stride",
+    ]
+)
+def _attend_pieces(
     q_ptr,
     k_ptr,
     v_ptr,
     table_ptr,
     lens_ptr,
+    ranges_ptr,
     out_ptr,
     acc_ptr,
     max_ptr,
     sum_ptr,
     scale_log2,
-    num_splits,
+    num_pieces,
     group,
     q_row_stride,
     q_head_stride,
@@ -50,19 +50,16 @@ def _attend_splits(
     DIM_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
-    """One request, KV head and split: all query heads of the KV head are the rows of one tile."""
-    row = tl.program_id(0).to(tl.int64)
+    """One piece and KV head: all query heads of the KV head are the rows of one tile."""
+    piece = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    split = tl.program_id(2)
-    length = tl.load(lens_ptr + row)
-    tiles, per_split = _splits_in_use(length, num_splits, TILE, MIN_TILES)
-    first = split * per_split
-    last = tl.minimum(first + per_split, tiles)
-    if not WHOLE and first >= tiles:
+    row = tl.load(ranges_ptr + piece).to(tl.int64)
+    first = tl.load(ranges_ptr + num_pieces + piece)
+    last = tl.load(ranges_ptr + 2 * num_pieces + piece)
+    if row < 0:
         return
+    length = tl.load(lens_ptr + row)
 
     member = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, DIM_PAD)
@@ -87,56 +84,59 @@ def _attend_splits(
         )  # fmt: skip
         blocks = next_blocks
 
-    head_row = row * tl.num_programs(1) * group + heads
-    if WHOLE:
-        out = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
-        tl.store(out_ptr + head_row[:, None] * HEAD_DIM + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+    all_heads = tl.num_programs(1) * group
+    if first == 0 and last * TILE >= length:
+        out = acc / row_sum[:, None]
+        out_ptrs = out_ptr + (row * all_heads + heads)[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        part = head_row * num_splits + split
+        part = piece * all_heads + heads
         tl.store(acc_ptr + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=inside)
         tl.store(max_ptr + part, row_max, mask=member < group)
         tl.store(sum_ptr + part, row_sum, mask=member < group)
 
 
-@triton.jit(do_not_specialize=["max_ptr", "sum_ptr", "lens_ptr", "num_splits"])
-def _combine_splits(
+@triton.jit(do_not_specialize=["acc_ptr", "max_ptr", "sum_ptr", "starts_ptr"])
+def _combine_pieces(
     acc_ptr,
     max_ptr,
     sum_ptr,
-    lens_ptr,
+    starts_ptr,
     out_ptr,
-    num_splits,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
-    TILE: tl.constexpr,
-    MIN_TILES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One request and query head: add its splits, rescaled to their common maximum. Empty splits wrote nothing."""
+    """One request and query head: add its pieces, rescaled to their common maximum; zeros where there is none. A single
+    piece has written its result itself.
+    """
     row = tl.program_id(0).to(tl.int64)
-    head_row = row * tl.num_programs(1) + tl.program_id(1)
-    tiles, per_split = _splits_in_use(tl.load(lens_ptr + row), num_splits, TILE, MIN_TILES)
-    used = tl.cdiv(tiles, per_split)
+    all_heads = tl.num_programs(1)
+    start = tl.load(starts_ptr + row)
+    end = tl.load(starts_ptr + row + 1)
+    if end - start == 1:
+        return
     dims = tl.arange(0, DIM_PAD)
 
     acc = tl.zeros([DIM_PAD], tl.float32)
     all_max = float("-inf")
     all_sum = 0.0
-    for start in range(0, used, CHUNK):
-        split = start + tl.arange(0, CHUNK)
-        part = head_row * num_splits + split
-        split_max = tl.load(max_ptr + part, mask=split < used, other=float("-inf"))
-        split_sum = tl.load(sum_ptr + part, mask=split < used, other=0.0)
-        inside = (split < used)[:, None] & (dims < HEAD_DIM)[None, :]
-        split_acc = tl.load(acc_ptr + part[:, None] * HEAD_DIM + dims[None, :], mask=inside, other=0.0)
-        new_max = tl.maximum(all_max, tl.max(split_max, 0))
-        weights = tl.exp2(split_max - new_max)
+    for chunk in range(start, end, CHUNK):
+        piece = chunk + tl.arange(0, CHUNK)
+        part = piece.to(tl.int64) * all_heads + tl.program_id(1)
+        piece_max = tl.load(max_ptr + part, mask=piece < end, other=float("-inf"))
+        piece_sum = tl.load(sum_ptr + part, mask=piece < end, other=0.0)
+        inside = (piece < end)[:, None] & (dims < HEAD_DIM)[None, :]
+        piece_acc = tl.load(acc_ptr + part[:, None] * HEAD_DIM + dims[None, :], mask=inside, other=0.0)
+        new_max = tl.maximum(all_max, tl.max(piece_max, 0))
+        weights = tl.exp2(piece_max - new_max)
         shrink = tl.exp2(all_max - new_max)
-        acc = acc * shrink + tl.sum(split_acc * weights[:, None], 0)
-        all_sum = all_sum * shrink + tl.sum(split_sum * weights, 0)
+        acc = acc * shrink + tl.sum(piece_acc * weights[:, None], 0)
+        all_sum = all_sum * shrink + tl.sum(piece_sum * weights, 0)
         all_max = new_max
     out = acc / tl.where(all_sum > 0, all_sum, 1.0)
-    tl.store(out_ptr + head_row * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+    out_ptrs = out_ptr + (row * all_heads + tl.program_id(1)) * HEAD_DIM + dims
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 def tile_config(head_dim: int, element_size: int) -> dict[str, int]:
@@ -152,17 +152,18 @@ def tile_config(head_dim: int, element_size: int) -> dict[str, int]:
     return {"TILE": 128 if dim <= 64 else 64 if dim <= 128 else 32, "num_warps": 4, "num_stages": 3}
 
 
-def choose_splits(pairs: int, bound: int, multiprocessors: int) -> int:
-    """Splits of a request: few (request, KV head) pairs are split until they fill the GPU.
+def decode_pieces_triton(cache_lens: Tensor, k_cache: Tensor, max_blocks: int, wanted: int | None = None) -> Pieces:
+    """Cut the requests of a step, the same for all layers.
 
     Args:
-        pairs: requests times KV heads.
-        bound: entries that the block tables have room for. Not the cache lengths: those are on the device, and a
-            launch of fixed shape can be replayed in a CUDA graph.
-        multiprocessors: of the GPU.
+        cache_lens: int32 [B].
+        k_cache: [num_blocks, H, b, d], of any layer.
+        max_blocks: columns of the block tables.
+        wanted: as in `cut_requests`.
     """
-    wanted = PROGRAMS_PER_SM * multiprocessors // pairs
-    return max(1, min(wanted, triton.cdiv(bound, MIN_SPLIT)))
+    kv_heads, block_size, head_dim = k_cache.shape[1:]
+    tile = tile_config(head_dim, k_cache.element_size())["TILE"]
+    return cut_requests(cache_lens, max_blocks * block_size, kv_heads, tile, wanted)
 
 
 def paged_decode_triton(
@@ -172,9 +173,9 @@ def paged_decode_triton(
     block_tables: Tensor,
     cache_lens: Tensor,
     scale: float,
-    num_splits: int | None = None,
+    pieces: Pieces | None = None,
 ) -> Tensor:
-    """`reference.paged_decode` in one launch, or two when the requests are split along their entries.
+    """`reference.paged_decode` in two launches.
 
     Args:
         q: [B, Hq, d], last dimension contiguous.
@@ -182,7 +183,7 @@ def paged_decode_triton(
         block_tables: int32 [B, max_blocks].
         cache_lens: int32 [B].
         scale: of the scores.
-        num_splits: None lets `choose_splits` decide.
+        pieces: `decode_pieces_triton` of these lengths and caches; None cuts them here.
 
     Returns:
         [B, Hq, d], contiguous, q's dtype.
@@ -192,28 +193,23 @@ def paged_decode_triton(
     out = torch.empty((batch, query_heads, head_dim), dtype=q.dtype, device=q.device)
     if batch == 0:
         return out
-    if num_splits is None:
-        bound = block_tables.shape[1] * block_size
-        num_splits = choose_splits(batch * kv_heads, bound, multiprocessors(q.device))
+    if pieces is None:
+        pieces = decode_pieces_triton(cache_lens, k_cache, block_tables.shape[1])
     options = tile_config(head_dim, q.element_size())
-    tile, dim_pad = options["TILE"], padded_dim(head_dim)
-    min_tiles = max(1, MIN_SPLIT // tile)
-    group = query_heads // kv_heads
-    whole = num_splits == 1
-    parts = 0 if whole else batch * query_heads * num_splits
-    acc = torch.empty((parts, head_dim), dtype=torch.float32, device=q.device)
-    maxima, sums = torch.empty((2, parts), dtype=torch.float32, device=q.device)
+    dim_pad, group = padded_dim(head_dim), query_heads // kv_heads
+    num_pieces = pieces.ranges.shape[1]
+    acc = torch.empty((num_pieces, query_heads, head_dim), dtype=torch.float32, device=q.device)
+    maxima, sums = torch.empty((2, num_pieces, query_heads), dtype=torch.float32, device=q.device)
 
-    _attend_splits[(batch, kv_heads, num_splits)](
-        q, k_cache, v_cache, block_tables, cache_lens, out, acc, maxima, sums,
-        scale * LOG2_E, num_splits, group,
-        q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), block_tables.stride(0),
-        GROUP_PAD=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim, DIM_PAD=dim_pad,
-        BLOCK_SIZE=block_size, MIN_TILES=min_tiles, WHOLE=whole, **options,
-    )  # fmt: skip
-    if not whole:
-        _combine_splits[(batch, query_heads)](
-            acc, maxima, sums, cache_lens, out, num_splits,
-            HEAD_DIM=head_dim, DIM_PAD=dim_pad, TILE=tile, MIN_TILES=min_tiles, CHUNK=16, num_warps=4,
+    if num_pieces > 0:
+        _attend_pieces[(num_pieces, kv_heads)](
+            q, k_cache, v_cache, block_tables, cache_lens, pieces.ranges, out, acc, maxima, sums,
+            scale * LOG2_E, num_pieces, group,
+            q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), block_tables.stride(0),
+            GROUP_PAD=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim, DIM_PAD=dim_pad,
+            BLOCK_SIZE=block_size, **options,
         )  # fmt: skip
+    _combine_pieces[(batch, query_heads)](
+        acc, maxima, sums, pieces.starts, out, HEAD_DIM=head_dim, DIM_PAD=dim_pad, CHUNK=16, num_warps=4,
+    )  # fmt: skip
     return out

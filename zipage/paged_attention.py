@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kernels.dispatch import paged_decode, paged_prefill, store_kv, store_step
+from kernels.dispatch import decode_pieces, paged_decode, paged_prefill, store_kv, store_step
 from zipage.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from kernels.decode_pieces import Pieces
 
 
 @dataclass(slots=True)
@@ -40,6 +44,8 @@ class PagedAttention:
     prefill_lens: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
+    _pieces: Pieces | None = field(init=False, default=None)
+    """Of the decodes: cut in the first layer."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, d], k and v [T, H, d], after rotary -> [T, Hq, d]."""
@@ -51,7 +57,10 @@ class PagedAttention:
         parts = []
         n = self.num_decodes
         if n:
-            parts.append(paged_decode(q[:n], k_cache, v_cache, self.decode_tables, self.decode_lens, self.scale))
+            if layer == 0:
+                self._pieces = decode_pieces(self.decode_lens, k_cache, self.decode_tables.shape[1])
+            tables, lens = self.decode_tables, self.decode_lens
+            parts.append(paged_decode(q[:n], k_cache, v_cache, tables, lens, self.scale, self._pieces))
         if self.max_seqlen:
             parts.append(
                 paged_prefill(

@@ -412,6 +412,17 @@ CHECKS = {"unbounded": check_unbounded, "bounded": check_bounded, "loops": check
 SECTIONS = (*CHECKS, "decode", "long")
 
 
+def versions(device: str = "cuda") -> dict[str, str]:
+    """What a record says of the machine."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else platform.processor(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -424,15 +435,10 @@ def main() -> int:
     unknown = sorted(set(chosen) - set(SECTIONS))
     if unknown:
         parser.error(f"--only {unknown[0]}: must be of {', '.join(SECTIONS)}")
-    cuda = torch.device(args.device).type == "cuda"
     record = {
         "command": f"python -m tests.gpu.check_compressed_engine --only {args.only} --long-tokens {args.long_tokens}",
         "commit": args.commit,
-        "device": torch.cuda.get_device_name() if cuda else platform.processor(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
+        **versions(args.device),
     }
     good = True
     with tempfile.TemporaryDirectory() as folder:

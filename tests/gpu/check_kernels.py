@@ -38,7 +38,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kernels import cpu, dispatch, reference
 from kernels.block_copy import copy_blocks_triton
 from kernels.kv_store import store_kv_triton
-from kernels.paged_decode import paged_decode_triton
+from kernels.paged_decode import decode_pieces_triton, paged_decode_triton
 from kernels.paged_prefill import paged_prefill_triton
 from kernels.qk_norm_rope import qk_norm_rope_triton
 from kernels.rms_norm import add_rms_norm_triton
@@ -167,9 +167,10 @@ def check_attention(checks: Checks, grid: Grid) -> None:
 
             q = fused(len(contexts), KV_HEADS * group, head_dim, dtype)
             expected = reference.paged_decode(q.float(), k_ref, v_ref, tables_ref, lens_ref, scale)
-            for splits in (1, None, 5):
-                out = paged_decode_triton(q, k_cache, v_cache, tables, lens, scale, num_splits=splits)
-                checks.add("paged_decode", name, error(out, expected), bound, splits=splits, **case)
+            for wanted in (1, None, 200):
+                pieces = decode_pieces_triton(lens, k_cache, tables.shape[1], wanted)
+                out = paged_decode_triton(q, k_cache, v_cache, tables, lens, scale, pieces)
+                checks.add("paged_decode", name, error(out, expected), bound, wanted=wanted, **case)
 
             for chunk in ("whole", "part"):
                 queries = [n if chunk == "whole" else -(-n // 3) for n in contexts]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kernels import cpu, reference
-from kernels.paged_decode import choose_splits, paged_decode_triton
+from kernels.paged_decode import decode_pieces_triton, paged_decode_triton
 from tests.kernels.paged import BACKENDS, BOUNDS, DEVICE, device_of, error, fused, make_paged
 
 CASES = [  # contexts, block size, KV heads, group, head_dim
@@ -38,14 +38,15 @@ def test_decode(backend, dtype, contexts, block_size, kv_heads, group, head_dim)
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("num_splits", [2, 3, 40])
+@pytest.mark.parametrize("wanted", [1, 6, 40])
 @pytest.mark.parametrize("block_size", [16, 256])
-def test_splits_change_nothing(num_splits, block_size):
-    """40 splits of 5 tiles leave most of them empty; with 20 in use the combining loop goes round twice."""
-    contexts = [2500, 0] if num_splits == 40 else [400, 0, 1, 129]
+def test_cutting_changes_nothing(wanted, block_size):
+    """With 20 pieces of one request the combining loop goes round twice."""
+    contexts = [2500, 0] if wanted == 40 else [400, 0, 1, 129, 700]
 
-    def attend(*args):
-        return paged_decode_triton(*args, num_splits=num_splits)
+    def attend(q, k_cache, v_cache, tables, lens, scale):
+        pieces = decode_pieces_triton(lens, k_cache, tables.shape[1], wanted)
+        return paged_decode_triton(q, k_cache, v_cache, tables, lens, scale, pieces)
 
     check(attend, contexts, block_size, 1, 3, 64, torch.float32, DEVICE)
 
@@ -64,8 +65,10 @@ def test_large_scores_stay_finite():
     paged = make_paged([200], 64, 1, 64, torch.float32, DEVICE)
     q = 40 * torch.randn(1, 3, 64, device=DEVICE)
     expected = reference.paged_decode(q.cpu(), *paged.upcast().tuple(), 1.0)
-    for attend in (paged_decode_triton, lambda *args: paged_decode_triton(*args, num_splits=2)):
-        assert error(attend(q, *paged.tuple(), 1.0), expected) < 1e-3
+    k_cache, v_cache, tables, lens = paged.tuple()
+    for wanted in (1, 2):
+        pieces = decode_pieces_triton(lens, k_cache, tables.shape[1], wanted)
+        assert error(paged_decode_triton(q, k_cache, v_cache, tables, lens, 1.0, pieces), expected) < 1e-3
     upcast = paged.upcast().tuple()
     assert error(cpu.paged_decode_torch(q.cpu(), *upcast, 1.0), expected) < 1e-3
 
@@ -84,16 +87,3 @@ def test_addresses_past_two_to_the_31():
     last = cache[-1:].cpu().float()
     expected = reference.paged_decode(q.cpu().float(), last, last, tables.cpu() * 0, lens.cpu(), 0.1)
     assert error(paged_decode_triton(q, cache, cache, tables, lens, 0.1), expected) < 1e-3
-
-
-@pytest.mark.parametrize(
-    ("pairs", "bound", "splits"),
-    [
-        pytest.param(64 * 8, 2048, 1, id="many-requests"),
-        pytest.param(2 * 8, 32768, 24, id="two-long"),
-        pytest.param(8, 512, 4, id="one-short"),
-        pytest.param(8, 1, 1, id="one-entry"),
-    ],
-)
-def test_few_long_requests_are_split(pairs, bound, splits):
-    assert choose_splits(pairs, bound, multiprocessors=132) == splits

@@ -1,0 +1,47 @@
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+
+from kernels.decode_pieces import MIN_PIECE, cut_requests
+from tests.kernels.paged import DEVICE
+
+
+def lengths(kind: str, batch: int) -> list[int]:
+    rng = random.Random(batch)
+    if kind == "equal":
+        return [1000] * batch
+    return [rng.choice([0, 1, 127, 129, 640, 3000, rng.randrange(16_000)]) for _ in range(batch)]
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("tile", [16, 64, 128])
+@pytest.mark.parametrize(("batch", "wanted"), [(1, 1), (1, 198), (3, 7), (44, 198), (300, 198), (1100, 40)])
+@pytest.mark.parametrize("kind", ["equal", "varied"])
+def test_pieces_cover_each_request_once(kind, batch, wanted, tile):
+    lens = lengths(kind, batch)
+    tiles = [-(-n // tile) for n in lens]
+    ranges, starts = cut_requests(
+        torch.tensor(lens, dtype=torch.int32, device=DEVICE), max(lens), kv_heads=2, tile=tile, wanted=wanted
+    )
+    assert ranges.shape[1] <= wanted + batch
+    starts, ranges = starts.tolist(), ranges.T.tolist()
+    longest = max(-(-sum(tiles) // wanted), MIN_PIECE // tile)
+    for row, count in enumerate(tiles):
+        mine = ranges[starts[row] : starts[row + 1]]
+        assert [piece[0] for piece in mine] == [row] * len(mine)
+        borders = [0, *(piece[2] for piece in mine)]
+        assert [piece[1] for piece in mine] == borders[:-1]
+        assert borders[-1] == count
+        sizes = [b - a for a, b in pairwise(borders)]
+        assert all(0 < size <= longest for size in sizes)
+        assert all(size == sizes[0] for size in sizes[:-1])
+    assert starts[0] == 0
+    assert all(piece[0] == -1 for piece in ranges[starts[-1] :])
+
+
+def test_the_bound_of_the_tables_limits_the_pieces():
+    lens = torch.tensor([100, 40], dtype=torch.int32, device=DEVICE)
+    assert cut_requests(lens, 256, kv_heads=8, tile=64, wanted=198).ranges.shape == (3, 4)
+    assert cut_requests(lens[:0], 256, kv_heads=8, tile=64).ranges.shape == (3, 0)
