@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.gpu.check_compressed_engine import QWEN3_8B, versions
-from zipage import LLM, SamplingParams
+from zipage import LLM
 from zipage.cuda_graph import DecodeBatch, batch_sizes
 
 STEPS = 20
