@@ -19,7 +19,7 @@ from kernels.tiles import multiprocessors
 PROGRAMS_PER_SM = 3
 """Programs of decode attention that a multiprocessor holds at once, by their shared memory on Hopper."""
 
-WAVES = 4
+WAVES = 2
 """Programs aimed at, in multiples of what the GPU holds: with fewer, the last ones run alone for longer."""
 
 MIN_PIECE = 128
@@ -34,12 +34,14 @@ class Pieces(NamedTuple):
 
     Attributes:
         ranges: int32 [3, P], of each piece its request (-1: no piece), its first tile and the tile after its last. The
-            pieces of a request stand side by side, in order.
-        starts: int32 [B + 1], each request's first piece, and the number of pieces. A request without entries has none.
+            pieces of a request stand side by side, in order; one without entries has an empty piece.
+        starts: int32 [B + 1], each request's first piece, and the number of pieces.
+        arrived: int32 [B, H], zeros: how many pieces of a request and KV head are computed, while they are.
     """
 
     ranges: Tensor
     starts: Tensor
+    arrived: Tensor
 
 
 @triton.jit(do_not_specialize=["lens_ptr", "batch", "num_pieces", "wanted"])
@@ -47,9 +49,11 @@ def _cut(
     lens_ptr,
     ranges_ptr,
     starts_ptr,
+    arrived_ptr,
     batch,
     num_pieces,
     wanted,
+    KV_HEADS: tl.constexpr,
     TILE: tl.constexpr,
     MIN_TILES: tl.constexpr,
     BATCH_PAD: tl.constexpr,
@@ -60,7 +64,7 @@ def _cut(
     tiles = tl.cdiv(tl.load(lens_ptr + rows, mask=rows < batch, other=0), TILE)
     most = tl.maximum(tl.cdiv(tl.sum(tiles, 0), wanted), MIN_TILES)
     each = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, most), 1))
-    counts = tl.cdiv(tiles, tl.maximum(each, 1))
+    counts = tl.where(rows < batch, tl.maximum(tl.cdiv(tiles, tl.maximum(each, 1)), 1), 0)
     ends = tl.cumsum(counts, 0)
 
     piece = tl.program_id(0) * PIECES + tl.arange(0, PIECES)
@@ -77,6 +81,8 @@ def _cut(
     if tl.program_id(0) == 0:
         tl.store(starts_ptr + rows + 1, ends, mask=rows < batch)
         tl.store(starts_ptr, 0)
+        for head in range(KV_HEADS):
+            tl.store(arrived_ptr + rows * KV_HEADS + head, 0, mask=rows < batch)
 
 
 def cut_requests(cache_lens: Tensor, bound: int, kv_heads: int, tile: int, wanted: int | None = None) -> Pieces:
@@ -96,13 +102,14 @@ def cut_requests(cache_lens: Tensor, bound: int, kv_heads: int, tile: int, wante
     if wanted is None:
         wanted = max(1, WAVES * PROGRAMS_PER_SM * multiprocessors(cache_lens.device) // kv_heads)
     min_tiles = max(1, MIN_PIECE // tile)
-    num_pieces = min(wanted + batch, batch * triton.cdiv(triton.cdiv(bound, tile), min_tiles))
+    num_pieces = min(wanted + batch, batch * max(1, triton.cdiv(triton.cdiv(bound, tile), min_tiles)))
     ranges = torch.empty((3, num_pieces), dtype=torch.int32, device=cache_lens.device)
     starts = torch.empty(batch + 1, dtype=torch.int32, device=cache_lens.device)
+    arrived = torch.empty((batch, kv_heads), dtype=torch.int32, device=cache_lens.device)
     batch_pad = triton.next_power_of_2(max(batch, 2))
     each = max(2, CELLS // batch_pad)
     _cut[(max(1, triton.cdiv(num_pieces, each)),)](
-        cache_lens, ranges, starts, batch, num_pieces, wanted,
-        TILE=tile, MIN_TILES=min_tiles, BATCH_PAD=batch_pad, PIECES=each, num_warps=4,
+        cache_lens, ranges, starts, arrived, batch, num_pieces, wanted,
+        KV_HEADS=kv_heads, TILE=tile, MIN_TILES=min_tiles, BATCH_PAD=batch_pad, PIECES=each, num_warps=4,
     )  # fmt: skip
-    return Pieces(ranges, starts)
+    return Pieces(ranges, starts, arrived)

@@ -1,4 +1,4 @@
-"""Flash decoding over block tables, in Triton: requests cut into pieces, and the pieces' results combined.
+"""Flash decoding over block tables, in Triton: requests are cut into pieces, and the results of pieces combined.
 
 Sources: Flash-Decoding (https://pytorch.org/blog/flash-decoding/), PagedAttention (arXiv 2309.06180).
 """
@@ -13,19 +13,52 @@ from torch import Tensor
 from kernels.decode_pieces import Pieces, cut_requests
 from kernels.tiles import LOG2_E, attend_tile, load_blocks, padded_dim
 
+CHUNK_ELEMENTS = 4096
+"""Elements of pieces that a program combines at a time."""
 
-@triton.jit(
-    do_not_specialize=[
-        "table_ptr",
-        "lens_ptr",
-        "ranges_ptr",
-        "max_ptr",
-        "sum_ptr",
-        "num_pieces",
-        "group",
-        "table_stride",
-    ]
-)
+POINTERS = ("table_ptr", "lens_ptr", "ranges_ptr", "starts_ptr", "arrived_ptr", "max_ptr", "sum_ptr")
+NUMBERS = ("num_pieces", "group", "table_stride")
+
+
+@triton.jit
+def _combined(
+    acc_ptr,
+    max_ptr,
+    sum_ptr,
+    begin,
+    end,
+    all_heads,
+    heads,
+    held,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Pieces begin .. end - 1 of `heads` [GROUP], rescaled to their common maximum and added: [GROUP, DIM_PAD]."""
+    dims = tl.arange(0, DIM_PAD)
+    acc = tl.zeros([GROUP, DIM_PAD], tl.float32)
+    all_max = tl.full([GROUP], float("-inf"), tl.float32)
+    all_sum = tl.zeros([GROUP], tl.float32)
+    for chunk in range(begin, end, CHUNK):
+        piece = chunk + tl.arange(0, CHUNK)
+        part = piece.to(tl.int64)[:, None] * all_heads + heads[None, :]
+        there = (piece < end)[:, None] & held[None, :]
+        piece_max = tl.load(max_ptr + part, mask=there, other=float("-inf"), cache_modifier=".cg")
+        piece_sum = tl.load(sum_ptr + part, mask=there, other=0.0, cache_modifier=".cg")
+        inside = there[:, :, None] & (dims < HEAD_DIM)[None, None, :]
+        acc_ptrs = acc_ptr + part[:, :, None] * HEAD_DIM + dims[None, None, :]
+        piece_acc = tl.load(acc_ptrs, mask=inside, other=0.0, cache_modifier=".cg")
+        new_max = tl.where(held, tl.maximum(all_max, tl.max(piece_max, 0)), 0.0)
+        weights = tl.exp2(piece_max - new_max[None, :])
+        shrink = tl.exp2(all_max - new_max)
+        acc = acc * shrink[:, None] + tl.sum(piece_acc * weights[:, :, None], 0)
+        all_sum = all_sum * shrink + tl.sum(piece_sum * weights, 0)
+        all_max = new_max
+    return acc / tl.where(held, all_sum, 1.0)[:, None]
+
+
+@triton.jit(do_not_specialize=[*POINTERS, *NUMBERS])
 def _attend_pieces(
     q_ptr,
     k_ptr,
@@ -33,6 +66,8 @@ def _attend_pieces(
     table_ptr,
     lens_ptr,
     ranges_ptr,
+    starts_ptr,
+    arrived_ptr,
     out_ptr,
     acc_ptr,
     max_ptr,
@@ -50,8 +85,12 @@ def _attend_pieces(
     DIM_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """One piece and KV head: all query heads of the KV head are the rows of one tile."""
+    """One piece and KV head: all query heads of the KV head are the rows of one tile. Of a request's programs, the one
+    that ends last combines what all found.
+    """
     piece = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     row = tl.load(ranges_ptr + piece).to(tl.int64)
@@ -86,7 +125,7 @@ def _attend_pieces(
 
     all_heads = tl.num_programs(1) * group
     if first == 0 and last * TILE >= length:
-        out = acc / row_sum[:, None]
+        out = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
         out_ptrs = out_ptr + (row * all_heads + heads)[:, None] * HEAD_DIM + dims[None, :]
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
     else:
@@ -94,49 +133,22 @@ def _attend_pieces(
         tl.store(acc_ptr + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=inside)
         tl.store(max_ptr + part, row_max, mask=member < group)
         tl.store(sum_ptr + part, row_sum, mask=member < group)
-
-
-@triton.jit(do_not_specialize=["acc_ptr", "max_ptr", "sum_ptr", "starts_ptr"])
-def _combine_pieces(
-    acc_ptr,
-    max_ptr,
-    sum_ptr,
-    starts_ptr,
-    out_ptr,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One request and query head: add its pieces, rescaled to their common maximum; zeros where there is none. A single
-    piece has written its result itself.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    all_heads = tl.num_programs(1)
-    start = tl.load(starts_ptr + row)
-    end = tl.load(starts_ptr + row + 1)
-    if end - start == 1:
-        return
-    dims = tl.arange(0, DIM_PAD)
-
-    acc = tl.zeros([DIM_PAD], tl.float32)
-    all_max = float("-inf")
-    all_sum = 0.0
-    for chunk in range(start, end, CHUNK):
-        piece = chunk + tl.arange(0, CHUNK)
-        part = piece.to(tl.int64) * all_heads + tl.program_id(1)
-        piece_max = tl.load(max_ptr + part, mask=piece < end, other=float("-inf"))
-        piece_sum = tl.load(sum_ptr + part, mask=piece < end, other=0.0)
-        inside = (piece < end)[:, None] & (dims < HEAD_DIM)[None, :]
-        piece_acc = tl.load(acc_ptr + part[:, None] * HEAD_DIM + dims[None, :], mask=inside, other=0.0)
-        new_max = tl.maximum(all_max, tl.max(piece_max, 0))
-        weights = tl.exp2(piece_max - new_max)
-        shrink = tl.exp2(all_max - new_max)
-        acc = acc * shrink + tl.sum(piece_acc * weights[:, None], 0)
-        all_sum = all_sum * shrink + tl.sum(piece_sum * weights, 0)
-        all_max = new_max
-    out = acc / tl.where(all_sum > 0, all_sum, 1.0)
-    out_ptrs = out_ptr + (row * all_heads + tl.program_id(1)) * HEAD_DIM + dims
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+        begin = tl.load(starts_ptr + row)
+        end = tl.load(starts_ptr + row + 1)
+        arrived = arrived_ptr + row * tl.num_programs(1) + head
+        # All threads' stores come before the count, and the count before the loads of whoever finds it full.
+        tl.debug_barrier()
+        if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == end - begin - 1:
+            tl.debug_barrier()
+            some = tl.arange(0, GROUP)
+            held = some < group
+            out = _combined(
+                acc_ptr, max_ptr, sum_ptr, begin, end, all_heads, head * group + some, held,
+                HEAD_DIM, DIM_PAD, GROUP, CHUNK,
+            )  # fmt: skip
+            out_ptrs = out_ptr + (row * all_heads + head * group + some)[:, None] * HEAD_DIM + dims[None, :]
+            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=held[:, None] & (dims < HEAD_DIM)[None, :])
+            tl.store(arrived, 0)  # for the next layer
 
 
 def tile_config(head_dim: int, element_size: int) -> dict[str, int]:
@@ -175,7 +187,7 @@ def paged_decode_triton(
     scale: float,
     pieces: Pieces | None = None,
 ) -> Tensor:
-    """`reference.paged_decode` in two launches.
+    """`reference.paged_decode` in one launch.
 
     Args:
         q: [B, Hq, d], last dimension contiguous.
@@ -201,15 +213,12 @@ def paged_decode_triton(
     acc = torch.empty((num_pieces, query_heads, head_dim), dtype=torch.float32, device=q.device)
     maxima, sums = torch.empty((2, num_pieces, query_heads), dtype=torch.float32, device=q.device)
 
-    if num_pieces > 0:
-        _attend_pieces[(num_pieces, kv_heads)](
-            q, k_cache, v_cache, block_tables, cache_lens, pieces.ranges, out, acc, maxima, sums,
-            scale * LOG2_E, num_pieces, group,
-            q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), block_tables.stride(0),
-            GROUP_PAD=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim, DIM_PAD=dim_pad,
-            BLOCK_SIZE=block_size, **options,
-        )  # fmt: skip
-    _combine_pieces[(batch, query_heads)](
-        acc, maxima, sums, pieces.starts, out, HEAD_DIM=head_dim, DIM_PAD=dim_pad, CHUNK=16, num_warps=4,
+    group_tile = triton.next_power_of_2(group)
+    _attend_pieces[(num_pieces, kv_heads)](
+        q, k_cache, v_cache, block_tables, cache_lens, *pieces, out, acc, maxima, sums,
+        scale * LOG2_E, num_pieces, group,
+        q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), block_tables.stride(0),
+        GROUP_PAD=max(16, group_tile), HEAD_DIM=head_dim, DIM_PAD=dim_pad, BLOCK_SIZE=block_size,
+        GROUP=group_tile, CHUNK=max(1, CHUNK_ELEMENTS // (group_tile * dim_pad)), **options,
     )  # fmt: skip
     return out

@@ -22,9 +22,10 @@ def lengths(kind: str, batch: int) -> list[int]:
 def test_pieces_cover_each_request_once(kind, batch, wanted, tile):
     lens = lengths(kind, batch)
     tiles = [-(-n // tile) for n in lens]
-    ranges, starts = cut_requests(
+    ranges, starts, arrived = cut_requests(
         torch.tensor(lens, dtype=torch.int32, device=DEVICE), max(lens), kv_heads=2, tile=tile, wanted=wanted
     )
+    assert arrived.tolist() == [[0, 0]] * batch
     assert ranges.shape[1] <= wanted + batch
     starts, ranges = starts.tolist(), ranges.T.tolist()
     longest = max(-(-sum(tiles) // wanted), MIN_PIECE // tile)
@@ -35,7 +36,7 @@ def test_pieces_cover_each_request_once(kind, batch, wanted, tile):
         assert [piece[1] for piece in mine] == borders[:-1]
         assert borders[-1] == count
         sizes = [b - a for a, b in pairwise(borders)]
-        assert all(0 < size <= longest for size in sizes)
+        assert all(min(1, count) <= size <= longest for size in sizes)
         assert all(size == sizes[0] for size in sizes[:-1])
     assert starts[0] == 0
     assert all(piece[0] == -1 for piece in ranges[starts[-1] :])
