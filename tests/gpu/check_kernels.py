@@ -18,7 +18,7 @@ import platform
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate, product
 from pathlib import Path
@@ -231,17 +231,19 @@ def check_layer_ops(checks: Checks, grid: Grid) -> None:
 
     for name, tokens in product(grid.dtypes, (1, 33)):
         dtype, bound = getattr(torch, name), BOUNDS[name]
+        ahead = torch.randn(1000, 1111, device=DEVICE, dtype=dtype)
         for width in (384, 896) if DRY else (384, 896, 2560, 4096, 12288, 16384):
             case = {"tokens": tokens, "width": width}
             for add in (False, True):
                 hidden, delta = rows(tokens, width), rows(tokens, width) if add else None
                 weight, expected_hidden = rows(1, width)[0], hidden.clone()
-                out = add_rms_norm_triton(hidden, delta, weight, 1e-6)
+                out = add_rms_norm_triton(hidden, delta, weight, 1e-6, ahead if add else None)
                 expected = reference.add_rms_norm(expected_hidden, delta, weight, 1e-6)
                 value = error(out, expected) if differing(hidden, expected_hidden) == 0 else math.inf
                 checks.add("add_rms_norm", name, value, bound, add=add, **case)
             gate_up = 4 * rows(tokens, 2 * width)
-            checks.add("silu_mul", name, error(silu_mul_triton(gate_up), reference.silu_mul(gate_up)), bound, **case)
+            out = silu_mul_triton(gate_up, ahead)
+            checks.add("silu_mul", name, error(out, reference.silu_mul(gate_up)), bound, **case)
         for head_dim, heads, norm in product(grid.head_dims, ((14, 2), (32, 8)), (False, True)):
             case = {"tokens": tokens, "head_dim": head_dim, "heads": heads, "norm": norm}
             qkv = rows(tokens, (heads[0] + 2 * heads[1]) * head_dim)
@@ -263,14 +265,6 @@ def check_sampling(checks: Checks, grid: Grid) -> None:
         expected = tokens.squeeze(1) if temperature else (logits == logits.amax(1, keepdim=True)).int().argmax(dim=-1)
         value = differing(sample_from_logits_triton(logits, temperatures, u), expected)
         checks.add("sample_from_logits", name, value, 0.0, vocab=vocab, temperature=temperature)
-
-
-PARTS = {
-    "attention": check_attention,
-    "writes": check_writes,
-    "layer_ops": check_layer_ops,
-    "sampling": check_sampling,
-}
 
 
 def check_large_addresses(checks: Checks) -> None:
@@ -312,6 +306,50 @@ def check_graph(checks: Checks) -> None:
         expected = reference.paged_decode(q.float(), k_cache.float(), v_cache.float(), tables.cpu(), lens.cpu(), 0.1)
         value = error(out, expected)
         checks.add("paged_decode", "bfloat16", value, BOUNDS["bfloat16"], graph=True, contexts=list(contexts))
+
+
+def check_combining(checks: Checks, replays: int = 300, layers: int = 24) -> None:
+    """Pieces combined over and over, the layers of a graph in the same memory: any that came too late, or of the layer
+    before, would change a bit from one replay to another, or all from what uncut requests give.
+    """
+    paged = make_paged(range(1, 4000, 83), 16, 8, 128, torch.bfloat16)
+    k_cache, v_cache, tables, lens = paged.tuple()
+    queries = [fused(len(lens), 32, 128, torch.bfloat16) for _ in range(layers)]
+    whole = decode_pieces_triton(lens, k_cache, tables.shape[1], 1)
+    expected = [paged_decode_triton(q, k_cache, v_cache, tables, lens, 0.1, whole) for q in queries]
+    for wanted in (50, 100, 400):
+        paged_decode_triton(queries[0], k_cache, v_cache, tables, lens, 0.1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            pieces = decode_pieces_triton(lens, k_cache, tables.shape[1], wanted)
+            outs = [paged_decode_triton(q, k_cache, v_cache, tables, lens, 0.1, pieces) for q in queries]
+        graph.replay()
+        first = torch.stack(outs).clone()
+        changed = torch.zeros((), device=DEVICE, dtype=torch.int64)
+        for _ in range(replays):
+            graph.replay()
+            changed += (torch.stack(outs) != first).sum()
+        case = {"combining": wanted, "pieces": int(pieces.starts[-1]), "launches": replays * layers}
+        checks.add("paged_decode", "bfloat16", int(changed), 0, **case)
+        value = max(error(out, other) for out, other in zip(first, expected))
+        checks.add("paged_decode", "bfloat16", value, 2 * BOUNDS["bfloat16"], **case)
+
+
+def check_replays(checks: Checks, grid: Grid) -> None:
+    """What an interpreter on a CPU can't show: large addresses, and launches of a graph that follow each other."""
+    if not DRY:
+        check_large_addresses(checks)
+        check_graph(checks)
+        check_combining(checks)
+
+
+PARTS = {
+    "attention": check_attention,
+    "replays": check_replays,
+    "writes": check_writes,
+    "layer_ops": check_layer_ops,
+    "sampling": check_sampling,
+}
 
 
 def milliseconds(run, repeats: int = 5, rounds: int = 15) -> float:
@@ -475,6 +513,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="of the inputs; default: fresh ones")
     parser.add_argument("--dry", action="store_true", help="a few small cases, interpreted on a CPU, no timing")
     parser.add_argument("--only", default=",".join(PARTS), help="some of %(default)s")
+    parser.add_argument("--dtypes", default=None, help="some of those of the grid, separated by commas; default: all")
     parser.add_argument("--no-timing", action="store_true", help="check, but time nothing: beside other processes")
     options = parser.parse_args()
     parts = options.only.split(",")
@@ -488,13 +527,15 @@ def main() -> int:
     torch.set_float32_matmul_precision("highest")
     record = provenance(options.commit, seed)
     grid = SMALL if DRY else FULL
+    if options.dtypes:
+        dtypes = tuple(options.dtypes.split(","))
+        if not set(dtypes) <= set(grid.dtypes):
+            parser.error(f"--dtypes {options.dtypes}: name some of {', '.join(grid.dtypes)}")
+        grid = replace(grid, dtypes=dtypes)
     checks, begin = Checks(), time.monotonic()
     for part in parts:
         PARTS[part](checks, grid)
     timing = None
-    if not DRY and "attention" in parts:
-        check_large_addresses(checks)
-        check_graph(checks)
     record["check_seconds"] = time.monotonic() - begin
     if not DRY and not options.no_timing:
         bandwidth = time_copy()
