@@ -3,8 +3,8 @@
     python -m tests.gpu.profile_step --out FILE --commit $(git rev-parse HEAD) [--cases full:48x1800,zipage:128x576]
 
 A case is POLICY:REQUESTSxENTRIES of a Qwen3-8B-shaped model with random weights; the lengths are spread evenly from
-nothing to twice the entries unless the case ends in `=`. Steps are replayed CUDA graphs; the profiler adds some
-microseconds to each, so a row's sum exceeds `step_ms`, which is timed without it.
+nothing to twice the entries unless the case ends in `=`. Steps are replayed CUDA graphs with their logits, without
+sampling; `step_ms` is timed without the profiler, over steps one after the other.
 """
 
 from __future__ import annotations
@@ -79,16 +79,16 @@ def _profile(llm: LLM, count: int, entries: int, equal: bool) -> dict:
     def step() -> torch.Tensor:
         return runner.decoder.logits(graphs.run(batch))
 
-    for _ in range(3):
-        step()
+    step()
     times = []
-    for _ in range(STEPS):
+    for _ in range(5):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        step()
+        for _ in range(STEPS):
+            step()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end))
+        times.append(begin.elapsed_time(end) / STEPS)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(STEPS):
             step()
