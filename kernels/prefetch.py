@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PREFETCH_BYTES = 8 << 20
+PREFETCH_BYTES = 0
 """Of a weight: what the memory brings in while a small kernel runs and the next one starts."""
 
 LANES = tl.constexpr(256)
