@@ -5,12 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+
+POINTS_BACK = "root cause above"
+"""In an error whose cause another process printed before."""
+
+CAUSE = re.compile(r"\b\w*(?:Error|Exception): .+")
 
 GRACE = 30.0
 """Seconds that an interrupted process has to clean up."""
@@ -120,6 +126,9 @@ def reason_of(code: int, output: str) -> str:
         return "ended without the record that it was to make"
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines
+    if said and POINTS_BACK in said[-1]:
+        causes = [found[0] for line in lines if POINTS_BACK not in line and (found := CAUSE.search(line))]
+        said += causes[-1:]
     return said[-1] if said else f"ended with exit code {code} and no word"
 
 

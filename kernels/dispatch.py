@@ -247,9 +247,7 @@ def store_step(
         cpu.store_step_torch(*args)
 
 
-def add_rms_norm(
-    hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float, next_weight: Tensor | None = None
-) -> Tensor:
+def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """Add to the residual stream, then RMSNorm (arXiv:1910.07467) of the sum.
 
     Args:
@@ -258,7 +256,6 @@ def add_rms_norm(
         delta: [T, width], last dimension contiguous, of hidden's dtype; None: hidden is only read.
         weight: [width], of hidden's dtype.
         eps: added to the mean square.
-        next_weight: the contiguous weight that is read next; its beginning is prefetched. Changes no result.
 
     Returns:
         [T, width], hidden's dtype: computed in float32 from the rounded sum, and rounded once.
@@ -267,19 +264,17 @@ def add_rms_norm(
         ValueError: an argument's shape, dtype, device or layout is not as above.
     """
     layout.check_add_rms_norm(hidden, delta, weight)
-    layout.check_next_weight(next_weight, hidden, "hidden")
     if hidden.is_cuda:
         with torch.cuda.device(hidden.device):
-            return _triton().add_rms_norm(hidden, delta, weight, eps, next_weight)
+            return _triton().add_rms_norm(hidden, delta, weight, eps)
     return cpu.add_rms_norm_torch(hidden, delta, weight, eps)
 
 
-def silu_mul(gate_up: Tensor, next_weight: Tensor | None = None) -> Tensor:
+def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, the gate of a SwiGLU (arXiv:2002.05202).
 
     Args:
         gate_up: [T, 2 * width], last dimension contiguous, a row gate and then up; float32, float16 or bfloat16.
-        next_weight: as in `add_rms_norm`.
 
     Returns:
         [T, width], gate_up's dtype; silu(gate) is rounded to it before the product.
@@ -288,10 +283,9 @@ def silu_mul(gate_up: Tensor, next_weight: Tensor | None = None) -> Tensor:
         ValueError: the argument's shape, dtype or layout is not as above.
     """
     layout.check_silu_mul(gate_up)
-    layout.check_next_weight(next_weight, gate_up, "gate_up")
     if gate_up.is_cuda:
         with torch.cuda.device(gate_up.device):
-            return _triton().silu_mul(gate_up, next_weight)
+            return _triton().silu_mul(gate_up)
     return cpu.silu_mul_torch(gate_up)
 
 

@@ -122,16 +122,6 @@ def check_add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor) -> 
     _check_index("weight", weight, hidden.dtype, (width,), hidden.device, "hidden")
 
 
-def check_next_weight(next_weight: Tensor | None, x: Tensor, name: str) -> None:
-    """Check a weight to prefetch, beside `x`. Raises ValueError naming the argument, its value and the remedy."""
-    if next_weight is None:
-        return
-    if not next_weight.is_contiguous():
-        _fail("next_weight", "stride", next_weight.stride(), "make it contiguous")
-    if next_weight.device != x.device:
-        _fail("next_weight", "device", next_weight.device, f"move it to {x.device}, where {name} is")
-
-
 def check_silu_mul(gate_up: Tensor) -> None:
     """Check the argument of `silu_mul`. Raises ValueError naming it, its value and the remedy."""
     width = _check_rows("gate_up", gate_up)[1]

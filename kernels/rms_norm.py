@@ -7,28 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.prefetch import num_chunks, prefetch
 
-
-@triton.jit(do_not_specialize=["next_ptr", "next_chunks"])
+@triton.jit
 def _norm_row(
     hidden_ptr,
     delta_ptr,
     weight_ptr,
     out_ptr,
-    next_ptr,
     hidden_stride,
     delta_stride,
     eps,
-    next_chunks,
     WIDTH: tl.constexpr,
     WIDTH_PAD: tl.constexpr,
     ADD: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     """One row, held in registers from the add to the last product."""
-    if PREFETCH:
-        prefetch(next_ptr, tl.program_id(0), next_chunks)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH_PAD)
     inside = columns < WIDTH
@@ -43,16 +36,13 @@ def _norm_row(
     tl.store(out_ptr + row * WIDTH + columns, normed.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def add_rms_norm_triton(
-    hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float, next_weight: Tensor | None = None
-) -> Tensor:
+def add_rms_norm_triton(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """`reference.add_rms_norm` in one launch.
 
     Args:
         hidden, delta: [T, width], last dimension contiguous; hidden is written in place where there is a delta.
         weight: [width].
         eps: added to the mean square.
-        next_weight: contiguous, read by what is launched next; its beginning is prefetched.
 
     Returns:
         [T, width], contiguous.
@@ -63,11 +53,8 @@ def add_rms_norm_triton(
         return out
     width_pad = triton.next_power_of_2(width)
     delta_or_any = hidden if delta is None else delta
-    chunks = num_chunks(next_weight)
     _norm_row[(tokens,)](
-        hidden, delta_or_any, weight, out, next_weight if chunks else weight,
-        hidden.stride(0), delta_or_any.stride(0), eps, chunks,
-        WIDTH=width, WIDTH_PAD=width_pad, ADD=delta is not None, PREFETCH=chunks > 0,
-        num_warps=max(1, min(16, width_pad // 512)),
+        hidden, delta_or_any, weight, out, hidden.stride(0), delta_or_any.stride(0), eps,
+        WIDTH=width, WIDTH_PAD=width_pad, ADD=delta is not None, num_warps=max(1, min(16, width_pad // 512)),
     )  # fmt: skip
     return out

@@ -340,6 +340,11 @@ def test_command_that_is_none_is_one_line(arguments, small, capsys, monkeypatch)
 def test_reason_is_the_last_error_line():
     assert reason_of(1, "warning\nerror: first\nerror: no budget\nmore\n") == "no budget"
     assert reason_of(1, "Traceback:\n  file\nValueError: x\n") == "ValueError: x"
+    engine = "(EngineCore pid=8) ERROR 11-25 [core.py:9] ValueError: Free memory (75 GiB) is less than desired\n"
+    assert reason_of(1, engine + "error: RuntimeError: it failed. See root cause above.") == (
+        "ValueError: Free memory (75 GiB) is less than desired"
+    )
+    assert reason_of(1, "error: E: See root cause above.") == "E: See root cause above."
     assert reason_of(-signal.SIGTERM, "error: x") == "killed by SIGTERM"
     assert reason_of(-40, "") == "killed by signal 40"
 

@@ -231,18 +231,17 @@ def check_layer_ops(checks: Checks, grid: Grid) -> None:
 
     for name, tokens in product(grid.dtypes, (1, 33)):
         dtype, bound = getattr(torch, name), BOUNDS[name]
-        ahead = torch.randn(1000, 1111, device=DEVICE, dtype=dtype)
         for width in (384, 896) if DRY else (384, 896, 2560, 4096, 12288, 16384):
             case = {"tokens": tokens, "width": width}
             for add in (False, True):
                 hidden, delta = rows(tokens, width), rows(tokens, width) if add else None
                 weight, expected_hidden = rows(1, width)[0], hidden.clone()
-                out = add_rms_norm_triton(hidden, delta, weight, 1e-6, ahead if add else None)
+                out = add_rms_norm_triton(hidden, delta, weight, 1e-6)
                 expected = reference.add_rms_norm(expected_hidden, delta, weight, 1e-6)
                 value = error(out, expected) if differing(hidden, expected_hidden) == 0 else math.inf
                 checks.add("add_rms_norm", name, value, bound, add=add, **case)
             gate_up = 4 * rows(tokens, 2 * width)
-            out = silu_mul_triton(gate_up, ahead)
+            out = silu_mul_triton(gate_up)
             checks.add("silu_mul", name, error(out, reference.silu_mul(gate_up)), bound, **case)
         for head_dim, heads, norm in product(grid.head_dims, ((14, 2), (32, 8)), (False, True)):
             case = {"tokens": tokens, "head_dim": head_dim, "heads": heads, "norm": norm}

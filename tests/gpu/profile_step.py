@@ -17,6 +17,7 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -67,12 +68,16 @@ def _profile(llm: LLM, count: int, entries: int, equal: bool) -> dict:
     runner, cache = llm._runner, llm._runner.cache
     lens = torch.full((count,), entries) if equal else torch.linspace(1, 2 * entries, count)
     lens = lens.long().numpy()
-    tables, blocks = runner._tables, cache.k.shape[1]
-    width = tables.device.shape[1]
-    ids = torch.randperm(blocks).int().repeat(-(-count * width // blocks))[: count * width]
-    tables.device[:count] = ids.view(count, width).to(tables.device.device)
+    tables, size = runner._tables.device, cache.block_size
+    needed = -(-lens // size)
+    if needed.sum() > cache.k.shape[1]:
+        raise ValueError(f"{count}x{entries}: needs {needed.sum()} blocks of {cache.k.shape[1]}; take fewer entries")
+    shuffled = torch.randperm(cache.k.shape[1]).int()
+    rows = list(shuffled[: needed.sum()].split(needed.tolist()))
+    for row, ids in enumerate(rows):
+        tables[row, : len(ids)] = ids.to(tables.device)
     numbers = torch.arange(count).numpy()
-    slots = (ids.view(count, width)[:, 0].long() * cache.block_size).numpy()
+    slots = np.array([int(ids[0]) * size for ids in rows])
     batch = DecodeBatch(numbers % 100, numbers * 0 - 1, lens - 1, slots, numbers * 0 - 1, numbers, lens)
     graphs = runner._graphs
 

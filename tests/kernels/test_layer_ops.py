@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from kernels import cpu, reference
-from kernels.prefetch import num_chunks
 from kernels.qk_norm_rope import qk_norm_rope_triton
 from kernels.rms_norm import add_rms_norm_triton
 from kernels.silu_mul import silu_mul_triton
@@ -157,12 +156,3 @@ def test_store_step(backend, dtype, block_size, kv_heads, heads, head_dim, slots
     reference.store_step(k, v, q, expected[0, 1], expected[1, 1], expected_queries[1], *places)
     torch.testing.assert_close(caches, expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(queries, expected_queries, rtol=0, atol=0, equal_nan=True)
-
-
-def test_a_weight_to_prefetch_changes_no_result():
-    """On a CPU there is nothing to prefetch with; on a GPU `check_kernels` compares the results."""
-    hidden, weight, following = torch.randn(3, 384), torch.randn(384), torch.randn(64, 384)
-    assert num_chunks(None) == num_chunks(following) == 0
-    expected = reference.add_rms_norm(hidden.clone(), None, weight, EPS)
-    assert torch.allclose(add_rms_norm_triton(hidden, None, weight, EPS, following), expected, atol=1e-5)
-    assert torch.equal(silu_mul_triton(hidden, following), silu_mul_triton(hidden))

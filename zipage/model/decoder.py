@@ -64,13 +64,13 @@ class DecoderLayer(nn.Module):
         Returns:
             [T, width], this layer's output, not yet added.
         """
-        normed = add_rms_norm(hidden, delta, self.input_norm, self.eps, self.qkv_weight)
+        normed = add_rms_norm(hidden, delta, self.input_norm, self.eps)
         qkv = F.linear(normed, self.qkv_weight, self.qkv_bias)
         q, k, v = qk_norm_rope(qkv, self.q_norm, self.k_norm, self.eps, cos, sin, self.num_heads, self.num_kv_heads)
         attended = attention(self.index, q, k, v).reshape(hidden.shape[0], -1)
         delta = F.linear(attended, self.output_weight, self.output_bias)
-        normed = add_rms_norm(hidden, delta, self.mlp_norm, self.eps, self.gate_up_weight)
-        gated = silu_mul(F.linear(normed, self.gate_up_weight, self.gate_up_bias), self.down_weight)
+        normed = add_rms_norm(hidden, delta, self.mlp_norm, self.eps)
+        gated = silu_mul(F.linear(normed, self.gate_up_weight, self.gate_up_bias))
         return F.linear(gated, self.down_weight, self.down_bias)
 
     def weight_views(self) -> dict[str, Tensor]:
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
         delta = None
         for layer in self.layers:
             delta = layer(hidden, delta, cos, sin, attention)
-        return add_rms_norm(hidden, delta, self.norm, self.spec.rms_norm_eps, self.lm_head)
+        return add_rms_norm(hidden, delta, self.norm, self.spec.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, width] -> [N, vocab] in the model's dtype."""
