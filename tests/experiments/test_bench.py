@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from transformers import AutoConfig
 
 from experiments import archive, run
 from experiments.backends import BACKENDS
@@ -24,7 +26,9 @@ from experiments.plots import against_roofline
 from experiments.records import load_rows, load_runs
 from kernels import bench as kernels
 from tests.experiments.test_backends import StandIn
-from zipage import LLM, StepStats
+from zipage import LLM, EngineConfig, StepStats
+from zipage.kv_cache import plan_memory
+from zipage.model.spec import ModelSpec
 
 LOAD = """
 lengths: {count: 4, prompt_tokens: 20, output_tokens: 40}
@@ -337,3 +341,19 @@ def test_a_pool_bounds_what_is_read():
 def test_table_leaves_out_what_no_row_has():
     rows = pd.DataFrame([{"load": "a", "arm": "b", "tokens_per_second": 1234.5, "gpu_idle": None, "refused": None}])
     assert markdown(rows).splitlines() == ["| load | arm | tokens/s |", "| --- | --- | --- |", "| a | b | 1,234 |"]
+
+
+@pytest.mark.parametrize(("load", "arm"), [("ample", "full"), ("pressure", "full"), ("pressure", "pressure")])
+def test_ample_memory_holds_every_request_to_its_end(load, arm):
+    (found,) = (a for a in arms_of(load) if a.name == arm)
+    options = found.options | {"model": "models/qwen3-8b-shape"}
+    config = EngineConfig.from_kwargs(**options)
+    spec = ModelSpec.from_hf_config(AutoConfig.from_pretrained(ROOT / "models/qwen3-8b-shape"))
+    policy = config.make_policy()
+    rule = None if policy is None else config.rule(policy, config.budget_tokens, config.max_model_len)
+    plan = plan_memory(
+        config, spec, torch.bfloat16, 0, policy=policy, max_blocks=rule and rule.max_blocks,
+        max_model_len=config.max_model_len,
+    )  # fmt: skip
+    needed = sum(-(-sum(lengths) // config.block_size) for lengths in found.lengths)
+    assert needed <= plan.num_blocks < 1.05 * needed
