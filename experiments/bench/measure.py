@@ -15,7 +15,7 @@ import torch
 
 from experiments.backends import Backend, BackendFactory
 from experiments.bench.loads import Arm
-from experiments.bench.roofline import EntriesRead, ModelShape, step_floor
+from experiments.bench.roofline import EntriesRead, ModelShape, step_bytes, step_floor
 from experiments.errors import RunError
 from experiments.scenarios import Served, TimedRequest, serve
 from zipage import RequestOutput, SamplingParams, StepStats
@@ -203,6 +203,7 @@ def _row(arm: Arm, shape: ModelShape, repeats: list[Repeat], ceilings: Mapping[s
         "repeats": rates,
         "steps": len(steps),
         "mean_batch": statistics.mean(step.num_decode for step in steps),
+        "step_bytes": statistics.mean(step_bytes(shape, entries) for repeat in repeats for entries in repeat.entries),
         "step_ms": {name: 1e3 * _quantile(times, q) for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))},
     }
     if arm.is_own:  # other engines tell neither

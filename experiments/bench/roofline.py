@@ -72,8 +72,12 @@ def step_floor(
         bandwidth: measured bytes a second.
         flops_per_second: measured.
     """
-    moved = shape.weight_bytes + entries * shape.kv_bytes
-    return moved / bandwidth + prefill_tokens * shape.token_flops / flops_per_second
+    return step_bytes(shape, entries) / bandwidth + prefill_tokens * shape.token_flops / flops_per_second
+
+
+def step_bytes(shape: ModelShape, entries: float) -> float:
+    """The least bytes that a step reads: all weights, and `entries` of K and V."""
+    return shape.weight_bytes + entries * shape.kv_bytes
 
 
 class EntriesRead:

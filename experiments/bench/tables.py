@@ -39,6 +39,7 @@ ENGINES: list[Column] = [
     ("host_ms", "host ms", "{:.2f}".format),
     ("gpu_idle", "GPU idle", _percent),
     ("mean_batch", "batch", "{:.0f}".format),
+    ("step_bytes", "GB a step", lambda value: f"{value / 1e9:.1f}"),
     ("compressions", "compressions", "{:.0f}".format),
     ("pauses", "pauses", "{:.0f}".format),
     ("preemptions", "preemptions", "{:.0f}".format),

@@ -141,6 +141,10 @@ def test_the_engine_is_timed_and_recorded(bench, results, tiny, tmp_path, capsys
     assert rows["compressions"][1] > 0
     assert rows["steps"][2] == 10, "two windows of five"
     assert rows["gpu_idle"].between(0, 1).all()
+    shape = ModelShape.read(tiny, "float32", "cpu")
+    full, evicted = (rows["step_bytes"] - shape.weight_bytes)[:2] / shape.kv_bytes
+    assert 4 * 20 < full < 4 * 60, "entries of four requests that grow from 20 to 60"
+    assert evicted < 0.9 * full
     assert "| whole | zipage |" in capsys.readouterr().out
     assert show.main([str(record_of(results)), "--picture", str(tmp_path / "bench.png")]) == 0
     assert (tmp_path / "bench.png").stat().st_size > 0
