@@ -17,7 +17,7 @@ def lengths(kind: str, batch: int) -> list[int]:
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("tile", [16, 64, 128])
-@pytest.mark.parametrize(("batch", "wanted"), [(1, 1), (1, 198), (3, 7), (44, 198), (300, 198), (1100, 40)])
+@pytest.mark.parametrize(("batch", "wanted"), [(1, 1), (1, 198), (3, 7), (44, 198), (300, 40)])
 @pytest.mark.parametrize("kind", ["equal", "varied"])
 def test_pieces_cover_each_request_once(kind, batch, wanted, tile):
     lens = lengths(kind, batch)
