@@ -11,6 +11,9 @@ from scipy.special import ndtr, ndtri, stdtrit
 _BATCH = 128
 """Runs resampled at once: 5 MB of means for 10,000 resamples."""
 
+_DRAWN = 1 << 18
+"""Clusters drawn at once."""
+
 
 def percentiles(
     sums: np.ndarray, sizes: np.ndarray, confidence: float, resamples: int, seed: int
@@ -31,7 +34,7 @@ def percentiles(
         return bounds[0], bounds[1]
     tail = ndtr(-quantile(clusters, confidence) * math.sqrt(clusters / (clusters - 1)))
     outside = int(tail * (resamples - 1))
-    counts = _counts(clusters, resamples, seed)
+    counts = _counts(clusters, resamples, seed).astype(np.float32)
     for begin in range(0, runs, _BATCH):
         part = slice(begin, begin + _BATCH)
         drawn, size = sums[part].astype(np.float32) @ counts.T, sizes[part].sum(1)
@@ -42,13 +45,19 @@ def percentiles(
     return bounds[0], bounds[1]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
 def _counts(clusters: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each cluster is drawn: multinomial counts, float32 [resamples, clusters]."""
+    """How often each cluster is drawn: multinomial counts, uint16 [resamples, clusters].
+
+    Kept for the groups of a picture, which differ a little in how many problems they have.
+    """
     random = np.random.default_rng(seed)
-    counts = np.empty((resamples, clusters), np.float32)
-    for row in counts:
-        row[:] = np.bincount(random.integers(clusters, size=clusters), minlength=clusters)
+    counts = np.empty((resamples, clusters), np.uint16)
+    rows = max(1, _DRAWN // clusters)
+    for begin in range(0, resamples, rows):
+        part = counts[begin : begin + rows]
+        drawn = random.integers(clusters, size=part.shape) + clusters * np.arange(len(part))[:, None]
+        part[:] = np.bincount(drawn.ravel(), minlength=part.size).reshape(part.shape)
     return counts
 
 

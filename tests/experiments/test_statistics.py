@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments import bootstrap
 from experiments.loops import is_loop, loop_rate
 from experiments.paths import ROOT
 from experiments.records import load_requests
@@ -306,3 +307,11 @@ class TestLoops:
     def test_numbers_are_checked(self, options):
         with pytest.raises(ValueError, match=f"{next(iter(options))}="):
             is_loop([1] * 100, **options)
+
+
+@pytest.mark.parametrize("drawn", [1, 50, 1 << 18])
+def test_resamples_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch, drawn):
+    monkeypatch.setattr(bootstrap, "_DRAWN", drawn)
+    random = np.random.default_rng(3)
+    one_by_one = [np.bincount(random.integers(20, size=20), minlength=20) for _ in range(33)]
+    assert (bootstrap._counts.__wrapped__(20, 33, 3) == one_by_one).all()
