@@ -66,6 +66,8 @@ def profile_case(folder: str, case: str) -> dict:
 def _profile(llm: LLM, count: int, entries: int, equal: bool) -> dict:
     """Times the graph of a batch alone, with block tables and lengths put in its inputs."""
     runner, cache = llm._runner, llm._runner.cache
+    cache.k.normal_()
+    cache.v.normal_()
     lens = torch.full((count,), entries) if equal else torch.linspace(1, 2 * entries, count)
     lens = lens.long().numpy()
     tables, size = runner._tables.device, cache.block_size
