@@ -148,6 +148,8 @@ def _arm(
     lengths = [[p.prompt_tokens, p.output_tokens] for p in generate(seed, **load.lengths)]
     if not isinstance(staggered, int) or not 0 <= staggered <= len(lengths):
         raise UsageError(f"staggered={staggered!r}: must be a whole number up to the {len(lengths)} requests")
+    if staggered and config.protection == "prompt":
+        raise UsageError("protection=prompt: a staggered prompt stands for output too, which nothing protects")
     return Arm(
         load=load_name, name=name, backend=backend, options=options, lengths=_stagger(lengths, staggered, seed, config),
         temperature=load.temperature, warmup_tokens=load.warmup_tokens, window_steps=load.window_steps, seed=seed,
@@ -158,16 +160,19 @@ def _arm(
 def _stagger(lengths: list[list[int]], count: int, seed: int, config: EngineConfig) -> list[list[int]]:
     """The first `count` requests as if a part of each output were there: parts spread evenly, in a random order.
 
-    Past its budget a bounded request holds the budget and, from compression to compression, up to a block more.
+    Past its budget, in whole blocks, a bounded request holds the budget and, from compression to compression, up to a
+    block more; under pressure alone it may hold everything.
     """
     parts = [(i + 0.5) / count for i in range(count)]
     Random(seed).shuffle(parts)
-    budget = None if config.policy == "full" else config.budget_tokens
+    size, budget = config.block_size, None
+    if config.policy != "full" and config.budget_tokens is not None and config.trigger != "pressure":
+        budget = -(-config.budget_tokens // size) * size
     begun = []
     for part, (prompt, output) in zip(parts, lengths):
         done = int(part * output)
         held = prompt + done
         if budget is not None and held > budget:
-            held = budget + 1 + done % config.block_size
+            held = budget + 1 + done % size
         begun.append([held, output - done])
     return begun + lengths[count:]

@@ -281,6 +281,27 @@ def test_staggered_requests_hold_what_their_budget_lets_them():
     assert sum(held) / len(held) == pytest.approx(2048 + 128, rel=0.01)
 
 
+STAGGERED = """
+lengths: {count: 64, prompt_tokens: 16, output_tokens: 2000}
+window_steps: 5
+engine: {block_size: 64, num_blocks: 99, max_num_seqs: 64, max_model_len: 4096, policy: random, budget_tokens: 200}
+arms:
+  whole_blocks: {staggered: 64}
+  pressure: {staggered: 64, trigger: pressure}
+"""
+
+
+def test_staggered_budgets_are_whole_blocks_and_bound_nothing_under_pressure(tmp_path):
+    path = tmp_path / "load.yaml"
+    path.write_text(STAGGERED)
+    bounded, pressed = ([held for held, _ in arm.lengths] for arm in arms_of(path))
+    assert 256 < max(bounded) <= 256 + 64
+    assert max(pressed) > 1900
+    path.write_text(STAGGERED.replace("trigger: pressure", "protection: prompt"))
+    with pytest.raises(UsageError, match="protection=prompt: a staggered prompt"):
+        arms_of(path)
+
+
 def test_one_arm_of_a_load():
     assert [arm.title for name in ("short/vllm", "ample") for arm in arms_of(name)][:2] == ["short/vllm", "ample/full"]
 

@@ -162,7 +162,12 @@ def main() -> None:
     parser.add_argument("--cases", default="full:48x1800,full:16x2600,full:256x1024=,zipage:128x576=")
     parser.add_argument("--no-matmuls", action="store_true")
     args = parser.parse_args()
-    record = {"command": "python -m tests.gpu.profile_step", "commit": args.commit, **versions(), "cases": []}
+    record = {
+        "command": f"python -m tests.gpu.profile_step --cases {args.cases}",
+        "commit": args.commit,
+        **versions(),
+        "cases": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(QWEN3_8B))
         for case in args.cases.split(","):
