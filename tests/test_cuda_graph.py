@@ -1,12 +1,15 @@
 """What a decode graph computes, without a GPU to capture it on."""
 
+import numpy as np
 import pytest
 import torch
 
-from tests.compressed import greedy, make_llm, random_prompts
+from tests.compressed import greedy, make_llm, random_prompts, tokens_of
 from tests.eviction.cases import Case
 from tests.tiny_models import VOCAB, save_tiny_model
-from zipage.cuda_graph import DecodeGraphs, batch_sizes
+from zipage import LLM
+from zipage.cuda_graph import StepGraphs, batch_sizes
+from zipage.token_batch import TokenBatch
 
 
 @pytest.mark.parametrize(("largest", "sizes"), [(1, [1]), (5, [1, 2, 4, 5]), (33, [1, 2, 4, 8, 16, 32, 33])])
@@ -20,16 +23,49 @@ def test_sizes_of_large_batches():
     assert sizes[-4:] == [416, 448, 480, 512]
 
 
+def run_in_graphs(llm: LLM) -> list[int]:
+    """From here on steps compute what a graph would, with rows of nobody; the list gets the tokens of each."""
+    runner, sizes = llm._runner, []
+    graphs = StepGraphs(runner.decoder, runner.cache, runner.scale, runner._tables, runner._sampled)
+
+    def run(batch: TokenBatch) -> torch.Tensor:
+        sizes.append(len(batch))
+        return graphs.forward(graphs.inputs(batch, len(batch) + 5))[: len(batch)]
+
+    graphs.run = run
+    runner._graphs = graphs
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("lens", "taken"),
+    [
+        ([], True),
+        (range(1, 257), True),
+        (range(1, 258), False),
+        (range(4097, 4113), False),
+        ([65_536], True),
+        ([65_537], False),
+    ],
+)
+def test_prompts_run_in_a_graph_while_they_are_short_and_read_little(lens, taken):
+    assert StepGraphs.take(np.array(lens, dtype=np.int64)) == taken
+
+
+@pytest.mark.parametrize("new_prompts", [[], [40], [1, 33]], ids=str)
 @pytest.mark.parametrize("case", [None, Case("zipage", {"chunk": 32}), Case("random")], ids=str)
-def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case):
+def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case, new_prompts):
     llm = make_llm(save_tiny_model("qwen3", tmp_path), case, debug=False)
     runner, scheduler = llm._runner, llm._scheduler
     for prompt in random_prompts([5, 20, 70], VOCAB):
         llm.add_request(prompt, greedy(50))
     for _ in range(20):
         llm.step()
+    for prompt in random_prompts(new_prompts, VOCAB, seed=1):
+        llm.add_request(prompt, greedy(50))
     plan = scheduler.schedule()
     assert len(plan.decodes) == 3
+    assert len(plan.prefills) == len(new_prompts)
     cache = runner.cache
     tensors = [*cache.entry_tensors, *([] if cache.queries is None else [cache.queries])]
     state = [x.clone() for x in tensors]
@@ -38,9 +74,32 @@ def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case):
         computed = [x.clone() for x in tensors]
         for x, before in zip(tensors, state, strict=True):
             x.copy_(before)
-        graphs = DecodeGraphs(runner.decoder, cache, runner.scale, runner._tables, runner._sampled)
-        inputs = graphs.inputs(runner._decode_batch(plan), 8)
-        logits = runner.decoder.logits(graphs.forward(inputs))
-    torch.testing.assert_close(logits[:3], expected, rtol=1e-5, atol=1e-5)
+        sizes = run_in_graphs(llm)
+        logits = runner.forward(plan)
+    assert sizes == [plan.num_tokens]
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     for x, once in zip(tensors, computed, strict=True):
         torch.testing.assert_close(x, once, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", [None, Case("zipage", {"chunk": 32}), Case("random")], ids=str)
+def test_requests_that_run_in_graphs_from_their_first_token_get_the_tokens_of_an_eager_engine(tmp_path, case):
+    # A small pool: some leave it, and compute their prompt and output anew.
+    model = save_tiny_model("qwen3", tmp_path)
+    prompts = random_prompts([5, 20, 70, 33, 1, 180, 64, 90], VOCAB)
+    prompts += [prompts[2][:64] + tail for tail in random_prompts([7, 30], VOCAB, seed=1)]
+
+    def served(in_graphs: bool) -> tuple[list[list[int]], list[int]]:
+        llm = make_llm(model, case, debug=False, num_blocks=40, growth=0)
+        sizes, outputs, waiting = run_in_graphs(llm) if in_graphs else [], {}, list(enumerate(prompts))
+        while waiting or llm.has_unfinished_requests():
+            if waiting:
+                index, prompt = waiting.pop(0)
+                llm.add_request(prompt, greedy(80), str(index))
+            outputs |= {output.request_id: output for _ in range(5) for output in llm.step()}
+        assert case is not None or llm.stats.preemptions > 0
+        return tokens_of([outputs[str(index)] for index in range(len(prompts))]), sizes
+
+    tokens, sizes = served(in_graphs=True)
+    assert len([size for size in sizes if size > 8]) >= len(prompts) // 2
+    assert tokens == served(in_graphs=False)[0]

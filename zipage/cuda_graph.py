@@ -1,9 +1,9 @@
-"""Decode steps as CUDA graphs, so that a step costs the host one launch."""
+"""Steps as CUDA graphs, so that a step costs the host one launch."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -14,6 +14,14 @@ from zipage.block_tables import BlockTables
 from zipage.kv_cache import KVCache
 from zipage.model.decoder import Decoder
 from zipage.paged_attention import PagedAttention
+from zipage.token_batch import TokenBatch
+
+PROMPT_TOKENS = 256
+"""Tokens of prompts that a graph takes beside a full batch of decodes. With more of them a step keeps the GPU busy for
+longer than its launches take."""
+
+PROMPT_READS = 2**16
+"""Entries that these tokens may read. Each reads all before it anew, where prefill attention reads them once a tile."""
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -22,39 +30,16 @@ def batch_sizes(largest: int) -> list[int]:
     return [size for size in sizes if size < largest] + [largest]
 
 
-@dataclass(slots=True)
-class DecodeBatch:
-    """One token of each of n requests, on the host.
-
-    Attributes:
-        token_ids: int64 [n]; without meaning where `places` is not -1.
-        places: int64 [n], where in `DecodeGraphs.sampled` the token lies, or -1.
-        positions: int64 [n], of the tokens.
-        slots: int64 [n], where their entries go.
-        queries: int64 [n], where their queries go, -1 for nowhere.
-        rows: int64 [n], of the block tables.
-        lens: int64 [n], entries of each request with this one.
-    """
-
-    token_ids: np.ndarray
-    places: np.ndarray
-    positions: np.ndarray
-    slots: np.ndarray
-    queries: np.ndarray
-    rows: np.ndarray
-    lens: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-
 def known_tokens(token_ids: Tensor, places: Tensor, sampled: Tensor) -> Tensor:
     """int64 [T]: `token_ids`, and tokens of `sampled` where `places` is not -1."""
     return torch.where(places < 0, token_ids, sampled[places.clamp(min=0)])
 
 
-class DecodeGraphs:
-    """A forward pass over decodes alone, captured once for each of a few batch sizes and replayed.
+class StepGraphs:
+    """A forward pass in which every token attends as a decode, captured once for each of a few sizes and replayed.
+
+    Decodes run here, and prompts beside them while they are short: each of their tokens is a row that attends to its
+    request's entries up to its own, which all rows of a layer store before any attends.
 
     A batch runs in the smallest graph that holds it. The rows beyond it store nothing and attend to nothing, so they
     change nothing. A graph is captured when a batch of its size first comes; all share one pool of memory.
@@ -63,6 +48,9 @@ class DecodeGraphs:
         decoder, cache, scale: as in `PagedAttention`; queries are stored where the cache has query slots.
         tables: of all requests.
         sampled: int64 [max_num_seqs], the tokens of the step before.
+
+    Attributes:
+        most: tokens of the largest graph.
     """
 
     def __init__(self, decoder: Decoder, cache: KVCache, scale: float, tables: BlockTables, sampled: Tensor) -> None:
@@ -71,11 +59,17 @@ class DecodeGraphs:
         self._scale = scale
         self._tables = tables
         self._sampled = sampled
-        self._sizes = batch_sizes(len(sampled))
+        self.most = len(sampled) + PROMPT_TOKENS
+        self._sizes = batch_sizes(self.most)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._pool: tuple[int, int] | None = None
 
-    def run(self, batch: DecodeBatch) -> Tensor:
+    @staticmethod
+    def take(prompt_lens: np.ndarray) -> bool:
+        """Whether tokens of prompts may run here, beside decodes or alone; `prompt_lens` as in `TokenBatch.lens`."""
+        return len(prompt_lens) <= PROMPT_TOKENS and prompt_lens.sum() <= PROMPT_READS
+
+    def run(self, batch: TokenBatch) -> Tensor:
         """Hidden states [n, width], overwritten by the next run."""
         size = self._sizes[bisect_left(self._sizes, len(batch))]
         if size not in self._graphs:
@@ -85,13 +79,13 @@ class DecodeGraphs:
         graph.replay()
         return hidden[: len(batch)]
 
-    def inputs(self, batch: DecodeBatch | None, size: int) -> Tensor:
-        """What a graph reads, int64 [7, size] on the host: the fields of `DecodeBatch`, padded with rows of nobody."""
+    def inputs(self, batch: TokenBatch | None, size: int) -> Tensor:
+        """What a graph reads, int64 [7, size] on the host: the fields of `TokenBatch`, padded with rows of nobody."""
         packed = np.zeros((7, size), dtype=np.int64)
         packed[[1, 3, 4]] = -1
         packed[5] = self._tables.nobody
         if batch is not None:
-            for line, field in zip(packed, fields(batch), strict=True):
+            for line, field in zip(packed, fields(TokenBatch), strict=True):
                 line[: len(batch)] = getattr(batch, field.name)
         return torch.from_numpy(packed)
 

@@ -15,7 +15,7 @@ from kernels.dispatch import copy_blocks, store_positions
 from zipage.block_tables import BlockTables
 from zipage.compression_runner import CompressionRunner
 from zipage.compressor import LAUNCH_ENTRIES
-from zipage.cuda_graph import DecodeBatch, DecodeGraphs, known_tokens
+from zipage.cuda_graph import StepGraphs, known_tokens
 from zipage.eviction.rule import EvictionRule
 from zipage.kv_cache import KVCache
 from zipage.model.decoder import Decoder
@@ -26,6 +26,7 @@ from zipage.request import Request
 from zipage.sampler import Sampler
 from zipage.sampling_params import SamplingParams
 from zipage.swap import restore, save
+from zipage.token_batch import TokenBatch
 
 
 @dataclass(slots=True)
@@ -64,7 +65,7 @@ class ModelRunner:
         spec: its shapes.
         max_num_seqs: rows of the batch.
         max_model_len: longest request, in tokens; sizes the block-table rows.
-        enforce_eager: on CUDA too, launch every kernel of a decode step instead of replaying a graph.
+        enforce_eager: on CUDA too, launch every kernel of a step instead of replaying a graph.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class ModelRunner:
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self.enforce_eager = enforce_eager
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self.sampler = Sampler(max_num_seqs, spec.vocab_size, device)
         self.scale = spec.head_dim**-0.5
         self.cache: KVCache | None = None
@@ -101,7 +102,7 @@ class ModelRunner:
         self.cache = cache
         self._tables = self._block_tables(cache)
         if self.device.type == "cuda" and not self.enforce_eager:
-            self._graphs = DecodeGraphs(self.decoder, cache, self.scale, self._tables, self._sampled)
+            self._graphs = StepGraphs(self.decoder, cache, self.scale, self._tables, self._sampled)
 
     def _block_tables(self, cache: KVCache) -> BlockTables:
         return BlockTables(self.max_num_seqs, -(-self.max_model_len // cache.block_size), cache.block_size, self.device)
@@ -153,61 +154,75 @@ class ModelRunner:
 
     def forward(self, plan: StepPlan) -> Tensor:
         """Logits [len(plan.sampled), vocab] of a plan's requests."""
-        batch = self._decode_batch(plan)
-        for chunk in plan.prefills:
-            self._tables.write(chunk.request)
-        self._tables.upload()
-        if self._graphs is not None and not plan.prefills:
-            return self.decoder.logits(self._graphs.run(batch))
-        token_ids, positions, last, attention = self._batch(plan, batch)
-        if self.cache.positions is not None:
-            store_positions(positions.int(), self.cache.positions, attention.slots)
-        hidden = self.decoder(token_ids, positions, attention)
-        return self.decoder.logits(hidden if last is None else hidden[last])
+        batch, num_decodes = self._token_batch(plan), len(plan.decodes)
+        if self._graphs is not None and self._graphs.take(batch.lens[num_decodes:]):
+            hidden = self._graphs.run(batch)
+        else:
+            hidden = self._run_eagerly(plan, batch)
+        if plan.prefills:
+            last = num_decodes - 1 + np.cumsum([count for _, count in plan.prefills])
+            ended = [request.num_computed + count == request.num_tokens for request, count in plan.prefills]
+            hidden = hidden[self._tensor(np.concatenate((np.arange(num_decodes), last[ended])), np.int64)]
+        return self.decoder.logits(hidden)
 
-    def _decode_batch(self, plan: StepPlan) -> DecodeBatch:
-        decodes = plan.decodes
-        for request in decodes:
+    def _token_batch(self, plan: StepPlan) -> TokenBatch:
+        """Decodes, then the tokens of the prompts; the block tables are up to date."""
+        parts = [self._decodes(plan.decodes), *(self._chunk(*chunk) for chunk in plan.prefills)]
+        self._tables.upload()
+        return TokenBatch.concatenate(parts)
+
+    def _decodes(self, requests: list[Request]) -> TokenBatch:
+        for request in requests:
             if request.num_table_written != len(request.block_ids):
                 self._tables.write(request)
         values = [
-            (r.token_ids[-1], r.place if r.num_pending else -1, r.num_computed, r.row, r.cache_len) for r in decodes
+            (r.token_ids[-1], r.place if r.num_pending else -1, r.num_computed, r.row, r.cache_len) for r in requests
         ]
         token_ids, places, positions, rows, lens = np.array(values, dtype=np.int64).reshape(-1, 5).T
-        queries = self._query_indices(decodes, positions)
-        return DecodeBatch(token_ids, places, positions, self._tables.slots(rows, lens), queries, rows, lens + 1)
+        queries = self._query_indices(requests, positions)
+        return TokenBatch(token_ids, places, positions, self._tables.slots(rows, lens), queries, rows, lens + 1)
 
-    def _batch(self, plan: StepPlan, batch: DecodeBatch) -> tuple[Tensor, Tensor, Tensor | None, PagedAttention]:
-        """Token ids [T], positions [T], which of them are sampled from (None for all), and how they attend."""
-        attention = PagedAttention(self.cache, self.scale, slots=None, num_decodes=len(batch))
-        if len(batch):
-            attention.decode_lens = self._tensor(batch.lens, np.int32)
-            attention.decode_tables = self._tables.of(batch.rows, int(batch.lens.max()))
-        parts = [(batch.token_ids, batch.places, batch.positions, batch.slots, batch.queries)]
-        last = list(range(len(batch)))
-        num_tokens = len(batch)
-        for request, count in plan.prefills:
-            begin, num_tokens = request.num_computed, num_tokens + count
-            positions = np.arange(begin, begin + count)
-            tokens = np.array(request.token_ids[begin : begin + count])
-            slots = self._tables.slots(request.row, np.arange(request.cache_len, request.cache_len + count))
-            parts.append((tokens, np.full(count, -1), positions, slots, self._chunk_queries(request, positions)))
-            if begin + count == request.num_tokens:
-                last.append(num_tokens - 1)
-        inputs = self._tensor(np.concatenate([np.array(part) for part in parts], axis=1), np.int64)
-        token_ids, places, positions, attention.slots, queries = inputs
-        attention.query_indices = None if self.cache.queries is None else queries
-        if batch.places.max(initial=-1) >= 0:
+    def _chunk(self, request: Request, num_tokens: int) -> TokenBatch:
+        self._tables.write(request)
+        begin = request.num_computed
+        positions = np.arange(begin, begin + num_tokens)
+        entries = np.arange(request.cache_len, request.cache_len + num_tokens)
+        return TokenBatch(
+            token_ids=np.array(request.token_ids[begin : begin + num_tokens], dtype=np.int64),
+            places=np.full(num_tokens, -1),
+            positions=positions,
+            slots=self._tables.slots(request.row, entries),
+            queries=self._chunk_queries(request, positions),
+            rows=np.full(num_tokens, request.row),
+            lens=entries + 1,
+        )
+
+    def _run_eagerly(self, plan: StepPlan, batch: TokenBatch) -> Tensor:
+        """Hidden states [n, width], every kernel launched from here; prompts take prefill attention."""
+        num_decodes = len(plan.decodes)
+        attention = PagedAttention(self.cache, self.scale, slots=None, num_decodes=num_decodes)
+        if num_decodes:
+            lens = batch.lens[:num_decodes]
+            attention.decode_lens = self._tensor(lens, np.int32)
+            attention.decode_tables = self._tables.of(batch.rows[:num_decodes], int(lens.max()))
+        if plan.prefills:
+            counts = [chunk.num_tokens for chunk in plan.prefills]
+            ends = np.cumsum([0, *counts])
+            lens = batch.lens[num_decodes + ends[1:] - 1]
+            rows = batch.rows[num_decodes + ends[:-1]]
+            attention.prefill_tables = self._tables.of(rows, int(lens.max()))
+            attention.prefill_lens = self._tensor(lens, np.int32)
+            attention.cu_seqlens = self._tensor(ends, np.int32)
+            attention.max_seqlen = max(counts)
+        fields = batch.token_ids, batch.places, batch.positions, batch.slots, batch.queries
+        token_ids, places, positions, attention.slots, queries = self._tensor(np.stack(fields), np.int64)
+        if self.cache.queries is not None:
+            attention.query_indices = queries
+        if batch.places.max() >= 0:
             token_ids = known_tokens(token_ids, places, self._sampled)
-        if not plan.prefills:
-            return token_ids, positions, None, attention
-        counts = [chunk.num_tokens for chunk in plan.prefills]
-        lens = [chunk.request.cache_len + chunk.num_tokens for chunk in plan.prefills]
-        attention.prefill_tables = self._tables.of([chunk.request.row for chunk in plan.prefills], max(lens))
-        attention.prefill_lens = self._tensor(lens, np.int32)
-        attention.cu_seqlens = self._tensor(np.cumsum([0, *counts]), np.int32)
-        attention.max_seqlen = max(counts)
-        return token_ids, positions, self._tensor(last, np.int64), attention
+        if self.cache.positions is not None:
+            store_positions(positions.int(), self.cache.positions, attention.slots)
+        return self.decoder(token_ids, positions, attention)
 
     def _query_indices(self, requests: list[Request], positions: np.ndarray) -> np.ndarray:
         """int64 [n], where the queries of each request's token at `positions` go, or -1."""
@@ -258,8 +273,8 @@ class ModelRunner:
         peak = self._peak_of(lambda: self._run_largest_step(cache, num_tokens))
         if not self.enforce_eager:
             # Graphs keep what they allocate, beside what other steps do; the largest needs most, and all share it.
-            graphs = DecodeGraphs(self.decoder, cache, self.scale, self._block_tables(cache), self._sampled)
-            inputs = graphs.inputs(None, self.max_num_seqs).to(self.device)
+            graphs = StepGraphs(self.decoder, cache, self.scale, self._block_tables(cache), self._sampled)
+            inputs = graphs.inputs(None, graphs.most).to(self.device)
             peak += self._peak_of(lambda: graphs.forward(inputs))
             del graphs, inputs
         del cache

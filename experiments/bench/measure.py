@@ -168,7 +168,9 @@ def _whole(backend: Backend, arm: Arm, shape: ModelShape, label: str, outputs: l
 
 
 def _windows(backend: Backend, arm: Arm, shape: ModelShape, outputs: list[int]) -> list[Repeat]:
-    """Windows of steps, once steps without prefill show that the pool is full or the queue empty."""
+    """Windows of steps, once steps without prefill show that the pool is full or the queue empty, and after one more
+    window, in which graphs are captured and kernels compiled that no step before has asked for.
+    """
     with _Observed(backend, arm, shape) as observed:
         for request in _requests(arm, "0", _prompts(arm, shape, "0"), outputs):
             observed.add_request(request.token_ids, request.params, request.id)
@@ -183,6 +185,7 @@ def _windows(backend: Backend, arm: Arm, shape: ModelShape, outputs: list[int]) 
             step.num_decode and not step.num_prefill for step in observed.steps[-SETTLE_STEPS:]
         ):
             run(1)
+        run(arm.window_steps)
         repeats = []
         for _ in range(arm.repeats):
             observed.mark()

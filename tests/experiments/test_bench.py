@@ -316,7 +316,7 @@ def test_a_gate_tells_engines_apart(monkeypatch):
     assert gate.why_refused(options) is None
     tokens = gate._tokens
     monkeypatch.setattr(gate, "_tokens", lambda o, p, s: tokens(o | {"seed": int("enforce_eager" in o)}, p, s))
-    assert "4 of 4 requests differ" in gate.why_refused(options)
+    assert "5 of 5 requests differ" in gate.why_refused(options)
 
 
 # The roofline

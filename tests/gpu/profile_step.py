@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from tests.gpu.check_compressed_engine import QWEN3_8B, versions
 from zipage import LLM
-from zipage.cuda_graph import DecodeBatch, batch_sizes
+from zipage.cuda_graph import batch_sizes
+from zipage.token_batch import TokenBatch
 
 STEPS = 20
 WEIGHTS = {"qkv": (6144, 4096), "output": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
@@ -80,7 +81,7 @@ def _profile(llm: LLM, count: int, entries: int, equal: bool) -> dict:
         tables[row, : len(ids)] = ids.to(tables.device)
     numbers = torch.arange(count).numpy()
     slots = np.array([int(ids[0]) * size for ids in rows])
-    batch = DecodeBatch(numbers % 100, numbers * 0 - 1, lens - 1, slots, numbers * 0 - 1, numbers, lens)
+    batch = TokenBatch(numbers % 100, numbers * 0 - 1, lens - 1, slots, numbers * 0 - 1, numbers, lens)
     graphs = runner._graphs
 
     def step() -> torch.Tensor:
@@ -111,7 +112,7 @@ def _profile(llm: LLM, count: int, entries: int, equal: bool) -> dict:
     top = sorted(names.items(), key=lambda item: -item[1])[:12]
     return {
         "rows": count,
-        "graph": next(size for size in batch_sizes(count) if size >= count),
+        "graph": next(size for size in batch_sizes(graphs.most) if size >= count),
         "kv_bytes": kv_bytes,
         "step_ms": statistics.median(times),
         "attention_tb_per_second": kv_bytes / micros["attention"] / 1e6,
