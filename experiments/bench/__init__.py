@@ -1,7 +1,8 @@
 """Benchmarks: runs that time kernels or the engine and ask no questions.
 
 One is chosen as a scenario (`scenario=kernels`, `scenario=engine_bench`) and leaves a folder like any run's, with
-`rows.json` in the place of samples: one row a line of its table.
+`rows.json` in the place of samples: one row a line of its table. Where the process is killed, the rows that it had are
+in the folder's `.partial` until the next attempt.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from experiments.bench.tables import markdown
 from experiments.errors import RunError, UsageError
 from experiments.schema import Experiment, load_experiment, to_dict
 
+Measure = Callable[[Callable[[list[dict]], None]], tuple[list[dict], dict]]
 ALWAYS = ("hardware.", "scenario.repeats", "results_dir", "force")
 
 
@@ -28,11 +30,11 @@ class Bench:
 
     Attributes:
         prepare: checks the options and gives what decides the result beside them, as plain data, and the function that
-            measures: it returns the rows and what is true of all of them.
+            measures: it returns the rows and what is true of all of them, and hands the rows over as they grow.
         options: beginnings of the options that mean something to it, beside `ALWAYS`.
     """
 
-    prepare: Callable[[Experiment, Mapping[str, BackendFactory]], tuple[Any, Callable[[], tuple[list[dict], dict]]]]
+    prepare: Callable[[Experiment, Mapping[str, BackendFactory]], tuple[Any, Measure]]
     options: tuple[str, ...]
 
 
@@ -70,11 +72,15 @@ def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKEND
 
             torch.set_num_threads(experiment.hardware.threads)
         started, begin = provenance.now(), time.perf_counter()
-        rows, common = measure()
         records.write_config(staging, options)
-        records.write_json(staging / records.ROWS, rows)
-        origin = provenance.collect() | {"started": started, "ended": provenance.now(), "inputs": inputs}
-        records.write_json(staging / records.PROVENANCE, origin)
+        origin = provenance.collect() | {"started": started, "inputs": inputs}
+
+        def keep(rows: list[dict]) -> None:
+            records.write_json(staging / records.ROWS, rows)
+            records.write_json(staging / records.PROVENANCE, origin | {"ended": provenance.now()})
+
+        rows, common = measure(keep)
+        keep(rows)
         refused = sum(row["refused"] is not None for row in rows)
         metrics = {"rows": len(rows), "refused": refused, "seconds": time.perf_counter() - begin} | common
         records.publish(staging, folder, metrics)

@@ -32,7 +32,7 @@ WORKER = (sys.executable, "-m", "experiments.bench.worker")
 
 def prepare(
     experiment: Experiment, backends: Mapping[str, BackendFactory]
-) -> tuple[Any, Callable[[], tuple[list[dict], dict]]]:
+) -> tuple[Any, Callable[[Callable[[list[dict]], None]], tuple[list[dict], dict]]]:
     """As `experiments.bench.Bench` says; the inputs are the loads and the model's files.
 
     Raises:
@@ -53,7 +53,7 @@ def prepare(
     ModelShape.read(model.path, "float32", device)
     loads = [arm.plain() | {"options": arm.options | {"model": None}} for arm in arms]
 
-    def run() -> tuple[list[dict], dict]:
+    def run(keep: Callable[[list[dict]], None]) -> tuple[list[dict], dict]:
         try:
             ceilings = measure_ceilings(device)
         except ValueError as error:
@@ -72,6 +72,7 @@ def prepare(
                 rows += [refused(late, "interrupted") for late in arms[number - 1 :]]
                 print("interrupted: what was measured is recorded", flush=True)
                 break
+            keep(rows)
             rate = rows[-1].get("tokens_per_second")
             said = f"refused: {rows[-1]['refused']}" if rate is None else f"{rate:,.0f} tokens/s"
             print(f"{number}/{len(arms)} {arm.title}: {said} ({time.perf_counter() - begin:.0f} s)", flush=True)

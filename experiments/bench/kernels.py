@@ -14,10 +14,10 @@ from zipage import measure_kernels
 
 def prepare(
     experiment: Experiment, backends: Mapping[str, BackendFactory]
-) -> tuple[Any, Callable[[], tuple[list[dict], dict]]]:
-    """As `experiments.bench.Bench` says; it has no inputs beside its options."""
+) -> tuple[Any, Callable[[Callable[[list[dict]], None]], tuple[list[dict], dict]]]:
+    """As `experiments.bench.Bench` says; it has no inputs beside its options, and all its rows come at once."""
 
-    def measure() -> tuple[list[dict], dict]:
+    def measure(_keep: Callable[[list[dict]], None]) -> tuple[list[dict], dict]:
         scenario = experiment.scenario
         try:
             report = measure_kernels(experiment.hardware.device, scenario.options, rounds=scenario.repeats)

@@ -191,6 +191,20 @@ def test_no_repeat_finds_its_prompts_in_the_prefix_cache(bench, results, tiny, t
     assert not any(cached)
 
 
+def test_rows_are_kept_while_others_are_measured(bench, results, tiny, tmp_path, monkeypatch):
+    """In the staging folder, which outlives the process where that is killed."""
+    (tmp_path / "load.yaml").write_text(LOAD)
+    measured, kept = engine.measure, []
+
+    def observed(*arguments):
+        kept.append([list(load_rows(path.parent)["arm"]) for path in results.glob("*.partial/rows.json")])
+        return measured(*arguments)
+
+    monkeypatch.setattr(engine, "measure", observed)
+    assert bench("scenario=engine_bench", f"scenario.loads=[{tmp_path / 'load.yaml'}]", f"model.path={tiny}") == 0
+    assert kept == [[], [["full"]]]
+
+
 def test_arms_fail_alone(bench, results, tiny, tmp_path, monkeypatch, capsys):
     text = LOAD + "  vllm: {backend: vllm, num_blocks: null}\n  short: {max_model_len: 30}\n"
     (tmp_path / "load.yaml").write_text(text)
