@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments import records
-from experiments.bench.tables import markdown
+from experiments.bench.tables import against, markdown
 from experiments.errors import UsageError
 
 
@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench", description="Show finished benchmarks.")
     parser.add_argument("records", nargs="+", help="folders of scenario=kernels or scenario=engine_bench")
     parser.add_argument("--picture", metavar="FILE", help="draw one record's share of the roofline (PNG, SVG or PDF)")
+    parser.add_argument("--against", metavar="ARM", help="add ratios of engines to this one, with 95 %% intervals")
     options = parser.parse_args(arguments)
     try:
         if options.picture and len(options.records) > 1:
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for record in options.records:
             rows = records.load_rows(record)
             print(markdown(rows))
+            if options.against:
+                print("\n" + against(rows, options.against))
             if options.picture:
                 from experiments.plots import against_roofline
 
