@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zipage.request import Request
+from zipage.transfer import to_device
 
 
 class BlockTables:
@@ -56,13 +57,11 @@ class BlockTables:
         """Bring the device up to date, behind what is queued on the current stream."""
         if self._changed and self.device.is_cuda:
             places = np.concatenate(self._changed)
-            both = torch.from_numpy(np.stack((places, self._host.reshape(-1)[places]))).pin_memory()
-            both = both.to(self.device.device, non_blocking=True)
+            both = to_device(np.stack((places, self._host.reshape(-1)[places])), self.device.device)
             self.device.view(-1).index_copy_(0, both[0], both[1].int())
         self._changed.clear()
 
     def of(self, rows: Sequence[int], num_entries: int) -> Tensor:
         """int32 [len(rows), columns] of the device's tables, wide enough for `num_entries`."""
-        host = torch.tensor(rows, dtype=torch.int64)
-        places = host.pin_memory().to(self.device.device, non_blocking=True) if self.device.is_cuda else host
+        places = to_device(rows, self.device.device, np.int64)
         return self.device[:, : -(-num_entries // self._block_size)].index_select(0, places)

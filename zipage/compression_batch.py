@@ -14,6 +14,7 @@ from zipage.eviction.protection import must_mask
 from zipage.kv_cache import KVCache
 from zipage.model.spec import ModelSpec
 from zipage.plan import CompressionOrder
+from zipage.transfer import to_device
 
 SEED_STEP = 0xD1342543DE82EF95
 """Between the samples of a prompt. Odd, so that each gets a seed of its own, and not what lies between the engine's own
@@ -71,8 +72,8 @@ class CompressionBatch:
     def event(self, cache: KVCache, spec: ModelSpec) -> PagedEvent:
         """The event over all layers of `cache`. On CUDA its tensors belong to the current stream."""
         device = cache.k.device
-        lens, keep, protected, carried, query_slots, window_ends = _int32(self._numbers, device).unbind()
-        tables = _int32(_rectangle(self.sources), device)
+        lens, keep, protected, carried, query_slots, window_ends = to_device(self._numbers, device, np.int32).unbind()
+        tables = to_device(_rectangle(self.sources), device)
         return PagedEvent(
             num_layers=spec.num_layers,
             num_heads=spec.num_kv_heads,
@@ -99,7 +100,7 @@ class CompressionBatch:
     def destinations(self, device: torch.device) -> Tensor:
         """int32 [R, dst_blocks] for `compress`: -1 for the blocks that no event writes to."""
         rows = [[-1] * pinned + ids[pinned:] for pinned, ids in zip(self._pinned, self.tables, strict=True)]
-        return _int32(_rectangle(rows), device)
+        return to_device(_rectangle(rows), device)
 
 
 def batches(orders: Iterable[CompressionOrder], spec: ModelSpec, block_size: int) -> Iterator[CompressionBatch]:
@@ -126,8 +127,3 @@ def _rectangle(rows: Sequence[Sequence[int]]) -> np.ndarray:
     for line, row in zip(table, rows, strict=True):
         line[: len(row)] = row
     return table
-
-
-def _int32(values: Sequence | np.ndarray, device: torch.device) -> Tensor:
-    host = torch.from_numpy(np.asarray(values, dtype=np.int32))
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -27,6 +27,7 @@ from zipage.sampler import Sampler
 from zipage.sampling_params import SamplingParams
 from zipage.swap import restore, save
 from zipage.token_batch import TokenBatch
+from zipage.transfer import to_device
 
 
 @dataclass(slots=True)
@@ -241,10 +242,7 @@ class ModelRunner:
         return queries
 
     def _tensor(self, values: list | np.ndarray, dtype: type | None = None) -> Tensor:
-        host = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
-        if self.device.type == "cuda":
-            return host.pin_memory().to(self.device, non_blocking=True)
-        return host
+        return to_device(values, self.device, dtype)
 
     @torch.inference_mode()
     def measure_peak(

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.cpu import invert
 from kernels.dispatch import sample_from_logits
 from zipage.request import Request
+from zipage.transfer import to_device
 
 
 def uniform(seeds: np.ndarray, samples: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -76,8 +77,8 @@ class Sampler:
             return tokens, None
         return tokens, raw.log_softmax(dim=-1, dtype=torch.float32).gather(1, tokens[:, None]).squeeze(1)
 
-    def _column(self, values: list, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)[:, None]
+    def _column(self, values: list, dtype: type = np.float32) -> Tensor:
+        return to_device(values, self._device, dtype)[:, None]
 
     def _draw(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
         params = [request.params for request in requests]
@@ -87,7 +88,7 @@ class Sampler:
             np.array([request.index for request in requests], dtype=np.int64),
             np.array([request.num_output_tokens for request in requests], dtype=np.int64),
         )
-        u = torch.from_numpy(numbers).to(self._device, non_blocking=True)[:, None]
+        u = to_device(numbers, self._device)[:, None]
         if all(p.top_k == 0 and p.top_p == 1 and p.min_p == 0 for p in params):
             return sample_from_logits(logits, temperature.squeeze(1), u.squeeze(1))
         greedy = temperature == 0
@@ -98,7 +99,7 @@ class Sampler:
             probs = probs.masked_fill(probs < floor, 0.0)
         if any(p.top_k > 0 or p.top_p < 1 for p in params):
             ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-            k = self._column([p.top_k or self._shape[1] for p in params], torch.int64)
+            k = self._column([p.top_k or self._shape[1] for p in params], np.int64)
             rank = torch.arange(ranked.shape[1], device=self._device)[None, :]
             ranked = ranked.masked_fill(rank >= k, 0.0)
             top_p = self._column([p.top_p for p in params]) * ranked.sum(dim=-1, keepdim=True)
@@ -118,10 +119,10 @@ class Sampler:
                 known = owner[1] if owner is not None and owner[0] is request else 0
                 if known == 0:
                     self._seen[request.row] = False
-                new = torch.tensor(request.token_ids[known:], device=self._device)
+                new = to_device(request.token_ids[known:], self._device, np.int64)
                 self._seen[request.row, new] = True
                 self._owners[request.row] = (request, request.num_tokens)
-        rows = torch.tensor([request.row for request in requests], device=self._device)
+        rows = to_device([request.row for request in requests], self._device, np.int64)
         penalty = self._column([request.params.repetition_penalty for request in requests])
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         seen = self._seen[rows] & (penalty != 1.0)

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from zipage.transfer import to_device
 
 GOLDEN = 0x9E3779B97F4A7C15
 FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -38,7 +39,7 @@ def uniform(
     Returns:
         float32 [len(layers), R, len(heads), N]: odd multiples of 2**-24, so never 0 or 1.
     """
-    keys = torch.from_numpy(_keys(seeds, stream, rounds, layers, heads)).to(counters.device, non_blocking=True)
+    keys = to_device(_keys(seeds, stream, rounds, layers, heads), counters.device)
     state = _mix_device(keys[..., None] + (counters + 1) * _signed(GOLDEN))
     return (_shift(state, 41).float() + 0.5) * 2.0**-23
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zipage.eviction import counters
+from zipage.transfer import to_device
 
 Softmax = Literal["all", "cut", "group_cut"]
 EPSILON = 1e-8
@@ -237,7 +239,7 @@ class Event(ABC):
     def gaussian(self, stream: int, rows: int, columns: int) -> Tensor:
         """Standard normal matrices, one per request and event: float32 [R, rows, columns]."""
         numbers = counters.normal(self.seeds, stream, self.rounds, rows * columns)
-        return torch.from_numpy(numbers).float().view(-1, rows, columns).to(self.device, non_blocking=True)
+        return to_device(numbers, self.device, np.float32).view(-1, rows, columns)
 
     # Ranking.
 

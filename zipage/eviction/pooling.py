@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zipage.eviction.event import Event
+from zipage.transfer import to_device
 
 
 def pooled(
@@ -25,4 +26,4 @@ def pooled(
     smooth = event.pool(scores, width, kind, limit)
     if pooling == "always" or all(first):
         return smooth
-    return torch.where(torch.tensor(first, device=scores.device)[:, None, None], smooth, scores)
+    return torch.where(to_device(first, scores.device)[:, None, None], smooth, scores)
