@@ -1,4 +1,4 @@
-"""What a decode graph computes, without a GPU to capture it on."""
+"""What the graph of a step computes, without a GPU to capture it on."""
 
 import numpy as np
 import pytest

@@ -17,8 +17,8 @@ from zipage.paged_attention import PagedAttention
 from zipage.token_batch import TokenBatch
 
 PROMPT_TOKENS = 256
-"""Tokens of prompts that a graph takes beside a full batch of decodes. With more of them a step keeps the GPU busy for
-longer than its launches take."""
+"""Tokens of prompts that a graph takes beside a full batch of decodes. Not tuned: with more of them, launches are less
+of a step, and there are more sizes to capture."""
 
 PROMPT_READS = 2**16
 """Entries that these tokens may read. Each reads all before it anew, where prefill attention reads them once a tile."""

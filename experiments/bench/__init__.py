@@ -20,7 +20,8 @@ from experiments.bench.tables import markdown
 from experiments.errors import RunError, UsageError
 from experiments.schema import Experiment, load_experiment, to_dict
 
-Measure = Callable[[Callable[[list[dict]], None]], tuple[list[dict], dict]]
+Keep = Callable[[list[dict]], None]
+Measure = Callable[[Keep], tuple[list[dict], dict]]
 ALWAYS = ("hardware.", "scenario.repeats", "results_dir", "force")
 
 

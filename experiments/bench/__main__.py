@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments import records
-from experiments.bench.tables import against, markdown
+from experiments.bench.tables import markdown
 from experiments.errors import UsageError
 
 
@@ -24,7 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows = records.load_rows(record)
             print(markdown(rows))
             if options.against:
-                print("\n" + against(rows, options.against))
+                from experiments.bench.ratios import against
+                from experiments.tables import to_markdown
+
+                print("\n" + to_markdown(against(rows, options.against)))
             if options.picture:
                 from experiments.plots import against_roofline
 

@@ -10,11 +10,11 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.backends import BackendFactory
 from experiments.bench.gate import why_refused
@@ -27,12 +27,13 @@ from experiments.models import find_model
 from experiments.schema import EngineOptions, Experiment
 from zipage import measure_ceilings
 
+if TYPE_CHECKING:
+    from experiments.bench import Keep, Measure
+
 WORKER = (sys.executable, "-m", "experiments.bench.worker")
 
 
-def prepare(
-    experiment: Experiment, backends: Mapping[str, BackendFactory]
-) -> tuple[Any, Callable[[Callable[[list[dict]], None]], tuple[list[dict], dict]]]:
+def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> tuple[Any, Measure]:
     """As `experiments.bench.Bench` says; the inputs are the loads and the model's files.
 
     Raises:
@@ -53,7 +54,7 @@ def prepare(
     ModelShape.read(model.path, "float32", device)
     loads = [arm.plain() | {"options": arm.options | {"model": None}} for arm in arms]
 
-    def run(keep: Callable[[list[dict]], None]) -> tuple[list[dict], dict]:
+    def run(keep: Keep) -> tuple[list[dict], dict]:
         try:
             ceilings = measure_ceilings(device)
         except ValueError as error:

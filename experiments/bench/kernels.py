@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.backends import BackendFactory
 from experiments.errors import UsageError
 from experiments.schema import Experiment
 from zipage import measure_kernels
 
+if TYPE_CHECKING:
+    from experiments.bench import Keep, Measure
 
-def prepare(
-    experiment: Experiment, backends: Mapping[str, BackendFactory]
-) -> tuple[Any, Callable[[Callable[[list[dict]], None]], tuple[list[dict], dict]]]:
+
+def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> tuple[Any, Measure]:
     """As `experiments.bench.Bench` says; it has no inputs beside its options, and all its rows come at once."""
 
-    def measure(_keep: Callable[[list[dict]], None]) -> tuple[list[dict], dict]:
+    def measure(_keep: Keep) -> tuple[list[dict], dict]:
         scenario = experiment.scenario
         try:
             report = measure_kernels(experiment.hardware.device, scenario.options, rounds=scenario.repeats)

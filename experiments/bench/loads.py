@@ -31,7 +31,7 @@ class Load:
         temperature: of sampling.
         warmup_tokens: tokens of each output in the run before those that are timed: as many as it takes to compress.
         window_steps: None: each repeat answers all requests. Else: one run, in which each repeat is so many steps,
-            timed once the queue is empty or the pool full.
+            once the queue is empty or the pool full; as many before them are not timed.
     """
 
     lengths: dict[str, Any]

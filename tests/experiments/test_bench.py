@@ -19,8 +19,9 @@ from experiments.bench import engine, gate
 from experiments.bench import measure as measuring
 from experiments.bench.loads import LOADS, read_arms
 from experiments.bench.measure import _Observed, _served, measure
+from experiments.bench.ratios import against
 from experiments.bench.roofline import EntriesRead, ModelShape, step_floor
-from experiments.bench.tables import against, markdown
+from experiments.bench.tables import markdown
 from experiments.errors import UsageError
 from experiments.paths import ROOT
 from experiments.plots import against_roofline
@@ -347,34 +348,31 @@ def test_ratios_to_an_arm_stay_within_a_load_and_have_intervals_where_there_are_
         rates("a", "half", 49, 50, 51),
         rates("a", "none"),
         rates("b", "full", 80),
+        rates("b", "once", 40),
+        rates("c", "half", 1, 2),
     ]
-    rows += [rates("b", "once", 40), rates("c", "half", 1, 2)]
-    lines = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in against(pd.DataFrame(rows), "full").split("\n")
-    ]
-    assert [line[:2] for line in lines[2:]] == [["a", "full"], ["a", "half"], ["b", "full"], ["b", "once"]]
-    assert [lines[place][4] for place in (2, 4, 5)] == ["1.000", "1.000", "0.500"]
+    table = against(pd.DataFrame(rows), "full")
+    assert list(table["load"] + "/" + table["arm"]) == ["a/full", "a/half", "b/full", "b/once"]
     # Welch: deviations of 2 % over three repeats; t(0.975, 4) is 2.776, and 2.776 * 0.02 * sqrt(2 / 3) is 4.5 %.
-    assert lines[3][4] == "0.500 [0.478, 0.523]"
+    assert list(table["of full"]) == ["1.000", "0.500 [0.478, 0.523]", "1.000", "0.500"]
 
 
 def test_equal_engines_differ_as_often_as_the_interval_says():
     random, outside = Random(0), 0
     for _ in range(400):
         a, b = ([random.gauss(100, 1) for _ in range(8)] for _ in range(2))
-        ratio = against(pd.DataFrame([rates("l", "a", *a), rates("l", "b", *b)]), "b").split("\n")[2]
-        low, high = map(float, ratio.split("[")[1].split("]")[0].split(","))
+        ratio = against(pd.DataFrame([rates("l", "a", *a), rates("l", "b", *b)]), "b")["of b"][0]
+        low, high = map(float, ratio.split("[")[1].rstrip("]").split(","))
         outside += not low <= 1 <= high
     assert 0.02 < outside / 400 < 0.085
 
 
-def test_ratios_need_an_arm_that_was_timed(bench, results, tmp_path, capsys):
+def test_ratios_need_an_arm_that_was_timed(bench, results, capsys):
     with pytest.raises(UsageError, match="--against none: no such arm was timed; there are full, half"):
         against(pd.DataFrame([rates("a", "full", 1, 2), rates("a", "half", 1), rates("a", "none")]), "none")
     assert bench("scenario=kernels") == 0
     assert show.main([str(record_of(results)), "--against", "full"]) == 2
-    assert "these are no engines" in capsys.readouterr().err
+    assert "the record has no engines" in capsys.readouterr().err
 
 
 # The roofline
