@@ -32,7 +32,10 @@ from zipage.transfer import to_device
 
 @dataclass(slots=True)
 class StepResult:
-    """Tokens (and log-probabilities where asked for) of `plan.sampled`; seconds on the device."""
+    """Tokens (and log-probabilities where asked for) of `plan.sampled`; seconds on the device.
+
+    A token is -1 where the logits were not finite.
+    """
 
     token_ids: list[int]
     logprobs: list[float] | None
@@ -145,7 +148,8 @@ class ModelRunner:
             logits = self.forward(plan)
             if plan.sampled:
                 tokens, logprobs = self.sampler.sample(logits, plan.sampled)
-                self._sampled[: len(tokens)] = tokens
+                # -1 stands for logits that were not finite; the next step may not look that up.
+                torch.clamp(tokens, min=0, out=self._sampled[: len(tokens)])
         if events is None:
             return Launch(tokens, logprobs, time.perf_counter() - start)
         # Copied from here, so that nothing queued behind the step is waited for.
@@ -317,6 +321,8 @@ class ModelRunner:
         rows = min(self.max_num_seqs, num_tokens)
         params = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=True)
         requests = [Request("peak", [0], params, max_total_tokens=2) for _ in range(rows)]
+        # Rows of two kinds are drawn apart, which takes a copy of their logits.
+        requests[0].params = SamplingParams(temperature=0.7)
         for row, request in enumerate(requests):
             request.row = row
         sampler = Sampler(self.max_num_seqs, self.spec.vocab_size, self.device)
