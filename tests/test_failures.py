@@ -194,15 +194,15 @@ def test_ctrl_c_comes_between_two_steps(folder, monkeypatch, overlaps):
     expected = llm.generate(PROMPTS, greedy(100), use_tqdm=False)
     stream = llm.stream(PROMPTS[1], greedy(100))
     streamed = [next(stream) for _ in range(3)]
-    launch, steps = llm._runner.launch, []
+    advance, steps = llm._scheduler.advance, []
 
     def interrupted(plan):
+        advance(plan)
         steps.append(plan)
         if len(steps) == 40:
             os.kill(os.getpid(), signal.SIGINT)
-        return launch(plan)
 
-    monkeypatch.setattr(llm._runner, "launch", interrupted)
+    monkeypatch.setattr(llm._scheduler, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS, greedy(100), use_tqdm=False)
     assert len(steps) == 40
