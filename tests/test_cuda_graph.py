@@ -26,7 +26,7 @@ def test_sizes_of_large_batches():
 def run_in_graphs(llm: LLM) -> list[int]:
     """From here on steps compute what a graph would, with rows of nobody; the list gets the tokens of each."""
     runner, sizes = llm._runner, []
-    graphs = StepGraphs(runner.decoder, runner.cache, runner.scale, runner._tables, runner._sampled)
+    graphs = runner._step_graphs(runner.cache, runner._tables)
 
     def run(batch: TokenBatch) -> torch.Tensor:
         sizes.append(len(batch))

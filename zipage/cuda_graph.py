@@ -48,17 +48,27 @@ class StepGraphs:
         decoder, cache, scale: as in `PagedAttention`; queries are stored where the cache has query slots.
         tables: of all requests.
         sampled: int64 [max_num_seqs], the tokens of the step before.
+        stream: what is captured is captured here. One for all: cuBLAS keeps 32 MiB for every stream that it has seen.
 
     Attributes:
         most: tokens of the largest graph.
     """
 
-    def __init__(self, decoder: Decoder, cache: KVCache, scale: float, tables: BlockTables, sampled: Tensor) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        scale: float,
+        tables: BlockTables,
+        sampled: Tensor,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
         self._decoder = decoder
         self._cache = cache
         self._scale = scale
         self._tables = tables
         self._sampled = sampled
+        self._stream = stream
         self.most = len(sampled) + PROMPT_TOKENS
         self._sizes = batch_sizes(self.most)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
@@ -107,17 +117,19 @@ class StepGraphs:
         )
         return self._decoder(known_tokens(token_ids, places, self._sampled), positions, attention)
 
+    def warm_up(self, inputs: Tensor) -> None:
+        """Run once what is to be captured: a capture allows neither compiling kernels nor setting up libraries."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self.forward(inputs)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
     def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         inputs = self.inputs(None, size).to(self._cache.k.device)
-        stream = torch.cuda.Stream(self._cache.k.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # Kernels are compiled and libraries set up before the capture, which allows neither.
-            self.forward(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        self.warm_up(inputs)
         graph = torch.cuda.CUDAGraph()
         # Another thread may be launching a compression meanwhile, which is no part of this.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             hidden = self.forward(inputs)
         self._pool = graph.pool()
         return graph, inputs, hidden
