@@ -80,7 +80,9 @@ class EngineStats:
 
     Entries are counted per layer and KV head. `budget_bound` counts samples that were compressed at least once: 0 at
     the end of a run says that its budget never bound. `compressions_ordered` exceeds `compressions_applied` only by
-    those under way. `prompts_truncated` counts prompts under protection "prompt" that do not fit their budget whole.
+    those under way, and `pauses` exceeds `resumes` by those that are paused now, or ended so: with a token of the step
+    that was under way when they left. `prompts_truncated` counts prompts under protection "prompt" that do not fit
+    their budget whole.
     """
 
     steps: int = 0
