@@ -1,7 +1,7 @@
-"""Move the survivors of a selection together, in Triton: packed in slot order, or only into holes.
+"""Pack the survivors of a selection in slot order, in Triton.
 
-A map names the source slot of each destination slot. An entry whose map is itself, in a block that stays in its place,
-is never touched.
+`kept` names the source slot of each destination slot. An entry that stays in its slot, in a block that stays in its
+place, is never touched.
 
 Source: Zipage (arXiv 2603.08743).
 """
@@ -24,30 +24,11 @@ SLICE_BYTES = 128
 STATE_ENTRIES = 1024
 
 
-@triton.jit(do_not_specialize=["kept_ptr", "map_ptr", "max_keep"])
-def _plan_holes(kept_ptr, map_ptr, max_keep, KEEP_PAD: tl.constexpr):
-    """One layer, request and KV head: survivors below `count` stay, the others go into the holes there, in order."""
-    row = tl.program_id(0).to(tl.int64) * max_keep
-    index = tl.arange(0, KEEP_PAD)
-    kept = tl.load(kept_ptr + row + index, mask=index < max_keep, other=-1)
-    count = tl.sum((kept >= 0).to(tl.int32), 0)
-    stays = (kept >= 0) & (kept < count)
-    tl.store(map_ptr + row + index, tl.full([KEEP_PAD], -1, tl.int32), mask=index < max_keep)
-    tl.debug_barrier()
-    tl.store(map_ptr + row + kept, kept, mask=stays)
-    tl.debug_barrier()
-    marked = tl.load(map_ptr + row + index, mask=index < count, other=0)
-    hole = (index < count) & (marked < 0)
-    rank = tl.cumsum(hole.to(tl.int32), 0) - 1
-    mover = tl.load(kept_ptr + row + tl.sum(stays.to(tl.int32), 0) + rank, mask=hole, other=0)
-    tl.store(map_ptr + row + index, mover, mask=hole)
-
-
-@triton.jit(do_not_specialize=["map_ptr", "table_ptr", "dst_ptr", "max_keep", "steps", "table_stride", "dst_stride"])
+@triton.jit(do_not_specialize=["kept_ptr", "table_ptr", "dst_ptr", "max_keep", "steps", "table_stride", "dst_stride"])
 def _move_entries(
     k_ptr,
     v_ptr,
-    map_ptr,
+    kept_ptr,
     table_ptr,
     dst_ptr,
     max_keep,
@@ -60,25 +41,23 @@ def _move_entries(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    SLICES: tl.constexpr,
     DIMS: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
     """One layer, request, KV head and slice of the head's dimensions, for `steps` times ENTRIES destination slots.
 
-    In place this is safe when a map ascends (map[i] >= i): a program owns its column of bytes; its later steps read
+    In place this is safe, since `kept` ascends (kept[i] >= i): a program owns its column of bytes; its later steps read
     slots above those that this step writes, and its earlier ones, like this one, have read theirs at the barrier.
     """
-    walk = tl.program_id(0) // SLICES
-    dims = tl.program_id(0) % SLICES * DIMS + tl.arange(0, DIMS)
+    dims = tl.program_id(0) * DIMS + tl.arange(0, DIMS)
     pair = tl.program_id(1)
     row = (pair // HEADS).to(tl.int64)
     layer = tl.program_id(2).to(tl.int64)
     column = layer * layer_stride + (pair % HEADS) * head_stride
-    map_row = map_ptr + (layer * tl.num_programs(1) + pair) * max_keep
-    for step in range(walk * steps, walk * steps + steps):
+    kept_row = kept_ptr + (layer * tl.num_programs(1) + pair) * max_keep
+    for step in range(0, steps):
         index = step * ENTRIES + tl.arange(0, ENTRIES)
-        source = tl.load(map_row + index, mask=index < max_keep, other=-1)
+        source = tl.load(kept_row + index, mask=index < max_keep, other=-1)
         held = source >= 0
         from_block = tl.load(table_ptr + row * table_stride + source // BLOCK_SIZE, mask=held, other=0)
         to_block = tl.load(dst_ptr + row * dst_stride + index // BLOCK_SIZE, mask=held, other=-1)
@@ -93,11 +72,11 @@ def _move_entries(
         tl.store(v_ptr + write[:, None] + dims[None, :], v, mask=mask)
 
 
-@triton.jit(do_not_specialize=["map_ptr", "table_ptr", "dst_ptr", "max_keep", "steps", "table_stride", "dst_stride"])
+@triton.jit(do_not_specialize=["kept_ptr", "table_ptr", "dst_ptr", "max_keep", "steps", "table_stride", "dst_stride"])
 def _move_states(
     state_ptr,
     update_ptr,
-    map_ptr,
+    kept_ptr,
     table_ptr,
     dst_ptr,
     max_keep,
@@ -119,7 +98,7 @@ def _move_states(
     column = state_ptr + layer * layer_stride + (pair % HEADS) * BLOCK_SIZE
     for step in range(0, steps):
         index = step * ENTRIES + tl.arange(0, ENTRIES)
-        source = tl.load(map_ptr + line * max_keep + index, mask=index < max_keep, other=-1)
+        source = tl.load(kept_ptr + line * max_keep + index, mask=index < max_keep, other=-1)
         held = source >= 0
         to_block = tl.load(dst_ptr + row * dst_stride + index // BLOCK_SIZE, mask=held, other=-1)
         if UPDATED:
@@ -152,56 +131,23 @@ def compact_stable_triton(
         dst_tables: int32 [R, dst_blocks]; -1: nothing is written.
         updates: for each state None or [L, R, H, N] of its dtype.
     """
-    _move(k_cache, v_cache, states, kept, block_tables, dst_tables, updates, ordered=True)
-
-
-def compact_holes_triton(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    states: Sequence[Tensor],
-    kept: Tensor,
-    block_tables: Tensor,
-    updates: Sequence[Tensor | None] | None = None,
-) -> None:
-    """`reference.compact_holes` in two launches, and one more for each state.
-
-    Args:
-        k_cache, v_cache: [L, num_blocks, H, b, d], of the same strides; written in place.
-        states: tensors [L, num_blocks, H, b] of four-byte elements; written in place.
-        kept: int32 [L, R, H, max_keep], ascending, then -1.
-        block_tables: int32 [R, max_blocks].
-        updates: for each state None or [L, R, H, N] of its dtype.
-    """
+    layers, requests, heads, max_keep = kept.shape
     if kept.numel() == 0:
-        return
-    sources = torch.empty_like(kept)
-    max_keep = kept.shape[3]
-    keep_pad = triton.next_power_of_2(max_keep)
-    warps = min(16, max(1, keep_pad // 512))
-    _plan_holes[(kept.numel() // max_keep,)](kept, sources, max_keep, KEEP_PAD=keep_pad, num_warps=warps)
-    _move(k_cache, v_cache, states, sources, block_tables, block_tables, updates, ordered=False)
-
-
-def _move(k_cache, v_cache, states, sources, block_tables, dst_tables, updates, ordered: bool) -> None:
-    """Move by the map `sources` int32 [L, R, H, max_keep]; not ordered: no slot is both read and written."""
-    layers, requests, heads, max_keep = sources.shape
-    if sources.numel() == 0:
         return
     block_size, head_dim = k_cache.shape[3:]
     dims = min(SLICE_BYTES // k_cache.element_size(), triton.next_power_of_2(head_dim))
-    slices, steps = triton.cdiv(head_dim, dims), triton.cdiv(max_keep, ENTRIES)
     tables = block_tables.stride(0), dst_tables.stride(0)
-    _move_entries[(slices * (1 if ordered else steps), requests * heads, layers)](
-        k_cache, v_cache, sources, block_tables, dst_tables, max_keep, steps if ordered else 1,
+    _move_entries[(triton.cdiv(head_dim, dims), requests * heads, layers)](
+        k_cache, v_cache, kept, block_tables, dst_tables, max_keep, triton.cdiv(max_keep, ENTRIES),
         *k_cache.stride()[:3], *tables,
-        HEADS=heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, SLICES=slices, DIMS=dims, ENTRIES=ENTRIES,
+        HEADS=heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, DIMS=dims, ENTRIES=ENTRIES,
         num_warps=8, num_stages=1,
     )  # fmt: skip
     for state, update in zip(states, updates or [None] * len(states), strict=True):
         state = state.view(torch.int32)
         values = state if update is None else update.view(torch.int32)
         _move_states[(requests * heads, layers)](
-            state, values, sources, block_tables, dst_tables, max_keep, triton.cdiv(max_keep, STATE_ENTRIES),
+            state, values, kept, block_tables, dst_tables, max_keep, triton.cdiv(max_keep, STATE_ENTRIES),
             state.stride(0), values.shape[3], *tables,
             HEADS=heads, BLOCK_SIZE=block_size, UPDATED=update is not None, ENTRIES=STATE_ENTRIES,
             num_warps=8, num_stages=1,

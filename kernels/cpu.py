@@ -351,27 +351,6 @@ def _unexcused_sums(keys: Tensor, threshold: float) -> Tensor:
     return cosine.sum(dim=2).scatter_add_(1, last.clamp(min=0), -excused)
 
 
-def update_global_score_torch(
-    scores: Tensor,
-    stored: Tensor,
-    block_tables: Tensor,
-    lens: Tensor,
-    num_carried: Tensor,
-    alpha: float,
-    *,
-    kind: str = "max",
-) -> Tensor:
-    """`reference.update_global_score`, request by request."""
-    out = scores.clone()
-    block_size = stored.shape[3]
-    for row, carried in enumerate(torch.minimum(num_carried, lens).tolist()):
-        blocks = block_tables[row, : -(-carried // block_size)].long()
-        old = stored[:, blocks].transpose(1, 2).flatten(2)[..., :carried] * alpha
-        new = out[:, row, :, :carried]
-        new.copy_(torch.maximum(new, old) if kind == "max" else new + old)
-    return out
-
-
 def select_torch(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
     """`reference.select`, as the largest of integers that order slots by (must, score, slot) and are all different."""
     width = scores.shape[3]
@@ -397,36 +376,9 @@ def compact_stable_torch(
     updates: Sequence[Tensor | None] | None = None,
 ) -> None:
     """`reference.compact_stable`, all survivors at once."""
-    _move(k_cache, v_cache, states, kept, block_tables, dst_tables, updates)
-
-
-def compact_holes_torch(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    states: Sequence[Tensor],
-    kept: Tensor,
-    block_tables: Tensor,
-    updates: Sequence[Tensor | None] | None = None,
-) -> None:
-    """`reference.compact_holes`, all survivors at once."""
-    slots = torch.arange(kept.shape[3])
-    count = (kept >= 0).sum(dim=-1, keepdim=True)
-    stays = (kept >= 0) & (kept < count)
-    # Survivors that stay are marked in the slot they have; the last column takes the marks of the others.
-    marks = torch.zeros((*kept.shape[:3], kept.shape[3] + 1), dtype=torch.bool)
-    marks.scatter_(3, torch.where(stays, kept, kept.shape[3]).long(), True)
-    hole = ~marks[..., :-1] & (slots < count)
-    rank = hole.cumsum(dim=-1) - 1 + stays.sum(dim=-1, keepdim=True)
-    movers = kept.gather(3, rank.clamp(0, kept.shape[3] - 1))
-    sources = torch.where(hole, movers, torch.where(slots < count, slots.int(), -1))
-    _move(k_cache, v_cache, states, sources, block_tables, block_tables, updates)
-
-
-def _move(k_cache, v_cache, states, sources, block_tables, dst_tables, updates) -> None:
-    """Give destination slot i the entry of source slot sources[l, r, h, i]; -1 gives nothing."""
     block_size = k_cache.shape[3]
-    layer, row, head, index = (sources >= 0).nonzero(as_tuple=True)
-    source = sources[layer, row, head, index].long()
+    layer, row, head, index = (kept >= 0).nonzero(as_tuple=True)
+    source = kept[layer, row, head, index].long()
     to_block = dst_tables[row, index.div(block_size, rounding_mode="floor")].long()
     written = to_block >= 0
     layer, row, head, index, source, to_block = (x[written] for x in (layer, row, head, index, source, to_block))

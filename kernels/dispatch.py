@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 def _triton() -> SimpleNamespace:
     from kernels.attention_score import attention_score_triton
     from kernels.block_copy import copy_blocks_triton
-    from kernels.compaction import compact_holes_triton, compact_stable_triton
-    from kernels.global_score import update_global_score_triton
+    from kernels.compaction import compact_stable_triton
     from kernels.kv_store import store_kv_triton
     from kernels.paged_decode import decode_pieces_triton, paged_decode_triton
     from kernels.paged_prefill import paged_prefill_triton
@@ -35,7 +34,7 @@ def _triton() -> SimpleNamespace:
     from kernels.selection import select_triton
     from kernels.silu_mul import silu_mul_triton
     from kernels.step_store import store_step_triton
-    from kernels.window_store import store_positions_triton, store_queries_triton
+    from kernels.window_store import store_positions_triton
 
     return SimpleNamespace(
         store_kv=store_kv_triton,
@@ -43,7 +42,6 @@ def _triton() -> SimpleNamespace:
         paged_decode=paged_decode_triton,
         paged_prefill=paged_prefill_triton,
         copy_blocks=copy_blocks_triton,
-        store_queries=store_queries_triton,
         store_positions=store_positions_triton,
         store_step=store_step_triton,
         add_rms_norm=add_rms_norm_triton,
@@ -52,10 +50,8 @@ def _triton() -> SimpleNamespace:
         sample_from_logits=sample_from_logits_triton,
         attention_score=attention_score_triton,
         redundancy=redundancy_triton,
-        update_global_score=update_global_score_triton,
         select=select_triton,
         compact_stable=compact_stable_triton,
-        compact_holes=compact_holes_triton,
     )
 
 
@@ -179,27 +175,6 @@ def copy_blocks(k_cache: Tensor, v_cache: Tensor, src: Tensor, dst: Tensor) -> N
         cpu.copy_blocks_torch(k_cache, v_cache, src, dst)
 
 
-def store_queries(q: Tensor, q_cache: Tensor, indices: Tensor) -> None:
-    """Write each token's queries into its place of a query slot.
-
-    Args:
-        q: [T, Hq, d], last dimension contiguous, of q_cache's dtype.
-        q_cache: [num_query_slots, w, Hq, d], one layer; float32, float16 or bfloat16; written in place. A slot is a
-            ring: the queries of logical position p lie at p % w.
-        indices: int64 [T], `query_slot * w + p % w`; -1 stores nothing. Two tokens never share a place: of a longer
-            chunk of a request, only the last w tokens are stored.
-
-    Raises:
-        ValueError: an argument's shape, dtype, device or layout is not as above.
-    """
-    layout.check_store_queries(q, q_cache, indices)
-    if q_cache.is_cuda:
-        with torch.cuda.device(q_cache.device):
-            _triton().store_queries(q, q_cache, indices)
-    else:
-        cpu.store_queries_torch(q, q_cache, indices)
-
-
 def store_positions(positions: Tensor, state: Tensor, slots: Tensor) -> None:
     """Write each token's logical position beside its K and V, in every layer and head.
 
@@ -229,11 +204,15 @@ def store_step(
     slots: Tensor,
     indices: Tensor,
 ) -> None:
-    """`store_kv` and `store_queries` of the same tokens, together.
+    """`store_kv`, and each token's queries into its place of a query slot, in one launch.
 
     Args:
         k, v, k_cache, v_cache, slots: as in `store_kv`.
-        q, q_cache, indices: as in `store_queries`, of the same tokens, head_dim and dtype.
+        q: [T, Hq, d], of the same tokens, head_dim and dtype, last dimension contiguous.
+        q_cache: [num_query_slots, w, Hq, d], one layer; written in place. A slot is a ring: the queries of logical
+            position p lie at p % w.
+        indices: int64 [T], `query_slot * w + p % w`; -1 stores nothing. Two tokens never share a place: of a longer
+            chunk of a request, only the last w tokens are stored.
 
     Raises:
         ValueError: an argument's shape, dtype, device or layout is not as above.
@@ -428,41 +407,6 @@ def redundancy(
     return cpu.redundancy_torch(k_cache, block_tables, lens, **kinds)
 
 
-def update_global_score(
-    scores: Tensor,
-    stored: Tensor,
-    block_tables: Tensor,
-    lens: Tensor,
-    num_carried: Tensor,
-    alpha: float,
-    *,
-    kind: str = "max",
-) -> Tensor:
-    """Fold the scores stored at earlier compressions into new ones: max(s, alpha * stored), as G-KV (2512.00504).
-
-    Args:
-        scores: float32 [L, R, H, N], contiguous.
-        stored: float32 [L, num_blocks, H, b], each layer contiguous; never written: source blocks may be shared.
-        block_tables: int32 [R, N / b]; never read past ceil(min(num_carried, n) / b).
-        lens: int32 [R], n.
-        num_carried: int32 [R]; the slots below it carry a stored score, the others keep their new one.
-        alpha: decay of the stored score.
-        kind: "max", or "sum" for s + alpha * stored (H2O, arXiv 2306.14048).
-
-    Returns:
-        float32 [L, R, H, N], also the scores to store: hand them to the compaction as the state's update.
-
-    Raises:
-        ValueError: an argument's shape, dtype, device, layout or value is not as above.
-    """
-    layout.check_global_score(scores, stored, block_tables, lens, num_carried, kind)
-    args = scores, stored, block_tables, lens, num_carried, alpha
-    if scores.is_cuda:
-        with torch.cuda.device(scores.device):
-            return _triton().update_global_score(*args, kind=kind)
-    return cpu.update_global_score_torch(*args, kind=kind)
-
-
 def pool_scores(scores: Tensor, lens: Tensor, width: int, kind: str, limit: Tensor) -> Tensor:
     """Pool scores along the sequence, so that neighbours survive together (SnapKV, arXiv 2404.14469).
 
@@ -542,34 +486,3 @@ def compact_stable(
             _triton().compact_stable(*args)
     else:
         cpu.compact_stable_torch(*args)
-
-
-def compact_holes(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    states: Sequence[Tensor],
-    kept: Tensor,
-    block_tables: Tensor,
-    updates: Sequence[Tensor | None] | None = None,
-) -> None:
-    """Move the survivors from slot `count` on into the holes below it, the first into the first; others stay.
-
-    Attention does not depend on the order of entries: `count` survivors fill slots 0 .. count - 1 again.
-
-    Args:
-        k_cache, v_cache: [L, num_blocks, H, b, d], any range of layers, laid out alike; written in place.
-        states: int32 or float32 [L, num_blocks, H, b], each layer contiguous; moved along, written in place.
-        kept: int32 [L, R, H, max_keep], contiguous, `select`'s; count is a row's number of survivors.
-        block_tables: int32 [R, max_blocks]; the blocks of the slots below count are the request's own.
-        updates: as in `compact_stable`.
-
-    Raises:
-        ValueError: an argument's shape, dtype, device or layout is not as above.
-    """
-    layout.check_compact(k_cache, v_cache, states, kept, block_tables, block_tables, updates)
-    args = k_cache, v_cache, states, kept, block_tables, updates
-    if k_cache.is_cuda:
-        with torch.cuda.device(k_cache.device):
-            _triton().compact_holes(*args)
-    else:
-        cpu.compact_holes_torch(*args)

@@ -70,21 +70,6 @@ def check_copy(k_cache: Tensor, v_cache: Tensor, src: Tensor, dst: Tensor) -> No
     _check_index("dst", dst, torch.int64, (src.numel(),), k_cache.device)
 
 
-def check_store_queries(q: Tensor, q_cache: Tensor, indices: Tensor) -> None:
-    """Check the arguments of `store_queries`. Raises ValueError naming the argument, its value and the remedy."""
-    if q_cache.dim() != 4 or 0 in q_cache.shape[1:]:
-        _fail("q_cache", "shape", tuple(q_cache.shape), "give one layer, [slots, window, heads, head_dim]")
-    if q_cache.dtype not in DTYPES:
-        _fail("q_cache", "dtype", q_cache.dtype, "use float32, float16 or bfloat16")
-    if not q_cache.is_contiguous():
-        _fail("q_cache", "stride", q_cache.stride(), "make the layer contiguous")
-    heads, head_dim = q_cache.shape[2:]
-    if q.dim() != 3 or tuple(q.shape[1:]) != (heads, head_dim):
-        _fail("q", "shape", tuple(q.shape), f"give [tokens, {heads}, {head_dim}], as the cache has them")
-    _check_values("q", q, q_cache, "q_cache")
-    _check_index("indices", indices, torch.int64, (q.shape[0],), q_cache.device, "q_cache")
-
-
 def check_store_positions(positions: Tensor, state: Tensor, slots: Tensor) -> None:
     """Check the arguments of `store_positions`. Raises ValueError naming the argument, its value and the remedy."""
     if state.dim() != 4 or state.shape[3] not in BLOCK_SIZES:
@@ -106,8 +91,16 @@ def check_store_step(
 ) -> None:
     """Check the arguments of `store_step`. Raises ValueError naming the argument, its value and the remedy."""
     check_store(k, v, k_cache, v_cache, slots)
+    if q_cache.dim() != 4 or 0 in q_cache.shape[1:]:
+        _fail("q_cache", "shape", tuple(q_cache.shape), "give one layer, [slots, window, heads, head_dim]")
     _check_like("q_cache", q_cache, k_cache)
-    check_store_queries(q, q_cache, indices)
+    if not q_cache.is_contiguous():
+        _fail("q_cache", "stride", q_cache.stride(), "make the layer contiguous")
+    heads, head_dim = q_cache.shape[2:]
+    if q.dim() != 3 or tuple(q.shape[1:]) != (heads, head_dim):
+        _fail("q", "shape", tuple(q.shape), f"give [tokens, {heads}, {head_dim}], as the cache has them")
+    _check_values("q", q, q_cache, "q_cache")
+    _check_index("indices", indices, torch.int64, (q.shape[0],), q_cache.device, "q_cache")
     if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         _fail("q", "shape", tuple(q.shape), f"give {k.shape[0]} tokens of {k.shape[2]} dimensions, as k has")
 
@@ -201,20 +194,6 @@ def check_redundancy(k_cache: Tensor, block_tables: Tensor, lens: Tensor, tau: f
         _fail("tau", "value", tau, "give a temperature above 0")
     if chunk is not None and (chunk < 16 or chunk & (chunk - 1)):
         _fail("chunk", "value", chunk, "give a power of two from 16, or None for the whole request")
-
-
-def check_global_score(
-    scores: Tensor, stored: Tensor, block_tables: Tensor, lens: Tensor, num_carried: Tensor, kind: str
-) -> None:
-    """Check the arguments of `update_global_score`. Raises ValueError naming the argument, its value and the remedy."""
-    layers, requests, heads, width = _check_scores(scores)
-    if stored.dim() != 4 or stored.shape[3] not in BLOCK_SIZES:
-        _fail("stored", "shape", tuple(stored.shape), "give [layers, num_blocks, heads, slots], 16 to 256 slots")
-    _check_state("stored", stored, (layers, stored.shape[1], heads, stored.shape[3]), (torch.float32,), scores.device)
-    _check_requests(block_tables, lens, scores.device, "scores")
-    _check_index("block_tables", block_tables, torch.int32, (requests, width // stored.shape[3]), scores.device)
-    _check_index("num_carried", num_carried, torch.int32, (requests,), scores.device, "scores")
-    _check_choice("kind", kind, ("max", "sum"))
 
 
 def check_pool(scores: Tensor, lens: Tensor, width: int, kind: str, limit: Tensor) -> None:

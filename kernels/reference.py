@@ -364,42 +364,6 @@ def _unexcused_sums(keys: Tensor, threshold: float) -> Tensor:
     return raw
 
 
-def update_global_score(
-    scores: Tensor,
-    stored: Tensor,
-    block_tables: Tensor,
-    lens: Tensor,
-    num_carried: Tensor,
-    alpha: float,
-    *,
-    kind: str = "max",
-) -> Tensor:
-    """Fold the scores stored at earlier compressions into new ones: max(s, alpha * stored), as G-KV (2512.00504).
-
-    Args:
-        scores: float32 [L, R, H, N].
-        stored: float32 [L, num_blocks, H, b]; never written: source blocks may be shared.
-        block_tables: int32 [R, N / b]; read up to ceil(min(num_carried, n) / b).
-        lens: int32 [R], n.
-        num_carried: int32 [R]; the slots below it carry a stored score, the others keep their new one.
-        alpha: decay of the stored score.
-        kind: "max", or "sum" for s + alpha * stored (H2O, arXiv 2306.14048).
-
-    Returns:
-        float32 [L, R, H, N], also the scores to store: hand them to the compaction as the state's update.
-    """
-    out = scores.clone()
-    for row in range(len(lens)):
-        carried = min(int(num_carried[row]), int(lens[row]))
-        if carried == 0:
-            continue
-        for layer in range(len(scores)):
-            old = alpha * _entries(stored[layer, ..., None], block_tables[row], carried)[..., 0]
-            new = scores[layer, row, :, :carried]
-            out[layer, row, :, :carried] = torch.maximum(new, old) if kind == "max" else new + old
-    return out
-
-
 def pool_scores(scores: Tensor, lens: Tensor, width: int, kind: str, limit: Tensor) -> Tensor:
     """Pool scores along the sequence, so that neighbours survive together (SnapKV, arXiv 2404.14469).
 
@@ -468,46 +432,12 @@ def compact_stable(
             the survivors of its slots are already there, and nothing is written, as others share the block.
         updates: for each state None or [L, R, H, N], values by source slot that are stored instead of the old ones.
     """
-    _move(k_cache, v_cache, states, kept, block_tables, dst_tables, updates)
-
-
-def compact_holes(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    states: Sequence[Tensor],
-    kept: Tensor,
-    block_tables: Tensor,
-    updates: Sequence[Tensor | None] | None = None,
-) -> None:
-    """Move the survivors from slot `count` on into the holes below it, the first into the first; others stay.
-
-    Attention does not depend on the order of entries: `count` survivors fill slots 0 .. count - 1 again.
-
-    Args:
-        k_cache, v_cache: [L, num_blocks, H, b, d], written in place.
-        states: tensors [L, num_blocks, H, b] of four-byte elements, moved along; written in place.
-        kept: int32 [L, R, H, max_keep], `select`'s; count is a row's number of survivors.
-        block_tables: int32 [R, max_blocks]; the blocks of the slots below count are the request's own.
-        updates: as in `compact_stable`.
-    """
-    sources = torch.full_like(kept, PAD_SLOT)
-    for layer, row, head in product(*map(range, kept.shape[:3])):
-        slots = [slot for slot in kept[layer, row, head].tolist() if slot != PAD_SLOT]
-        staying = {slot for slot in slots if slot < len(slots)}
-        moving = iter(slots[len(staying) :])
-        for slot in range(len(slots)):
-            sources[layer, row, head, slot] = slot if slot in staying else next(moving)
-    _move(k_cache, v_cache, states, sources, block_tables, block_tables, updates)
-
-
-def _move(k_cache, v_cache, states, sources, block_tables, dst_tables, updates) -> None:
-    """Give destination slot i the entry of source slot sources[l, r, h, i], all at once; -1 ends a row."""
     block_size = k_cache.shape[3]
     written = [k_cache, v_cache, *states]
     before = [x.clone() for x in written]
     updates = [None, None, *(updates or [None] * len(states))]
-    for layer, row, head in product(*map(range, sources.shape[:3])):
-        for index, slot in enumerate(sources[layer, row, head].tolist()):
+    for layer, row, head in product(*map(range, kept.shape[:3])):
+        for index, slot in enumerate(kept[layer, row, head].tolist()):
             if slot == PAD_SLOT:
                 break
             target = int(dst_tables[row, index // block_size])

@@ -1,13 +1,10 @@
-"""Store window queries and logical positions, in Triton."""
+"""Store logical positions, and a token's window queries for the launch that stores a step, in Triton."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from torch import Tensor
-
-QUERY_ELEMENTS = 4096
-"""Elements of a token's queries that one program stores."""
 
 POSITIONS = 64
 """Tokens whose positions one program stores, in every head of a layer."""
@@ -33,45 +30,6 @@ def store_query_rows(
     inside = (heads < tl.where(index >= 0, HEADS, 0)) & (dims < HEAD_DIM)
     q = tl.load(q_ptr + token * token_stride + heads * head_stride + dims, mask=inside)
     tl.store(q_cache_ptr + (index * HEADS + heads) * HEAD_DIM + dims, q, mask=inside)
-
-
-@triton.jit(do_not_specialize=["indices_ptr"])
-def _store_query_tokens(
-    q_ptr,
-    q_cache_ptr,
-    indices_ptr,
-    token_stride,
-    head_stride,
-    HEADS: tl.constexpr,
-    HEADS_TILE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-):
-    """One token and HEADS_TILE of its heads."""
-    token = tl.program_id(0).to(tl.int64)
-    store_query_rows(
-        token, tl.program_id(1), tl.load(indices_ptr + token), q_ptr, q_cache_ptr, token_stride, head_stride,
-        HEADS, HEADS_TILE, HEAD_DIM, DIM_PAD,
-    )  # fmt: skip
-
-
-def store_queries_triton(q: Tensor, q_cache: Tensor, indices: Tensor) -> None:
-    """`reference.store_queries` in one launch.
-
-    Args:
-        q: [T, Hq, d], last dimension contiguous.
-        q_cache: [num_query_slots, w, Hq, d], one layer, of q's dtype; written in place.
-        indices: int64 [T]; -1 stores nothing. Two tokens never share a place.
-    """
-    tokens, heads, head_dim = q.shape
-    if tokens == 0:
-        return
-    dim_pad = triton.next_power_of_2(head_dim)
-    heads_tile = max(1, min(triton.next_power_of_2(heads), QUERY_ELEMENTS // dim_pad))
-    _store_query_tokens[(tokens, triton.cdiv(heads, heads_tile))](
-        q, q_cache, indices, q.stride(0), q.stride(1),
-        HEADS=heads, HEADS_TILE=heads_tile, HEAD_DIM=head_dim, DIM_PAD=dim_pad, num_warps=4,
-    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["positions_ptr", "slots_ptr", "tokens"])

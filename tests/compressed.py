@@ -70,6 +70,7 @@ def pause_now_and_then(llm: LLM, share: float = 0.2, seed: int = 0) -> None:
             plan = StepPlan()
             scheduler.pause(rng.choice(running), plan)
             llm._runner.move(plan)
+            llm._telemetry.record_moves(plan)
 
     llm.step_listeners.append(pause)
 
@@ -104,3 +105,9 @@ def record_events(llm: LLM) -> list[EventStats]:
     events: list[EventStats] = []
     llm.event_listeners.append(events.append)
     return events
+
+
+def ended_while_paused(events: list[EventStats]) -> int:
+    """Samples whose last move was a pause: the step under way then brought their last token. Nothing resumes them."""
+    moves = {(e.request_id, e.sample_index): e.kind for e in events if e.kind in ("pause", "resume")}
+    return sum(kind == "pause" for kind in moves.values())

@@ -2,7 +2,15 @@
 
 import pytest
 
-from tests.compressed import greedy, make_llm, pause_now_and_then, random_prompts, tokens_of
+from tests.compressed import (
+    ended_while_paused,
+    greedy,
+    make_llm,
+    pause_now_and_then,
+    random_prompts,
+    record_events,
+    tokens_of,
+)
 from tests.eviction.cases import Case
 from tests.tiny_models import VOCAB, save_tiny_model, save_tiny_tokenizer
 from zipage import SamplingParams
@@ -145,6 +153,21 @@ def test_an_abort_drops_the_token_under_way(folder):
     assert done[first].token_ids == expected
     assert len(done["mine"].token_ids) == 10
     assert llm.stats.blocks_used == 0
+
+
+def test_a_request_may_end_while_it_is_paused(folder):
+    """Its last token was under way when it left: it ends with it, is never resumed, and nothing of it is left."""
+    params = [greedy(60, seed=i) for i in range(len(PROMPTS))]
+    tokens = []
+    for llm in pair(folder, Case("random")):
+        events = record_events(llm)
+        pause_now_and_then(llm, share=0.9)
+        tokens.append(tokens_of(llm.generate(PROMPTS, params, use_tqdm=False)))
+        stats, ended = llm.stats, ended_while_paused(events)
+        assert stats.pauses == stats.resumes + ended > 10
+        assert stats.blocks_used == stats.query_slots_used == 0
+    assert ended > 0
+    assert tokens[0] == tokens[1]
 
 
 def test_a_finished_text_is_found_by_the_next_prompt(folder):

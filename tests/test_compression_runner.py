@@ -96,14 +96,17 @@ class Serving:
         new = torch.arange(request.num_computed, request.num_computed + n - request.cache_len)
         at = torch.arange(request.cache_len, n)
         slots = torch.tensor(request.block_ids)[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
-        slots, latest = slots.to(self.device), new[-WINDOW:]
-        places = (request.query_slot * WINDOW + latest % WINDOW).to(self.device)
+        places = request.query_slot * WINDOW + new % WINDOW
+        places[:-WINDOW] = -1
+        slots, places = slots.to(self.device), places.to(self.device)
         tokens, cache = self.all_tokens[request], self.cache
         for layer in range(SPEC.num_layers):
             k, v = (x[layer][:, new].transpose(0, 1).contiguous().to(self.device) for x in (tokens.keys, tokens.values))
-            ops.store_kv(k, v, cache.k[layer], cache.v[layer], slots)
             if request.rule.window:
-                ops.store_queries(tokens.queries[layer, latest].to(self.device), cache.queries[layer], places)
+                q = tokens.queries[layer, new].to(self.device)
+                ops.store_step(k, v, q, cache.k[layer], cache.v[layer], cache.queries[layer], slots, places)
+            else:
+                ops.store_kv(k, v, cache.k[layer], cache.v[layer], slots)
         ops.store_positions(new.int().to(self.device), cache.positions, slots)
         request.num_computed += len(new)
         request.cache_len = n

@@ -141,7 +141,7 @@ def test_swaps_move_blocks_and_queries(runner):
     expected = [x[:, [3, 8, 4], :, :8].clone() for x in (cache.k, cache.v)]
     queries = cache.queries[:, 2].clone()
     runner.move(StepPlan(paused=[Swap(request, [3, 8, 4], 0, 2)]))
-    assert request.host_copy.num_bytes > 0
+    assert request.host_copy is not None
     cache.poison(slice(None))
     cache.poison_queries(2)
     runner.move(StepPlan(resumed=[Swap(request, [1, 0, 11], 0, 1)]))

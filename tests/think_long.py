@@ -19,7 +19,15 @@ from pathlib import Path
 
 import torch
 
-from tests.compressed import greedy, make_llm, pause_now_and_then, random_prompts, tokens_of
+from tests.compressed import (
+    ended_while_paused,
+    greedy,
+    make_llm,
+    pause_now_and_then,
+    random_prompts,
+    record_events,
+    tokens_of,
+)
 from tests.eviction.cases import CASES, Case
 from tests.tiny_models import VOCAB, save_tiny_model
 
@@ -40,6 +48,7 @@ def think(folder: Path, case: Case, device: str, num_tokens: int) -> dict:
         max_num_batched_tokens=48,
         async_compression=True,
     )
+    events = record_events(llm)
     pause_now_and_then(llm, share=0.002)
     used = []
     llm.step_listeners.append(lambda step: used.append(step.blocks_used))
@@ -60,7 +69,7 @@ def think(folder: Path, case: Case, device: str, num_tokens: int) -> dict:
     row["ok"] = (
         lengths == [num_tokens] * 4
         and stats.compressions_applied == stats.compressions_ordered > 0
-        and stats.pauses == stats.resumes
+        and stats.pauses == stats.resumes + ended_while_paused(events)
         and stats.blocks_used == stats.query_slots_used == 0
     )
     llm.shutdown()

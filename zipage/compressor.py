@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,20 +19,6 @@ class PartlyCompressed(RuntimeError):
     """Survivors of some layers were moved, those of others were not: the entries are of no use any more."""
 
 
-@dataclass(frozen=True, eq=False)
-class Compression:
-    """What a compression did.
-
-    Attributes:
-        kept: int32 [L, R, H, max_keep], slots that survived, numbered as before the event: ascending, then -1.
-        num_kept, num_evicted: int32 [R], entries of a request per layer and KV head.
-    """
-
-    kept: Tensor
-    num_kept: Tensor
-    num_evicted: Tensor
-
-
 def compress(
     policy: Policy,
     event: PagedEvent,
@@ -42,25 +27,28 @@ def compress(
     *,
     max_keep: int,
     stride: int | None = None,
-) -> Compression:
+) -> Tensor:
     """Evict what `policy` ranks lowest and move the survivors, K, V and states, into the first slots of a request.
 
-    The policy's new state goes with the survivors into `event.state_cache`: afterwards a request has `num_kept` entries
-    and as many that carry state (`Event.carried`). Only destination blocks are written, so that source blocks may be
-    shared, in a launch and beyond it.
+    The policy's new state goes with the survivors into `event.state_cache`: afterwards a request has min(keep, n)
+    entries, and as many that carry state (`Event.carried`). Only destination blocks are written, so that source blocks
+    may be shared, in a launch and beyond it.
 
     Args:
         policy: one that evicts.
         event: all layers of the model, or any range of them if the policy does not need all at once.
         states: further int32 or float32 [L, num_blocks, H, b] to move along, such as the entries' logical positions;
             not `event.state_cache`.
-        dst_tables: int32 [R, dst_blocks], read up to ceil(num_kept / b): a request's private blocks, either its own
+        dst_tables: int32 [R, dst_blocks], read up to ceil(min(keep, n) / b): a request's private blocks, either its own
             source block of the same place or an earlier one, or one that no request reads. -1 for any of a request's
             leading blocks whose entries are all protected: those stay where they are, slot j in slot j, and nothing of
             the block is written, neither K and V nor states, so that it may stay shared.
         max_keep: largest `event.keep`, known on the host.
         stride: layers of one launch, for policies that may see them one by one; None takes as many as make up
             `LAUNCH_ENTRIES`, and at least one.
+
+    Returns:
+        int32 [L, R, H, max_keep], the slots that survived, numbered as before the event: ascending, then -1.
 
     Raises:
         ValueError: arguments do not go together.
@@ -91,8 +79,7 @@ def compress(
         if is_written:
             raise PartlyCompressed("survivors of some layers were moved") from error
         raise
-    num_kept = torch.minimum(event.keep, event.lens)
-    return Compression(torch.cat(kept), num_kept, event.lens - num_kept)
+    return torch.cat(kept)
 
 
 def choose(policy: Policy, event: PagedEvent, max_keep: int) -> Tensor:

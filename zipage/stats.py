@@ -80,8 +80,10 @@ class EngineStats:
 
     Entries are counted per layer and KV head. `budget_bound` counts samples that were compressed at least once: 0 at
     the end of a run says that its budget never bound. `compressions_ordered` exceeds `compressions_applied` and
-    `compressions_failed` only by those under way. `requests_failed` counts prompts that were refused or that ended with
-    an error. `prompts_truncated` counts prompts under protection "prompt" that do not fit their budget whole.
+    `compressions_failed` only by those under way. `pauses` exceeds `resumes` by the requests that are paused now, or
+    that ended while they were: with a token of the step that was under way when they left. `requests_failed` counts
+    prompts that were refused or that ended with an error. `prompts_truncated` counts prompts under protection "prompt"
+    that do not fit their budget whole.
     """
 
     steps: int = 0

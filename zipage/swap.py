@@ -23,11 +23,6 @@ class HostCopy:
     blocks: list[list[Tensor]]
     queries: Tensor | None
 
-    @property
-    def num_bytes(self) -> int:
-        entries = sum(x.nbytes for block in self.blocks for x in block)
-        return entries + (0 if self.queries is None else self.queries.nbytes)
-
 
 def save(cache: KVCache, block_ids: Sequence[int], query_slot: int) -> HostCopy:
     """Copy all that blocks and a query slot hold.

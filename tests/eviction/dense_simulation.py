@@ -207,8 +207,7 @@ class Simulation:
         o, head = self.o, self.cache[place]
         s = self._attention(place, n, "all", "max", "mean")
         if o["max_norm"]:
-            top = max(s)
-            s = [x / top for x in s]
+            s = _over_maximum(s)
         if o["global"]:
             s = [x if old is None else max(x, o["alpha"] * old) for x, old in zip(s, head.carried, strict=True)]
             head.carried = list(s)
@@ -216,6 +215,8 @@ class Simulation:
         if o["redundancy"] == "none":
             return s
         r = self._redundancy(place, n, o["tau"], o["chunk"] if o["redundancy"] == "chunk" else n)
+        if o["max_norm"]:
+            r = _over_maximum(r)
         return [o["lambda"] * x - (1 - o["lambda"]) * y for x, y in zip(s, r, strict=True)]
 
     def _snapkv(self, place, n):
@@ -341,6 +342,11 @@ class Simulation:
         a = self._attention(place, n, "all", "mean", "mean")
         fuse = sum if self.o["agg"] == "sum" else max
         return [fuse(a[page * size : (page + 1) * size]) for page in range(n // size)]
+
+
+def _over_maximum(values: list[float]) -> list[float]:
+    top = max(values)
+    return [x / top for x in values]
 
 
 def raw_sums(units: list[np.ndarray], threshold: float = 0.5) -> list[float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels import dispatch as ops
 from tests.eviction.dense_event import NAN, Tokens
 from tests.kernels.paged import GARBAGE
-from zipage.compressor import Compression, compress
+from zipage.compressor import compress
 from zipage.eviction.paged_event import PagedEvent
 from zipage.eviction.policy import Policy
 from zipage.eviction.protection import Protection, must_mask
@@ -82,15 +82,14 @@ class PagedCache:
         new = torch.arange(one.seen, one.seen + n - one.n)
         at = torch.arange(one.n, n)
         slots = torch.tensor(one.blocks)[at // self.block_size] * self.block_size + at % self.block_size
-        slots = slots.to(self.device)
+        places = one.query_slot * self.ring + new % self.ring
+        places[: -self.ring] = -1
+        slots, places = slots.to(self.device), places.to(self.device)
         for layer in range(len(self.k)):
             entries = (x[layer][:, new].transpose(0, 1) for x in (one.tokens.keys, one.tokens.values))
             k, v = (x.contiguous().to(self.device, self.dtype) for x in entries)
-            ops.store_kv(k, v, self.k[layer], self.v[layer], slots)
-            latest = new[-self.ring :]
-            queries = one.tokens.queries[layer, latest].to(self.device, self.dtype)
-            places = one.query_slot * self.ring + latest % self.ring
-            ops.store_queries(queries, self.q[layer], places.to(self.device))
+            queries = one.tokens.queries[layer, new].to(self.device, self.dtype)
+            ops.store_step(k, v, queries, self.k[layer], self.v[layer], self.q[layer], slots, places)
         ops.store_positions(new.int().to(self.device), self.positions, slots)
         one.seen += len(new)
         one.n = n
@@ -139,7 +138,7 @@ class PagedCache:
             state_cache=self.scores if policy.state else None,
         )
 
-    def compress(self, policy: Policy, batch: Sequence[int], **options) -> Compression:
+    def compress(self, policy: Policy, batch: Sequence[int], **options) -> Tensor:
         """One event of the requests of `batch`; a request that shares a block moves into blocks of its own.
 
         Pinned blocks stay in the table whoever shares them.
@@ -157,13 +156,13 @@ class PagedCache:
             one.blocks = leading + own
             destinations.append([-1] * pinned + own)
         tables = self._tables(destinations)
-        result = compress(policy, event, [self.positions], tables, max_keep=self.keep, **options)
+        kept = compress(policy, event, [self.positions], tables, max_keep=self.keep, **options)
         for one, old in zip(held, before, strict=True):
             for block in set(old) - set(one.blocks):
                 self._release(block)
             one.n = one.carried = self.keep
             one.rounds += 1
-        return result
+        return kept
 
     def entries(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """K, V [L, H, n, d], positions and scores [L, H, n] of a request, on the CPU."""

@@ -117,12 +117,6 @@ def test_constant_scores_keep_what_must_stay_and_the_youngest():
     assert all(head.tolist() == expected for layer in event[0] for head in layer)
 
 
-def test_within_the_budget_nothing_happens():
-    budget = Budget.from_tokens(64, 16)
-    assert not budget.exceeded(64)
-    assert budget.exceeded(65)
-
-
 def test_top_takes_the_largest_and_the_higher_slot_of_a_tie():
     event = dense_event(registry.make("knorm"), REQUESTS, [80, 96])
     values = torch.randint(0, 5, event.shape).float()

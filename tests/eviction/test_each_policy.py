@@ -105,6 +105,19 @@ def test_zipage_max_norm_alone_changes_no_ranking():
     assert torch.equal(kept(make("zipage", max_norm=True, **options)), kept(make("zipage", **options)))
 
 
+def test_zipage_max_norm_divides_attention_and_redundancy_by_their_maxima():
+    options = {"global_": False, "pooling": "never", "redundancy": "full"}
+    attention = scores_of(make("zipage", lambda_=1.0, **options))
+    redundancy = -scores_of(make("zipage", lambda_=0.0, **options))
+    expected = 0.3 * attention / attention.amax(-1, keepdim=True) - 0.7 * redundancy / redundancy.amax(-1, keepdim=True)
+    actual = scores_of(make("zipage", lambda_=0.3, max_norm=True, **options))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-7)
+    assert not torch.equal(
+        kept(make("zipage", lambda_=0.3, max_norm=True, **options)),
+        kept(make("zipage", lambda_=1.0, max_norm=True, **options)),
+    )
+
+
 def cluster(count):
     """`count` copies of one key among keys orthogonal to it and to each other: [n, d] and the copies' slots."""
     slots = [3, 4, 9, 10, 14][:count]

@@ -38,6 +38,7 @@ import triton
 from tests.compressed import (
     UNBOUNDED,
     Recorder,
+    ended_while_paused,
     greedy,
     make_llm,
     pause_now_and_then,
@@ -154,6 +155,7 @@ def check_bounded(folder: Path, device: str) -> list[dict]:
             llm = make_llm(folder, case, device=device, dtype="float32", async_compression=asynchronous, **options)
             if name == "prefix hit":
                 llm.generate(prompts, params, use_tqdm=False)
+            events = record_events(llm)
             if name == "paused":
                 pause_now_and_then(llm, share=0.3)
             tokens = tokens_of(llm.generate(prompts, params, use_tqdm=False))
@@ -162,7 +164,8 @@ def check_bounded(folder: Path, device: str) -> list[dict]:
                 wrong.append(f"{name}, {'async' if asynchronous else 'sync'}")
             for counter in ("compressions_applied", "pauses", "resumes", "preemptions"):
                 counts[counter] += getattr(stats, counter)
-        ok = not wrong and counts["pauses"] == counts["resumes"] > 0
+            counts["ended_while_paused"] += ended_while_paused(events)
+        ok = not wrong and counts["pauses"] == counts["resumes"] + counts["ended_while_paused"] > 0
         rows.append(
             {"case": str(case), "variants": 2 * len(BINDING) - len(SYNC_ONLY), "differ": wrong, **counts, "ok": ok}
         )

@@ -28,12 +28,11 @@ from torch import Tensor
 from kernels import cpu, reference
 from kernels import dispatch as ops
 from kernels.attention_score import attention_score_triton
-from kernels.compaction import compact_holes_triton, compact_stable_triton
-from kernels.global_score import update_global_score_triton
+from kernels.compaction import compact_stable_triton
 from kernels.redundancy import redundancy_triton
 from kernels.selection import select_triton
-from kernels.window_store import store_positions_triton, store_queries_triton
-from tests.gpu.check_kernels import DEVICE, DRY, Checks, fused, make_paged, milliseconds, provenance, time_copy
+from kernels.window_store import store_positions_triton
+from tests.gpu.check_kernels import DEVICE, DRY, Checks, make_paged, milliseconds, provenance, time_copy
 
 LAYERS, HEADS = 2, 2
 BOUND = 1e-4
@@ -158,13 +157,6 @@ def check_selection(checks: Checks) -> None:
             expected = reference.select(*(x.cpu() for x in args), width)
             out = select_triton(*args, width)
             checks.add("select", "float32", differing(out.float(), expected.float()), 0.0, width=width, ties=ties)
-        stored = torch.rand(LAYERS + 2, width * 4 // 16 + 3, HEADS, 16, device=DEVICE)[1:-1]
-        tables = torch.randperm(width * 4 // 16, device=DEVICE).int().view(4, -1)
-        for kind in ("max", "sum"):
-            args = scores, stored, tables, ints(lens), ints((width, 17, 0, 1))
-            out = update_global_score_triton(*args, 0.8, kind=kind)
-            expected = reference.update_global_score(*(x.cpu() for x in args), 0.8, kind=kind)
-            checks.add("global_score", "float32", difference(out, expected), 1e-6, width=width, kind=kind)
 
 
 def random_kept(lens: tuple[int, ...], keep: tuple[int, ...], width: int, layers: int, heads: int) -> Tensor:
@@ -175,36 +167,26 @@ def random_kept(lens: tuple[int, ...], keep: tuple[int, ...], width: int, layers
 
 def check_moves(checks: Checks) -> None:
     """Stores and moves are exact."""
-    for name, head_dim, block_size, _, window in SHAPES:
+    for name, head_dim, block_size, _, _ in SHAPES:
         dtype = getattr(torch, name)
         case = {"head_dim": head_dim, "block_size": block_size}
         lens = tuple(-(-n // block_size) * block_size for n in LENS)
         keep = tuple(n * 3 // 4 for n in lens)
-        for kernel, order in ((compact_stable_triton, "stable"), (compact_holes_triton, "holes")):
-            event = make_event(lens, block_size, head_dim, dtype)
-            width = event.block_tables.shape[1] * block_size
-            states = [
-                torch.randint(0, 99999, event.k_cache.shape[:4], dtype=torch.int32, device=DEVICE),
-                torch.rand(event.k_cache.shape[:4], device=DEVICE),
-            ]
-            update = torch.rand(LAYERS, len(lens), HEADS, width, device=DEVICE)
-            kept = random_kept(lens, keep, width, LAYERS, HEADS)
-            expected = [x.cpu().clone() for x in (event.k_cache, event.v_cache, *states)]
-            tables = (event.block_tables,) * (2 if order == "stable" else 1)
-            kernel(event.k_cache, event.v_cache, states, kept, *tables, updates=[None, update])
-            host = expected[:2], expected[2:], kept.cpu(), *(x.cpu() for x in tables)
-            spec = reference.compact_stable if order == "stable" else reference.compact_holes
-            spec(*host[0], *host[1:], updates=[None, update.cpu()])
-            moved = zip((event.k_cache, event.v_cache, *states), expected)
-            checks.add(f"compact_{order}", name, max(differing(x, y) for x, y in moved), 0.0, **case)
-
-        q_cache = torch.full((2, 9, window, HEADS * 3, head_dim), float("nan"), device=DEVICE, dtype=dtype)
-        index = torch.randperm(9 * window, device=DEVICE)[:40]
-        index[::7] = -1
-        q, expected = fused(len(index), HEADS * 3, head_dim, dtype), q_cache.clone()
-        store_queries_triton(q, q_cache[1], index)
-        reference.store_queries(q, expected[1], index)
-        checks.add("store_queries", name, differing(q_cache, expected), 0.0, **case)
+        event = make_event(lens, block_size, head_dim, dtype)
+        width = event.block_tables.shape[1] * block_size
+        states = [
+            torch.randint(0, 99999, event.k_cache.shape[:4], dtype=torch.int32, device=DEVICE),
+            torch.rand(event.k_cache.shape[:4], device=DEVICE),
+        ]
+        update = torch.rand(LAYERS, len(lens), HEADS, width, device=DEVICE)
+        kept = random_kept(lens, keep, width, LAYERS, HEADS)
+        expected = [x.cpu().clone() for x in (event.k_cache, event.v_cache, *states)]
+        tables = event.block_tables, event.block_tables
+        compact_stable_triton(event.k_cache, event.v_cache, states, kept, *tables, updates=[None, update])
+        host = *expected[:2], expected[2:], kept.cpu(), *(x.cpu() for x in tables)
+        reference.compact_stable(*host, updates=[None, update.cpu()])
+        moved = zip((event.k_cache, event.v_cache, *states), expected)
+        checks.add("compact_stable", name, max(differing(x, y) for x, y in moved), 0.0, **case)
 
     state = torch.zeros(5, 9, 8, 16, dtype=torch.int32, device=DEVICE)
     slots = torch.randperm(9 * 16, device=DEVICE)[:100]
@@ -251,13 +233,10 @@ def check_large_addresses(checks: Checks) -> None:
         expected = reference.redundancy(small[0], small_tables, lens.cpu(), tau=0.1, chunk=chunk)
         checks.add("redundancy", "bfloat16", difference(out, expected), BOUND, elements=k_cache.numel(), chunk=chunk)
     kept = random_kept((500,), (256,), 512, 1, 1)
-    for name in ("compact_stable", "compact_holes"):
-        dst = ((tables,), (small_tables,)) if name == "compact_stable" else ((), ())
-        small = k_cache[:, -2:].cpu().float(), v_cache[:, -2:].cpu().float()
-        getattr(ops, name)(k_cache, v_cache, [], kept, tables, *dst[0])
-        getattr(reference, name)(*small, [], kept.cpu(), small_tables, *dst[1])
-        value = max(differing(k_cache[:, -2:].float(), small[0]), differing(v_cache[:, -2:].float(), small[1]))
-        checks.add(name, "bfloat16", value, 0.0, elements=k_cache.numel())
+    ops.compact_stable(k_cache, v_cache, [], kept, tables, tables)
+    reference.compact_stable(*small, [], kept.cpu(), small_tables, small_tables)
+    value = max(differing(k_cache[:, -2:].float(), small[0]), differing(v_cache[:, -2:].float(), small[1]))
+    checks.add("compact_stable", "bfloat16", value, 0.0, elements=k_cache.numel())
 
 
 class Timing:
@@ -288,36 +267,34 @@ class Timing:
         return ops.redundancy(self.k_cache[layers], self.tables, self.lens, tau=0.4, chunk=chunk)
 
     def fold(self, scores: Tensor, layers=slice(None)) -> Tensor:
-        return ops.update_global_score(scores, self.stored[layers], self.tables, self.lens, self.keep, 0.8)
+        """As `Event.stored` and the policy do, all entries carrying a score."""
+        stored = self.stored[layers][:, self.tables.long()].transpose(2, 3).flatten(3)
+        return torch.maximum(scores, 0.8 * stored)
 
     def select(self, scores: Tensor) -> Tensor:
         return ops.select(scores, self.must, self.lens, self.keep, self.budget)
 
-    def compact(self, order: str, kept: Tensor, update: Tensor | None = None, layers=slice(None)) -> None:
+    def compact(self, kept: Tensor, update: Tensor | None = None, layers=slice(None)) -> None:
         states = [self.positions[layers]] + ([] if update is None else [self.stored[layers]])
         updates = [None] + ([] if update is None else [update])
-        caches = self.k_cache[layers], self.v_cache[layers], states, kept, self.tables
-        if order == "stable":
-            ops.compact_stable(*caches, self.dst, updates)
-        else:
-            ops.compact_holes(*caches, updates)
+        caches = self.k_cache[layers], self.v_cache[layers]
+        ops.compact_stable(*caches, states, kept, self.tables, self.dst, updates)
 
-    def zipage(self, order: str, stride: int = 36) -> None:
+    def zipage(self, stride: int = 36) -> None:
         for first in range(0, self.layers, stride):
             layers = slice(first, first + stride)
             stored = self.fold(self.score(layers), layers)
             scores = torch.add(0.2 * stored, self.redundancy(256, layers), alpha=-0.8)
-            self.compact(order, self.select(scores), stored, layers)
+            self.compact(self.select(scores), stored, layers)
 
-    def random(self, order: str) -> None:
-        self.compact(order, self.select(self.scores))
+    def random(self) -> None:
+        self.compact(self.select(self.scores))
 
     def rows(self, bandwidth: float) -> list[dict[str, Any]]:
         entry = 2 * self.head_dim  # bytes of K
         pairs = self.layers * self.requests * self.heads
         keys, line = pairs * self.length * entry, pairs * self.length * 4
         shifted = (self.kept != torch.arange(self.budget, device=DEVICE)).sum().item()
-        moved = (self.kept >= self.budget).sum().item()
         state = 2 * self.kept.numel() * 4
         work = [
             ("attention score", self.score, 2 * keys + line),
@@ -325,13 +302,10 @@ class Timing:
             ("redundancy, full", lambda: self.redundancy(None), keys + 3 * line),
             ("global score", lambda: self.fold(self.scores), 3 * line),
             ("select", lambda: self.select(self.scores), line + self.kept.numel() * 4),
-            ("compact, stable", lambda: self.compact("stable", self.kept), 4 * shifted * entry + state),
-            ("compact, holes", lambda: self.compact("holes", self.kept), 4 * moved * entry + state),
-            ("zipage, stable", lambda: self.zipage("stable"), None),
-            ("zipage, holes", lambda: self.zipage("holes"), None),
-            ("zipage, stable, 8 layers each", lambda: self.zipage("stable", 8), None),
-            ("random, stable", lambda: self.random("stable"), None),
-            ("random, holes", lambda: self.random("holes"), None),
+            ("compact", lambda: self.compact(self.kept), 4 * shifted * entry + state),
+            ("zipage", self.zipage, None),
+            ("zipage, 8 layers each", lambda: self.zipage(8), None),
+            ("random", self.random, None),
         ]
         rows = []
         for what, run, size in work:
@@ -343,7 +317,7 @@ class Timing:
         return rows
 
 
-GOALS = {"zipage, stable": 1.5, "zipage, holes": 1.5, "random, stable": 0.5, "random, holes": 0.5}
+GOALS = {"zipage": 1.5, "random": 0.5}
 """Milliseconds of one request."""
 
 

@@ -45,7 +45,6 @@ from kernels.rms_norm import add_rms_norm_triton
 from kernels.sampling import sample_from_logits_triton
 from kernels.silu_mul import silu_mul_triton
 from kernels.step_store import store_step_triton
-from kernels.window_store import store_queries_triton
 
 DEVICE = "cpu" if DRY else "cuda"
 BOUNDS = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
@@ -416,7 +415,7 @@ def time_prefill() -> list[dict[str, Any]]:
 
 def store_apart(k, v, q, k_cache, v_cache, q_cache, slots, indices) -> None:
     store_kv_triton(k, v, k_cache, v_cache, slots)
-    store_queries_triton(q, q_cache, indices)
+    q_cache.view(-1, *q_cache.shape[2:]).index_copy_(0, indices, q)
 
 
 def time_layer_ops(bandwidth: float) -> list[dict[str, Any]]:

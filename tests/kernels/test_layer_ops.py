@@ -141,6 +141,7 @@ def test_rotary_turns_pairs_of_halves():
     [
         pytest.param(16, 2, 8, 64, [5, -1, 31, 79], [-1, 7, 0, 19], id="d64-padding"),
         pytest.param(64, 1, 3, 80, [319], [4], id="one-token-d80"),
+        pytest.param(64, 2, 2, 32, [-1, 3], [17, 5], id="d32-queries-alone"),
         pytest.param(16, 20, 40, 128, [3, 20, -1], [-1, -1, 14], id="d128-many-heads"),
         pytest.param(16, 2, 4, 96, [], [], id="no-tokens"),
     ],

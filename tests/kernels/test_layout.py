@@ -58,13 +58,6 @@ def line_arguments() -> dict:
     return {"scores": torch.randn(3, 2, 2, 32), "lens": event_arguments()["lens"]}
 
 
-def update_arguments() -> dict:
-    event = event_arguments()
-    stored, carried = torch.zeros(3, 4, 2, 16), torch.ones(2, dtype=torch.int32)
-    tables = {"stored": stored, "block_tables": event["block_tables"], "num_carried": carried}
-    return {**line_arguments(), **tables, "alpha": 0.8}
-
-
 def pool_arguments() -> dict:
     return {**line_arguments(), "width": 5, "kind": "max", "limit": torch.ones(2, dtype=torch.int32)}
 
@@ -74,20 +67,12 @@ def select_arguments() -> dict:
     return {**line_arguments(), "must": must, "keep": keep, "max_keep": 16}
 
 
-def holes_arguments() -> dict:
+def stable_arguments() -> dict:
     event = event_arguments()
     del event["lens"]
     kept = torch.arange(16, dtype=torch.int32).expand(3, 2, 2, 16).contiguous()
-    return {**event, "v_cache": event["k_cache"].clone(), "states": [torch.zeros(3, 4, 2, 16)], "kept": kept}
-
-
-def stable_arguments() -> dict:
-    arguments = holes_arguments()
-    return {**arguments, "dst_tables": arguments["block_tables"][:, :1]}
-
-
-def store_queries_arguments() -> dict:
-    return {"q": torch.randn(3, 6, 32), "q_cache": torch.zeros(2, 8, 6, 32), "indices": torch.arange(3)}
+    caches = {"v_cache": event["k_cache"].clone(), "states": [torch.zeros(3, 4, 2, 16)]}
+    return {**event, **caches, "kept": kept, "dst_tables": event["block_tables"][:, :1]}
 
 
 def store_positions_arguments() -> dict:
@@ -131,7 +116,6 @@ VALID = {
     dispatch.paged_prefill: prefill_arguments,
     dispatch.store_kv: store_arguments,
     dispatch.copy_blocks: copy_arguments,
-    dispatch.store_queries: store_queries_arguments,
     dispatch.store_positions: store_positions_arguments,
     dispatch.store_step: store_step_arguments,
     dispatch.add_rms_norm: norm_arguments,
@@ -140,11 +124,9 @@ VALID = {
     dispatch.sample_from_logits: sample_arguments,
     dispatch.attention_score: score_arguments,
     dispatch.redundancy: redundancy_arguments,
-    dispatch.update_global_score: update_arguments,
     dispatch.pool_scores: pool_arguments,
     dispatch.select: select_arguments,
     dispatch.compact_stable: stable_arguments,
-    dispatch.compact_holes: holes_arguments,
 }
 
 
@@ -193,11 +175,11 @@ WRONG = [
     (dispatch.copy_blocks, {"v_cache": torch.zeros(2, 4, 2, 16, 64)}, r"v_cache has shape \(2, 4, 2, 16, 64\)"),
     (dispatch.copy_blocks, {"dst": torch.arange(2)}, r"dst has shape \(2,\): give \[1\]"),
     (dispatch.copy_blocks, {"src": torch.tensor([0.0])}, r"src has dtype torch.float32"),
-    (dispatch.store_queries, {"q": torch.randn(3, 5, 32)}, r"q has shape \(3, 5, 32\): give \[tokens, 6, 32\]"),
-    (dispatch.store_queries, {"q": torch.randn(3, 6, 32).half()}, r"q has dtype .* as q_cache is"),
-    (dispatch.store_queries, {"q_cache": torch.zeros(2, 6, 32)}, r"q_cache has shape .* one layer"),
-    (dispatch.store_queries, {"q_cache": torch.zeros(2, 6, 8, 32).mT}, r"q_cache has stride"),
-    (dispatch.store_queries, {"indices": torch.arange(2)}, r"indices has shape \(2,\): give \[3\]"),
+    (dispatch.store_step, {"q": torch.randn(3, 5, 64)}, r"q has shape \(3, 5, 64\): give \[tokens, 6, 64\]"),
+    (dispatch.store_step, {"q": torch.randn(3, 6, 64).half()}, r"q has dtype .* as q_cache is"),
+    (dispatch.store_step, {"q_cache": torch.zeros(2, 6, 64)}, r"q_cache has shape .* one layer"),
+    (dispatch.store_step, {"q_cache": torch.zeros(2, 6, 8, 64).transpose(1, 2)}, r"q_cache has stride"),
+    (dispatch.store_step, {"indices": torch.arange(2)}, r"indices has shape \(2,\): give \[3\]"),
     (dispatch.store_positions, {"positions": torch.arange(3)}, r"positions has dtype torch.int64"),
     (dispatch.store_positions, {"state": torch.zeros(3, 4, 2, 16)}, r"state has dtype .* use torch.int32"),
     (dispatch.store_positions, {"state": torch.zeros(4, 2, 16).int()}, r"state has shape"),
@@ -249,11 +231,6 @@ WRONG = [
     (dispatch.redundancy, {"chunk": 48}, r"chunk has value 48: give a power of two from 16"),
     (dispatch.redundancy, {"chunk": 8}, r"chunk has value 8"),
     (dispatch.redundancy, {"tau": 0.0}, r"tau has value 0.0: give a temperature above 0"),
-    (dispatch.update_global_score, {"scores": torch.randn(3, 2, 2, 32).half()}, r"scores has dtype torch.float16"),
-    (dispatch.update_global_score, {"scores": torch.randn(3, 2, 2, 48)}, r"block_tables has shape .* give \[2, 3\]"),
-    (dispatch.update_global_score, {"stored": torch.zeros(3, 4, 3, 16)}, r"stored has shape .* give \[3, 4, 2, 16\]"),
-    (dispatch.update_global_score, {"stored": torch.zeros(3, 4, 2, 16).half()}, r"stored has dtype torch.float16"),
-    (dispatch.update_global_score, {"kind": "mean"}, r"kind has value 'mean': use one of max, sum"),
     (dispatch.pool_scores, {"width": 4}, r"width has value 4: give an odd number"),
     (dispatch.pool_scores, {"kind": "sum"}, r"kind has value 'sum': use one of max, avg"),
     (dispatch.pool_scores, {"limit": torch.ones(3).int()}, r"limit has shape \(3,\): give \[2\]"),
@@ -275,8 +252,8 @@ WRONG = [
     (dispatch.compact_stable, {"updates": []}, r"updates has length 0: give 1"),
     (dispatch.compact_stable, {"updates": [torch.zeros(3, 2, 2, 32).int()]}, r"updates\[0\] has dtype torch.int32"),
     (dispatch.compact_stable, {"updates": [torch.zeros(3, 2, 2, 16)]}, r"updates\[0\] has shape .* \[3, 2, 2, 32\]"),
-    (dispatch.compact_holes, {"kept": torch.zeros(3, 2, 3, 16).int()}, r"kept has shape .* give \[3, 2, 2, any\]"),
-    (dispatch.compact_holes, {"v_cache": torch.randn(3, 5, 2, 16, 32)}, r"v_cache has shape \(5, 2, 16, 32\)"),
+    (dispatch.compact_stable, {"kept": torch.zeros(3, 2, 3, 16).int()}, r"kept has shape .* give \[3, 2, 2, any\]"),
+    (dispatch.compact_stable, {"v_cache": torch.randn(3, 5, 2, 16, 32)}, r"v_cache has shape \(5, 2, 16, 32\)"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Attention scores, redundancy and the global score, each against the reference."""
+"""Attention scores, redundancy and pooling, each against the reference."""
 
 from dataclasses import replace
 
@@ -7,14 +7,12 @@ import torch
 
 from kernels import cpu, dispatch, reference
 from kernels.attention_score import attention_score_triton
-from kernels.global_score import update_global_score_triton
 from kernels.redundancy import redundancy_triton
-from tests.kernels.events import difference, make_event, scatter
-from tests.kernels.paged import BACKENDS, DEVICE, GARBAGE, device_of
+from tests.kernels.events import difference, make_event
+from tests.kernels.paged import BACKENDS, DEVICE, device_of
 
 SCORE = {"triton": attention_score_triton, "torch": cpu.attention_score_torch, "reference": reference.attention_score}
 REDUNDANCY = {"triton": redundancy_triton, "torch": cpu.redundancy_torch, "reference": reference.redundancy}
-UPDATE = {"triton": update_global_score_triton, "torch": cpu.update_global_score_torch}
 BOUNDS = {torch.float32: 5e-6, torch.float16: 2e-5, torch.bfloat16: 2e-5}
 """Products of half-precision numbers are exact in float32: only the order of sums differs."""
 
@@ -215,39 +213,6 @@ def test_keys_of_zero_are_nothing_like_others(backend):
     event = make_event([20], 16, 1, 1, 32, torch.float32, device_of(backend))
     out = REDUNDANCY[backend](torch.zeros_like(event.k_cache), event.block_tables, event.lens, tau=0.1, chunk=16)
     torch.testing.assert_close(out[..., :20].cpu(), torch.full((1, 1, 1, 20), 1 / 20))
-
-
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("block_size", [16, 256])
-@pytest.mark.parametrize("kind", ["max", "sum"])
-def test_global_score(backend, block_size, kind):
-    event = make_event([75, 40, 0, 300], block_size, 2, 3, 32)
-    shape = 2, 4, 3, event.width
-    scores = torch.rand(shape).masked_fill(~event.slots()[:, None], float("-inf"))
-    stored = scatter(torch.rand(shape), event)
-    carried = torch.tensor([40, 0, 0, 1000], dtype=torch.int32)
-    event.block_tables[0, -(-40 // block_size) :] = GARBAGE
-    args = scores, stored, event.block_tables, event.lens, carried
-    expected = reference.update_global_score(*args, 0.8, kind=kind)
-    moved = [x.to(device_of(backend)) for x in args]
-    moved[1] = torch.cat((moved[1][:1], moved[1], moved[1][:1]))[1:-1]
-    before = [x.clone() for x in moved]
-    out = UPDATE[backend](*moved, 0.8, kind=kind)
-    torch.testing.assert_close(out.cpu(), expected, rtol=1e-6, atol=0)
-    for x, y in zip(moved, before):
-        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
-
-
-def test_global_score_keeps_the_larger_and_forgets():
-    event = make_event([4], 16, 1, 1, 32)
-    scores = torch.full((1, 1, 1, event.width), float("-inf"))
-    scores[..., :4] = torch.tensor([0.1, 0.5, 0.1, 0.1])
-    stored = scatter(torch.full_like(scores, 0.25), event)
-    args = scores, stored, event.block_tables, event.lens, torch.tensor([3], dtype=torch.int32)
-    out = reference.update_global_score(*args, 0.8)
-    torch.testing.assert_close(out[0, 0, 0, :4], torch.tensor([0.2, 0.5, 0.2, 0.1]))
-    assert torch.equal(reference.update_global_score(*args, 0.0), scores)
 
 
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))

@@ -45,10 +45,6 @@ class Budget:
         """`N_max * b`, entries held at most while decoding under the trigger `block_full`."""
         return self.max_blocks * self.block_size
 
-    def exceeded(self, cache_len: int) -> bool:
-        """Whether an event would evict anything: `n > k`."""
-        return cache_len > self.keep
-
     def check(self, policy: Policy, protection: Protection, recent: int) -> None:
         """Check that policy, protection and budget go together.
 

@@ -17,8 +17,8 @@ class GKV(Policy):
     """`S = lambda * max(a, alpha * stored) - (1 - lambda) * R / max R` [L, R, H, N]. Liao et al., arXiv 2512.00504.
 
     `a = A_max / max A_max`; both maxima are over j < n-w of a KV head. What is stored is the score before redundancy;
-    entries of the window store none and come back at the next event as new. The original can seed the scores at
-    prefill; here they start at the first event.
+    entries of the window store none and come back at the next event as new. The scores start at the first event; so do
+    those of the published code, but for one mode, its H2O baseline (sums without decay), which seeds them at prefill.
 
     Attributes:
         window: w.

@@ -16,7 +16,8 @@ from zipage.eviction.policy import Policy
 class MorphKV(Policy):
     """`S = fuse over window queries of max over the group of A_cut` [L, R, H, N]. Ghadia et al., arXiv 2503.00979.
 
-    `A_cut`: softmax over j < n-w per query head. The last w entries always stay, so `recent >= window`.
+    `A_cut`: softmax over j < n-w per query head. The last w entries always stay, so `recent >= window`. The published
+    code evicts at every step and leaves out the newest of its w stored queries, so w - 1 count; here all w do.
 
     Attributes:
         window: w. The original's scripts use 3 (max) and 30 to 200.

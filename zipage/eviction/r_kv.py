@@ -19,7 +19,9 @@ class RKV(Policy):
 
     Cai et al., arXiv 2505.24133. `A_logit`: maximum of the logits over the group, softmax over j < n-w, mean over the
     window. The cost is O(n^2) per head. Published results differ in lambda (0.1 in the README, 0.07 in the code, 0.5 in
-    others' tables), so the label always shows it.
+    others' tables), so the label always shows it. The published code gathers survivors in the order of their scores and
+    leaves them so; here they stay in time order. Its pooling, and what counts as the last near-duplicate, therefore see
+    other neighbours from the second event on.
 
     Attributes:
         window: w.

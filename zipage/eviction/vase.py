@@ -29,8 +29,8 @@ class VaSE(Policy):
     `p = mean over the group of avgpool5(mean over the window of A_cut)`: the top-k of `log p` + Gumbel noise. Entries
     that must stay anyway are in neither pool, and where fewer than the reserve are free, it takes what there is.
 
-    `dkv`: `S = |G^T K|^2 * |G^T V|^2` under one Gaussian G [d, 20] / sqrt(20) per request and event; the first four
-    entries before all others; no queries.
+    `dkv`: `S = |G^T K|^2 * |G^T V|^2` under one Gaussian G [d, 20] / sqrt(20) per request and event, the same in all
+    layers; the first four entries before all others; no queries. The published code draws a G per layer.
 
     Attributes:
         mode: "attn" or "dkv".

@@ -31,7 +31,8 @@ class Zipage(Policy):
         chunk: slots compared with each other, a power of two from 16.
         weight (option `lambda`): of attention against redundancy.
         tau: temperature of the redundancy.
-        max_norm: divide the attention score by its maximum per layer and KV head.
+        max_norm: divide the attention score, and the redundancy, each by its maximum over a request's entries per layer
+            and KV head. The published code reads it only where the global score is on.
     """
 
     name: ClassVar[str] = "zipage"
@@ -64,7 +65,7 @@ class Zipage(Policy):
     def rank(self, event: Event) -> Tensor:
         scores = event.attention("all", group="max", window="mean")
         if self.max_norm:
-            scores = scores / torch.where(event.valid, scores, 0.0).amax(dim=-1, keepdim=True)
+            scores = _over_maximum(event, scores)
         if self.global_score:
             # Entries without a stored score carry -1, which no attention score is below.
             scores = torch.maximum(scores, self.alpha * event.stored)
@@ -73,4 +74,11 @@ class Zipage(Policy):
         if self.redundancy == "none":
             return scores
         redundancy = event.redundancy(self.tau, self.chunk if self.redundancy == "chunk" else None)
+        if self.max_norm:
+            redundancy = _over_maximum(event, redundancy)
         return self.weight * scores - (1 - self.weight) * redundancy
+
+
+def _over_maximum(event: Event, values: Tensor) -> Tensor:
+    """`values` [L, R, H, N] > 0 over their maximum among a request's entries."""
+    return values / torch.where(event.valid, values, 0.0).amax(dim=-1, keepdim=True)
