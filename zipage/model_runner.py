@@ -273,7 +273,7 @@ class ModelRunner:
             # Graphs keep what they allocate, beside what other steps do; the largest needs most, and all share it.
             graphs = StepGraphs(self.decoder, cache, self.scale, self._block_tables(cache), self._sampled)
             inputs = graphs.inputs(None, graphs.most).to(self.device)
-            peak += self._peak_of(lambda: graphs.forward(inputs))
+            peak += self._peak_of(lambda: graphs.warm_up(inputs)) + graphs.kept_bytes
             del graphs, inputs
         del cache
         if rule is not None:
