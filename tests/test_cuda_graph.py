@@ -1,5 +1,7 @@
 """What the graph of a step computes, without a GPU to capture it on."""
 
+from contextlib import contextmanager, nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from tests.compressed import greedy, make_llm, random_prompts, tokens_of
 from tests.eviction.cases import Case
 from tests.tiny_models import VOCAB, save_tiny_model
 from zipage import LLM
-from zipage.cuda_graph import StepGraphs, batch_sizes
+from zipage.cuda_graph import StepGraphs, batch_sizes, capture_stream
 from zipage.token_batch import TokenBatch
 
 
@@ -23,10 +25,70 @@ def test_sizes_of_large_batches():
     assert sizes[-4:] == [416, 448, 480, 512]
 
 
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Stands in for what captures call of `torch.cuda`; a list of the streams made, and one of those captured on."""
+    made, captured_on = [], []
+
+    class Stream(nullcontext):
+        def __init__(self, device=None):
+            super().__init__()
+            made.append(self)
+
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def pool(self):
+            return (0, 1)
+
+        def replay(self):
+            pass
+
+    @contextmanager
+    def graph(graph, pool=None, stream=None, **_):
+        captured_on.append(stream)
+        yield
+
+    current = Stream()
+    made.clear()
+    for name, fake in {
+        "Stream": Stream,
+        "stream": lambda stream: stream,
+        "current_stream": lambda device=None: current,
+        "CUDAGraph": Graph,
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    capture_stream.cache_clear()
+    yield made, captured_on
+    capture_stream.cache_clear()
+
+
+def test_all_graphs_are_captured_on_one_stream_the_largest_first(tmp_path, fake_cuda):
+    """cuBLAS keeps a workspace for every stream it sees, and a pool that begins small grows with every larger graph."""
+    runner = make_llm(save_tiny_model("qwen3", tmp_path), None, debug=False)._runner
+    graphs = StepGraphs(runner.decoder, runner.cache, runner.scale, runner._tables, runner._sampled)
+    none = np.zeros(3, dtype=np.int64)
+    batch = TokenBatch(none, none - 1, none, none - 1, none - 1, none, none)
+    with torch.inference_mode():
+        for _ in range(2):
+            assert len(graphs.run(batch)) == 3
+        graphs.run(TokenBatch.concatenate([batch] * 4))
+    assert list(graphs._graphs) == [graphs.most, 4, 16]
+    made, captured_on = fake_cuda
+    assert len(made) == 1
+    assert captured_on == made * 3
+    kept = [sum(x.nbytes for x in tensors) for _, *tensors in graphs._graphs.values()]
+    sizes = [graphs.most, 4, 16]
+    assert sum(kept) * sum(graphs._sizes) == graphs.kept_bytes * sum(sizes)
+
+
 def run_in_graphs(llm: LLM) -> list[int]:
     """From here on steps compute what a graph would, with rows of nobody; the list gets the tokens of each."""
     runner, sizes = llm._runner, []
-    graphs = runner._step_graphs(runner.cache, runner._tables)
+    graphs = StepGraphs(runner.decoder, runner.cache, runner.scale, runner._tables, runner._sampled)
 
     def run(batch: TokenBatch) -> torch.Tensor:
         sizes.append(len(batch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import fields
+from functools import cache
 
 import numpy as np
 import torch
@@ -35,6 +36,14 @@ def known_tokens(token_ids: Tensor, places: Tensor, sampled: Tensor) -> Tensor:
     return torch.where(places < 0, token_ids, sampled[places.clamp(min=0)])
 
 
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of all captures. For each stream it is called on, cuBLAS keeps a workspace (32 MiB on Hopper) as
+    long as the process lives.
+    """
+    return torch.cuda.Stream(device)
+
+
 class StepGraphs:
     """A forward pass in which every token attends as a decode, captured once for each of a few sizes and replayed.
 
@@ -42,33 +51,25 @@ class StepGraphs:
     request's entries up to its own, which all rows of a layer store before any attends.
 
     A batch runs in the smallest graph that holds it. The rows beyond it store nothing and attend to nothing, so they
-    change nothing. A graph is captured when a batch of its size first comes; all share one pool of memory.
+    change nothing. A graph is captured when a batch of its size first comes. All share one pool of memory, and the
+    largest is captured first, since what it frees holds all others; a smaller one would leave it too little, and the
+    pool would grow with each.
 
     Args:
         decoder, cache, scale: as in `PagedAttention`; queries are stored where the cache has query slots.
         tables: of all requests.
         sampled: int64 [max_num_seqs], the tokens of the step before.
-        stream: what is captured is captured here. One for all: cuBLAS keeps 32 MiB for every stream that it has seen.
 
     Attributes:
         most: tokens of the largest graph.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        cache: KVCache,
-        scale: float,
-        tables: BlockTables,
-        sampled: Tensor,
-        stream: torch.cuda.Stream | None,
-    ) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, scale: float, tables: BlockTables, sampled: Tensor) -> None:
         self._decoder = decoder
         self._cache = cache
         self._scale = scale
         self._tables = tables
         self._sampled = sampled
-        self._stream = stream
         self.most = len(sampled) + PROMPT_TOKENS
         self._sizes = batch_sizes(self.most)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
@@ -83,7 +84,8 @@ class StepGraphs:
         """Hidden states [n, width], overwritten by the next run."""
         size = self._sizes[bisect_left(self._sizes, len(batch))]
         if size not in self._graphs:
-            self._graphs[size] = self._capture(size)
+            for new in sorted({self.most, size} - self._graphs.keys(), reverse=True):
+                self._graphs[new] = self._capture(new)
         graph, inputs, hidden = self._graphs[size]
         inputs.copy_(self.inputs(batch, size).pin_memory(), non_blocking=True)
         graph.replay()
@@ -117,19 +119,25 @@ class StepGraphs:
         )
         return self._decoder(known_tokens(token_ids, places, self._sampled), positions, attention)
 
+    @property
+    def kept_bytes(self) -> int:
+        """What all graphs keep for themselves, inputs and hidden states, once each is captured."""
+        return sum(self._sizes) * (7 * 8 + self._decoder.spec.width * self._decoder.dtype.itemsize)
+
     def warm_up(self, inputs: Tensor) -> None:
-        """Run once what is to be captured: a capture allows neither compiling kernels nor setting up libraries."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        """The captured computation, uncaptured: kernels are compiled and libraries set up, which no capture allows."""
+        stream = capture_stream(inputs.device)
+        stream.wait_stream(torch.cuda.current_stream(inputs.device))
+        with torch.cuda.stream(stream):
             self.forward(inputs)
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.current_stream(inputs.device).wait_stream(stream)
 
     def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         inputs = self.inputs(None, size).to(self._cache.k.device)
         self.warm_up(inputs)
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), capture_stream(inputs.device)
         # Another thread may be launching a compression meanwhile, which is no part of this.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             hidden = self.forward(inputs)
         self._pool = graph.pool()
         return graph, inputs, hidden

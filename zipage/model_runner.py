@@ -89,7 +89,6 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.enforce_eager = enforce_eager
         self._graphs: StepGraphs | None = None
-        self._capture_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.sampler = Sampler(max_num_seqs, spec.vocab_size, device)
         self.scale = spec.head_dim**-0.5
         self.cache: KVCache | None = None
@@ -107,10 +106,7 @@ class ModelRunner:
         self.cache = cache
         self._tables = self._block_tables(cache)
         if self.device.type == "cuda" and not self.enforce_eager:
-            self._graphs = self._step_graphs(cache, self._tables)
-
-    def _step_graphs(self, cache: KVCache, tables: BlockTables) -> StepGraphs:
-        return StepGraphs(self.decoder, cache, self.scale, tables, self._sampled, self._capture_stream)
+            self._graphs = StepGraphs(self.decoder, cache, self.scale, self._tables, self._sampled)
 
     def _block_tables(self, cache: KVCache) -> BlockTables:
         return BlockTables(self.max_num_seqs, -(-self.max_model_len // cache.block_size), cache.block_size, self.device)
@@ -279,9 +275,9 @@ class ModelRunner:
         peak = self._peak_of(lambda: self._run_largest_step(cache, num_tokens))
         if not self.enforce_eager:
             # Graphs keep what they allocate, beside what other steps do; the largest needs most, and all share it.
-            graphs = self._step_graphs(cache, self._block_tables(cache))
+            graphs = StepGraphs(self.decoder, cache, self.scale, self._block_tables(cache), self._sampled)
             inputs = graphs.inputs(None, graphs.most).to(self.device)
-            peak += self._peak_of(lambda: graphs.warm_up(inputs))
+            peak += self._peak_of(lambda: graphs.warm_up(inputs)) + graphs.kept_bytes
             del graphs, inputs
         del cache
         if rule is not None:
