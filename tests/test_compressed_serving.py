@@ -81,6 +81,54 @@ def test_samples_of_a_random_policy_draw_apart(folder):
     assert (first[0] != first[1]).any()
 
 
+def watch_blocks(llm: LLM) -> dict[tuple[str, int], int]:
+    """Most blocks that each sample has held at the begin of a step, with those of a compression under way."""
+    held: dict[tuple[str, int], int] = {}
+    advance = llm._scheduler.advance
+
+    def look(plan):
+        fresh = {order.request: len(order.fresh) for order in llm._scheduler.compressions.in_flight}
+        for request in llm._scheduler.running:
+            key, blocks = (request.request_id, request.index), len(request.block_ids) + fresh.get(request, 0)
+            held[key] = max(held.get(key, 0), blocks)
+        advance(plan)
+
+    llm._scheduler.advance = look
+    return held
+
+
+@pytest.mark.parametrize(
+    ("options", "params", "most"),
+    [
+        ({}, greedy(100), [5, 7, 5]),  # N_max is 5; a prompt of 7 blocks is held whole before its first compression
+        ({}, greedy(100, budget_tokens=32), [3, 7, 3]),
+        ({}, greedy(100, policy="full"), [8, 13, 7]),
+        ({"trigger": "pressure"}, greedy(100), [8, 13, 7]),
+        ({"num_blocks": 8, "growth": 0}, greedy(40), [4, 7, 3]),
+        ({"async_compression": False}, greedy(100), [5, 7, 5]),
+    ],
+)
+def test_blocks_are_counted_as_they_were_held(folder, options, params, most):
+    llm = make_llm(folder, ZIPAGE, **options)
+    held = watch_blocks(llm)
+    outputs = llm.generate(random_prompts([20, 100, 5], VOCAB), params, use_tqdm=False)
+    peaks = [output.outputs[0].metrics.peak_blocks for output in outputs]
+    assert peaks == list(held.values())
+    assert peaks == [output.metrics.peak_blocks for output in outputs]
+    assert peaks == most
+    slots = [output.outputs[0].metrics.query_slot for output in outputs]
+    assert slots == [params.policy is None] * 2 + [params.policy is None and "num_blocks" not in options]
+
+
+def test_blocks_that_a_compression_takes_beside_shared_ones_count(folder):
+    llm = make_llm(folder, ZIPAGE)
+    held = watch_blocks(llm)
+    (output,) = llm.generate(random_prompts([50], VOCAB), greedy(100, n=3), use_tqdm=False)
+    peaks = {(output.request_id, sample.index): sample.metrics.peak_blocks for sample in output.outputs}
+    assert peaks == held
+    assert output.metrics.peak_blocks == max(peaks.values()) > 5
+
+
 def test_budget_and_policy_of_one_request(folder):
     llm = make_llm(folder, ZIPAGE)
     prompts = random_prompts([20], VOCAB) * 5
