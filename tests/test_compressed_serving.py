@@ -1,6 +1,8 @@
 """Serving requests with bounded caches: what a user sees and may ask for."""
 
 import json
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 
@@ -8,6 +10,7 @@ from tests.compressed import greedy, make_llm, pause_now_and_then, random_prompt
 from tests.eviction.cases import SMALL_CHUNK, Case
 from tests.tiny_models import VOCAB, save_tiny_model
 from zipage import LLM, SamplingParams
+from zipage.eviction.policy import Policy
 from zipage.request import Status
 
 ZIPAGE = Case("zipage", SMALL_CHUNK)
@@ -271,3 +274,44 @@ def test_a_policy_of_ones_own(folder):
     )
     llm.generate([[1, 2, 3]], greedy(100), use_tqdm=False)
     assert llm.stats.compressions_applied == 2
+
+
+UNRANKED = f"{__name__}:Unranked"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unranked(Policy):
+    """Ranks one entry of one head NaN, from the second compression of a request on."""
+
+    name: ClassVar[str] = "unranked"
+    variant: ClassVar[str] = "NaN"
+    paper: ClassVar[str] = ""
+    slot: int = 20
+
+    def rank(self, event):
+        scores = event.key_norms().clone()
+        for request, rounds in enumerate(event.rounds):
+            scores[0, request, -1, self.slot] = float("nan") if rounds else 0.0
+        return scores
+
+
+def test_a_rank_that_is_no_number_is_an_error_in_debug_mode_and_counted_otherwise(folder, caplog):
+    case = Case(UNRANKED)
+    with pytest.raises(ValueError, match="policy 'unranked' ranked entries NaN"):
+        make_llm(folder, case).generate([[1, 2, 3]], greedy(100), use_tqdm=False)
+    caplog.clear()
+    for asynchronous in (False, True):
+        llm = make_llm(folder, case, debug=False, async_compression=asynchronous)
+        llm.generate([[1, 2, 3], [4, 5]], greedy(118), use_tqdm=False)
+        assert (llm.stats.compressions_applied, llm.stats.compressions_misranked) == (6, 4)
+        assert caplog.text.count("policy 'unranked' ranked entries NaN") == 1
+        caplog.clear()
+
+
+@pytest.mark.parametrize("slot", [2, 79])
+def test_entries_that_must_stay_need_no_rank(folder, slot):
+    """The first of a protected prompt and the latest."""
+    llm = make_llm(folder, Case(UNRANKED, {"slot": slot}, protection="prompt"))
+    llm.generate([[1, 2, 3]], greedy(100), use_tqdm=False)
+    assert llm.stats.compressions_applied == 2
+    assert llm.stats.compressions_misranked == 0

@@ -17,6 +17,7 @@ from zipage.compressor import choose, compress
 from zipage.kv_cache import KVCache
 from zipage.model.spec import ModelSpec
 from zipage.plan import CompressionOrder
+from zipage.rank_watch import RankWatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +51,20 @@ class CompressionRunner:
         asynchronous: as above.
         layer_stride: layers of one launch; None takes what a bound on memory allows (`compress`).
         trace: read back the positions that stay, which waits for the GPU.
+        debug: fail a compression whose policy ranks an entry NaN, which waits for the GPU; otherwise `ranks` counts it.
     """
 
     def __init__(
-        self, cache: KVCache, spec: ModelSpec, *, asynchronous: bool, layer_stride: int | None, trace: bool
+        self,
+        cache: KVCache,
+        spec: ModelSpec,
+        *,
+        asynchronous: bool,
+        layer_stride: int | None,
+        trace: bool,
+        debug: bool = False,
     ) -> None:
+        self.ranks = RankWatch(strict=debug)
         self._cache = cache
         self._spec = spec
         self._layer_stride = layer_stride
@@ -109,6 +119,7 @@ class CompressionRunner:
             results += [CompressionResult(order, *one, seconds) for order, one in zip(job.batch.orders, kept)]
         for job in self._pending:
             job.delayed = False
+        self.ranks.poll()
         return results
 
     @property
@@ -137,14 +148,17 @@ class CompressionRunner:
         event = batch.event(cache, self._spec)
         if batch.policy.drops_blocks:
             # The same slots stay in all layers and heads, whole blocks of them.
-            first_slots = choose(batch.policy, event, max_keep)[0, :, 0, :: cache.block_size].tolist()
+            kept, failed = choose(batch.policy, event, max_keep)
+            first_slots = kept[0, :, 0, :: cache.block_size].tolist()
             pages = [[slot // cache.block_size for slot in row if slot >= 0] for row in first_slots]
             tables = [[blocks[page] for page in kept] for blocks, kept in zip(batch.sources, pages, strict=True)]
         else:
             pages, tables = [None] * len(batch.orders), batch.tables
             destinations = batch.destinations(cache.k.device)
             stride = self._layer_stride
-            compress(batch.policy, event, [cache.positions], destinations, max_keep=max_keep, stride=stride)
+            states = [cache.positions]
+            failed = compress(batch.policy, event, states, destinations, max_keep=max_keep, stride=stride).failed
+        self.ranks.look(batch.policy.name, failed)
         if not self._trace:
             return [_Kept(kept, None) for kept in pages]
         sizes = zip(pages, tables, batch.keep, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +24,20 @@ class Compression:
     Attributes:
         kept: int32 [L, R, H, max_keep], slots that survived, numbered as before the event: ascending, then -1.
         num_kept, num_evicted: int32 [R], entries of a request per layer and KV head.
+        failed: bool [R], whether the policy ranked an entry NaN.
     """
 
     kept: Tensor
     num_kept: Tensor
     num_evicted: Tensor
+    failed: Tensor
+
+
+class Choice(NamedTuple):
+    """What shall stay: `kept` and `failed` as in `Compression`."""
+
+    kept: Tensor
+    failed: Tensor
 
 
 def compress(
@@ -72,27 +82,30 @@ def compress(
     if stride < 1:
         raise ValueError(f"stride={stride}: must be at least 1, or None")
     step = event.num_layers if policy.all_layers else stride
-    kept = []
+    choices = []
     for first in range(0, event.num_layers, step):
         last = min(first + step, event.num_layers)
         layers = [state[first:last] for state in states]
-        kept.append(_compress(policy, event.of_layers(first, last), layers, dst_tables, max_keep))
+        choices.append(_compress(policy, event.of_layers(first, last), layers, dst_tables, max_keep))
     num_kept = torch.minimum(event.keep, event.lens)
-    return Compression(torch.cat(kept), num_kept, event.lens - num_kept)
+    kept, failed = zip(*choices, strict=True)
+    return Compression(torch.cat(kept), num_kept, event.lens - num_kept, torch.stack(failed).any(dim=0))
 
 
-def choose(policy: Policy, event: PagedEvent, max_keep: int) -> Tensor:
+def choose(policy: Policy, event: PagedEvent, max_keep: int) -> Choice:
     """The slots that stay, written nowhere: int32 [L, R, H, min(max_keep, N)], ascending, then -1."""
     scores = policy.score(event).contiguous()
-    return ops.select(scores, event.must, event.lens, event.keep, min(max_keep, event.num_slots))
+    kept = ops.select(scores, event.must, event.lens, event.keep, min(max_keep, event.num_slots))
+    highest = scores.amax(dim=(0, 2))  # NaN where one is
+    return Choice(kept, highest.masked_fill(event.must, 0).isnan().any(dim=-1))
 
 
-def _compress(policy: Policy, event: PagedEvent, states: list[Tensor], dst_tables: Tensor, max_keep: int) -> Tensor:
-    """One launch. Returns int32 [L, R, H, max_keep]."""
-    kept = choose(policy, event, max_keep)
+def _compress(policy: Policy, event: PagedEvent, states: list[Tensor], dst_tables: Tensor, max_keep: int) -> Choice:
+    """One launch."""
+    kept, failed = choose(policy, event, max_keep)
     updates = [None] * len(states)
     if policy.state:
         states = [*states, event.state_cache]
         updates.append(event.new_state.expand(event.shape).contiguous())
     ops.compact_stable(event.k_cache, event.v_cache, states, kept, event.block_tables, dst_tables, updates)
-    return kept
+    return Choice(kept, failed)

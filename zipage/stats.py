@@ -85,7 +85,9 @@ class EngineStats:
 
     Entries are counted per layer and KV head. `budget_bound` counts samples that were compressed at least once: 0 at
     the end of a run says that its budget never bound. `compressions_ordered` exceeds `compressions_applied` only by
-    those under way. `prompts_truncated` counts prompts under protection "prompt" that do not fit their budget whole.
+    those under way. `compressions_misranked` counts those whose policy ranked an entry NaN, so that chance
+    decided what they kept. `prompts_truncated` counts prompts under protection "prompt" that do not fit their budget
+    whole.
     """
 
     steps: int = 0
@@ -100,6 +102,7 @@ class EngineStats:
     resumes: int = 0
     compressions_ordered: int = 0
     compressions_applied: int = 0
+    compressions_misranked: int = 0
     entries_evicted: int = 0
     entries_kept: int = 0
     blocks_returned: int = 0
