@@ -319,10 +319,10 @@ def test_inter_token_latency_weighs_steps_by_the_samples_that_decode():
     assert inter_token_latency(steps[:2]) == dict.fromkeys(("mean", "p50", "p90", "p99", "max"))
 
 
-def test_bytes_of_a_cache_count_slack_and_query_slot():
+def test_bytes_of_a_cache_are_those_of_the_blocks_it_held():
     plan = {"block_size": 16, "block_bytes": 100, "max_blocks_per_request": 5, "query_slot_bytes": 7}
-    assert cache_bytes(16, plan) == 107
-    assert cache_bytes(17, plan) == 207
-    assert cache_bytes(1000, plan) == 507
-    assert cache_bytes(1000, plan | {"max_blocks_per_request": 0}) == 6300
-    assert cache_bytes(1000, None) is cache_bytes(1000, {"planned_by": "another"}) is None
+    row = {"prompt_tokens": 16, "output_tokens": 1000, "peak_blocks": 22, "query_slot": True, "error": None}
+    assert cache_bytes(row, plan) == 2207
+    assert cache_bytes(row | {"query_slot": False}, plan) == 2200
+    assert cache_bytes(row | {"peak_blocks": None}, plan) is None, "an engine that does not tell"
+    assert cache_bytes(row, None) is cache_bytes(row, {"planned_by": "another"}) is None
