@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments.graders import Grader, grade
+from experiments.graders import Grade, Grader, grade
 from experiments.graders.ungraded import grade_none
 from experiments.prompts import Prompt
 from experiments.workloads import Problem
@@ -79,7 +79,7 @@ EVENT_SCHEMA = pa.schema(
 def request_rows(
     problem: Problem, prompt: Prompt, output: RequestOutput, samples: int, grader: Grader, start: float
 ) -> list[dict[str, Any]]:
-    """One row for each of the `samples` answers to a problem; a refused prompt has as many, graded 0.
+    """One row for each of the `samples` answers to a problem; a refused prompt has as many. An error is graded 0.
 
     Args:
         start: host clock at the start of the run.
@@ -88,16 +88,16 @@ def request_rows(
     common |= {"difficulty": problem.difficulty, "expected_tokens": problem.expected_tokens}
     if problem.facts:
         common["fact_distances"] = [fact.distance for fact in problem.facts]
-    if output.error is not None:
-        refused = {"output": "", "output_token_ids": [], "finish_reason": "error", "error": output.error}
-        refused["grade"] = None if grader is grade_none else 0.0
+    zero = None if grader is grade_none else 0.0
+    if output.error is not None and all(sample.error is None for sample in output.outputs):
+        refused = {"output": "", "output_token_ids": [], "finish_reason": "error", "error": output.error, "grade": zero}
         if problem.facts:
             refused["facts_known"] = [False] * len(problem.facts)
         timings = _timings(output.metrics, start)
         return [common | {"sample_index": index} | refused | timings for index in range(samples)]
     rows = []
     for sample in output.outputs:
-        graded = grade(grader, sample.text, problem.gold)
+        graded = Grade(zero) if sample.error is not None else grade(grader, sample.text, problem.gold)
         answer = {
             "sample_index": sample.index,
             "output": sample.text,
@@ -106,6 +106,7 @@ def request_rows(
             "grade": graded.score,
             "grader_error": graded.error,
             "finish_reason": sample.finish_reason,
+            "error": sample.error,
             "stop_reason": None if sample.stop_reason is None else str(sample.stop_reason),
         }
         if problem.facts:

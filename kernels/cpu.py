@@ -258,19 +258,22 @@ def qk_norm_rope_torch(
 def sample_from_logits_torch(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
     """`reference.sample_from_logits`, all rows at once."""
     greedy = temperature == 0
+    largest, best = logits.max(dim=-1)
     probs = (logits.float() / temperature.masked_fill(greedy, 1.0)[:, None]).softmax(dim=-1)
-    return torch.where(greedy, logits.argmax(dim=-1), invert(probs, u[:, None]).squeeze(1))
+    tokens = torch.where(greedy, best, invert(probs, u[:, None]).squeeze(1))
+    return torch.where(largest.isfinite(), tokens, -1)
 
 
 def invert(weights: Tensor, u: Tensor) -> Tensor:
     """Index [N, 1] at which the running sum of `weights` [N, V] (>= 0) passes the share `u` [N, 1] of its total.
 
-    Sums are float64: in float32 the tail of a large vocabulary would never be drawn. Runs on any device.
+    Sums are float64: in float32 the tail of a large vocabulary would never be drawn. Runs on any device. A row with NaN
+    gives an index that means nothing, but is one.
     """
     running = weights.cumsum(dim=-1, dtype=torch.float64)
     total = running[:, -1:]
     target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(running, target, right=True)
+    return torch.searchsorted(running, target, right=True).clamp_(max=weights.shape[1] - 1)
 
 
 def attention_score_torch(

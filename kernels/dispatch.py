@@ -308,13 +308,13 @@ def sample_from_logits(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor
     """Draw a token a row: where the running sum of the probabilities passes u.
 
     Args:
-        logits: [N, vocab], last dimension contiguous; float32, float16 or bfloat16. A row has a finite one, no NaN and
-            no +inf.
+        logits: [N, vocab], last dimension contiguous; float32, float16 or bfloat16.
         temperature: float32 [N], by which logits are divided; 0 takes the largest, of several the first.
         u: float64 [N], in (0, 1).
 
     Returns:
-        int64 [N], never a token of probability 0. Exponentials are float32, sums float64.
+        int64 [N], never a token of probability 0; -1 for a row with NaN or +inf, or without a finite logit.
+        Exponentials are float32, sums float64.
 
     Raises:
         ValueError: an argument's shape, dtype, device or layout is not as above.

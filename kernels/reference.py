@@ -240,10 +240,13 @@ def sample_from_logits(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor
         u: float64 [N], in (0, 1).
 
     Returns:
-        int64 [N].
+        int64 [N]; -1 for a row with NaN or +inf, or without a finite logit.
     """
     tokens = []
     for row, divisor, share in zip(logits.float(), temperature, u):
+        if not row.max().isfinite():
+            tokens.append(torch.tensor(-1, device=logits.device))
+            continue
         if divisor == 0:
             tokens.append((row == row.max()).nonzero()[0, 0])
             continue

@@ -60,7 +60,8 @@ def _pick_token(
     largest = tl.max(maxima, 0)
     shares = tl.exp(tl.where(maxima > float("-inf"), (maxima - largest) / divisor, maxima)).to(tl.float64)
     weights = sums * shares
-    target = tl.load(u_ptr + row) * tl.sum(weights, 0)
+    total = tl.sum(weights, 0)
+    target = tl.load(u_ptr + row) * total
     drawn = _first_past(tl.cumsum(weights, 0), weights, target, chunks, CHUNKS)
     best = tl.min(tl.where(maxima == largest, chunks, CHUNKS - 1), 0)
     chunk = tl.where(greedy, best, drawn)
@@ -75,8 +76,9 @@ def _pick_token(
     weights = tl.exp(shifted).to(tl.float64)
     drawn = _first_past(tl.cumsum(weights, 0), weights, rest / share, inside, CHUNK)
     best = tl.min(tl.where(logits == largest, inside, CHUNK - 1), 0)
-    token = chunk * CHUNK + tl.where(greedy, best, drawn)
-    tl.store(token_ptr + row, tl.minimum(token, vocab - 1).to(tl.int64))
+    token = tl.minimum(chunk * CHUNK + tl.where(greedy, best, drawn), vocab - 1)
+    # NaN and +inf make the sum NaN, a row without a finite logit makes it 0: each comparison is then false.
+    tl.store(token_ptr + row, tl.where((total > 0) & (total < float("inf")), token, -1).to(tl.int64))
 
 
 def sample_from_logits_triton(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:

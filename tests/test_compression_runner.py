@@ -268,28 +268,54 @@ def test_traces_tell_the_positions_that_stay(case, device):
 
 
 class Broken(Policy):
+    """Fails wherever `fails(event)` says so; ranks as `keydiff` does elsewhere."""
+
     name, variant, paper = "broken", "broken", ""
 
+    def __init__(self, fails=lambda event: True):
+        self.fails = fails
+
     def rank(self, event):
-        raise ZeroDivisionError("no score")
+        if self.fails(event):
+            raise ZeroDivisionError("no score\nto divide by")
+        return -event.values().norm(dim=-1)
+
+
+BROKEN = "a compression under policy 'broken' failed: ZeroDivisionError: no score"
 
 
 @on_every_device
 @either_way
-def test_an_error_surfaces_and_the_others_go_on(asynchronous, device):
+def test_a_failure_is_a_result_and_the_others_go_on(asynchronous, device):
     serving = Serving(device, asynchronous)
     bad, good = serving.add("random", 1), serving.add("random", 2)
     bad.rule = EvictionRule(Broken(), BUDGET)
     for request in (bad, good):
         serving.grow(request, 96)
     serving.runner.submit([serving.order(bad), serving.order(good)])
-    with pytest.raises(ZeroDivisionError, match="no score"):
-        serving.runner.poll(wait=True)
-    assert serving.runner.in_flight == 1
-    for result in serving.runner.poll(wait=True):
-        serving.apply(result)
+    failed, done = serving.runner.poll(wait=True)
+    assert (failed.order.request, failed.error) == (bad, BROKEN)
+    assert done.error is None
+    serving.apply(done)
     serving.check(good, 96)
-    serving.runner.close()
+    assert serving.runner.in_flight == 0
+
+
+@on_every_device
+@either_way
+@pytest.mark.parametrize("layer", [0, 1])
+def test_only_what_nothing_was_moved_of_is_computed_again(asynchronous, device, layer):
+    """A batch that is too much in layer 0 goes on one by one; in layer 1, those of layer 0 have moved already."""
+    serving = Serving(device, asynchronous, layer_stride=1)
+    requests = [serving.add("random", 1), serving.add("random", 2), serving.add("random", 3)]
+    policy = Broken(lambda event: event.num_requests > 1 and event.layer_offset == layer)
+    for request in requests:
+        request.rule = EvictionRule(policy, BUDGET)
+        serving.grow(request, 96)
+    serving.runner.submit([serving.order(request) for request in requests])
+    results = serving.runner.poll(wait=True)
+    assert [result.order.request for result in results] == requests
+    assert [result.error for result in results] == [None if layer == 0 else BROKEN] * 3
     assert serving.runner.in_flight == 0
 
 

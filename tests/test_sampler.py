@@ -108,6 +108,41 @@ def test_a_batch_draws_the_same_tokens_beside_a_request_that_cuts_its_distributi
     assert beside[:19].tolist() == plain[:19].tolist()
 
 
+CUTS = [
+    SamplingParams(top_k=5),
+    SamplingParams(top_p=0.5),
+    SamplingParams(min_p=0.1),
+    SamplingParams(temperature=0.0),
+    SamplingParams(repetition_penalty=1.5),
+    SamplingParams(top_k=2**62, top_p=0.9),
+]
+
+
+@pytest.mark.parametrize("neighbour", CUTS, ids=str)
+@pytest.mark.parametrize("params", [SamplingParams(), *CUTS], ids=str)
+def test_a_row_is_drawn_by_its_own_options_alone(params, neighbour):
+    logits = 3 * torch.randn(24, 5000)
+    alone, _ = sample(logits[:23], *[params] * 23)
+    beside, _ = sample(logits, *[params] * 23, neighbour)
+    assert beside[:23].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), *CUTS, SamplingParams(logprobs=True)], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_gives_no_token_and_costs_no_other(params, value):
+    logits = torch.randn(6, VOCAB)
+    expected, _ = sample(logits, *[params] * 6)
+    logits[[1, 4]] = value
+    logits[2, 7:] = float("-inf")
+    assert sample(logits, *[params] * 6)[0][[1, 4]].tolist() == [-1, -1]
+    assert sample(logits, *[params] * 6)[0][[0, 3, 5]].tolist() == expected[[0, 3, 5]].tolist()
+    assert 0 <= sample(logits, *[params] * 6)[0][2] < 7
+    logits[1] = 0.0
+    logits[1, 9] = value
+    token = sample(logits, *[params] * 6)[0][1]
+    assert (token >= 0) == (value == float("-inf"))
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_logits_of_any_float_type_are_read_as_their_float32_values(temperature):
     logits = (3 * torch.randn(8, VOCAB)).bfloat16()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,18 +14,21 @@ import numpy as np
 import torch
 
 from zipage.compression_batch import CompressionBatch, batches
-from zipage.compressor import choose, compress
+from zipage.compressor import PartlyCompressed, choose, compress
 from zipage.kv_cache import KVCache
 from zipage.model.spec import ModelSpec
 from zipage.plan import CompressionOrder
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, eq=False)
 class CompressionResult:
-    """A compression that is done.
+    """A compression that is done, or that failed.
 
     Attributes:
         order: what was ordered.
+        error: None, or one line that says why nothing came of it; the blocks of its request then hold nothing of use.
         kept_pages: places in `order.block_ids` that stay, ascending, where the policy drops blocks; else None.
         kept_positions: int32 [L, H, k], logical positions of the survivors, ascending, where traced; else None.
         seconds: from `submit` until the host saw it done.
@@ -34,6 +38,7 @@ class CompressionResult:
     kept_pages: list[int] | None
     kept_positions: np.ndarray | None
     seconds: float
+    error: str | None = None
 
 
 class CompressionRunner:
@@ -44,6 +49,9 @@ class CompressionRunner:
     worker thread queues it on a stream of its own, and `poll` hands it out once the GPU is through with it; until then
     its request must sit out, keep its blocks, and be changed by nobody. On a CPU both compute in `submit`; there, an
     asynchronous one is not handed out by the first `poll` after it, so that its request sits out a step too.
+
+    A batch that fails before anything was moved is computed again request by request, so that what one request or the
+    size of the batch brought about costs no other.
 
     Args:
         cache: with positions, and with scores and queries where a policy asks for them.
@@ -94,22 +102,37 @@ class CompressionRunner:
 
         Args:
             wait: for everything that was submitted.
-
-        Raises:
-            Exception: the one that ended a compression.
         """
         results = []
         while self._pending and (wait or self._pending[0].is_done):
             job = self._pending.popleft()
-            kept = job.future.result()
+            error = job.future.exception()
             if job.done is not None:
                 job.done.synchronize()
                 torch.cuda.current_stream(self._cache.k.device).wait_event(job.done)
             seconds = time.perf_counter() - job.start
-            results += [CompressionResult(order, *one, seconds) for order, one in zip(job.batch.orders, kept)]
+            if error is None:
+                kept = job.future.result()
+                results += [CompressionResult(order, *one, seconds) for order, one in zip(job.batch.orders, kept)]
+            else:
+                results += self._failed(job, error, seconds)
         for job in self._pending:
             job.delayed = False
         return results
+
+    def _failed(self, job: _Job, error: BaseException, seconds: float) -> list[CompressionResult]:
+        """Begin the orders of a failed batch again, one by one, where that can help; the results where it can't."""
+        orders = job.batch.orders
+        if len(orders) > 1 and not isinstance(error, PartlyCompressed):
+            for order in orders:
+                self.submit([order])
+            return []
+        policy = job.batch.policy.name
+        logger.error("a compression under policy %r failed", policy, exc_info=error)
+        cause = error.__cause__ if isinstance(error, PartlyCompressed) else error
+        reason = f"{type(cause).__name__}: {cause}".partition("\n")[0]
+        message = f"a compression under policy {policy!r} failed: {reason}"
+        return [CompressionResult(order, None, None, seconds, message) for order in orders]
 
     @property
     def in_flight(self) -> int:
@@ -127,9 +150,10 @@ class CompressionRunner:
         """In the worker. What it allocates belongs to its own stream, so nothing here is freed under another's feet."""
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
-            kept = self._compress(batch)
-            done.record(self._stream)
-        return kept
+            try:
+                return self._compress(batch)
+            finally:
+                done.record(self._stream)
 
     @torch.inference_mode()
     def _compress(self, batch: CompressionBatch) -> list[_Kept]:
@@ -139,6 +163,9 @@ class CompressionRunner:
             # The same slots stay in all layers and heads, whole blocks of them.
             first_slots = choose(batch.policy, event, max_keep)[0, :, 0, :: cache.block_size].tolist()
             pages = [[slot // cache.block_size for slot in row if slot >= 0] for row in first_slots]
+            for kept, keep in zip(pages, batch.keep, strict=True):
+                if len(set(kept)) * cache.block_size != keep:
+                    raise ValueError(f"{batch.policy.name} ranks the slots of a block apart, but it drops whole blocks")
             tables = [[blocks[page] for page in kept] for blocks, kept in zip(batch.sources, pages, strict=True)]
         else:
             pages, tables = [None] * len(batch.orders), batch.tables

@@ -13,13 +13,13 @@ class CompressionScheduler:
     """Orders compressions and books them when they are done.
 
     From its order to its completion a request is out of the batch and keeps the blocks it had, beside the fresh ones
-    that its survivors move to where the old ones are shared. What is ordered is completed exactly once.
+    that its survivors move to where the old ones are shared. What is ordered is completed, or has failed, exactly once.
 
     Attributes:
         by_pressure: compress only when the pool needs the blocks; otherwise whenever a request's last block is full and
             it owns N_max or more.
         in_flight: ordered and not yet completed.
-        num_ordered, num_applied: compressions so far.
+        num_ordered, num_applied, num_failed: compressions so far.
         entries_evicted, entries_kept: per layer and KV head, over all compressions applied.
         blocks_returned: by which tables became shorter.
         num_bound: requests that were compressed at least once.
@@ -29,7 +29,7 @@ class CompressionScheduler:
         self.pool = pool
         self.by_pressure = trigger == "pressure"
         self.in_flight: list[CompressionOrder] = []
-        self.num_ordered = self.num_applied = 0
+        self.num_ordered = self.num_applied = self.num_failed = 0
         self.entries_evicted = self.entries_kept = 0
         self.blocks_returned = 0
         self.num_bound = 0
@@ -137,9 +137,7 @@ class CompressionScheduler:
         Raises:
             RuntimeError: the order is not in flight.
         """
-        if order not in self.in_flight:
-            raise RuntimeError(f"{order.request}: a compression was completed that is not under way")
-        self.in_flight.remove(order)
+        self._take(order)
         request, rule = order.request, order.request.rule
         new_ids = order.new_ids
         if rule.drops_blocks:
@@ -160,15 +158,28 @@ class CompressionScheduler:
         del request.prefix_ids[rule.pinned_blocks :]
         request.status = Status.RUNNING
 
+    def fail(self, order: CompressionOrder) -> None:
+        """Book a compression that came to nothing. The request has the blocks it had, whatever they hold by now."""
+        self._take(order)
+        self.pool.free(order.fresh)
+        self.num_failed += 1
+        order.request.status = Status.RUNNING
+
+    def _take(self, order: CompressionOrder) -> None:
+        if order not in self.in_flight:
+            raise RuntimeError(f"{order.request}: a compression has ended that is not under way")
+        self.in_flight.remove(order)
+
     def check_integrity(self) -> None:
         """Check what is in flight (for tests and debug runs).
 
         Raises:
             RuntimeError: a compression would write to a block that others see, or its books are wrong.
         """
-        if self.num_ordered != self.num_applied + len(self.in_flight):
+        if self.num_ordered != self.num_applied + self.num_failed + len(self.in_flight):
             raise RuntimeError(
-                f"{self.num_ordered} compressions ordered, {self.num_applied} applied, {len(self.in_flight)} in flight"
+                f"{self.num_ordered} compressions ordered, {self.num_applied} applied, {self.num_failed} failed, "
+                f"{len(self.in_flight)} in flight"
             )
         for order in self.in_flight:
             request = order.request

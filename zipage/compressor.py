@@ -15,6 +15,10 @@ LAUNCH_ENTRIES = 2**20
 """Entries (layers * R * H * N) of one launch, which bounds the memory that scores and dense copies take."""
 
 
+class PartlyCompressed(RuntimeError):
+    """Survivors of some layers were moved, those of others were not: the entries are of no use any more."""
+
+
 def compress(
     policy: Policy,
     event: PagedEvent,
@@ -48,6 +52,8 @@ def compress(
 
     Raises:
         ValueError: arguments do not go together.
+        PartlyCompressed: the policy or a kernel failed after survivors had been moved; its cause is the reason. An
+            exception from before that comes as it is.
     """
     if event.window != policy.num_queries:
         raise ValueError(f"event.window={event.window}: {policy.name} reads {policy.num_queries} queries")
@@ -61,10 +67,18 @@ def compress(
         raise ValueError(f"stride={stride}: must be at least 1, or None")
     step = event.num_layers if policy.all_layers else stride
     kept = []
-    for first in range(0, event.num_layers, step):
-        last = min(first + step, event.num_layers)
-        layers = [state[first:last] for state in states]
-        kept.append(_compress(policy, event.of_layers(first, last), layers, dst_tables, max_keep))
+    is_written = False
+    try:
+        for first in range(0, event.num_layers, step):
+            last = min(first + step, event.num_layers)
+            launch = event.of_layers(first, last)
+            kept.append(choose(policy, launch, max_keep))
+            is_written = True
+            _move(policy, launch, [state[first:last] for state in states], kept[-1], dst_tables)
+    except Exception as error:
+        if is_written:
+            raise PartlyCompressed("survivors of some layers were moved") from error
+        raise
     return torch.cat(kept)
 
 
@@ -74,12 +88,10 @@ def choose(policy: Policy, event: PagedEvent, max_keep: int) -> Tensor:
     return ops.select(scores, event.must, event.lens, event.keep, min(max_keep, event.num_slots))
 
 
-def _compress(policy: Policy, event: PagedEvent, states: list[Tensor], dst_tables: Tensor, max_keep: int) -> Tensor:
-    """One launch. Returns int32 [L, R, H, max_keep]."""
-    kept = choose(policy, event, max_keep)
+def _move(policy: Policy, event: PagedEvent, states: list[Tensor], kept: Tensor, dst_tables: Tensor) -> None:
+    """Move what one launch keeps, `kept` int32 [L, R, H, max_keep]."""
     updates = [None] * len(states)
     if policy.state:
         states = [*states, event.state_cache]
         updates.append(event.new_state.expand(event.shape).contiguous())
     ops.compact_stable(event.k_cache, event.v_cache, states, kept, event.block_tables, dst_tables, updates)
-    return kept

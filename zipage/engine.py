@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -20,8 +21,9 @@ from zipage.config import EngineConfig
 from zipage.debug import DebugChecks
 from zipage.detokenizer import Detokenizer, decode
 from zipage.intake import Intake, Prompt
+from zipage.interrupts import deferred_interrupts
 from zipage.kv_cache import KVCache, plan_memory
-from zipage.model.loader import obtain_model
+from zipage.model.loader import obtain_model, resolve_device
 from zipage.model.tokenizer import end_of_sequence_ids, load_tokenizer
 from zipage.model_runner import Launch, ModelRunner, StepResult
 from zipage.outputs import CompletionOutput, RequestOutput, StreamEvent
@@ -74,13 +76,22 @@ class LLM:
         config: the options as given.
         memory_plan: what is reserved.
         max_model_len: longest prompt plus output, in tokens.
-        step_listeners: each is called with the `StepStats` of every step.
-        event_listeners: each is called with an `EventStats` for every compression, pause, resumption and preemption.
+        step_listeners: each is called with the `StepStats` of every step, when it is over.
+        event_listeners: each is called with an `EventStats` for every compression, pause, resumption and preemption,
+            when its step is over. A listener that raises is logged and called no more; with `debug` it raises.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
-        config = EngineConfig.from_kwargs(model=str(model), **options)
-        self.config = config
+        self.config = EngineConfig.from_kwargs(model=str(model), **options)
+        self._device = resolve_device(self.config.device)
+        with self._on_device():
+            self._start(self.config)
+
+    def _on_device(self) -> AbstractContextManager:
+        """Makes the engine's GPU the current one, to which streams, events and graphs belong."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _start(self, config: EngineConfig) -> None:
         loaded = obtain_model(
             config.model, load_format=config.load_format, dtype=config.dtype, device=config.device, seed=config.seed
         )
@@ -157,12 +168,14 @@ class LLM:
             vocab_size=spec.vocab_size,
             eos_token_ids=end_of_sequence_ids(spec, self._tokenizer),
         )
-        self._telemetry = Telemetry(self._scheduler)
+        self._telemetry = Telemetry(self._scheduler, strict=config.debug)
         self.step_listeners = self._telemetry.step_listeners
         self.event_listeners = self._telemetry.event_listeners
         self._debug = DebugChecks(self._scheduler, cache) if config.debug else None
         self._overlaps = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
         self._under_way: _UnderWay | None = None
+        self._failure: str | None = None
+        """Why no step can follow the last one."""
         self._step_ended = 0.0
         self._prompts: dict[str, _PromptState] = {}
         self._watched: set[str] = set()
@@ -193,6 +206,7 @@ class LLM:
         return self._add(prompt, params or SamplingParams(), request_id, stream=False)
 
     def _add(self, prompt: Prompt, params: SamplingParams, request_id: str | None, stream: bool) -> str:
+        self._check_alive()
         number = next(self._numbers)
         request_id = str(number) if request_id is None else request_id
         if request_id in self._prompts or request_id in self._done:
@@ -222,10 +236,11 @@ class LLM:
         if state is None:
             return False
         live = [request for request in state.samples if request.finish_reason is None]
-        self._scheduler.finish(live, "abort", time.perf_counter())
-        self._telemetry.counters.requests_aborted += 1
-        self._settle(live)
-        self._drain()
+        with self._whole():
+            self._scheduler.finish(live, "abort", time.perf_counter())
+            self._telemetry.counters.requests_aborted += 1
+            self._settle(live)
+            self._drain()
         return True
 
     def has_unfinished_requests(self) -> bool:
@@ -311,9 +326,10 @@ class LLM:
         return self._events(request_id)
 
     def _events(self, request_id: str) -> Iterator[StreamEvent]:
-        events = self._prompts[request_id].events
+        state = self._prompts[request_id]
+        events = state.events
         try:
-            while request_id in self._prompts:
+            while state.unfinished:
                 self._step()
                 while events:
                     yield events.popleft()
@@ -322,7 +338,35 @@ class LLM:
             self.abort(request_id)
             self._done.pop(request_id, None)
 
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(f"this engine has failed and serves nothing more ({self._failure}): make a new LLM")
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Around what leaves scheduler, caches and device at odds with each other if it ends half-way.
+
+        Ctrl-C waits for its end. Any exception in it is the end of the engine: a step that was taken up again in the
+        middle would compute wrong tokens.
+        """
+        self._check_alive()
+        with deferred_interrupts():
+            try:
+                with self._on_device():
+                    yield
+            except BaseException as error:
+                self._failure = f"{type(error).__name__}: {error}".partition("\n")[0]
+                self._under_way = None
+                self._prompts.clear()
+                self._watched.clear()
+                raise
+        self._telemetry.deliver()
+
     def _step(self) -> None:
+        with self._whole():
+            self._advance()
+
+    def _advance(self) -> None:
         if self._under_way and not self._may_overlap(self._under_way.plan):
             self._end_step()
         if not self._scheduler.has_unfinished:
@@ -361,10 +405,10 @@ class LLM:
             if self._under_way:
                 self._end_step()
                 continue
-            num_applied = scheduler.compressions.num_applied
             self._compress()
-            self._complete(self._compressor.poll(wait=True))
-            if scheduler.compressions.num_applied == num_applied:
+            ended = self._compressor.poll(wait=True)
+            self._complete(ended)
+            if not ended:
                 raise RuntimeError(f"nothing can run: {scheduler.running} run, {len(scheduler.waiting)} wait")
 
     def _end_step(self) -> None:
@@ -397,18 +441,22 @@ class LLM:
 
     def _complete(self, results: Sequence[CompressionResult]) -> None:
         for result in results:
+            if result.error is not None:
+                self._settle(self._scheduler.fail_compression(result.order, result.error, time.perf_counter()))
+                continue
             num_entries = result.order.request.cache_len
             self._scheduler.complete(result.order, result.kept_pages)
             self._telemetry.record_compression(result, num_entries)
 
     def _book(self, plan: StepPlan, result: StepResult, now: float) -> int:
         """Returns how many tokens came of the step: those of requests that had ended before it are dropped."""
-        sampled = [request for request in plan.sampled if request.finish_reason is None]
+        tokens = result.token_ids
+        sampled = [r for r, token in zip(plan.sampled, tokens, strict=True) if r.finish_reason is None and token >= 0]
         if result.logprobs is not None:
-            for request, logprob in zip(plan.sampled, result.logprobs, strict=True):
-                if request.logprobs is not None and request.finish_reason is None:
+            for request, logprob, token in zip(plan.sampled, result.logprobs, tokens, strict=True):
+                if request.logprobs is not None and request.finish_reason is None and token >= 0:
                     request.logprobs.append(logprob)
-        finished = self._scheduler.update(plan, result.token_ids, now)
+        finished = self._scheduler.update(plan, tokens, now)
         watched = [request for request in sampled if request.request_id in self._watched] if self._watched else []
         stopped = []
         for request in watched:
@@ -443,15 +491,20 @@ class LLM:
                 del self._prompts[request.request_id]
                 self._watched.discard(request.request_id)
                 self._done[request.request_id] = self._output(state)
-                self._telemetry.counters.requests_finished += request.finish_reason != "abort"
+                self._count(state)
 
     def _send(self, request: Request, token_id: int | None) -> None:
         state = self._prompts[request.request_id]
         finished = request.finish_reason is not None
         text = "" if state.detokenizers is None else state.detokenizers[request.index].take(finished)
         logprob = request.logprobs[-1] if request.logprobs and token_id is not None else None
-        event = StreamEvent(request.request_id, request.index, token_id, text, logprob, request.finish_reason)
-        state.events.append(event)
+        reason, error = request.finish_reason, request.error
+        state.events.append(StreamEvent(request.request_id, request.index, token_id, text, logprob, reason, error))
+
+    def _count(self, state: _PromptState) -> None:
+        counters, reasons = self._telemetry.counters, [sample.finish_reason for sample in state.samples]
+        counters.requests_failed += "error" in reasons
+        counters.requests_finished += "error" not in reasons and "abort" not in reasons
 
     # Results
 
@@ -474,13 +527,15 @@ class LLM:
                     sample.stop_reason,
                     sample.logprobs,
                     request_metrics(sample),
+                    sample.error,
                 )
             )
         first = state.samples[0]
         prompt_ids = first.token_ids[: first.num_prompt_tokens].tolist()
         self._telemetry.counters.cached_tokens += sum(sample.cached_tokens for sample in state.samples)
         metrics = combine_metrics([output.metrics for output in outputs])
-        return RequestOutput(first.request_id, state.prompt, prompt_ids, outputs, metrics)
+        error = next((sample.error for sample in state.samples if sample.error is not None), None)
+        return RequestOutput(first.request_id, state.prompt, prompt_ids, outputs, metrics, error)
 
     def _refuse(self, prompt: Prompt, error: str) -> RequestOutput:
         self._telemetry.counters.requests_failed += 1

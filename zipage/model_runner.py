@@ -15,7 +15,7 @@ from kernels.dispatch import copy_blocks, store_positions
 from zipage.block_tables import BlockTables
 from zipage.compression_runner import CompressionRunner
 from zipage.compressor import LAUNCH_ENTRIES
-from zipage.cuda_graph import StepGraphs, known_tokens
+from zipage.cuda_graph import StepGraphs, capture_stream, known_tokens
 from zipage.eviction.rule import EvictionRule
 from zipage.kv_cache import KVCache
 from zipage.model.decoder import Decoder
@@ -32,7 +32,10 @@ from zipage.transfer import to_device
 
 @dataclass(slots=True)
 class StepResult:
-    """Tokens (and log-probabilities where asked for) of `plan.sampled`; seconds on the device."""
+    """Tokens (and log-probabilities where asked for) of `plan.sampled`; seconds on the device.
+
+    A token is -1 where the logits were not finite.
+    """
 
     token_ids: list[int]
     logprobs: list[float] | None
@@ -86,6 +89,7 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.enforce_eager = enforce_eager
         self._graphs: StepGraphs | None = None
+        self._capture_stream = capture_stream(device) if device.type == "cuda" else None
         self.sampler = Sampler(max_num_seqs, spec.vocab_size, device)
         self.scale = spec.head_dim**-0.5
         self.cache: KVCache | None = None
@@ -103,7 +107,10 @@ class ModelRunner:
         self.cache = cache
         self._tables = self._block_tables(cache)
         if self.device.type == "cuda" and not self.enforce_eager:
-            self._graphs = StepGraphs(self.decoder, cache, self.scale, self._tables, self._sampled)
+            self._graphs = self._step_graphs(cache, self._tables)
+
+    def _step_graphs(self, cache: KVCache, tables: BlockTables) -> StepGraphs:
+        return StepGraphs(self.decoder, cache, self.scale, tables, self._sampled, self._capture_stream)
 
     def _block_tables(self, cache: KVCache) -> BlockTables:
         return BlockTables(self.max_num_seqs, -(-self.max_model_len // cache.block_size), cache.block_size, self.device)
@@ -145,7 +152,8 @@ class ModelRunner:
             logits = self.forward(plan)
             if plan.sampled:
                 tokens, logprobs = self.sampler.sample(logits, plan.sampled)
-                self._sampled[: len(tokens)] = tokens
+                # -1 stands for logits that were not finite; the next step may not look that up.
+                torch.clamp(tokens, min=0, out=self._sampled[: len(tokens)])
         if events is None:
             return Launch(tokens, logprobs, time.perf_counter() - start)
         # Copied from here, so that nothing queued behind the step is waited for.
@@ -271,7 +279,7 @@ class ModelRunner:
         peak = self._peak_of(lambda: self._run_largest_step(cache, num_tokens))
         if not self.enforce_eager:
             # Graphs keep what they allocate, beside what other steps do; the largest needs most, and all share it.
-            graphs = StepGraphs(self.decoder, cache, self.scale, self._block_tables(cache), self._sampled)
+            graphs = self._step_graphs(cache, self._block_tables(cache))
             inputs = graphs.inputs(None, graphs.most).to(self.device)
             peak += self._peak_of(lambda: graphs.warm_up(inputs)) + graphs.kept_bytes
             del graphs, inputs
@@ -317,6 +325,8 @@ class ModelRunner:
         rows = min(self.max_num_seqs, num_tokens)
         params = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=True)
         requests = [Request("peak", [0], params, max_total_tokens=2) for _ in range(rows)]
+        # Rows of two kinds are drawn apart, which takes a copy of their logits.
+        requests[0].params = SamplingParams(temperature=0.7)
         for row, request in enumerate(requests):
             request.row = row
         sampler = Sampler(self.max_num_seqs, self.spec.vocab_size, self.device)

@@ -11,13 +11,17 @@ FinishReason = Literal["stop", "length", "capacity", "abort", "error"]
 """Why a sample ended.
 
 `stop`: an end token, a stop token or a stop string. `length`: `max_tokens` or the model's context. `capacity`: alone in
-the pool, it would need more blocks than there are. `abort`: the caller withdrew it. `error`: see `RequestOutput.error`.
+the pool, it would need more blocks than there are. `abort`: the caller withdrew it. `error`: `CompletionOutput.error`
+says why, or `RequestOutput.error` where the prompt was refused.
 """
 
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One sample of one prompt. `logprobs` holds one float a token when asked for."""
+    """One sample of one prompt. `logprobs` holds one float a token when asked for.
+
+    `error` is None, or one line that says what ended the sample early; text and tokens are those until then.
+    """
 
     index: int
     text: str
@@ -26,11 +30,13 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     logprobs: list[float] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    error: str | None = None
 
 
 @dataclass(slots=True)
 class RequestOutput:
-    """All samples of one prompt. `error` is None, or one line that says why the prompt was refused."""
+    """All samples of one prompt. `error` is None, or one line: why the prompt was refused, or what ended the first of
+    its samples that ended with an error."""
 
     request_id: str
     prompt: str | None

@@ -55,6 +55,7 @@ class Request:
         num_table_written: leading entries of `block_ids` already in the runner's row.
         siblings: all samples of this prompt, this one included; they share the prompt's blocks.
         max_total_tokens: logical length at which the request ends, and `limit_reason` why.
+        error: one line that says what ended the request, where its finish reason is "error".
     """
 
     __slots__ = (
@@ -62,6 +63,7 @@ class Request:
         "block_ids",
         "cache_len",
         "cached_tokens",
+        "error",
         "finish_reason",
         "finish_time",
         "first_scheduled",
@@ -130,6 +132,7 @@ class Request:
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
+        self.error: str | None = None
 
         self.num_computed = 0
         self.cache_len = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.cpu import invert
 from kernels.dispatch import sample_from_logits
 from zipage.request import Request
+from zipage.sampling_params import SamplingParams
 from zipage.transfer import to_device
 
 
@@ -62,53 +63,78 @@ class Sampler:
             logits: [N, vocab], any float type; row i belongs to `requests[i]`.
 
         Returns:
-            Tokens, int64 [N]; and float32 [N] log-probabilities of them under the raw logits, or None where no request
-            asks for any.
+            Tokens, int64 [N], -1 for a row with NaN or +inf, or without a finite logit; and float32 [N] their
+            log-probabilities under the raw logits, or None where no request asks for any.
         """
         params = [request.params for request in requests]
         raw = logits if any(p.logprobs for p in params) else None
         if any(p.repetition_penalty != 1.0 for p in params):
             logits = self._penalise(logits.float(), requests)
         if all(p.temperature == 0 for p in params):
-            tokens = logits.argmax(dim=-1)
+            tokens = _where_finite(*logits.max(dim=-1))
         else:
             tokens = self._draw(logits, requests)
         if raw is None:
             return tokens, None
-        return tokens, raw.log_softmax(dim=-1, dtype=torch.float32).gather(1, tokens[:, None]).squeeze(1)
+        logprobs = raw.log_softmax(dim=-1, dtype=torch.float32)
+        return tokens, logprobs.gather(1, tokens.clamp(min=0)[:, None]).squeeze(1)
 
     def _column(self, values: list, dtype: type = np.float32) -> Tensor:
         return to_device(values, self._device, dtype)[:, None]
 
     def _draw(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
-        params = [request.params for request in requests]
-        temperature = self._column([p.temperature for p in params])
+        """Rows are drawn by what they themselves ask for, so that nobody's tokens depend on the neighbours' options."""
+        temperature = self._column([request.params.temperature for request in requests])
         numbers = uniform(
             np.array([request.seed for request in requests], dtype=np.int64),
             np.array([request.index for request in requests], dtype=np.int64),
             np.array([request.num_output_tokens for request in requests], dtype=np.int64),
         )
         u = to_device(numbers, self._device)[:, None]
-        if all(p.top_k == 0 and p.top_p == 1 and p.min_p == 0 for p in params):
-            return sample_from_logits(logits, temperature.squeeze(1), u.squeeze(1))
-        greedy = temperature == 0
-        best = logits.argmax(dim=-1)
-        probs = (logits.float() / temperature.masked_fill(greedy, 1.0)).softmax(dim=-1)
-        if any(p.min_p > 0 for p in params):
-            floor = self._column([p.min_p for p in params]) * probs.amax(dim=-1, keepdim=True)
-            probs = probs.masked_fill(probs < floor, 0.0)
-        if any(p.top_k > 0 or p.top_p < 1 for p in params):
-            ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-            k = self._column([p.top_k or self._shape[1] for p in params], np.int64)
-            rank = torch.arange(ranked.shape[1], device=self._device)[None, :]
-            ranked = ranked.masked_fill(rank >= k, 0.0)
-            top_p = self._column([p.top_p for p in params]) * ranked.sum(dim=-1, keepdim=True)
-            before = ranked.cumsum(dim=-1) - ranked
-            ranked = ranked.masked_fill((before >= top_p) & (rank > 0) & (top_p < ranked.sum(-1, keepdim=True)), 0.0)
-            drawn = order.gather(1, invert(ranked, u)).squeeze(1)
-        else:
-            drawn = invert(probs, u).squeeze(1)
-        return torch.where(greedy.squeeze(1), best, drawn)
+        rows_of: dict[Callable, list[int]] = {}
+        for row, request in enumerate(requests):
+            rows_of.setdefault(self._way_to_draw(request.params), []).append(row)
+        if len(rows_of) == 1:
+            return next(iter(rows_of))(logits, temperature, u, requests)
+        tokens = torch.empty(len(requests), dtype=torch.int64, device=self._device)
+        for draw, places in rows_of.items():
+            rows = to_device(places, self._device, np.int64)
+            tokens[rows] = draw(logits[rows], temperature[rows], u[rows], [requests[row] for row in places])
+        return tokens
+
+    def _way_to_draw(self, params: SamplingParams) -> Callable[[Tensor, Tensor, Tensor, Sequence[Request]], Tensor]:
+        if params.temperature == 0 or (params.top_k == 0 and params.top_p == 1 and params.min_p == 0):
+            return self._draw_from_all
+        return self._draw_in_order if params.top_k == 0 and params.top_p == 1 else self._draw_ranked
+
+    def _draw_from_all(self, logits: Tensor, temperature: Tensor, u: Tensor, _requests: Sequence[Request]) -> Tensor:
+        """Rows without a cut, and greedy ones."""
+        return sample_from_logits(logits, temperature.squeeze(1), u.squeeze(1))
+
+    def _draw_in_order(self, logits: Tensor, temperature: Tensor, u: Tensor, requests: Sequence[Request]) -> Tensor:
+        """Rows with `min_p` alone: inverted in the order of the vocabulary."""
+        probs = self._probs(logits, temperature, requests)
+        return _where_finite(logits.amax(dim=-1), invert(probs, u).squeeze(1))
+
+    def _draw_ranked(self, logits: Tensor, temperature: Tensor, u: Tensor, requests: Sequence[Request]) -> Tensor:
+        """Rows with `top_k` or `top_p`: inverted from the most likely token down."""
+        params = [request.params for request in requests]
+        ranked, order = self._probs(logits, temperature, requests).sort(dim=-1, descending=True, stable=True)
+        k = self._column([min(p.top_k or self._shape[1], self._shape[1]) for p in params], np.int64)
+        rank = torch.arange(ranked.shape[1], device=self._device)[None, :]
+        ranked = ranked.masked_fill(rank >= k, 0.0)
+        top_p = self._column([p.top_p for p in params]) * ranked.sum(dim=-1, keepdim=True)
+        before = ranked.cumsum(dim=-1) - ranked
+        ranked = ranked.masked_fill((before >= top_p) & (rank > 0) & (top_p < ranked.sum(-1, keepdim=True)), 0.0)
+        return _where_finite(logits.amax(dim=-1), order.gather(1, invert(ranked, u)).squeeze(1))
+
+    def _probs(self, logits: Tensor, temperature: Tensor, requests: Sequence[Request]) -> Tensor:
+        """float32 [N, vocab], 0 where `min_p` cuts."""
+        probs = (logits.float() / temperature).softmax(dim=-1)
+        min_p = [request.params.min_p for request in requests]
+        if any(min_p):
+            probs = probs.masked_fill(probs < self._column(min_p) * probs.amax(dim=-1, keepdim=True), 0.0)
+        return probs
 
     def _penalise(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
         if self._seen is None:
@@ -127,3 +153,8 @@ class Sampler:
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         seen = self._seen[rows] & (penalty != 1.0)
         return torch.where(seen, penalised, logits)
+
+
+def _where_finite(largest: Tensor, tokens: Tensor) -> Tensor:
+    """`tokens` [N], and -1 where the largest logit of a row is NaN or infinite."""
+    return torch.where(largest - largest == 0, tokens, -1)

@@ -124,6 +124,21 @@ class Scheduler:
         if request.finish_reason is not None:
             self._finish([request], request.finish_time)
 
+    def fail_compression(self, order: CompressionOrder, error: str, now: float = 0.0) -> list[Request]:
+        """End the request of a compression that came to nothing; `error` says why.
+
+        Returns:
+            The request, unless it had ended before.
+        """
+        self.compressions.fail(order)
+        request = order.request
+        if request.finish_reason is not None:
+            self._finish([request], request.finish_time)
+            return []
+        request.error = error
+        self.finish([request], "error", now)
+        return [request]
+
     def _assign_slots(self) -> None:
         for request in self.running:
             if not self._slots:
@@ -492,17 +507,24 @@ class Scheduler:
             request.await_token(place)
 
     def update(self, plan: StepPlan, token_ids: Sequence[int], now: float = 0.0) -> list[Request]:
-        """Book the tokens of a step: `token_ids[i]` is that of `plan.sampled[i]`, unless it ended before.
+        """Book the tokens of a step: `token_ids[i]` is that of `plan.sampled[i]`, unless it ended before; -1 where its
+        logits were not finite.
 
         Returns:
-            The requests that ended with it, by an end token or by length. They are released already, or will be with
-            the completion of the compression that they are in.
+            The requests that ended with it: by an end token, by length, or for want of finite logits. They are released
+            already, or will be with the completion of the compression that they are in.
         """
         size = self.pool.block_size
         indexed = self.pool.enable_prefix_caching
         finished = []
         for request, token in zip(plan.sampled, token_ids, strict=True):
             if request.finish_reason is not None:
+                continue
+            if token < 0:
+                known = request.num_output_tokens - request.num_pending
+                request.error = f"the model's logits for output token {known} are not finite (NaN or infinity)"
+                request.finish_reason = "error"
+                finished.append(request)
                 continue
             request.take_token(token)
             if indexed and request.cache_len // size > len(request.prefix_ids) and request.status is Status.RUNNING:

@@ -79,10 +79,11 @@ class EngineStats:
     """Counters since the engine started, and gauges as they are now (`llm.stats`).
 
     Entries are counted per layer and KV head. `budget_bound` counts samples that were compressed at least once: 0 at
-    the end of a run says that its budget never bound. `compressions_ordered` exceeds `compressions_applied` only by
-    those under way, and `pauses` exceeds `resumes` by those that are paused now, or ended so: with a token of the step
-    that was under way when they left. `prompts_truncated` counts prompts under protection "prompt" that do not fit
-    their budget whole.
+    the end of a run says that its budget never bound. `compressions_ordered` exceeds `compressions_applied` and
+    `compressions_failed` only by those under way. `pauses` exceeds `resumes` by the requests that are paused now, or
+    that ended while they were: with a token of the step that was under way when they left. `requests_failed` counts
+    prompts that were refused or that ended with an error. `prompts_truncated` counts prompts under protection "prompt"
+    that do not fit their budget whole.
     """
 
     steps: int = 0
@@ -97,6 +98,7 @@ class EngineStats:
     resumes: int = 0
     compressions_ordered: int = 0
     compressions_applied: int = 0
+    compressions_failed: int = 0
     entries_evicted: int = 0
     entries_kept: int = 0
     blocks_returned: int = 0

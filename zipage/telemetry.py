@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,17 +14,26 @@ from zipage.request import Request
 from zipage.scheduler import Scheduler
 from zipage.stats import EngineStats, EventStats, StepStats
 
+logger = logging.getLogger(__name__)
+
 
 class Telemetry:
     """Fills the records of `zipage.stats` and hands them to listeners.
+
+    Records are made within a step and handed out after it (`deliver`), so that no listener can come between its parts.
+
+    Args:
+        strict: a listener's exception is raised, instead of logged.
 
     Attributes:
         counters: those that the scheduler does not keep itself.
         step_listeners, event_listeners: as in `LLM`.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, strict: bool = False) -> None:
         self._scheduler = scheduler
+        self._strict = strict
+        self._undelivered: list[tuple[list[Callable], StepStats | EventStats]] = []
         self._num_applied = 0
         self.counters = EngineStats(blocks_total=scheduler.pool.num_blocks)
         self.step_listeners: list[Callable[[StepStats], None]] = []
@@ -63,8 +73,7 @@ class Telemetry:
         counters.preemptions += len(plan.preempted)
         counters.host_time += step.host_time
         counters.device_time += device_time
-        for listener in self.step_listeners:
-            listener(step)
+        self._undelivered.append((self.step_listeners, step))
 
     def record_moves(self, plan: StepPlan) -> None:
         """The preemptions, pauses and resumptions of a plan."""
@@ -113,8 +122,23 @@ class Telemetry:
             blocks_after=blocks[1],
             **{"round": request.rounds} | details,
         )
-        for listener in self.event_listeners:
-            listener(event)
+        self._undelivered.append((self.event_listeners, event))
+
+    def deliver(self) -> None:
+        """Hand the records that were made since the last time to their listeners, in order.
+
+        A listener that raises is logged and taken off the list: nothing else suffers from it.
+        """
+        records, self._undelivered = self._undelivered, []
+        for listeners, record in records:
+            for listener in listeners.copy():
+                try:
+                    listener(record)
+                except Exception:
+                    if self._strict:
+                        raise
+                    logger.exception("%r raised and gets no further records", listener)
+                    listeners.remove(listener)
 
     def stats(self) -> EngineStats:
         """All counters, and gauges as they are now."""
@@ -125,6 +149,7 @@ class Telemetry:
             resumes=scheduler.num_resumes,
             compressions_ordered=compressions.num_ordered,
             compressions_applied=compressions.num_applied,
+            compressions_failed=compressions.num_failed,
             entries_evicted=compressions.entries_evicted,
             entries_kept=compressions.entries_kept,
             blocks_returned=compressions.blocks_returned,

@@ -100,5 +100,19 @@ def test_equal_logits_share_the_range_of_u_equally(backend):
 
 
 @pytest.mark.parametrize("backend", SAMPLE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_that_is_not_finite_gives_no_token(backend, dtype):
+    logits = torch.randn(5, 2 * CHUNK + 7).to(dtype)
+    logits[0, CHUNK + 3] = float("nan")
+    logits[1, 2 * CHUNK + 6] = INF
+    logits[2] = -INF
+    logits[3, 1:] = -INF
+    for temperature in (0.0, 0.7):
+        tokens = sample(backend, logits, [temperature] * 5, [0.5] * 5)
+        assert tokens[:4] == [-1, -1, -1, 0]
+        assert tokens[4] >= 0
+
+
+@pytest.mark.parametrize("backend", SAMPLE)
 def test_no_rows(backend):
     assert sample(backend, torch.empty(0, 50), [], []) == []
