@@ -273,6 +273,9 @@ class ModelRunner:
             rule: of compressions; None for full KV.
             asynchronous: a compression runs beside a step, so that both peaks may fall together.
             layer_stride: layers of one launch of a compression, as in `compress`.
+
+        Raises:
+            RuntimeError: the largest compression failed.
         """
         num_blocks = -(-min(num_tokens, self.max_model_len) // block_size)
         cache = KVCache(self.spec, num_blocks, block_size, dtype, self.device)
@@ -352,4 +355,6 @@ class ModelRunner:
             orders.append(CompressionOrder(request, [len(new_ids)] * num_blocks, new_ids, new_ids))
         runner = CompressionRunner(cache, self.spec, asynchronous=False, layer_stride=layer_stride, trace=False)
         runner.submit(orders)
-        runner.poll()
+        for result in runner.poll(wait=True):
+            if result.error is not None:
+                raise RuntimeError(f"the largest compression could not be measured: {result.error}")
