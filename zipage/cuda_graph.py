@@ -59,17 +59,27 @@ class StepGraphs:
         decoder, cache, scale: as in `PagedAttention`; queries are stored where the cache has query slots.
         tables: of all requests.
         sampled: int64 [max_num_seqs], the tokens of the step before.
+        stream: `capture_stream` of the device; None on a CPU, where nothing is captured.
 
     Attributes:
         most: tokens of the largest graph.
     """
 
-    def __init__(self, decoder: Decoder, cache: KVCache, scale: float, tables: BlockTables, sampled: Tensor) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        scale: float,
+        tables: BlockTables,
+        sampled: Tensor,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
         self._decoder = decoder
         self._cache = cache
         self._scale = scale
         self._tables = tables
         self._sampled = sampled
+        self._stream = stream
         self.most = len(sampled) + PROMPT_TOKENS
         self._sizes = batch_sizes(self.most)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
@@ -125,19 +135,18 @@ class StepGraphs:
         return sum(self._sizes) * (7 * 8 + self._decoder.spec.width * self._decoder.dtype.itemsize)
 
     def warm_up(self, inputs: Tensor) -> None:
-        """The captured computation, uncaptured: kernels are compiled and libraries set up, which no capture allows."""
-        stream = capture_stream(inputs.device)
-        stream.wait_stream(torch.cuda.current_stream(inputs.device))
-        with torch.cuda.stream(stream):
+        """Run once what is to be captured: a capture allows neither compiling kernels nor setting up libraries."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             self.forward(inputs)
-        torch.cuda.current_stream(inputs.device).wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
 
     def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         inputs = self.inputs(None, size).to(self._cache.k.device)
         self.warm_up(inputs)
-        graph, stream = torch.cuda.CUDAGraph(), capture_stream(inputs.device)
+        graph = torch.cuda.CUDAGraph()
         # Another thread may be launching a compression meanwhile, which is no part of this.
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             hidden = self.forward(inputs)
         self._pool = graph.pool()
         return graph, inputs, hidden

@@ -15,7 +15,7 @@ from kernels.dispatch import copy_blocks, store_positions
 from zipage.block_tables import BlockTables
 from zipage.compression_runner import CompressionRunner
 from zipage.compressor import LAUNCH_ENTRIES
-from zipage.cuda_graph import StepGraphs, known_tokens
+from zipage.cuda_graph import StepGraphs, capture_stream, known_tokens
 from zipage.eviction.rule import EvictionRule
 from zipage.kv_cache import KVCache
 from zipage.model.decoder import Decoder
@@ -89,6 +89,7 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.enforce_eager = enforce_eager
         self._graphs: StepGraphs | None = None
+        self._capture_stream = capture_stream(device) if device.type == "cuda" else None
         self.sampler = Sampler(max_num_seqs, spec.vocab_size, device)
         self.scale = spec.head_dim**-0.5
         self.cache: KVCache | None = None
@@ -106,7 +107,10 @@ class ModelRunner:
         self.cache = cache
         self._tables = self._block_tables(cache)
         if self.device.type == "cuda" and not self.enforce_eager:
-            self._graphs = StepGraphs(self.decoder, cache, self.scale, self._tables, self._sampled)
+            self._graphs = self._step_graphs(cache, self._tables)
+
+    def _step_graphs(self, cache: KVCache, tables: BlockTables) -> StepGraphs:
+        return StepGraphs(self.decoder, cache, self.scale, tables, self._sampled, self._capture_stream)
 
     def _block_tables(self, cache: KVCache) -> BlockTables:
         return BlockTables(self.max_num_seqs, -(-self.max_model_len // cache.block_size), cache.block_size, self.device)
@@ -269,13 +273,16 @@ class ModelRunner:
             rule: of compressions; None for full KV.
             asynchronous: a compression runs beside a step, so that both peaks may fall together.
             layer_stride: layers of one launch of a compression, as in `compress`.
+
+        Raises:
+            RuntimeError: the largest compression failed.
         """
         num_blocks = -(-min(num_tokens, self.max_model_len) // block_size)
         cache = KVCache(self.spec, num_blocks, block_size, dtype, self.device)
         peak = self._peak_of(lambda: self._run_largest_step(cache, num_tokens))
         if not self.enforce_eager:
             # Graphs keep what they allocate, beside what other steps do; the largest needs most, and all share it.
-            graphs = StepGraphs(self.decoder, cache, self.scale, self._block_tables(cache), self._sampled)
+            graphs = self._step_graphs(cache, self._block_tables(cache))
             inputs = graphs.inputs(None, graphs.most).to(self.device)
             peak += self._peak_of(lambda: graphs.warm_up(inputs)) + graphs.kept_bytes
             del graphs, inputs
@@ -348,4 +355,6 @@ class ModelRunner:
             orders.append(CompressionOrder(request, [len(new_ids)] * num_blocks, new_ids, new_ids))
         runner = CompressionRunner(cache, self.spec, asynchronous=False, layer_stride=layer_stride, trace=False)
         runner.submit(orders)
-        runner.poll()
+        for result in runner.poll(wait=True):
+            if result.error is not None:
+                raise RuntimeError(f"the largest compression could not be measured: {result.error}")
