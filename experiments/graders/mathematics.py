@@ -83,6 +83,9 @@ def _parse(text: str) -> list[Any]:
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     if len(text) > 2 * MAX_CHARACTERS:
         return []
+    text = re.sub(
+        r"\d", lambda digit: str(int(digit[0])), text
+    )  # of any script; the library fails on others than 0 to 9
     return parse(text, parsing_timeout=None, raise_on_error=True)
 
 

@@ -235,11 +235,14 @@ MATHEMATICS = [
     ("\\boxed{\\text{(C)}}", "\\text{(E)}", 0),
     ("I put it within \\boxed{}. The answer is $x+1$.", "x+1", 1),
     ("\\boxed{1/0}", "5", 0),
+    ("\\boxed{٤١}", "41", 1),
+    ("\\boxed{x + ٤}", "x+4", 1),
 ]
 
 VALUES = [
     ("[ANSWER]٤١[/ANSWER]", "41", 0),
     ("[ANSWER]4_1[/ANSWER]", "'4_1'", 0),
+    ("[ANSWER]1or 2[/ANSWER]", "1", 0),
     ("[ANSWER]1_000[/ANSWER]", "1000", 1),  # Python's own way of writing it
 ]
 
