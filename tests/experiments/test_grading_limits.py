@@ -142,7 +142,7 @@ def test_threads_grade_side_by_side():
     wrong = []
 
     def work(number):
-        for _ in range(20):
+        for _ in range(10):
             for name in ("math", "number"):
                 wrong.extend(
                     said
