@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
@@ -53,6 +54,7 @@ FIXED = {"skip_tokenizer_init": False}
 
 
 SOURCES = ("path", "generator", "hub_id", "parts")
+WANDB_PROJECT = re.compile(r"[^/\\#?%:]{1,128}")
 ARRIVALS = ("all_at_once", "poisson", "trace")
 KINDS = ("serve", "kernels", "engine_bench")
 
@@ -404,7 +406,9 @@ def _unknown(key: str) -> str:
 
 
 def _check(experiment: Experiment) -> None:
-    model, workload, scenario = experiment.model, experiment.workload, experiment.scenario
+    model, workload, scenario, tracking = (
+        getattr(experiment, g) for g in ("model", "workload", "scenario", "tracking")
+    )
     threads, limit = experiment.hardware.threads, experiment.limit
     poisson, rate = scenario.arrival == "poisson", scenario.rate
     serve, repeats = scenario.kind == "serve", scenario.repeats
@@ -421,8 +425,11 @@ def _check(experiment: Experiment) -> None:
         ("scenario.repeats", serve or (repeats is not None and repeats >= 1), "at least 1"),
         ("scenario.path", scenario.arrival != "trace" or scenario.path, "given: a file of arrival times"),
         ("scenario.rate", not poisson or (rate is not None and 0 < rate < math.inf), "arrivals a second, above 0"),
-        ("tracking.backend", experiment.tracking.backend in ("none", "wandb"), "none or wandb"),
-        ("tracking.mode", experiment.tracking.mode in ("offline", "online"), "offline or online"),
+        ("tracking.backend", tracking.backend in ("none", "wandb"), "none or wandb"),
+        ("tracking.mode", tracking.mode in ("offline", "online"), "offline or online"),
+        ("tracking.project", WANDB_PROJECT.fullmatch(tracking.project), f"of wandb's form, {WANDB_PROJECT.pattern}"),
+        ("tracking.group", tracking.group is None or 1 <= len(tracking.group) <= 128, "1 to 128 characters, or null"),
+        ("tracking.tags", all(1 <= len(tag) <= 64 for tag in tracking.tags), "tags of 1 to 64 characters"),
         ("hardware.threads", threads is None or threads >= 1, "at least 1, or null for torch's choice"),
     ):
         if not ok:
