@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	OMP_WAIT_POLICY=passive $(RUN) -m experiments.run +sweep=demo +share_model=true hardware=cpu
+	$(RUN) -m experiments.run +sweep=demo +share_model=true hardware=cpu
 	$(RUN) -m experiments.report results/runs/sweeps/demo-*.json --html results/runs/demo.html --title "Zipage demo" > /dev/null
 	@echo "with intervals, verdicts and pictures: results/runs/demo.html"
 

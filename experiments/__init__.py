@@ -1,0 +1,1 @@
+import zipage  # noqa: F401  (before torch, whichever module is run: see `zipage/threads.py`)

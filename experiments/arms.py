@@ -27,6 +27,9 @@ FOLDER = CONF / "sweep"
 KEYS = ("axes", "arms")
 OWN_VALUES = "a number, a text, true, false or null, or a list of these"
 
+OWNED = {"model": "model.", "policy": "policy.options.", "workload": "workload.options."}
+"""Choices, and how the options begin that mean something to one of them alone."""
+
 Arm = tuple[str, ...]
 Block = dict[str, list[str]]
 """Option -> the overrides that it takes in turn. The arms of a block are the product of its axes."""
@@ -69,7 +72,8 @@ def expand(names: Sequence[str], arguments: Sequence[str] = ()) -> list[Arm]:
     """The arms of the joined sweeps.
 
     Sweeps join by product: each block of the one with each block of the other. Where two set the same option, the
-    later one wins, and the command line wins over all; `seed=0,1,2` there is an axis too.
+    later one wins, and the command line wins over all; `seed=0,1,2` there is an axis too. Where the later one makes
+    another choice of `OWNED`, the options that belong to the choice before go with it.
 
     Raises:
         UsageError: a sweep is unknown or its file is not of the form above.
@@ -77,9 +81,16 @@ def expand(names: Sequence[str], arguments: Sequence[str] = ()) -> list[Arm]:
     blocks: list[Block] = [{}]
     for name in names:
         later = read_sweep(sweep_path(name))
-        blocks = [block | more for block in blocks for more in later]
+        blocks = [_joined(block, more) for block in blocks for more in later]
     given = parse_overrides(arguments)
-    return list(dict.fromkeys(arm for block in blocks for arm in _arms(block | given)))
+    return list(dict.fromkeys(arm for block in blocks for arm in _arms(_joined(block, given))))
+
+
+def _joined(block: Block, later: Block) -> Block:
+    """Both; of the one before go the options that belong to a choice which the later one replaces."""
+    replaced = [group for group in OWNED if group in block and not set(later.get(group, ())) <= set(block[group])]
+    lost = tuple(OWNED[group] for group in replaced)
+    return {option: values for option, values in block.items() if not option.startswith(lost)} | later
 
 
 def _arms(block: Block) -> list[Arm]:

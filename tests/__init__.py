@@ -1,0 +1,1 @@
+import zipage  # noqa: F401  (before torch: see `zipage/threads.py`)

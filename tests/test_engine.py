@@ -130,7 +130,7 @@ def test_the_context_ends_a_request(folder):
         ({"policy": "zipagee", "budget_tokens": 64}, "did you mean 'zipage'"),
         ({"policy": "zipage"}, "budget_tokens=None: must be given with policy 'zipage'"),
         ({"policy": "zipage", "budget_tokens": 64, "policy_options": {"alfa": 1}}, "did you mean alpha"),
-        ({"policy": "zipage", "budget_tokens": 64, "recent_tokens": 64}, "recent=64 leaves nothing"),
+        ({"policy": "zipage", "budget_tokens": 64, "recent_tokens": 64}, "recent_tokens=64 leaves nothing"),
         ({"policy": "random", "budget_tokens": 64, "protection": "sink:60"}, "exceed a budget of 64"),
         ({"policy": "page_random", "budget_tokens": 64}, "page_size=256 is not the block_size=16"),
         ({"trigger": "never"}, "trigger='never': must be one of block_full, pressure"),

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import kernels
+from zipage import threads  # noqa: F401  (first: it must come before torch)
 from zipage.config import EngineConfig
 from zipage.outputs import CompletionOutput, RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams

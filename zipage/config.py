@@ -80,7 +80,8 @@ class EngineConfig:
             more; "pressure": only when the pool needs the blocks, the most over budget first.
         scheduling: "hybrid": requests beyond the query slots run too, as long as they need none; "constrained": a
             request runs only with a query slot.
-        async_compression: compress beside the decoding of the others; off, before the step's forward pass.
+        async_compression: compress beside the decoding of the others, while the request sits out; off, between the
+            step that filled the block and the next, and the request misses none.
         layer_stride: layers compressed in one launch; None takes as many as a bound on memory allows.
         trace_positions: hand the positions that each head keeps to `LLM.event_listeners`; slow.
         debug: check every invariant after every step and fill what nobody may read with NaN; slow.

@@ -33,6 +33,7 @@ from zipage.sampling_params import SamplingParams
 from zipage.scheduler import Scheduler
 from zipage.stats import EngineStats, RequestMetrics, combine_metrics, request_metrics
 from zipage.telemetry import Telemetry
+from zipage.threads import warn_of_spinning
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,8 @@ class LLM:
         self.max_model_len = _resolve_max_model_len(config, spec.max_position)
         weight_bytes = sum(p.numel() * p.itemsize for p in loaded.decoder.parameters())
         dtype, device = loaded.decoder.dtype, loaded.decoder.device
+        if device.type == "cpu":
+            warn_of_spinning()
         policy = config.make_policy()
         # A prompt as long as can be: with it, protection takes as much as it ever does.
         rule = None if policy is None else config.rule(policy, config.budget_tokens, self.max_model_len)

@@ -85,7 +85,7 @@ def test_must_mask():
     ("name", "options", "recent", "message"),
     [
         ("snapkv", {"window": 17}, 32, "do not fit a block"),
-        ("morphkv", {}, 15, "recent=15 is less than window=16"),
+        ("morphkv", {}, 15, "recent_tokens=15 is less than window=16"),
         ("r_kv", {}, 7, "less than window=8"),
         ("vase", {}, 8, "less than window"),
         ("snapkv", {"softmax": "cut"}, 8, "less than window"),

@@ -169,6 +169,24 @@ def test_axes_of_the_command_line_are_texts_as_they_are_written(write):
     ]
 
 
+def test_another_choice_takes_no_options_of_the_one_before(write):
+    """Pages have options that no other policy knows, and generated lengths none that a workload of questions knows."""
+    pages = write("axes: {policy: page_random, policy.options.native: false, policy.budget_tokens: 64}", "pages")
+    zipage = write("axes: {policy: [zipage, random]}", "zipage")
+    assert expand([pages, zipage]) == [
+        ("policy=zipage", "policy.budget_tokens=64"),
+        ("policy=random", "policy.budget_tokens=64"),
+    ]
+    assert expand([pages], ["policy=zipage"]) == [("policy=zipage", "policy.budget_tokens=64")]
+    assert expand([pages], ["policy=page_random"]) == expand([pages])
+    assert expand([zipage], ["policy=zipage", "policy.options.alpha=0.5"])[0][1] == "policy.options.alpha=0.5"
+    (arm,) = expand(
+        [write("axes: {model: hf, model.path: X, workload: lengths, workload.options.count: 4}")],
+        ["model=reasoner", "workload=chained_arithmetic"],
+    )
+    assert arm == ("model=reasoner", "workload=chained_arithmetic")
+
+
 def test_an_added_option_is_known_by_its_name(write):
     own = write("axes: {policy: zipage, +policy.options.tau: [1, 2]}")
     assert [arm[1] for arm in expand([own])] == ["+policy.options.tau=1", "+policy.options.tau=2"]

@@ -138,8 +138,8 @@ class Policy(ABC):
             )
         if self.leaves_window_unscored and recent < self.num_queries:
             raise ValueError(
-                f"{self.name}: recent={recent} is less than window={self.num_queries}, whose entries get no score: "
-                "raise recent or lower the window"
+                f"{self.name}: recent_tokens={recent} is less than window={self.num_queries}, whose entries get no "
+                "score: raise recent_tokens or lower the window"
             )
 
     @property

@@ -43,19 +43,22 @@ class Protection:
             ValueError: what must stay leaves nothing to choose.
         """
         if recent < 0:
-            raise ValueError(f"recent={recent}: must be at least 0")
+            raise ValueError(f"recent_tokens={recent}: must be at least 0")
         if keep <= recent:
             raise ValueError(
-                f"recent={recent} leaves nothing of a budget of {keep}: raise budget_tokens or lower recent"
+                f"recent_tokens={recent} leaves nothing of a budget of {keep} entries: "
+                "raise budget_tokens or lower recent_tokens"
             )
         if self.sinks + recent > keep:
             raise ValueError(
-                f"sink:{self.sinks} and recent={recent} exceed a budget of {keep}: raise budget_tokens or protect less"
+                f"protection=sink:{self.sinks} and recent_tokens={recent} exceed a budget of {keep} entries: "
+                "raise budget_tokens or protect less"
             )
         if page > 1 and self._free_pages(keep, recent, page) < 1:
             raise ValueError(
-                f"a budget of {keep} in pages of {page} holds only pages that must stay (recent={recent}, "
-                f"sinks={self.sinks}): raise budget_tokens, lower recent or take smaller pages"
+                f"a budget of {keep} entries in pages of {page} holds only pages that must stay "
+                f"(recent_tokens={recent}, {self.sinks} sinks): raise budget_tokens, lower recent_tokens or take "
+                "smaller pages"
             )
 
     def length(self, prompt_len: int, keep: int, recent: int, page: int = 1) -> int:
