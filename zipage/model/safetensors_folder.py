@@ -46,6 +46,8 @@ class SafetensorsFolder:
         for name, shard in weight_map.items():
             if self._shard_of.get(name) != shard:
                 raise ValueError(f"{folder / INDEX} puts {name} in {shard}, which does not hold it")
+        if not self.shapes:
+            raise ValueError(f"{folder / SINGLE} holds no tensors: download it again")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,6 +67,9 @@ class SafetensorsFolder:
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index} has no weight_map")
+            for name, shard in weight_map.items():
+                if not isinstance(shard, str):
+                    raise ValueError(f"{index}: weight_map puts {name} in {shard!r:.80}: must be the name of a file")
             return weight_map
         found = sorted(file.name for pattern in ("*.safetensors", "*.bin") for file in self.folder.glob(pattern))
         hint = f" ({', '.join(found[:4])} there cannot be used)" if found else ""
