@@ -1,3 +1,6 @@
+import io
+import json
+
 import pytest
 from gguf import GGMLQuantizationType as Type
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -116,6 +119,39 @@ def test_folder_without_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"cannot be read .*skip_tokenizer_init=True"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("mapped", ["tokenizer_config.json", "config.json", "both"])
+def test_code_in_a_folder_is_never_run_nor_asked_about(tmp_path, mapped, monkeypatch, capsys):
+    auto_map = {"AutoConfig": "own.Config", "AutoTokenizer": ["own.Tokenizer", None]}
+    for name in ("tokenizer_config.json", "config.json"):
+        own = {"model_type": "own", "tokenizer_class": "Tokenizer", "auto_map": auto_map}
+        (tmp_path / name).write_text(json.dumps(own if mapped in (name, "both") else {"model_type": "llama"}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+    (tmp_path / "merges.txt").write_text("a b\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(
+        ValueError, match=r"code, which is never run: save it as tokenizer\.json|cannot be read"
+    ) as caught:
+        load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+    assert "Do you wish to run" not in capsys.readouterr().out
+    for file in ("vocab.json", "merges.txt"):
+        (tmp_path / file).unlink()
+    with pytest.raises(FileNotFoundError, match="has no tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000])
+def test_errors_of_a_broken_tokenizer_name_the_folder(tmp_path, content):
+    byte_level().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match="the tokenizer cannot be read") as caught:
+        load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_ends_of_a_sequence_are_the_union():

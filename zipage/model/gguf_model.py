@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,30 +77,33 @@ def gguf_spec(file: GgufFile) -> ModelSpec:
         check_architecture(architecture, None)
         spec = ModelSpec.from_hf_config(hf_config(_config(file, architecture)), gguf_eos_token_ids(file))
     except ValueError as error:
-        raise ValueError(f"{file.path}: {error}") from error
+        named = str(error).startswith(str(file.path))
+        raise error if named else ValueError(f"{file.path}: {error}") from error
     inv_freq = torch.tensor(spec.inv_freq)
     if ROPE_FACTORS in file.tensors:
         factors = file.read(ROPE_FACTORS).float()
         if factors.shape != inv_freq.shape:
             raise ValueError(f"{file.path}: {ROPE_FACTORS} has {factors.numel()} values, not {inv_freq.numel()}")
         inv_freq = inv_freq / factors
-    return dataclasses.replace(
-        spec,
-        inv_freq=tuple(inv_freq.tolist()),
-        qkv_bias="blk.0.attn_q.bias" in file.tensors,
-        output_bias="blk.0.attn_output.bias" in file.tensors,
-        mlp_bias="blk.0.ffn_down.bias" in file.tensors,
-        dtype=torch.bfloat16,
-    )
+    try:
+        return dataclasses.replace(
+            spec,
+            inv_freq=tuple(inv_freq.tolist()),
+            qkv_bias="blk.0.attn_q.bias" in file.tensors,
+            output_bias="blk.0.attn_output.bias" in file.tensors,
+            mlp_bias="blk.0.ffn_down.bias" in file.tensors,
+            dtype=torch.bfloat16,
+        )
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {ROPE_FACTORS}: {error}") from error
 
 
 def gguf_eos_token_ids(file: GgufFile) -> set[int]:
     """The file's end-of-sequence and end-of-turn ids, and the turn ends that its chat template writes."""
-    metadata = file.metadata
     keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    ids = {metadata[f"tokenizer.ggml.{key}"] for key in keys if f"tokenizer.ggml.{key}" in metadata}
-    template = metadata.get("tokenizer.chat_template", "")
-    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    ids = {file.get(f"tokenizer.ggml.{key}", int) for key in keys} - {None}
+    template = file.get("tokenizer.chat_template", str, "")
+    tokens = file.get("tokenizer.ggml.tokens", [str], [])
     return ids | {tokens.index(end) for end in TURN_ENDS if end in template and end in tokens}
 
 
@@ -108,9 +112,13 @@ class GgufWeights:
 
     Attributes:
         shapes: name -> shape of every tensor but the rotary divisors, which belong to the spec.
+
+    Raises:
+        ImportError, ValueError: see `GgufFile.check_layout`.
     """
 
     def __init__(self, file: GgufFile, spec: ModelSpec) -> None:
+        file.check_layout()
         self._file = file
         self._spec = spec
         self._gguf_names = {_hf_name(name): name for name in file.tensors if name != ROPE_FACTORS}
@@ -151,17 +159,22 @@ def _config(file: GgufFile, architecture: str) -> dict[str, Any]:
     if unused:
         raise ValueError(f"GGUF key {', '.join(prefix + key for key in unused)} is not supported")
 
-    def required(key: str) -> Any:
+    def required(key: str, kind: type = int) -> Any:
         if key not in values:
             raise ValueError(f"GGUF key {prefix}{key} is missing")
-        return values[key]
+        return optional(key, None, kind)
+
+    def optional(key: str, default: Any, kind: type = int) -> Any:
+        return file.get(prefix + key, kind, default)
 
     if "token_embd.weight" not in file.tensors:
         raise ValueError("tensor token_embd.weight is missing")
     width, num_heads = required("embedding_length"), required("attention.head_count")
-    head_dim = values.get("attention.key_length", width // num_heads)
+    if num_heads < 1:
+        raise ValueError(f"GGUF key {prefix}attention.head_count is {num_heads}: must be at least 1")
+    head_dim = optional("attention.key_length", width // num_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if values.get(key, head_dim) != head_dim:
+        if optional(key, head_dim) != head_dim:
             raise ValueError(f"GGUF key {prefix}{key} is {values[key]}, not the head dimension {head_dim}")
     return {
         "model_type": architecture,
@@ -171,30 +184,30 @@ def _config(file: GgufFile, architecture: str) -> dict[str, Any]:
         "intermediate_size": required("feed_forward_length"),
         "num_hidden_layers": required("block_count"),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": values.get("attention.head_count_kv", num_heads),
+        "num_key_value_heads": optional("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
         "max_position_embeddings": required("context_length"),
-        "rms_norm_eps": required("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": _rope_parameters(values),
+        "rms_norm_eps": required("attention.layer_norm_rms_epsilon", float),
+        "rope_parameters": _rope_parameters(optional),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
-        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": file.get("tokenizer.ggml.eos_token_id", int),
     }
 
 
-def _rope_parameters(values: dict[str, Any]) -> dict[str, Any]:
-    parameters = {"rope_type": "default", "rope_theta": values.get("rope.freq_base", 10000.0)}
-    rope_type = values.get("rope.scaling.type", "linear" if "rope.scaling.factor" in values else "none")
+def _rope_parameters(optional: Callable[[str, Any, type], Any]) -> dict[str, Any]:
+    parameters = {"rope_type": "default", "rope_theta": optional("rope.freq_base", 10000.0, float)}
+    factor = optional("rope.scaling.factor", None, float)
+    rope_type = optional("rope.scaling.type", "none" if factor is None else "linear", str)
     if rope_type == "none":
         return parameters
     if rope_type not in ("linear", "yarn"):
         raise ValueError(f"rope.scaling.type={rope_type!r} is not supported; supported: none, linear, yarn")
-    parameters |= {"rope_type": rope_type, "factor": values.get("rope.scaling.factor")}
+    parameters |= {"rope_type": rope_type, "factor": factor}
     if rope_type == "yarn":
-        optional = {
-            "original_max_position_embeddings": "rope.scaling.original_context_length",
-            "beta_fast": "rope.scaling.yarn_beta_fast",
-            "beta_slow": "rope.scaling.yarn_beta_slow",
+        scaling = {
+            "original_max_position_embeddings": optional("rope.scaling.original_context_length", None, int),
+            "beta_fast": optional("rope.scaling.yarn_beta_fast", None, float),
+            "beta_slow": optional("rope.scaling.yarn_beta_slow", None, float),
         }
-        parameters |= {name: values[key] for name, key in optional.items() if key in values}
+        parameters |= {name: value for name, value in scaling.items() if value is not None}
     return parameters

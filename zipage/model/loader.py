@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,7 +80,9 @@ def load_model(
             spec = dataclasses.replace(spec, dtype=spec.dtype or weights.dtype)
     if weights is not None:
         spec = _checked_tying(spec, weights)
-    decoder = Decoder(spec, resolve_dtype(dtype, spec, torch_device), torch_device)
+    torch_dtype = resolve_dtype(dtype, spec, torch_device)
+    check_before_allocating(spec, torch_dtype, torch_device, weights, str(path))
+    decoder = Decoder(spec, torch_dtype, torch_device)
     if weights is None:
         fill_random(decoder, seed)
     else:
@@ -146,6 +149,34 @@ def resolve_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> torch.dt
     return getattr(torch, dtype)
 
 
+def check_before_allocating(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, weights: Weights | None, source: str
+) -> None:
+    """See that a spec tells the truth about its weights, or, where they are to be drawn, that they fit this machine.
+
+    Args:
+        weights: None where they are to be drawn.
+        source: what errors call the model.
+
+    Raises:
+        ValueError: the weights are others (see `fill`), or too large for the host's memory.
+    """
+    layers = 1 if weights is None else spec.num_layers
+    if weights is not None and layers > len(weights.shapes):
+        raise ValueError(f"{source}: num_layers={layers}, but there are {len(weights.shapes)} tensors")
+    try:
+        decoder = Decoder(dataclasses.replace(spec, num_layers=layers), dtype, torch.device("meta"))
+    except RuntimeError as error:  # no tensor can be as large
+        raise ValueError(f"{source}: the sizes of its config overflow ({error})") from error
+    if weights is not None:
+        _names_to_read(decoder, weights, source)
+    elif device.type == "cpu":
+        layer, total = (sum(p.nbytes for p in module.parameters()) for module in (decoder.layers, decoder))
+        needed, memory = total + layer * (spec.num_layers - 1), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory:
+            raise ValueError(f"{source}: the model takes {needed >> 30:,} GiB, this machine has {memory >> 30:,} GiB")
+
+
 def fill(decoder: Decoder, weights: Weights, source: str) -> None:
     """Copy each tensor into its place, each place once.
 
@@ -157,6 +188,12 @@ def fill(decoder: Decoder, weights: Weights, source: str) -> None:
     Raises:
         ValueError: tensors are missing, left over or of another shape; the message names them. Nothing was read then.
     """
+    views = decoder.weight_views()
+    for name in _names_to_read(decoder, weights, source):
+        views[name].copy_(weights.read(name))
+
+
+def _names_to_read(decoder: Decoder, weights: Weights, source: str) -> list[str]:
     views = decoder.weight_views()
     passed_over = (*HARMLESS_SUFFIXES, LM_HEAD) if decoder.spec.tie_embeddings else HARMLESS_SUFFIXES
     names = [name for name in weights.shapes if not name.endswith(passed_over)]
@@ -174,8 +211,7 @@ def fill(decoder: Decoder, weights: Weights, source: str) -> None:
     ]
     if problems:
         raise ValueError(f"{source} does not hold the tensors that its config describes: {'; '.join(problems)}")
-    for name in names:
-        views[name].copy_(weights.read(name))
+    return names
 
 
 @torch.no_grad()

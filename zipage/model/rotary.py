@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 # Keys of `rope_parameters` that are read, or that change no result ("type" is the old name of "rope_type").
-_KNOWN_KEYS = frozenset(
+KNOWN_KEYS = frozenset(
     {
         "rope_type",
         "type",
@@ -56,17 +56,17 @@ def rope_frequencies(config: PretrainedConfig, head_dim: int) -> tuple[Tensor, f
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type not in ROPE_TYPES:
         raise ValueError(f"rope_type={rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    unknown = sorted(set(parameters) - _KNOWN_KEYS)
+    unknown = sorted(set(parameters) - KNOWN_KEYS)
     if unknown:
         raise ValueError(f"rope_parameters: {', '.join(unknown)} not supported with rope_type={rope_type!r}")
     if (parameters.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ValueError(f"partial_rotary_factor={parameters['partial_rotary_factor']!r} is not supported; only 1.0")
-    if rope_type == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
     try:
+        if rope_type == "default":
+            exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+            return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
         inv_freq, factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # RuntimeError: torch's overflow
         raise ValueError(f"rope_parameters of rope_type={rope_type!r} lack or misstate {error}") from error
     return inv_freq.float(), float(factor)
 

@@ -46,6 +46,8 @@ class SafetensorsFolder:
         for name, shard in weight_map.items():
             if self._shard_of.get(name) != shard:
                 raise ValueError(f"{folder / INDEX} puts {name} in {shard}, which does not hold it")
+        if not self.shapes:
+            raise ValueError(f"{folder / SINGLE} holds no tensors: download it again")
 
     @property
     def dtype(self) -> torch.dtype:

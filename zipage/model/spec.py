@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zipage.model.fields import (
+    FIELDS,
+    LARGEST,
+    LARGEST_HEAD,
+    checked_fields,
+    is_ids,
+    is_integer,
+    is_number,
+    is_texts,
+    shown,
+)
 from zipage.model.rotary import rope_frequencies
 
 if TYPE_CHECKING:
@@ -22,6 +34,11 @@ ARCHITECTURES = {
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config"),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config"),
 }
+
+SIZES = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "max_position")
+NEVER_LEFT_OUT = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+"""Fields of a `config.json` without which transformers takes those of some model, which the weights may seem to fit."""
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +83,20 @@ class ModelSpec:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least 1")
+        for name in SIZES:
+            value = getattr(self, name)
+            if not is_integer(value) or not 1 <= value <= LARGEST:
+                raise ValueError(f"{name}={shown(value)}: must be an integer, at least 1 and at most {LARGEST}")
+        for name in ("rms_norm_eps", "rope_attention_factor"):
+            value = getattr(self, name)
+            if not is_number(value) or value < 0:
+                raise ValueError(f"{name}={shown(value)}: must be a finite number, at least 0")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: must be even")
+        if not all(0 < frequency < math.inf for frequency in self.inv_freq):
+            raise ValueError("a rotary frequency is not above 0 or not finite: rope_theta or its scaling is wrong")
 
     @classmethod
     def from_hf_config(cls, config: PretrainedConfig, eos_token_ids: Iterable[int] = ()) -> ModelSpec:
@@ -88,7 +112,11 @@ class ModelSpec:
         model_type = config.model_type
         check_architecture(model_type, config.architectures)
         _reject_unsupported(config)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None)
+        if head_dim is None:
+            head_dim = config.hidden_size // max(config.num_attention_heads, 1)
+        if not 1 <= head_dim <= LARGEST_HEAD:
+            raise ValueError(f"head_dim={head_dim}: must be at least 1 and at most {LARGEST_HEAD}")
         inv_freq, attention_factor = rope_frequencies(config, head_dim)
         attention_bias = bool(getattr(config, "attention_bias", False))
         return cls(
@@ -128,28 +156,36 @@ def read_spec(folder: Path) -> ModelSpec:
         raise FileNotFoundError(f"{folder} has no config.json: {hint}")
     values = read_json(path)
     generation = folder / "generation_config.json"
-    eos = token_ids(read_json(generation).get("eos_token_id")) if generation.is_file() else ()
+    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
     try:
+        eos = token_ids(ends)
+    except ValueError as error:
+        raise ValueError(f"{generation}: {error}") from error
+    try:
+        check_architecture(values.get("model_type"), values.get("architectures"))
+        for name in NEVER_LEFT_OUT:
+            if values.get(name) is None:
+                raise ValueError(f"{name} is missing")
         return ModelSpec.from_hf_config(hf_config(values), eos)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def hf_config(values: Mapping[str, Any]) -> PretrainedConfig:
-    """The transformers config of what a `config.json` says.
+    """The transformers config of what a `config.json` says in `FIELDS`.
 
     Raises:
         ValueError: the architecture is unknown or a field has the wrong type.
     """
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
 
     model_type = values.get("model_type")
     check_architecture(model_type, values.get("architectures"))
+    fields = checked_fields(values)
     try:
         # A deep copy: transformers writes defaults into nested values.
-        return getattr(transformers, ARCHITECTURES[model_type][1]).from_dict(copy.deepcopy(dict(values)))
-    except (StrictDataclassError, KeyError, TypeError, ZeroDivisionError) as error:
+        return getattr(transformers, ARCHITECTURES[model_type][1]).from_dict(copy.deepcopy(fields))
+    except Exception as error:  # whatever it stumbles over
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise ValueError(" ".join(str(reason).split())) from error
 
@@ -157,17 +193,21 @@ def hf_config(values: Mapping[str, Any]) -> PretrainedConfig:
 def check_architecture(model_type: Any, classes: Iterable[str] | None) -> None:
     """Raise a ValueError that names the architecture, unless it is one of `ARCHITECTURES`."""
     supported = {name: architecture[0] for name, architecture in ARCHITECTURES.items()}
-    if model_type not in supported:
-        raise ValueError(f"unknown architecture {model_type!r}; supported: {', '.join(supported)}")
+    if not isinstance(model_type, str) or model_type not in supported:
+        raise ValueError(f"unknown architecture {shown(model_type)}; supported: {', '.join(supported)}")
+    if classes is not None and not is_texts(classes):
+        raise ValueError(f"architectures={shown(classes)}: must be {FIELDS['architectures'][1]}")
     if classes and supported[model_type] not in classes:
         named = ", ".join(classes)
         raise ValueError(f"unknown architecture {named}; supported: {', '.join(supported.values())}")
 
 
 def token_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
-    """`eos_token_id` as configs write it (one id, several, or none) as a tuple."""
+    """`eos_token_id` as configs write it (one id, several, or none) as a tuple. Raises ValueError for anything else."""
     if value is None:
         return ()
+    if not is_ids(value):
+        raise ValueError(f"eos_token_id={shown(value)}: must be {FIELDS['eos_token_id'][1]}")
     return (value,) if isinstance(value, int) else tuple(value)
 
 
@@ -175,7 +215,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object. Raises ValueError that names the file if it holds none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -206,16 +246,18 @@ def _max_position(config: PretrainedConfig) -> int:
     parameters, positions = config.rope_parameters, config.max_position_embeddings
     rope_type = parameters.get("rope_type") or parameters.get("type")
     if rope_type == "linear":
-        return int(positions * parameters["factor"])
+        return _stretched(positions, parameters["factor"])
     if rope_type == "yarn" and parameters.get("factor"):
-        return max(positions, int(parameters["original_max_position_embeddings"] * parameters["factor"]))
+        return max(positions, _stretched(parameters["original_max_position_embeddings"], parameters["factor"]))
     return positions
 
 
+def _stretched(positions: int, factor: float) -> int:
+    return int(min(positions * float(factor), 2.0 * LARGEST))
+
+
 def _dtype(value: torch.dtype | str | None) -> torch.dtype | None:
-    if value is None or isinstance(value, torch.dtype):
-        return value
-    dtype = getattr(torch, value.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype={value!r} is no torch dtype")
+    dtype = getattr(torch, value.removeprefix("torch."), value) if isinstance(value, str) else value
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={value!r} is not supported; supported: {', '.join(map(str, DTYPES))}")
     return dtype

@@ -21,18 +21,19 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerFast:
 
     Args:
         model: folder, hub id or GGUF file. `tokenizer.json` is taken as it stands; without one, transformers
-            converts what the folder holds.
+            converts what the folder holds. Code in the folder is never run.
 
     Raises:
         FileNotFoundError: the model does not exist or has no tokenizer.
         ValueError: the tokenizer is broken or of an unknown kind.
     """
     path = locate_model(model, TOKENIZER)
+    file = GgufFile(path) if path.is_file() else None
     try:
-        return gguf_tokenizer(GgufFile(path)) if path.is_file() else _from_folder(path)
-    except (FileNotFoundError, ValueError):
-        raise
+        return _from_folder(path) if file is None else gguf_tokenizer(file)
     except Exception as error:  # tokenizers raises bare Exception
+        if str(path) in str(error) and isinstance(error, FileNotFoundError | ValueError):
+            raise
         raise ValueError(f"{path}: the tokenizer cannot be read ({_first_line(error)}): {REMEDY}") from error
 
 
@@ -47,9 +48,17 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if (folder / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if (folder / "tokenizer.model").is_file() or _has_all(folder, "vocab.json", "merges.txt"):
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ValueError(
+                f"{folder}: its tokenizer is Python code, which is never run: save it as tokenizer.json, "
+                "or pass skip_tokenizer_init=True and prompts as token ids"
+            ) from None
     raise FileNotFoundError(f"{folder} has no tokenizer (tokenizer.json): {REMEDY}")
 
 
