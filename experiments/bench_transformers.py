@@ -43,7 +43,7 @@ def bench(experiment: Experiment, batch: int, alone: int, tokens: int) -> dict[s
     if experiment.hardware.threads is not None:
         torch.set_num_threads(experiment.hardware.threads)
     started = provenance.now()
-    problems = load_problems(experiment.workload, batch)
+    problems = [p for p in load_problems(experiment.workload) if p.error is None][:batch]
     if len(problems) < batch:
         raise UsageError(f"--batch {batch}: the workload holds {len(problems)} problems")
     model = find_model(experiment.model)

@@ -1,4 +1,7 @@
-"""Runs in processes of their own, so that whatever happens to one happens to nothing else."""
+"""Runs in processes of their own, so that whatever happens to one happens to nothing else.
+
+A process that calls `experiments.lifeline.watch` ends with this one, also when this one is killed.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+
+from experiments.lifeline import Child
 
 POINTS_BACK = "root cause above"
 """In an error whose cause another process printed before."""
@@ -37,18 +42,15 @@ def run_child(command: Sequence[str], progress: Callable[[], str]) -> tuple[int,
     """
     # A file, since a pipe would end with this process, and the child with the pipe.
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            process_group=0,  # a terminal's Ctrl-C reaches it once, from here
-        )
+        # In a group of its own, so that a terminal's Ctrl-C reaches it once, from here.
+        process = Child(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
             code = _wait(process, progress)
         except BaseException:
             _stop(process)
             raise
+        finally:
+            process.release()
         output.seek(0)
         return code, output.read().decode(errors="replace")
 
@@ -65,13 +67,12 @@ class Worker:
         told, tells = os.pipe()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         try:
-            self._process = subprocess.Popen(
+            self._process = Child(
                 [*command, str(tells)],
+                pass_fds=(tells,),
                 stdin=subprocess.PIPE,
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
-                process_group=0,
-                pass_fds=(tells,),
             )
         except OSError:
             os.close(told)
@@ -114,6 +115,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process.release()
         self._told.close()
         self._output.close()
 

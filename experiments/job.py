@@ -22,7 +22,7 @@ from experiments.scenarios import Served, TimedRequest, arrival_times, serve
 from experiments.schema import Experiment, ModelConfig, WorkloadConfig, engine_options, to_dict
 from experiments.tracking import open_tracker
 from experiments.workloads import Problem, load_problems
-from zipage import EventStats, SamplingParams, StepStats
+from zipage import EventStats, RequestMetrics, RequestOutput, SamplingParams, StepStats
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +125,9 @@ class Job:
         lengths = {p.id: [p.prompt_tokens, p.output_tokens] for p in self.problems if p.prompt_tokens is not None}
         traced = self.experiment.scenario.arrival == "trace"
         arrivals = arrival_times(self.experiment.scenario, len(self.problems)) if traced else []
-        questions = [[p.id, p.question, p.gold, *p.history] for p in self.problems]
+        questions = [
+            [p.id, p.question, p.gold, *p.history, *([] if p.error is None else [p.error])] for p in self.problems
+        ]
         return records.content_hash(questions + [part for part in (lengths, arrivals) if part])
 
     @property
@@ -150,7 +152,7 @@ class Job:
             load_seconds = time.perf_counter() - begin
             print(f"memory plan: {backend.memory_plan}", flush=True)
             renderer = PromptRenderer(self.experiment.workload, self.experiment.model, backend.get_tokenizer())
-            prompts = [renderer.render(problem) for problem in self.problems]
+            prompts = [Prompt("", []) if p.error is not None else renderer.render(p) for p in self.problems]
             steps: list[StepStats] = []
             backend.step_listeners += [steps.append, tracker.log_step]
             events: list[EventStats] = []
@@ -200,11 +202,17 @@ class Job:
         requests = [
             TimedRequest(problem.id, prompt.token_ids, sampling_params(self.experiment, problem), arrival)
             for problem, prompt, arrival in zip(self.problems, prompts, arrivals, strict=True)
+            if problem.error is None
         ]
         try:
-            return serve(backend, requests)
+            served = serve(backend, requests)
         except Exception as error:
             raise _failure(f"the engine failed after {len(steps)} steps", error, staging) from error
+        for problem in self.problems:
+            if problem.error is not None:
+                metrics = RequestMetrics(arrival=served.start)
+                served.outputs[problem.id] = RequestOutput(problem.id, None, [], [], metrics, error=problem.error)
+        return served
 
     def _grade(self, prompts: list[Prompt], served: Served) -> list[dict[str, Any]]:
         """The graded rows; says in a line what was refused or could not be graded.

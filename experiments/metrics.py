@@ -41,9 +41,9 @@ def summarise(
         compressed (None where the policy never evicts); `budget_never_bound` says that the policy evicts and none was,
         so that the run equals full KV. `entries_evicted` are per layer and KV head. `loop_rate` is the share of the
         answered samples that end in a loop. `itl` is the time between two tokens of a sample, over all tokens: the time
-        from one engine step to the next, counted once for each sample that decodes in it. `kv_bytes` is the most that
-        an answered sample's cache holds, in bytes: its blocks, with scores and positions, the trigger's slack and its
-        query slot.
+        from one engine step to the next, counted once for each sample that decodes in it. `blocks_held` is the most
+        blocks that an answered sample held at once, as the engine counted them, and `kv_bytes` what these took in
+        bytes: keys and values with scores and positions, and its query slot if it held one.
     """
     answered = [row for row in requests if row.get("error") is None]
     compressed = sum(bool(row.get("compressions")) for row in answered)
@@ -78,7 +78,8 @@ def summarise(
         "tpot": spread([row.get("tpot") for row in requests]),
         "e2e": spread([row.get("e2e") for row in requests]),
         "itl": inter_token_latency(steps),
-        "kv_bytes": spread([cache_bytes(row["prompt_tokens"] + row["output_tokens"], memory) for row in answered]),
+        "blocks_held": spread([row.get("peak_blocks") for row in answered]),
+        "kv_bytes": spread([cache_bytes(row, memory) for row in answered]),
         "steps": len(steps),
         "peak_blocks": max((step["blocks_used"] for step in steps), default=0),
         "peak_running": max((step["num_running"] for step in steps), default=0),
@@ -100,14 +101,12 @@ def inter_token_latency(steps: Sequence[dict[str, Any]]) -> dict[str, float | No
     return {"mean": float(np.average(gaps, weights=weights))} | percentiles | {"max": float(gaps.max())}
 
 
-def cache_bytes(tokens: int, memory: Mapping[str, Any] | None) -> int | None:
-    """The most that the cache of a sample of `tokens` in all holds; None where the engine's plan does not tell."""
-    if memory is None or "block_bytes" not in memory:
+def cache_bytes(row: Mapping[str, Any], memory: Mapping[str, Any] | None) -> int | None:
+    """The most bytes that the cache of a sample held at once; None where the engine does not tell."""
+    blocks = row.get("peak_blocks")
+    if blocks is None or memory is None or "block_bytes" not in memory:
         return None
-    blocks, most = -(-tokens // memory["block_size"]), memory["max_blocks_per_request"]
-    if not most:
-        return blocks * memory["block_bytes"]
-    return min(blocks, most) * memory["block_bytes"] + memory["query_slot_bytes"]
+    return blocks * memory["block_bytes"] + bool(row.get("query_slot")) * memory["query_slot_bytes"]
 
 
 def accuracy(grades: Sequence[float | None]) -> float | None:

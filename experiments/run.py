@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import hydra
 from omegaconf import DictConfig
 
-from experiments import bench, job, sweep
+from experiments import bench, job, lifeline, sweep
 from experiments.arms import split_command_line
 from experiments.backends import BACKENDS, BackendFactory
 from experiments.errors import RunError, UsageError
@@ -33,6 +33,7 @@ def main(
         child: the command that makes one run of a sweep.
         worker: the command that makes one after another (`experiments.worker`).
     """
+    lifeline.watch()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     codes = []
 

@@ -1,7 +1,7 @@
 """A sweep: one run after another, each in a process of its own, or, where that is asked for, around one loaded model.
 
 What a sweep has done is what the results folder holds: a run is known by its id, so a sweep that was stopped, however
-that was, goes on when it is started again. A run that outlived a killed sweep ends by itself; the new one waits for it.
+that was, goes on when it is started again. Its processes end with it, also when it is killed.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Mapping
 
-from experiments import job
+from experiments import job, lifeline
 from experiments.backends import BACKENDS, BackendFactory
 from experiments.models import find_model
 from experiments.run import exit_code
@@ -26,6 +26,7 @@ from zipage import share_model
 
 def main(backends: Mapping[str, BackendFactory] = BACKENDS) -> int:
     """Returns 0 at the end of the tasks, or the exit code of the arm that failed."""
+    lifeline.watch()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     problems, model = remembered(load_problems), remembered(find_model)
 

@@ -1,6 +1,8 @@
 """Serving requests with bounded caches: what a user sees and may ask for."""
 
 import json
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 
@@ -8,6 +10,7 @@ from tests.compressed import greedy, make_llm, pause_now_and_then, random_prompt
 from tests.eviction.cases import SMALL_CHUNK, Case
 from tests.tiny_models import VOCAB, save_tiny_model
 from zipage import LLM, SamplingParams
+from zipage.eviction.policy import Policy
 from zipage.request import Status
 
 ZIPAGE = Case("zipage", SMALL_CHUNK)
@@ -79,6 +82,54 @@ def test_samples_of_a_random_policy_draw_apart(folder):
     first = [event.kept_positions for event in events if event.round == 0]
     assert len(first) == 2
     assert (first[0] != first[1]).any()
+
+
+def watch_blocks(llm: LLM) -> dict[tuple[str, int], int]:
+    """Most blocks that each sample has held at the begin of a step, with those of a compression under way."""
+    held: dict[tuple[str, int], int] = {}
+    advance = llm._scheduler.advance
+
+    def look(plan):
+        fresh = {order.request: len(order.fresh) for order in llm._scheduler.compressions.in_flight}
+        for request in llm._scheduler.running:
+            key, blocks = (request.request_id, request.index), len(request.block_ids) + fresh.get(request, 0)
+            held[key] = max(held.get(key, 0), blocks)
+        advance(plan)
+
+    llm._scheduler.advance = look
+    return held
+
+
+@pytest.mark.parametrize(
+    ("options", "params", "most"),
+    [
+        ({}, greedy(100), [5, 7, 5]),  # N_max is 5; a prompt of 7 blocks is held whole before its first compression
+        ({}, greedy(100, budget_tokens=32), [3, 7, 3]),
+        ({}, greedy(100, policy="full"), [8, 13, 7]),
+        ({"trigger": "pressure"}, greedy(100), [8, 13, 7]),
+        ({"num_blocks": 8, "growth": 0}, greedy(40), [4, 7, 3]),
+        ({"async_compression": False}, greedy(100), [5, 7, 5]),
+    ],
+)
+def test_blocks_are_counted_as_they_were_held(folder, options, params, most):
+    llm = make_llm(folder, ZIPAGE, **options)
+    held = watch_blocks(llm)
+    outputs = llm.generate(random_prompts([20, 100, 5], VOCAB), params, use_tqdm=False)
+    peaks = [output.outputs[0].metrics.peak_blocks for output in outputs]
+    assert peaks == list(held.values())
+    assert peaks == [output.metrics.peak_blocks for output in outputs]
+    assert peaks == most
+    slots = [output.outputs[0].metrics.query_slot for output in outputs]
+    assert slots == [params.policy is None] * 2 + [params.policy is None and "num_blocks" not in options]
+
+
+def test_blocks_that_a_compression_takes_beside_shared_ones_count(folder):
+    llm = make_llm(folder, ZIPAGE)
+    held = watch_blocks(llm)
+    (output,) = llm.generate(random_prompts([50], VOCAB), greedy(100, n=3), use_tqdm=False)
+    peaks = {(output.request_id, sample.index): sample.metrics.peak_blocks for sample in output.outputs}
+    assert peaks == held
+    assert output.metrics.peak_blocks == max(peaks.values()) > 5
 
 
 def test_budget_and_policy_of_one_request(folder):
@@ -223,3 +274,44 @@ def test_a_policy_of_ones_own(folder):
     )
     llm.generate([[1, 2, 3]], greedy(100), use_tqdm=False)
     assert llm.stats.compressions_applied == 2
+
+
+UNRANKED = f"{__name__}:Unranked"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unranked(Policy):
+    """Ranks one entry of one head NaN, from the second compression of a request on."""
+
+    name: ClassVar[str] = "unranked"
+    variant: ClassVar[str] = "NaN"
+    paper: ClassVar[str] = ""
+    slot: int = 20
+
+    def rank(self, event):
+        scores = event.key_norms().clone()
+        for request, rounds in enumerate(event.rounds):
+            scores[0, request, -1, self.slot] = float("nan") if rounds else 0.0
+        return scores
+
+
+def test_a_rank_that_is_no_number_is_an_error_in_debug_mode_and_counted_otherwise(folder, caplog):
+    case = Case(UNRANKED)
+    (output,) = make_llm(folder, case).generate([[1, 2, 3]], greedy(100), use_tqdm=False)
+    assert "policy 'unranked' ranked entries NaN" in output.error
+    caplog.clear()
+    for asynchronous in (False, True):
+        llm = make_llm(folder, case, debug=False, async_compression=asynchronous)
+        llm.generate([[1, 2, 3], [4, 5]], greedy(118), use_tqdm=False)
+        assert (llm.stats.compressions_applied, llm.stats.compressions_misranked) == (6, 4)
+        assert caplog.text.count("policy 'unranked' ranked entries NaN") == 1
+        caplog.clear()
+
+
+@pytest.mark.parametrize("slot", [2, 79])
+def test_entries_that_must_stay_need_no_rank(folder, slot):
+    """The first of a protected prompt and the latest."""
+    llm = make_llm(folder, Case(UNRANKED, {"slot": slot}, protection="prompt"))
+    llm.generate([[1, 2, 3]], greedy(100), use_tqdm=False)
+    assert llm.stats.compressions_applied == 2
+    assert llm.stats.compressions_misranked == 0

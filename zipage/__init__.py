@@ -1,7 +1,9 @@
 """Zipage: LLM inference with Compressed PagedAttention."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import kernels
 from zipage.config import EngineConfig
 from zipage.outputs import CompletionOutput, RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams
@@ -11,6 +13,10 @@ if TYPE_CHECKING:
     from kernels.bench import measure_ceilings, measure_kernels
     from zipage.engine import LLM
     from zipage.model.loader import share_model
+
+_KERNELS = str(Path(__file__).parents[1] / "kernels")
+if _KERNELS not in kernels.__path__:  # Hugging Face's package of that name came first: see `kernels/__init__.py`
+    kernels.__path__.append(_KERNELS)
 
 __all__ = [
     "LLM",

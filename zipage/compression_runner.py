@@ -18,6 +18,7 @@ from zipage.compressor import PartlyCompressed, choose, compress
 from zipage.kv_cache import KVCache
 from zipage.model.spec import ModelSpec
 from zipage.plan import CompressionOrder
+from zipage.rank_watch import RankWatch
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +59,20 @@ class CompressionRunner:
         asynchronous: as above.
         layer_stride: layers of one launch; None takes what a bound on memory allows (`compress`).
         trace: read back the positions that stay, which waits for the GPU.
+        debug: fail a compression whose policy ranks an entry NaN, which waits for the GPU; otherwise `ranks` counts it.
     """
 
     def __init__(
-        self, cache: KVCache, spec: ModelSpec, *, asynchronous: bool, layer_stride: int | None, trace: bool
+        self,
+        cache: KVCache,
+        spec: ModelSpec,
+        *,
+        asynchronous: bool,
+        layer_stride: int | None,
+        trace: bool,
+        debug: bool = False,
     ) -> None:
+        self.ranks = RankWatch(strict=debug)
         self._cache = cache
         self._spec = spec
         self._layer_stride = layer_stride
@@ -118,6 +128,7 @@ class CompressionRunner:
                 results += self._failed(job, error, seconds)
         for job in self._pending:
             job.delayed = False
+        self.ranks.poll()
         return results
 
     def _failed(self, job: _Job, error: BaseException, seconds: float) -> list[CompressionResult]:
@@ -161,7 +172,8 @@ class CompressionRunner:
         event = batch.event(cache, self._spec)
         if batch.policy.drops_blocks:
             # The same slots stay in all layers and heads, whole blocks of them.
-            first_slots = choose(batch.policy, event, max_keep)[0, :, 0, :: cache.block_size].tolist()
+            kept, failed = choose(batch.policy, event, max_keep)
+            first_slots = kept[0, :, 0, :: cache.block_size].tolist()
             pages = [[slot // cache.block_size for slot in row if slot >= 0] for row in first_slots]
             for kept, keep in zip(pages, batch.keep, strict=True):
                 if len(set(kept)) * cache.block_size != keep:
@@ -171,7 +183,12 @@ class CompressionRunner:
             pages, tables = [None] * len(batch.orders), batch.tables
             destinations = batch.destinations(cache.k.device)
             stride = self._layer_stride
-            compress(batch.policy, event, [cache.positions], destinations, max_keep=max_keep, stride=stride)
+            states = [cache.positions]
+            failed = compress(batch.policy, event, states, destinations, max_keep=max_keep, stride=stride).failed
+        try:
+            self.ranks.look(batch.policy.name, failed)
+        except ValueError as error:
+            raise PartlyCompressed("survivors were moved") from error
         if not self._trace:
             return [_Kept(kept, None) for kept in pages]
         sizes = zip(pages, tables, batch.keep, strict=True)

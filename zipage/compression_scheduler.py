@@ -122,6 +122,7 @@ class CompressionScheduler:
                     new_ids[place] = taken.pop(0)
                 else:
                     pool.forget(block)
+        request.note_blocks(len(fresh))
         order = CompressionOrder(request, request.block_ids, new_ids, fresh)
         request.status = Status.COMPRESSING
         self.in_flight.append(order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,18 @@ class PartlyCompressed(RuntimeError):
     """Survivors of some layers were moved, those of others were not: the entries are of no use any more."""
 
 
+class Choice(NamedTuple):
+    """What stays of R requests.
+
+    Attributes:
+        kept: int32 [L, R, H, K], the slots that stay, numbered as before the event: ascending, then -1.
+        failed: bool [R], whether the policy ranked an entry NaN.
+    """
+
+    kept: Tensor
+    failed: Tensor
+
+
 def compress(
     policy: Policy,
     event: PagedEvent,
@@ -27,7 +40,7 @@ def compress(
     *,
     max_keep: int,
     stride: int | None = None,
-) -> Tensor:
+) -> Choice:
     """Evict what `policy` ranks lowest and move the survivors, K, V and states, into the first slots of a request.
 
     The policy's new state goes with the survivors into `event.state_cache`: afterwards a request has min(keep, n)
@@ -48,7 +61,7 @@ def compress(
             `LAUNCH_ENTRIES`, and at least one.
 
     Returns:
-        int32 [L, R, H, max_keep], the slots that survived, numbered as before the event: ascending, then -1.
+        What stayed, K being max_keep.
 
     Raises:
         ValueError: arguments do not go together.
@@ -66,26 +79,29 @@ def compress(
     if stride < 1:
         raise ValueError(f"stride={stride}: must be at least 1, or None")
     step = event.num_layers if policy.all_layers else stride
-    kept = []
+    choices = []
     is_written = False
     try:
         for first in range(0, event.num_layers, step):
             last = min(first + step, event.num_layers)
             launch = event.of_layers(first, last)
-            kept.append(choose(policy, launch, max_keep))
+            choices.append(choose(policy, launch, max_keep))
             is_written = True
-            _move(policy, launch, [state[first:last] for state in states], kept[-1], dst_tables)
+            _move(policy, launch, [state[first:last] for state in states], choices[-1].kept, dst_tables)
     except Exception as error:
         if is_written:
             raise PartlyCompressed("survivors of some layers were moved") from error
         raise
-    return torch.cat(kept)
+    kept, failed = zip(*choices, strict=True)
+    return Choice(torch.cat(kept), torch.stack(failed).any(dim=0))
 
 
-def choose(policy: Policy, event: PagedEvent, max_keep: int) -> Tensor:
-    """The slots that stay, written nowhere: int32 [L, R, H, min(max_keep, N)], ascending, then -1."""
+def choose(policy: Policy, event: PagedEvent, max_keep: int) -> Choice:
+    """What shall stay, written nowhere; K is min(max_keep, N)."""
     scores = policy.score(event).contiguous()
-    return ops.select(scores, event.must, event.lens, event.keep, min(max_keep, event.num_slots))
+    kept = ops.select(scores, event.must, event.lens, event.keep, min(max_keep, event.num_slots))
+    highest = scores.amax(dim=(0, 2))  # NaN where one is
+    return Choice(kept, highest.masked_fill(event.must, 0).isnan().any(dim=-1))
 
 
 def _move(policy: Policy, event: PagedEvent, states: list[Tensor], kept: Tensor, dst_tables: Tensor) -> None:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -147,6 +147,7 @@ class LLM:
             asynchronous=config.async_compression,
             layer_stride=config.layer_stride,
             trace=config.trace_positions,
+            debug=config.debug,
         )
         pool = BlockPool(plan.num_blocks, config.block_size, config.enable_prefix_caching)
         self._scheduler = Scheduler(
@@ -438,6 +439,7 @@ class LLM:
             if self._under_way:
                 self._end_step()
             self._complete(self._compressor.poll(wait=True))
+            self._compressor.ranks.poll(wait=True)
 
     def _complete(self, results: Sequence[CompressionResult]) -> None:
         for result in results:
@@ -547,7 +549,7 @@ class LLM:
     @property
     def stats(self) -> EngineStats:
         """Counters since the start, and gauges as they are now."""
-        return self._telemetry.stats()
+        return replace(self._telemetry.stats(), compressions_misranked=self._compressor.ranks.num_failed)
 
 
 def _resolve_max_model_len(config: EngineConfig, max_position: int) -> int:

@@ -48,6 +48,8 @@ class Request:
         rounds: compressions so far. After the first, entries are no longer a prefix of the text.
         query_slot: where its latest queries are kept, or -1.
         queries_from: logical position from which on they are.
+        has_held_slot: it was given a query slot at some time.
+        peak_blocks: the most blocks it held at once: its table, and what a compression took beside it.
         queries_saved: a paused request's queries went with its entries, so it returns to a query slot.
         host_copy: what the runner kept of a paused request; nobody else looks inside.
         prefix_ids: prefix id at the end of each leading block that the prefix index was told of.
@@ -68,6 +70,7 @@ class Request:
         "finish_time",
         "first_scheduled",
         "first_token_time",
+        "has_held_slot",
         "host_copy",
         "index",
         "limit_reason",
@@ -81,6 +84,7 @@ class Request:
         "num_table_written",
         "number",
         "params",
+        "peak_blocks",
         "place",
         "prefix_ids",
         "queries_from",
@@ -153,6 +157,8 @@ class Request:
         self.cached_tokens = 0
         self.num_preemptions = 0
         self.num_pauses = 0
+        self.peak_blocks = 0
+        self.has_held_slot = False
 
     @property
     def num_tokens(self) -> int:
@@ -175,6 +181,10 @@ class Request:
     def has_all_tokens(self) -> bool:
         """Its length is reached, though the last token may be pending: nothing more is computed for it."""
         return len(self.token_ids) >= self.max_total_tokens
+
+    def note_blocks(self, num_fresh: int = 0) -> None:
+        """Its table grew, or a compression took `num_fresh` blocks beside it."""
+        self.peak_blocks = max(self.peak_blocks, len(self.block_ids) + num_fresh)
 
     def await_token(self, place: int) -> None:
         """A step that will give the next token is under way; `place` is the request's among those that get one."""

@@ -152,6 +152,7 @@ class Scheduler:
 
     def _give_slot(self, request: Request) -> None:
         request.query_slot = self._slots.pop()
+        request.has_held_slot = True
         request.queries_from = request.num_computed
 
     def _num_short(self) -> int:
@@ -250,6 +251,7 @@ class Scheduler:
                         plan.num_stalled += 1
                     continue
                 request.block_ids += pool.allocate(1)
+                request.note_blocks()
             plan.decodes.append(request)
         plan.sampled = plan.decodes.copy()
         return [request for request in unfinished if request.status is Status.RUNNING], may_admit
@@ -366,6 +368,7 @@ class Scheduler:
         request.row = self._rows.pop()
         request.num_table_written = 0
         request.block_ids = blocks
+        request.note_blocks()
 
     def _find_prefix(self, request: Request) -> CachedPrefix | None:
         """What of a request's text the cache holds, or None while a sibling still computes the prompt that both share.

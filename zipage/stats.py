@@ -24,6 +24,9 @@ class RequestMetrics:
         prompt_tokens, output_tokens: lengths; of all samples together in the record of a prompt (its prompt once).
         cached_tokens: prompt tokens whose KV came from the prefix index or from a sibling sample.
         preemptions, pauses, compressions: how often each happened.
+        peak_blocks: the most KV blocks a sample held at once, shared ones included, and what a compression took beside
+            its table; in the record of a prompt, of the sample that held the most. None where the engine does not tell.
+        query_slot: whether it held a query slot at any time. None where the engine does not tell.
     """
 
     arrival: float = 0.0
@@ -37,6 +40,8 @@ class RequestMetrics:
     preemptions: int = 0
     pauses: int = 0
     compressions: int = 0
+    peak_blocks: int | None = None
+    query_slot: bool | None = None
 
 
 @dataclass(slots=True)
@@ -80,10 +85,11 @@ class EngineStats:
 
     Entries are counted per layer and KV head. `budget_bound` counts samples that were compressed at least once: 0 at
     the end of a run says that its budget never bound. `compressions_ordered` exceeds `compressions_applied` and
-    `compressions_failed` only by those under way. `pauses` exceeds `resumes` by the requests that are paused now, or
-    that ended while they were: with a token of the step that was under way when they left. `requests_failed` counts
-    prompts that were refused or that ended with an error. `prompts_truncated` counts prompts under protection "prompt"
-    that do not fit their budget whole.
+    `compressions_failed` only by those under way. `compressions_misranked` counts those whose policy ranked an entry
+    NaN, so that chance decided what they kept. `pauses` exceeds `resumes` by the requests that are paused now, or that
+    ended while they were: with a token of the step that was under way when they left. `requests_failed` counts prompts
+    that were refused or that ended with an error. `prompts_truncated` counts prompts under protection "prompt" that do
+    not fit their budget whole.
     """
 
     steps: int = 0
@@ -99,6 +105,7 @@ class EngineStats:
     compressions_ordered: int = 0
     compressions_applied: int = 0
     compressions_failed: int = 0
+    compressions_misranked: int = 0
     entries_evicted: int = 0
     entries_kept: int = 0
     blocks_returned: int = 0
@@ -160,6 +167,8 @@ def request_metrics(request: Request) -> RequestMetrics:
         preemptions=request.num_preemptions,
         pauses=request.num_pauses,
         compressions=request.rounds,
+        peak_blocks=request.peak_blocks,
+        query_slot=request.has_held_slot,
     )
     if request.first_scheduled is not None:
         metrics.queued = request.first_scheduled - request.arrival
@@ -190,4 +199,6 @@ def combine_metrics(samples: list[RequestMetrics]) -> RequestMetrics:
         preemptions=sum(sample.preemptions for sample in samples),
         pauses=sum(sample.pauses for sample in samples),
         compressions=sum(sample.compressions for sample in samples),
+        peak_blocks=max(present("peak_blocks"), default=None),
+        query_slot=max(present("query_slot"), default=None),
     )

@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any
 
 from zipage import CompletionOutput, EngineConfig, EngineStats, RequestMetrics, SamplingParams, StepStats
 
 
 @dataclass(frozen=True)
 class OwnMemory:
-    """The memory plan of an engine that plans for itself."""
+    """The memory plan of an engine that plans for itself.
+
+    Attributes:
+        planned_by: the engine.
+        its_own: options that it has too and chooses itself, separated by commas.
+    """
 
     planned_by: str
+    its_own: str = ""
 
     def __str__(self) -> str:
-        return f"left to {self.planned_by}"
+        return f"left to {self.planned_by}" + f", which chooses its own {self.its_own}" * bool(self.its_own)
 
 
 def require_full_kv(name: str, config: EngineConfig) -> None:
     """Raise ValueError for options that only Zipage can honour."""
     if config.policy != "full":
         raise ValueError(f"policy={config.policy}: backend={name} keeps full KV; take policy=full, or backend=zipage")
+
+
+def chosen(config: EngineConfig) -> dict[str, Any]:
+    """The options that differ from Zipage's defaults."""
+    return {f.name: value for f in fields(config) if (value := getattr(config, f.name)) != _default(f)}
+
+
+def _default(option: Field) -> Any:
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
+def refuse_others(name: str, config: EngineConfig, honoured: Collection[str]) -> None:
+    """Raise ValueError for an option that was chosen and means nothing to the engine."""
+    for option, value in chosen(config).items():
+        if option not in honoured:
+            raise ValueError(f"{option}={value!r}: backend={name} has no such option; leave it out")
 
 
 def require_plain(name: str, params: SamplingParams) -> None:

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.backends.common import OwnMemory, require_full_kv, require_plain, step_stats, together
+from experiments.backends.common import (
+    OwnMemory,
+    refuse_others,
+    require_full_kv,
+    require_plain,
+    step_stats,
+    together,
+)
 from zipage import (
     CompletionOutput,
     EngineConfig,
@@ -23,6 +30,7 @@ from zipage import (
 )
 
 UNSUPPORTED = ("logprobs", "stop")
+HONOURED = ("model", "load_format", "dtype", "device", "seed", "max_model_len", "max_num_seqs")
 
 
 @dataclass(slots=True)
@@ -43,9 +51,10 @@ class TransformersBackend:
     one batch to its end. `n` samples are rows of their own.
 
     Of the options of `EngineConfig` it reads `model`, `dtype`, `device`, `max_model_len` and `max_num_seqs`; the others
-    speak of a paged cache, which it does not have. Seeds: with a temperature, a batch is seeded by all its requests'
-    seeds, so a run repeats itself, but an answer depends on its batch. An answer's end is the batch's (`e2e`), since
-    nothing is handed out before; `ttft` and `tpot` say when its own tokens were computed.
+    speak of a paged cache, which it does not have, and are refused where they are set. Seeds: with a temperature, a
+    batch is seeded by all its requests' seeds, so a run repeats itself, but an answer depends on its batch. An answer's
+    end is the batch's (`e2e`), since nothing is handed out before; `ttft` and `tpot` say when its own tokens were
+    computed.
 
     Raises:
         ValueError: an option can't be honoured; the model is a GGUF file or has random weights.
@@ -59,6 +68,7 @@ class TransformersBackend:
         require_full_kv("transformers", config)
         if config.load_format != "auto" or Path(config.model).suffix == ".gguf":
             raise ValueError(f"model={config.model}: backend=transformers reads folders with weights alone")
+        refuse_others("transformers", config, HONOURED)
         device = config.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"

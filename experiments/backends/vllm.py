@@ -1,9 +1,9 @@
 """`backend=vllm` and `backend=vllm_matched`: vLLM, where it is installed, as the production baseline.
 
-`vllm` is vLLM as one would serve with it: CUDA graphs, prefix caching, asynchronous scheduling, its own block size; of
-ours it has the limits of a batch and the pool's memory (`kv_cache_memory_bytes` or `gpu_memory_utilization`).
-`vllm_matched` has only what Zipage has switched on in the same run: its block size and number of blocks, its
-`enable_prefix_caching`, `enable_chunked_prefill` and `enforce_eager`, and synchronous scheduling.
+`vllm` is vLLM as one would serve with it: CUDA graphs, prefix caching, asynchronous scheduling, its own block size. Of
+ours it has the limits of a batch, the pool's memory (`kv_cache_memory_bytes` or `gpu_memory_utilization`), and those of
+`SHARED` that were set to other values than our defaults. `vllm_matched` has all of `SHARED` as Zipage has them in the
+same run, and its number of blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.backends.common import OwnMemory, require_full_kv, require_plain, step_stats, together
+from experiments.backends.common import (
+    OwnMemory,
+    chosen,
+    refuse_others,
+    require_full_kv,
+    require_plain,
+    step_stats,
+    together,
+)
 from zipage import (
     CompletionOutput,
     EngineConfig,
@@ -33,6 +41,14 @@ PASSED_ON = (
 )
 """Options of a request whose names and meanings are vLLM's."""
 
+LIMITS = (
+    *("model", "load_format", "skip_tokenizer_init", "dtype", "seed", "tensor_parallel_size", "max_model_len"),
+    *("kv_cache_memory_bytes", "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens"),
+)
+"""Options of `EngineConfig` that vLLM always gets: what it runs, and within which bounds."""
+
+SHARED = ("block_size", "enable_prefix_caching", "enable_chunked_prefill", "async_scheduling", "enforce_eager")
+"""Options of `EngineConfig` that say how it runs, by the names that vLLM has for them."""
 
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_HOST_IP": "127.0.0.1"}
 """Set where they are not: nothing is sent anywhere, and the sampler is vLLM's own whatever else is installed."""
@@ -73,6 +89,13 @@ class VllmBackend:
         require_full_kv(name, config)
         if config.device == "cpu":
             raise ValueError(f"hardware.device=cpu: backend={name} needs a GPU")
+        if config.device not in ("auto", "cuda", "cuda:0"):
+            number = config.device.removeprefix("cuda:")
+            raise ValueError(
+                f"hardware.device={config.device}: backend={name} takes the first GPU that it sees: "
+                f"set CUDA_VISIBLE_DEVICES={number} and hardware.device=cuda"
+            )
+        refuse_others(name, config, (*LIMITS, *SHARED, "device", "num_blocks"))
         keywords = vllm_options(config, matched)
         offline = {"HF_HUB_OFFLINE": "1"} if Path(config.model).exists() else {}
         for variable, value in (ENVIRONMENT | offline).items():
@@ -87,7 +110,8 @@ class VllmBackend:
         self._running: dict[str, _Running] = {}
         self.step_listeners: list[Callable[[StepStats], None]] = []
         self.event_listeners: list[Callable[[EventStats], None]] = []
-        self.memory_plan = OwnMemory(f"vLLM {vllm.__version__}")
+        left = ", ".join(option for option in SHARED if option not in keywords)
+        self.memory_plan = OwnMemory(f"vLLM {vllm.__version__}", left)
         self.stats = EngineStats()
 
     def get_tokenizer(self) -> Any:
@@ -183,26 +207,9 @@ def vllm_options(config: EngineConfig, matched: bool) -> dict[str, Any]:
             f"num_blocks={config.num_blocks}: backend=vllm has blocks of its own size; give "
             "kv_cache_memory_bytes, or take backend=vllm_matched"
         )
-    options: dict[str, Any] = {
-        "model": config.model,
-        "load_format": config.load_format,
-        "skip_tokenizer_init": config.skip_tokenizer_init,
-        "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
-        "dtype": config.dtype,
-        "seed": config.seed,
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "gpu_memory_utilization": config.gpu_memory_utilization,
-        "max_model_len": config.max_model_len,
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": config.max_num_batched_tokens,
-    }
+    options = {option: getattr(config, option) for option in LIMITS}
     if not matched:
-        return options
-    return options | {
-        "block_size": config.block_size,
-        "num_gpu_blocks_override": config.num_blocks,
-        "enable_prefix_caching": config.enable_prefix_caching,
-        "enable_chunked_prefill": config.enable_chunked_prefill,
-        "enforce_eager": config.enforce_eager,
-        "async_scheduling": False,
-    }
+        return options | {option: value for option, value in chosen(config).items() if option in SHARED}
+    options |= {option: getattr(config, option) for option in SHARED}
+    options["async_scheduling"] = config.async_scheduling is not False  # left out, ours is on where vLLM runs
+    return options | {"num_gpu_blocks_override": config.num_blocks}

@@ -62,7 +62,7 @@ def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKEND
     inputs, measure = bench.prepare(experiment, backends)
     options = {k: v for k, v in to_dict(experiment).items() if k not in ("results_dir", "force")}
     device = provenance.device_name(experiment.hardware.device)
-    digest = records.content_hash([options | {"tracking": None}, inputs, device])
+    digest = records.content_hash([records.as_before(options) | {"tracking": None}, inputs, device])
     folder = Path(experiment.results_dir).expanduser() / f"{scenario.name}-{digest[:12]}"
     if records.is_complete(folder) and not experiment.force:
         print("already done; force=true runs it again")

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from experiments import lifeline
 from experiments.backends import BACKENDS
 from experiments.bench.loads import Arm
 from experiments.bench.measure import measure
@@ -13,6 +14,7 @@ from experiments.errors import one_line
 
 
 def main() -> int:
+    lifeline.watch()
     source, target = map(Path, sys.argv[1:])
     task = json.loads(source.read_text(encoding="utf-8"))
     arm = Arm(**task["arm"])

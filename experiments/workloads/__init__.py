@@ -34,8 +34,11 @@ GENERATORS: dict[str, Callable[..., Iterable[Problem]]] = {
 def load_problems(config: WorkloadConfig, limit: int | None = None) -> list[Problem]:
     """The first `limit` problems of a workload (None: all).
 
+    An item that can't be asked (a field is missing or null, its tests can't be read, a text is no Unicode) is a problem
+    with its `error`, and costs itself alone.
+
     Raises:
-        UsageError: the source can't be read, or a field is missing, or an option of the generator is wrong.
+        UsageError: the source can't be read, an option of the generator is wrong, or no item can be asked.
     """
     if config.parts and config.path is None:
         problems = _mix(config)[:limit]
@@ -43,9 +46,11 @@ def load_problems(config: WorkloadConfig, limit: int | None = None) -> list[Prob
         problems = _generate(config)[:limit]
     else:
         rows = read_file(config.path) if config.path is not None else read_hub(config)
-        problems = [_problem(row, number, config) for number, row in enumerate(rows[:limit])]
+        problems = [_item(row, number, config) for number, row in enumerate(rows[:limit])]
     if not problems:
         raise UsageError(f"workload {config.name} holds no problem")
+    if all(problem.error is not None for problem in problems):
+        raise UsageError(problems[0].error)
     seen: set[str] = set()
     for problem in problems:
         if problem.id in seen:
@@ -83,16 +88,42 @@ def _generate(config: WorkloadConfig) -> list[Problem]:
         raise UsageError(f"workload.options: {error}") from error
 
 
+def _item(row: Mapping[str, Any], number: int, config: WorkloadConfig) -> Problem:
+    """The problem of an item; one with `error` where it can't be asked."""
+    try:
+        problem = _problem(row, number, config)
+        for name, text in (("id", problem.id), ("question", problem.question), ("gold", problem.gold)):
+            if text != _unicode(text):
+                raise UsageError(f"the {name} of item {number} holds half a surrogate pair, which is no character")
+        return problem
+    except UsageError as error:
+        name = number if config.id is None else row.get(config.id)
+        return Problem(
+            _unicode(f"item {number}" if name is None else str(name)), question="", gold="", error=_unicode(str(error))
+        )
+
+
+def _unicode(text: str) -> str:
+    """The text with a question mark for each character that can't be encoded."""
+    return text.encode(errors="replace").decode()
+
+
 def _problem(row: Mapping[str, Any], number: int, config: WorkloadConfig) -> Problem:
     question_fields = FIELDS.findall(config.question) or [config.question]
     for option, names in (("question", question_fields), ("id", [config.id] if config.id is not None else [])):
         for name in names:
             if name not in row:
                 raise UsageError(f"workload.{option}={name}: item {number} has no such field; it has {', '.join(row)}")
+            if row[name] is None:
+                raise UsageError(f"workload.{option}={name}: is null in item {number}")
     if config.tests is not None:
         gold: str | None = exam(row, number, config)
     else:
         gold = gold_answer(row, config.answer, config.solution)
+    if gold is None and config.answer in row and config.grader == "none":
+        gold = ""
+    if gold is None and config.answer in row:
+        raise UsageError(f"workload.answer={config.answer}: is null or empty in item {number}")
     if gold is None:
         raise UsageError(f"workload.answer={config.answer}: item {number} has no such field; it has {', '.join(row)}")
     if FIELDS.search(config.question):

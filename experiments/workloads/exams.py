@@ -73,11 +73,17 @@ def exam(row: Mapping[str, Any], number: int, config: WorkloadConfig) -> str:
 
 
 def _humaneval(row: Mapping[str, Any], number: int) -> dict[str, Any]:
-    return {"setup": row["prompt"], "entry_point": row["entry_point"], "test": row["test"]}
+    exam = {"setup": row["prompt"], "entry_point": row["entry_point"], "test": row["test"]}
+    if None in exam.values():
+        raise ValueError("a field is null")
+    return exam
 
 
 def _pairs(row: Mapping[str, Any], number: int) -> dict[str, Any]:
-    return {"setup": "", "tests": _bounded([[str(given), str(expected)] for given, expected in row["tests"]], number)}
+    tests = [[given, expected] for given, expected in row["tests"]]
+    if any(None in test for test in tests):
+        raise ValueError("an input or output is null")
+    return {"setup": "", "tests": _bounded([[str(given), str(expected)] for given, expected in tests], number)}
 
 
 def _livecodebench(row: Mapping[str, Any], number: int) -> dict[str, Any]:

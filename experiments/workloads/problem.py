@@ -46,6 +46,7 @@ class Problem:
         solution: the whole thought that leads to the gold, where the generator knows it.
         difficulty: what the generator was asked for, in words.
         facts: what the solution needs late.
+        error: why it can't be asked; None where it can.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Problem:
     solution: str | None = None
     difficulty: str | None = None
     facts: tuple[Fact, ...] = ()
+    error: str | None = None
 
     @property
     def expected_tokens(self) -> int | None:

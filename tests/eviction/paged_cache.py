@@ -156,7 +156,7 @@ class PagedCache:
             one.blocks = leading + own
             destinations.append([-1] * pinned + own)
         tables = self._tables(destinations)
-        kept = compress(policy, event, [self.positions], tables, max_keep=self.keep, **options)
+        kept = compress(policy, event, [self.positions], tables, max_keep=self.keep, **options).kept
         for one, old in zip(held, before, strict=True):
             for block in set(old) - set(one.blocks):
                 self._release(block)

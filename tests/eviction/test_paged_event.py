@@ -228,7 +228,7 @@ def test_what_a_compression_returns(case, device):
     event = cache.event(policy, [0, 1, 2])
     old = [cache.entries(i)[2] for i in range(3)]
     tables = event.block_tables[:, :4].contiguous()
-    kept = compress(policy, event, [cache.positions], tables, max_keep=KEEP)
+    kept = compress(policy, event, [cache.positions], tables, max_keep=KEEP).kept
     assert kept.dtype == torch.int32
     assert kept.shape == (2, 3, 2, KEEP)
     for i, (one, num_kept) in enumerate(zip(cache.requests, (64, 64, 50), strict=True)):

@@ -114,6 +114,8 @@ def test_times_are_in_order(model):
     [
         ({"policy": "zipage", "budget_tokens": 64}, "policy=zipage: backend=transformers keeps full KV"),
         ({"load_format": "dummy"}, "backend=transformers reads folders with weights alone"),
+        ({"block_size": 32}, "block_size=32: backend=transformers has no such option; leave it out"),
+        ({"enforce_eager": True}, "enforce_eager=True: backend=transformers has no such option"),
     ],
 )
 def test_transformers_refuses_what_it_has_not(model, options, line):
@@ -206,32 +208,46 @@ def test_vllm_answers_are_gathered(vllm):
     assert backend.get_tokenizer() == "tokenizer"
 
 
-def test_option_sets_of_vllm(vllm):
-    given = {
-        "model": "m",
-        "device": "cuda",
-        "block_size": 32,
-        "num_blocks": 77,
-        "enforce_eager": True,
-        "max_num_seqs": 9,
-    }
+GIVEN = {"model": "m", "device": "cuda", "max_num_seqs": 9, "kv_cache_memory_bytes": 10**9}
+CHOSEN = {
+    "block_size": 32,
+    "enable_prefix_caching": False,
+    "enable_chunked_prefill": False,
+    "async_scheduling": False,
+    "enforce_eager": True,
+}
+"""Options that vLLM has too, at other values than our defaults."""
+
+
+def test_vllm_is_left_its_own_defaults(vllm):
+    backend = BACKENDS["vllm"](**GIVEN, skip_tokenizer_init=True)
+    assert (vllm.options["max_num_seqs"], vllm.options["kv_cache_memory_bytes"]) == (9, 10**9)
+    assert vllm.options["skip_tokenizer_init"]
+    assert not set(CHOSEN) & set(vllm.options)
+    assert str(backend.memory_plan) == f"left to vLLM 0.0, which chooses its own {', '.join(CHOSEN)}"
+
+
+@pytest.mark.parametrize("option", CHOSEN)
+def test_vllm_gets_what_was_chosen(vllm, option):
+    backend = BACKENDS["vllm"](**GIVEN, **{option: CHOSEN[option]})
+    assert {name: vllm.options[name] for name in CHOSEN if name in vllm.options} == {option: CHOSEN[option]}
+    assert option not in str(backend.memory_plan)
+
+
+def test_vllm_has_blocks_of_its_own(vllm):
+    blocks = GIVEN | {"kv_cache_memory_bytes": None, "num_blocks": 77}
     with pytest.raises(ValueError, match="num_blocks=77: backend=vllm has blocks of its own size"):
-        BACKENDS["vllm"](**given)
-    BACKENDS["vllm"](**given | {"num_blocks": None, "kv_cache_memory_bytes": 10**9, "skip_tokenizer_init": True})
-    production = vllm.options
-    assert (production["max_num_seqs"], production["kv_cache_memory_bytes"]) == (9, 10**9)
-    assert production["skip_tokenizer_init"]
-    assert not {"block_size", "enforce_eager", "enable_prefix_caching", "async_scheduling"} & set(production)
-    BACKENDS["vllm_matched"](**given, enable_prefix_caching=False)
-    own = {name: value for name, value in vllm.options.items() if name not in production}
-    assert own == {
-        "block_size": 32,
-        "num_gpu_blocks_override": 77,
-        "enable_prefix_caching": False,
-        "enable_chunked_prefill": True,
-        "enforce_eager": True,
-        "async_scheduling": False,
-    }
+        BACKENDS["vllm"](**blocks)
+    BACKENDS["vllm_matched"](**blocks)
+    assert vllm.options["num_gpu_blocks_override"] == 77
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, True), (True, True), (False, False)])
+def test_matched_vllm_has_what_ours_has_on_cuda(vllm, given, expected):
+    """The overlapped loop too: left out, ours is on there."""
+    backend = BACKENDS["vllm_matched"](**GIVEN, **CHOSEN | {"async_scheduling": given})
+    assert {name: vllm.options[name] for name in CHOSEN} == CHOSEN | {"async_scheduling": expected}
+    assert str(backend.memory_plan) == "left to vLLM 0.0"
 
 
 def test_vllm_refuses_what_it_has_not(vllm, monkeypatch):
@@ -239,6 +255,10 @@ def test_vllm_refuses_what_it_has_not(vllm, monkeypatch):
         VllmBackend(model="m", device="cpu")
     with pytest.raises(ValueError, match="backend=vllm_matched keeps full KV"):
         VllmBackend(matched=True, model="m", device="cuda", policy="zipage", budget_tokens=64)
+    with pytest.raises(ValueError, match="debug=True: backend=vllm has no such option; leave it out"):
+        VllmBackend(model="m", device="cuda", debug=True)
+    with pytest.raises(ValueError, match=r"hardware\.device=cuda:1: .* CUDA_VISIBLE_DEVICES=1"):
+        VllmBackend(model="m", device="cuda:1")
     backend = VllmBackend(model="m", device="cuda")
     for options, line in (({"logprobs": True}, "sampling.logprobs"), ({"policy": "zipage"}, "keeps full KV")):
         with pytest.raises(ValueError, match=line):

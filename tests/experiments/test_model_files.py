@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import sys
 import zipfile
 from dataclasses import replace
@@ -106,6 +108,31 @@ def test_folder_is_known_by_its_content(tmp_path):
     assert models.find_model(replace(config, load_format="dummy")).files.keys() == {"config.json"}
 
 
+@pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "deeper/model.safetensors"])
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_weights_outside_the_folder_are_refused(tmp_path, index, name):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / index).write_text(json.dumps({"weight_map": {"a": "inside.safetensors", "b": name}}))
+    with pytest.raises(UsageError, match=f"{index} names '{name}': must be the name of a file beside it"):
+        models.find_model(ModelConfig(path=str(tmp_path)))
+    (tmp_path / index).write_text(json.dumps({"weight_map": {"a": "inside.safetensors"}}))
+    assert models.find_model(ModelConfig(path=str(tmp_path)))
+
+
+def test_weights_behind_a_link_and_pickled_ones_are_hashed_too(tmp_path):
+    folder, target = tmp_path / "model", tmp_path / "blob"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    config = ModelConfig(path=str(folder))
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        (folder / name).symlink_to(target)
+        target.write_bytes(b"1")
+        first = models.find_model(config)
+        assert first.files.keys() == {"config.json", name}, "pickled weights count where there are no others"
+        target.write_bytes(b"2")
+        assert models.find_model(config).identity != first.identity
+
+
 def test_same_content_elsewhere_is_the_same_model(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -127,8 +154,10 @@ def test_hash_of_a_large_file_is_remembered_until_it_changes(tmp_path, monkeypat
     assert digest == hashlib.sha256(bytes(1 << 24)).hexdigest()
     monkeypatch.setattr(models, "_sha256", lambda _: "computed again")
     assert models.file_hash(path) == digest
-    path.write_bytes(bytes(1 << 24) + b"1")
-    assert models.file_hash(path) == "computed again"
+    before = path.stat()
+    path.write_bytes(b"1" * (1 << 24))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert models.file_hash(path) == "computed again", "a copy that keeps size and time is another file"
 
 
 @pytest.mark.parametrize(

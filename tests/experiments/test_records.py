@@ -18,7 +18,7 @@ from experiments import outcomes, records
 from experiments.errors import RunError, UsageError
 from experiments.metrics import cache_bytes, inter_token_latency
 from experiments.paths import ROOT
-from experiments.schema import load_experiment, to_dict
+from experiments.schema import Experiment, load_experiment, to_dict
 from zipage import EventStats
 
 
@@ -63,6 +63,62 @@ class TestRunId:
         config = to_dict(load_experiment())
         config["model"]["name"] = "../a b/c"
         assert "/" not in records.run_id(config, model="m", data="d", device="cpu")
+
+    @pytest.mark.parametrize("name", [".x", "..", "x" * 300, "模" * 300, "x\udcff"])
+    def test_no_name_makes_a_folder_that_is_hidden_or_too_long(self, tmp_path, name):
+        config = to_dict(load_experiment(["policy.name=full"]))
+        config["model"]["name"] = name
+        run = records.run_id(config, model="m", data="d", device="cpu")
+        make_run(tmp_path, run)
+        assert records.load_runs(tmp_path)["run"].tolist() == [run]
+        assert len(run) <= 121, "wandb takes 128 characters, and an artifact is named record-<run id>"
+
+    def test_an_option_that_comes_later_renames_no_run(self, monkeypatch):
+        config = to_dict(load_experiment())
+        config["model"]["name"] = "tiny"
+        before = records.run_id(config, model="m", data="d", device="cpu")
+        monkeypatch.setattr(records, "_LATER", records._LATER | {"engine.new": False, "new": None})
+
+        def with_new(inside: object, outside: object) -> str:
+            later = config | {"engine": config["engine"] | {"new": inside}, "new": outside}
+            return records.run_id(later, model="m", data="d", device="cpu")
+
+        assert with_new(False, None) == before
+        assert len({before, with_new(True, None), with_new(False, 1), with_new(0, None)}) == 4, "any other value does"
+
+
+COMMITTED = sorted(
+    path.parent
+    for path in (ROOT / "results" / "records").rglob("config.yaml")
+    if (path.parent / "requests.parquet").exists()
+)
+HINT = "an option came, went or has another default: see records._LATER"
+
+
+def test_committed_records_keep_their_ids():
+    """What a record says gives its id, also when today's options stand beside those it knew."""
+    today = to_dict(load_experiment())
+    named = [run for run in COMMITTED if run.name != "demo"]  # renamed by hand
+    assert len(named) > 150
+    for run in named:
+        config, origin = records.read_config(run), json.loads((run / records.PROVENANCE).read_text())
+        gpus = origin["hardware"]["gpus"]
+        device = gpus[0] if gpus and config["hardware"]["device"] != "cpu" else "cpu"
+        parts = {"model": records.content_hash(origin["model_files"]), "data": origin["data"], "device": device}
+        assert records.run_id(config, **parts) == run.name
+        for option, value in records.flatten(today).items():
+            group, _, name = option.rpartition(".")
+            if group in Experiment.__dataclass_fields__:
+                config[group].setdefault(name, records._LATER.get(option, value))
+            elif not group:
+                config.setdefault(name, records._LATER.get(option, value))
+        assert records.run_id(config, **parts) == run.name, HINT
+
+
+def test_committed_records_are_read():
+    runs = records.load_runs(ROOT / "results" / "records")
+    assert set(runs["run"]) == {run.name for run in COMMITTED}
+    assert runs.attrs["incomplete"] == 0
 
 
 def test_content_hash_ignores_the_order_of_keys():
@@ -263,10 +319,10 @@ def test_inter_token_latency_weighs_steps_by_the_samples_that_decode():
     assert inter_token_latency(steps[:2]) == dict.fromkeys(("mean", "p50", "p90", "p99", "max"))
 
 
-def test_bytes_of_a_cache_count_slack_and_query_slot():
+def test_bytes_of_a_cache_are_those_of_the_blocks_it_held():
     plan = {"block_size": 16, "block_bytes": 100, "max_blocks_per_request": 5, "query_slot_bytes": 7}
-    assert cache_bytes(16, plan) == 107
-    assert cache_bytes(17, plan) == 207
-    assert cache_bytes(1000, plan) == 507
-    assert cache_bytes(1000, plan | {"max_blocks_per_request": 0}) == 6300
-    assert cache_bytes(1000, None) is cache_bytes(1000, {"planned_by": "another"}) is None
+    row = {"prompt_tokens": 16, "output_tokens": 1000, "peak_blocks": 22, "query_slot": True, "error": None}
+    assert cache_bytes(row, plan) == 2207
+    assert cache_bytes(row | {"query_slot": False}, plan) == 2200
+    assert cache_bytes(row | {"peak_blocks": None}, plan) is None, "an engine that does not tell"
+    assert cache_bytes(row, None) is cache_bytes(row, {"planned_by": "another"}) is None

@@ -172,6 +172,22 @@ def test_refused_prompt_costs_itself_only(launch, results, capsys):
     assert f"{len(refused)} of 12 samples could not be answered; the first is" in capsys.readouterr().out
 
 
+def test_items_that_cannot_be_asked_cost_themselves_only(launch, results, tmp_path, capsys):
+    data = tmp_path / "questions.jsonl"
+    lines = ['{"question": "1+1", "answer": "2"}', '{"question": "\\ud800", "answer": "2"}', '{"question": null}']
+    data.write_text("\n".join(lines))
+    assert launch("workload=jsonl", f"workload.path={data}", "workload.samples=2", "sampling=nucleus") == 0
+    row = load_runs(results).iloc[0]
+    requests = load_requests(row)
+    assert row["errors"] == 4
+    assert requests["error"].isna().tolist() == [True] * 2 + [False] * 4
+    assert (requests["grade"][2:] == 0).all()
+    assert requests["prompt"].str.contains("None").sum() == 0
+    assert (
+        "4 of 6 samples could not be answered; the first is 1: the question of item 1 holds" in capsys.readouterr().out
+    )
+
+
 def test_run_without_any_answer_is_no_run(launch, results, capsys):
     assert launch(max_prompt=1) == 1
     assert "6 of 6 samples could not be answered" in capsys.readouterr().err

@@ -202,6 +202,46 @@ class TestFiles:
         assert str(caught.value).startswith(line.replace("{path}", f"workload.path={path}"))
         assert "\n" not in str(caught.value)
 
+    @pytest.mark.parametrize(
+        ("item", "options", "error"),
+        [
+            ({"question": None, "answer": "1"}, [], "workload.question=question: is null in item 1"),
+            ({"answer": "1"}, [], "workload.question=question: item 1 has no such field; it has answer"),
+            ({"question": "?", "answer": None}, [], "workload.answer=answer: is null or empty in item 1"),
+            ({"question": "?", "answer": [None]}, [], "workload.answer=answer: is null or empty in item 1"),
+            ({"question": "?"}, [], "workload.answer=answer: item 1 has no such field; it has question"),
+            (
+                {"question": "?", "hint": None, "answer": "1"},
+                ["workload.question='{question} {hint}'"],
+                "workload.question=hint: is null in item 1",
+            ),
+            ({"question": "?", "answer": "1", "key": None}, ["workload.id=key"], "workload.id=key: is null in item 1"),
+            ({"question": "a\ud800", "answer": "1"}, [], "the question of item 1 holds half a surrogate pair"),
+            ({"question": "?", "answer": "\udc00"}, [], "the gold of item 1 holds half a surrogate pair"),
+            ({"question": "?", "answer": "1", "key": "\udc00"}, ["workload.id=key"], "the id of item 1 holds half"),
+            ({"question": "?", "tests": [["1", None]]}, ["workload.tests=pairs"], "an input or output is null"),
+            ({"question": "?", "tests": None}, ["workload.tests=pairs"], "the tests of item 1 can't be read"),
+        ],
+    )
+    def test_an_item_that_cannot_be_asked_costs_itself(self, tmp_path, item, options, error):
+        good = {"question": "1+1", "hint": "none", "answer": "2", "key": "a", "tests": [["1", "2"]]}
+        path = write_lines(tmp_path / "q.jsonl", good, item, good | {"key": "c"})
+        problems = load("workload=jsonl", f"workload.path={path}", *options)
+        assert [problem.error is None for problem in problems] == [True, False, True]
+        assert error in problems[1].error
+        assert "None" not in "".join(problem.question + problem.gold for problem in problems)
+        for text in (problems[1].id, problems[1].question, problems[1].gold, problems[1].error):
+            text.encode()
+
+    def test_nulls_among_several_golds_are_left_out(self, tmp_path):
+        path = write_lines(tmp_path / "q.jsonl", {"question": "?", "answer": [None, "a  b"], "solution": None})
+        assert load("workload=jsonl", f"workload.path={path}", "workload.solution=solution")[0].gold == "a b"
+
+    def test_what_is_not_graded_needs_no_gold(self, tmp_path):
+        path = write_lines(tmp_path / "q.jsonl", {"question": "?", "answer": None})
+        (problem,) = load("workload=jsonl", f"workload.path={path}", "workload.grader=none")
+        assert (problem.gold, problem.error) == ("", None)
+
     def test_ids_are_unique(self, tmp_path):
         path = write_lines(tmp_path / "q.jsonl", *[{"id": 1, "question": "1+1", "answer": "2"}] * 2)
         with pytest.raises(UsageError, match="'1' names two items"):

@@ -85,6 +85,18 @@ def test_a_missing_shard(sharded):
         load_model(str(sharded), device="cpu")
 
 
+@pytest.mark.parametrize("place", ["../{}/", "{}/"])
+def test_an_index_that_names_a_file_elsewhere(sharded, tmp_path_factory, place):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.rename(elsewhere / shard.name)
+    path = sharded / INDEX
+    named = place.format(elsewhere.name if place.startswith("..") else elsewhere) + shard.name
+    path.write_text(path.read_text().replace(shard.name, named))
+    with pytest.raises(ValueError, match=f"names '{named}': must be the name of a file beside it"):
+        load_model(str(sharded), device="cpu")
+
+
 def test_an_index_that_names_what_a_shard_lacks(sharded):
     index = json.loads((sharded / INDEX).read_text())
     index["weight_map"]["model.ghost.weight"] = index["weight_map"]["model.norm.weight"]

@@ -30,8 +30,8 @@ class SafetensorsFolder:
 
     Raises:
         FileNotFoundError: there are no weights, or a shard is missing.
-        ValueError: a file is broken, a tensor lies in two shards, a shard lacks a tensor that the index puts there, or
-            a tensor is no float.
+        ValueError: a file is broken, a tensor lies in two shards, a shard lacks a tensor that the index puts there, the
+            index names a file elsewhere, or a tensor is no float.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -65,6 +65,9 @@ class SafetensorsFolder:
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index} has no weight_map")
+            for shard in weight_map.values():
+                if not isinstance(shard, str) or Path(shard).name != shard:
+                    raise ValueError(f"{index} names {shard!r}: must be the name of a file beside it")
             return weight_map
         found = sorted(file.name for pattern in ("*.safetensors", "*.bin") for file in self.folder.glob(pattern))
         hint = f" ({', '.join(found[:4])} there cannot be used)" if found else ""

@@ -1,0 +1,71 @@
+"""Ranks that are no numbers: found on the device, and told once the host can know without waiting for it."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class RankWatch:
+    """Counts the compressions whose policy ranked an entry NaN: which entries those keep is left to chance.
+
+    `look` may be called by another thread than `poll`.
+
+    Args:
+        strict: raise at once, which waits for the device.
+
+    Attributes:
+        num_failed: compressions found so far.
+    """
+
+    def __init__(self, strict: bool) -> None:
+        self.num_failed = 0
+        self._strict = strict
+        self._told: set[str] = set()
+        self._pending: deque[tuple[str, Tensor, torch.cuda.Event | None]] = deque()
+
+    def look(self, policy: str, failed: Tensor) -> None:
+        """Take note of compressions under `policy`: bool [R], on any device, whether a rank was NaN.
+
+        Raises:
+            ValueError: strict, and one was.
+        """
+        if self._strict:
+            if failed.any():
+                raise ValueError(_text(policy))
+            return
+        if not failed.is_cuda:
+            self._pending.append((policy, failed, None))
+            return
+        on_host = torch.empty(failed.shape, dtype=torch.bool, pin_memory=True).copy_(failed, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._pending.append((policy, on_host, copied))
+
+    def poll(self, wait: bool = False) -> None:
+        """Count what is known, and warn of each policy once. `wait` for what is under way too."""
+        while self._pending:
+            policy, failed, copied = self._pending[0]
+            if copied is not None:
+                if wait:
+                    copied.synchronize()
+                elif not copied.query():
+                    return
+            self._pending.popleft()
+            count = int(failed.sum())
+            self.num_failed += count
+            if count and policy not in self._told:
+                self._told.add(policy)
+                logger.warning("%s", _text(policy))
+
+
+def _text(policy: str) -> str:
+    return (
+        f"policy {policy!r} ranked entries NaN, so what it keeps of them is left to chance: `rank` must be finite for "
+        "every entry that is not in `event.must`"
+    )
