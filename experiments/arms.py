@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import UsageError
+from experiments.overrides import looks_like_a_scalar, quoted
 from experiments.paths import CONF
-from experiments.schema import parse_overrides, read_yaml
+from experiments.schema import is_list_of_texts, is_text, parse_overrides, read_yaml
 
 FOLDER = CONF / "sweep"
 KEYS = ("axes", "arms")
@@ -98,26 +99,30 @@ def read_sweep(path: Path) -> list[Block]:
     Raises:
         UsageError: the file is not of the form above; the line names the file and the key.
     """
-    content = read_yaml(path)
+    content, written = read_yaml(path), read_yaml(path, texts=True)
     if not isinstance(content, dict) or not content:
         raise UsageError(f"{_shown(path)}: must hold {' or '.join(KEYS)}")
     for key in content:
         if key not in KEYS:
             raise UsageError(f"{_shown(path)}: {key}: unknown key; must be {' or '.join(KEYS)}")
-    shared = _block(path, "axes", content.get("axes", {}))
+    shared = _block(path, "axes", content.get("axes", {}), written.get("axes"))
     arms = content.get("arms", [{}])
     if not isinstance(arms, list) or not arms:
         raise UsageError(f"{_shown(path)}: arms: must be a list of blocks, each of options and their values")
-    return [shared | _block(path, f"arms[{index}]", block) for index, block in enumerate(arms)]
+    texts = written.get("arms", [{}])
+    return [shared | _block(path, f"arms[{index}]", *both) for index, both in enumerate(zip(arms, texts, strict=True))]
 
 
-def _block(path: Path, where: str, block: Any) -> Block:
+def _block(path: Path, where: str, block: Any, written: Any) -> Block:
+    """The block with its values as overrides; `written` is the same with all of them as texts."""
     if not isinstance(block, dict):
         raise UsageError(f"{_shown(path)}: {where}: must be options and their values")
-    return {
-        str(option).lstrip("+"): [f"{option}={_text(path, option, value)}" for value in _list(path, option, values)]
-        for option, values in block.items()
-    }
+    overrides: Block = {}
+    for option, values in block.items():
+        name, texts = str(option).lstrip("+"), written.get(str(option), values)  # YAML's merges are not in it
+        pairs = zip(_list(path, option, values), _list(path, option, texts), strict=True)
+        overrides[name] = [f"{option}={_text(path, name, value, text)}" for value, text in pairs]
+    return overrides
 
 
 def _list(path: Path, option: str, values: Any) -> list[Any]:
@@ -126,11 +131,16 @@ def _list(path: Path, option: str, values: Any) -> list[Any]:
     return values if isinstance(values, list) else [values]
 
 
-def _text(path: Path, option: str, value: Any) -> str:
+def _text(path: Path, option: str, value: Any, written: Any) -> str:
+    """A value as on the command line, so that Hydra reads what YAML read, or the text where text is meant."""
     if isinstance(value, dict | list):
         raise UsageError(f"{_shown(path)}: {option}: must be {OWN_VALUES}")
     if value is None:
         return "null"
+    if is_text(option) and not is_list_of_texts(option):
+        return quoted(str(written))
+    if isinstance(value, str):
+        return quoted(value) if looks_like_a_scalar(value) else value
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -53,8 +53,9 @@ _LATER: dict[str, Any] = {"engine.async_scheduling": False}
 With that value an option is left out of the hash, so that a new option renames no run. Any other value is another run,
 and so is a default that changes. Every new option of the schema gets a line here."""
 
-_LONGEST, _SHORTENED = 100, 32
-"""Bytes of the names in a run id, and of each where they are more: wandb takes 128 characters, with its own before."""
+LONGEST, _SHORTENED = 100, 32
+"""Bytes of the names in the id of a run or sweep, and of each of a run's where they are more: with what goes before and
+after, wandb takes 128 characters, and a file system 255 bytes."""
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -106,9 +107,14 @@ def as_before(config: Mapping[str, Any]) -> dict[str, Any]:
 def _readable(names: Iterable[str]) -> str:
     """The names as the beginning of a folder's name, which is neither hidden nor too long."""
     safe = [re.sub(r"[^\w.]+", "_", name) for name in names]
-    if len("-".join(safe).encode()) > _LONGEST:
-        safe = [name.encode()[:_SHORTENED].decode(errors="ignore") for name in safe]
+    if len("-".join(safe).encode()) > LONGEST:
+        safe = [shortened(name, _SHORTENED) for name in safe]
     return re.sub(r"^\.", "_", "-".join(safe))
+
+
+def shortened(name: str, most: int = LONGEST) -> str:
+    """The beginning of a name, of at most so many bytes."""
+    return os.fsencode(name)[:most].decode(errors="ignore")
 
 
 # Writing

@@ -18,8 +18,9 @@ from experiments import bench, job, lifeline, sweep
 from experiments.arms import split_command_line
 from experiments.backends import BACKENDS, BackendFactory
 from experiments.errors import RunError, UsageError
+from experiments.overrides import as_written
 from experiments.paths import CONF
-from experiments.schema import build, explain, register
+from experiments.schema import build, explain, is_text, register
 
 
 def main(
@@ -50,6 +51,9 @@ def main(
         sweeps, arguments = split_command_line(sys.argv[1:])
         if sweeps:
             return sweep.run(sweeps, arguments, backends, child, worker)
+        sys.argv[1:] = [
+            argument if argument.startswith("-") else as_written(argument, is_text) for argument in arguments
+        ]
         entry()
     except KeyboardInterrupt:
         return _fail("interrupted: nothing was recorded", 130)

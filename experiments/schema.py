@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -28,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from experiments.errors import UsageError
+from experiments.overrides import as_written
 from experiments.paths import CONF, RESULTS
 from zipage import EngineConfig, SamplingParams
 
@@ -53,6 +55,7 @@ FIXED = {"skip_tokenizer_init": False}
 
 
 SOURCES = ("path", "generator", "hub_id", "parts")
+WANDB_PROJECT = re.compile(r"[^/\\#?%:]{1,128}")
 ARRIVALS = ("all_at_once", "poisson", "trace")
 KINDS = ("serve", "kernels", "engine_bench")
 
@@ -301,7 +304,7 @@ def load_experiment(overrides: Sequence[str] = ()) -> Experiment:
         # Inside an application of Hydra's, as `python -m experiments.run` is, there is an instance to compose with.
         running = GlobalHydra.instance().is_initialized()
         with nullcontext() if running else initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", overrides=list(overrides))
+            config = compose("config", overrides=[as_written(override, is_text) for override in overrides])
     except Exception as error:
         raise UsageError(explain(error)) from error
     return build(config)
@@ -314,7 +317,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, list[str]]:
         UsageError: an argument is no override.
     """
     try:
-        parsed = OverridesParser.create().parse_overrides(list(arguments))
+        written = [as_written(argument, is_text) for argument in arguments]
+        parsed = OverridesParser.create().parse_overrides(written)
     except OverrideParseException as error:
         raise UsageError(explain(error)) from error
     return {override.key_or_group: _alternatives(override) for override in parsed}
@@ -328,13 +332,18 @@ def _alternatives(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, *, texts: bool = False) -> Any:
     """A YAML file as plain data. A key that is there twice is an error, as in every config file.
+
+    Args:
+        texts: leave each value as it is written, a text.
 
     Raises:
         UsageError: the file is no YAML.
     """
     try:
+        if texts:
+            return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
         return OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
@@ -367,6 +376,34 @@ def explain(error: Exception) -> str:
 @cache
 def _groups() -> dict[str, type]:
     return {name: hint for name, hint in get_type_hints(Experiment).items() if is_dataclass(hint)}
+
+
+def is_text(option: str) -> bool:
+    """Whether an option holds text, or a list of texts; it is given by its dotted name, also of a workload's part."""
+    return _text_hint(option) is not None
+
+
+def is_list_of_texts(option: str) -> bool:
+    return bool(
+        {list, tuple, Sequence} & {get_origin(hint) for hint in (_text_hint(option), *get_args(_text_hint(option)))}
+    )
+
+
+def _text_hint(option: str) -> Any:
+    """The type of a field of text; None for any other."""
+    return _text_hints().get(re.sub(r"^workload\.parts\.[^.]+\.", "workload.", option))
+
+
+@cache
+def _text_hints() -> dict[str, Any]:
+    owners = {"": Experiment} | {f"{group}.": cls for group, cls in _groups().items()}
+    hints = {owner + name: hint for owner, cls in owners.items() for name, hint in get_type_hints(cls).items()}
+    return {name: hint for name, hint in hints.items() if str in _leaves(hint) <= {str, type(None), Ellipsis}}
+
+
+def _leaves(hint: Any) -> set[Any]:
+    """The types that a type hint is made of."""
+    return set().union(*map(_leaves, get_args(hint))) or {hint}
 
 
 @cache
@@ -404,7 +441,9 @@ def _unknown(key: str) -> str:
 
 
 def _check(experiment: Experiment) -> None:
-    model, workload, scenario = experiment.model, experiment.workload, experiment.scenario
+    model, workload, scenario, tracking = (
+        getattr(experiment, g) for g in ("model", "workload", "scenario", "tracking")
+    )
     threads, limit = experiment.hardware.threads, experiment.limit
     poisson, rate = scenario.arrival == "poisson", scenario.rate
     serve, repeats = scenario.kind == "serve", scenario.repeats
@@ -421,8 +460,11 @@ def _check(experiment: Experiment) -> None:
         ("scenario.repeats", serve or (repeats is not None and repeats >= 1), "at least 1"),
         ("scenario.path", scenario.arrival != "trace" or scenario.path, "given: a file of arrival times"),
         ("scenario.rate", not poisson or (rate is not None and 0 < rate < math.inf), "arrivals a second, above 0"),
-        ("tracking.backend", experiment.tracking.backend in ("none", "wandb"), "none or wandb"),
-        ("tracking.mode", experiment.tracking.mode in ("offline", "online"), "offline or online"),
+        ("tracking.backend", tracking.backend in ("none", "wandb"), "none or wandb"),
+        ("tracking.mode", tracking.mode in ("offline", "online"), "offline or online"),
+        ("tracking.project", WANDB_PROJECT.fullmatch(tracking.project), f"of wandb's form, {WANDB_PROJECT.pattern}"),
+        ("tracking.group", tracking.group is None or 1 <= len(tracking.group) <= 128, "1 to 128 characters, or null"),
+        ("tracking.tags", all(1 <= len(tag) <= 64 for tag in tracking.tags), "tags of 1 to 64 characters"),
         ("hardware.threads", threads is None or threads >= 1, "at least 1, or null for torch's choice"),
     ):
         if not ok:

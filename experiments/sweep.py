@@ -133,7 +133,7 @@ class Sweep:
         self._working: tuple[str, Worker] | None = None
         """The process that holds a model, and what arms must have in common to run there."""
         digest = records.content_hash([arm.folder.name for arm in arms])
-        self.path = arms[0].folder.parent / records.SWEEPS / f"{name}-{digest[:12]}.json"
+        self.path = arms[0].folder.parent / records.SWEEPS / f"{records.shortened(name)}-{digest[:12]}.json"
         self.shared = [option for option in arms[0].overrides if all(option in arm.overrides for arm in arms)]
         self.started = time.monotonic()
         self.seconds: dict[tuple[Any, ...], list[float]] = {}

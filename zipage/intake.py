@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from zipage.checks import shown
 from zipage.config import EngineConfig
 from zipage.eviction import registry
 from zipage.eviction.policy import Policy
@@ -64,6 +65,8 @@ class Intake:
         Raises:
             ValueError: the prompt or an option can't be served.
         """
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params={shown(params)}: must be SamplingParams")
         token_ids = self._tokenize(prompt)
         self._check(token_ids, params)
         rule = self._rule(token_ids, params)
@@ -135,6 +138,7 @@ class Intake:
         return self._config.rule(policy, params.budget_tokens or self._config.budget_tokens, len(token_ids))
 
     def _make_policy(self, name: str) -> Policy | None:
+        registry.check_registered(name)  # a place, "package.module:Class", would import what the request names
         policy, cache = registry.make(name), self._cache
         if not policy.evicts:
             return None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from experiments.errors import UsageError, one_line
+from experiments.graders.bounded import BoundedGrader, GradingError
 from experiments.graders.code import SANDBOX, grade_code
 from experiments.graders.exact import grade_exact
 from experiments.graders.f1 import grade_f1
@@ -43,7 +44,7 @@ class Grade:
 
 
 def get_grader(name: str, allow_code_execution: bool = False) -> Grader:
-    """The grader of that name.
+    """The grader of that name, within limits of time and memory: those of `bounded`, and of its sandbox for "code".
 
     Raises:
         UsageError: there is none, or it runs the model's programs and that is not allowed or not possible here.
@@ -61,17 +62,19 @@ def get_grader(name: str, allow_code_execution: bool = False) -> Grader:
                 f"workload.grader=code: there is no sandbox here ({reason}); grade elsewhere: "
                 "workload.grader=none now, then `python -m experiments.regrade RUN --grader code` where there is one"
             )
-    return GRADERS[name]
+    return GRADERS[name] if name in ("code", "none") else BoundedGrader(name)
 
 
 def grade(grader: Grader, answer: str, gold: str) -> Grade:
     """Grade one answer; thought before a closing `</think>` is not part of it.
 
-    A grader that raises scores 0 and its fault is kept: it costs this answer, not the run.
+    A grader that raises or reaches a limit scores 0 and its fault is kept: it costs this answer, not the run.
     """
     final = answer.rpartition("</think>")[2]
     try:
         score, extracted = grader(final, gold)
+    except GradingError as error:
+        return Grade(0.0, error=str(error))
     except Exception as error:
         return Grade(0.0, error=one_line(error))
     return Grade(score, extracted)

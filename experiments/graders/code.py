@@ -12,6 +12,7 @@ from typing import Any
 from experiments.sandbox import HERE, Limits, Sandbox
 
 SANDBOX = Sandbox(Limits())
+NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -88,8 +89,10 @@ def same_output(output: str, expected: str) -> bool:
 
 
 def _number(word: str) -> Decimal | None:
-    try:
-        number = Decimal(word)
-    except InvalidOperation:
+    """Its value, where the word is a number as programs print them; `Decimal` reads 4_1 and Arabic digits too."""
+    if not NUMBER.fullmatch(word):
         return None
-    return number if number.is_finite() else None
+    try:
+        return Decimal(word)
+    except InvalidOperation:  # an exponent beyond what it holds
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from typing import Any
 
 _MARKED = re.compile(r"\[ANSWER\](.*?)(?:\[/ANSWER\]|\Z)", re.DOTALL)
@@ -29,6 +30,8 @@ def grade_literal(answer: str, gold: str) -> tuple[float, str | None]:
 
 def _value(text: str) -> tuple[Any] | None:
     try:
-        return (ast.literal_eval(text.strip()),)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # about the model's text, to nobody
+            return (ast.literal_eval(text.strip()),)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None

@@ -135,6 +135,40 @@ def test_command_line_wins_and_brings_axes(write):
     assert expand([own], ["sampling.stop=[a,b]"])[0][-1] == "sampling.stop=[a,b]", "a list is a value, not an axis"
 
 
+@pytest.mark.parametrize(
+    ("written", "option", "value"),
+    [
+        ("1.10", "workload.subset", "1.10"),
+        ('"1.10"', "workload.subset", "1.10"),
+        ("[0123, 1e5]", "model.revision", "0123"),
+        ("on", "workload.subset", "on"),
+        ("null", "workload.subset", None),
+        ('"null"', "workload.subset", "null"),
+        (r'"Q: {question},\nA:"', "workload.template", "Q: {question},\nA:"),
+        (r"'[x] {question} \n'", "workload.template", r"[x] {question} \n"),
+        ('"1"', "workload.options.kind", "1"),
+        ("1", "workload.options.kind", 1),
+        ('"[1,2]"', "workload.options.kind", [1, 2]),
+        ("on", "workload.options.kind", True),
+        ('"[a,1.10]"', "sampling.stop", ["a", "1.10"]),
+    ],
+)
+def test_values_are_those_of_yaml_and_texts_as_they_are_written(write, written, option, value):
+    arm, *_ = expand([write(f"axes: {{limit: 3, {option}: {written}}}")])
+    found = to_dict(load_experiment(arm))
+    for part in option.split("."):
+        found = found[part]
+    assert found == value
+
+
+def test_axes_of_the_command_line_are_texts_as_they_are_written(write):
+    own = write("axes: {limit: 3}")
+    assert [load_experiment(arm).workload.subset for arm in expand([own], ["workload.subset=1.10,1e5"])] == [
+        "1.10",
+        "1e5",
+    ]
+
+
 def test_an_added_option_is_known_by_its_name(write):
     own = write("axes: {policy: zipage, +policy.options.tau: [1, 2]}")
     assert [arm[1] for arm in expand([own])] == ["+policy.options.tau=1", "+policy.options.tau=2"]

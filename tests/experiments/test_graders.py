@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 
 from experiments.errors import UsageError
@@ -35,14 +33,12 @@ from experiments.graders.boxed import last_boxed
         ("The answer is 7", "-7", 0),
         ("-$7", "-7", 1),
         ("15 - 8 gives 7", "7", 1),
-        ("10-7", "7", 1),
         ("- 7 apples", "7", 1),
         ("#### 18\nThat took 3 steps.", "18", 1),
         ("so \\boxed{18}. Check: 9 times 2.", "18", 1),
         ("\\boxed{7} no, \\boxed{18}", "18", 1),
         ("\\boxed{\\frac{3}{4}}", "0.75", 1),
         ("3/4", "0.75", 1),
-        ("1 / 0", "0", 1),
         ("\\boxed{042}", "42", 1),
         ("**Answer:** 18 eggs", "18", 1),
         ("The final answer is **18**.", "18", 1),
@@ -84,22 +80,6 @@ def test_mathematics(answer, gold, score):
     graded = grade(get_grader("math"), answer, gold)
     assert graded.error is None
     assert graded.score == score, graded
-
-
-def test_mathematics_stops_at_its_time_limit(monkeypatch):
-    monkeypatch.setattr("experiments.graders.mathematics.TIMEOUT", 1)
-    graded = grade(get_grader("math"), "\\boxed{\\binom{1000000000}{500000000}}", "5")
-    assert graded.score == 0
-    assert graded.error == "TimeoutError: math-verify took longer than 1 s"
-
-
-def test_mathematics_outside_the_main_thread_is_a_fault_of_the_grader():
-    grades = []
-    thread = threading.Thread(target=lambda: grades.append(grade(get_grader("math"), "\\boxed{5}", "5")))
-    thread.start()
-    thread.join()
-    assert grades[0].score == 0
-    assert "thread" in grades[0].error
 
 
 @pytest.mark.parametrize(("name", "gold"), [("number", "four"), ("math", ""), ("f1", "the"), ("literal", "f(x)")])

@@ -10,7 +10,18 @@ import pytest
 from experiments import run
 from experiments.errors import UsageError
 from experiments.paths import CONF
-from experiments.schema import FIXED, HOMES, EngineOptions, engine_options, load_experiment, to_dict
+from experiments.records import flatten
+from experiments.schema import (
+    FIXED,
+    HOMES,
+    EngineOptions,
+    Experiment,
+    engine_options,
+    is_list_of_texts,
+    is_text,
+    load_experiment,
+    to_dict,
+)
 from zipage import EngineConfig, SamplingParams
 from zipage.eviction import registry
 
@@ -122,6 +133,65 @@ def test_sampling_options_are_those_of_the_engine():
     params = SamplingParams(**vars(experiment.sampling))
     assert params.stop == ("x",)
     assert params.temperature == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("model.revision=12e4567", "12e4567"),
+        ("model.name=0123", "0123"),
+        ("workload.subset=1.10", "1.10"),
+        ("workload.subset=true", "true"),
+        ("workload.subset='1.10'", "1.10"),
+        ("workload.subset= 1.10 ", "1.10"),
+        ("workload.subset=null", None),
+        ("workload.subset='null'", "null"),
+        ("workload.subset=", ""),
+        ("tracking.group=1_000", "1_000"),
+        ("tracking.tags=[1.10,v2,1e3]", ["1.10", "v2", "1e3"]),
+        ("results_dir=2e10", "2e10"),
+        ("scenario.path=nan", "nan"),
+        (r'sampling.stop=["\n\n"]', ("\n\n",)),
+        (r"sampling.stop=['\n',1.10,x]", (r"\n", "1.10", "x")),
+        (r'workload.template="{question}\nSay \"it\":\t\\n \boxed{}"', '{question}\nSay "it":\t\\n \\boxed{}'),
+        (r"workload.template='{question} \nu \boxed{}'", r"{question} \nu \boxed{}"),
+        ("+workload.parts.aime.revision=12e4567", "12e4567"),
+        ("workload.parts={aime: {revision: 12e4567, seed: 3}}", {"aime": {"revision": "12e4567", "seed": 3}}),
+    ],
+)
+def test_text_fields_get_the_text_that_was_written(option, text):
+    key = option.partition("=")[0].lstrip("+")
+    value = to_dict(load_experiment([option]))
+    for part in key.split("."):
+        value = value[part]
+    assert value == (list(text) if isinstance(text, tuple) else text)
+
+
+def test_every_text_field_is_known_as_one():
+    texts = {name for name in flatten(to_dict(Experiment())) if is_text(name)}
+    assert {
+        "model.revision",
+        "workload.subset",
+        "policy.protection",
+        "hardware.device",
+        "backend",
+        "results_dir",
+    } <= texts
+    assert {"sampling.stop", "tracking.tags", "scenario.loads"} == {name for name in texts if is_list_of_texts(name)}
+    assert not texts & {"seed", "limit", "engine.block_size", "sampling.temperature", "engine.enforce_eager"}
+    strings = {name for name, value in flatten(to_dict(load_experiment())).items() if isinstance(value, str)}
+    assert strings - texts == set()
+
+
+def test_numbers_and_free_options_are_what_hydra_reads():
+    experiment = load_experiment(["sampling.temperature=1e-1", "workload.options.count=1_0", "seed=007"])
+    assert (experiment.sampling.temperature, experiment.workload.options["count"], experiment.seed) == (0.1, 10, 7)
+
+
+def test_command_line_gets_the_text_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run", "workload.subset=1.10", "--cfg", "job"])
+    assert run.main() == 0
+    assert "subset: '1.10'" in capsys.readouterr().out
 
 
 def test_workload_sets_the_defaults_of_sampling():

@@ -429,6 +429,16 @@ def test_two_sweeps_at_once_share_the_work(start_sweep, twelve, results, tmp_pat
     assert list(load_runs(sweep_file(results))["run"].sort_values()) == list(runs["run"].sort_values())
 
 
+def test_name_of_many_joined_sweeps_is_short_enough_for_wandb(launch_sweep, tmp_path, results):
+    names = [f"sweep_of_a_long_name_{number}" for number in range(20)]
+    for name in names:
+        (tmp_path / f"{name}.yaml").write_text("axes: {engine.block_size: 16}")
+    paths = ",".join(f"{tmp_path}/{name}.yaml" for name in names)
+    assert launch_sweep(f"+sweep=[{paths}]", "limit=1") == 0
+    assert sweep_file(results).stem.startswith("sweep_of_a_long_name_0+")
+    assert len(sweep_file(results).stem) <= 128
+
+
 @pytest.mark.parametrize(
     ("more", "group"),
     [

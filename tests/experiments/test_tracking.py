@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from experiments.errors import UsageError
 from experiments.records import load_runs
 from experiments.schema import load_experiment
 from experiments.tracking import NullTracker, WandbTracker, open_tracker
@@ -47,6 +48,28 @@ def test_offline_run_is_kept_on_disk(launch, results, no_key):
     assert b"step/time" in stored
     images = {path.name.partition("_")[0] for path in (results / "wandb").rglob("*.png")}
     assert images == {"throughput", "concurrency", "blocks", "latency"}
+
+
+def test_long_names_lose_nothing(launch, results, no_key, capsys):
+    long = "x" * 200
+    assert launch("tracking=wandb_offline", f"model.name={long}", "limit=2", "sampling.max_tokens=3") == 0
+    assert "tracking: wandb failed" not in capsys.readouterr().out
+    (stored,) = (results / "wandb").glob("offline-run-*/*.wandb")
+    assert b"finish_reasons.length" in stored.read_bytes(), "the summary"
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        (f"tracking.group={'x' * 129}", "must be 1 to 128 characters, or null"),
+        (f"tracking.project={'x' * 129}", "must be of wandb's form"),
+        ("tracking.project=a/b", "must be of wandb's form"),
+        (f"tracking.tags=[a,{'x' * 65}]", "must be tags of 1 to 64 characters"),
+    ],
+)
+def test_names_that_wandb_refuses_are_refused_before_the_run(option, line):
+    with pytest.raises(UsageError, match=f"{option.partition('=')[0]}=.*: {line}"):
+        tracking(option)
 
 
 def test_online_without_a_key_goes_offline(tmp_path, no_key, capsys):

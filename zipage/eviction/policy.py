@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, get_type_hints
 import torch
 from torch import Tensor
 
-from zipage.config import check_names
+from zipage.checks import check_names, checked
 from zipage.eviction.event import Event
 
 HUGE = torch.finfo(torch.float32).max / 4
@@ -103,8 +103,22 @@ class Policy(ABC):
         """
 
     def score(self, event: Event) -> Tensor:
-        """Scores of the entries, float32 [L, R, H, N]: finite up to each request's n, -inf past it."""
-        scores = self.rank(event).float().expand(event.shape)
+        """Scores of the entries, float32 [L, R, H, N]: finite up to each request's n, -inf past it.
+
+        Raises:
+            ValueError: `rank` returned something else.
+        """
+        scores, device = self.rank(event), event.lens.device
+        if not isinstance(scores, Tensor) or scores.is_complex() or scores.device != device:
+            what = f"{scores.dtype} on {scores.device}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"{self.name}.rank returned {what}: must be a tensor of real numbers on {device}")
+        try:
+            scores = scores.float().expand(event.shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.name}.rank returned shape {tuple(scores.shape)}: must be {tuple(event.shape)}, which are "
+                "layers, requests, KV heads and entries, or broadcast to it"
+            ) from error
         return torch.where(event.valid, scores, float("-inf"))
 
     def check(self, *, block_size: int, recent: int) -> None:
@@ -151,16 +165,11 @@ class Policy(ABC):
             ValueError: an option is unknown (the message names the closest) or its value is outside its range.
         """
         known = cls.known_options()
-        hints = get_type_hints(cls)
+        hints = get_type_hints(cls, include_extras=True)
         given = {}
         check_names(options, tuple(known), f"policy {cls.name!r}")
         for name, value in options.items():
-            kind = hints[known[name].name]
-            if kind is float and isinstance(value, int) and not isinstance(value, bool):
-                value = float(value)
-            if type(value) is not kind:
-                raise ValueError(f"{cls.name}.{name}={value!r}: must be of type {kind.__name__}")
-            given[known[name].name] = value
+            given[known[name].name] = checked(f"{cls.name}.{name}", value, hints[known[name].name])
         return cls(**given)
 
     def _require(self, attribute: str, ok: bool, what: str) -> None:

@@ -30,6 +30,9 @@ POLICIES: dict[str, str | type[Policy]] = {
 }
 """Name -> class, or where to find it; modules load on first use."""
 
+SPELLED_OUT = {"random_attention": "policy='random' with protection='prompt'"}
+"""Names of the field for a policy together with a protection, and how the two are asked for."""
+
 
 def register(policy: type[Policy]) -> type[Policy]:
     """Class decorator: make a policy known by its `name`. Raises ValueError where the name is another policy's."""
@@ -52,13 +55,25 @@ def find(name: str) -> type[Policy]:
         return place
     module, _, attribute = place.partition(":")
     if not attribute:
-        close = difflib.get_close_matches(name, POLICIES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(POLICIES)}, or 'package.module:Class'"
+        hint = _hint(name, or_else=", or 'package.module:Class'")
         raise ValueError(f"unknown policy {name!r}; {hint}")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"policy {name!r} cannot be loaded: {error}") from error
+
+
+def check_registered(name: str) -> None:
+    """Raise a ValueError where no policy is known by this name; nothing is imported."""
+    if name not in POLICIES:
+        raise ValueError(f"unknown policy {name!r}; {_hint(name)}")
+
+
+def _hint(name: str, or_else: str = "") -> str:
+    if name in SPELLED_OUT:
+        return f"it is {SPELLED_OUT[name]}"
+    close = difflib.get_close_matches(name, POLICIES, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(POLICIES)}{or_else}"
 
 
 def make(name: str, options: Mapping[str, Any] | None = None) -> Policy:
