@@ -1,11 +1,13 @@
-# make demo: from nothing to a table.   make test: what CI runs.
+# make demo: from nothing to a table.   make test: what CI runs.   make gpu: what only a GPU can show.
 PYTHON ?= python3
 VENV ?= .venv
 # The build for CPUs; on a CUDA machine: make setup TORCH=torch==2.13.0
 TORCH ?= torch==2.13.0+cpu
 RUN = $(VENV)/bin/python
+# Torch for CUDA: that of the environment, where there is one
+GPU_PYTHON ?= $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
 
-.PHONY: setup demo test lint format bench-scheduler
+.PHONY: setup demo test gpu lint format bench-scheduler
 
 setup: $(VENV)/.installed
 
@@ -26,6 +28,10 @@ demo: setup
 
 test: setup lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto
+
+# GPU_ARGS: --full, --commit COMMIT where this is no git checkout
+gpu:
+	$(GPU_PYTHON) -m tests.gpu $(GPU_ARGS)
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -1,9 +1,9 @@
 """Check every compiled kernel of a compression against the float32 reference on a CUDA machine, then time them.
 
-    python tests/gpu/check_compression.py --out compression.json --commit $(git rev-parse HEAD)
+    python tests/gpu/check_compression.py --out compression.json --commit $(git rev-parse HEAD) [--full]
 
-Prints a table, writes a JSON record, and exits 1 if a case fails. `--dry` runs a few small cases in Triton's
-interpreter on a CPU, without timing, to check this script itself.
+Prints a table, writes a JSON record, and exits 1 if a case fails. `--full` takes twice as many shapes. `--dry` runs a
+few small cases in Triton's interpreter on a CPU, without timing, to check this script itself.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ KINDS = {
     "morphkv_max": {"softmax": "cut", "group": "max", "window": "max"},
     "r_kv_mean": {"softmax": "group_cut", "group": "mean", "window": "max"},
 }
-SHAPES = [  # dtype, head_dim, block size, group, window
-    ("bfloat16", 128, 256, 4, 16), ("bfloat16", 64, 16, 7, 16), ("bfloat16", 96, 64, 1, 40),
-    ("bfloat16", 256, 16, 8, 16), ("bfloat16", 128, 64, 4, 64),
-    ("float16", 128, 16, 4, 16), ("float16", 64, 256, 1, 1),
-    ("float32", 128, 256, 4, 16), ("float32", 64, 16, 7, 5), ("float32", 256, 64, 2, 16),
+SHAPES = [  # dtype, head_dim, block size, group, window; every dtype, head_dim and block size are in the first five
+    ("bfloat16", 128, 256, 4, 16), ("bfloat16", 96, 64, 1, 40), ("bfloat16", 256, 16, 8, 16),
+    ("float16", 64, 256, 1, 1), ("float32", 64, 16, 7, 5),
+    ("bfloat16", 64, 16, 7, 16), ("bfloat16", 128, 64, 4, 64), ("float16", 128, 16, 4, 16),
+    ("float32", 128, 256, 4, 16), ("float32", 256, 64, 2, 16),
 ]  # fmt: skip
 LENS = (64, 700, 0, 257, 1301)
 if DRY:
@@ -117,8 +117,8 @@ def window_queries(event: Event, window: int, query_heads: int) -> tuple[Tensor,
     return q_cache, order[:requests].int(), event.lens + 7 * torch.arange(requests, device=DEVICE).int()
 
 
-def check_scores(checks: Checks) -> None:
-    for number, (name, head_dim, block_size, group, window) in enumerate(SHAPES):
+def check_scores(checks: Checks, shapes: list[tuple]) -> None:
+    for number, (name, head_dim, block_size, group, window) in enumerate(shapes):
         dtype = getattr(torch, name)
         lens = tuple(n if n == 0 or n >= window else window for n in LENS)
         event = make_event(lens, block_size, head_dim, dtype)
@@ -165,9 +165,9 @@ def random_kept(lens: tuple[int, ...], keep: tuple[int, ...], width: int, layers
     return ops.select(scores, must, ints(lens), ints(keep), max(keep))
 
 
-def check_moves(checks: Checks) -> None:
+def check_moves(checks: Checks, shapes: list[tuple]) -> None:
     """Stores and moves are exact."""
-    for name, head_dim, block_size, _, _ in SHAPES:
+    for name, head_dim, block_size, _, _ in shapes:
         dtype = getattr(torch, name)
         case = {"head_dim": head_dim, "block_size": block_size}
         lens = tuple(-(-n // block_size) * block_size for n in LENS)
@@ -340,6 +340,8 @@ def main() -> int:
     parser.add_argument("--commit", default="unknown", help="git commit of the kernels, for the record")
     parser.add_argument("--seed", type=int, default=None, help="of the inputs; default: fresh ones")
     parser.add_argument("--dry", action="store_true", help="a few small cases, interpreted on a CPU, no timing")
+    parser.add_argument("--full", action="store_true", help="all shapes")
+    parser.add_argument("--no-timing", action="store_true", help="check, but time nothing: beside other processes")
     options = parser.parse_args()
     if not DRY and not torch.cuda.is_available():
         parser.error("no CUDA device: use --dry to check the script on a CPU")
@@ -349,15 +351,16 @@ def main() -> int:
     torch.set_float32_matmul_precision("highest")
     record = provenance(options.commit, seed)
     checks, begin = Checks(), time.monotonic()
-    check_scores(checks)
+    shapes = SHAPES if options.full else SHAPES[:5]
+    check_scores(checks, shapes)
     check_selection(checks)
-    check_moves(checks)
+    check_moves(checks, shapes)
     if not DRY:
         check_in_place(checks)
         check_large_addresses(checks)
     record["check_seconds"] = time.monotonic() - begin
     timing = None
-    if not DRY:
+    if not DRY and not options.no_timing:
         bandwidth = time_copy()
         timing = {"copy_bytes_per_second": bandwidth, "goals_ms": GOALS, "rows": []}
         for requests in (1, 8):

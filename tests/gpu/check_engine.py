@@ -1,21 +1,29 @@
-"""The engine on CUDA: greedy tokens against transformers in float32, and the memory plan against what is really used.
+"""The engine on CUDA: tokens against transformers, the memory plan against what is used, and what faults cost.
 
-    python -m tests.gpu.check_engine --out engine.json --commit $(git rev-parse HEAD)
+    python -m tests.gpu.check_engine --out engine.json --commit $(git rev-parse HEAD) [--only tokens,...] [--full]
 
-Every case is a tiny random model of one family, five prompts of mixed length and 200 new tokens; compared are all
-tokens and their log-probabilities. The last case plans memory for a Qwen3-8B-shaped model with random weights, serves a
-batch that fills the plan's step, and compares CUDA's peak with the plan. Exits with 1 where anything disagrees.
+* tokens: a tiny random model of each family, five prompts of mixed length and 200 new tokens, greedy, float32: all
+  tokens and their log-probabilities equal transformers'. Of families, block sizes and ways to run any two meet; with
+  `--full` all do.
+* requests: `tests/gpu/check_requests.py`.
+* memory: the plan of a Qwen3-8B-shaped model with random weights, full KV and compressed, against CUDA's peak in a run
+  that fills it.
+
+Exits with 1 where anything disagrees.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import random
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -23,6 +31,8 @@ import transformers
 import triton
 from transformers import AutoModelForCausalLM
 
+from tests.gpu.check_requests import check_requests
+from tests.gpu.pairwise import pairwise
 from tests.tiny_models import FAMILIES, VOCAB, save_tiny_model, transformers_greedy
 from zipage import LLM, SamplingParams
 
@@ -34,7 +44,7 @@ CASES = {
     "chunked": {"max_num_batched_tokens": 40},
     "unchunked": {"enable_chunked_prefill": False, "max_model_len": 512},
     "prefix-hit": {},
-    "preempted": {"tight": True},
+    "preempted": {},
 }
 QWEN3_8B = {
     "model_type": "qwen3",
@@ -54,108 +64,151 @@ QWEN3_8B = {
 }
 
 
-def check_tokens(folder: Path, family: str, device: str) -> list[dict]:
-    """One row a case: whether all tokens agree, and the largest difference of a log-probability."""
+def check_tokens(device: str, full: bool) -> list[dict]:
+    """One row a family, block size and way to run: `tokens_equal`, and the largest difference of a log-probability."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    settings = defaultdict(list)
+    for family, *setting in (product if full else pairwise)(sorted(FAMILIES), (16, 256), tuple(CASES)):
+        settings[family].append(setting)
+    rows = []
+    for family, cases in settings.items():
+        with tempfile.TemporaryDirectory() as folder:
+            rows += check_family(save_tiny_model(family, Path(folder)), family, cases, device)
+    return rows
+
+
+def check_family(folder: Path, family: str, cases: list[tuple[int, str]], device: str) -> list[dict]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     rng = random.Random(0)
     prompts = [[rng.randrange(VOCAB) for _ in range(length)] for length in LENGTHS]
     expected = [transformers_greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
     rows = []
-    for block_size in (16, 256):
-        for case, options in CASES.items():
-            tight = options.get("tight", False)
-            defaults = {
-                "num_blocks": {16: 30, 256: 3}[block_size] if tight else 4096 // block_size,
-                "max_num_batched_tokens": 512,
-            }
-            options = defaults | {name: value for name, value in options.items() if name != "tight"}
-            llm = LLM(
-                str(folder),
-                skip_tokenizer_init=True,
-                device=device,
-                dtype="float32",
-                block_size=block_size,
-                max_num_seqs=8,
-                debug=True,
-                **options,
-            )
-            if case == "prefix-hit":
-                llm.generate(prompts, PARAMS, use_tqdm=False)
-            outputs = llm.generate(prompts, PARAMS, use_tqdm=False)
-            samples = [output.outputs[0] for output in outputs]
-            pairs = list(zip(samples, expected, strict=True))
-            rows.append(
-                {
-                    "family": family,
-                    "block_size": block_size,
-                    "case": case,
-                    "tokens_equal": all(sample.token_ids == tokens for sample, (tokens, _) in pairs),
-                    "max_logprob_difference": max(
-                        abs(a - b) for sample, (_, logprobs) in pairs for a, b in zip(sample.logprobs, logprobs)
-                    ),
-                    "cached_tokens": sum(output.metrics.cached_tokens for output in outputs),
-                    "preemptions": llm.stats.preemptions,
-                }
-            )
+    for block_size, case in cases:
+        options = {"num_blocks": 4096 // block_size, "max_num_batched_tokens": 512} | CASES[case]
+        if case == "preempted":
+            options["num_blocks"] = {16: 30, 256: 3}[block_size]
+        llm = LLM(
+            str(folder),
+            skip_tokenizer_init=True,
+            device=device,
+            dtype="float32",
+            block_size=block_size,
+            max_num_seqs=8,
+            debug=True,
+            **options,
+        )
+        if case == "prefix-hit":
+            llm.generate(prompts, PARAMS, use_tqdm=False)
+        outputs = llm.generate(prompts, PARAMS, use_tqdm=False)
+        samples = [output.outputs[0] for output in outputs]
+        pairs = list(zip(samples, expected, strict=True))
+        row = {
+            "family": family,
+            "block_size": block_size,
+            "case": case,
+            "tokens_equal": all(sample.token_ids == tokens for sample, (tokens, _) in pairs),
+            "max_logprob_difference": max(
+                abs(a - b) for sample, (_, logprobs) in pairs for a, b in zip(sample.logprobs, logprobs)
+            ),
+            "cached_tokens": sum(output.metrics.cached_tokens for output in outputs),
+            "preemptions": llm.stats.preemptions,
+        }
+        row["ok"] = row["tokens_equal"] and row["max_logprob_difference"] < 1e-3
+        if block_size == 16:  # too small a number of blocks of 256 to tell
+            row["ok"] &= (row["preemptions"] > 0) == (case == "preempted")
+            row["ok"] &= case == "preempted" or (row["cached_tokens"] > 0) == (case == "prefix-hit")
+        rows.append(row)
     return rows
 
 
-def check_memory(device: str) -> dict:
-    """The plan of an 8B-shaped model at 0.9 of memory, and the peak of a run that fills it."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(QWEN3_8B))
+LOADS = {
+    "full": (
+        {},
+        SamplingParams(
+            temperature=0.6, top_p=0.95, min_p=0.01, repetition_penalty=1.1, max_tokens=128, ignore_eos=True,
+            logprobs=True,
+        ),
+    ),
+    "zipage": (
+        {"policy": "zipage", "budget_tokens": 512},
+        SamplingParams(temperature=0.6, top_p=0.95, max_tokens=128, ignore_eos=True, logprobs=True),
+    ),
+}  # fmt: skip
+"""Options of the engine, and of 256 requests. Under `zipage` each is compressed once, at 768 entries."""
+
+
+def check_memory(device: str) -> list[dict]:
+    """One row a load: the plan of an 8B-shaped model at 0.9 of memory, and the peak of a run that fills it.
+
+    Counted is what the engine allocates above what the process held before, which the plan leaves alone.
+    """
+    rows = []
+    for name, (options, params) in LOADS.items():
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(QWEN3_8B))
+            begin = time.perf_counter()
+            llm = LLM(folder, load_format="dummy", skip_tokenizer_init=True, device=device, max_num_seqs=256, **options)
+            startup = time.perf_counter() - begin
+        torch.cuda.reset_peak_memory_stats()
+        rng = random.Random(0)
+        prompts = [[rng.randrange(1000) for _ in range(700)] for _ in range(256)]
         begin = time.perf_counter()
-        llm = LLM(folder, load_format="dummy", skip_tokenizer_init=True, device=device, max_num_seqs=256)
-        startup = time.perf_counter() - begin
-    torch.cuda.reset_peak_memory_stats()
-    rng = random.Random(0)
-    prompts = [[rng.randrange(1000) for _ in range(512)] for _ in range(256)]
-    params = SamplingParams(temperature=0.6, top_p=0.95, max_tokens=128, ignore_eos=True, logprobs=True)
-    begin = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    seconds = time.perf_counter() - begin
-    plan = llm.memory_plan
-    total = torch.cuda.get_device_properties(device).total_memory
-    return {
-        "plan": str(plan),
-        "num_blocks": plan.num_blocks,
-        "startup_seconds": startup,
-        "planned_bytes": plan.weight_bytes + plan.activation_bytes + plan.cache_bytes,
-        "peak_bytes": torch.cuda.max_memory_allocated(),
-        "limit_bytes": int(0.9 * total),
-        "tokens_per_second": sum(len(output.outputs[0].token_ids) for output in outputs) / seconds,
-        "seconds": seconds,
-        "host_seconds": llm.stats.host_time,
-        "device_seconds": llm.stats.device_time,
-        "steps": llm.stats.steps,
-    }
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        plan, stats = llm.memory_plan, llm.stats
+        free, total = torch.cuda.mem_get_info(device)
+        row = {
+            "load": name,
+            "plan": str(plan),
+            "num_blocks": plan.num_blocks,
+            "startup_seconds": startup,
+            "allocated_before_bytes": before,
+            "planned_bytes": plan.weight_bytes + plan.activation_bytes + plan.cache_bytes + plan.query_bytes,
+            "peak_bytes": torch.cuda.max_memory_allocated() - before,
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+            "device_bytes": total - free,
+            "limit_bytes": int(0.9 * total),
+            "tokens_per_second": sum(len(output.outputs[0].token_ids) for output in outputs) / seconds,
+            "seconds": seconds,
+            "host_seconds": stats.host_time,
+            "device_seconds": stats.device_time,
+            "steps": stats.steps,
+            "compressions": stats.compressions_applied,
+            "preemptions": stats.preemptions,
+        }
+        row["ok"] = row["peak_bytes"] <= row["planned_bytes"] <= row["limit_bytes"]
+        row["ok"] &= stats.compressions_applied >= (256 if options else 0)
+        rows.append(row)
+        llm.shutdown()
+        del llm, outputs
+    return rows
+
+
+def tiny_requests(device: str) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        return check_requests(save_tiny_model("qwen3", Path(folder)), device)
+
+
+SECTIONS = ("tokens", "requests", "memory")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the JSON record goes")
     parser.add_argument("--commit", default="unknown", help="git commit of the code")
-    parser.add_argument("--device", default="cuda", help="cpu runs the token cases alone")
-    parser.add_argument("--no-memory", action="store_true", help="the token cases alone, beside other processes")
+    parser.add_argument("--device", default="cuda", help="a cpu leaves out `memory`")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
+    parser.add_argument("--full", action="store_true", help="every combination of the tokens' cases")
     args = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    rows = []
-    for family in sorted(FAMILIES):
-        with tempfile.TemporaryDirectory() as folder:
-            rows += check_tokens(save_tiny_model(family, Path(folder)), family, args.device)
+    chosen = args.only.split(",")
+    if not set(chosen) <= set(SECTIONS):
+        parser.error(f"--only {args.only}: name some of {', '.join(SECTIONS)}")
     cuda = args.device.startswith("cuda")
-    memory = check_memory(args.device) if cuda and not args.no_memory else None
-    good = all(row["tokens_equal"] and row["max_logprob_difference"] < 1e-3 for row in rows)
-    good &= all((row["preemptions"] > 0) == (row["case"] == "preempted") for row in rows if row["block_size"] == 16)
-    good &= all(
-        (row["cached_tokens"] > 0) == (row["case"] == "prefix-hit")
-        for row in rows
-        if row["block_size"] == 16 and row["case"] != "preempted"
-    )
-    if memory:
-        good &= memory["peak_bytes"] <= memory["planned_bytes"] <= memory["limit_bytes"]
     record = {
-        "command": f"python -m tests.gpu.check_engine --out {args.out.name} --device {args.device}",
+        "command": f"python -m tests.gpu.check_engine --only {args.only} --device {args.device}{' --full' * args.full}",
         "commit": args.commit,
         "device": torch.cuda.get_device_name() if cuda else platform.processor(),
         "torch": torch.__version__,
@@ -164,16 +217,28 @@ def main() -> int:
         "python": platform.python_version(),
         "new_tokens": NUM_TOKENS,
         "prompt_lengths": LENGTHS,
-        "passed": good,
-        "tokens": rows,
-        "memory": memory,
     }
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-    for row in rows:
-        print(*row.values())
-    print(json.dumps(memory, indent=1))
-    print("PASSED" if good else "FAILED")
-    return 0 if good else 1
+    checks = {
+        "tokens": lambda: check_tokens(args.device, args.full),
+        "requests": lambda: tiny_requests(args.device),
+        "memory": lambda: check_memory(args.device) if cuda else [],
+    }
+    summary = []
+    for section in SECTIONS:
+        if section not in chosen:
+            continue
+        rows = record[section] = checks[section]()
+        bad = [row for row in rows if not row["ok"]]
+        summary.append(f"{section}: {len(rows) - len(bad)} of {len(rows)} as they must be")
+        if section == "memory":
+            gigabytes = ((row["load"], row["peak_bytes"] / 1e9, row["planned_bytes"] / 1e9) for row in rows)
+            summary += [f"{load}: peak {peak:.2f}, planned {planned:.2f} GB" for load, peak, planned in gigabytes]
+        for row in rows if section == "memory" else bad:
+            print(json.dumps(row, indent=1), flush=True)
+        record["passed"] = record.get("passed", True) and not bad
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print("; ".join(summary))
+    return 0 if record["passed"] else 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Check every compiled kernel against the float32 reference on a CUDA machine, then time it.
 
-    python tests/gpu/check_kernels.py --out kernels.json --commit $(git rev-parse HEAD)
+    python tests/gpu/check_kernels.py --out kernels.json --commit $(git rev-parse HEAD) [--full]
 
-Prints a table, writes a JSON record, and exits 1 if a case fails. `--dry` runs a few small cases in Triton's
+Prints a table, writes a JSON record, and exits 1 if a case fails. Of dtypes, sizes and lengths any two meet in a case;
+with `--full` all do. `--dry` runs a few small cases in Triton's
 interpreter on a CPU, without timing, to check this script itself.
 """
 
@@ -45,6 +46,7 @@ from kernels.rms_norm import add_rms_norm_triton
 from kernels.sampling import sample_from_logits_triton
 from kernels.silu_mul import silu_mul_triton
 from kernels.step_store import store_step_triton
+from tests.gpu.pairwise import pairwise
 
 DEVICE = "cpu" if DRY else "cuda"
 BOUNDS = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
@@ -53,23 +55,28 @@ KV_HEADS = 2
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of these is a case."""
+    """Combinations of these are cases: all of them, or few in which any two values meet."""
 
+    every: bool
     dtypes: tuple[str, ...]
     head_dims: tuple[int, ...]
     block_sizes: tuple[int, ...]
     groups: tuple[int, ...]
     contexts: tuple[tuple[int, ...], ...]
 
+    def combine(self, *factors):
+        return product(*factors) if self.every else pairwise(*factors)
+
 
 FULL = Grid(
+    every=True,
     dtypes=("float32", "bfloat16", "float16"),
     head_dims=(64, 96, 128, 256),
     block_sizes=(16, 64, 256),
     groups=(1, 4, 8),
     contexts=((1,), (63,), (1000,), (4097,), (1, 4097, 0, 63, 256, 1000, 17)),
 )
-SMALL = Grid(("float32", "float16"), (64, 96), (16, 256), (1, 4), ((63,), (140, 0, 1)))
+SMALL = Grid(False, ("float32", "float16"), (64, 96), (16, 256), (1, 4), ((63,), (140, 0, 1)))
 
 
 @dataclass(frozen=True)
@@ -156,63 +163,63 @@ class Checks:
 
 
 def check_attention(checks: Checks, grid: Grid) -> None:
-    for name, head_dim, block_size in product(grid.dtypes, grid.head_dims, grid.block_sizes):
+    factors = grid.dtypes, grid.head_dims, grid.block_sizes, grid.groups, grid.contexts
+    for name, head_dim, block_size, group, contexts in grid.combine(*factors):
         dtype, bound, scale = getattr(torch, name), BOUNDS[name], head_dim**-0.5
-        for group, contexts in product(grid.groups, grid.contexts):
-            case = {"head_dim": head_dim, "block_size": block_size, "group": group, "contexts": list(contexts)}
-            paged = make_paged(contexts, block_size, KV_HEADS, head_dim, dtype)
-            k_cache, v_cache, tables, lens = paged.tuple()
-            k_ref, v_ref, tables_ref, lens_ref = paged.upcast()
+        case = {"head_dim": head_dim, "block_size": block_size, "group": group, "contexts": list(contexts)}
+        paged = make_paged(contexts, block_size, KV_HEADS, head_dim, dtype)
+        k_cache, v_cache, tables, lens = paged.tuple()
+        k_ref, v_ref, tables_ref, lens_ref = paged.upcast()
 
-            q = fused(len(contexts), KV_HEADS * group, head_dim, dtype)
-            expected = reference.paged_decode(q.float(), k_ref, v_ref, tables_ref, lens_ref, scale)
-            for wanted in (1, None, 200):
-                pieces = decode_pieces_triton(lens, k_cache, tables.shape[1], wanted)
-                out = paged_decode_triton(q, k_cache, v_cache, tables, lens, scale, pieces)
-                checks.add("paged_decode", name, error(out, expected), bound, wanted=wanted, **case)
+        q = fused(len(contexts), KV_HEADS * group, head_dim, dtype)
+        expected = reference.paged_decode(q.float(), k_ref, v_ref, tables_ref, lens_ref, scale)
+        for wanted in (1, None, 200):
+            pieces = decode_pieces_triton(lens, k_cache, tables.shape[1], wanted)
+            out = paged_decode_triton(q, k_cache, v_cache, tables, lens, scale, pieces)
+            checks.add("paged_decode", name, error(out, expected), bound, wanted=wanted, **case)
 
-            for chunk in ("whole", "part"):
-                queries = [n if chunk == "whole" else -(-n // 3) for n in contexts]
-                bounds = torch.tensor([0, *accumulate(queries)], dtype=torch.int32)
-                q = fused(sum(queries), KV_HEADS * group, head_dim, dtype)
-                args = max(queries), scale
-                expected = reference.paged_prefill(q.float(), k_ref, v_ref, tables_ref, bounds, lens_ref, *args)
-                out = paged_prefill_triton(q, k_cache, v_cache, tables, bounds.to(DEVICE), lens, *args)
-                checks.add("paged_prefill", name, error(out, expected), bound, chunk=chunk, **case)
+        for chunk in ("whole", "part"):
+            queries = [n if chunk == "whole" else -(-n // 3) for n in contexts]
+            bounds = torch.tensor([0, *accumulate(queries)], dtype=torch.int32)
+            q = fused(sum(queries), KV_HEADS * group, head_dim, dtype)
+            args = max(queries), scale
+            expected = reference.paged_prefill(q.float(), k_ref, v_ref, tables_ref, bounds, lens_ref, *args)
+            out = paged_prefill_triton(q, k_cache, v_cache, tables, bounds.to(DEVICE), lens, *args)
+            checks.add("paged_prefill", name, error(out, expected), bound, chunk=chunk, **case)
 
 
 def check_writes(checks: Checks, grid: Grid) -> None:
     """Stores and copies are exact: an error is the share of elements that differ."""
-    for name, head_dim, block_size in product(grid.dtypes, grid.head_dims, grid.block_sizes):
+    kv_heads = (2, 8) if DRY else (2, 8, 20)
+    for name, head_dim, block_size, heads in grid.combine(grid.dtypes, grid.head_dims, grid.block_sizes, kv_heads):
         dtype = getattr(torch, name)
-        for heads in (2, 8) if DRY else (2, 8, 20):
-            case = {"head_dim": head_dim, "block_size": block_size, "kv_heads": heads}
-            caches = torch.full((2, 3, 9, heads, block_size, head_dim), float("nan"), device=DEVICE, dtype=dtype)
-            slots = torch.randperm(9 * block_size, device=DEVICE)[:40]
-            slots[::7] = -1
-            k, v = (fused(40, heads, head_dim, dtype) for _ in range(2))
-            expected = caches.clone()
-            store_kv_triton(k, v, caches[0, 1], caches[1, 1], slots)
-            reference.store_kv(k, v, expected[0, 1], expected[1, 1], slots)
-            checks.add("store_kv", name, differing(caches, expected), 0.0, **case)
+        case = {"head_dim": head_dim, "block_size": block_size, "kv_heads": heads}
+        caches = torch.full((2, 3, 9, heads, block_size, head_dim), float("nan"), device=DEVICE, dtype=dtype)
+        slots = torch.randperm(9 * block_size, device=DEVICE)[:40]
+        slots[::7] = -1
+        k, v = (fused(40, heads, head_dim, dtype) for _ in range(2))
+        expected = caches.clone()
+        store_kv_triton(k, v, caches[0, 1], caches[1, 1], slots)
+        reference.store_kv(k, v, expected[0, 1], expected[1, 1], slots)
+        checks.add("store_kv", name, differing(caches, expected), 0.0, **case)
 
-            q = fused(40, 4 * heads, head_dim, dtype)
-            rings = torch.full((2, 5, 16, 4 * heads, head_dim), float("nan"), device=DEVICE, dtype=dtype)
-            places = torch.randperm(5 * 16, device=DEVICE)[:40]
-            places[::3] = -1
-            caches.fill_(float("nan"))
-            expected_rings = rings.clone()
-            store_step_triton(k, v, q, caches[0, 1], caches[1, 1], rings[1], slots, places)
-            reference.store_queries(q, expected_rings[1], places)
-            value = max(differing(caches, expected), differing(rings, expected_rings))
-            checks.add("store_step", name, value, 0.0, **case)
+        q = fused(40, 4 * heads, head_dim, dtype)
+        rings = torch.full((2, 5, 16, 4 * heads, head_dim), float("nan"), device=DEVICE, dtype=dtype)
+        places = torch.randperm(5 * 16, device=DEVICE)[:40]
+        places[::3] = -1
+        caches.fill_(float("nan"))
+        expected_rings = rings.clone()
+        store_step_triton(k, v, q, caches[0, 1], caches[1, 1], rings[1], slots, places)
+        reference.store_queries(q, expected_rings[1], places)
+        value = max(differing(caches, expected), differing(rings, expected_rings))
+        checks.add("store_step", name, value, 0.0, **case)
 
-            caches.normal_()
-            expected = caches.clone()
-            src, dst = torch.tensor([[8, 1, 1], [0, 3, 5]], device=DEVICE)
-            copy_blocks_triton(caches[0], caches[1], src, dst)
-            reference.copy_blocks(expected[0], expected[1], src, dst)
-            checks.add("copy_blocks", name, differing(caches, expected), 0.0, **case)
+        caches.normal_()
+        expected = caches.clone()
+        src, dst = torch.tensor([[8, 1, 1], [0, 3, 5]], device=DEVICE)
+        copy_blocks_triton(caches[0], caches[1], src, dst)
+        reference.copy_blocks(expected[0], expected[1], src, dst)
+        checks.add("copy_blocks", name, differing(caches, expected), 0.0, **case)
 
 
 def rotation(tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -512,6 +519,7 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="a few small cases, interpreted on a CPU, no timing")
     parser.add_argument("--only", default=",".join(PARTS), help="some of %(default)s")
     parser.add_argument("--dtypes", default=None, help="some of those of the grid, separated by commas; default: all")
+    parser.add_argument("--full", action="store_true", help="every combination of the grid")
     parser.add_argument("--no-timing", action="store_true", help="check, but time nothing: beside other processes")
     options = parser.parse_args()
     parts = options.only.split(",")
@@ -524,7 +532,7 @@ def main() -> int:
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("highest")
     record = provenance(options.commit, seed)
-    grid = SMALL if DRY else FULL
+    grid = replace(SMALL if DRY else FULL, every=options.full)
     if options.dtypes:
         dtypes = tuple(options.dtypes.split(","))
         if not set(dtypes) <= set(grid.dtypes):
