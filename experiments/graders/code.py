@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import tempfile
+import time
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -29,7 +30,8 @@ def grade_code(answer: str, gold: str) -> tuple[float, str | None]:
       function NAME (or the method NAME of `Solution`) is wrong. Test and program run in two sandboxes and exchange
       plain values alone, so a program passes only by the values it returns.
 
-    A program that is cut off by a wall-time limit on a busy machine scores 0 as one that never ends does.
+    Each test, or call of the function, has `Limits.seconds`, all together have `Limits.suite_seconds`. A program that
+    is cut off by a wall-time limit on a busy machine scores 0 as one that never ends does.
 
     Raises:
         ValueError: the gold is in neither form.
@@ -41,8 +43,9 @@ def grade_code(answer: str, gold: str) -> tuple[float, str | None]:
     program = extract_program(answer)
     if not program.strip():
         return 0.0, None
-    source = f"{exam.get('setup', '')}\n{program}"
-    passed = _passes_test(source, exam) if "test" in exam else all(_prints(source, *test) for test in exam["tests"])
+    files = {name: (HERE / name).read_text() for name in ("program.py", "plain.py")}
+    files |= {"setup.txt": exam.get("setup", ""), "program.txt": program}
+    passed = _passes_calls(files, exam) if "test" in exam else _passes_tests(files, exam["tests"])
     return float(passed), program
 
 
@@ -52,25 +55,39 @@ def extract_program(answer: str) -> str:
     return (blocks[-1] if blocks else answer).strip("\r\n")
 
 
-def _prints(source: str, stdin: str, expected: str) -> bool:
+def _passes_tests(files: dict[str, str], tests: list[list[str]]) -> bool:
+    files = files | {"main.py": (HERE / "script.py").read_text()}
+    end = time.monotonic() + SANDBOX.limits.suite_seconds
+    for stdin, expected in tests:
+        seconds = min(SANDBOX.limits.seconds, end - time.monotonic())
+        if seconds <= 0 or not _prints(files, stdin, expected, seconds):
+            return False
+    return True
+
+
+def _prints(files: dict[str, str], stdin: str, expected: str, seconds: float) -> bool:
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output:
         given.write(stdin.encode())
         given.seek(0)
-        with SANDBOX.start({"main.py": source}, given, output) as program:
+        with SANDBOX.start(files, given, output, seconds) as program:
             ended_well = program.wait()
         output.seek(0)
         return ended_well and same_output(output.read().decode(errors="replace"), expected)
 
 
-def _passes_test(source: str, exam: dict[str, Any]) -> bool:
-    plain = {"plain.py": (HERE / "plain.py").read_text()}
-    asked = {"program": source, "entry_point": exam["entry_point"]}
-    asking = {"setup": exam.get("setup", ""), "entry_point": exam["entry_point"], "test": exam["test"]}
+def _passes_calls(files: dict[str, str], exam: dict[str, Any]) -> bool:
+    limits = SANDBOX.limits
+    asked = {"entry_point": exam["entry_point"]}
+    asking = {"setup": exam.get("setup", ""), "test": exam["test"], "seconds": limits.seconds} | asked
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        candidate = plain | {"main.py": (HERE / "candidate.py").read_text(), "exam.json": json.dumps(asked)}
-        examiner = plain | {"main.py": (HERE / "examiner.py").read_text(), "exam.json": json.dumps(asking)}
-        with SANDBOX.start(candidate, ours) as program, SANDBOX.start(examiner, theirs) as test:
+        candidate = files | {"main.py": (HERE / "candidate.py").read_text(), "exam.json": json.dumps(asked)}
+        examiner = {"main.py": (HERE / "examiner.py").read_text(), "plain.py": files["plain.py"]}
+        examiner |= {"exam.json": json.dumps(asking)}
+        with (
+            SANDBOX.start(candidate, ours, seconds=limits.suite_seconds) as program,
+            SANDBOX.start(examiner, theirs, seconds=limits.suite_seconds) as test,
+        ):
             ours.close()
             theirs.close()
             passed = test.wait()

@@ -10,6 +10,7 @@ import types
 
 sys.path.insert(0, "/box")
 from plain import receive, send
+from program import run
 
 
 def main() -> None:
@@ -18,12 +19,13 @@ def main() -> None:
     os.dup2(null, 0)
     os.dup2(null, 1)
     with open("/box/exam.json", encoding="utf-8") as file:
-        exam = json.load(file)
-    module = sys.modules["candidate"] = types.ModuleType("candidate")
-    exec(compile(exam["program"], "program.py", "exec", dont_inherit=True), vars(module))
+        name = json.load(file)["entry_point"]
+    del sys.path[0]
+    module = types.ModuleType("candidate")
+    run(module)
     solution = getattr(module, "Solution", None)
-    owner = solution() if hasattr(solution, exam["entry_point"]) else module
-    function = getattr(owner, exam["entry_point"])
+    owner = solution() if hasattr(solution, name) else module
+    function = getattr(owner, name)
     while True:
         arguments, options = receive(channel)
         try:

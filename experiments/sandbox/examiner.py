@@ -1,7 +1,7 @@
 """Runs a test program in a sandbox of its own; what it tests answers from another, through a socket (stdin).
 
-The model's program can't see the tests, and all it can do to pass them is to return the right values. Exit code 0 means
-that `check` returned.
+The model's program can't see the tests, and all it can do to pass them is to return the right values in time. Exit code
+0 means that `check` returned.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import signal
 import socket
 import sys
 from typing import Any
@@ -21,20 +22,30 @@ def main() -> None:
     channel = socket.socket(fileno=os.dup(0)).makefile("rwb")
     with open("/box/exam.json", encoding="utf-8") as file:
         exam = json.load(file)
+    sys.path[0] = "/box/site"
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(1))  # no exception: the test might catch it
 
     def candidate(*arguments: Any, **options: Any) -> Any:
+        signal.setitimer(signal.ITIMER_REAL, exam["seconds"])
         send(channel, (arguments, options))
         returned, value = receive(channel)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if returned is True:
             return value
-        kind = getattr(builtins, str(value), None)
-        raise kind() if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError(value)
+        raise exception(value)
 
     namespace: dict[str, Any] = {"__name__": "examiner"}
-    exec(exam["setup"], namespace)
-    namespace[exam["entry_point"]] = candidate
-    exec(exam["test"], namespace)
+    for source in (exam["setup"], exam["test"]):
+        exec(compile(source, "test.py", "exec", dont_inherit=True), namespace)
+        namespace[exam["entry_point"]] = candidate
     namespace["check"](candidate)
+
+
+def exception(name: Any) -> Exception:
+    """One of that name, where it is a built-in one; but none that would end a loop over calls as if all were done."""
+    kind = getattr(builtins, str(name), None)
+    known = isinstance(kind, type) and issubclass(kind, Exception) and kind not in (StopIteration, StopAsyncIteration)
+    return kind() if known else RuntimeError(name)
 
 
 if __name__ == "__main__":

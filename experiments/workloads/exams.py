@@ -12,26 +12,33 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments.errors import UsageError
-from experiments.sandbox.plain import PlainUnpickler
 from experiments.schema import WorkloadConfig
 
 logger = logging.getLogger(__name__)
+
+PRIVATE_BYTES = 1 << 30
+"""Bytes of the hidden tests of one problem, decompressed; more are refused."""
 
 TEST_BYTES = 256 << 10
 """Bytes of the tests of one problem: the gold stands in every row of a record, so tests beyond it are left out."""
 
 COMMON_IMPORTS = """\
-import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
+from typing import *
 from bisect import *
 from collections import *
 from functools import *
 from heapq import *
 from itertools import *
 from math import *
-from typing import *
+from builtins import *
+import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
 sys.setrecursionlimit(50_000)
 """
-"""What programs on contest sites may take for granted; LiveCodeBench puts much the same before each."""
+"""What programs on contest sites may take for granted; LiveCodeBench puts much the same before each.
+
+Of equal names the last counts: a module over a function in it (bisect), a built-in function over that of `math` (pow),
+a class over its type (Counter).
+"""
 
 CALLS = """\
 import json
@@ -43,6 +50,10 @@ def check(candidate):
             returned = list(returned)
         assert returned == expected
 """
+
+
+UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, EOFError, OverflowError, RecursionError, MemoryError)
+"""What reading a damaged text may raise."""
 
 
 def exam(row: Mapping[str, Any], number: int, config: WorkloadConfig) -> str:
@@ -65,7 +76,7 @@ def exam(row: Mapping[str, Any], number: int, config: WorkloadConfig) -> str:
         raise UsageError(
             f"workload.tests={config.tests}: item {number} has no field {error}; it has {', '.join(row)}"
         ) from error
-    except (ValueError, TypeError, AttributeError, zlib.error, pickle.UnpicklingError, EOFError) as error:
+    except (*UNREADABLE, zlib.error, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
             f"workload.tests={config.tests}: the tests of item {number} can't be read ({reason})"
@@ -101,7 +112,22 @@ def _private(text: str) -> list[dict[str, str]]:
     try:
         return json.loads(text)
     except ValueError:
-        return json.loads(PlainUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(text)))).load())
+        stream = zlib.decompressobj()
+        packed = stream.decompress(base64.b64decode(text), PRIVATE_BYTES)
+        if stream.unconsumed_tail:
+            raise ValueError(f"more than {PRIVATE_BYTES} bytes") from None
+        return json.loads(TextUnpickler(io.BytesIO(packed)).load())
+
+
+class TextUnpickler(pickle.Unpickler):
+    """Reads what is pickled without a name of any class or function, which a text is. It can't run or change anything.
+
+    Raises:
+        pickle.UnpicklingError: there is a name.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name} is no text")
 
 
 def _bounded(tests: list[list[str]], number: int) -> list[list[str]]:

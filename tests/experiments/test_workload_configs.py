@@ -6,6 +6,7 @@ import base64
 import json
 import pickle
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,7 @@ def test_tests_beyond_the_bound_are_left_out_and_said(monkeypatch, caplog):
         ({"private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(print))).decode()}, "workload.tests="),
         ({"public_test_cases": "[]", "private_test_cases": "[]"}, "workload.tests=livecodebench: the tests of item 0"),
         ({"public_test_cases": "[{}]"}, "workload.tests=livecodebench: item 0 has no field 'input'"),
+        ({"private_test_cases": "[" * 100_000}, "workload.tests=livecodebench: the tests of item 0 can't be read"),
         ({"metadata": "[]"}, "workload.tests=livecodebench: the tests of item 0 can't be read"),
     ],
 )
@@ -162,6 +164,23 @@ def test_unreadable_tests_are_named(tmp_path, item, line):
         load("workload=livecodebench_generation", f"workload.path={path}")
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+
+
+def test_a_data_file_can_change_nothing(tmp_path):
+    """Pickle lets data set an attribute of a class, such as how it compares."""
+    state = b"ccollections\nCounter\nN}X\x06\x00\x00\x00forgedX\x03\x00\x00\x00yess\x86b0"
+    pickled = b"\x80\x02" + state + pickle.dumps(json.dumps([]), protocol=0)
+    item = CONTEST | {"private_test_cases": base64.b64encode(zlib.compress(pickled)).decode()}
+    with pytest.raises(UsageError, match=r"item 0 can't be read \(collections\.Counter is no text\)"):
+        load("workload=livecodebench_generation", f"workload.path={write(tmp_path / 'q.jsonl', item)}")
+    assert not hasattr(Counter, "forged")
+
+
+def test_hidden_tests_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(exams, "PRIVATE_BYTES", 1000)
+    item = CONTEST | {"private_test_cases": packed([{"input": "x" * 2000, "output": "6\n"}])}
+    with pytest.raises(UsageError, match=r"item 0 can't be read \(more than 1000 bytes\)"):
+        load("workload=livecodebench_generation", f"workload.path={write(tmp_path / 'q.jsonl', item)}")
 
 
 def test_format_of_tests_is_known(tmp_path):
