@@ -10,7 +10,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from experiments.child import reason_of, run_child
 from experiments.errors import UsageError, one_line
 from experiments.models import find_model
 from experiments.schema import EngineOptions, Experiment
-from zipage import measure_ceilings
+from zipage import EngineConfig, measure_ceilings
 
 if TYPE_CHECKING:
     from experiments.bench import Keep, Measure
@@ -37,7 +37,7 @@ def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> t
     """As `experiments.bench.Bench` says; the inputs are the loads and the model's files.
 
     Raises:
-        UsageError: a load or the model can't be read, or an option is wrong.
+        UsageError: a load or the model can't be read, an option is wrong, or the loads are too large for a CPU.
     """
     if experiment.model.load_format != "dummy":
         raise UsageError(f"model.load_format={experiment.model.load_format}: a benchmark takes random weights: dummy")
@@ -51,7 +51,7 @@ def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> t
         repeats=experiment.scenario.repeats,
         backends=backends,
     )
-    ModelShape.read(model.path, "float32", device)
+    _check_memory(arms, Path(model.path), device)
     loads = [arm.plain() | {"options": arm.options | {"model": None}} for arm in arms]
 
     def run(keep: Keep) -> tuple[list[dict], dict]:
@@ -80,6 +80,38 @@ def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> t
         return rows, {"ceilings": ceilings}
 
     return {"loads": loads, "model": model.files}, run
+
+
+def _check_memory(arms: Sequence[Arm], model: Path, device: str) -> None:
+    """Raise UsageError where loads are made for a GPU and there is none, or a CPU's memory can't hold them."""
+    import torch
+
+    if device == "auto" and not torch.cuda.is_available():
+        raise UsageError(
+            "scenario=engine_bench: no CUDA device here: hardware=cpu takes small loads, scenario.loads=[FILE.yaml] "
+            "with model.path=FOLDER"
+        )
+    available = _memory_available() if device == "cpu" else None
+    for arm in arms:
+        shape = ModelShape.read(model, arm.options.get("dtype", "auto"), device)
+        blocks = arm.options.get("num_blocks")
+        pool = arm.options.get("kv_cache_memory_bytes") or 0
+        if blocks:
+            pool = blocks * arm.options.get("block_size", EngineConfig.block_size) * shape.kv_bytes
+        if available is not None and shape.weight_bytes + pool > available:
+            raise UsageError(
+                f"scenario=engine_bench: {arm.title} needs {(shape.weight_bytes + pool) / 1e9:.0f} GB of memory, "
+                f"{available / 1e9:.0f} are free: take a smaller model.path or a smaller pool"
+            )
+
+
+def _memory_available() -> float | None:
+    """Bytes of this machine's memory that programs can still get; None where it does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
 
 
 def _measured(arm: Arm, backends: Mapping[str, BackendFactory], ceilings: Mapping[str, float] | None) -> dict:

@@ -243,6 +243,7 @@ def test_vllm_is_measured_by_the_same_code(monkeypatch, tiny, tmp_path):
 
 def test_what_means_nothing_is_refused(bench, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(engine, "_memory_available", lambda: 32e9)
     (tmp_path / "bad.yaml").write_text(LOAD + "  bad: {polcy: zipage}\n")
     (tmp_path / "worse.yaml").write_text(LOAD + "repeat: 3\n")
     for arguments, line in (
@@ -262,6 +263,8 @@ def test_what_means_nothing_is_refused(bench, tmp_path, capsys, monkeypatch):
         (["scenario=engine_bench", f"scenario.loads=[{tmp_path / 'bad.yaml'}]"], "arms.bad: LLM: unknown option"),
         (["scenario=engine_bench", f"scenario.loads=[{tmp_path / 'worse.yaml'}]"], "unknown option repeat"),
         (["scenario=engine_bench", "model=hf", "model.path=x"], "model.load_format=auto"),
+        (["scenario=engine_bench", "hardware.device=auto"], "no CUDA device here: hardware=cpu takes small loads"),
+        (["scenario=engine_bench"], "ample/full needs 8"),
         (["scenario=all_at_once"], "scenario.repeats=2: must be left out: only benchmarks repeat"),
     ):
         assert bench(*arguments) == 2, arguments
