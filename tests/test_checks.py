@@ -124,10 +124,27 @@ def llm(tmp_path_factory):
     return LLM(str(folder), **options)
 
 
-@pytest.mark.parametrize("params", [[None, SamplingParams(max_tokens=2)], [5, SamplingParams(max_tokens=2)]])
-def test_params_that_are_none_cost_their_request(llm, params):
-    bad, good = llm.generate([[1, 2], [3]], params, use_tqdm=False)
-    assert "must be SamplingParams" in bad.error
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([[1, 2]], [None]), r"params\[0\]=None: must be of type SamplingParams"),
+        (([[1, 2]], 5), "params=5: must be of type SamplingParams, or None"),
+        ((None,), "prompts=None: must be a text, a list of token ids, or a list of either"),
+        ((5,), "prompts=5: must be a text"),
+        ((b"12",), "prompts=b'12': must be a text"),
+    ],
+    ids=str,
+)
+def test_what_generate_is_given_is_checked_before_anything_is_queued(llm, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        llm.generate(*arguments, use_tqdm=False)
+    assert not llm.has_unfinished_requests()
+
+
+@pytest.mark.parametrize("prompt", [None, [1.5], ["x"], [True], {"a": 1}, b"12", [10**30], [-1], []], ids=str)
+def test_a_prompt_that_is_none_costs_itself(llm, prompt):
+    bad, good = llm.generate([prompt, [3]], SamplingParams(max_tokens=2), use_tqdm=False)
+    assert bad.error
     assert good.error is None
 
 

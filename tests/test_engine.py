@@ -7,6 +7,7 @@ import pytest
 
 from tests.tiny_models import VOCAB, save_tiny_model, save_tiny_tokenizer
 from zipage import LLM, SamplingParams
+from zipage.detokenizer import decode
 
 
 @pytest.fixture(scope="module")
@@ -363,3 +364,64 @@ def test_ttft_runs_from_the_arrival(llm):
     while not (done := llm.step()):
         assert llm.has_unfinished_requests()
     assert done[0].metrics.ttft >= done[0].metrics.queued >= 0.05
+
+
+def test_ids_that_are_made_up_are_apart_from_the_callers(folder):
+    llm = make_llm(folder)
+    llm.add_request([4, 5, 6], GREEDY, request_id="1")
+    llm.add_request([4, 5, 6], GREEDY, request_id="auto-2")
+    outputs = llm.generate([[1, 2], [3], [4]], GREEDY, use_tqdm=False)
+    assert [output.error for output in outputs] == [None] * 3
+    assert len({output.request_id for output in outputs} | {"1", "auto-2"}) == 5
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_a_stream_that_is_dropped_is_aborted(folder, taken):
+    llm = make_llm(folder)
+    events = llm.stream([1, 2, 3], SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
+    for _ in range(taken):
+        next(events)
+    del events
+    assert not llm.has_unfinished_requests()
+    assert (llm.stats.requests_aborted, llm.stats.blocks_used) == (1, 0)
+
+
+def test_after_shutdown_nothing_is_served(folder):
+    llm = make_llm(folder)
+    first = llm.add_request([1, 2, 3], GREEDY)
+    llm.shutdown()
+    assert [(output.request_id, output.outputs[0].finish_reason) for output in llm.step()] == [(first, "abort")]
+    for call in (llm.step, lambda: llm.add_request([1]), lambda: llm.generate([[1]]), lambda: llm.stream([1])):
+        with pytest.raises(RuntimeError, match="was shut down"):
+            call()
+    llm.shutdown()
+
+
+@pytest.mark.parametrize("skip_special_tokens", [True, False])
+def test_the_token_that_ends_a_request_is_no_part_of_its_text(llm, skip_special_tokens):
+    free = llm.generate("hello", GREEDY, use_tqdm=False)[0].outputs[0]
+    at = next(i for i, token in enumerate(free.token_ids) if token not in free.token_ids[:i] and i >= 2)
+    ends = free.token_ids[at]
+    params = SamplingParams(
+        temperature=0.0, max_tokens=20, stop_token_ids=[ends], skip_special_tokens=skip_special_tokens
+    )
+    whole = llm.generate("hello", params, use_tqdm=False)[0].outputs[0]
+    streamed = "".join(event.text for event in llm.stream("hello", params))
+    expected = decode(llm.get_tokenizer(), free.token_ids[:at], skip_special_tokens)
+    assert whole.text == streamed == expected
+    assert whole.token_ids == free.token_ids[: at + 1]
+    assert whole.stop_reason == ends
+
+
+def test_a_prompt_that_is_no_text_costs_itself(llm):
+    outputs = llm.generate(["good", "a\ud800b", "fine"], GREEDY, use_tqdm=False)
+    assert [output.error is None for output in outputs] == [True, False, True]
+    assert "character 1 is '\\ud800', a lone surrogate" in outputs[1].error
+
+
+def test_ids_of_a_tokenizer_beyond_the_embedding_cost_their_prompt(folder, monkeypatch):
+    llm = make_llm(folder)
+    llm._tokenizer.add_tokens([f"<{i}>" for i in range(VOCAB)])
+    good, bad = llm.generate(["hello", f"hello<{VOCAB - 1}>"], GREEDY, use_tqdm=False)
+    assert good.error is None
+    assert f"('<{VOCAB - 1}>'), which is outside the vocabulary of {VOCAB}" in bad.error

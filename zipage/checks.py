@@ -128,7 +128,7 @@ def _name(kind: Any) -> str:
         return f"a list of values of type {get_args(kind)[0].__name__}"
     if kind in NAMES:
         return NAMES[kind]
-    return f"of type {(get_origin(kind) or kind).__name__.lower()}"
+    return f"of type {(get_origin(kind) or kind).__name__}"
 
 
 @cache
