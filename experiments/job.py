@@ -150,7 +150,7 @@ class Job:
             load_seconds = time.perf_counter() - begin
             print(f"memory plan: {backend.memory_plan}", flush=True)
             renderer = PromptRenderer(self.experiment.workload, self.experiment.model, backend.get_tokenizer())
-            prompts = [renderer.render(problem) for problem in self.problems]
+            prompts = renderer.render_all(self.problems)
             steps: list[StepStats] = []
             backend.step_listeners += [steps.append, tracker.log_step]
             events: list[EventStats] = []
