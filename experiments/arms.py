@@ -13,6 +13,7 @@ An arm is a list of overrides, as `python -m experiments.run` takes them. Values
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 from experiments.errors import UsageError
 from experiments.paths import CONF
-from experiments.schema import parse_overrides, read_yaml
+from experiments.schema import MOST_ARMS, count_arms, parse_overrides, read_yaml
 
 FOLDER = CONF / "sweep"
 KEYS = ("axes", "arms")
@@ -71,14 +72,28 @@ def expand(names: Sequence[str], arguments: Sequence[str] = ()) -> list[Arm]:
     later one wins, and the command line wins over all; `seed=0,1,2` there is an axis too.
 
     Raises:
-        UsageError: a sweep is unknown or its file is not of the form above.
+        UsageError: a sweep is unknown, its file is not of the form above, or there are more than `MOST_ARMS` arms.
     """
     blocks: list[Block] = [{}]
     for name in names:
         later = read_sweep(sweep_path(name))
+        _check_count(names, len(blocks) * len(later))
         blocks = [block | more for block in blocks for more in later]
     given = parse_overrides(arguments)
-    return list(dict.fromkeys(arm for block in blocks for arm in _arms(block | given)))
+    blocks = [block | given for block in blocks]
+    _check_count(names, sum(math.prod(map(len, block.values())) for block in blocks))
+    return list(dict.fromkeys(arm for block in blocks for arm in _arms(block)))
+
+
+def check_multirun(arguments: Sequence[str]) -> None:
+    """Raise UsageError where the command line asks Hydra (`-m`) for more than `MOST_ARMS` runs."""
+    if {"-m", "--multirun"} & {*arguments}:
+        _check_count(["-m"], count_arms([a for a in arguments if "=" in a and not a.startswith("-")]))
+
+
+def _check_count(names: Sequence[str], count: int) -> None:
+    if count > MOST_ARMS:
+        raise UsageError(f"sweep {', '.join(names)}: {count:,} arms; at most {MOST_ARMS:,}: give fewer values")
 
 
 def _arms(block: Block) -> list[Arm]:

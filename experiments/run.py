@@ -15,7 +15,7 @@ import hydra
 from omegaconf import DictConfig
 
 from experiments import bench, job, sweep
-from experiments.arms import split_command_line
+from experiments.arms import check_multirun, split_command_line
 from experiments.backends import BACKENDS, BackendFactory
 from experiments.errors import RunError, UsageError
 from experiments.paths import CONF
@@ -49,6 +49,7 @@ def main(
         sweeps, arguments = split_command_line(sys.argv[1:])
         if sweeps:
             return sweep.run(sweeps, arguments, backends, child, worker)
+        check_multirun(arguments)
         entry()
     except KeyboardInterrupt:
         return _fail("interrupted: nothing was recorded", 130)

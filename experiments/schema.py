@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
@@ -22,13 +23,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from experiments.errors import UsageError
 from experiments.paths import CONF, RESULTS
+from experiments.yaml_size import check_yaml_size
 from zipage import EngineConfig, SamplingParams
 
 HOMES = {
@@ -52,6 +54,8 @@ FIXED = {"skip_tokenizer_init": False}
 """Options of `EngineConfig` that no run can choose: workloads are text, so the tokenizer is always needed."""
 
 
+MOST_ARMS = 2_000
+"""Of a sweep; each is composed and checked before the first runs."""
 SOURCES = ("path", "generator", "hub_id", "parts")
 ARRIVALS = ("all_at_once", "poisson", "trace")
 KINDS = ("serve", "kernels", "engine_bench")
@@ -320,11 +324,39 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, list[str]]:
     return {override.key_or_group: _alternatives(override) for override in parsed}
 
 
+def count_arms(arguments: Sequence[str]) -> int:
+    """How many runs Hydra's own sweep (`-m`) makes of overrides, where a glob counts as one.
+
+    Raises:
+        UsageError: an argument is no override.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(arguments))
+    except OverrideParseException as error:
+        raise UsageError(explain(error)) from error
+    return math.prod(map(_count, parsed))
+
+
+def _count(override: Override) -> int:
+    """Values of an axis, without a list of them; endless ones are more than any limit."""
+    value = override.value()
+    if isinstance(value, ChoiceSweep):
+        return len(value.list)
+    if not isinstance(value, RangeSweep):
+        return 1
+    start, stop, step = float(value.start), float(value.stop), float(value.step)
+    count = (stop - start) / step if step else math.inf
+    return max(0, math.ceil(count)) if math.isfinite(count) else sys.maxsize
+
+
 def _alternatives(override: Override) -> list[str]:
     if not override.is_sweep_override():
         return [str(override.input_line)]
-    if not (override.is_choice_sweep() or override.is_range_sweep()):
+    if not isinstance(override.value(), ChoiceSweep | RangeSweep):
         raise UsageError(f"{override.input_line}: an axis must be a list such as a,b,c or a range(START,STOP)")
+    count = _count(override)
+    if not 1 <= count <= MOST_ARMS:
+        raise UsageError(f"{override.input_line}: {count:,} values; must be at least 1 and at most {MOST_ARMS:,}")
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
@@ -332,11 +364,12 @@ def read_yaml(path: Path) -> Any:
     """A YAML file as plain data. A key that is there twice is an error, as in every config file.
 
     Raises:
-        UsageError: the file is no YAML.
+        UsageError: the file is no YAML, or too large (see `check_yaml_size`).
     """
     try:
+        check_yaml_size(path)
         return OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
 
 
