@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 import zipfile
 from dataclasses import replace
@@ -12,7 +13,8 @@ import pytest
 
 from experiments import models
 from experiments.errors import UsageError
-from experiments.schema import ModelConfig, load_experiment
+from experiments.schema import ModelConfig, WorkloadConfig, load_experiment
+from experiments.workloads.sources import read_hub
 
 CONTENT = b"weights of a tiny model"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -129,6 +131,24 @@ def test_hash_of_a_large_file_is_remembered_until_it_changes(tmp_path, monkeypat
     assert models.file_hash(path) == digest
     path.write_bytes(bytes(1 << 24) + b"1")
     assert models.file_hash(path) == "computed again"
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, caplog):
+    import datasets
+    import huggingface_hub
+
+    def unreachable(*args, **kwargs):
+        for retry in range(1, 6):
+            logging.getLogger("huggingface_hub.utils._http").warning(f"Retrying in 1s [Retry {retry}/5].")
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UsageError, match=r"model\.path=someone/something: .*no network"):
+        models.find_model(ModelConfig(path="someone/something"))
+    with pytest.raises(UsageError, match=r"workload\.hub_id=someone/questions: .*no network"):
+        read_hub(WorkloadConfig(name="any", hub_id="someone/questions"))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
