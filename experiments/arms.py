@@ -13,6 +13,7 @@ An arm is a list of overrides, as `python -m experiments.run` takes them. Values
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 from experiments.errors import UsageError
 from experiments.overrides import looks_like_a_scalar, quoted
 from experiments.paths import CONF
-from experiments.schema import is_list_of_texts, is_text, parse_overrides, read_yaml
+from experiments.schema import MOST_ARMS, count_arms, is_list_of_texts, is_text, parse_overrides, read_yaml
 
 FOLDER = CONF / "sweep"
 KEYS = ("axes", "arms")
@@ -76,14 +77,17 @@ def expand(names: Sequence[str], arguments: Sequence[str] = ()) -> list[Arm]:
     another choice of `OWNED`, the options that belong to the choice before go with it.
 
     Raises:
-        UsageError: a sweep is unknown or its file is not of the form above.
+        UsageError: a sweep is unknown, its file is not of the form above, or there are more than `MOST_ARMS` arms.
     """
     blocks: list[Block] = [{}]
     for name in names:
         later = read_sweep(sweep_path(name))
+        _check_count(names, len(blocks) * len(later))
         blocks = [_joined(block, more) for block in blocks for more in later]
     given = parse_overrides(arguments)
-    return list(dict.fromkeys(arm for block in blocks for arm in _arms(_joined(block, given))))
+    blocks = [_joined(block, given) for block in blocks]
+    _check_count(names, sum(math.prod(map(len, block.values())) for block in blocks))
+    return list(dict.fromkeys(arm for block in blocks for arm in _arms(block)))
 
 
 def _joined(block: Block, later: Block) -> Block:
@@ -91,6 +95,17 @@ def _joined(block: Block, later: Block) -> Block:
     replaced = [group for group in OWNED if group in block and not set(later.get(group, ())) <= set(block[group])]
     lost = tuple(OWNED[group] for group in replaced)
     return {option: values for option, values in block.items() if not option.startswith(lost)} | later
+
+
+def check_multirun(arguments: Sequence[str]) -> None:
+    """Raise UsageError where the command line asks Hydra (`-m`) for more than `MOST_ARMS` runs."""
+    if {"-m", "--multirun"} & {*arguments}:
+        _check_count(["-m"], count_arms([a for a in arguments if "=" in a and not a.startswith("-")]))
+
+
+def _check_count(names: Sequence[str], count: int) -> None:
+    if count > MOST_ARMS:
+        raise UsageError(f"sweep {', '.join(names)}: {count:,} arms; at most {MOST_ARMS:,}: give fewer values")
 
 
 def _arms(block: Block) -> list[Arm]:

@@ -52,7 +52,7 @@ def bench(experiment: Experiment, batch: int, alone: int, tokens: int) -> dict[s
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
     renderer = PromptRenderer(experiment.workload, experiment.model, engine.get_tokenizer())
-    prompts = [renderer.render(problem).token_ids for problem in problems]
+    prompts = [prompt.token_ids for prompt in renderer.render_all(problems)]
     engine_seconds, engine_tokens = _engine(engine, prompts, tokens)
     del engine
     device = "cpu" if provenance.device_name(experiment.hardware.device) == "cpu" else "cuda"
@@ -113,12 +113,11 @@ def _load_transformers(path: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if path.suffix != ".gguf":
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(path.parent, gguf_file=path.name), dtype=torch.float32
-    )
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     weights = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     keys = model.load_state_dict(weights, strict=False)
     model.tie_weights()

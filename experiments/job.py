@@ -155,7 +155,8 @@ class Job:
             load_seconds = time.perf_counter() - begin
             print(f"memory plan: {backend.memory_plan}", flush=True)
             renderer = PromptRenderer(self.experiment.workload, self.experiment.model, backend.get_tokenizer())
-            prompts = [Prompt("", []) if p.error is not None else renderer.render(p) for p in self.problems]
+            rendered = iter(renderer.render_all([p for p in self.problems if p.error is None]))
+            prompts = [Prompt("", []) if p.error is not None else next(rendered) for p in self.problems]
             steps: list[StepStats] = []
             backend.step_listeners += [steps.append, tracker.log_step]
             events: list[EventStats] = []

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.errors import UsageError
+from experiments.hub import quiet
 from experiments.paths import ROOT
 from experiments.records import content_hash
 from experiments.schema import ModelConfig
@@ -99,7 +100,8 @@ def _from_hub(config: ModelConfig) -> Path:
 
     patterns = [f"*{suffix}" for suffix in (*SMALL, *WEIGHTS)]
     try:
-        return Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
+        with quiet():
+            return Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(

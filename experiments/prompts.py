@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
+from experiments import bounded
 from experiments.errors import UsageError, one_line
 from experiments.schema import ModelConfig, WorkloadConfig
 from experiments.workloads import Problem
+
+LIMITS = {"seconds": 20.0, "mebibytes": 1024, "characters": 1 << 24}
+"""Of a chat template, which is a program that comes with a model, for each prompt."""
+WITHOUT_SYSTEM = "; workload.system_prompt=null leaves the system prompt out"
 
 
 @dataclass(frozen=True)
@@ -48,32 +51,51 @@ class PromptRenderer:
         return None if self.chat_template is None else hashlib.sha256(self.chat_template.encode()).hexdigest()
 
     def render(self, problem: Problem) -> Prompt:
-        """The prompt of one problem, ending where the model's answer begins.
+        """`render_all` of one problem."""
+        return self.render_all([problem])[0]
+
+    def render_all(self, problems: Sequence[Problem]) -> list[Prompt]:
+        """The prompts of problems, each ending where the model's answer begins.
+
+        The chat template runs in a process of its own, within `LIMITS`.
 
         Raises:
-            UsageError: the chat template refuses it, such as for its system prompt.
+            UsageError: the chat template refuses a prompt, such as for its system prompt, or exceeds a limit.
         """
-        if problem.prompt_tokens is not None:
-            return Prompt(
-                problem.question, list(self._tokenizer(problem.question)["input_ids"])[: problem.prompt_tokens]
-            )
+        chats = [None if problem.prompt_tokens is not None else self._messages(problem) for problem in problems]
+        asked = [chat for chat in chats if chat is not None and self.chat_template is not None]
+        try:
+            rendered = iter(bounded.texts(self._apply_template, asked, **LIMITS))
+        except bounded.Failed as error:
+            what = "" if self._workload.system_prompt is None else WITHOUT_SYSTEM
+            raise UsageError(f"the model's chat template refuses the prompt ({error}){what}") from error
+        except bounded.Exceeded as error:
+            raise UsageError(
+                f"the model's chat template {error} on a prompt: give another with model.chat_template=FILE, or none"
+            ) from error
+        return [self._prompt(*pair, rendered) for pair in zip(problems, chats, strict=True)]
+
+    def _messages(self, problem: Problem) -> list[dict[str, str]]:
         user = self._workload.template.replace("{question}", problem.question)
-        system = self._workload.system_prompt
         turns = [text for turn in problem.history for text in turn]
-        if self.chat_template is None:
-            text = "\n\n".join(([] if system is None else [system]) + [*turns, user])
-            return Prompt(text, list(self._tokenizer(text)["input_ids"]))
         roles = itertools.cycle(("user", "assistant"))
         messages = [{"role": role, "content": text} for role, text in zip(roles, [*turns, user])]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True, **self._options
-            )
-        except TemplateError as error:
-            what = "" if system is None else "; workload.system_prompt=null leaves the system prompt out"
-            raise UsageError(f"the model's chat template refuses the prompt ({one_line(error)}){what}") from error
+        system = self._workload.system_prompt
+        return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+    def _apply_template(self, messages: list[dict[str, str]]) -> str:
+        return self._tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True, **self._options
+        )
+
+    def _prompt(self, problem: Problem, chat: list[dict[str, str]] | None, rendered: Iterator[str]) -> Prompt:
+        if chat is None:
+            tokens = self._tokenizer(problem.question)["input_ids"]
+            return Prompt(problem.question, list(tokens)[: problem.prompt_tokens])
+        if self.chat_template is None:
+            text = "\n\n".join(message["content"] for message in chat)
+            return Prompt(text, list(self._tokenizer(text)["input_ids"]))
+        text = next(rendered)
         # The template writes the special tokens itself.
         return Prompt(text, list(self._tokenizer(text, add_special_tokens=False)["input_ids"]))
 
@@ -84,8 +106,14 @@ def _chat_template(choice: str, tokenizer: Any) -> str | None:
     if choice == "auto":
         template = tokenizer.chat_template
         # A tokenizer may bring several by name; "default" is the one for plain chat.
-        return template.get("default") if isinstance(template, dict) else template
+        template = template.get("default") if isinstance(template, dict) else template
+        if template is not None and not isinstance(template, str):
+            raise UsageError("the tokenizer's chat template is no text: give another one with model.chat_template=FILE")
+        return template
     path = Path(choice).expanduser()
     if not path.is_file():
         raise UsageError(f"model.chat_template={choice}: must be auto, none or a file that exists")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"model.chat_template={choice}: can't be read ({one_line(error)})") from error

@@ -15,7 +15,7 @@ import hydra
 from omegaconf import DictConfig
 
 from experiments import bench, job, lifeline, sweep
-from experiments.arms import split_command_line
+from experiments.arms import check_multirun, split_command_line
 from experiments.backends import BACKENDS, BackendFactory
 from experiments.errors import RunError, UsageError
 from experiments.overrides import as_written
@@ -51,6 +51,7 @@ def main(
         sweeps, arguments = split_command_line(sys.argv[1:])
         if sweeps:
             return sweep.run(sweeps, arguments, backends, child, worker)
+        check_multirun(arguments)
         sys.argv[1:] = [
             argument if argument.startswith("-") else as_written(argument, is_text) for argument in arguments
         ]

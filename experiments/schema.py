@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
@@ -23,7 +24,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -31,6 +32,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from experiments.errors import UsageError
 from experiments.overrides import as_written
 from experiments.paths import CONF, RESULTS
+from experiments.yaml_size import check_yaml_size
 from zipage import EngineConfig, SamplingParams
 
 HOMES = {
@@ -54,6 +56,8 @@ FIXED = {"skip_tokenizer_init": False}
 """Options of `EngineConfig` that no run can choose: workloads are text, so the tokenizer is always needed."""
 
 
+MOST_ARMS = 2_000
+"""Of a sweep; each is composed and checked before the first runs."""
 SOURCES = ("path", "generator", "hub_id", "parts")
 WANDB_PROJECT = re.compile(r"[^/\\#?%:]{1,128}")
 ARRIVALS = ("all_at_once", "poisson", "trace")
@@ -324,11 +328,39 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, list[str]]:
     return {override.key_or_group: _alternatives(override) for override in parsed}
 
 
+def count_arms(arguments: Sequence[str]) -> int:
+    """How many runs Hydra's own sweep (`-m`) makes of overrides, where a glob counts as one.
+
+    Raises:
+        UsageError: an argument is no override.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(arguments))
+    except OverrideParseException as error:
+        raise UsageError(explain(error)) from error
+    return math.prod(map(_count, parsed))
+
+
+def _count(override: Override) -> int:
+    """Values of an axis, without a list of them; endless ones are more than any limit."""
+    value = override.value()
+    if isinstance(value, ChoiceSweep):
+        return len(value.list)
+    if not isinstance(value, RangeSweep):
+        return 1
+    start, stop, step = float(value.start), float(value.stop), float(value.step)
+    count = (stop - start) / step if step else math.inf
+    return max(0, math.ceil(count)) if math.isfinite(count) else sys.maxsize
+
+
 def _alternatives(override: Override) -> list[str]:
     if not override.is_sweep_override():
         return [str(override.input_line)]
-    if not (override.is_choice_sweep() or override.is_range_sweep()):
+    if not isinstance(override.value(), ChoiceSweep | RangeSweep):
         raise UsageError(f"{override.input_line}: an axis must be a list such as a,b,c or a range(START,STOP)")
+    count = _count(override)
+    if not 1 <= count <= MOST_ARMS:
+        raise UsageError(f"{override.input_line}: {count:,} values; must be at least 1 and at most {MOST_ARMS:,}")
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
@@ -339,13 +371,14 @@ def read_yaml(path: Path, *, texts: bool = False) -> Any:
         texts: leave each value as it is written, a text.
 
     Raises:
-        UsageError: the file is no YAML.
+        UsageError: the file is no YAML, or too large (see `check_yaml_size`).
     """
     try:
+        check_yaml_size(path)
         if texts:
             return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
         return OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
 
 

@@ -65,6 +65,17 @@ def test_nothing_is_uploaded_in_a_way_that_waits_for_the_device(path):
             assert not (node.func.attr in ("tensor", "as_tensor") and on_device), where
 
 
+@pytest.mark.parametrize("path", [*modules("zipage"), *modules("experiments")], ids=lambda p: p.stem)
+def test_code_of_a_model_is_never_run(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            named = {keyword.arg: keyword.value for keyword in node.keywords}
+            if node.func.attr in ("from_pretrained", "from_config"):
+                value = named.get("trust_remote_code")
+                assert isinstance(value, ast.Constant), f"{path}:{node.lineno}: say trust_remote_code=False"
+                assert value.value is False
+
+
 def test_scheduling_runs_without_torch():
     code = "import sys; sys.modules['torch'] = None; import zipage.scheduler, zipage.config, zipage.sampling_params"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

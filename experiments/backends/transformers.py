@@ -75,8 +75,9 @@ class TransformersBackend:
         dtype = config.dtype
         if dtype == "auto" and device == "cpu":
             dtype = "float32"
-        self._model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype).to(device).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(config.model)
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, trust_remote_code=False)
+        self._model = model.to(device).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
         longest = self._model.config.max_position_embeddings
         self._longest = longest if config.max_model_len is None else min(longest, config.max_model_len)
         ends = self._model.generation_config.eos_token_id

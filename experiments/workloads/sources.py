@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import UsageError
+from experiments.hub import quiet
 from experiments.schema import WorkloadConfig
 
 Rows = list[dict[str, Any]]
@@ -54,7 +55,9 @@ def read_hub(config: WorkloadConfig) -> Rows:
     import datasets
 
     try:
-        return list(datasets.load_dataset(config.hub_id, config.subset, split=config.split, revision=config.revision))
+        with quiet():
+            rows = datasets.load_dataset(config.hub_id, config.subset, split=config.split, revision=config.revision)
+        return list(rows)
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.arms import FOLDER, expand, read_sweep, split_command_line, sweep_path
+from experiments.arms import FOLDER, check_multirun, expand, read_sweep, split_command_line, sweep_path
 from experiments.errors import UsageError
 from experiments.paths import CONF
 from experiments.schema import load_experiment, to_dict
@@ -24,6 +24,8 @@ def write(tmp_path):
     return write
 
 
+NINES = [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 9)]
+BOMB = "\n".join(["a0: &a0 [1, 2]", *NINES, f"axes: {{limit: [{', '.join(['*a8'] * 8)}]}}"])
 OF_THE_PAPER = [name for name in SHIPPED if name.startswith(("paper_", "ablation_"))]
 
 
@@ -230,6 +232,10 @@ def test_the_command_line_that_asks_for_sweeps():
         ("axes: {sampling.stop: [[a, b]]}", "sampling.stop: must be a number, a text"),
         ("axes: {limit: 3}\naxes: {seed: 1}", "while constructing a mapping"),
         ("axes: {", "while parsing"),
+        ("axes: &a {limit: *a}", "holds an alias inside of what it stands for"),
+        (BOMB, "holds 2,834,567,913 values with its aliases written out; at most 100,000"),
+        ("axes: " + "[" * 9999, "is nested too deep"),
+        ("# " + "a" * (1 << 20), "has 1,048,578 bytes; at most 1,048,576"),
     ],
 )
 def test_wrong_files_are_named_in_one_line(write, text, line):
@@ -238,6 +244,55 @@ def test_wrong_files_are_named_in_one_line(write, text, line):
         read_sweep(Path(path))
     assert str(caught.value).startswith(f"{path}: {line}")
     assert "\n" not in str(caught.value)
+
+
+def test_aliases_of_a_moderate_size_are_read(write):
+    own = write("axes: {limit: &a [1, 2], seed: *a}\narms: [&b {policy: zipage}, *b]")
+    assert len(expand([own])) == 4
+
+
+def test_arms_are_counted_before_they_are_made(write):
+    axes = "\n".join(f"  policy.options.o{axis}: [{', '.join(map(str, range(10)))}]" for axis in range(10))
+    own = write(f"axes:\n{axes}")
+    with pytest.raises(UsageError, match=r"own\.yaml: 10,000,000,000 arms; at most 2,000: give fewer values"):
+        expand([own])
+    blocks = write(f"arms: [{', '.join('{limit: 1}' for _ in range(50))}]", "blocks")
+    with pytest.raises(UsageError, match=r"2,500 arms; at most 2,000"):
+        expand([blocks] * 3)
+    small = write("axes: {policy: zipage}", "small")
+    with pytest.raises(UsageError, match=r"2,500 arms; at most 2,000"):
+        expand([small], ["seed=range(0,50)", "limit=range(1,51)"])
+    assert len(expand([small], ["seed=range(0,2000)"])) == 2000
+
+
+@pytest.mark.parametrize(
+    ("axis", "count"),
+    [
+        ("seed=range(0,10000000000)", "10,000,000,000"),
+        ("seed=shuffle(range(0,10000000000))", "10,000,000,000"),
+        ("seed=range(0,1,0.0000000001)", "10,000,000,000"),
+        ("seed=range(0,10,0.0)", "9,223,372,036,854,775,807"),
+        ("seed=range(0,10,-1)", "0"),
+        ("seed=range(3,3)", "0"),
+    ],
+)
+def test_a_range_is_counted_before_it_is_written_out(write, axis, count):
+    with pytest.raises(UsageError) as caught:
+        expand([write("axes: {policy: zipage}")], [axis])
+    assert str(caught.value) == f"{axis}: {count} values; must be at least 1 and at most 2,000"
+
+
+@pytest.mark.parametrize("axis", ["policy=glob(*)", "seed=interval(0,1)"])
+def test_an_axis_of_no_list_is_one_line(write, axis):
+    with pytest.raises(UsageError, match=r": an axis must be a list such as a,b,c or a range\(START,STOP\)"):
+        expand([write("axes: {policy: zipage}")], [axis])
+
+
+def test_runs_of_hydras_own_sweep_are_counted():
+    check_multirun(["-m", "policy=glob(*)", "seed=range(0,100)", "--config-dir", "x"])
+    check_multirun(["seed=range(0,10000000000)"])
+    with pytest.raises(UsageError, match=r"sweep -m: 20,000,000,000 arms; at most 2,000"):
+        check_multirun(["--multirun", "seed=range(0,10000000000)", "limit=1,2"])
 
 
 def test_unknown_sweep_names_the_closest():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import sys
 import zipfile
@@ -14,7 +15,8 @@ import pytest
 
 from experiments import models
 from experiments.errors import UsageError
-from experiments.schema import ModelConfig, load_experiment
+from experiments.schema import ModelConfig, WorkloadConfig, load_experiment
+from experiments.workloads.sources import read_hub
 
 CONTENT = b"weights of a tiny model"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -158,6 +160,24 @@ def test_hash_of_a_large_file_is_remembered_until_it_changes(tmp_path, monkeypat
     path.write_bytes(b"1" * (1 << 24))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert models.file_hash(path) == "computed again", "a copy that keeps size and time is another file"
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, caplog):
+    import datasets
+    import huggingface_hub
+
+    def unreachable(*args, **kwargs):
+        for retry in range(1, 6):
+            logging.getLogger("huggingface_hub.utils._http").warning(f"Retrying in 1s [Retry {retry}/5].")
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UsageError, match=r"model\.path=someone/something: .*no network"):
+        models.find_model(ModelConfig(path="someone/something"))
+    with pytest.raises(UsageError, match=r"workload\.hub_id=someone/questions: .*no network"):
+        read_hub(WorkloadConfig(name="any", hub_id="someone/questions"))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

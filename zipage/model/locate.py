@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -27,10 +28,14 @@ def locate_model(model: str, files: tuple[str, ...]) -> Path:
         FileNotFoundError: there is no such path, and on the hub there is no such id or it cannot be reached.
         ValueError: the path is a file of another kind.
     """
-    path = Path(model).expanduser()
-    if model and path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_folder, is_file = bool(model) and path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long; ~ of nobody
+        raise FileNotFoundError(f"{model!r:.100} does not exist ({error}): pass a model folder or a hub id") from error
+    if is_folder:
         return path
-    if path.is_file():
+    if is_file:
         with path.open("rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
                 raise ValueError(f"{model} is no GGUF file: pass the model's folder, a hub id or a GGUF file")
@@ -44,6 +49,9 @@ def _download(model: str, files: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # of its retries the last error says all
     try:
         folder = snapshot_download(model, allow_patterns=list(files), ignore_patterns=["*/*", "consolidated*"])
     except (OSError, ValueError, HfHubHTTPError) as error:
@@ -52,4 +60,6 @@ def _download(model: str, files: tuple[str, ...]) -> Path:
             f"{model}: no folder of that name here, and the hub did not give it ({reason}): "
             "check the name and the network, or pass a local folder"
         ) from error
+    finally:
+        logger.setLevel(level)
     return Path(folder)

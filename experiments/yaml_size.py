@@ -1,0 +1,44 @@
+"""How much a YAML file holds once its aliases are written out, counted without writing them out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+MOST_BYTES = 1 << 20
+MOST_VALUES = 100_000
+
+
+def check_yaml_size(path: Path) -> None:
+    """See that a file can be read whole.
+
+    Raises:
+        ValueError: it has more than `MOST_BYTES`, more than `MOST_VALUES` values and keys where each alias counts as
+            what it stands for, an alias inside of what it stands for, or too deep a nesting.
+        yaml.YAMLError: it is no YAML.
+        OSError: it can't be read.
+    """
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"has {size:,} bytes; at most {MOST_BYTES:,}")
+    try:
+        total = _count(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), {})
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
+    if total > MOST_VALUES:
+        raise ValueError(f"holds {total:,} values with its aliases written out; at most {MOST_VALUES:,}")
+
+
+def _count(node: yaml.Node | None, known: dict[int, int | None]) -> int:
+    """Nodes below and with this one. `known` has the count of each collection; None while it is being counted."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = None
+        inner = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_count(part, known) for part in inner)
+    count = known[id(node)]
+    if count is None:
+        raise ValueError("holds an alias inside of what it stands for")
+    return count
