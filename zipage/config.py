@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Annotated, Any
 
+from zipage.checks import (
+    Count,
+    Rule,
+    Share,
+    Text,
+    at_least,
+    check_fields,
+    check_names,
+    one_of,
+    power_of_two,
+)
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.eviction.protection import Protection
@@ -29,17 +41,6 @@ EVICTION_DEFAULTS = {
     "trace_positions": False,
 }
 """Options that mean nothing under policy "full", and the values that ask for nothing."""
-
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-
-
-def check_names(given: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    """Raise a ValueError that names the first unknown key and the closest known one."""
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-            raise ValueError(f"{where}: unknown option {name!r}; {hint}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,58 +87,50 @@ class EngineConfig:
         debug: check every invariant after every step and fill what nobody may read with NaN; slow.
 
     Raises:
-        ValueError: a value is outside its range; the message names the field, the value and the remedy.
+        ValueError: a value is of the wrong type or outside its range; the message names the field, the value and the
+            remedy.
     """
 
-    model: str
-    load_format: str = "auto"
+    model: Text
+    load_format: Annotated[str, one_of("auto", "dummy")] = "auto"
     skip_tokenizer_init: bool = False
-    dtype: str = "auto"
-    device: str = "auto"
+    dtype: Annotated[str, one_of("auto", "float32", "float16", "bfloat16")] = "auto"
+    device: Annotated[str, Rule(re.compile(r"auto|cpu|cuda(:[0-9]+)?").fullmatch, "auto, cpu, cuda or cuda:N")] = "auto"
     seed: int = 0
-    tensor_parallel_size: int = 1
-    block_size: int = 256
-    num_blocks: int | None = None
-    kv_cache_memory_bytes: int | None = None
-    gpu_memory_utilization: float = 0.9
-    max_model_len: int | None = None
-    max_num_seqs: int = 512
-    max_num_batched_tokens: int = 8192
+    tensor_parallel_size: Annotated[int, Rule(lambda size: size == 1, "1; the model runs on one device")] = 1
+    block_size: Annotated[int, power_of_two(16, 256)] = 256
+    num_blocks: Count | None = None
+    kv_cache_memory_bytes: Count | None = None
+    gpu_memory_utilization: Share = 0.9
+    max_model_len: Count | None = None
+    max_num_seqs: Count = 512
+    max_num_batched_tokens: Count = 8192
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     async_scheduling: bool | None = None
     enforce_eager: bool = False
-    policy: str = "full"
+    policy: Text = "full"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
-    budget_tokens: int | None = None
+    budget_tokens: Count | None = None
     protection: str = "none"
-    recent_tokens: int = 16
-    trigger: str = "block_full"
-    scheduling: str = "hybrid"
+    recent_tokens: Annotated[int, at_least(0)] = 16
+    trigger: Annotated[str, one_of("block_full", "pressure")] = "block_full"
+    scheduling: Annotated[str, one_of("hybrid", "constrained")] = "hybrid"
     async_compression: bool = True
-    layer_stride: int | None = None
+    layer_stride: Count | None = None
     trace_positions: bool = False
     debug: bool = False
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
         """Build from keywords. Raises ValueError for an unknown one, naming the closest known."""
-        check_names(kwargs, tuple(f.name for f in fields(cls)), "LLM")
+        check_names(kwargs, [f.name for f in fields(cls)], "LLM")
         return cls(**kwargs)
 
     def __post_init__(self) -> None:
-        self._one_of("load_format", ("auto", "dummy"))
-        self._one_of("dtype", DTYPES)
-        self._require("device", self.device in ("auto", "cpu") or self.device.startswith("cuda"), "auto, cpu or cuda")
-        self._require("tensor_parallel_size", self.tensor_parallel_size == 1, "1; the model runs on one device")
-        size = self.block_size
-        self._require("block_size", 16 <= size <= 256 and size & (size - 1) == 0, "a power of two from 16 to 256")
-        for name in ("num_blocks", "kv_cache_memory_bytes", "max_model_len", "budget_tokens", "layer_stride"):
-            value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "at least 1, or None")
-        for name in ("max_num_seqs", "max_num_batched_tokens"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        self._require("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "in (0, 1]")
+        if isinstance(self.model, PathLike):
+            object.__setattr__(self, "model", fspath(self.model))
+        check_fields(self)
         if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
             raise ValueError("num_blocks and kv_cache_memory_bytes both size the pool: give one of them")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -146,9 +139,6 @@ class EngineConfig:
                 f"max_num_seqs={self.max_num_seqs}, so that every running request can decode in a step"
             )
         protection = Protection.parse(self.protection)
-        self._require("recent_tokens", self.recent_tokens >= 0, "at least 0")
-        self._one_of("trigger", ("block_full", "pressure"))
-        self._one_of("scheduling", ("hybrid", "constrained"))
         if self.policy == "full":
             self._require("policy_options", not self.policy_options, "empty: policy 'full' has no options")
             idle = [name for name, default in EVICTION_DEFAULTS.items() if getattr(self, name) != default]
@@ -159,7 +149,7 @@ class EngineConfig:
         if policy is None:
             return
         self._require("budget_tokens", self.budget_tokens is not None, f"given with policy {self.policy!r}")
-        Budget.from_tokens(self.budget_tokens, size).check(policy, protection, self.recent_tokens)
+        Budget.from_tokens(self.budget_tokens, self.block_size).check(policy, protection, self.recent_tokens)
 
     def make_policy(self) -> Policy | None:
         """The eviction policy; None for full KV.
@@ -185,6 +175,3 @@ class EngineConfig:
     def _require(self, name: str, ok: bool, what: str) -> None:
         if not ok:
             raise ValueError(f"{name}={getattr(self, name)!r}: must be {what}")
-
-    def _one_of(self, name: str, values: tuple[str, ...]) -> None:
-        self._require(name, getattr(self, name) in values, f"one of {', '.join(values)}")

@@ -9,18 +9,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
+from os import PathLike
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from zipage.block_pool import BlockPool
+from zipage.checks import checked
 from zipage.compression_runner import CompressionResult, CompressionRunner
 from zipage.config import EngineConfig
 from zipage.debug import DebugChecks
 from zipage.detokenizer import Detokenizer, decode
-from zipage.intake import Intake, Prompt
+from zipage.intake import Intake, Prompt, as_prompts
 from zipage.interrupts import deferred_interrupts
 from zipage.kv_cache import KVCache, plan_memory
 from zipage.model.loader import obtain_model, resolve_device
@@ -81,8 +82,8 @@ class LLM:
             when its step is over. A listener that raises is logged and called no more; with `debug` it raises.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
-        self.config = EngineConfig.from_kwargs(model=str(model), **options)
+    def __init__(self, model: str | PathLike[str], **options: Any) -> None:
+        self.config = EngineConfig.from_kwargs(model=model, **options)
         self._device = resolve_device(self.config.device)
         with self._on_device():
             self._start(self.config)
@@ -176,6 +177,10 @@ class LLM:
         self._under_way: _UnderWay | None = None
         self._failure: str | None = None
         """Why no step can follow the last one."""
+        self._is_shut_down = False
+        self._in_step = False
+        self._left: deque[str] = deque()
+        """Streams that were dropped in the middle of a step."""
         self._step_ended = 0.0
         self._prompts: dict[str, _PromptState] = {}
         self._watched: set[str] = set()
@@ -195,21 +200,31 @@ class LLM:
         Args:
             prompt: text, or token ids.
             params: sampling options.
-            request_id: a name of its own; None numbers it.
+            request_id: a name that no unfinished request has; None makes one up, "auto-N".
 
         Returns:
             The request's id.
 
         Raises:
             ValueError: the prompt or an option can't be served; nothing was queued.
+            RuntimeError: the engine was shut down or has failed.
         """
-        return self._add(prompt, params or SamplingParams(), request_id, stream=False)
+        return self._add(next(self._numbers), prompt, params, request_id)
 
-    def _add(self, prompt: Prompt, params: SamplingParams, request_id: str | None, stream: bool) -> str:
+    def _add(
+        self,
+        number: int,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str | None = None,
+        stream: bool = False,
+    ) -> str:
         self._check_alive()
-        number = next(self._numbers)
-        request_id = str(number) if request_id is None else request_id
-        if request_id in self._prompts or request_id in self._done:
+        params = checked("params", params, SamplingParams | None) or SamplingParams()
+        request_id = checked("request_id", request_id, str | None)
+        if request_id is None:
+            request_id = self._free_id(number)
+        elif self._is_in_use(request_id):
             raise ValueError(f"request_id={request_id!r}: already in use")
         samples = self._intake.samples(prompt, params, request_id, number)
         detokenizers = None
@@ -224,6 +239,16 @@ class LLM:
         rule, counters = samples[0].rule, self._telemetry.counters
         counters.prompt_tokens += samples[0].num_prompt_tokens
         counters.prompts_truncated += rule is not None and rule.prompt_truncated
+        return request_id
+
+    def _is_in_use(self, request_id: str) -> bool:
+        return request_id in self._prompts or request_id in self._done
+
+    def _free_id(self, number: int) -> str:
+        """Of the request `number`; apart from what callers call theirs."""
+        request_id = f"auto-{number}"
+        while self._is_in_use(request_id):
+            request_id += "+"
         return request_id
 
     def abort(self, request_id: str) -> bool:
@@ -248,16 +273,28 @@ class LLM:
         return bool(self._prompts or self._done)
 
     def shutdown(self) -> None:
-        """Abort what is unfinished and stop the thread that compresses. The engine serves nothing afterwards."""
-        for request_id in list(self._prompts):
-            self.abort(request_id)
-        self._compressor.close()
+        """Abort what is unfinished and stop the thread that compresses.
+
+        `step` still hands over the outputs that it has not yet, those of aborted requests among them; a stream ends
+        with the finish reason "abort". Beyond that the engine serves nothing: whatever asks it to raises RuntimeError.
+        """
+        try:
+            for request_id in list(self._prompts):
+                self.abort(request_id)
+        finally:
+            self._is_shut_down = True
+            self._compressor.close()
 
     # Running
 
     def step(self) -> list[RequestOutput]:
-        """Run one step. Returns the outputs that became complete and were not handed over yet."""
-        self._step()
+        """Run one step. Returns the outputs that became complete and were not handed over yet.
+
+        Raises:
+            RuntimeError: the engine was shut down or has failed.
+        """
+        if not (self._is_shut_down and self._done):
+            self._step()
         done, self._done = list(self._done.values()), {}
         return done
 
@@ -280,26 +317,31 @@ class LLM:
             One output a prompt, in order.
 
         Raises:
-            ValueError: there are not as many `params` as prompts.
+            ValueError: `prompts` or `params` are none, or there are not as many `params` as prompts.
+            RuntimeError: the engine was shut down or has failed.
         """
-        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
-            prompts = [prompts]
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
+        self._check_alive()
+        prompts = as_prompts(prompts)
+        if isinstance(params, Sequence) and not isinstance(params, str):
+            params = [checked(f"params[{i}]", p, SamplingParams) for i, p in enumerate(params)]
+        else:
+            params = [checked("params", params, SamplingParams | None) or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"{len(params)} sampling params for {len(prompts)} prompts: give one, or one for each")
         outputs: list[RequestOutput | str] = []
-        for prompt, p in zip(prompts, params, strict=True):
+        mine: list[str] = []
+        with tqdm(total=len(prompts), desc="requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
             try:
-                outputs.append(self._add(prompt, p, None, stream=False))
-            except ValueError as error:
-                outputs.append(self._refuse(prompt, str(error)))
-        mine = [output for output in outputs if isinstance(output, str)]
-        with tqdm(total=len(outputs), desc="requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            bar.update(len(outputs) - len(mine))
-            begin, tokens = time.perf_counter(), self._telemetry.counters.output_tokens
-            pending = set(mine)
-            try:
+                for prompt, p in zip(prompts, params, strict=True):
+                    number = next(self._numbers)
+                    try:
+                        mine.append(self._add(number, prompt, p))
+                        outputs.append(mine[-1])
+                    except ValueError as error:
+                        outputs.append(self._refuse(number, prompt, str(error)))
+                bar.update(len(outputs) - len(mine))
+                begin, tokens = time.perf_counter(), self._telemetry.counters.output_tokens
+                pending = set(mine)
                 while pending:
                     self._step()
                     finished = pending & self._done.keys()
@@ -317,28 +359,40 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamEvent]:
         """Answer one prompt token by token, beside whatever else is queued.
 
-        Leaving the loop early aborts the request.
+        The request is queued at the call. Leaving the loop early, or dropping the iterator, aborts it.
 
         Raises:
             ValueError: the prompt or an option can't be served (at the call, not at the first event).
+            RuntimeError: the engine was shut down or has failed.
         """
-        request_id = self._add(prompt, params or SamplingParams(), None, stream=True)
-        return self._events(request_id)
+        request_id = self._add(next(self._numbers), prompt, params, stream=True)
+        events = self._events(self._prompts[request_id], request_id)
+        next(events)
+        return events
 
-    def _events(self, request_id: str) -> Iterator[StreamEvent]:
-        state = self._prompts[request_id]
+    def _events(self, state: _PromptState, request_id: str) -> Iterator[StreamEvent]:
+        """First None: a generator that is dropped before it has begun would not come to its `finally`."""
         events = state.events
         try:
+            yield None
             while state.unfinished:
                 self._step()
                 while events:
                     yield events.popleft()
             yield from events
         finally:
-            self.abort(request_id)
-            self._done.pop(request_id, None)
+            # The garbage collector, which may be what ends this, may come in the middle of a step.
+            self._left.append(request_id)
+            if not self._in_step:
+                self._abort_left()
+
+    def _abort_left(self) -> None:
+        while self._left:
+            self.abort(self._left.popleft())
 
     def _check_alive(self) -> None:
+        if self._is_shut_down:
+            raise RuntimeError("this engine was shut down and serves nothing more: make a new LLM")
         if self._failure is not None:
             raise RuntimeError(f"this engine has failed and serves nothing more ({self._failure}): make a new LLM")
 
@@ -351,6 +405,7 @@ class LLM:
         """
         self._check_alive()
         with deferred_interrupts():
+            self._in_step = True
             try:
                 with self._on_device():
                     yield
@@ -360,6 +415,9 @@ class LLM:
                 self._prompts.clear()
                 self._watched.clear()
                 raise
+            finally:
+                self._in_step = False
+        self._abort_left()
         self._telemetry.deliver()
 
     def _step(self) -> None:
@@ -461,10 +519,10 @@ class LLM:
         stopped = []
         for request in watched:
             state = self._prompts[request.request_id]
-            if state.detokenizers is None:
+            if state.detokenizers is None or request.finish_reason == "stop":  # by its last token, which is no text
                 continue
             stop = state.detokenizers[request.index].add(request.last_token)
-            if stop is not None and request.finish_reason != "stop":
+            if stop is not None:
                 request.stop_reason = stop
                 if request.finish_reason is None:
                     stopped.append(request)
@@ -490,7 +548,9 @@ class LLM:
             if state.unfinished == 0:
                 del self._prompts[request.request_id]
                 self._watched.discard(request.request_id)
-                self._done[request.request_id] = self._output(state)
+                output = self._output(state)
+                if state.events is None:
+                    self._done[request.request_id] = output
                 self._count(state)
 
     def _send(self, request: Request, token_id: int | None) -> None:
@@ -515,7 +575,8 @@ class LLM:
             if state.detokenizers is not None:
                 text = state.detokenizers[sample.index].text
             elif self._tokenizer is not None:
-                text = decode(self._tokenizer, token_ids, sample.params.skip_special_tokens)
+                spelled = token_ids[:-1] if isinstance(sample.stop_reason, int) else token_ids
+                text = decode(self._tokenizer, spelled, sample.params.skip_special_tokens)
             else:
                 text = ""
             outputs.append(
@@ -537,12 +598,12 @@ class LLM:
         error = next((sample.error for sample in state.samples if sample.error is not None), None)
         return RequestOutput(first.request_id, state.prompt, prompt_ids, outputs, metrics, error)
 
-    def _refuse(self, prompt: Prompt, error: str) -> RequestOutput:
+    def _refuse(self, number: int, prompt: Prompt, error: str) -> RequestOutput:
         self._telemetry.counters.requests_failed += 1
         metrics = RequestMetrics(arrival=time.perf_counter())
         outputs = [CompletionOutput(0, "", [], "error", metrics=metrics)]
         text = prompt if isinstance(prompt, str) else None
-        return RequestOutput(str(next(self._numbers)), text, [], outputs, metrics, error)
+        return RequestOutput(self._free_id(number), text, [], outputs, metrics, error)
 
     @property
     def stats(self) -> EngineStats:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from zipage.checks import shown
 from zipage.config import EngineConfig
 from zipage.eviction import registry
 from zipage.eviction.policy import Policy
@@ -21,8 +22,31 @@ from zipage.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
+BYTES = (bytes, bytearray, memoryview)
+"""Lists of integers that are no tokens."""
 SEED_STEP = 0x9E3779B97F4A7C15
 """Between the seeds that engines of neighbouring seeds give their requests."""
+
+
+def as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    try:
+        items = None if isinstance(prompts, (*BYTES, Mapping)) else list(prompts)
+    except TypeError:
+        items = None
+    if items is None:
+        raise ValueError(f"prompts={shown(prompts)}: must be a text, a list of token ids, or a list of either")
+    return [items] if items and _is_token(items[0]) else items
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 class Intake:
@@ -66,6 +90,7 @@ class Intake:
         """
         token_ids = self._tokenize(prompt)
         self._check(token_ids, params)
+        self._check_stops(params)
         rule = self._rule(token_ids, params)
         limit, reason = self._limit(len(token_ids), params, rule)
         stop_ids = frozenset(params.stop_token_ids)
@@ -96,13 +121,34 @@ class Intake:
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise ValueError("the prompt is text, but skip_tokenizer_init=True: give token ids")
-            return self._tokenizer.encode(prompt)
-        if not isinstance(prompt, (Sequence, np.ndarray)) or not all(isinstance(t, (int, np.integer)) for t in prompt):
-            raise ValueError(f"a prompt is text or a list of token ids, not {prompt!r:.80}")
-        token_ids = [int(token) for token in prompt]
-        bad = next((token for token in token_ids if not 0 <= token < self._vocab_size), None)
+            return self._encode(prompt)
+        is_list = isinstance(prompt, (Sequence, np.ndarray)) and not isinstance(prompt, BYTES)
+        if not is_list or not all(_is_token(token) for token in prompt):
+            raise ValueError(f"a prompt is text or a list of token ids, not {shown(prompt)}")
+        bad = next((token for token in prompt if not 0 <= token < self._vocab_size), None)
         if bad is not None:
-            raise ValueError(f"token id {bad} is outside the vocabulary of {self._vocab_size}")
+            raise ValueError(f"token id {shown(bad)} is outside the vocabulary of {self._vocab_size}")
+        return [int(token) for token in prompt]
+
+    def _encode(self, prompt: str) -> list[int]:
+        try:
+            prompt.encode()
+            token_ids = self._tokenizer.encode(prompt)
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the prompt's character {error.start} is {prompt[error.start]!r}, a lone surrogate, which is no text: "
+                "leave it out, or decode the bytes that it came from anew"
+            ) from error
+        except Exception as error:  # tokenizers raises bare Exception
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"the tokenizer cannot encode the prompt ({reason})") from error
+        bad = next((token for token in token_ids if token >= self._vocab_size), None)
+        if bad is not None:
+            token = self._tokenizer.convert_ids_to_tokens(bad)
+            raise ValueError(
+                f"the tokenizer gives token id {bad} ({token!r}), which is outside the vocabulary of "
+                f"{self._vocab_size}: its embedding has no row for it"
+            )
         return token_ids
 
     def _check(self, token_ids: list[int], params: SamplingParams) -> None:
@@ -119,8 +165,13 @@ class Intake:
                 f"the prompt has {length} tokens, the KV pool holds {plan.num_slots} ({plan.num_blocks} blocks of "
                 f"{plan.block_size}): raise num_blocks or shorten it"
             )
+
+    def _check_stops(self, params: SamplingParams) -> None:
         if params.stop and self._tokenizer is None:
             raise ValueError("SamplingParams.stop needs text, but skip_tokenizer_init=True: use stop_token_ids")
+        bad = next((token for token in params.stop_token_ids if token >= self._vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"SamplingParams.stop_token_ids: {bad} is outside the vocabulary of {self._vocab_size}")
 
     def _rule(self, token_ids: list[int], params: SamplingParams) -> EvictionRule | None:
         """What bounds the request's cache; None for full KV."""
@@ -135,6 +186,10 @@ class Intake:
         return self._config.rule(policy, params.budget_tokens or self._config.budget_tokens, len(token_ids))
 
     def _make_policy(self, name: str) -> Policy | None:
+        if ":" in name and name not in registry.POLICIES:
+            raise ValueError(
+                f"SamplingParams.policy={name!r}: must be the name of a registered policy; a request imports nothing"
+            )
         policy, cache = registry.make(name), self._cache
         if not policy.evicts:
             return None

@@ -20,6 +20,7 @@ says why, or `RequestOutput.error` where the prompt was refused.
 class CompletionOutput:
     """One sample of one prompt. `logprobs` holds one float a token when asked for.
 
+    `text` ends before the end token, stop token or stop string that ended the sample; `token_ids` hold its tokens.
     `error` is None, or one line that says what ended the sample early; text and tokens are those until then.
     """
 
