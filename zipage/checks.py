@@ -1,137 +1,211 @@
-"""Options checked: names, types and ranges, each declared beside the field it belongs to.
+"""Options are checked by the annotations of the dataclass that holds them.
 
-A field of a dataclass says its range in its annotation: `block_size: Annotated[int, at_least(1)]`. Every float must be
-finite, every int has at most 64 bits. NumPy's numbers count as Python's, an int as a float, but neither a bool as a
-number nor a number as a bool.
+`window: Annotated[int, at_least(1)] = 16` says it all: the type, and a `Rule` beyond it.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
-import numbers
+import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import cache
-from types import NoneType, UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-NAMES = {int: "of type int, of at most 64 bits", float: "a finite number"}
-"""What a message calls a type, where that is more than its name."""
+import numpy as np
+
+LARGEST = float(np.finfo(np.float32).max)
+SMALLEST = float(np.finfo(np.float32).tiny)
+"""The largest and the smallest normal float32, in which the device computes."""
 
 
-class Range(NamedTuple):
-    """Values that are allowed, and how a message says so."""
+@dataclass(frozen=True)
+class Rule:
+    """A condition on a value of the right type. `what` ends the sentence "must be ..."."""
 
     holds: Callable[[Any], bool]
-    text: str
+    what: str
 
 
-def at_least(low: float) -> Range:
-    return Range(lambda value: value >= low, f"at least {low}")
+def at_least(low: float) -> Rule:
+    return Rule(lambda value: value >= low, f"at least {low}")
 
 
-def between(low: float, high: float) -> Range:
-    return Range(lambda value: low <= value <= high, f"in [{low}, {high}]")
+def between(low: float, high: float) -> Rule:
+    return Rule(lambda value: low <= value <= high, f"in [{low}, {high}]")
 
 
-def above(low: float, high: float) -> Range:
-    """Above `low`, up to `high`."""
-    return Range(lambda value: low < value <= high, f"in ({low}, {high}]")
+def power_of_two(low: int, high: int = 2**62) -> Rule:
+    what = f"a power of two from {low}" + (f" to {high}" if high < 2**62 else "")
+    return Rule(lambda value: low <= value <= high and value & (value - 1) == 0, what)
 
 
-def one_of(*values: str) -> Range:
-    return Range(values.__contains__, f"one of {', '.join(values)}")
+def one_of(*choices: Any) -> Rule:
+    return Rule(lambda value: value in choices, f"one of {', '.join(map(str, choices))}")
 
 
-def check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise a ValueError that names the first unknown key and the closest known one."""
-    known = list(known)
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-            raise ValueError(f"{where}: unknown option {name!r}; {hint}")
+Count = Annotated[int, at_least(1)]
+Odd = Annotated[int, Rule(lambda value: value > 0 and value % 2 == 1, "odd and positive")]
+Positive = Annotated[float, Rule(lambda value: value >= SMALLEST, f"positive, at least {SMALLEST:.2g}")]
+Unit = Annotated[float, between(0, 1)]
+Share = Annotated[float, Rule(lambda value: 0 < value <= 1, "in (0, 1]")]
+Text = Annotated[str, Rule(bool, "a text that is not empty")]
 
 
-def check_fields(options: Any, prefix: str = "") -> None:
-    """Check all fields of a dataclass, and give them the plain Python values of their types.
+def check_fields(instance: Any, where: str = "") -> None:
+    """Check every field of a dataclass and store it in the type of its annotation, as `checked` does.
 
     Args:
-        options: an instance, which may be frozen.
-        prefix: before a field's name in messages.
+        instance: may be frozen. A field's metadata gives the name that users know as "option", where it is another.
+        where: stands before the field's name in messages.
 
     Raises:
-        ValueError: a value is of another type or outside its range; the message names field, value and remedy.
+        ValueError: a value is of the wrong type or breaks a rule; the message names the field, the value and the rule.
     """
-    for name, hint in _hints(type(options)).items():
-        object.__setattr__(options, name, checked(f"{prefix}{name}", getattr(options, name), hint))
-
-
-def checked(name: str, value: Any, hint: Any) -> Any:
-    """`value` as what the annotation `hint` asks for.
-
-    Raises:
-        ValueError: it is of another type or outside its range.
-    """
-    hint, *ranges = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    or_none = ", or None" if NoneType in kinds else ""
-    if value is None and or_none:
-        return None
-    (kind,) = (kind for kind in kinds if kind is not NoneType)
-    result = _as(value, kind)
-    if result is None:
-        raise ValueError(f"{name}={shown(value)}: must be {_name(kind)}{or_none}")
-    for allowed in ranges:
-        if not allowed.holds(result):
-            raise ValueError(f"{name}={shown(value)}: must be {allowed.text}{or_none}")
-    return result
-
-
-def shown(value: Any) -> str:
-    """A value for a message, on one line and not longer than it helps."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        return f"an integer of {int(value).bit_length()} bits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _as(value: Any, kind: Any) -> Any:
-    """`value` as `kind`, or None where it is something else."""
-    if kind is bool or isinstance(value, bool):
-        return value if kind is bool and isinstance(value, bool) else None
-    if kind is int:
-        return int(value) if isinstance(value, numbers.Integral) and -(2**63) <= value < 2**64 else None
-    if kind is float:
-        return _finite(value) if isinstance(value, numbers.Real) else None
-    if get_origin(kind) is tuple:
-        if isinstance(value, (str, bytes)) or not isinstance(value, (list, tuple)):
-            return None
-        parts = tuple(_as(part, get_args(kind)[0]) for part in value)
-        return None if None in parts else parts
-    kind = get_origin(kind) or kind
-    return value if isinstance(value, kind) else None
-
-
-def _finite(value: Any) -> float | None:
-    try:
-        result = float(value)
-    except OverflowError:
-        return None
-    return result if math.isfinite(result) else None
-
-
-def _name(kind: Any) -> str:
-    if get_origin(kind) is tuple:
-        return f"a list of values of type {get_args(kind)[0].__name__}"
-    if kind in NAMES:
-        return NAMES[kind]
-    return f"of type {(get_origin(kind) or kind).__name__}"
+    hints = type_hints(type(instance))
+    for f in fields(instance):
+        name = where + f.metadata.get("option", f.name)
+        object.__setattr__(instance, f.name, checked(name, getattr(instance, f.name), hints[f.name]))
 
 
 @cache
-def _hints(options: type) -> Mapping[str, Any]:
-    hints = get_type_hints(options, include_extras=True)
-    return {f.name: hints[f.name] for f in fields(options)}
+def type_hints(cls: type) -> dict[str, Any]:
+    """The annotations of a class and its bases, rules included."""
+    return get_type_hints(cls, include_extras=True)
+
+
+def checked(name: str, value: Any, hint: Any) -> Any:
+    """`value` in the type of `hint`: numpy's scalars as Python's, integers for floats as floats, lists as tuples.
+
+    A bool is no number and a number no bool. Integers have at most 64 bits, floats are finite in float32.
+
+    Args:
+        name: of the option, for the message.
+        hint: bool, int, float, str, a class, Literal, tuple[X, ...], Mapping[str, X], a union, or Annotated[X, Rule];
+            what has another form is taken as it is.
+
+    Raises:
+        ValueError: it is of another type or breaks a rule; the message names the option, the value and the rule.
+    """
+    try:
+        return _convert(value, hint)
+    except _Unfit as unfit:
+        raise ValueError(f"{name}={shown(value if unfit.value is None else unfit.value)}: {unfit}") from None
+
+
+class _Unfit(Exception):
+    """Says what a value must be. `value` is the value as converted, where it was of the right type."""
+
+    def __init__(self, what: str, value: Any = None) -> None:
+        super().__init__(what)
+        self.value = value
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _convert_to_any(value, arguments)
+    if origin is Annotated:
+        value = _convert(value, arguments[0])
+        for rule in arguments[1:]:
+            if isinstance(rule, Rule) and not rule.holds(value):
+                raise _Unfit(f"must be {rule.what}", value)
+        return value
+    if origin is Literal:
+        return _convert(value, Annotated[Any, one_of(*arguments)])
+    if origin is tuple and arguments[1:] == (...,):
+        return _convert_items(value, arguments[0])
+    kind = origin or hint
+    if kind in SCALARS:
+        return SCALARS[kind](value)
+    if kind is Any or not isinstance(kind, type):
+        return value
+    if not isinstance(value, kind):
+        raise _Unfit(f"must be a {kind.__name__}")
+    if kind is Mapping and arguments:
+        return dict(zip(_convert_all("key", value, arguments[0]), _convert_all("value", value.values(), arguments[1])))
+    return value
+
+
+def _convert_to_any(value: Any, kinds: tuple) -> Any:
+    optional = types.NoneType in kinds
+    if optional and value is None:
+        return None
+    for kind in kinds:
+        if kind is not types.NoneType:
+            try:
+                return _convert(value, kind)
+            except _Unfit as error:
+                unfit = error
+    raise _Unfit(f"{unfit}, or None" if optional else str(unfit), unfit.value)
+
+
+def _convert_items(value: Any, kind: Any) -> tuple:
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+        raise _Unfit("must be a list")
+    return tuple(_convert_all("item", value, kind))
+
+
+def _convert_all(what: str, values: Iterable, kind: Any) -> list:
+    try:
+        return [_convert(value, kind) for value in values]
+    except _Unfit as unfit:
+        raise _Unfit(f"each {what} {unfit}") from None
+
+
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise _Unfit("must be True or False")
+    return bool(value)
+
+
+def _int(value: Any) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise _Unfit("must be an integer")
+    if not -(2**63) <= value < 2**63:
+        raise _Unfit("must be an integer of 64 bits")
+    return int(value)
+
+
+def _float(value: Any) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise _Unfit("must be a number")
+    # The comparison is of exact numbers, so that no integer is too large for it; NaN fails it.
+    if not -LARGEST <= value <= LARGEST:
+        raise _Unfit(f"must be a finite number of at most {LARGEST:.2g}")
+    return float(value)
+
+
+def _str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _Unfit("must be a text")
+    return value
+
+
+SCALARS = {bool: _bool, int: _int, float: _float, str: _str}
+
+
+def shown(value: Any) -> str:
+    """A value in one short line, for messages."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_names(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Raise a ValueError that names the first unknown key, and the known one that was meant or all that are known."""
+    known = tuple(known)
+    for name in given:
+        if name not in known:
+            close = closest(name, known)
+            hint = f"did you mean {close}?" if close else f"known: {', '.join(known)}"
+            raise ValueError(f"{where}: unknown option {shown(name)}; {hint}")
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name of which `name` may be a slip of the pen; None where none is close enough."""
+    cutoff = 0.6 if len(name) <= 5 else 0.8
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Annotated, Any
 
-from zipage.checks import Range, above, at_least, between, check_fields, check_names, one_of
+from zipage.checks import (
+    Count,
+    Rule,
+    Share,
+    Text,
+    at_least,
+    check_fields,
+    check_names,
+    one_of,
+    power_of_two,
+)
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.eviction.protection import Protection
@@ -29,17 +41,6 @@ EVICTION_DEFAULTS = {
     "trace_positions": False,
 }
 """Options that mean nothing under policy "full", and the values that ask for nothing."""
-
-NOT_SUPPORTED = (
-    *("tokenizer", "tokenizer_mode", "revision", "tokenizer_revision", "trust_remote_code", "hf_overrides"),
-    *("quantization", "kv_cache_dtype", "enable_lora", "speculative_config", "pipeline_parallel_size"),
-    *("data_parallel_size", "swap_space", "cpu_offload_gb"),
-)
-"""Options of vLLM that have no counterpart here, and no name of ours that could be meant instead."""
-
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-DEVICE = Range(lambda device: device in ("auto", "cpu") or device.startswith("cuda"), "auto, cpu, cuda or cuda:N")
-BLOCK_SIZE = Range(lambda size: 16 <= size <= 256 and size & (size - 1) == 0, "a power of two from 16 to 256")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,49 +88,49 @@ class EngineConfig:
         debug: check every invariant after every step and fill what nobody may read with NaN; slow.
 
     Raises:
-        ValueError: a value is outside its range; the message names the field, the value and the remedy.
+        ValueError: a value is of the wrong type or outside its range; the message names the field, the value and the
+            remedy.
     """
 
-    model: str
+    model: Text
     load_format: Annotated[str, one_of("auto", "dummy")] = "auto"
     skip_tokenizer_init: bool = False
-    dtype: Annotated[str, one_of(*DTYPES)] = "auto"
-    device: Annotated[str, DEVICE] = "auto"
-    seed: Annotated[int, between(-(2**63), 2**63 - 1)] = 0
-    tensor_parallel_size: Annotated[int, Range(lambda size: size == 1, "1; the model runs on one device")] = 1
-    block_size: Annotated[int, BLOCK_SIZE] = 256
-    num_blocks: Annotated[int | None, at_least(1)] = None
-    kv_cache_memory_bytes: Annotated[int | None, at_least(1)] = None
-    gpu_memory_utilization: Annotated[float, above(0, 1)] = 0.9
-    max_model_len: Annotated[int | None, at_least(1)] = None
-    max_num_seqs: Annotated[int, at_least(1)] = 512
-    max_num_batched_tokens: Annotated[int, at_least(1)] = 8192
+    dtype: Annotated[str, one_of("auto", "float32", "float16", "bfloat16")] = "auto"
+    device: Annotated[str, Rule(re.compile(r"auto|cpu|cuda(:[0-9]+)?").fullmatch, "auto, cpu, cuda or cuda:N")] = "auto"
+    seed: int = 0
+    tensor_parallel_size: Annotated[int, Rule(lambda size: size == 1, "1; the model runs on one device")] = 1
+    block_size: Annotated[int, power_of_two(16, 256)] = 256
+    num_blocks: Count | None = None
+    kv_cache_memory_bytes: Count | None = None
+    gpu_memory_utilization: Share = 0.9
+    max_model_len: Count | None = None
+    max_num_seqs: Count = 512
+    max_num_batched_tokens: Count = 8192
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     async_scheduling: bool | None = None
     enforce_eager: bool = False
-    policy: str = "full"
+    policy: Text = "full"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
-    budget_tokens: Annotated[int | None, at_least(1)] = None
+    budget_tokens: Count | None = None
     protection: str = "none"
     recent_tokens: Annotated[int, at_least(0)] = 16
     trigger: Annotated[str, one_of("block_full", "pressure")] = "block_full"
     scheduling: Annotated[str, one_of("hybrid", "constrained")] = "hybrid"
     async_compression: bool = True
-    layer_stride: Annotated[int | None, at_least(1)] = None
+    layer_stride: Count | None = None
     trace_positions: bool = False
     debug: bool = False
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
         """Build from keywords. Raises ValueError for an unknown one, naming the closest known."""
-        for name in kwargs:
-            if name in NOT_SUPPORTED:
-                raise ValueError(f"LLM: vLLM's option {name!r} is not supported")
-        check_names(kwargs, tuple(f.name for f in fields(cls)), "LLM")
+        check_names(kwargs, [f.name for f in fields(cls)], "LLM")
         return cls(**kwargs)
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, PathLike):
+            object.__setattr__(self, "model", fspath(self.model))
         check_fields(self)
         if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
             raise ValueError("num_blocks and kv_cache_memory_bytes both size the pool: give one of them")

@@ -84,7 +84,7 @@ class LLM:
     """
 
     def __init__(self, model: str | PathLike[str], **options: Any) -> None:
-        self.config = EngineConfig.from_kwargs(model=str(model) if isinstance(model, PathLike) else model, **options)
+        self.config = EngineConfig.from_kwargs(model=model, **options)
         self._device = resolve_device(self.config.device)
         with self._on_device():
             self._start(self.config)

@@ -89,7 +89,7 @@ class Intake:
             ValueError: the prompt or an option can't be served.
         """
         token_ids = self._tokenize(prompt)
-        self._check(token_ids)
+        self._check(token_ids, params)
         self._check_stops(params)
         rule = self._rule(token_ids, params)
         limit, reason = self._limit(len(token_ids), params, rule)
@@ -186,7 +186,10 @@ class Intake:
         return self._config.rule(policy, params.budget_tokens or self._config.budget_tokens, len(token_ids))
 
     def _make_policy(self, name: str) -> Policy | None:
-        registry.check_registered(name)  # a place, "package.module:Class", would import what the request names
+        if ":" in name and name not in registry.POLICIES:
+            raise ValueError(
+                f"SamplingParams.policy={name!r}: must be the name of a registered policy; a request imports nothing"
+            )
         policy, cache = registry.make(name), self._cache
         if not policy.evicts:
             return None

@@ -160,8 +160,8 @@ def test_a_new_policy_takes_one_file(tmp_path, monkeypatch):
         ("zipage", {"alhpa": 1.0}, "did you mean alpha"),
         ("zipage", {"weight": 1.0}, "unknown option 'weight'"),
         ("zipage", {"lambda": 1.5}, r"zipage\.lambda=1\.5: must be in \[0, 1\]"),
-        ("zipage", {"window": "16"}, "must be of type int"),
-        ("zipage", {"global": 1}, "must be of type bool"),
+        ("zipage", {"window": "16"}, "must be an integer"),
+        ("zipage", {"global": 1}, "must be True or False"),
         ("zipage", {"pooling": "sometimes"}, "one of never, first, always"),
         ("zipage", {"pool_width": 4}, "odd"),
         ("zipage", {"redundancy": "lightning"}, "one of none, full, chunk"),
@@ -174,7 +174,7 @@ def test_a_new_policy_takes_one_file(tmp_path, monkeypatch):
         ("vase", {"mode": "gauss"}, "one of attn, dkv"),
         ("random_shared", {"share": "none"}, "one of heads, all"),
         ("page_random", {"scope": "head"}, "native=False"),
-        ("page_attention", {"page_size": 0}, "positive"),
+        ("page_attention", {"page_size": 0}, "at least 1"),
     ],
 )
 def test_names_and_values_are_checked(name, options, message):

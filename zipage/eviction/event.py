@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zipage.checks import shown
 from zipage.eviction import counters
 from zipage.transfer import to_device
 
@@ -206,8 +207,29 @@ class Event(ABC):
         """Hand over the new state of all entries, float32 [L, R, H, N]; survivors take theirs along.
 
         States are >= 0; a negative one means that the entry carries none. That of a protected entry reaches no event.
+
+        Raises:
+            ValueError: it is of another shape and does not broadcast to it, not real, or on another device.
         """
-        self.new_state = state
+        self.new_state = self.check_scores(state, "event.store takes").float()
+
+    def check_scores(self, scores: Tensor, where: str) -> Tensor:
+        """`scores`, which a policy made for the entries.
+
+        Args:
+            where: begins the message.
+
+        Raises:
+            ValueError: they are no real tensor that broadcasts to [L, R, H, N] on the event's device.
+        """
+        what = f"{where} a real tensor [L, R, H, N] = {list(self.shape)} on {self.device}, or one that broadcasts to it"
+        if not isinstance(scores, Tensor):
+            raise ValueError(f"{what}, not {shown(scores)}")
+        sizes = scores.shape[::-1]
+        fits = len(sizes) <= 4 and all(have in (1, need) for have, need in zip(sizes, self.shape[::-1], strict=False))
+        if not fits or scores.is_complex() or scores.device != self.device:
+            raise ValueError(f"{what}, not one of {scores.dtype} {list(scores.shape)} on {scores.device}")
+        return scores
 
     # Reductions over heads and layers. With heads spread over ranks these need an all-reduce.
 

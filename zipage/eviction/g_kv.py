@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from zipage.checks import Count, Positive, Unit
 from zipage.eviction.event import Event
 from zipage.eviction.policy import Policy, option
 
@@ -31,15 +32,10 @@ class GKV(Policy):
     variant: ClassVar[str] = "G-KV"
     paper: ClassVar[str] = "https://arxiv.org/abs/2512.00504"
 
-    window: int = 16
-    alpha: float = 0.8
-    weight: float = option(0.5, "lambda")
-    tau: float = 1.0
-
-    def __post_init__(self) -> None:
-        self._positive("window", "tau")
-        self._unit("alpha")
-        self._unit("weight")
+    window: Count = 16
+    alpha: Unit = 0.8
+    weight: Unit = option(0.5, "lambda")
+    tau: Positive = 1.0
 
     @property
     def state(self) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
+from zipage.checks import Count, Unit, one_of
 from zipage.eviction.event import Event
 from zipage.eviction.policy import Policy
 
@@ -30,16 +31,10 @@ class H2O(Policy):
     variant: ClassVar[str] = "window-accumulated H2O"
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.14048"
 
-    window: int = 16
-    accumulate: str = "window"
-    decay: float = 1.0
-    group: str = "mean"
-
-    def __post_init__(self) -> None:
-        self._positive("window")
-        self._one_of("accumulate", "window")
-        self._unit("decay")
-        self._one_of("group", "mean", "max")
+    window: Count = 16
+    accumulate: Annotated[str, one_of("window")] = "window"
+    decay: Unit = 1.0
+    group: Annotated[str, one_of("mean", "max")] = "mean"
 
     @property
     def state(self) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from zipage.checks import Count, one_of
 from zipage.eviction.event import Event
 from zipage.eviction.policy import Policy
 
@@ -28,12 +29,8 @@ class MorphKV(Policy):
     variant: ClassVar[str] = "MorphKV, block-triggered"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.00979"
 
-    window: int = 16
-    fuse: str = "sum"
-
-    def __post_init__(self) -> None:
-        self._positive("window")
-        self._one_of("fuse", "sum", "max")
+    window: Count = 16
+    fuse: Annotated[str, one_of("sum", "max")] = "sum"
 
     @property
     def leaves_window_unscored(self) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from zipage.checks import Count, one_of
 from zipage.eviction.event import Event
 from zipage.eviction.pages import PagePolicy
 
@@ -26,13 +27,8 @@ class PageAttention(PagePolicy):
     paper: ClassVar[str] = "https://arxiv.org/abs/2603.08743"
     always_labelled: ClassVar[tuple[str, ...]] = ("page_size",)
 
-    window: int = 16
-    agg: str = "sum"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._positive("window")
-        self._one_of("agg", "sum", "max")
+    window: Count = 16
+    agg: Annotated[str, one_of("sum", "max")] = "sum"
 
     @property
     def all_layers(self) -> bool:

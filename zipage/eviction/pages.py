@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from zipage.checks import Count, one_of
 from zipage.eviction.event import Event
 from zipage.eviction.policy import HUGE, Policy, option
 
@@ -33,13 +34,12 @@ class PagePolicy(Policy):
             only).
     """
 
-    page_size: int = 256
+    page_size: Count = 256
     native: bool = True
-    share: str = option("shared", "scope")
+    share: Annotated[str, one_of("shared", "head")] = option("shared", "scope")
 
     def __post_init__(self) -> None:
-        self._positive("page_size")
-        self._one_of("share", "shared", "head")
+        super().__post_init__()
         if self.native and self.share == "head":
             raise ValueError(f"{self.name}.scope='head': a native page goes in all heads at once; set native=False")
 

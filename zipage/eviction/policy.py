@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from zipage.checks import check_names, checked
+from zipage.checks import check_fields, check_names, checked, type_hints
 from zipage.eviction.event import Event
 
 HUGE = torch.finfo(torch.float32).max / 4
@@ -47,6 +47,9 @@ class Policy(ABC):
     evicts: ClassVar[bool] = True
     implied_protection: ClassVar[str] = "none"
     always_labelled: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self, f"{self.name}.")
 
     @property
     def num_queries(self) -> int:
@@ -99,26 +102,18 @@ class Policy(ABC):
     def rank(self, event: Event) -> Tensor:
         """Scores [L, R, H, N] (or broadcastable to it), higher stays; anything past a request's n entries.
 
-        Finite for every entry that is not in `event.must`.
+        Of any real dtype, on the event's device. Finite for every entry that is not in `event.must`.
         """
 
     def score(self, event: Event) -> Tensor:
         """Scores of the entries, float32 [L, R, H, N]: finite up to each request's n, -inf past it.
 
         Raises:
-            ValueError: `rank` returned something else.
+            ValueError: `rank` returned anything but what it must, or a policy with `state` stored none.
         """
-        scores, device = self.rank(event), event.lens.device
-        if not isinstance(scores, Tensor) or scores.is_complex() or scores.device != device:
-            what = f"{scores.dtype} on {scores.device}" if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(f"{self.name}.rank returned {what}: must be a tensor of real numbers on {device}")
-        try:
-            scores = scores.float().expand(event.shape)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{self.name}.rank returned shape {tuple(scores.shape)}: must be {tuple(event.shape)}, which are "
-                "layers, requests, KV heads and entries, or broadcast to it"
-            ) from error
+        scores = event.check_scores(self.rank(event), f"{self.name}: rank must return").float().expand(event.shape)
+        if self.state and event.new_state is None:
+            raise ValueError(f"{self.name}: has state, so rank must hand the new one to event.store")
         return torch.where(event.valid, scores, float("-inf"))
 
     def check(self, *, block_size: int, recent: int) -> None:
@@ -164,29 +159,14 @@ class Policy(ABC):
         Raises:
             ValueError: an option is unknown (the message names the closest) or its value is outside its range.
         """
-        known = cls.known_options()
-        hints = get_type_hints(cls, include_extras=True)
-        given = {}
-        check_names(options, tuple(known), f"policy {cls.name!r}")
-        for name, value in options.items():
-            given[known[name].name] = checked(f"{cls.name}.{name}", value, hints[known[name].name])
-        return cls(**given)
+        hints = type_hints(cls)
+        fields_by_option = cls.known_options()
+        check_names(options, fields_by_option, f"policy {cls.name!r}")
+        given = {fields_by_option[name].name: (name, value) for name, value in options.items()}
+        # Checked before a `__post_init__` of the policy's own sees them.
+        return cls(**{f: checked(f"{cls.name}.{name}", value, hints[f]) for f, (name, value) in given.items()})
 
     def _require(self, attribute: str, ok: bool, what: str) -> None:
         if not ok:
             name = next(name for name, f in self.known_options().items() if f.name == attribute)
             raise ValueError(f"{self.name}.{name}={getattr(self, attribute)!r}: must be {what}")
-
-    def _one_of(self, attribute: str, *values: str) -> None:
-        self._require(attribute, getattr(self, attribute) in values, f"one of {', '.join(values)}")
-
-    def _unit(self, attribute: str) -> None:
-        self._require(attribute, 0 <= getattr(self, attribute) <= 1, "in [0, 1]")
-
-    def _positive(self, *attributes: str) -> None:
-        for attribute in attributes:
-            self._require(attribute, getattr(self, attribute) > 0, "positive")
-
-    def _pooling(self) -> None:
-        self._one_of("pooling", "never", "first", "always")
-        self._require("pool_width", self.pool_width > 0 and self.pool_width % 2 == 1, "odd and positive")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from zipage.checks import one_of
 from zipage.eviction.event import Event
 from zipage.transfer import to_device
+
+Pooling = Annotated[str, one_of("never", "first", "always")]
 
 
 def pooled(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -31,10 +32,10 @@ class Protection:
         text = implied if text == "none" else text
         if text in ("none", "prompt"):
             return cls(text)
-        head, _, count = text.partition(":")
-        if head != "sink" or not count.isdecimal() or int(count) < 1:
+        sinks = re.fullmatch("sink:([1-9][0-9]{0,9})", text)
+        if sinks is None:
             raise ValueError(f"protection={text!r}: must be none, prompt or sink:N")
-        return cls("sink", int(count))
+        return cls("sink", int(sinks[1]))
 
     def check(self, keep: int, recent: int, page: int = 1) -> None:
         """Check against a budget of `keep` entries, `recent` of them the latest, in pages of `page`.

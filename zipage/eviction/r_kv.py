@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from zipage.checks import Count, Odd, Positive, Unit
 from zipage.eviction.event import Event
 from zipage.eviction.policy import Policy, option
-from zipage.eviction.pooling import pooled
+from zipage.eviction.pooling import Pooling, pooled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +38,12 @@ class RKV(Policy):
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.24133"
     always_labelled: ClassVar[tuple[str, ...]] = ("lambda",)
 
-    window: int = 8
-    weight: float = option(0.1, "lambda")
-    tau: float = 1.0
-    threshold: float = 0.5
-    pooling: str = "always"
-    pool_width: int = 7
-
-    def __post_init__(self) -> None:
-        self._positive("window", "tau")
-        self._unit("weight")
-        self._unit("threshold")
-        self._pooling()
+    window: Count = 8
+    weight: Unit = option(0.1, "lambda")
+    tau: Positive = 1.0
+    threshold: Unit = 0.5
+    pooling: Pooling = "always"
+    pool_width: Odd = 7
 
     @property
     def leaves_window_unscored(self) -> bool:

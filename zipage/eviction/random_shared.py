@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
+from zipage.checks import one_of
 from zipage.eviction.event import Event
 from zipage.eviction.policy import Policy
 
@@ -28,10 +29,7 @@ class RandomShared(Policy):
     paper: ClassVar[str] = "https://arxiv.org/abs/2609.03430"
     always_labelled: ClassVar[tuple[str, ...]] = ("share",)
 
-    share: str = "heads"
-
-    def __post_init__(self) -> None:
-        self._one_of("share", "heads", "all")
+    share: Annotated[str, one_of("heads", "all")] = "heads"
 
     @property
     def shared_heads(self) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from zipage.checks import closest
 
 if TYPE_CHECKING:
     from zipage.eviction.policy import Policy
@@ -30,8 +32,8 @@ POLICIES: dict[str, str | type[Policy]] = {
 }
 """Name -> class, or where to find it; modules load on first use."""
 
-SPELLED_OUT = {"random_attention": "policy='random' with protection='prompt'"}
-"""Names of the field for a policy together with a protection, and how the two are asked for."""
+METHODS = {"random_attention": "policy='random' with protection='prompt'"}
+"""Published methods that are no policies of their own, and the options that they are."""
 
 
 def register(policy: type[Policy]) -> type[Policy]:
@@ -45,22 +47,39 @@ def find(name: str) -> type[Policy]:
     """The class of a policy.
 
     Args:
-        name: a registered name, or "package.module:Class" for one that lives elsewhere.
+        name: a registered name, or "package.module:Class" for one that lives elsewhere, whose module is imported.
 
     Raises:
-        ValueError: there is no such policy; the message names the closest.
+        ValueError: there is no such policy (the message names the closest), or what is there is none.
     """
     place = POLICIES.get(name, name)
     if not isinstance(place, str):
         return place
     module, _, attribute = place.partition(":")
     if not attribute:
-        hint = _hint(name, or_else=", or 'package.module:Class'")
-        raise ValueError(f"unknown policy {name!r}; {hint}")
+        raise ValueError(_unknown(name))
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"policy {name!r} cannot be loaded: {error}") from error
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # Whatever the module does when it is imported.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"policy {name!r} cannot be loaded: {reason}") from error
+    from zipage.eviction.policy import Policy
+
+    is_policy = isinstance(found, type) and issubclass(found, Policy) and not inspect.isabstract(found)
+    if not is_policy or not all(hasattr(found, attribute) for attribute in ("name", "variant", "paper")):
+        raise ValueError(
+            f"policy {name!r} cannot be loaded: {attribute} must be a subclass of zipage.eviction.policy.Policy "
+            "that sets name, variant and paper and implements rank"
+        )
+    return found
+
+
+def _unknown(name: str) -> str:
+    if name in METHODS:
+        return f"unknown policy {name!r}: it is {METHODS[name]}"
+    close = closest(name, POLICIES)
+    known = f"known: {', '.join(POLICIES)}, or 'package.module:Class'"
+    return f"unknown policy {name!r}; " + (f"did you mean {close!r}?" if close else known)
 
 
 def check_registered(name: str) -> None:

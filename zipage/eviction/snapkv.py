@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from zipage.checks import Count, Odd, one_of
 from zipage.eviction.event import Event
 from zipage.eviction.policy import Policy
-from zipage.eviction.pooling import pooled
+from zipage.eviction.pooling import Pooling, pooled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +34,12 @@ class SnapKV(Policy):
     variant: ClassVar[str] = "SnapKV-D"
     paper: ClassVar[str] = "https://arxiv.org/abs/2404.14469"
 
-    window: int = 16
-    softmax: str = "all"
-    group: str = "mean"
-    pooling: str = "always"
-    pool_width: int = 5
-    pool_kind: str = "mean"
-
-    def __post_init__(self) -> None:
-        self._positive("window")
-        self._one_of("softmax", "all", "cut", "group_cut")
-        self._one_of("group", "mean", "max")
-        self._pooling()
-        self._one_of("pool_kind", "mean", "max")
+    window: Count = 16
+    softmax: Annotated[str, one_of("all", "cut", "group_cut")] = "all"
+    group: Annotated[str, one_of("mean", "max")] = "mean"
+    pooling: Pooling = "always"
+    pool_width: Odd = 5
+    pool_kind: Annotated[str, one_of("mean", "max")] = "mean"
 
     @property
     def leaves_window_unscored(self) -> bool:

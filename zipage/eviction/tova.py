@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
+from zipage.checks import one_of
 from zipage.eviction.event import Event
 from zipage.eviction.policy import Policy
 
@@ -27,10 +28,7 @@ class Tova(Policy):
     paper: ClassVar[str] = "https://arxiv.org/abs/2401.06104"
 
     window: ClassVar[int] = 1
-    reduce: str = "layer"
-
-    def __post_init__(self) -> None:
-        self._one_of("reduce", "layer", "group")
+    reduce: Annotated[str, one_of("layer", "group")] = "layer"
 
     @property
     def shared_heads(self) -> bool:

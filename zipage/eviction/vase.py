@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from zipage.checks import Count, Odd, Unit, one_of
 from zipage.eviction.event import Event
 from zipage.eviction.policy import HUGE, Policy
 from zipage.eviction.ties import tied
@@ -44,16 +45,10 @@ class VaSE(Policy):
     paper: ClassVar[str] = "https://arxiv.org/abs/2606.03928"
     always_labelled: ClassVar[tuple[str, ...]] = ("mode",)
 
-    mode: str = "attn"
-    window: int = 16
-    reserve: float = 0.25
-    pool_width: int = 5
-
-    def __post_init__(self) -> None:
-        self._one_of("mode", "attn", "dkv")
-        self._positive("window")
-        self._unit("reserve")
-        self._require("pool_width", self.pool_width > 0 and self.pool_width % 2 == 1, "odd and positive")
+    mode: Annotated[str, one_of("attn", "dkv")] = "attn"
+    window: Count = 16
+    reserve: Unit = 0.25
+    pool_width: Odd = 5
 
     @property
     def num_queries(self) -> int:

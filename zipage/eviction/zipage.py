@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from zipage.checks import Count, Odd, Positive, Unit, one_of, power_of_two
 from zipage.eviction.event import Event
 from zipage.eviction.policy import Policy, option
-from zipage.eviction.pooling import pooled
+from zipage.eviction.pooling import Pooling, pooled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,24 +40,16 @@ class Zipage(Policy):
     variant: ClassVar[str] = "Zipage"
     paper: ClassVar[str] = "https://arxiv.org/abs/2603.08743"
 
-    window: int = 16
+    window: Count = 16
     global_score: bool = option(True, "global")
-    alpha: float = 0.8
-    pooling: str = "first"
-    pool_width: int = 5
-    redundancy: str = "chunk"
-    chunk: int = 256
-    weight: float = option(0.2, "lambda")
-    tau: float = 0.4
+    alpha: Unit = 0.8
+    pooling: Pooling = "first"
+    pool_width: Odd = 5
+    redundancy: Annotated[str, one_of("none", "full", "chunk")] = "chunk"
+    chunk: Annotated[int, power_of_two(16)] = 256
+    weight: Unit = option(0.2, "lambda")
+    tau: Positive = 0.4
     max_norm: bool = False
-
-    def __post_init__(self) -> None:
-        self._positive("window", "tau")
-        self._require("chunk", self.chunk >= 16 and self.chunk & (self.chunk - 1) == 0, "a power of two from 16")
-        self._unit("alpha")
-        self._unit("weight")
-        self._pooling()
-        self._one_of("redundancy", "none", "full", "chunk")
 
     @property
     def state(self) -> bool:
