@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from tests.test_detokenizer import byte_fallback
 from tests.tiny_models import VOCAB, save_tiny_model, save_tiny_tokenizer
 from zipage import LLM, SamplingParams
 from zipage.detokenizer import decode
@@ -425,3 +426,36 @@ def test_ids_of_a_tokenizer_beyond_the_embedding_cost_their_prompt(folder, monke
     good, bad = llm.generate(["hello", f"hello<{VOCAB - 1}>"], GREEDY, use_tqdm=False)
     assert good.error is None
     assert f"('<{VOCAB - 1}>'), which is outside the vocabulary of {VOCAB}" in bad.error
+
+
+def test_bytes_that_form_no_text_cost_nobody(tmp_path):
+    """A tiny model of random weights draws many; ids from 274 on have no text at all."""
+    folder = save_tiny_model("qwen3", tmp_path)
+    byte_fallback().save_pretrained(folder)
+    llm = make_llm(folder)
+    params = [
+        SamplingParams(max_tokens=100, seed=seed, ignore_eos=True, stop=stop)
+        for seed in range(4)
+        for stop in (None, "never seen", ["\n\n", "x" * 50])
+    ]
+    for output in llm.generate([[1, 2, 3]] * len(params), params, use_tqdm=False):
+        (sample,) = output.outputs
+        assert output.error is None
+        if sample.finish_reason == "length":
+            assert sample.text == decode(llm.get_tokenizer(), sample.token_ids)
+    events = list(llm.stream([1, 2, 3], params[0]))
+    assert "".join(event.text for event in events) == decode(llm.get_tokenizer(), [event.token_id for event in events])
+
+
+def test_a_stream_that_the_garbage_collector_drops_in_mid_step_waits_for_its_end(folder):
+    llm = make_llm(folder)
+    expected = llm.generate([[7, 8]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    dropped = [llm.stream([1, 2, 3], SamplingParams(max_tokens=400, ignore_eos=True))]
+    other = llm.add_request([7, 8], GREEDY)
+    launch = llm._runner.launch
+    llm._runner.launch = lambda plan: (dropped.clear(), launch(plan))[1]
+    done = llm.step()
+    assert llm.stats.requests_aborted == 1
+    while llm.has_unfinished_requests():
+        done += llm.step()
+    assert [(output.request_id, output.outputs[0].token_ids) for output in done] == [(other, expected)]

@@ -142,9 +142,13 @@ def _convert_to_any(value: Any, kinds: tuple) -> Any:
 
 
 def _convert_items(value: Any, kind: Any) -> tuple:
-    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+    try:
+        items = None if isinstance(value, str | bytes | Mapping) else list(value)
+    except TypeError:
+        items = None
+    if items is None:
         raise _Unfit("must be a list")
-    return tuple(_convert_all("item", value, kind))
+    return tuple(_convert_all("item", items, kind))
 
 
 def _convert_all(what: str, values: Iterable, kind: Any) -> list:

@@ -19,6 +19,7 @@ from zipage.checks import (
     check_names,
     one_of,
     power_of_two,
+    shown,
 )
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
@@ -175,4 +176,4 @@ class EngineConfig:
 
     def _require(self, name: str, ok: bool, what: str) -> None:
         if not ok:
-            raise ValueError(f"{name}={getattr(self, name)!r}: must be {what}")
+            raise ValueError(f"{name}={shown(getattr(self, name))}: must be {what}")

@@ -89,7 +89,7 @@ class Intake:
             ValueError: the prompt or an option can't be served.
         """
         token_ids = self._tokenize(prompt)
-        self._check(token_ids, params)
+        self._check(token_ids)
         self._check_stops(params)
         rule = self._rule(token_ids, params)
         limit, reason = self._limit(len(token_ids), params, rule)

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from zipage.checks import shown
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -34,7 +36,7 @@ class Protection:
             return cls(text)
         sinks = re.fullmatch("sink:([1-9][0-9]{0,9})", text)
         if sinks is None:
-            raise ValueError(f"protection={text!r}: must be none, prompt or sink:N")
+            raise ValueError(f"protection={shown(text)}: must be none, prompt or sink:N")
         return cls("sink", int(sinks[1]))
 
     def check(self, keep: int, recent: int, page: int = 1) -> None:

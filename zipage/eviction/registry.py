@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from zipage.checks import closest
+from zipage.checks import closest, shown
 
 if TYPE_CHECKING:
     from zipage.eviction.policy import Policy
@@ -62,13 +62,13 @@ def find(name: str) -> type[Policy]:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # Whatever the module does when it is imported.
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"policy {name!r} cannot be loaded: {reason}") from error
+        raise ValueError(f"policy {shown(name)} cannot be loaded: {reason}") from error
     from zipage.eviction.policy import Policy
 
     is_policy = isinstance(found, type) and issubclass(found, Policy) and not inspect.isabstract(found)
     if not is_policy or not all(hasattr(found, attribute) for attribute in ("name", "variant", "paper")):
         raise ValueError(
-            f"policy {name!r} cannot be loaded: {attribute} must be a subclass of zipage.eviction.policy.Policy "
+            f"policy {shown(name)} cannot be loaded: {attribute} must be a subclass of zipage.eviction.policy.Policy "
             "that sets name, variant and paper and implements rank"
         )
     return found
@@ -76,23 +76,10 @@ def find(name: str) -> type[Policy]:
 
 def _unknown(name: str) -> str:
     if name in METHODS:
-        return f"unknown policy {name!r}: it is {METHODS[name]}"
+        return f"unknown policy {shown(name)}: it is {METHODS[name]}"
     close = closest(name, POLICIES)
     known = f"known: {', '.join(POLICIES)}, or 'package.module:Class'"
-    return f"unknown policy {name!r}; " + (f"did you mean {close!r}?" if close else known)
-
-
-def check_registered(name: str) -> None:
-    """Raise a ValueError where no policy is known by this name; nothing is imported."""
-    if name not in POLICIES:
-        raise ValueError(f"unknown policy {name!r}; {_hint(name)}")
-
-
-def _hint(name: str, or_else: str = "") -> str:
-    if name in SPELLED_OUT:
-        return f"it is {SPELLED_OUT[name]}"
-    close = difflib.get_close_matches(name, POLICIES, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(POLICIES)}{or_else}"
+    return f"unknown policy {shown(name)}; " + (f"did you mean {close!r}?" if close else known)
 
 
 def make(name: str, options: Mapping[str, Any] | None = None) -> Policy:
