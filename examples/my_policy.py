@@ -1,10 +1,11 @@
 """A policy of one's own: attention weighted by the length of the value vectors."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
+from zipage.checks import at_least
 from zipage.eviction.event import Event
 from zipage.eviction.policy import Policy
 from zipage.eviction.registry import register
@@ -20,10 +21,7 @@ class MyPolicy(Policy):
     paper: ClassVar[str] = ""
 
     window: ClassVar[int] = 16  # latest queries that `attention` reads; leave it out where none are needed
-    power: float = 1.0
-
-    def __post_init__(self) -> None:
-        self._require("power", self.power >= 0, "at least 0")
+    power: Annotated[float, at_least(0)] = 1.0
 
     def rank(self, event: Event) -> Tensor:
         attention = event.attention("all", group="mean", window="mean")
