@@ -6,12 +6,14 @@ far as it goes without them; the function that does it says how far. A command t
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 import re
 import shlex
 import sys
 import tomllib
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from experiments.workloads import load_problems
 from kernels import dispatch
 from tests.experiments.test_workload_configs import ITEMS, write
 from tests.tiny_models import save_tiny_model, save_tiny_tokenizer
+from zipage import LLM, SamplingParams
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.model.decoder import Decoder
@@ -311,3 +314,18 @@ def test_sweep_that_is_shown_can_be_planned(tmp_path):
     (tmp_path / "own.yaml").write_text(block, encoding="utf-8")
     arms = [f"results_dir={tmp_path}", "hardware=cpu"]
     assert len(sweep.plan([str(tmp_path / "own.yaml")], arms, BACKENDS)) == 5
+
+
+def test_an_engine_that_is_deleted_is_gone_at_once(tiny):
+    """README.md makes a second one, which on CUDA finds memory only where nothing of the first is left."""
+    gc.disable()
+    try:
+        llm = LLM(str(tiny), policy="zipage", budget_tokens=32, device="cpu", block_size=16, num_blocks=32)
+        llm.generate("abc", SamplingParams(max_tokens=80, ignore_eos=True), use_tqdm=False)
+        assert llm.stats.compressions_applied
+        left = [weakref.ref(part) for part in (llm, llm._runner.decoder, llm._compressor._cache)]
+        llm.shutdown()
+        del llm
+        assert [part() for part in left] == [None, None, None]
+    finally:
+        gc.enable()
