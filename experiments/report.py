@@ -77,7 +77,24 @@ def sweep_table(path: Path) -> str:
     differing = set().union(*(set.union(*arms) - set.intersection(*arms) for arms in alike.values()))
     varied = {override.partition("=")[0] for override in differing}
     shown = {*COLUMNS, "policy.name", "policy.budget_tokens", "policy.protection"}
-    return runs_table(runs, sorted(varied & set(runs.columns) - shown))
+    return "\n".join(filter(None, (runs_table(runs, sorted(varied & set(runs.columns) - shown)), mixture(runs))))
+
+
+def mixture(runs: pd.DataFrame) -> str | None:
+    """In which code rows of `load_runs()` differ that look alike in a table, in a line; None where they don't.
+
+    A record from before there were hashes of the code counts by its commit.
+    """
+    said = []
+    commits = runs.reindex(columns=["provenance.code.commit"]).astype(str).iloc[:, 0]
+    for part, owner in (("engine", "backend"), ("policy", "policy.name"), ("grader", "workload.grader")):
+        hashes = runs.reindex(columns=[f"provenance.sources.{part}"]).astype(object).iloc[:, 0].fillna(commits)
+        for name, alike in hashes.groupby(runs.reindex(columns=[owner]).iloc[:, 0]):
+            if alike.nunique() > 1:
+                said.append(f"{alike.nunique()} versions of the {part} {name}")
+    if not said:
+        return None
+    return f"note: these rows were made by {', '.join(said)}: the code is a part of what differs between them"
 
 
 def never_bound(run: pd.Series) -> bool:
@@ -130,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if paths and all(Path(path).is_file() for path in paths):
             print(*(sweep_table(Path(path)) for path in paths), sep="\n\n")
         else:
-            print(runs_table(runs))
+            print(*filter(None, (runs_table(runs), mixture(runs))), sep="\n")
         if options.html or options.tables:
             _write(runs, options)
     except (UsageError, ValueError) as error:
