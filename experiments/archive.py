@@ -21,6 +21,8 @@ from experiments import records
 from experiments.errors import RunError, UsageError
 from experiments.samples import read_samples
 
+logger = logging.getLogger(__name__)
+
 TEXTS = ("prompt", "output", "output_token_ids")
 """Columns of `requests.parquet` that a copy leaves out."""
 
@@ -77,15 +79,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        runs, incomplete = records.find_runs(options.runs)
+        found, left_out = records.find_runs(options.runs)
+        runs = []
+        for run in found:
+            if (reason := records.damage(run)) is None:
+                runs.append(run)
+            else:
+                logger.warning("%s: left out, its record is damaged (%s)", run, reason)
+                left_out += 1
         if not runs:
-            raise UsageError("no finished run in what was given")
+            raise UsageError("no finished and undamaged run in what was given")
         for run in runs:
             archive(run, options.to, options.steps, options.events, options.texts)
     except (UsageError, RunError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(runs)} runs copied to {options.to}" + f"; {incomplete} incomplete left out" * bool(incomplete))
+    print(f"{len(runs)} runs copied to {options.to}" + f"; {left_out} incomplete or damaged left out" * bool(left_out))
     return 0
 
 

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 MATCHED = (
     *("model.name", "model.revision", "model.load_format", "model.chat_template", "model.chat_template_options."),
     *("provenance.model_files.", "provenance.chat_template", "provenance.data", "provenance.prompts"),
+    *("provenance.sources.engine", "provenance.sources.grader"),
     *("workload.name", "workload.grader", "sampling.", "limit", "seed", "backend", "device"),
     *("engine.dtype", "engine.max_model_len", "engine.tensor_parallel_size"),
 )
-"""What a run and its baseline must have in common: options, provenance, device. A name with a dot at its end stands for
-all that begin with it."""
+"""What a run and its baseline must have in common: options, provenance, code, device. A name with a dot at its end
+stands for all that begin with it."""
 
 BUDGET = ("budget", "engine.block_size", "policy.trigger", "policy.recent_tokens")
 """What two policies of the same budget must have in common besides."""

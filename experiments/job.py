@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import outcomes, provenance, records
+from experiments import outcomes, provenance, records, sources
 from experiments.backends import BACKENDS, Backend, BackendFactory, get_backend
 from experiments.errors import RunError, UsageError, one_line
 from experiments.graders import Grader, get_grader
@@ -44,15 +44,14 @@ def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKEND
 
 def carry_out(job: Job) -> Path:
     """`run` of a job that is prepared."""
-    experiment = job.experiment
     folder = job.folder  # reads a trace too, so that its faults show before the model is loaded
-    if records.is_complete(folder) and not experiment.force:
-        return _found(folder)
-    for line in notes_before(experiment, job.problems):
+    if job.is_done():
+        return _found(job)
+    for line in notes_before(job.experiment, job.problems):
         print(f"note: {line}", flush=True)
     with records.claim(folder) as staging:
-        if records.is_complete(folder) and not experiment.force:
-            return _found(folder)  # made by another process while this one waited
+        if job.is_done():
+            return _found(job)  # made by another process while this one waited
         records.publish(staging, folder, job.record(staging))
     _show(records.load_runs(folder))
     return folder
@@ -96,16 +95,12 @@ def _show(runs: pd.DataFrame) -> None:
     print(f"record: {run['path']}", flush=True)
 
 
-def _found(folder: Path) -> Path:
-    runs = records.load_runs(folder)
-    if runs.empty:
-        raise UsageError(f"{folder}: the record is there but can't be read; force=true replaces it")
-    then, now = runs.iloc[0], provenance.code_state()
+def _found(job: Job) -> Path:
     print("already done; force=true runs it again")
-    _show(runs)
-    if any(then[f"provenance.code.{key}"] != value for key, value in now.items()):
-        print("note: the code has changed since", flush=True)
-    return folder
+    _show(records.load_runs(job.folder))
+    if job.standing.state == "stale":
+        print(f"note: this run is stale: {job.standing.reason}; force=stale runs it again", flush=True)
+    return job.folder
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,27 @@ class Job:
     @property
     def run_id(self) -> str:
         device = provenance.device_name(self.experiment.hardware.device)
-        return records.run_id(self.options, model=self.model.identity, data=self.data, device=device)
+        own = sources.own_policies(self.experiment)
+        template = Path(self.experiment.model.chat_template).expanduser()
+        if template.is_file():
+            own |= {"chat_template": records.file_hash(template)}
+        return records.run_id(self.options, model=self.model.identity, data=self.data, device=device, files=own)
+
+    @property
+    def standing(self) -> sources.Standing:
+        """What there is of the run already."""
+        return sources.standing(self.folder, sources.hashes(self.experiment))
+
+    def is_done(self) -> bool:
+        """Whether the record that is there stays.
+
+        Raises:
+            UsageError: it is damaged, and nobody said that it may be replaced.
+        """
+        standing = self.standing
+        if standing.state == "damaged" and self.experiment.force == "false":
+            raise UsageError(f"{self.folder}: its record is damaged ({standing.reason}); force=stale replaces it")
+        return standing.is_kept(self.experiment.force)
 
     @property
     def folder(self) -> Path:
@@ -150,6 +165,7 @@ class Job:
         tracker = open_tracker(self.experiment.tracking, self.run_id, kept, staging.parent)
         metrics: dict[str, Any] | None = None
         try:
+            code = {"code": provenance.code_state(), "sources": sources.hashes(self.experiment)}  # it may change later
             started, begin = provenance.now(), time.perf_counter()
             backend = self._load(staging)
             load_seconds = time.perf_counter() - begin
@@ -180,7 +196,7 @@ class Job:
             outcomes.write_rows(staging / records.STEPS, step_rows, outcomes.STEP_SCHEMA)
             outcomes.write_rows(staging / records.EVENTS, event_rows, outcomes.EVENT_SCHEMA)
             times = {"started": started, "ended": provenance.now()}
-            origin = provenance.collect(self.command) | times | self._inputs(prompts, renderer)
+            origin = provenance.collect(self.command) | code | times | self._inputs(prompts, renderer)
             records.write_json(staging / records.PROVENANCE, origin)
             tracker.log_record(staging, request_rows)
             if hasattr(backend, "shutdown"):

@@ -35,6 +35,24 @@ ROWS = "rows.json"
 """Of a benchmark, in the place of the three below."""
 REQUESTS, STEPS, EVENTS = "requests.parquet", "steps.parquet", "events.parquet"
 TRACEBACK = "traceback.txt"
+HASHES = "files"
+"""Key of the metrics under which the hashes of a record's files are."""
+NAMES = ("model.name", "workload.name", "policy.name", "policy.protection")
+NUMBERS = (
+    *(
+        "samples",
+        "seconds",
+        "load_seconds",
+        "accuracy",
+        "facts_known",
+        "output_tokens_per_second",
+        "errors",
+        "peak_blocks",
+    ),
+    *("compressions", "budget_bound_share", "loop_rate", "output_length.mean", "ttft.p50", "tpot.p50"),
+    *("kv_bytes.mean", "kv_bytes.max", "finish_reasons.length"),
+)
+"""Options that each record has as texts, and metrics that are numbers where they are there: tables count on it."""
 PARTIAL = ".partial"
 TRACKING = "wandb"
 SWEEPS = "sweeps"
@@ -70,17 +88,26 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def run_id(config: Mapping[str, Any], *, model: str, data: str, device: str) -> str:
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def run_id(
+    config: Mapping[str, Any], *, model: str, data: str, device: str, files: Mapping[str, str] | None = None
+) -> str:
     """A readable prefix and a hash of everything that decides what a run measures.
 
     That is the config without tracking and without what only says where things lie, and in their place the content of
-    the model, the content of the data and the name of the device. The code's commit is no part of it: it is recorded,
-    and `force` repeats a run after a change.
+    the model, the content of the data and the name of the device. The code that comes with Zipage is no part of it: its
+    hash is recorded, and `force` repeats a run after a change.
 
     Args:
         config: the resolved config as plain data.
         model, data: content hashes.
         device: name of the accelerator, or "cpu".
+        files: sha256 of what else of the user's own the run reads, by name.
     """
     deciding = as_before(config)
     for key in ("tracking", "results_dir", "force"):
@@ -88,7 +115,7 @@ def run_id(config: Mapping[str, Any], *, model: str, data: str, device: str) -> 
     for group in ("model", "workload"):
         deciding[group] = {key: value for key, value in deciding[group].items() if key not in _IN_DATA}
     deciding["scenario"] = {key: value for key, value in deciding["scenario"].items() if key not in _NOT_SERVED}
-    digest = content_hash([deciding, model, data, device])
+    digest = content_hash([deciding, model, data, device, *([dict(files)] if files else [])])
     names = [config[group]["name"] for group in ("model", "workload", "policy")]
     return f"{_readable(names)}-{digest[:12]}"
 
@@ -146,8 +173,45 @@ def check_writable(results_dir: Path) -> None:
         raise UsageError(f"results_dir={results_dir}: can't be written: {error.strerror or error}") from error
 
 
+def _json_hash(value: Any) -> str:
+    """`content_hash` of a value as a JSON file gives it back."""
+    return content_hash(json.loads(json.dumps(value, allow_nan=False)))
+
+
 def is_complete(folder: Path) -> bool:
+    """Whether a run has ended and left its record there. Whether that is whole still is for `damage` to say."""
     return (folder / METRICS).is_file()
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a complete record, in one line; None where all of it is as it was written.
+
+    A record from before there were hashes is read instead.
+    """
+    try:
+        if not (folder / ROWS).exists():
+            _read_run(folder)
+        _check_files(folder, whole=True)
+    except Exception as error:  # a damaged file may lead to any
+        return one_line(error)
+    return None
+
+
+def _check_files(folder: Path, *, whole: bool) -> None:
+    """Raise an error if a file of a record is not as it was written; of the tables only the ends, unless `whole`."""
+    import pyarrow.parquet as pq
+
+    hashes = _read_metrics(folder)[1]
+    for name, digest in (hashes or {}).items():
+        if name != METRICS and (whole or not name.endswith(".parquet")) and file_hash(folder / name) != digest:
+            raise ValueError(f"{name} is not as it was written")
+    if (folder / ROWS).exists():
+        json.loads((folder / ROWS).read_text(encoding="utf-8"))
+    needed = [] if (folder / ROWS).exists() else [REQUESTS]
+    for name in (*needed, *(name for name in (STEPS, EVENTS) if (folder / name).exists())):
+        with pq.ParquetFile(folder / name) as file:
+            for _ in file.iter_batches() if whole and hashes is None else ():
+                pass
 
 
 @contextmanager
@@ -178,11 +242,17 @@ def claim(folder: Path) -> Iterator[Path]:
 
 
 def publish(staging: Path, folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Write `metrics.json` and give the staged run its name, in place of any record that was there."""
-    for path in staging.iterdir():
+    """Write `metrics.json` and give the staged run its name, in place of any record that was there.
+
+    The metrics get a hash of each file, themselves included: see `damage`.
+    """
+    hashes = {}
+    for path in sorted(path for path in staging.iterdir() if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    write_json(staging / METRICS, metrics)
+        hashes[path.name] = file_hash(path)
+    numbers = {key: value for key, value in metrics.items() if key != HASHES}
+    write_json(staging / METRICS, numbers | {HASHES: hashes | {METRICS: _json_hash(numbers)}})
     replaced = folder.with_name(folder.name + ".replaced" + PARTIAL)
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
@@ -264,8 +334,8 @@ def load_runs(paths: str | Path | Iterable[str | Path] | None = None) -> pd.Data
     Benchmarks are left out: `load_rows` reads them.
 
     Columns: `run`, `path`, the options ("engine.block_size"), the provenance ("provenance.commit") and the metrics
-    ("accuracy", "ttft.p50"). Incomplete runs are counted in one log line and in `attrs["incomplete"]`; a record that
-    can't be read costs a log line.
+    ("accuracy", "ttft.p50"). Incomplete runs are counted in one log line and in `attrs["incomplete"]`; a damaged record
+    costs a log line.
 
     Raises:
         UsageError: a path does not exist.
@@ -278,9 +348,12 @@ def load_runs(paths: str | Path | Iterable[str | Path] | None = None) -> pd.Data
         if (folder / ROWS).exists():
             continue
         try:
-            rows.append(_read_run(folder))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            logger.warning("%s: skipped, its record can't be read (%s)", folder, " ".join(str(error).split()))
+            row = _read_run(folder)
+            _check_files(folder, whole=False)
+        except Exception as error:  # a damaged file may lead to any, and costs the others nothing
+            logger.warning("%s: skipped, its record is damaged (%s)", folder, one_line(error))
+            continue
+        rows.append(row)
     if incomplete:
         logger.warning("%d incomplete run%s skipped", incomplete, "s" * (incomplete > 1))
     runs = pd.DataFrame(rows)
@@ -346,12 +419,29 @@ def _folder(run: str | Path | pd.Series) -> Path:
 def _read_run(folder: Path) -> dict[str, Any]:
     config = _parse_config((folder / CONFIG).read_text(encoding="utf-8"))
     provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-    for name, part in ((CONFIG, config), (PROVENANCE, provenance), (METRICS, metrics)):
+    for name, part in ((CONFIG, config), (PROVENANCE, provenance)):
         if not isinstance(part, dict):
             raise ValueError(f"{name} holds no mapping")
-    names = {"run": folder.name, "path": str(folder)}
-    return names | flatten(config) | flatten({"provenance": provenance}) | flatten(metrics)
+    metrics = flatten(_read_metrics(folder)[0])
+    options = flatten(config)
+    for name in NAMES:
+        if not isinstance(options.get(name), str):
+            raise ValueError(f"{CONFIG} has no text as {name}")
+    for name in NUMBERS:
+        if not isinstance(metrics.get(name), int | float | None):
+            raise ValueError(f"{METRICS} has no number as {name}")
+    return {"run": folder.name, "path": str(folder)} | options | flatten({"provenance": provenance}) | metrics
+
+
+def _read_metrics(folder: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """The metrics, and the hashes of the record's files; None in a record from before there were any."""
+    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    if not isinstance(metrics, dict):
+        raise ValueError(f"{METRICS} holds no mapping")
+    hashes = metrics.pop(HASHES, None)
+    if hashes is not None and hashes.get(METRICS) != content_hash(metrics):
+        raise ValueError(f"{METRICS} is not as it was written")
+    return metrics, hashes
 
 
 def _parse_config(text: str) -> Any:

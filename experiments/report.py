@@ -77,7 +77,25 @@ def sweep_table(path: Path) -> str:
 
 def with_notes(runs: pd.DataFrame) -> str:
     """`runs_table`, and below it a line for each thing that must be known to read it."""
-    return "\n".join([runs_table(runs), *(f"note: {line}" for line in notes_on(runs))])
+    notes = [*notes_on(runs), *filter(None, [mixture(runs)])]
+    return "\n".join([runs_table(runs), *(f"note: {line}" for line in notes)])
+
+
+def mixture(runs: pd.DataFrame) -> str | None:
+    """In which code rows of `load_runs()` differ that look alike in a table, in a line; None where they don't.
+
+    A record from before there were hashes of the code counts by its commit.
+    """
+    said = []
+    commits = runs.reindex(columns=["provenance.code.commit"]).astype(str).iloc[:, 0]
+    for part, owner in (("engine", "backend"), ("policy", "policy.name"), ("grader", "workload.grader")):
+        hashes = runs.reindex(columns=[f"provenance.sources.{part}"]).astype(object).iloc[:, 0].fillna(commits)
+        for name, alike in hashes.groupby(runs.reindex(columns=[owner]).iloc[:, 0]):
+            if alike.nunique() > 1:
+                said.append(f"{alike.nunique()} versions of the {part} {name}")
+    if not said:
+        return None
+    return f"these rows were made by {', '.join(said)}: the code is a part of what differs between them"
 
 
 def never_bound(run: pd.Series) -> bool:

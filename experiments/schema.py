@@ -60,6 +60,7 @@ MOST_ARMS = 2_000
 """Of a sweep; each is composed and checked before the first runs."""
 SOURCES = ("path", "generator", "hub_id", "parts")
 WANDB_PROJECT = re.compile(r"[^/\\#?%:]{1,128}")
+FORCE = ("false", "stale", "true")
 ARRIVALS = ("all_at_once", "poisson", "trace")
 KINDS = ("serve", "kernels", "engine_bench")
 
@@ -238,7 +239,8 @@ class Experiment:
         limit: only the first `limit` questions of the workload.
         seed: of sampling and of dummy weights.
         results_dir: folder that holds one folder a run.
-        force: run again though the record is there, and replace it.
+        force: "true": run again though the record is there, and replace it; "stale": only where it is damaged or was
+            made by other code.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -253,7 +255,7 @@ class Experiment:
     limit: int | None = None
     seed: int = 0
     results_dir: str = str(RESULTS)
-    force: bool = False
+    force: str = "false"
 
 
 # From Hydra to dataclasses
@@ -483,6 +485,7 @@ def _check(experiment: Experiment) -> None:
     for option, ok, what in (
         ("model.path", model.path or model.wheel, "given: a folder, a hub id or a GGUF file"),
         ("workload.path", any(getattr(workload, name) for name in SOURCES), "given: a file of questions"),
+        ("force", experiment.force in FORCE, " or ".join(FORCE)),
         ("limit", limit is None or limit >= 1, "at least 1, or null for all"),
         ("workload.template", "{question}" in workload.template, "a text that holds {question}"),
         ("scenario.arrival", scenario.arrival in ARRIVALS, " or ".join(ARRIVALS)),

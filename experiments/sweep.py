@@ -10,6 +10,7 @@ import contextlib
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +28,7 @@ from experiments.models import find_model
 from experiments.notes import notes_before
 from experiments.report import sweep_table
 from experiments.schema import Experiment, load_experiment
+from experiments.sources import Standing
 from experiments.workloads import load_problems
 
 RUN = (sys.executable, "-m", "experiments.run")
@@ -80,12 +82,18 @@ def _asks_to_share(arguments: Sequence[str]) -> tuple[bool, list[str]]:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """An arm, and where its record lies or will lie."""
+    """An arm, where its record lies or will lie, and what there is of it."""
 
     overrides: Arm
     experiment: Experiment
     folder: Path
+    standing: Standing
     notes: tuple[str, ...] = ()
+
+    @property
+    def waits(self) -> bool:
+        """Whether it must be run."""
+        return not self.standing.is_kept(self.experiment.force)
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -112,11 +120,12 @@ def plan(names: Sequence[str], arguments: Sequence[str], backends: Mapping[str, 
     for number, overrides in enumerate(expand(names, arguments), 1):
         try:
             prepared = job.prepare(load_experiment(overrides), backends, problems, model)
-            notes = tuple(notes_before(prepared.experiment, prepared.problems))
-            arm = PlannedRun(overrides, prepared.experiment, prepared.folder, notes)
+            folder = prepared.folder
+            if folder not in planned:
+                notes = tuple(notes_before(prepared.experiment, prepared.problems))
+                planned[folder] = PlannedRun(overrides, prepared.experiment, folder, prepared.standing, notes)
         except UsageError as error:
             raise UsageError(f"sweep {', '.join(names)}: arm {number} ({' '.join(overrides)}): {error}") from error
-        planned.setdefault(arm.folder, arm)
     if len({arm.folder.parent for arm in planned.values()}) > 1:
         raise UsageError(f"sweep {', '.join(names)}: results_dir: must be one folder for all arms")
     return list(planned.values())
@@ -177,18 +186,21 @@ class Sweep:
 
     def _print_plan(self) -> list[PlannedRun]:
         """Print what there is to do. Returns the arms that must be run."""
-        readable, kinds = set(), {arm.kind for arm in self.arms}
+        kinds = {arm.kind for arm in self.arms}
         for run in records.load_runs(self.path.parents[1]).to_dict("records"):
-            readable.add(run["path"])
             kind = tuple(None if run.get(name) != run.get(name) else run.get(name) for name in ALIKE)  # no NaN
             if kind in kinds:
                 self.seconds.setdefault(kind, []).append(run["load_seconds"] + run["seconds"])
-        waiting = [arm for arm in self.arms if arm.experiment.force or str(arm.folder) not in readable]
+        waiting = [arm for arm in self.arms if arm.waits]
         done = len(self.arms) - len(waiting)
         print(f"sweep {self.name}: {len(self.arms)} arms, {done} done, {self._to_go(waiting)}")
         print(f"  all arms: {' '.join(self.shared) or '-'}")
         for number, arm in enumerate(self.arms, 1):
-            print(f"  {number:3} {'    ' if arm in waiting else 'done'} {self._own(arm)}", flush=True)
+            state = "" if arm.standing.state == "missing" else arm.standing.state
+            print(f"  {number:3} {state:7} {self._own(arm)}", flush=True)
+        reasons = Counter((arm.standing.state, arm.standing.reason) for arm in self.arms if arm.standing.reason)
+        for (state, reason), count in reasons.items():
+            print(f"  {count} {state}: {reason}; force=stale runs such arms again", flush=True)
         for note in dict.fromkeys(note for arm in self.arms for note in arm.notes):
             print(f"note: {note}", flush=True)
         return waiting

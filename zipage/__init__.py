@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import kernels
 from zipage import threads  # noqa: F401  (first: it must come before torch)
 from zipage.config import EngineConfig
+from zipage.eviction.registry import find as find_policy
 from zipage.outputs import CompletionOutput, RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams
 from zipage.stats import EngineStats, EventStats, RequestMetrics, StepStats
@@ -30,6 +31,7 @@ __all__ = [
     "SamplingParams",
     "StepStats",
     "StreamEvent",
+    "find_policy",
     "measure_ceilings",
     "measure_kernels",
     "share_model",

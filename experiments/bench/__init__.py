@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import provenance, records
+from experiments import provenance, records, sources
 from experiments.backends import BACKENDS, BackendFactory
 from experiments.bench import engine, kernels
 from experiments.bench.tables import markdown
@@ -64,9 +64,16 @@ def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKEND
     device = provenance.device_name(experiment.hardware.device)
     digest = records.content_hash([records.as_before(options) | {"tracking": None}, inputs, device])
     folder = Path(experiment.results_dir).expanduser() / f"{scenario.name}-{digest[:12]}"
-    if records.is_complete(folder) and not experiment.force:
+    hashes = sources.of_benchmarks()
+    standing = sources.standing(folder, hashes)
+    if standing.state == "damaged" and experiment.force == "false":
+        raise UsageError(f"{folder}: its record is damaged ({standing.reason}); force=stale replaces it")
+    if standing.is_kept(experiment.force):
         print("already done; force=true runs it again")
-        return _show(folder)
+        _show(folder)
+        if standing.state == "stale":
+            print(f"note: this benchmark is stale: {standing.reason}; force=stale runs it again", flush=True)
+        return folder
     with records.claim(folder) as staging:
         if experiment.hardware.threads is not None:
             import torch
@@ -74,7 +81,8 @@ def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKEND
             torch.set_num_threads(experiment.hardware.threads)
         started, begin = provenance.now(), time.perf_counter()
         records.write_config(staging, options)
-        origin = provenance.collect() | {"started": started, "inputs": inputs}
+        code = {"code": provenance.code_state(), "sources": hashes}
+        origin = provenance.collect() | code | {"started": started, "inputs": inputs}
 
         def keep(rows: list[dict]) -> None:
             records.write_json(staging / records.ROWS, rows)

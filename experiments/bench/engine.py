@@ -25,6 +25,7 @@ from experiments.child import reason_of, run_child
 from experiments.errors import UsageError, one_line
 from experiments.models import find_model
 from experiments.schema import EngineOptions, Experiment
+from experiments.sources import own_policy
 from zipage import EngineConfig, measure_ceilings
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> t
             print(f"{number}/{len(arms)} {arm.title}: {said} ({time.perf_counter() - begin:.0f} s)", flush=True)
         return rows, {"ceilings": ceilings}
 
-    return {"loads": loads, "model": model.files}, run
+    policies = {arm.options["policy"] for arm in arms if arm.is_own and ":" in arm.options.get("policy", "")}
+    own = {"policies": {name: own_policy(name) for name in policies}} if policies else {}
+    return {"loads": loads, "model": model.files} | own, run
 
 
 def _check_memory(arms: Sequence[Arm], model: Path, device: str) -> None:

@@ -25,7 +25,6 @@ SHAPES = {
 """Random weights of these sizes; any other name is a model's folder."""
 WAYS = {
     "spinning": {},  # what libgomp does where nobody says otherwise
-    "short spin": {"GOMP_SPINCOUNT": "1000"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from experiments import run
+from experiments import run, sources
+from experiments.paths import ROOT
 from tests.experiments.fake_engine import fake_backend
 
 
@@ -46,3 +47,19 @@ def launch(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..
         return run.main(fake_backend(**behaviour))
 
     return launch
+
+
+@pytest.fixture
+def other_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Make believe that a file of the repository has changed."""
+    caches = (sources._engine, sources._policy, sources._grader)
+    file_hash = sources.file_hash
+
+    def other_code(name: str) -> None:
+        monkeypatch.setattr(sources, "file_hash", lambda file: "other" if file == ROOT / name else file_hash(file))
+        for cached in caches:
+            cached.cache_clear()
+
+    yield other_code
+    for cached in caches:
+        cached.cache_clear()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from experiments import archive
 from experiments.comparison import compare
-from experiments.records import EVENTS, METRICS, REQUESTS, STEPS, load_requests, load_runs, load_steps
+from experiments.records import EVENTS, HASHES, METRICS, REQUESTS, STEPS, damage, load_requests, load_runs, load_steps
 from experiments.samples import read_samples
 
 
@@ -76,10 +77,20 @@ def test_faults_are_one_line(run, results, tmp_path, capsys):
     assert not list((tmp_path / "copies").glob("*/metrics.json")), "no copy passes for whole"
 
 
+def test_a_damaged_run_costs_the_others_nothing(run, launch, results, tmp_path, capsys):
+    launch("seed=1")
+    (results / run["run"] / REQUESTS).write_bytes(b"no parquet")
+    capsys.readouterr()
+    assert archive.main([str(results), "--to", str(tmp_path / "copies")]) == 0
+    assert "1 runs copied" in capsys.readouterr().out
+    assert damage(Path(load_runs(tmp_path / "copies")["path"][0])) is None
+
+
 def test_a_copy_of_an_old_record_says_how_many_loop(run, results, tmp_path):
     path = results / run["run"] / METRICS
     metrics = json.loads(path.read_text())
     rate = metrics.pop("loop_rate")
+    del metrics[HASHES]
     path.write_text(json.dumps(metrics))
     assert archive.main([str(results), "--to", str(tmp_path / "copies")]) == 0
     assert load_runs(tmp_path / "copies")["loop_rate"].tolist() == [rate]

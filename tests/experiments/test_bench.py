@@ -26,6 +26,7 @@ from experiments.errors import UsageError
 from experiments.paths import ROOT
 from experiments.plots import against_roofline
 from experiments.records import load_rows, load_runs
+from experiments.schema import load_experiment
 from kernels import bench as kernels
 from tests.experiments.test_backends import StandIn
 from zipage import LLM, EngineConfig, StepStats
@@ -78,10 +79,21 @@ def arms_of(path: Path | str, model: str = "m", **given):
     return read_arms([str(path)], model=model, given=given, seed=0, repeats=1, backends=BACKENDS)
 
 
+def test_edited_policy_of_ones_own_is_another_benchmark(tiny, tmp_path, other_code):
+    load = tmp_path / "load.yaml"
+    load.write_text(LOAD.replace("policy: zipage", "policy: 'examples.my_policy:MyPolicy'"))
+    options = ["scenario=engine_bench", f"scenario.loads=[{load}]", "model=dummy", f"model.path={tiny}", "hardware=cpu"]
+    experiment = load_experiment(options)
+    before, _ = engine.prepare(experiment, BACKENDS)
+    assert engine.prepare(experiment, BACKENDS)[0] == before
+    other_code("examples/my_policy.py")
+    assert engine.prepare(experiment, BACKENDS)[0] != before
+
+
 # scenario=kernels
 
 
-def test_kernels_are_timed_and_recorded(bench, results, capsys, tmp_path):
+def test_kernels_are_timed_and_recorded(bench, results, capsys, tmp_path, other_code):
     assert bench("scenario=kernels") == 0
     rows = load_rows(record_of(results))
     assert {"paged_decode", "paged_prefill", "store_kv", "attention_score", "redundancy", "compact_stable"} <= set(
@@ -92,7 +104,12 @@ def test_kernels_are_timed_and_recorded(bench, results, capsys, tmp_path):
     assert rows["of_roofline"].isna().all()
     assert "no CUDA device" in capsys.readouterr().out
     assert bench("scenario=kernels") == 0
-    assert "already done" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "already done" in out
+    assert "note:" not in out
+    other_code("kernels/compaction.py")
+    assert bench("scenario=kernels") == 0
+    assert "note: this benchmark is stale: the engine has changed since; force=stale" in capsys.readouterr().out
     assert load_runs(results).empty, "a benchmark is no run of a workload"
     assert archive.main([str(results), "--to", str(tmp_path / "copies")]) == 0
     assert len(load_rows(tmp_path / "copies" / record_of(results).name)) == len(rows)

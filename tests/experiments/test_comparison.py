@@ -181,9 +181,10 @@ class TestTable:
     def test_unreadable_samples_cost_a_line(self, tmp_path, caplog):
         make_run(tmp_path, "a", FULL)
         make_run(tmp_path, "b", ZIPAGE)
+        runs = load_runs(tmp_path)
         (tmp_path / "b" / records.REQUESTS).write_text("half")
         with caplog.at_level(logging.WARNING):
-            table = compared(tmp_path)
+            table = compare(runs).set_index("run")
         assert table["accuracy"].isna().tolist() == [False, True]
         assert "b: its samples can't be read" in caplog.text
 
@@ -215,6 +216,8 @@ class TestBaselines:
             {"provenance": {"prompts": "p1"}},
             {"provenance": {"model_files": {"weights": "w1"}}},
             {"provenance": {"hardware": {"gpus": ["H200"]}}},
+            {"provenance": {"sources": {"engine": "edited"}}},
+            {"provenance": {"sources": {"grader": "edited"}}},
         ],
     )
     def test_what_must_match(self, tmp_path, change):

@@ -19,13 +19,16 @@ from experiments.errors import RunError, UsageError
 from experiments.metrics import cache_bytes, inter_token_latency
 from experiments.paths import ROOT
 from experiments.schema import Experiment, load_experiment, to_dict
+from tests.experiments import made_runs
 from zipage import EventStats
 
 
 def make_run(folder: Path, name: str, accuracy: float = 0.5) -> Path:
     with records.claim(folder / name) as staging:
-        records.write_config(staging, {"model": {"name": "m"}, "limit": 3, "note": "1e-3"})
+        groups = {"model": {"name": "m"}, "workload": {"name": "w"}, "policy": {"name": "full", "protection": "none"}}
+        records.write_config(staging, groups | {"limit": 3, "note": "1e-3"})
         records.write_json(staging / records.PROVENANCE, {"code": {"commit": "abc"}})
+        outcomes.write_rows(staging / records.REQUESTS, [], outcomes.REQUEST_SCHEMA)
         records.publish(staging, folder / name, {"accuracy": accuracy, "ttft": {"p50": None}})
     return folder / name
 
@@ -252,6 +255,11 @@ class TestReading:
             ("config.yaml", "a: ["),
             ("config.yaml", ""),
             ("provenance.json", None),
+            ("metrics.json", '{"accuracy": "high"}'),
+            ("metrics.json", "[" * 100_000),
+            ("config.yaml", "policy: full"),
+            ("requests.parquet", None),
+            ("requests.parquet", ""),
         ],
     )
     def test_corrupt_record_costs_one_line(self, tmp_path, caplog, name, content):
@@ -265,6 +273,29 @@ class TestReading:
         line = caplog.records[0].getMessage()
         assert line.startswith(f"{path.parent}: skipped")
         assert "\n" not in line
+
+    @pytest.mark.parametrize("name", ["metrics.json", "config.yaml", "provenance.json", "requests.parquet"])
+    def test_damage_is_known_wherever_it_is(self, tmp_path, name):
+        path = make_run(tmp_path, "run") / name
+        assert records.damage(path.parent) is None
+        content = path.read_bytes()
+        for at in (10, len(content) // 2, len(content) - 2):
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+            assert records.damage(path.parent), f"a flipped bit at {at}"
+        path.write_bytes(content[:-100])
+        assert records.damage(path.parent)
+
+    def test_damage_of_a_record_without_hashes_is_what_cannot_be_read(self, tmp_path):
+        run = made_runs.make_run(tmp_path, "run")
+        assert records.HASHES not in json.loads((run / "metrics.json").read_text())
+        assert records.damage(run) is None
+        content = (run / "requests.parquet").read_bytes()
+        (run / "requests.parquet").write_bytes(content[: len(content) // 2])
+        assert records.damage(run)
+        assert records.load_runs(tmp_path).empty
+
+    def test_committed_records_are_whole(self):
+        assert {run.name: records.damage(run) for run in COMMITTED if records.damage(run)} == {}
 
     def test_folders_and_runs_can_be_given(self, tmp_path):
         a, b = make_run(tmp_path / "x" / "deep", "a"), make_run(tmp_path / "y", "b")

@@ -10,7 +10,9 @@ from experiments import report
 from experiments.metrics import spread, summarise
 from experiments.options import told_apart
 from experiments.provenance import code_state, collect, device_name
-from experiments.records import load_runs
+from experiments.records import HASHES, load_runs
+from experiments.report import mixture
+from tests.experiments import made_runs
 from tests.experiments.made_runs import make_run
 
 
@@ -156,12 +158,53 @@ def test_records_from_before_there_was_eviction_are_in_the_table(launch, results
     launch()
     path = next(results.glob("*/metrics.json"))
     metrics = json.loads(path.read_text())
-    for name in ("compressions", "budget_never_bound", "facts_known"):
+    for name in ("compressions", "budget_never_bound", "facts_known", HASHES):
         del metrics[name]
     path.write_text(json.dumps(metrics))
     capsys.readouterr()
     assert report.main([str(results)]) == 0
     assert capsys.readouterr().out.splitlines()[2].count(" - ") == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("requests.parquet", ""),
+        ("metrics.json", '{"accuracy": "high", "tpot": {"p50": "fast"}}'),
+        ("metrics.json", "[" * 100_000),
+        ("config.yaml", "policy: full"),
+        ("provenance.json", "\udcff"),
+    ],
+)
+def test_damaged_record_costs_the_table_a_line(tmp_path, capsys, caplog, name, content):
+    made_runs.make_run(tmp_path, "good")
+    damaged = made_runs.make_run(tmp_path, "bad")
+    (damaged / name).write_text(content, errors="surrogateescape")
+    assert (
+        report.main([str(tmp_path), "--tables", str(tmp_path / "tables"), "--html", str(tmp_path / "page.html")]) == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:3]] == ["good"]
+    assert [line for line in caplog.messages if line.startswith(f"{damaged}: skipped, its record is damaged (")]
+
+
+def test_table_says_where_its_rows_are_of_different_code(tmp_path, capsys):
+    def make(name: str, policy: str, engine: str, own: str) -> None:
+        hashes = {"engine": engine, "policy": own, "grader": "g"}
+        made_runs.make_run(tmp_path, name, policy, 64, origin={"sources": hashes})
+
+    def printed() -> str:
+        assert report.main([str(tmp_path)]) == 0
+        return capsys.readouterr().out
+
+    make("a", "full", "e", "f")
+    make("b", "zipage", "e", "z")
+    assert "note:" not in printed()
+    make("c", "zipage", "e", "z, edited")
+    assert "note: these rows were made by 2 versions of the policy zipage: the code is a part of what" in printed()
+    make("d", "h2o", "e, edited", "h")
+    assert "2 versions of the engine zipage, 2 versions of the policy zipage: " in printed()
+    assert "versions" in mixture(load_runs([tmp_path / "a", made_runs.make_run(tmp_path, "old")]))
 
 
 def test_table_of_nothing_says_so(tmp_path, capsys):

@@ -289,17 +289,56 @@ def test_folders_that_cannot_be_written_are_one_line(launch_sweep, small, tmp_pa
     assert launch_sweep.ran == []
 
 
-def test_corrupt_record_costs_itself_only(launch_sweep, small, results, capsys):
+@pytest.mark.parametrize(("name", "content"), [("metrics.json", b"{"), ("requests.parquet", b"PAR1")])
+def test_damaged_record_costs_itself_only(launch_sweep, small, results, capsys, name, content):
     launch_sweep(small)
     broken = Path(load_runs(sweep_file(results))["path"][1])
-    (broken / "metrics.json").write_text("{")
+    whole = (broken / name).read_bytes()
+    (broken / name).write_bytes(content)
     capsys.readouterr()
     assert launch_sweep(small) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
     assert line.startswith("error: arm 2 of 5: policy=zipage policy.budget_tokens=48: ")
-    assert line.endswith(f"{broken}: the record is there but can't be read; force=true replaces it")
+    assert f"{broken}: its record is damaged (" in line
+    assert line.endswith("); force=stale replaces it")
+    assert "5 arms, 4 done, 1 to go" in captured.out
     assert len(launch_sweep.ran) == 1
     assert len(load_runs(sweep_file(results))) == 4
+    assert launch_sweep(small, "force=stale") == 0
+    assert len(launch_sweep.ran) == 1
+    assert len(load_runs(sweep_file(results))) == 5
+    assert len((broken / name).read_bytes()) == pytest.approx(len(whole), rel=0.1)
+
+
+def test_arms_that_other_code_made_are_stale(launch_sweep, small, results, capsys, other_code):
+    launch_sweep(small)
+    path = sweep_file(results)
+    seconds = load_runs(path)["seconds"]
+    other_code("zipage/eviction/zipage.py")
+    capsys.readouterr()
+    assert launch_sweep(small) == 0
+    plan = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert plan[2:8] == [
+        "1 done policy=full",
+        "2 stale policy=zipage policy.budget_tokens=48",
+        "3 stale policy=zipage policy.budget_tokens=64",
+        "4 done policy=random policy.budget_tokens=48",
+        "5 done policy=random policy.budget_tokens=64",
+        "2 stale: the policy has changed since; force=stale runs such arms again",
+    ]
+    assert launch_sweep.ran == []
+    assert launch_sweep(small, "policy.budget_tokens=48", "force=stale") == 0
+    assert len(launch_sweep.ran) == 1
+    assert launch_sweep(small) == 0
+    assert "note: these rows were made by 2 versions of the policy zipage" in capsys.readouterr().out
+    assert launch_sweep(small, "force=stale") == 0
+    assert len(launch_sweep.ran) == 1
+    out = capsys.readouterr().out
+    assert "4 done, 1 to go" in out
+    assert "note:" not in out
+    after = load_runs(path)["seconds"]
+    assert (after == seconds).tolist() == [True, False, False, True, True]
 
 
 CRASHES = """
@@ -334,7 +373,8 @@ def test_children_that_die_are_one_line_each(arguments, tmp_path, results, capsy
         "error: arm 1 of 6: seed=1: killed by SIGKILL (did the memory run out?)",
         "error: arm 2 of 6: seed=2: killed by SIGSEGV",
         "error: arm 3 of 6: seed=3: ended with exit code 9 and no word",
-        "error: arm 4 of 6: seed=4: ended without the record that it was to make",
+        "error: arm 4 of 6: seed=4: ended without the record that it was to make: "
+        "did what it reads change since the sweep began?",
         "error: arm 5 of 6: seed=5: this",
     ]
     assert list(load_runs(sweep_file(results))["seed"]) == [6]

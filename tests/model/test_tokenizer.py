@@ -145,10 +145,22 @@ def test_code_in_a_folder_is_never_run_nor_asked_about(tmp_path, mapped, monkeyp
         load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000])
-def test_errors_of_a_broken_tokenizer_name_the_folder(tmp_path, content):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "[1]"),
+        ("tokenizer_config.json", "[" * 100_000),
+        ("tokenizer_config.json", {"model_input_names": 5}),
+        ("tokenizer.json", {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}),  # Rust panics
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}),
+    ],
+)
+def test_errors_of_a_broken_tokenizer_name_the_folder(tmp_path, name, content):
     byte_level().save_pretrained(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(content)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((tmp_path / name).read_text()) | content)
+    (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match="the tokenizer cannot be read") as caught:
         load_tokenizer(str(tmp_path))
     assert str(tmp_path) in str(caught.value)

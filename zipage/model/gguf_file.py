@@ -73,7 +73,7 @@ class GgufFile:
         if self.get("split.count", int, 1) > 1:
             raise ValueError(f"{path} is one part of a split GGUF: join the parts with llama-gguf-split --merge")
 
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
+    def get(self, key: str, kind: type | list[type], default: Any = None) -> Any:
         """A value of the metadata, or `default` without the key.
 
         Args:

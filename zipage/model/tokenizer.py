@@ -30,8 +30,12 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerFast:
     path = locate_model(model, TOKENIZER)
     file = GgufFile(path) if path.is_file() else None
     try:
-        return _from_folder(path) if file is None else gguf_tokenizer(file)
-    except Exception as error:  # tokenizers raises bare Exception
+        tokenizer = _from_folder(path) if file is None else gguf_tokenizer(file)
+        tokenizer.decode(tokenizer("")["input_ids"])  # options of the wrong type show here, before any request
+        return tokenizer
+    except BaseException as error:  # tokenizers raises bare Exception, and a BaseException where its Rust panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if str(path) in str(error) and isinstance(error, FileNotFoundError | ValueError):
             raise
         raise ValueError(f"{path}: the tokenizer cannot be read ({_first_line(error)}): {REMEDY}") from error
