@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from experiments.options import held_budgets
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -81,11 +83,10 @@ def _device(option: object, gpus: object) -> str:
 
 
 def _described(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs with their device and with the policy and the budget that their requests had."""
+    """The runs with their device and with the policy of their requests and the budget that held."""
     policy = runs.reindex(columns=[_POLICY, "policy.name"]).astype(object).bfill(axis=1).iloc[:, 0]
-    budget = runs.reindex(columns=[_BUDGET, "policy.budget_tokens"]).astype(float).bfill(axis=1).iloc[:, 0]
     plain = runs.drop(columns=[_POLICY, _BUDGET], errors="ignore")
-    return plain.assign(device=devices(runs), policy=policy, budget=budget)
+    return plain.assign(device=devices(runs), policy=policy, budget=held_budgets(runs))
 
 
 def _controls(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ import pandas as pd
 
 from experiments.baselines import devices, full_kv, random_of_as_many_bytes, random_with_prompt
 from experiments.bootstrap import check_share
+from experiments.options import held_budgets, varied_options
 from experiments.samples import Samples, read_samples
 from experiments.statistics import (
     CONFIDENCE,
@@ -31,14 +32,31 @@ logger = logging.getLogger(__name__)
 
 RECORDED = (
     *("run", "path", "model.name", "workload.name", "policy.name", "policy.protection", "policy.budget_tokens"),
-    *("output_length.mean", "budget_bound_share", "output_tokens_per_second", "kv_bytes.mean", "kv_bytes.max"),
+    *(
+        "provenance.data",
+        "output_length.mean",
+        "budget_bound_share",
+        "output_tokens_per_second",
+        "kv_bytes.mean",
+        "kv_bytes.max",
+    ),
     *(f"{name}.{figure}" for name in ("ttft", "tpot", "itl") for figure in ("mean", "p50", "p90", "p99", "max")),
 )
 """Columns of `load_runs()` that are taken over."""
 
 AGAINST = ("run", "difference", "low", "high", "verdict", "power_warning")
 DERIVED = (
-    *("device", "problems", "graded", "accuracy", "accuracy.low", "accuracy.high", "cap_hit_share", "loop_rate"),
+    *(
+        "budget",
+        "device",
+        "problems",
+        "graded",
+        "accuracy",
+        "accuracy.low",
+        "accuracy.high",
+        "cap_hit_share",
+        "loop_rate",
+    ),
     *(f"{baseline}.{name}" for baseline in ("full", "random", "bytes") for name in AGAINST),
     *("output_length.inflation", "goodput", "slo_goodput", "correct_per_gpu_hour"),
 )
@@ -67,9 +85,11 @@ def compare(
         confidence, resamples, seed: of all intervals, see `experiments.statistics`.
 
     Returns:
-        The columns `RECORDED` as they are, then those below. What can't be known is null: accuracy where nothing is
-        graded, differences where there is no baseline or its problems are others.
+        The columns `RECORDED` and each option in which the runs differ as they are, then those below. What can't be
+        known is null: accuracy where nothing is graded, differences where there is no baseline or its problems are
+        others.
 
+        budget: entries per layer and KV head that a compression left, the budget in whole blocks; null under full KV.
         device: name of the GPU, or "cpu".
         problems, graded: with a grade, and samples with one.
         accuracy, accuracy.low, accuracy.high: pass@1.
@@ -92,7 +112,7 @@ def compare(
     if runs.empty:
         return runs.reindex(columns=[*RECORDED, *DERIVED])
     options = {"confidence": confidence, "resamples": resamples, "seed": seed}
-    recorded = runs.reindex(columns=list(RECORDED))
+    recorded = runs.reindex(columns=[*RECORDED, *(name for name in varied_options(runs) if name not in RECORDED)])
     numbers = runs.reindex(columns=list(_NUMBERS)).astype(float).rename(columns=_NUMBERS)
 
     def read(path: str, recorded_loops: float) -> Samples | None:
@@ -105,7 +125,9 @@ def compare(
         samples = list(threads.map(read, recorded["path"], numbers["loop_rate"]))
     graded = {i: run for i, run in enumerate(samples) if run is not None and run.problems}
 
-    rows: list[dict[str, Any]] = [{"device": device} for device in devices(runs)]
+    rows: list[dict[str, Any]] = [
+        {"budget": budget, "device": device} for budget, device in zip(held_budgets(runs), devices(runs), strict=True)
+    ]
     for i, (row, run) in enumerate(zip(rows, numbers.itertuples(index=False), strict=True)):
         row["cap_hit_share"] = _ratio(0 if math.isnan(run.cut) else run.cut, run.samples - run.errors)
         row["loop_rate"] = samples[i].loop_rate if samples[i] and math.isnan(run.loop_rate) else run.loop_rate

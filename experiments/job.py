@@ -16,6 +16,7 @@ from experiments.errors import RunError, UsageError, one_line
 from experiments.graders import Grader, get_grader
 from experiments.metrics import summarise
 from experiments.models import LocalModel, find_model, model_name
+from experiments.notes import notes_before
 from experiments.prompts import Prompt, PromptRenderer
 from experiments.report import never_bound, runs_table
 from experiments.scenarios import Served, TimedRequest, arrival_times, serve
@@ -47,6 +48,8 @@ def carry_out(job: Job) -> Path:
     folder = job.folder  # reads a trace too, so that its faults show before the model is loaded
     if records.is_complete(folder) and not experiment.force:
         return _found(folder)
+    for line in notes_before(experiment, job.problems):
+        print(f"note: {line}", flush=True)
     with records.claim(folder) as staging:
         if records.is_complete(folder) and not experiment.force:
             return _found(folder)  # made by another process while this one waited

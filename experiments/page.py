@@ -12,7 +12,9 @@ import pandas as pd
 
 from experiments import plots
 from experiments.comparison import compare
-from experiments.plots.style import MOST_LINES, evicts, label
+from experiments.notes import notes_on
+from experiments.options import budget_texts, held_budgets
+from experiments.plots.style import MOST_LINES, label, run_names
 from experiments.published import beside
 from experiments.records import EVENTS, load_events
 from experiments.tables import comparison_table
@@ -86,7 +88,7 @@ def _pictures(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tuple[str,
         "prompt, broken ones do not. Where intervals of two policies overlap, look at the paired differences above.",
         lambda: plots.accuracy_by_budget(runs, compared),
     )
-    labels, budgets = runs.apply(label, axis=1), runs["policy.budget_tokens"].where(evicts(runs))
+    labels, budgets = runs.apply(label, axis=1), held_budgets(runs)
     if labels.nunique() > MOST_LINES or budgets.nunique() == 1:
         yield (
             "Accuracy by policy",
@@ -185,6 +187,7 @@ def warnings(runs: pd.DataFrame, compared: pd.DataFrame) -> list[str]:
         lines.append(f"The budget never bound in {int(unbound.sum())} evicting runs: these equal full KV.")
     if (faults := int(runs["errors"].fillna(0).sum())) > 0:
         lines.append(f"{faults} samples were refused; they count as wrong.")
+    lines += [f"{line[0].upper()}{line[1:]}." for line in notes_on(runs)]
     for baseline, name in (
         ("full", "full KV"),
         ("random", "random + prompt"),
@@ -205,8 +208,8 @@ def provenance_table(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "run": runs["run"],
-            "policy": runs.apply(label, axis=1),
-            "budget": runs["policy.budget_tokens"].map(lambda b: "-" if pd.isna(b) else f"{b:,.0f}"),
+            "policy": run_names(runs, budget=False),
+            "budget": budget_texts(runs),
             "commit": recorded("code.commit").str[:10],
             "diff": recorded("code.diff").str[:10],
             "versions": "torch " + recorded("versions.torch"),

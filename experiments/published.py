@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from experiments.errors import UsageError
+from experiments.options import budget_texts, label, readable_options, told_apart
 from experiments.paths import ROOT
 from experiments.schema import read_yaml
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FOLDER = ROOT / "results" / "published"
 KEYS = {"title", "source", "setting", "columns", "rows"}
@@ -40,6 +42,8 @@ def read_published(name: str) -> dict[str, Any]:
 def beside(runs: pd.DataFrame, compared: pd.DataFrame, published: Mapping[str, Any]) -> pd.DataFrame:
     """A row for each published one: its figures, and the runs of ours that are meant by it.
 
+    `ours` of a row names values of options, and of `label`: "random + prompt" is one however the policy was named.
+
     Args:
         runs, compared: rows of `load_runs()`, and what `compare` makes of them.
         published: of `read_published`.
@@ -48,6 +52,11 @@ def beside(runs: pd.DataFrame, compared: pd.DataFrame, published: Mapping[str, A
         Text: name, "published: ..." for each of its columns, "ours: accuracy (%) [95 %]", "ours: tokens/s",
         "ours: runs". What is not there is "-". Where several runs of ours are meant, each has a row of its own.
     """
+    import pandas as pd
+
+    named, budgets = runs.assign(label=runs.apply(label, axis=1)), budget_texts(compared, full="full KV")
+    options = told_apart(runs)
+    settings = readable_options(runs, options)
     rows = []
     for row in published["rows"]:
         figures = {
@@ -56,24 +65,26 @@ def beside(runs: pd.DataFrame, compared: pd.DataFrame, published: Mapping[str, A
         }
         meant = pd.Series(bool(row["ours"]), index=runs.index)
         for column, value in row["ours"].items():
-            meant &= runs[column] == value if column in runs else False
+            meant &= named[column] == value if column in named else False
         matching = compared[meant.to_numpy()]
         if matching.empty:
             rows.append({"row": row["name"]} | figures | dict.fromkeys(OURS, "-"))
-        for _, run in matching.iterrows():
-            rows.append({"row": row["name"]} | figures | _ours(run))
+        for index, run in matching.iterrows():
+            setting = [f"{option} {value}" for option, value in settings.loc[index].items() if value != "-"]
+            what = ", ".join([run["model.name"], run["workload.name"], budgets[index], *setting])
+            rows.append({"row": row["name"]} | figures | _ours(run, what))
     return pd.DataFrame(rows)
 
 
 OURS = ("ours: accuracy (%) [95 %]", "ours: tokens/s", "ours: model, workload, budget")
 
 
-def _ours(run: pd.Series) -> dict[str, str]:
+def _ours(run: pd.Series, what: str) -> dict[str, str]:
+    import pandas as pd
+
     accuracy = "-"
     if pd.notna(run["accuracy"]):
         accuracy = "{:.1f} [{:.1f}, {:.1f}]".format(
             *(100 * run[name] for name in ("accuracy", "accuracy.low", "accuracy.high"))
         )
-    budget = "full KV" if pd.isna(run["policy.budget_tokens"]) else f"{run['policy.budget_tokens']:,.0f}"
-    what = f"{run['model.name']}, {run['workload.name']}, {budget}"
     return dict(zip(OURS, (accuracy, f"{run['output_tokens_per_second']:,.0f}", what), strict=True))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.errors import UsageError
+from experiments.errors import UsageError, one_line
 from experiments.graders import get_grader, grade
 from experiments.metrics import accuracy
 from experiments.records import load_requests, load_runs
@@ -31,14 +31,24 @@ def regrade(run: pd.Series, grader: str | None = None, allow_code_execution: boo
         was refused keeps its grade.
 
     Raises:
-        UsageError: there is no such grader, or it can't grade here.
+        UsageError: there is no such grader, it can't grade here, or the record has no answers, as an archived copy.
     """
     import pandas as pd
 
     name = grader or run["workload.grader"]
     function = get_grader(name, allow_code_execution)
+    try:
+        requests = load_requests(run)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"its samples can't be read ({one_line(error)})") from error
+    lacking = [column for column in ("output", "gold") if column not in requests]
+    if lacking:
+        raise UsageError(
+            f"the record has no {' and no '.join(lacking)}: it is a copy without texts; regrade the run it was made "
+            "of, or copy that with `python -m experiments.archive RUN --texts`"
+        )
     rows = []
-    for sample in load_requests(run).to_dict("records"):
+    for sample in requests.to_dict("records"):
         row = {"run": run["run"], "prompt_id": sample["prompt_id"], "sample_index": sample["sample_index"]}
         old = sample["grade"] if pd.notna(sample["grade"]) else None
         row |= {"grader": name, "old_grade": old, "grade": old, "extracted": None, "grader_error": None}
@@ -51,6 +61,7 @@ def regrade(run: pd.Series, grader: str | None = None, allow_code_execution: boo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns its exit code: 0 all runs were graded, 1 some were not, 2 wrong usage."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.regrade", description="Grade the recorded answers of finished runs again."
     )
@@ -63,9 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _main(options)
     except UsageError as error:
-        print(
-            f"error: {error}".replace("workload.allow_code_execution=true", "--allow-code-execution"), file=sys.stderr
-        )
+        print(f"error: {_said(error)}", file=sys.stderr)
         return 2
 
 
@@ -78,19 +87,30 @@ def _main(options: argparse.Namespace) -> int:
     runs = load_runs(options.runs)
     if runs.empty:
         raise UsageError("no finished run in what was given")
+    if options.grader is not None:
+        get_grader(options.grader, options.allow_code_execution)
     tables = []
     for _, run in runs.iterrows():
-        table = regrade(run, options.grader, options.allow_code_execution)
+        try:
+            table = regrade(run, options.grader, options.allow_code_execution)
+        except UsageError as error:
+            print(f"error: {run['run']}: {_said(error)}", file=sys.stderr)
+            continue
         changed = int((table["grade"].fillna(-1) != table["old_grade"].fillna(-1)).sum())
         old, new = (_percent(table[column]) for column in ("old_grade", "grade"))
         line = f"{run['run']}: {old} -> {new}, {changed} of {len(table)} grades changed"
         faults = table["grader_error"].dropna()
         print(line + (f"; {len(faults)} could not be graded, the first: {faults.iloc[0]}" if len(faults) else ""))
         tables.append(table)
-    if target is not None:
+    if target is not None and tables:
         pd.concat(tables, ignore_index=True).to_parquet(target, index=False)
         print(f"written: {target}")
-    return 0
+    return int(len(tables) < len(runs))
+
+
+def _said(error: UsageError) -> str:
+    """The line as it reads for this command, which has its own way to allow code."""
+    return str(error).replace("workload.allow_code_execution=true", "--allow-code-execution")
 
 
 def _percent(grades: pd.Series) -> str:

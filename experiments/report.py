@@ -6,12 +6,15 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.errors import UsageError
-from experiments.records import load_runs, read_sweep
+from experiments.notes import notes_on
+from experiments.options import budget_texts, readable_options, told_apart
+from experiments.published import read_published
+from experiments.records import load_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,24 +38,23 @@ COLUMNS = {
 """Column of `load_runs()`, or of the table's own, -> its heading, its format."""
 
 
-def runs_table(runs: pd.DataFrame, options: Sequence[str] = ()) -> str:
+def runs_table(runs: pd.DataFrame) -> str:
     """The runs as a Markdown table, padded so that it reads well in a terminal too.
 
-    Args:
-        options: further columns of `load_runs()` to show, after the policy and its budget.
+    Budgets are those that held. Each option in which the runs differ has a column behind the budget.
     """
-    columns = list(COLUMNS.items())
+    columns, options = list(COLUMNS.items()), told_apart(runs)
     place = list(COLUMNS).index("budget") + 1
-    columns[place:place] = [
-        (option, (option, "{:.15g}" if runs[option].dtype.kind == "f" else "{}")) for option in options
-    ]
+    columns[place:place] = [(option, (option, "{}")) for option in options]
+    if runs["model.name"].nunique() > 1:
+        columns.insert(1, ("model.name", ("model", "{}")))
     headings = [heading for _, (heading, _) in columns]
     own = {
         "policy": [_policy(run) for _, run in runs.iterrows()],
-        "budget": [_budget(run) for _, run in runs.iterrows()],
+        "budget": budget_texts(runs) + [" (never bound)" * never_bound(run) for _, run in runs.iterrows()],
         "tpot.p50": runs["tpot.p50"].astype(float) * 1000,
     }
-    shown = runs.assign(**own)
+    shown = runs.assign(**own, **readable_options(runs, options))
     cells = [[_cell(row.get(column), template) for column, (_, template) in columns] for _, row in shown.iterrows()]
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     lines = [headings, ["-" * width for width in widths], *cells]
@@ -62,7 +64,7 @@ def runs_table(runs: pd.DataFrame, options: Sequence[str] = ()) -> str:
 
 
 def sweep_table(path: Path) -> str:
-    """The finished runs of a sweep, given by its file, with the options in which arms of one workload differ.
+    """The finished runs of a sweep, given by its file.
 
     Raises:
         UsageError: the file is no record of a sweep.
@@ -70,14 +72,12 @@ def sweep_table(path: Path) -> str:
     runs = load_runs(path)
     if runs.empty:
         return "no finished run"
-    alike: dict[frozenset[str], list[set[str]]] = {}
-    for arm in read_sweep(path):
-        asked = {override.lstrip("+") for override in arm["overrides"]}
-        alike.setdefault(frozenset(o for o in asked if o.startswith("workload=")), []).append(asked)
-    differing = set().union(*(set.union(*arms) - set.intersection(*arms) for arms in alike.values()))
-    varied = {override.partition("=")[0] for override in differing}
-    shown = {*COLUMNS, "policy.name", "policy.budget_tokens", "policy.protection"}
-    return runs_table(runs, sorted(varied & set(runs.columns) - shown))
+    return with_notes(runs)
+
+
+def with_notes(runs: pd.DataFrame) -> str:
+    """`runs_table`, and below it a line for each thing that must be known to read it."""
+    return "\n".join([runs_table(runs), *(f"note: {line}" for line in notes_on(runs))])
 
 
 def never_bound(run: pd.Series) -> bool:
@@ -89,12 +89,6 @@ def never_bound(run: pd.Series) -> bool:
 def _policy(run: pd.Series) -> str:
     name, protection = run["policy.name"], run["policy.protection"]
     return name if name == "full" or protection == "none" else f"{name} + {protection}"
-
-
-def _budget(run: pd.Series) -> str:
-    if run["policy.name"] == "full":
-        return "-"
-    return _cell(run["policy.budget_tokens"], "{:.0f}") + " (never bound)" * never_bound(run)
 
 
 def _cell(value: object, template: str) -> str:
@@ -117,12 +111,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tables", type=Path, metavar="FOLDER", help="write it as Markdown and LaTeX, and all its numbers as CSV"
     )
     parser.add_argument("--margin", type=float, default=0.02, help="of non-inferiority to full KV (%(default)s)")
-    parser.add_argument("--published", metavar="NAME", help="a table of results/published to set beside, on the page")
+    parser.add_argument("--published", metavar="NAME", help="a table of results/published to set beside ours")
     parser.add_argument("--title", default="Runs compared", help="of the page")
     options = parser.parse_args(arguments)
     paths = options.runs
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        published = None if options.published is None else read_published(options.published)
         runs = load_runs(paths or None)
         if runs.empty:
             print("no finished run", file=sys.stderr)
@@ -130,28 +125,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if paths and all(Path(path).is_file() for path in paths):
             print(*(sweep_table(Path(path)) for path in paths), sep="\n\n")
         else:
-            print(runs_table(runs))
-        if options.html or options.tables:
-            _write(runs, options)
+            print(with_notes(runs))
+        if published or options.html or options.tables:
+            _compare(runs, options, published)
     except (UsageError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def _write(runs: pd.DataFrame, options: argparse.Namespace) -> None:
-    """The page and the tables. Raises UsageError where they can't be written, ValueError for a wrong margin."""
-    from experiments.comparison import compare
-    from experiments.page import page
-    from experiments.published import read_published
-    from experiments.tables import comparison_table, write_tables
+def _compare(runs: pd.DataFrame, options: argparse.Namespace, published: Mapping[str, Any] | None) -> None:
+    """The published figures beside ours, the page and the tables.
 
+    Raises UsageError where they can't be written, ValueError for a wrong margin.
+    """
+    from experiments.comparison import compare
+    from experiments.published import beside
+    from experiments.tables import comparison_table, to_markdown, write_tables
+
+    compared = compare(runs, options.margin)
     try:
+        if published:
+            print(f"\n{published['title']} ({published['source']})\n\n{to_markdown(beside(runs, compared, published))}")
         if options.tables:
-            compared = compare(runs, options.margin)
             print("tables:", *write_tables(comparison_table(compared), options.tables, numbers=compared))
+            if published:
+                print("tables:", *write_tables(beside(runs, compared, published), options.tables, "published"))
         if options.html:
-            published = None if options.published is None else read_published(options.published)
+            from experiments.page import page
+
             text = page(runs, options.margin, options.title, published)
             options.html.parent.mkdir(parents=True, exist_ok=True)
             options.html.write_text(text, encoding="utf-8")

@@ -24,6 +24,7 @@ from experiments.backends import BackendFactory
 from experiments.child import Worker, reason_of, run_child
 from experiments.errors import UsageError, one_line
 from experiments.models import find_model
+from experiments.notes import notes_before
 from experiments.report import sweep_table
 from experiments.schema import Experiment, load_experiment
 from experiments.workloads import load_problems
@@ -84,6 +85,7 @@ class PlannedRun:
     overrides: Arm
     experiment: Experiment
     folder: Path
+    notes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -110,7 +112,8 @@ def plan(names: Sequence[str], arguments: Sequence[str], backends: Mapping[str, 
     for number, overrides in enumerate(expand(names, arguments), 1):
         try:
             prepared = job.prepare(load_experiment(overrides), backends, problems, model)
-            arm = PlannedRun(overrides, prepared.experiment, prepared.folder)
+            notes = tuple(notes_before(prepared.experiment, prepared.problems))
+            arm = PlannedRun(overrides, prepared.experiment, prepared.folder, notes)
         except UsageError as error:
             raise UsageError(f"sweep {', '.join(names)}: arm {number} ({' '.join(overrides)}): {error}") from error
         planned.setdefault(arm.folder, arm)
@@ -186,6 +189,8 @@ class Sweep:
         print(f"  all arms: {' '.join(self.shared) or '-'}")
         for number, arm in enumerate(self.arms, 1):
             print(f"  {number:3} {'    ' if arm in waiting else 'done'} {self._own(arm)}", flush=True)
+        for note in dict.fromkeys(note for arm in self.arms for note in arm.notes):
+            print(f"note: {note}", flush=True)
         return waiting
 
     def _run_arm(self, arm: PlannedRun, begin: float, waiting: Sequence[PlannedRun]) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.plots.style import label
+from experiments.options import GROUPS, SHOWN, budget_texts, held_budgets, label, readable_options, varied_options
 
 Cell = Callable[[pd.Series], str]
 
@@ -45,7 +45,7 @@ AS_MANY_BYTES = "less random + prompt of as many bytes"
 COLUMNS: dict[str, Cell] = {
     "workload": _text("workload.name"),
     "policy": label,
-    "budget": _number("policy.budget_tokens", "{:,.0f}"),
+    "budget": _text("budget.text"),
     "KV MiB": lambda row: "-" if pd.isna(row["kv_bytes.max"]) else f"{row['kv_bytes.max'] / 2**20:,.2f}",
     "problems": _number("problems", "{:,.0f}"),
     "accuracy (%) [95 %]": _accuracy,
@@ -65,28 +65,30 @@ COLUMNS: dict[str, Cell] = {
 
 
 def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `compare()` as text, full KV first in each workload, then by policy and budget."""
-    keyed = compared.assign(_label=compared.apply(label, axis=1), _full=compared["policy.name"] != "full")
-    order = keyed.sort_values(["workload.name", "model.name", "_full", "_label", "policy.budget_tokens"])
+    """The rows of `compare()` as text, full KV first in each workload, then by policy and budget.
+
+    Budgets are those that held. Each option in which the runs differ has a column.
+    """
+    options = [name for name in compared if name.partition(".")[0] in GROUPS and name not in SHOWN]
+    shown = readable_options(compared, options)
+    keyed = compared.assign(
+        _label=compared.apply(label, axis=1),
+        _full=compared["policy.name"] != "full",
+        **{"budget.text": budget_texts(compared), "_budget": held_budgets(compared)},
+    )
+    order = keyed.sort_values(["workload.name", "model.name", "_full", "_label", "_budget"])
     rows = [[cell(row) for cell in COLUMNS.values()] for _, row in order.iterrows()]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     if (table[AS_MANY_BYTES] == "-").all():
         table = table.drop(columns=AS_MANY_BYTES)
+    place = list(COLUMNS).index("budget") + 1
+    for option in reversed(options):
+        table.insert(place, option, shown.loc[order.index, option].tolist())
+    if compared["device"].nunique() > 1:
+        table.insert(place + len(options), "device", order["device"].tolist())
     if compared["model.name"].nunique() > 1:
         table.insert(0, "model", order["model.name"].tolist())
     return table
-
-
-GROUPS = ("model", "engine", "policy", "workload", "sampling", "scenario", "hardware", "backend", "limit", "seed")
-"""Groups of a run's options, and its options without a group; `tracking` decides nothing."""
-
-
-def varied_options(runs: pd.DataFrame) -> list[str]:
-    """The options that differ among these rows of `load_runs()`, within a model and workload."""
-    options = [name for name in runs if name.partition(".")[0] in GROUPS and name != "workload.max_tokens"]
-    readable = runs[options].map(_readable)
-    differ = readable.groupby(["model.name", "workload.name"])[options].nunique().gt(1).any()
-    return [name for name in options if differ[name]]
 
 
 def by_option(
@@ -101,7 +103,7 @@ def by_option(
         heading: of `COLUMNS`, what the cells show.
     """
     others = ["model.name", "workload.name", *(name for name in varied_options(runs) if name != option)]
-    cells = runs[[*others, option]].map(_readable).assign(_cell=compared.apply(COLUMNS[heading], axis=1))
+    cells = readable_options(runs, [*others, option]).assign(_cell=compared.apply(COLUMNS[heading], axis=1))
     several = cells[cells.groupby(others)[option].transform("nunique") > 1]
     values = sorted(several[option].unique(), key=_by_number)
     settings = several[others].drop_duplicates()
@@ -111,12 +113,6 @@ def by_option(
         settings = settings.join(alike.rename(f"{option}={value}"), on=others)
     told_apart = [name for name in others if settings[name].nunique() > 1]
     return settings[[*told_apart, *(f"{option}={value}" for value in values)]].fillna("")
-
-
-def _readable(value: object) -> str:
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return "-" if value is None or value != value else str(value)
 
 
 def _by_number(text: str) -> tuple[int, float, str]:

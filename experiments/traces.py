@@ -12,6 +12,21 @@ from experiments.errors import UsageError
 COLUMN = "arrival"
 
 
+def unread_columns(name: str) -> list[str]:
+    """Columns of a trace, in order, that nobody reads: all but the arrival. None where the file can't be read."""
+    path = Path(name).expanduser()
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            if path.suffix == ".csv":
+                found = csv.DictReader(file).fieldnames or []
+            else:
+                items = [json.loads(line) for line in file if line.strip()]
+                found = dict.fromkeys(key for item in items if isinstance(item, dict) for key in item)
+    except (OSError, ValueError):
+        return []
+    return [column for column in found if column != COLUMN]
+
+
 def read_trace(name: str, count: int) -> list[float]:
     """The first `count` arrivals of a file in order of time, in seconds after the start.
 

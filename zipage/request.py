@@ -181,7 +181,9 @@ class Request:
 
     def note_blocks(self, num_fresh: int = 0) -> None:
         """Its table grew, or a compression took `num_fresh` blocks beside it."""
-        self.peak_blocks = max(self.peak_blocks, len(self.block_ids) + num_fresh)
+        held = len(self.block_ids) + num_fresh
+        if held > self.peak_blocks:
+            self.peak_blocks = held
 
     def await_token(self, place: int) -> None:
         """A step that will give the next token is under way; `place` is the request's among those that get one."""

@@ -32,38 +32,39 @@ if TYPE_CHECKING:
 def accuracy_by_budget(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> Figure:
     """Accuracy against the budget with 95 % intervals over problems, a panel for each workload, full KV as a band.
 
-    Below each budget stands the memory that a sample's cache held at most, where it was recorded: equal budgets are
-    equal bytes only up to what a policy keeps beside the entries. A line passes through the mean of runs that differ by
-    their seed alone. Many policies have a panel each, with the others in grey.
+    Budgets are those that held, in whole blocks. Below each stands the memory that a sample's cache held at most, where
+    it was recorded: equal budgets are equal bytes only up to what a policy keeps beside the entries. A line passes
+    through the mean of runs that differ by their seed alone. Many policies have a panel each, with the others in grey.
 
     Args:
         runs: rows of `load_runs()`.
         compared: what `compare(runs)` gave, where it is at hand.
     """
     table, names = _graded(runs, compared, budget=False)
-    evicting = table[evicts(table) & table["policy.budget_tokens"].notna()]
+    evicting = table[evicts(table) & table["budget"].notna()]
     require(len(evicting), "graded run under a budget")
     table = pd.concat([table[~evicts(table)], evicting])
     parts = [part for part in split(table, names) if evicts(part.runs).any()]
     figure, axes = panels([part.title for part in parts])
     for axis, part in zip(axes, parts, strict=True):
         beside = _beside(table, part)
-        budgets = sorted({*part.runs[evicts(part.runs)]["policy.budget_tokens"], *beside["policy.budget_tokens"]})
+        budgets = sorted({*part.runs[evicts(part.runs)]["budget"], *beside["budget"]})
         for _, line in _groups(beside, names):
-            middle = line.groupby("policy.budget_tokens")["accuracy"].mean()
+            middle = line.groupby("budget")["accuracy"].mean()
             axis.plot(np.searchsorted(budgets, middle.index), 100 * middle, color="#CCCCCC", linewidth=0.8, zorder=1)
         full = part.runs[~evicts(part.runs)]
-        for low, value, high in full[["accuracy.low", "accuracy", "accuracy.high"]].to_numpy(float):
-            axis.axhline(100 * value, color="black", linewidth=1.2, label="full KV")
+        shown = full[["accuracy.low", "accuracy", "accuracy.high"]].to_numpy(float)
+        for name, (low, value, high) in zip(part.names[full.index], shown, strict=True):
+            axis.axhline(100 * value, color="black", linewidth=1.2, label=name)
             axis.axhspan(100 * low, 100 * high, color="black", alpha=0.12, linewidth=0)
         groups = _groups(part.runs[evicts(part.runs)], part.names)
         for number, (name, line) in enumerate(groups):
             shift = 0.08 * (number - (len(groups) - 1) / 2)  # so that intervals do not hide each other
             style = look(label(line.iloc[0]))
-            middle = line.groupby("policy.budget_tokens")["accuracy"].mean()
+            middle = line.groupby("budget")["accuracy"].mean()
             places = np.searchsorted(budgets, middle.index) + shift
             axis.plot(places, 100 * middle, label=name, linewidth=1.4, markersize=5, **style)
-            _intervals(axis, np.searchsorted(budgets, line["policy.budget_tokens"]) + shift, line, style)
+            _intervals(axis, np.searchsorted(budgets, line["budget"]) + shift, line, style)
         bytes_held = [_mebibytes(part.runs[evicts(part.runs)], budget) for budget in budgets]
         axis.set_xticks(range(len(budgets)), [f"{b:,.0f}\n{held}".rstrip() for b, held in zip(budgets, bytes_held)])
         axis.set_xlim(-0.5, len(budgets) - 0.5)
@@ -77,7 +78,7 @@ def accuracy_by_budget(runs: pd.DataFrame, compared: pd.DataFrame | None = None)
 
 def _mebibytes(runs: pd.DataFrame, budget: float) -> str:
     """What a sample's cache held at most under a budget, from the least to the most of the runs; "" where unknown."""
-    held = runs[runs["policy.budget_tokens"] == budget].reindex(columns=["kv_bytes.max"]).iloc[:, 0].astype(float)
+    held = runs[runs["budget"] == budget].reindex(columns=["kv_bytes.max"]).iloc[:, 0].astype(float)
     least, most = (f"{value / 2**20:.2g}" for value in (held.min(), held.max()))
     if held.isna().all():
         return ""
@@ -86,26 +87,31 @@ def _mebibytes(runs: pd.DataFrame, budget: float) -> str:
 
 def accuracy_by_policy(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> Figure:
     """Accuracy of every policy with its 95 % interval: a row a policy, a panel for each workload and budget."""
-    table, _ = _graded(runs, compared, budget=False)
-    evicting = table[evicts(table) & table["policy.budget_tokens"].notna()]
+    table, names = _graded(runs, compared, budget=False)
+    evicting = table[evicts(table) & table["budget"].notna()]
     require(len(evicting), "graded run under a budget")
+    labels = evicting.apply(label, axis=1)
+    policies = pd.Series(  # with the options that tell them apart, without the protection
+        [name.partition(" + ")[0] + full.removeprefix(name) for name, full in zip(labels, names[evicting.index])],
+        index=evicting.index,
+    )
     parts = []
     for title, part in by_workload(table):
-        for budget, same in part[evicts(part)].groupby("policy.budget_tokens"):
+        for budget, same in part[evicts(part)].groupby("budget"):
             parts.append((f"{title}, budget {budget:,.0f}", same, part[~evicts(part)]))
-    rows = in_order(evicting.apply(label, axis=1).str.partition(" + ")[0])
+    rows = in_order(policies)
     figure, axes = panels([title for title, _, _ in parts], (4.6, 1.1 + 0.26 * len(rows)), columns=2)
     for axis, (_, same, full) in zip(axes, parts, strict=True):
         for low, value, high in full[["accuracy.low", "accuracy", "accuracy.high"]].to_numpy(float):
             axis.axvline(100 * value, color="black", linewidth=1.2, label="full KV")
             axis.axvspan(100 * low, 100 * high, color="black", alpha=0.12, linewidth=0)
-        policies = same.apply(label, axis=1).str.partition(" + ")
-        for policy, mine in same.groupby(policies[0]):
+        protections = same.apply(label, axis=1).str.partition(" + ")[2]
+        for policy, mine in same.groupby(policies[same.index]):
             count = len(mine)
             for number, (index, run) in enumerate(mine.sort_values("policy.protection").iterrows()):
                 place = rows.index(policy) + (number - (count - 1) / 2) * min(0.3, 0.7 / count)
                 style = look(label(run)) | {"marker": "o", "linestyle": "none"}
-                name = policies[2][index] or "no protection"
+                name = protections[index] or "no protection"
                 span = _spans(mine.loc[[index]])
                 axis.errorbar([100 * run["accuracy"]], [place], xerr=span, label=name, capsize=2, markersize=5, **style)
         axis.set_yticks(range(len(rows)), rows)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.comparison import compare
+from experiments.options import held_budgets
 from experiments.plots.style import (
     by_workload,
     evicts,
@@ -43,13 +44,14 @@ def facts_by_distance(runs: pd.DataFrame) -> Figure:
     require(len(runs), "run whose problems name facts")
     parts = []
     for part in split(runs, run_names(runs, budget=False)):
-        budgets = sorted(part.runs[evicts(part.runs)]["policy.budget_tokens"].dropna().unique())
+        held = held_budgets(part.runs)
+        budgets = sorted(held[evicts(part.runs)].dropna().unique())
         if part.policy or len(budgets) < 2:
             title = f"{part.title}, budget {budgets[0]:,.0f}" if len(budgets) == 1 else part.title
             parts.append((title, part.runs, part.policy))
             continue
         for budget in budgets:
-            same = part.runs[~evicts(part.runs) | (part.runs["policy.budget_tokens"] == budget)]
+            same = part.runs[~evicts(part.runs) | (held == budget)]
             parts.append((f"{part.title}, budget {budget:,.0f}", same, None))
     figure, axes = panels([title for title, _, _ in parts])
     for axis, (_, same, policy) in zip(axes, parts, strict=True):
@@ -108,7 +110,7 @@ def length_inflation(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -
     most = max(len(part) for _, part in parts)
     figure, axes = panels([title for title, _ in parts], (7.5 if len(parts) == 1 else 4.9, 1.2 + 0.24 * most), 2)
     for axis, (_, part) in zip(axes, parts, strict=True):
-        order = sorted(part.index, key=lambda i: (rank(label(part.loc[i])), part.loc[i, "policy.budget_tokens"]))
+        order = sorted(part.index, key=lambda i: (rank(label(part.loc[i])), part.loc[i, "budget"]))
         boxes = axis.boxplot(
             [ratios[i] for i in order], orientation="horizontal", whis=(5, 95), showfliers=False, patch_artist=True
         )

@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import LogNorm, Normalize
 
-from experiments.plots.style import by_workload, evicts, label, panels, rank, require
+from experiments.options import held_budgets
+from experiments.plots.style import by_workload, evicts, panels, rank, require, run_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,7 +73,7 @@ def against_full(runs: pd.DataFrame, load: str = LOAD, pool: str = POOL, value: 
     full, evicting = runs[~evicts(runs)], runs[evicts(runs)]
     require(len(full), "run of full KV")
     require(len(evicting), "evicting run")
-    labels, budgets = evicting.apply(label, axis=1), evicting["policy.budget_tokens"].astype(float).fillna(0)
+    labels, budgets = run_names(evicting, budget=False, apart=(load, pool)), held_budgets(evicting).fillna(0)
     many = (budgets.groupby(labels).nunique() > 1).any()
     found, workloads = {}, by_workload(runs)
     for title, part in workloads:

@@ -11,6 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from experiments.options import asks, budget_texts, held_budgets, label, readable, readable_options, told_apart
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -27,18 +29,8 @@ PANEL, SMALL = (4.6, 3.4), (3.1, 2.5)
 """Inches of one panel, for text of 9 points: of one of two beside each other, and of one of three."""
 MOST_LINES = 8
 """Names that are told apart in one panel; a panel for each policy where there are more."""
-TELLING = ("engine.", "policy.", "sampling.", "scenario.", "backend", "limit")
-"""Beginnings of the options that may tell runs of one label and budget apart. Seeds are repetitions."""
-NAMED = ("policy.name", "policy.protection", "policy.budget_tokens")
-
-
-def label(run: pd.Series) -> str:
-    """`zipage`, `zipage + prompt`, `full KV`."""
-    name, protection = run["policy.name"], run["policy.protection"]
-    if name == "full":
-        return "full KV"
-    name, protection = ("random", "prompt") if name == "random_attention" else (name, protection)
-    return name if protection == "none" else f"{name} + {protection}"
+REPETITION = "seed"
+"""Runs that differ in this option alone repeat each other."""
 
 
 def look(name: str) -> dict[str, object]:
@@ -60,20 +52,30 @@ def evicts(runs: pd.DataFrame) -> pd.Series:
     return runs["policy.name"] != "full"
 
 
-def run_names(runs: pd.DataFrame, budget: bool = True) -> pd.Series:
-    """What a legend calls each run: its label and budget, and the options that differ where these are the same."""
+def run_names(runs: pd.DataFrame, budget: bool = True, apart: Sequence[str] = ()) -> pd.Series:
+    """What a legend calls each run: its label and budget, and the options that differ where these are the same.
+
+    Args:
+        budget: name the budget too.
+        apart: options that the picture shows in another way.
+    """
     names = runs.apply(label, axis=1).astype(str)
-    budgets = runs["policy.budget_tokens"].astype(float).where(evicts(runs))
     if budget:
-        names += budgets.map(lambda b: "" if pd.isna(b) else f", {b:.0f}")
-    options = [c for c in runs if c.startswith(TELLING) and c not in NAMED]
-    keys = [runs["workload.name"].map(str), runs["model.name"].map(str), names, budgets]
-    for _, alike in runs.groupby(keys, dropna=False) if len(runs) else ():
+        names += budget_texts(runs, full="").map(lambda text: f", {text}" if text else "")
+    options = [name for name in told_apart(runs) if name != REPETITION and name not in apart and not asks(name)]
+    texts = readable_options(runs, options)
+    for _, alike in texts.groupby([*_asked(runs), names]) if len(runs) else ():
         for option in options if len(alike) > 1 else ():
-            values = alike[option].map(str)
-            if values.nunique() > 1:
-                names.loc[alike.index] += f", {option.rpartition('.')[2]} " + values
+            if alike[option].nunique() > 1:
+                names.loc[alike.index] += f", {option.rpartition('.')[2]} " + alike[option]
     return names
+
+
+def _asked(runs: pd.DataFrame) -> list[pd.Series]:
+    """Keys that are equal for runs of the same model that were asked the same problems in the same way."""
+    data = runs.reindex(columns=["provenance.data"]).iloc[:, 0].astype(object).map(readable).rename("data")
+    texts = readable_options(runs, [name for name in told_apart(runs) if asks(name)])
+    return [runs["workload.name"].map(str), runs["model.name"].map(str), *(texts[name] for name in texts), data]
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def split(runs: pd.DataFrame, names: pd.Series) -> list[Part]:
     """A panel for each workload; one for each policy of it, with full KV in each, where one would be crowded."""
     parts = []
     for title, part in by_workload(runs):
-        labels, budgets = part.apply(label, axis=1), part["policy.budget_tokens"].astype(float).fillna(0)
+        labels, budgets = part.apply(label, axis=1), held_budgets(part).fillna(0)
         order = sorted(part.index, key=lambda i: (evicts(part)[i], *rank(labels[i]), budgets[i]))
         part, policies = part.loc[order], labels[order].str.partition(" + ")[0]
         evicting = policies[evicts(part)]
@@ -117,14 +119,14 @@ def in_order(policies: Iterable[str]) -> list[str]:
 
 def rank(name: str) -> tuple[int, str]:
     """The place of a policy or label: that of its policy in `ORDER`, then by name."""
-    policy = name.partition(" + ")[0]
+    policy = name.partition(" + ")[0].partition(", ")[0]
     return (ORDER.index(policy) if policy in ORDER else len(ORDER)), name
 
 
 def line_looks(runs: pd.DataFrame) -> list[dict[str, object]]:
     """Colour, line and marker of each run's line; of several of one label, the greater budget is the darker."""
     labels = runs.apply(label, axis=1).tolist()
-    order = list(zip(runs["policy.budget_tokens"].astype(float).fillna(0), range(len(runs))))
+    order = list(zip(held_budgets(runs).fillna(0), range(len(runs))))
     looks = []
     for place, name in zip(order, labels, strict=True):
         alike = [other for other, its in zip(order, labels) if its == name]
@@ -207,9 +209,23 @@ def require(ok: object, what: str) -> None:
 
 
 def by_workload(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The runs of each model and workload, with a title; the model is named where there are several."""
+    """The runs of each model and workload that were asked the same problems in the same way, with a title.
+
+    The model is named where there are several, and options of the workload where they differ.
+    """
     several = runs["model.name"].nunique() > 1
-    return [
-        (f"{workload} ({model})" if several else workload, part)
-        for (workload, model), part in runs.groupby(["workload.name", "model.name"], sort=True)
-    ]
+    found = []
+    for (workload, model), part in runs.groupby(["workload.name", "model.name"], sort=True):
+        keys = [key for key in _asked(part)[2:] if key.nunique() > 1]
+        title = f"{workload} ({model})" if several else str(workload)
+        if len(keys) > 1 and keys[-1].name == "data" and _decided(keys[-1], keys[:-1]):
+            keys.pop()
+        for values, asked in part.groupby(keys, sort=True) if keys else [((), part)]:
+            names = [f"{key.name.rpartition('.')[2]} {value[:12]}" for key, value in zip(keys, values, strict=True)]
+            found.append((", ".join([title, *names]), asked))
+    return found
+
+
+def _decided(key: pd.Series, by: list[pd.Series]) -> bool:
+    """Whether the values of `by` together decide that of `key`."""
+    return key.groupby(by).nunique().max() == 1

@@ -30,5 +30,14 @@ def test_settings_beside_each_other():
     assert table.iloc[0].tolist() == ["20.0 [10.0, 100.0]", "80.0 [10.0, 100.0]"]
 
 
+def test_budgets_are_those_that_held():
+    table = runs().assign(**{"engine.block_size": 256, "policy.budget_tokens": [None, 300, 300, 400]})
+    assert "policy.budget_tokens" in varied_options(table), "full KV has none"
+    assert varied_options(table.iloc[1:]) == ["policy.protection"]
+    assert by_option(table, table, "policy.budget_tokens").empty
+    (heading, _) = by_option(table, table, "policy.protection")
+    assert heading == "policy.protection=none"
+
+
 def test_an_option_that_never_varies_alone_tells_nothing():
     assert by_option(runs(), runs(), "policy.name").empty

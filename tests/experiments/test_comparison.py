@@ -15,6 +15,7 @@ from experiments.comparison import DERIVED, RECORDED, compare
 from experiments.outcomes import REQUEST_SCHEMA, write_rows
 from experiments.records import load_requests, load_runs
 from experiments.statistics import clustered_mean, non_inferiority, paired_difference
+from experiments.tables import comparison_table
 
 FULL, ZIPAGE = {"name": "full"}, {"name": "zipage", "budget_tokens": 512}
 RANDOM = {"name": "random", "budget_tokens": 512, "protection": "prompt"}
@@ -112,6 +113,23 @@ class TestTable:
         row = compared(tmp_path).loc["a"]
         assert row["cap_hit_share"] == 14 / 58, "of the answered samples"
         assert (row["budget_bound_share"], row["ttft.p50"], row["loop_rate"]) == (1.0, 0.5, 0.25)
+
+    def test_options_that_differ_are_columns(self, tmp_path):
+        make_run(tmp_path, "a", ZIPAGE, config={"policy.options": {"window": 8}})
+        make_run(tmp_path, "b", ZIPAGE, config={"engine.dtype": "float32"})
+        make_run(tmp_path, "c", RANDOM | {"recent_tokens": 32}, config={"policy.options": {"other": 1}})
+        make_run(tmp_path, "d", {"name": "full"}, config={"backend": "vllm"})
+        make_run(tmp_path, "e", {"name": "full", "recent_tokens": 99, "trigger": "pressure"}, config={"limit": 20})
+        table = compared(tmp_path)
+        own = {"policy.options.window", "engine.dtype", "policy.recent_tokens", "backend", "limit"}
+        assert own <= set(table)
+        assert not {"policy.trigger", "policy.options.other", "engine.block_size", "sampling.temperature"} & set(table)
+        assert table.loc["a", "policy.options.window"] == 8
+        shown = comparison_table(table.reset_index())
+        assert own <= set(shown)
+        assert not shown.drop(columns="policy").duplicated().any()
+        assert set(compared(tmp_path / "a")) == set(compare(load_runs(tmp_path / "a"))) - {"run"}
+        assert not own & set(compared(tmp_path / "a"))
 
     def test_goodput_and_correct_answers_per_hour(self, tmp_path):
         late = {"ttft": [1.0] * 30 + [3.0] * 30, "tpot": [0.1] * 15 + [0.9] * 15 + [None] * 30}
@@ -253,6 +271,14 @@ class TestBaselines:
         assert table["random.run"].isna().all(), "none of the same budget in blocks of the same size"
         assert table["bytes.run"].dropna().to_dict() == ({"run": found, "bare": found} if found else {})
         assert pd.isna(table.loc["run", "bytes.difference"]) == (found is None)
+
+    def test_budgets_are_equal_where_they_held_as_many_entries(self, tmp_path):
+        make_run(tmp_path, "control", RANDOM | {"budget_tokens": 300})
+        make_run(tmp_path, "run", ZIPAGE)
+        make_run(tmp_path, "full", {"name": "full", "budget_tokens": 100})
+        table = compared(tmp_path)
+        assert table.loc["run", "random.run"] == "control"
+        assert table["budget"].fillna(0).to_dict() == {"control": 512, "run": 512, "full": 0}
 
     def test_policy_and_budget_of_the_requests_count(self, tmp_path):
         make_run(tmp_path, "a", ZIPAGE, config={"sampling.policy": "full"})

@@ -7,7 +7,7 @@ import json
 import pandas as pd
 import pytest
 
-from experiments import regrade
+from experiments import archive, regrade
 from experiments.errors import UsageError
 from experiments.job import sampling_params
 from experiments.records import load_requests, load_runs
@@ -161,6 +161,29 @@ class TestRegrade:
     def test_refused_samples_keep_their_grade(self, launch, results, capsys):
         launch(max_prompt=200)
         assert regrade.main([str(results), "--grader", "f1"]) == 0
+
+    def test_a_run_that_cannot_be_graded_costs_itself(self, launch, results, tmp_path, capsys):
+        """A copy without texts, one that runs code, a damaged one: each is a line, and the others are graded."""
+        launch()
+        kept = load_runs(results).iloc[0]["run"]
+        file, copies = tmp_path / "grades.parquet", tmp_path / "copies"
+        assert archive.main([str(results), "--to", str(copies)]) == 0
+        launch("seed=1")
+        launch("seed=2")
+        code, damaged = sorted(set(load_runs(results)["run"]) - {kept})
+        config = results / code / "config.yaml"
+        config.write_text(config.read_text().replace("grader: number", "grader: code"))
+        (results / damaged / "requests.parquet").write_bytes(b"PAR1")
+        capsys.readouterr()
+        assert regrade.main([str(copies), str(results), "--write", str(file)]) == 1
+        out, err = capsys.readouterr()
+        assert out.startswith(f"{kept}: ")
+        assert set(pd.read_parquet(file)["run"]) == {kept}
+        assert len(err.splitlines()) == 3
+        assert f"error: {kept}: the record has no output: it is a copy without texts" in err
+        assert f"error: {code}: workload.grader=code: would run the Python programs" in err
+        assert "--allow-code-execution allows it" in err
+        assert f"error: {damaged}: its samples can't be read" in err
 
     def test_code_needs_consent_here_too(self, launch, results, capsys):
         launch()

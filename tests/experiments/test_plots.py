@@ -115,6 +115,47 @@ class TestAccuracyByBudget:
         axis = axes_of(plots.accuracy_by_budget(load_runs(tmp_path)))["sums"]
         assert set(lines_of(axis)) == {"zipage, block_size 16", "zipage, block_size 64"}
 
+    def test_options_tell_lines_apart_at_whatever_budgets_they_ran(self, tmp_path):
+        for budget, recent in ((64, 16), (128, 32)):
+            make_run(tmp_path, f"b{budget}", "zipage", budget, options={"policy.recent_tokens": recent})
+        axis = axes_of(plots.accuracy_by_budget(load_runs(tmp_path)))["sums"]
+        assert set(lines_of(axis)) == {"zipage, recent_tokens 16", "zipage, recent_tokens 32"}
+
+    def test_budgets_are_those_that_held(self, tmp_path):
+        """272 to 512 are one budget in blocks of 256, and 100 is no budget of its own."""
+        for number, budget in enumerate((272, 384, 512, 100)):
+            make_run(tmp_path, f"b{budget}", "zipage", budget, grades=right(10 * number))
+        runs = load_runs(tmp_path)
+        runs["engine.block_size"] = 256
+        axis = axes_of(plots.accuracy_by_budget(runs))["sums"]
+        assert [tick.get_text() for tick in axis.get_xticklabels()] == ["256", "512"]
+        assert lines_of(axis)["zipage"] == ([0, 1], [75, 25])
+        assert style.run_names(runs).tolist() == [
+            "zipage, 256 (for 100)", "zipage, 512 (for 272)", "zipage, 512 (for 384)", "zipage, 512"
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            ({"workload.options.distance": 64}, {}, "sums, distance 64"),
+            ({"limit": 32}, {}, "sums, limit 32"),
+            ({"workload.seed": 1}, {}, "sums, seed 1"),
+            ({}, {"data": "d1"}, "sums, data d1"),
+        ],
+    )
+    def test_other_problems_have_a_panel_of_their_own(self, tmp_path, change):
+        options, origin, title = change
+        for budget in (64, 128):
+            make_run(tmp_path, f"a{budget}", "zipage", budget, grades=right(10))
+        make_run(tmp_path, "full", grades=right(40))
+        make_run(tmp_path, "b", "zipage", 256, grades=right(30), options=options, origin=origin)
+        panels = axes_of(plots.accuracy_by_budget(load_runs(tmp_path)))
+        mine = panels.pop(title)
+        assert lines_of(mine) == {"zipage": ([0], [75])}, "and full KV of other problems is no band there"
+        (others,) = panels.values()
+        assert lines_of(others)["zipage"] == ([0, 1], [25, 25])
+        assert "full KV" in lines_of(others)
+
     def test_many_policies_have_a_panel_each(self, tmp_path):
         make_run(tmp_path, "full", grades=right(30))
         for policy in style.ORDER:
@@ -138,6 +179,16 @@ class TestAccuracyByBudget:
             figure = draw(runs)
             figure.draw_without_rendering()
             assert all(axis.get_window_extent().height > 90 for axis in figure.axes), draw.__name__
+
+
+def test_accuracy_by_policy_names_what_differs(tmp_path):
+    for recent in (16, 32):
+        make_run(tmp_path, f"r{recent}", "zipage", 64, options={"policy.recent_tokens": recent})
+    axis = axes_of(plots.accuracy_by_policy(load_runs(tmp_path)))["sums, budget 64"]
+    assert [text.get_text() for text in axis.get_yticklabels()] == [
+        "zipage, recent_tokens 16",
+        "zipage, recent_tokens 32",
+    ]
 
 
 def test_accuracy_by_policy_has_a_point_a_run(runs):
@@ -301,6 +352,16 @@ class TestCrossoverMap:
         assert axis.images[0].get_array().filled(0).tolist() == pytest.approx(np.array([[-25, -25], [-25, 0]]))
         assert axis.images[0].norm(0) == pytest.approx(0.5)
         assert "-25.0" in [text.get_text() for text in axis.texts]
+
+    def test_options_are_not_averaged(self, tmp_path):
+        for size in (8, 16):
+            make_run(tmp_path, f"full{size}", options={LOAD: size, POOL: 100}, seconds=4)
+            for number, scheduling in enumerate(("hybrid", "constrained"), 1):
+                options = {LOAD: size, POOL: 100, "policy.scheduling": scheduling}
+                make_run(tmp_path, f"{scheduling}{size}", "zipage", 64, options=options, seconds=number)
+        found = against_full(load_runs(tmp_path))
+        ratios = {name: grid.to_numpy().ravel().tolist() for name, grid in found.items()}
+        assert ratios == {"zipage, scheduling hybrid": [4, 4], "zipage, scheduling constrained": [2, 2]}
 
     def test_budgets_and_workloads_are_not_averaged(self, grid, tmp_path):
         more = tmp_path / "more"

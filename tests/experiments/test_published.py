@@ -5,8 +5,12 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
+from experiments.backends import BACKENDS
 from experiments.errors import UsageError
+from experiments.paths import CONF
 from experiments.published import FOLDER, beside, read_published
+from experiments.records import flatten
+from experiments.schema import load_experiment, to_dict
 
 
 def runs_and_compared():
@@ -15,6 +19,8 @@ def runs_and_compared():
             "policy.name": ["full", "zipage", "zipage", "r_kv"],
             "policy.protection": ["none", "none", "prompt", "none"],
             "backend": ["zipage"] * 4,
+            "model.name": "m",
+            "workload.name": "w",
         },
         index=[4, 5, 6, 7],
     )
@@ -41,6 +47,35 @@ def test_rows_hold_published_figures_and_the_runs_that_are_meant():
     assert table.loc["Nano-vLLM"].tolist()[2:] == ["-", "-", "-"]
     assert table.loc["full KV here"].tolist() == ["-", "-", "90.0 [80.0, 95.0]", "1,000", "m, w, full KV"]
     assert [name.partition(":")[0] for name in table.columns] == ["published"] * 2 + ["ours"] * 3
+
+
+CHOICES = [f"policy={path.stem}" for path in (CONF / "policy").glob("*.yaml")]
+CHOICES += [f"backend={backend}" for backend in BACKENDS]
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_row_of_ours_can_be_filled(path):
+    """What a row means is what some run of the shipped configs records."""
+    options = [
+        flatten(to_dict(load_experiment(["model=hf", "model.path=m", "engine.block_size=256", choice])))
+        for choice in CHOICES
+    ]
+    runs = pd.DataFrame(options).assign(**{"model.name": "m"})
+    compared = runs.assign(accuracy=None, output_tokens_per_second=1.0)
+    table = beside(runs, compared, read_published(path.stem)).set_index("row")["ours: tokens/s"]
+    rows = [row["name"] for row in read_published(path.stem)["rows"] if row["ours"]]
+    assert rows
+    assert [name for name in rows if "-" in set(table.loc[[name]])] == []
+
+
+def test_runs_of_a_row_are_told_apart():
+    runs, compared = runs_and_compared()
+    runs["policy.protection"], runs["policy.trigger"] = "none", ["block_full", "block_full", "pressure", "block_full"]
+    table = beside(runs, compared, read_published("zipage_table1")).set_index("row")
+    assert table.loc["Zipage", "ours: model, workload, budget"].tolist() == [
+        "m, w, 64, policy.trigger block_full",
+        "m, w, 64, policy.trigger pressure",
+    ]
 
 
 def test_several_runs_of_ours_have_a_row_each():

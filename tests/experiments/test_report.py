@@ -8,8 +8,10 @@ import pytest
 
 from experiments import report
 from experiments.metrics import spread, summarise
+from experiments.options import told_apart
 from experiments.provenance import code_state, collect, device_name
 from experiments.records import load_runs
+from tests.experiments.made_runs import make_run
 
 
 def test_accuracy_is_the_mean_over_samples_refused_ones_included():
@@ -88,11 +90,66 @@ def test_table_shows_budgets_and_compressions(launch, results, capsys):
     assert {name: row["budget"] for name, row in cells.items()} == {
         "full": "-",
         "zipage": "64",
-        "snapkv": "4000 (never bound)",
+        "snapkv": "4,096 (for 4,000) (never bound)",
         "random + prompt": "512 (never bound)",
     }
     assert int(cells["zipage"]["compressions"]) > 0
     assert cells["full"]["compressions"] == cells["snapkv"]["compressions"] == "0"
+
+
+def test_options_that_differ_are_columns_and_budgets_are_those_that_held(tmp_path, capsys):
+    block = {"engine.block_size": 256}
+    make_run(tmp_path, "a", "zipage", 100, options=block | {"policy.options": {"power": 2}})
+    make_run(tmp_path, "b", "zipage", 272, options=block)
+    make_run(tmp_path, "c", "zipage", 512, options=block | {"backend": "vllm"})
+    make_run(tmp_path, "d", "zipage", 512, options=block | {"engine.dtype": "float32", "sampling.n": 32})
+    make_run(tmp_path, "e", options=block | {"policy.trigger": "pressure"})
+    make_run(tmp_path, "f", options=block | {"model.name": "other"})
+    assert report.main([str(tmp_path)]) == 0
+    headings, _, *rows = capsys.readouterr().out.splitlines()
+    names = [cell.strip() for cell in headings.split("|")[1:-1]]
+    cells = [dict(zip(names, (c.strip() for c in row.split("|")[1:-1]), strict=True)) for row in rows[:6]]
+    assert names[:5] == ["run", "model", "workload", "policy", "budget"]
+    assert set(names[5:9]) == {"engine.dtype", "policy.options.power", "sampling.n", "backend"}
+    assert [row["budget"] for row in cells] == ["256 (for 100)", "512 (for 272)", "512", "512", "-", "-"]
+    assert [row["policy.options.power"] for row in cells] == ["2", *"-----"]
+    assert rows[6:] == [
+        "note: whole blocks made the budget of 2 runs more than 5 % larger than was asked for; budgets here are those "
+        "that held",
+        "note: 1 run drew several samples a problem at temperature 0: unless a policy draws at random, the samples "
+        "of a problem are equal",
+    ]
+
+
+def test_records_from_before_an_option_have_its_default(tmp_path):
+    make_run(tmp_path, "old")
+    make_run(tmp_path, "new")
+    runs = load_runs(tmp_path).astype(dict.fromkeys(("engine.enforce_eager", "policy.recent_tokens"), object))
+    runs.loc[0, ["engine.enforce_eager", "policy.recent_tokens", "workload.grader"]] = None
+    assert told_apart(runs) == []
+    assert told_apart(runs.iloc[:1]) == told_apart(runs.iloc[:0]) == []
+
+
+def test_answers_that_could_not_be_graded_are_said(launch, results, tmp_path, capsys):
+    data = tmp_path / "questions.jsonl"
+    data.write_text('{"question": "1+1", "answer": "2"}\n{"question": "2+2", "answer": "four"}\n')
+    launch("workload=jsonl", f"workload.path={data}")
+    capsys.readouterr()
+    report.main([str(results)])
+    assert "note: 1 sample could not be graded and counts as wrong\n" in capsys.readouterr().out
+
+
+def test_published_figures_stand_beside_ours_without_a_page_too(tmp_path, capsys):
+    make_run(tmp_path / "runs", "a", "random", 512, "prompt")
+    arguments = [str(tmp_path / "runs"), "--published", "zipage_table1"]
+    assert report.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "tiny, sums, 512" in next(line for line in lines if line.startswith("| random + prompt"))
+    assert report.main([*arguments, "--tables", str(tmp_path / "tables")]) == 0
+    assert "tiny, sums, 512" in (tmp_path / "tables" / "published.md").read_text()
+    capsys.readouterr()
+    assert report.main([*arguments[:-1], "nothing"]) == 2
+    assert "nothing: no such table" in capsys.readouterr().err
 
 
 def test_records_from_before_there_was_eviction_are_in_the_table(launch, results, capsys):

@@ -14,7 +14,10 @@ import pandas as pd
 import pytest
 import yaml
 
+from experiments.notes import notes_before
 from experiments.records import load_events, load_requests, load_runs, load_steps
+from experiments.schema import load_experiment
+from experiments.workloads import Problem
 from tests.experiments.fake_engine import FakeTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -203,6 +206,50 @@ def test_fault_of_the_grader_costs_a_row(launch, results, tmp_path, capsys):
     assert "1 of 2 samples could not be graded" in capsys.readouterr().out
 
 
+def test_what_is_hardly_meant_is_said_before_the_run(launch, results, tmp_path, capsys):
+    data, times = tmp_path / "questions.jsonl", tmp_path / "times.csv"
+    data.write_text('{"question": "1+1", "answer": "2"}\n{"question": "2+2", "answer": "four"}\n')
+    times.write_text("arrival,prompt_tokens,output_tokens\n0,5,6\n0,7,8\n")
+    trace = ("scenario=trace", f"scenario.path={times}")
+    policy = ("policy=streaming", "policy.budget_tokens=100")
+    assert launch("workload=jsonl", f"workload.path={data}", "workload.samples=4", *policy, *trace) == 0
+    said = capsys.readouterr().out.partition("memory plan")[0].splitlines()
+    assert said == [
+        "note: policy.budget_tokens=100: whole blocks of 256 make it 256, 156% more; a smaller engine.block_size comes "
+        "closer",
+        "note: sampling.n=4 at temperature 0: unless the policy draws at random, the samples of a problem are equal; "
+        "sampling=nucleus draws different ones, sampling.n=1 asks once",
+        f"note: scenario.path={times}: only arrivals are read of it, not prompt_tokens, output_tokens; how long "
+        "requests are is the workload's business (workload=lengths)",
+        "note: workload.grader=number: can't read 1 of 2 golds, whose answers score 0; the first is 1: ValueError: the "
+        "gold 'four' holds no number",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("grader", "good", "bad"),
+    [
+        ("number", "18", "four"),
+        ("math", "\\frac{1}{2}", "}"),
+        ("f1", "a word", "..."),
+        ("literal", "[1, 2]", "f(x"),
+        ("code", '{"setup": "", "tests": [["1", "2"]]}', "18"),
+    ],
+)
+def test_golds_that_a_grader_cannot_read_are_found_without_an_answer(grader, good, bad):
+    experiment = load_experiment(["model=hf", "model.path=m", f"workload.grader={grader}"])
+    problems = [Problem(name, "?", gold) for name, gold in (("a", good), ("b", bad), ("c", bad))]
+    problems.append(Problem("d", "", "", error="is null"))
+    (line,) = notes_before(experiment, problems)
+    assert line.startswith(f"workload.grader={grader}: can't read 2 of 3 golds, whose answers score 0; the first is b:")
+    assert notes_before(experiment, problems[:1]) == []
+
+
+def test_nothing_is_said_of_what_is_usual(launch, capsys):
+    assert launch("policy=zipage", "policy.budget_tokens=500", "workload.samples=2", "sampling=nucleus") == 0
+    assert "note:" not in capsys.readouterr().out
+
+
 def test_poisson_arrivals_are_spread(launch, results):
     assert launch("scenario=poisson", "scenario.rate=50") == 0
     arrivals = load_requests(load_runs(results).iloc[0])["arrival"]
@@ -378,7 +425,7 @@ def test_a_budget_that_never_bound_is_said(launch, results, capsys):
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].startswith(first)
         assert lines[-2] == NEVER_BOUND
-        assert "| 4000 (never bound) |" in lines[-3]
+        assert "| 4,096 (for 4,000) (never bound) |" in lines[-3]
     row = load_runs(results).iloc[0]
     assert row["budget_never_bound"]
     assert (row["budget_bound_share"], row["compressions"], row["entries_evicted"]) == (0, 0, 0)

@@ -122,6 +122,20 @@ def test_plan_then_arms_then_table(launch_sweep, small, results, capsys):
     assert table[7] == f"sweep: {sweep_file(results)}"
 
 
+def test_what_is_hardly_meant_is_said_in_the_plan_and_below_the_table(launch_sweep, tmp_path, capsys):
+    path = tmp_path / "budgets.yaml"
+    path.write_text("axes: {policy: streaming, policy.budget_tokens: [100, 240, 256], sampling.n: [2, 3]}")
+    assert launch_sweep(f"+sweep={path}") == 0
+    plan, _, table = capsys.readouterr().out.partition("\n\n")
+    notes = [line for line in plan.splitlines() if line.startswith("note: ")]
+    assert [note.partition(":")[2].partition("=")[0] for note in notes] == [" policy.budget_tokens"] + [
+        " sampling.n"
+    ] * 2 + [" policy.budget_tokens"]
+    assert "256 (for 100)" in table
+    assert "note: whole blocks made the budget of 4 runs more than 5 % larger" in table
+    assert "note: 6 runs drew several samples a problem at temperature 0" in table
+
+
 def test_finished_arms_are_not_repeated(launch_sweep, small, results, capsys):
     launch_sweep(small)
     before = load_runs(sweep_file(results))
