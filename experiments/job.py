@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,7 @@ class Job:
     def options(self) -> dict[str, Any]:
         return to_dict(self.experiment)
 
-    @property
+    @cached_property
     def data(self) -> str:
         """Content hash of the questions with their golds and lengths, and of a trace's arrivals."""
         lengths = {p.id: [p.prompt_tokens, p.output_tokens] for p in self.problems if p.prompt_tokens is not None}
@@ -128,7 +129,7 @@ class Job:
         ]
         return records.content_hash(questions + [part for part in (lengths, arrivals) if part])
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         device = provenance.device_name(self.experiment.hardware.device)
         own = sources.own_policies(self.experiment)

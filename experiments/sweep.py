@@ -189,8 +189,9 @@ class Sweep:
         kinds = {arm.kind for arm in self.arms}
         for run in records.load_runs(self.path.parents[1]).to_dict("records"):
             kind = tuple(None if run.get(name) != run.get(name) else run.get(name) for name in ALIKE)  # no NaN
-            if kind in kinds:
-                self.seconds.setdefault(kind, []).append(run["load_seconds"] + run["seconds"])
+            seconds = (run.get("load_seconds") or 0.0) + (run.get("seconds") or 0.0)
+            if kind in kinds and seconds > 0:  # neither absent nor NaN
+                self.seconds.setdefault(kind, []).append(seconds)
         waiting = [arm for arm in self.arms if arm.waits]
         done = len(self.arms) - len(waiting)
         print(f"sweep {self.name}: {len(self.arms)} arms, {done} done, {self._to_go(waiting)}")
