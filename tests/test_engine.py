@@ -369,11 +369,11 @@ def test_ttft_runs_from_the_arrival(llm):
 
 def test_ids_that_are_made_up_are_apart_from_the_callers(folder):
     llm = make_llm(folder)
-    llm.add_request([4, 5, 6], GREEDY, request_id="1")
-    llm.add_request([4, 5, 6], GREEDY, request_id="auto-2")
+    for taken in ("3", "auto-3"):  # what the second of three prompts would be called
+        llm.add_request([4, 5, 6], GREEDY, request_id=taken)
     outputs = llm.generate([[1, 2], [3], [4]], GREEDY, use_tqdm=False)
     assert [output.error for output in outputs] == [None] * 3
-    assert len({output.request_id for output in outputs} | {"1", "auto-2"}) == 5
+    assert len({output.request_id for output in outputs} | {"3", "auto-3"}) == 5
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5])
@@ -401,7 +401,8 @@ def test_after_shutdown_nothing_is_served(folder):
 @pytest.mark.parametrize("skip_special_tokens", [True, False])
 def test_the_token_that_ends_a_request_is_no_part_of_its_text(llm, skip_special_tokens):
     free = llm.generate("hello", GREEDY, use_tqdm=False)[0].outputs[0]
-    at = next(i for i, token in enumerate(free.token_ids) if token not in free.token_ids[:i] and i >= 2)
+    spelled = {token for token in free.token_ids if llm.get_tokenizer().decode([token])}
+    at = max(free.token_ids.index(token) for token in spelled)
     ends = free.token_ids[at]
     params = SamplingParams(
         temperature=0.0, max_tokens=20, stop_token_ids=[ends], skip_special_tokens=skip_special_tokens
@@ -412,6 +413,17 @@ def test_the_token_that_ends_a_request_is_no_part_of_its_text(llm, skip_special_
     assert whole.text == streamed == expected
     assert whole.token_ids == free.token_ids[: at + 1]
     assert whole.stop_reason == ends
+
+
+def test_an_end_token_is_no_text_even_where_special_tokens_are(llm):
+    tokenizer = llm.get_tokenizer()
+    params = SamplingParams(n=40, temperature=50.0, max_tokens=60, seed=3, skip_special_tokens=False)
+    samples = llm.generate(["x"], params, use_tqdm=False)[0].outputs
+    ended = [sample for sample in samples if sample.finish_reason == "stop"]
+    assert ended
+    for sample in ended:
+        assert sample.token_ids[-1] == tokenizer.eos_token_id
+        assert sample.text == decode(tokenizer, sample.token_ids[:-1], skip_special_tokens=False)
 
 
 def test_a_prompt_that_is_no_text_costs_itself(llm):
