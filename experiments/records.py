@@ -39,18 +39,9 @@ HASHES = "files"
 """Key of the metrics under which the hashes of a record's files are."""
 NAMES = ("model.name", "workload.name", "policy.name", "policy.protection")
 NUMBERS = (
-    *(
-        "samples",
-        "seconds",
-        "load_seconds",
-        "accuracy",
-        "facts_known",
-        "output_tokens_per_second",
-        "errors",
-        "peak_blocks",
-    ),
-    *("compressions", "budget_bound_share", "loop_rate", "output_length.mean", "ttft.p50", "tpot.p50"),
-    *("kv_bytes.mean", "kv_bytes.max", "finish_reasons.length"),
+    *("accuracy", "samples", "errors", "seconds", "load_seconds", "output_tokens_per_second", "output_length.mean"),
+    *("ttft.p50", "tpot.p50", "peak_blocks", "kv_bytes.mean", "kv_bytes.max", "compressions", "budget_bound_share"),
+    *("facts_known", "loop_rate", "finish_reasons.length"),
 )
 """Options that each record has as texts, and metrics that are numbers where they are there: tables count on it."""
 PARTIAL = ".partial"
