@@ -10,7 +10,7 @@ import pytest
 from experiments import archive, regrade
 from experiments.errors import UsageError
 from experiments.job import sampling_params
-from experiments.records import load_requests, load_runs
+from experiments.records import HASHES, load_requests, load_runs
 from experiments.schema import load_experiment
 from experiments.traces import read_trace
 from experiments.workloads import load_problems
@@ -162,7 +162,7 @@ class TestRegrade:
         launch(max_prompt=200)
         assert regrade.main([str(results), "--grader", "f1"]) == 0
 
-    def test_a_run_that_cannot_be_graded_costs_itself(self, launch, results, tmp_path, capsys):
+    def test_a_run_that_cannot_be_graded_costs_itself(self, launch, results, tmp_path, capsys, caplog):
         """A copy without texts, one that runs code, a damaged one: each is a line, and the others are graded."""
         launch()
         kept = load_runs(results).iloc[0]["run"]
@@ -173,17 +173,20 @@ class TestRegrade:
         code, damaged = sorted(set(load_runs(results)["run"]) - {kept})
         config = results / code / "config.yaml"
         config.write_text(config.read_text().replace("grader: number", "grader: code"))
+        metrics = results / code / "metrics.json"
+        kept_metrics = {key: value for key, value in json.loads(metrics.read_text()).items() if key != HASHES}
+        metrics.write_text(json.dumps(kept_metrics))
         (results / damaged / "requests.parquet").write_bytes(b"PAR1")
         capsys.readouterr()
         assert regrade.main([str(copies), str(results), "--write", str(file)]) == 1
         out, err = capsys.readouterr()
         assert out.startswith(f"{kept}: ")
         assert set(pd.read_parquet(file)["run"]) == {kept}
-        assert len(err.splitlines()) == 3
+        assert len(err.splitlines()) == 2
         assert f"error: {kept}: the record has no output: it is a copy without texts" in err
         assert f"error: {code}: workload.grader=code: would run the Python programs" in err
         assert "--allow-code-execution allows it" in err
-        assert f"error: {damaged}: its samples can't be read" in err
+        assert f"{damaged}: skipped, its record is damaged" in caplog.text
 
     def test_code_needs_consent_here_too(self, launch, results, capsys):
         launch()
