@@ -14,12 +14,10 @@ from tests.eviction.cases import Case
 from tests.tiny_models import VOCAB, save_tiny_model, save_tiny_tokenizer
 from zipage import SamplingParams
 from zipage.eviction.policy import Policy
-from zipage.eviction.registry import register
 
 PROMPTS = random_prompts((5, 33, 17, 40), VOCAB)
 
 
-@register
 @dataclass(frozen=True, kw_only=True)
 class FailsForLongPrompts(Policy):
     """Ranks by the length of the keys; raises for a request whose prompt has 33 tokens, in its second compression."""
@@ -34,7 +32,7 @@ class FailsForLongPrompts(Policy):
         return event.keys().norm(dim=-1)
 
 
-FAILS = Case("fails_for_long_prompts")
+FAILS = Case(f"{__name__}:FailsForLongPrompts")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from tests.eviction.cases import Case
 from tests.tiny_models import VOCAB
 from zipage import LLM, RequestOutput, SamplingParams
 from zipage.eviction.knorm import KNorm
-from zipage.eviction.registry import register
 
 LOOPS = {"one by one": False, "overlapped": True}
 DRAWS = {
@@ -37,7 +36,6 @@ DRAWS = {
 BAD_SEED = 666
 
 
-@register
 @dataclass(frozen=True, kw_only=True)
 class RaisesForOne(KNorm):
     """Ranks as `knorm`, and raises where one of the requests has the seed `BAD_SEED`."""
@@ -155,7 +153,7 @@ def failed_compression(folder: Path, device: str, ahead: bool, beside: bool) -> 
     # The longest prompt is compressed first, and so in a batch of its own.
     prompts, bad = random_prompts((5, 33, 17, 78, 9), VOCAB), 3
     params = [greedy(100, seed=i) for i in range(len(prompts))]
-    case = Case(RaisesForOne.name)
+    case = Case(f"{__name__}:RaisesForOne")
     options = {"device": device, "dtype": "float32", "async_scheduling": ahead, "async_compression": beside}
     llm = make_llm(folder, case, **options)
     expected = tokens_of(serve(llm, prompts, params))
