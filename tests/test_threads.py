@@ -41,7 +41,8 @@ for entry in sys.argv[1:]:
         continue
     package, module = os.path.split(entry)
     if package.startswith(("experiments", "tests")):  # as `python -m` does
-        runpy.run_module(entry.removesuffix(".py").replace("/", ".").removesuffix(".__init__"), run_name="module")
+        name = entry.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        runpy.run_module(name, run_name="module", alter_sys=True)
     else:
         runpy.run_path(entry, run_name="module")
     print(entry, os.environ.get("OMP_WAIT_POLICY"), flush=True)

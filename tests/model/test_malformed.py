@@ -184,9 +184,9 @@ def test_any_field_with_any_value_is_loaded_or_named(folder, data):
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({"a": 5}, "weight_map puts a in 5: must be the name of a file"),
-        ({"a": ["x", 5], "b": "y"}, r"weight_map puts a in \['x', 5\]"),
-        ({"a": None}, "weight_map puts a in None"),
+        ({"a": 5}, "names 5: must be the name of a file beside it"),
+        ({"a": ["x", 5], "b": "y"}, r"names \['x', 5\]: must be"),
+        ({"a": None}, "names None: must be"),
         ({}, "has no weight_map"),
         ("a", "has no weight_map"),
     ],
