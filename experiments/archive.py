@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from experiments import records
 from experiments.errors import RunError, UsageError
-from experiments.samples import read_samples
+from experiments.records.samples import read_samples
 
 logger = logging.getLogger(__name__)
 

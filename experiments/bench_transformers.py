@@ -13,15 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import provenance
 from experiments.backends import BACKENDS, Backend, get_backend
+from experiments.config.schema import Experiment, engine_options, load_experiment, to_dict
 from experiments.errors import UsageError
-from experiments.models import LocalModel, find_model
 from experiments.paths import ROOT
-from experiments.prompts import PromptRenderer
-from experiments.records import write_json
-from experiments.scenarios import TimedRequest, serve
-from experiments.schema import Experiment, engine_options, load_experiment, to_dict
+from experiments.records import provenance, write_json
+from experiments.running.models import LocalModel, find_model
+from experiments.running.prompts import PromptRenderer
+from experiments.running.scenarios import TimedRequest, serve
 from experiments.workloads import load_problems
 from zipage import SamplingParams
 

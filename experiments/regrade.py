@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.analysis.metrics import accuracy
 from experiments.errors import UsageError, one_line
 from experiments.graders import get_grader, grade
-from experiments.metrics import accuracy
 from experiments.records import load_requests, load_runs
 
 if TYPE_CHECKING:

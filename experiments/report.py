@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.config.notes import notes_on
+from experiments.config.options import budget_texts, readable_options, told_apart
 from experiments.errors import UsageError
-from experiments.notes import notes_on
-from experiments.options import budget_texts, readable_options, told_apart
-from experiments.published import read_published
 from experiments.records import load_runs
+from experiments.reporting.published import read_published
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,9 +157,9 @@ def _compare(runs: pd.DataFrame, options: argparse.Namespace, published: Mapping
 
     Raises UsageError where they can't be written, ValueError for a wrong margin.
     """
-    from experiments.comparison import compare
-    from experiments.published import beside
-    from experiments.tables import comparison_table, to_markdown, write_tables
+    from experiments.analysis.comparison import compare
+    from experiments.reporting.published import beside
+    from experiments.reporting.tables import comparison_table, to_markdown, write_tables
 
     compared = compare(runs, options.margin)
     try:
@@ -170,7 +170,7 @@ def _compare(runs: pd.DataFrame, options: argparse.Namespace, published: Mapping
             if published:
                 print("tables:", *write_tables(beside(runs, compared, published), options.tables, "published"))
         if options.html:
-            from experiments.page import page
+            from experiments.reporting.page import page
 
             text = page(runs, options.margin, options.title, published)
             options.html.parent.mkdir(parents=True, exist_ok=True)

@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 import hydra
 from omegaconf import DictConfig
 
-from experiments import bench, job, lifeline, sweep
-from experiments.arms import check_multirun, split_command_line
+from experiments import bench
 from experiments.backends import BACKENDS, BackendFactory
+from experiments.config.arms import check_multirun, split_command_line
+from experiments.config.overrides import as_written
+from experiments.config.schema import build, explain, is_text, register
 from experiments.errors import RunError, UsageError
-from experiments.overrides import as_written
 from experiments.paths import CONF
-from experiments.schema import build, explain, is_text, register
+from experiments.running import job, lifeline, sweep
 
 
 def main(
@@ -32,7 +33,7 @@ def main(
 
     Args:
         child: the command that makes one run of a sweep.
-        worker: the command that makes one after another (`experiments.worker`).
+        worker: the command that makes one after another (`experiments.running.worker`).
     """
     lifeline.watch()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.schema import HOMES, ModelConfig, load_experiment, to_dict
+from experiments.config.schema import HOMES, ModelConfig, load_experiment, to_dict
 from experiments.workloads import GENERATORS
 from zipage import EngineConfig, SamplingParams
 from zipage.eviction import registry
@@ -69,7 +69,7 @@ def _text(node: ast.AST) -> str:
 def test_options_in_messages_exist(package):
     unknown = []
     for path in sorted((ROOT / package).rglob("*.py")):
-        if path.parent.name == "model":  # speaks of fields of config.json
+        if path.parent.name == "models":  # speaks of fields of config.json
             continue
         for message in messages(path):
             named = re.findall(r"(?<![\w.}])([A-Za-z_][\w.]*)=(?=[\w{'\"\[])", message)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.compressed import make_llm
+from tests.engine.compressed import make_llm
 from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def run(code: str, *arguments: str, **variables: str) -> subprocess.CompletedPro
 
 
 def test_every_entry_point_says_it_before_torch_is_loaded():
-    assert {"experiments/run.py", "experiments/worker.py", "experiments/bench/worker.py"} <= set(ENTRIES)
+    assert {"experiments/run.py", "experiments/running/worker.py", "experiments/bench/worker.py"} <= set(ENTRIES)
     said = dict(line.split() for line in run(AT_TORCH, *ENTRIES).stdout.splitlines())
     assert said == dict.fromkeys(ENTRIES, "passive")
 
@@ -112,13 +112,13 @@ def test_what_the_user_chose_stays(imported, variables):
 
 def test_an_engine_on_a_cpu_warns(monkeypatch, tmp_path):
     called = []
-    monkeypatch.setattr("zipage.engine.warn_of_spinning", lambda: called.append(1))
+    monkeypatch.setattr("zipage.llm.warn_of_spinning", lambda: called.append(1))
     make_llm(save_tiny_model("llama", tmp_path), None)
     assert called == [1]
 
 
 def test_children_inherit_it():
-    from experiments.child import run_child
+    from experiments.running.child import run_child
 
     code, output = run_child([sys.executable, "-c", "import os; print(os.environ['OMP_WAIT_POLICY'])"], str)
     assert (code, output.strip()) == (0, os.environ["OMP_WAIT_POLICY"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.model.tiny import make_model
+from tests.models.tiny import make_model
 
 VOCAB = 300
 FAMILIES = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import numpy as np
 
-    from zipage.request import Request
+    from zipage.scheduling.request import Request
 
 
 @dataclass(slots=True)

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import provenance, records, sources
+from experiments import records
 from experiments.backends import BACKENDS, BackendFactory
 from experiments.bench import engine, kernels
 from experiments.bench.tables import markdown
+from experiments.config.schema import Experiment, load_experiment, to_dict
 from experiments.errors import RunError, UsageError
-from experiments.schema import Experiment, load_experiment, to_dict
+from experiments.records import provenance, sources
 
 Keep = Callable[[list[dict]], None]
 Measure = Callable[[Keep], tuple[list[dict], dict]]

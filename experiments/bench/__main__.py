@@ -25,11 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(markdown(rows))
             if options.against:
                 from experiments.bench.ratios import against
-                from experiments.tables import to_markdown
+                from experiments.reporting.tables import to_markdown
 
                 print("\n" + to_markdown(against(rows, options.against)))
             if options.picture:
-                from experiments.plots import against_roofline
+                from experiments.reporting.plots import against_roofline
 
                 against_roofline(rows).savefig(options.picture, dpi=150)
     except (UsageError, ValueError, OSError) as error:

@@ -21,11 +21,11 @@ from experiments.bench.gate import why_refused
 from experiments.bench.loads import Arm, read_arms
 from experiments.bench.measure import device_used, measure, refused
 from experiments.bench.roofline import ModelShape
-from experiments.child import reason_of, run_child
+from experiments.config.schema import EngineOptions, Experiment
 from experiments.errors import UsageError, one_line
-from experiments.models import find_model
-from experiments.schema import EngineOptions, Experiment
-from experiments.sources import own_policy
+from experiments.records.sources import own_policy
+from experiments.running.child import reason_of, run_child
+from experiments.running.models import find_model
 from zipage import EngineConfig, measure_ceilings
 
 if TYPE_CHECKING:

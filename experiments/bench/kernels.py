@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from experiments.backends import BackendFactory
+from experiments.config.schema import Experiment
 from experiments.errors import UsageError
-from experiments.schema import Experiment
 from zipage import measure_kernels
 
 if TYPE_CHECKING:

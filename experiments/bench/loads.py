@@ -9,9 +9,9 @@ from random import Random
 from typing import Any
 
 from experiments.backends import BackendFactory, get_backend
+from experiments.config.schema import read_yaml
 from experiments.errors import UsageError
 from experiments.paths import CONF
-from experiments.schema import read_yaml
 from experiments.workloads.lengths import generate
 from zipage import EngineConfig, SamplingParams
 

@@ -17,7 +17,7 @@ from experiments.backends import Backend, BackendFactory
 from experiments.bench.loads import Arm
 from experiments.bench.roofline import EntriesRead, ModelShape, step_bytes, step_floor
 from experiments.errors import RunError
-from experiments.scenarios import Served, TimedRequest, serve
+from experiments.running.scenarios import Served, TimedRequest, serve
 from zipage import RequestOutput, SamplingParams, StepStats
 
 SETTLE_STEPS = 16

@@ -6,11 +6,11 @@ import json
 import sys
 from pathlib import Path
 
-from experiments import lifeline
 from experiments.backends import BACKENDS
 from experiments.bench.loads import Arm
 from experiments.bench.measure import measure
 from experiments.errors import one_line
+from experiments.running import lifeline
 
 
 def main() -> int:

@@ -13,10 +13,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from experiments import provenance
 from experiments.reasoner.network import LONGEST, build_network
 from experiments.reasoner.packing import IGNORED, Batch, PackedBatches, pack, to_document
 from experiments.reasoner.tokenizer import build_tokenizer
+from experiments.records import provenance
 from experiments.workloads import chained_arithmetic, fragility, program_trace
 from experiments.workloads.problem import Problem
 

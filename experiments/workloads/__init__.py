@@ -9,8 +9,8 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+from experiments.config.schema import WorkloadConfig
 from experiments.errors import UsageError
-from experiments.schema import WorkloadConfig
 from experiments.workloads import chained_arithmetic, fragility, lengths, program_trace, reasoning_gym, word_problems
 from experiments.workloads.exams import exam
 from experiments.workloads.gold import gold_answer

@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from experiments.config.schema import WorkloadConfig
 from experiments.errors import UsageError
-from experiments.schema import WorkloadConfig
 
 logger = logging.getLogger(__name__)
 

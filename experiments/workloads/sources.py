@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experiments.config.schema import WorkloadConfig
 from experiments.errors import UsageError
-from experiments.hub import quiet
-from experiments.schema import WorkloadConfig
+from experiments.running.hub import quiet
 
 Rows = list[dict[str, Any]]
 

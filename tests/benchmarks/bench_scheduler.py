@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import pytest
 
-from zipage.block_pool import BlockPool
-from zipage.request import Request
 from zipage.sampling_params import SamplingParams
-from zipage.scheduler import Scheduler
+from zipage.scheduling.block_pool import BlockPool
+from zipage.scheduling.request import Request
+from zipage.scheduling.scheduler import Scheduler
 
 NUM_REQUESTS = 512
 PROMPT = 1000

@@ -21,11 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from experiments import outcomes, records
-from experiments.comparison import compare
-from experiments.metrics import summarise
+from experiments import records
+from experiments.analysis.comparison import compare
+from experiments.analysis.metrics import summarise
+from experiments.config.schema import load_experiment, to_dict
 from experiments.paths import ROOT
-from experiments.schema import load_experiment, to_dict
+from experiments.records import outcomes
 from zipage import EngineStats
 
 RUNS, REQUESTS, TOKENS = int(os.environ.get("RUNS", "10000")), 1_000, 128

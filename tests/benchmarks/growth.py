@@ -20,8 +20,8 @@ from itertools import product
 from pathlib import Path
 from statistics import mean
 
-from tests.scheduling import make_request, make_scheduler
-from zipage.scheduler import GROWTH
+from tests.scheduling.fabricated import make_request, make_scheduler
+from zipage.scheduling.scheduler import GROWTH
 
 STEP, ENTRY, PREFILL, COPIED = 6.6e-3, 147_456 / 2.7e12, 23e-6, 147_456 / 25e9
 """Seconds of a step, of an entry that it reads, of a token that it prefills, and of one that is copied back."""

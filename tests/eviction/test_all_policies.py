@@ -156,7 +156,7 @@ def test_a_new_policy_takes_one_file(tmp_path, monkeypatch):
     [
         ("zipge", {}, "did you mean 'zipage'"),
         ("no.such.module:Policy", {}, "cannot be loaded"),
-        ("zipage.eviction.zipage:Nothing", {}, "cannot be loaded"),
+        ("zipage.eviction.policies.zipage:Nothing", {}, "cannot be loaded"),
         ("zipage", {"alhpa": 1.0}, "did you mean alpha"),
         ("zipage", {"weight": 1.0}, "unknown option 'weight'"),
         ("zipage", {"lambda": 1.5}, r"zipage\.lambda=1\.5: must be in \[0, 1\]"),

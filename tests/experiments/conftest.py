@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import run, sources
+from experiments import run
 from experiments.paths import ROOT
+from experiments.records import sources
 from tests.experiments.fake_engine import fake_backend
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from experiments import records
-from experiments.metrics import summarise
-from experiments.outcomes import EVENT_SCHEMA, REQUEST_SCHEMA, STEP_SCHEMA, write_rows
-from experiments.schema import load_experiment, to_dict
+from experiments.analysis.metrics import summarise
+from experiments.config.schema import load_experiment, to_dict
+from experiments.records.outcomes import EVENT_SCHEMA, REQUEST_SCHEMA, STEP_SCHEMA, write_rows
 
 GPU = "NVIDIA H100 80GB HBM3"
 

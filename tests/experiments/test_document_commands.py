@@ -21,22 +21,23 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments import bench, run, sweep
-from experiments.arms import expand, split_command_line
+from experiments import bench, run
 from experiments.backends import BACKENDS
 from experiments.bench import engine
+from experiments.config.arms import expand, split_command_line
+from experiments.config.schema import Experiment, load_experiment
 from experiments.graders import get_grader
 from experiments.paths import CONF, ROOT
 from experiments.records import load_runs
-from experiments.schema import Experiment, load_experiment
+from experiments.running import sweep
 from experiments.workloads import load_problems
 from kernels import dispatch
-from tests.experiments.test_workload_configs import ITEMS, write
+from tests.experiments.workloads.test_workload_configs import ITEMS, write
 from tests.tiny_models import save_tiny_model, save_tiny_tokenizer
 from zipage import LLM, SamplingParams
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
-from zipage.model.decoder import Decoder
+from zipage.models.decoder import Decoder
 
 HELP = CONF / "hydra" / "help" / "zipage.yaml"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md", HELP]

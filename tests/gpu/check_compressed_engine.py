@@ -37,7 +37,7 @@ import torch
 import transformers
 import triton
 
-from tests.compressed import (
+from tests.engine.compressed import (
     UNBOUNDED,
     Recorder,
     ended_while_paused,
@@ -53,7 +53,7 @@ from tests.eviction.dense_simulation import Simulation
 from tests.gpu.pairwise import pairwise
 from tests.tiny_models import VOCAB, save_tiny_model
 from zipage import LLM, SamplingParams
-from zipage.paged_attention import PagedAttention
+from zipage.worker.paged_attention import PagedAttention
 
 ONE_OF_EACH = list({case.policy: case for case in reversed(CASES)}.values())
 LENGTHS = (5, 17, 33, 9, 70, 100)

@@ -17,11 +17,11 @@ from typing import ClassVar
 
 import torch
 
-from tests.compressed import greedy, make_llm, random_prompts, tokens_of
+from tests.engine.compressed import greedy, make_llm, random_prompts, tokens_of
 from tests.eviction.cases import Case
 from tests.tiny_models import VOCAB
 from zipage import LLM, RequestOutput, SamplingParams
-from zipage.eviction.knorm import KNorm
+from zipage.eviction.policies.knorm import KNorm
 
 LOOPS = {"one by one": False, "overlapped": True}
 DRAWS = {

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from tests.gpu.check_compressed_engine import QWEN3_8B, versions
 from zipage import LLM
-from zipage.cuda_graph import batch_sizes
-from zipage.token_batch import TokenBatch
+from zipage.worker.cuda_graph import batch_sizes
+from zipage.worker.token_batch import TokenBatch
 
 STEPS = 20
 WEIGHTS = {"qkv": (6144, 4096), "output": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}

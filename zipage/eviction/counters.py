@@ -1,6 +1,6 @@
 """Random numbers that depend on nothing but their counters.
 
-The SplitMix64 finaliser over mixed counters (Steele et al., OOPSLA 2014), as in `zipage.sampler`. A number is a
+The SplitMix64 finaliser over mixed counters (Steele et al., OOPSLA 2014), as in `zipage.worker.sampler`. A number is a
 function of (seed, stream, round, layer, head, slot): the same whatever else is in the batch, however layers are cut
 into launches, wherever the head lives and however often the request was paused. The few keys are mixed on the host;
 only the last counter, the slot, is mixed on the device.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from zipage.transfer import to_device
+from zipage.worker.transfer import to_device
 
 GOLDEN = 0x9E3779B97F4A7C15
 FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zipage.checks import shown
 from zipage.eviction import counters
-from zipage.transfer import to_device
+from zipage.worker.transfer import to_device
 
 Softmax = Literal["all", "cut", "group_cut"]
 EPSILON = 1e-8

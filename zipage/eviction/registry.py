@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from zipage.eviction.policy import Policy
 
 POLICIES: dict[str, str | type[Policy]] = {
-    "full": "zipage.eviction.full:Full",
-    "zipage": "zipage.eviction.zipage:Zipage",
-    "snapkv": "zipage.eviction.snapkv:SnapKV",
-    "h2o": "zipage.eviction.h2o:H2O",
-    "tova": "zipage.eviction.tova:Tova",
-    "streaming": "zipage.eviction.streaming:Streaming",
-    "r_kv": "zipage.eviction.r_kv:RKV",
-    "g_kv": "zipage.eviction.g_kv:GKV",
-    "morphkv": "zipage.eviction.morphkv:MorphKV",
-    "keydiff": "zipage.eviction.keydiff:KeyDiff",
-    "knorm": "zipage.eviction.knorm:KNorm",
-    "vase": "zipage.eviction.vase:VaSE",
-    "random": "zipage.eviction.random:Random",
-    "random_shared": "zipage.eviction.random_shared:RandomShared",
-    "page_attention": "zipage.eviction.page_attention:PageAttention",
-    "page_random": "zipage.eviction.page_random:PageRandom",
+    "full": "zipage.eviction.policies.full:Full",
+    "zipage": "zipage.eviction.policies.zipage:Zipage",
+    "snapkv": "zipage.eviction.policies.snapkv:SnapKV",
+    "h2o": "zipage.eviction.policies.h2o:H2O",
+    "tova": "zipage.eviction.policies.tova:Tova",
+    "streaming": "zipage.eviction.policies.streaming:Streaming",
+    "r_kv": "zipage.eviction.policies.r_kv:RKV",
+    "g_kv": "zipage.eviction.policies.g_kv:GKV",
+    "morphkv": "zipage.eviction.policies.morphkv:MorphKV",
+    "keydiff": "zipage.eviction.policies.keydiff:KeyDiff",
+    "knorm": "zipage.eviction.policies.knorm:KNorm",
+    "vase": "zipage.eviction.policies.vase:VaSE",
+    "random": "zipage.eviction.policies.random:Random",
+    "random_shared": "zipage.eviction.policies.random_shared:RandomShared",
+    "page_attention": "zipage.eviction.policies.page_attention:PageAttention",
+    "page_random": "zipage.eviction.policies.page_random:PageRandom",
 }
 """Name -> class, or where to find it; modules load on first use."""
 

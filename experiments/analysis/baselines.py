@@ -1,0 +1,135 @@
+"""Which run of a set is the baseline of which."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from experiments.config.options import held_budgets
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MATCHED = (
+    *("model.name", "model.revision", "model.load_format", "model.chat_template", "model.chat_template_options."),
+    *("provenance.model_files.", "provenance.chat_template", "provenance.data", "provenance.prompts"),
+    *("provenance.sources.engine", "provenance.sources.grader"),
+    *("workload.name", "workload.grader", "sampling.", "limit", "seed", "backend", "device"),
+    *("engine.dtype", "engine.max_model_len", "engine.tensor_parallel_size"),
+)
+"""What a run and its baseline must have in common: options, provenance, code, device. A name with a dot at its end
+stands for all that begin with it."""
+
+BUDGET = ("budget", "engine.block_size", "policy.trigger", "policy.recent_tokens")
+"""What two policies of the same budget must have in common besides."""
+
+PREFERRED = ("engine.", "scenario.", "hardware.", "provenance.code.")
+"""Of several baselines, the one that differs in the fewest of these is taken, and of those the latest."""
+
+BYTES = ("kv_bytes.mean", 1.05)
+"""A control of as many bytes: of the runs that hold at least those of this column, up to so many times as many."""
+
+_POLICY, _BUDGET = "sampling.policy", "sampling.budget_tokens"
+"""Options of a request that stand before the run's policy and budget."""
+
+
+def full_kv(runs: pd.DataFrame) -> list[int | None]:
+    """The position of each run's baseline under policy "full"; None where there is none, and for "full" itself."""
+    runs = _described(runs)
+    full = (runs["policy"] == "full").to_numpy()
+    return _match(runs, full, ~full, MATCHED, PREFERRED)
+
+
+def random_with_prompt(runs: pd.DataFrame) -> list[int | None]:
+    """The position of each run's control: random eviction of the same budget that protects the prompt.
+
+    None where there is none, for the control itself and under full KV.
+    """
+    runs = _described(runs)
+    control, compared = _controls(runs)
+    return _match(runs, control, compared, MATCHED + BUDGET, (*PREFERRED, "policy."))
+
+
+def random_of_as_many_bytes(runs: pd.DataFrame) -> list[int | None]:
+    """The same of the same bytes: the control whose samples held the fewest bytes that are no fewer than the run's.
+
+    A budget counts entries; a policy also holds queries, scores and positions, and these are counted here. None where
+    no control holds as many, or the least holds over 5 % more.
+    """
+    runs = _described(runs)
+    control, compared = _controls(runs)
+    column, most = BYTES
+    held = runs.reindex(columns=[column]).astype(float).to_numpy()[:, 0]
+    groups = _groups(runs, MATCHED + tuple(name for name in BUDGET if name != "budget"))
+    found: list[int | None] = [None] * len(runs)
+    for i in np.flatnonzero(compared & (held > 0)):
+        enough = control & (groups == groups[i]) & (held >= held[i]) & (held <= most * held[i])
+        if enough.any():
+            found[i] = int(min(np.flatnonzero(enough), key=lambda j: held[j]))
+    return found
+
+
+def devices(runs: pd.DataFrame) -> list[str]:
+    """The name of each run's GPU, or "cpu"."""
+    options = runs.reindex(columns=["hardware.device", "provenance.hardware.gpus"])
+    return [_device(option, gpus) for option, gpus in options.itertuples(index=False)]
+
+
+def _device(option: object, gpus: object) -> str:
+    if option == "cpu" or not isinstance(gpus, list) or not gpus:
+        return "cpu"
+    number = str(option).partition(":")[2]
+    return gpus[int(number) if number.isdigit() and int(number) < len(gpus) else 0]
+
+
+def _described(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs with their device and with the policy of their requests and the budget that held."""
+    policy = runs.reindex(columns=[_POLICY, "policy.name"]).astype(object).bfill(axis=1).iloc[:, 0]
+    plain = runs.drop(columns=[_POLICY, _BUDGET], errors="ignore")
+    return plain.assign(device=devices(runs), policy=policy, budget=held_budgets(runs))
+
+
+def _controls(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Masks over described runs: those of random eviction that protects the prompt, and those to compare with them."""
+    control = runs["policy"] == "random_attention"
+    control |= (runs["policy"] == "random") & (runs["policy.protection"] == "prompt")
+    return control.to_numpy(), (~control & (runs["policy"] != "full")).to_numpy()
+
+
+def _match(
+    runs: pd.DataFrame,
+    baselines: np.ndarray,
+    compared: np.ndarray,
+    matched: tuple[str, ...],
+    preferred: tuple[str, ...],
+) -> list[int | None]:
+    """For each run in the mask `compared`, the position of the nearest one in the mask `baselines`."""
+    groups = _groups(runs, matched)
+    nearness = _codes(runs, preferred)
+    ended = runs.reindex(columns=["provenance.ended"]).astype(str).to_numpy()[:, 0]
+    latest_first = np.argsort(ended, kind="stable")[::-1]
+    candidates: dict[int, list[int]] = {}
+    for i in latest_first[baselines[latest_first]]:
+        candidates.setdefault(int(groups[i]), []).append(int(i))
+    found: list[int | None] = [None] * len(runs)
+    for i in np.flatnonzero(compared):
+        among = candidates.get(int(groups[i]))
+        if among:
+            found[i] = among[int((nearness[among] != nearness[i]).sum(1).argmin())]
+    return found
+
+
+def _groups(runs: pd.DataFrame, matched: tuple[str, ...]) -> np.ndarray:
+    """A number for each set of runs that have all of these in common, [runs]."""
+    return np.unique(_codes(runs, matched), axis=0, return_inverse=True)[1]
+
+
+def _codes(runs: pd.DataFrame, names: tuple[str, ...]) -> np.ndarray:
+    """A number for each distinct value of each column that `names` stand for, [runs, columns]; no value is one too."""
+    import pandas as pd
+
+    chosen = [c for c in runs if any(c == name or (name.endswith(".") and c.startswith(name)) for name in names)]
+    texts = [runs[column].map(str).where(runs[column].notna(), "") for column in chosen]
+    codes = [pd.factorize(column)[0] for column in texts]
+    return np.stack(codes, axis=1) if codes else np.zeros((len(runs), 1), int)

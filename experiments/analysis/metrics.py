@@ -1,0 +1,126 @@
+"""The numbers that sum up a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from experiments.analysis.loops import loop_rate
+
+PERCENTILES = (50, 90, 99)
+
+
+def summarise(
+    requests: Sequence[dict[str, Any]],
+    steps: Sequence[dict[str, Any]],
+    events: Sequence[dict[str, Any]],
+    *,
+    seconds: float,
+    evicts: bool,
+    memory: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Accuracy, throughput and latency of a run, and how far its budget bound it.
+
+    Args:
+        requests: rows of `requests.parquet`.
+        steps: rows of `steps.parquet`.
+        events: rows of `events.parquet`.
+        seconds: from the first arrival to the end of the last request.
+        evicts: whether the policy can evict at all.
+        memory: the engine's memory plan; None where it tells none.
+
+    Returns:
+        `accuracy` is the mean grade over all samples, refused prompts included (pass@1; None where
+        nothing is graded), `facts_known` the share of the facts that problems name and answers knew (None where they
+        name none). Times are in seconds; a
+        figure that no sample gives is None. `budget_bound_share` is the share of the answered samples that were
+        compressed (None where the policy never evicts); `budget_never_bound` says that the policy evicts and none was,
+        so that the run equals full KV. `entries_evicted` are per layer and KV head. `loop_rate` is the share of the
+        answered samples that end in a loop. `itl` is the time between two tokens of a sample, over all tokens: the time
+        from one engine step to the next, counted once for each sample that decodes in it. `blocks_held` is the most
+        blocks that an answered sample held at once, as the engine counted them, and `kv_bytes` what these took in
+        bytes: keys and values with scores and positions, and its query slot if it held one.
+    """
+    answered = [row for row in requests if row.get("error") is None]
+    compressed = sum(bool(row.get("compressions")) for row in answered)
+    output_tokens = sum(row["output_tokens"] for row in requests)
+    prompt_tokens = sum(row["prompt_tokens"] for row in requests if row["sample_index"] == 0)
+    return {
+        "accuracy": accuracy([row["grade"] for row in requests]),
+        "facts_known": accuracy([known for row in requests for known in row.get("facts_known") or ()]),
+        "prompts": len({row["prompt_id"] for row in requests}),
+        "samples": len(requests),
+        "errors": sum(row.get("error") is not None for row in requests),
+        "grader_errors": sum(row.get("grader_error") is not None for row in requests),
+        "finish_reasons": dict(Counter(row["finish_reason"] for row in requests)),
+        "seconds": seconds,
+        "output_tokens_per_second": output_tokens / seconds,
+        "total_tokens_per_second": (prompt_tokens + output_tokens) / seconds,
+        "requests_per_second": len(requests) / seconds,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "cached_tokens": sum(row.get("cached_tokens") or 0 for row in requests),
+        "preemptions": sum(row.get("preemptions") or 0 for row in requests),
+        "pauses": sum(row.get("pauses") or 0 for row in requests),
+        "compressions": sum(row.get("compressions") or 0 for row in requests),
+        "budget_bound_share": compressed / len(answered) if evicts and answered else None,
+        "budget_never_bound": evicts and not compressed,
+        "entries_evicted": sum(
+            event["entries_before"] - event["entries_after"] for event in events if event["kind"] == "compress"
+        ),
+        "loop_rate": loop_rate([row.get("output_token_ids", ()) for row in answered]),
+        "output_length": spread([row["output_tokens"] for row in answered]),
+        "ttft": spread([row.get("ttft") for row in requests]),
+        "tpot": spread([row.get("tpot") for row in requests]),
+        "e2e": spread([row.get("e2e") for row in requests]),
+        "itl": inter_token_latency(steps),
+        "blocks_held": spread([row.get("peak_blocks") for row in answered]),
+        "kv_bytes": spread([cache_bytes(row, memory) for row in answered]),
+        "steps": len(steps),
+        "peak_blocks": max((step["blocks_used"] for step in steps), default=0),
+        "peak_running": max((step["num_running"] for step in steps), default=0),
+        "peak_query_slots": max((step["query_slots_used"] for step in steps), default=0),
+    }
+
+
+def inter_token_latency(steps: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """`spread` of the seconds between engine steps, each weighted by the samples that decode in it."""
+    pairs = [
+        (step["time"] - before["time"], step["num_decode"]) for before, step in pairwise(steps) if step["num_decode"]
+    ]
+    if not pairs:
+        return spread([])
+    gaps, weights = (np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True))
+    order = gaps.argsort()
+    reached = weights[order].cumsum() / weights.sum()
+    percentiles = {f"p{p}": float(gaps[order][np.searchsorted(reached, p / 100 - 1e-12)]) for p in PERCENTILES}
+    return {"mean": float(np.average(gaps, weights=weights))} | percentiles | {"max": float(gaps.max())}
+
+
+def cache_bytes(row: Mapping[str, Any], memory: Mapping[str, Any] | None) -> int | None:
+    """The most bytes that the cache of a sample held at once; None where the engine does not tell."""
+    blocks = row.get("peak_blocks")
+    if blocks is None or memory is None or "block_bytes" not in memory:
+        return None
+    return blocks * memory["block_bytes"] + bool(row.get("query_slot")) * memory["query_slot_bytes"]
+
+
+def accuracy(grades: Sequence[float | None]) -> float | None:
+    """The mean of the grades that are there; None where there is none."""
+    present = [grade for grade in grades if grade is not None]
+    return sum(present) / len(present) if present else None
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean, percentiles and maximum of the values that are there; None where there is none."""
+    present = np.array([value for value in values if value is not None], dtype=np.float64)
+    if not present.size:
+        return dict.fromkeys(("mean", *(f"p{p}" for p in PERCENTILES), "max"))
+    percentiles = {
+        f"p{p}": float(value) for p, value in zip(PERCENTILES, np.percentile(present, PERCENTILES), strict=True)
+    }
+    return {"mean": float(present.mean())} | percentiles | {"max": float(present.max())}

@@ -1,0 +1,109 @@
+"""What is allowed and hardly ever meant: said before a run, and again beside its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from experiments.config.options import asked_budgets, held_budgets
+from experiments.errors import one_line
+from experiments.graders import GRADERS
+from experiments.running.traces import unread_columns
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from experiments.config.schema import Experiment
+    from experiments.workloads import Problem
+
+ROUNDED = 1.05
+"""A budget that whole blocks make so many times as large is told."""
+
+
+def notes_before(experiment: Experiment, problems: Sequence[Problem]) -> list[str]:
+    """A line for each thing to know before the run."""
+    found = [check(experiment) for check in (_rounding, _equal_samples, _trace)]
+    return [line for line in (*found, _golds(experiment.workload.grader, problems)) if line]
+
+
+def notes_on(runs: pd.DataFrame) -> list[str]:
+    """A line for each thing to know of these rows of `load_runs()`."""
+
+    def column(name: str) -> pd.Series:
+        return runs.reindex(columns=[name]).astype(float).iloc[:, 0]
+
+    rounded = (held_budgets(runs) > ROUNDED * asked_budgets(runs)).sum()
+    equal = ((column("sampling.n") > 1) & (column("sampling.temperature") == 0)).sum()
+    ungraded, misranked = column("grader_errors").sum(), column("counters.compressions_misranked").sum()
+    lines = {
+        f"whole blocks made the budget of {_runs(rounded)} more than 5 % larger than was asked for; "
+        "budgets here are those that held": rounded,
+        f"{_runs(equal)} drew several samples a problem at temperature 0: unless a policy draws at random, the samples "
+        "of a problem are equal": equal,
+        "1 sample could not be graded and counts as wrong"
+        if ungraded == 1
+        else f"{ungraded:.0f} samples could not be graded and count as wrong": ungraded,
+        f"in {misranked:.0f} compressions a policy ranked entries NaN, so chance decided what they kept": misranked,
+    }
+    return [line for line, count in lines.items() if count]
+
+
+def _runs(count: int) -> str:
+    return "1 run" if count == 1 else f"{count} runs"
+
+
+def _rounding(experiment: Experiment) -> str | None:
+    sampling, policy, size = experiment.sampling, experiment.policy, experiment.engine.block_size
+    asked = sampling.budget_tokens or policy.budget_tokens
+    if (sampling.policy or policy.name) == "full" or asked is None:
+        return None
+    held = -(-asked // size) * size
+    if held <= ROUNDED * asked:
+        return None
+    option = "sampling.budget_tokens" if sampling.budget_tokens else "policy.budget_tokens"
+    return (
+        f"{option}={asked}: whole blocks of {size} make it {held}, {held / asked - 1:.0%} more; "
+        "a smaller engine.block_size comes closer"
+    )
+
+
+def _equal_samples(experiment: Experiment) -> str | None:
+    sampling = experiment.sampling
+    if sampling.n == 1 or sampling.temperature > 0:
+        return None
+    return (
+        f"sampling.n={sampling.n} at temperature 0: unless the policy draws at random, the samples of a problem are "
+        "equal; sampling=nucleus draws different ones, sampling.n=1 asks once"
+    )
+
+
+def _trace(experiment: Experiment) -> str | None:
+    scenario = experiment.scenario
+    if scenario.arrival != "trace" or not (columns := unread_columns(scenario.path)):
+        return None
+    return (
+        f"scenario.path={scenario.path}: only arrivals are read of it, not {', '.join(columns)}; "
+        "how long requests are is the workload's business (workload=lengths)"
+    )
+
+
+def _golds(name: str, problems: Sequence[Problem]) -> str | None:
+    asked = [problem for problem in problems if problem.error is None]
+    faults = [(problem.id, fault) for problem in asked if (fault := _fault(GRADERS[name], problem.gold))]
+    if not faults:
+        return None
+    return (
+        f"workload.grader={name}: can't read {len(faults)} of {len(asked)} golds, whose answers score 0; the first is "
+        "{}: {}".format(*faults[0])
+    )
+
+
+@lru_cache(maxsize=1 << 14)
+def _fault(grader: Callable[[str, str], object], gold: str) -> str | None:
+    """Why the grader can't grade by this gold; None where it can. An empty answer runs nothing."""
+    try:
+        grader("", gold)
+    except Exception as error:
+        return one_line(error)
+    return None

@@ -1,0 +1,120 @@
+"""What tells runs apart: the options in which they differ, the budget that each held, the problems that each asked."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GROUPS = ("model", "engine", "policy", "workload", "sampling", "scenario", "hardware", "backend", "limit", "seed")
+"""Groups of a run's options, and its options without a group; `tracking` decides nothing."""
+
+SHOWN = ("model.name", "workload.name", "policy.name", "policy.protection", "policy.budget_tokens")
+"""Options that have a place of their own in every table."""
+
+REPEATED = ("workload.max_tokens", "workload.samples")
+"""Defaults of options of `sampling`, which are recorded themselves."""
+
+BUDGET = "policy.budget_tokens"
+
+
+def label(run: pd.Series) -> str:
+    """`zipage`, `zipage + prompt`, `full KV`."""
+    name, protection = run["policy.name"], run["policy.protection"]
+    if name == "full":
+        return "full KV"
+    name, protection = ("random", "prompt") if name == "random_attention" else (name, protection)
+    return name if protection == "none" else f"{name} + {protection}"
+
+
+def held_budgets(runs: pd.DataFrame) -> pd.Series:
+    """Entries per layer and KV head that a compression leaves: the budget asked for, in whole blocks.
+
+    NaN under full KV. A request's own policy and budget (`sampling`) stand before the run's.
+
+    Args:
+        runs: rows of `load_runs()`, or of `compare()`, which holds these budgets already.
+    """
+    if "budget" in runs:
+        return runs["budget"].astype(float)
+    size = runs.reindex(columns=["engine.block_size"]).astype(float).fillna(1).iloc[:, 0]
+    return -(-asked_budgets(runs) // size) * size
+
+
+def asked_budgets(runs: pd.DataFrame) -> pd.Series:
+    """The budgets as they were asked for, NaN under full KV."""
+    policy = runs.reindex(columns=["sampling.policy", "policy.name"]).astype(object).bfill(axis=1).iloc[:, 0]
+    asked = runs.reindex(columns=["sampling.budget_tokens", BUDGET]).astype(float).bfill(axis=1).iloc[:, 0]
+    return asked.where(policy != "full")
+
+
+def budget_texts(runs: pd.DataFrame, full: str = "-") -> pd.Series:
+    """256, or "256 (for 100)" where whole blocks made it more than was asked for; `full` under full KV."""
+
+    def text(held: float, asked: float) -> str:
+        if held != held:  # NaN
+            return full
+        return f"{held:,.0f}" + (f" (for {asked:,.0f})" if asked == asked != held else "")
+
+    import pandas as pd
+
+    pairs = zip(held_budgets(runs), asked_budgets(runs), strict=True)
+    return pd.Series([text(*pair) for pair in pairs], index=runs.index, dtype=object)
+
+
+def readable_options(runs: pd.DataFrame, options: list[str]) -> pd.DataFrame:
+    """The options as text, budgets as they held. A record from before there was an option has its default."""
+    texts = runs[options].assign(**{BUDGET: held_budgets(runs)} if BUDGET in options else {}).map(readable)
+    for name in options:
+        if (default := readable(_defaults().get(name))) != "-":
+            texts[name] = texts[name].replace("-", default)
+    return texts
+
+
+def readable(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return "-" if value is None or value != value else str(value)
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    from experiments.config.schema import Experiment, to_dict
+    from experiments.records import flatten
+
+    return {name: value for name, value in flatten(to_dict(Experiment())).items() if name not in SHOWN}
+
+
+def varied_options(runs: pd.DataFrame) -> list[str]:
+    """The options that differ among these rows of `load_runs()`, within a model and workload.
+
+    What only evicting policies read is compared among them, and a policy's own options among the runs of that policy.
+    """
+    options = [name for name in runs if name.partition(".")[0] in GROUPS and name not in REPEATED]
+    texts = readable_options(runs, options)
+    options = [name for name in options if (texts[name] != texts[name].iloc[:1].squeeze()).any()]
+    same = [texts[name] for name in ("model.name", "workload.name")]
+    evicting = texts["policy.name"] != "full"
+
+    def differs(names: list[str], rows: pd.Series | slice, *more: str) -> list[str]:
+        groups = texts.loc[rows].groupby([*(key.loc[rows] for key in same), *(texts.loc[rows, key] for key in more)])
+        several = groups[names].nunique().gt(1).any()
+        return [name for name in names if several[name]]
+
+    own = [name for name in options if name.startswith("policy.options.")]
+    eviction = [name for name in options if name.startswith("policy.") and name not in (*own, *SHOWN)]
+    others = [name for name in options if name not in (*own, *eviction)]
+    found = differs(others, slice(None)) + differs(eviction, evicting) + differs(own, evicting, "policy.name")
+    return [name for name in options if name in found]
+
+
+def told_apart(runs: pd.DataFrame) -> list[str]:
+    """The varied options that have no place of their own in a table."""
+    return [name for name in varied_options(runs) if name not in SHOWN]
+
+
+def asks(option: str) -> bool:
+    """Whether an option decides which problems are asked, or how."""
+    return option == "limit" or (option.startswith("workload.") and option != "workload.allow_code_execution")

@@ -1,0 +1,212 @@
+"""The source behind a result: which files decide it, and whether they are still those that made a record.
+
+Three parts: the **engine** (of the run's backend, and what puts its questions and sums up its answers), the **policy**
+beside it, and the **grader**. Shipped code is no part of a run's id, so a record outlives a commit; where a part has
+changed since, the record is stale. A policy of one's own is part of the id: edited, it is another run.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import site
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from experiments.config.schema import Experiment
+from experiments.errors import UsageError
+from experiments.graders import GRADERS
+from experiments.records import PROVENANCE, content_hash, damage, file_hash, is_complete
+from experiments.sandbox import HERE
+from zipage import find_policy
+
+SHIPPED = ("zipage", "kernels", "experiments")
+ENGINES = {
+    "zipage": (("zipage.llm",), ("zipage", "kernels")),
+    "transformers": (("experiments.backends.transformers",), ("experiments.backends",)),
+    "vllm": (("experiments.backends.vllm",), ("experiments.backends",)),
+    "vllm_matched": (("experiments.backends.vllm",), ("experiments.backends",)),
+}
+"""Backend -> its modules, and the packages into which their imports are followed."""
+
+HARNESS = tuple(
+    f"experiments.{name}"
+    for name in ("running.prompts", "running.scenarios", "records.outcomes", "analysis.metrics", "analysis.loops")
+)
+"""What every run goes through."""
+
+UNKNOWN = "its record is from before records kept hashes of the code"
+
+
+def hashes(experiment: Experiment) -> dict[str, str]:
+    """A hash of each part of the code that decides what a run measures."""
+    engine, policies = _engine(experiment.backend), _policies(experiment)
+    return {
+        "engine": content_hash(engine),
+        "policy": content_hash({name: digest for name, digest in policies.items() if name not in engine}),
+        "grader": content_hash(_grader(experiment.workload.grader)),
+    }
+
+
+def own_policies(experiment: Experiment) -> dict[str, str]:
+    """Module -> sha256, of the policies that do not come with Zipage and what they import of that kind.
+
+    Raises:
+        UsageError: there is no such policy.
+    """
+    return own(_policies(experiment))
+
+
+def own(files: Mapping[str, str]) -> dict[str, str]:
+    """Those of the files, by module, that do not come with Zipage."""
+    return {name: digest for name, digest in files.items() if not _inside(name, SHIPPED)}
+
+
+def own_policy(name: str) -> dict[str, str]:
+    """`own_policies` of a policy by its name, which is known."""
+    return own(_policy(name, find_policy(name)))
+
+
+def changes(recorded: Mapping[str, str] | None, now: Mapping[str, str]) -> str | None:
+    """What has changed since a record was made, in words; None where nothing has.
+
+    Args:
+        recorded: `hashes` as the record has them; None where it has none.
+        now: those of the code here.
+    """
+    if recorded is None:
+        return UNKNOWN
+    parts = [part for part in now if recorded.get(part) != now[part]]
+    return f"the {' and the '.join(parts)} {'have' if len(parts) > 1 else 'has'} changed since" if parts else None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What there is of a run.
+
+    Attributes:
+        state: "missing", "damaged", "stale" (made by other code) or "done".
+        reason: why, where it is damaged or stale.
+    """
+
+    state: str
+    reason: str | None = None
+
+    def is_kept(self, force: str) -> bool:
+        """Whether the record stands under this `force`, so that there is nothing to do."""
+        return self.state in {"false": ("done", "stale"), "stale": ("done",), "true": ()}[force]
+
+
+def standing(folder: Path, now: Mapping[str, str]) -> Standing:
+    """How the record in `folder` stands to `hashes` of the code here."""
+    if not is_complete(folder):
+        return Standing("missing")
+    if reason := damage(folder):
+        return Standing("damaged", reason)
+    reason = changes(json.loads((folder / PROVENANCE).read_text(encoding="utf-8")).get("sources"), now)
+    return Standing("stale", reason) if reason else Standing("done")
+
+
+def of_benchmarks() -> dict[str, str]:
+    """`hashes` of the code that decides what a benchmark measures."""
+    modules = ("kernels.bench", "experiments.bench.engine", "experiments.bench.kernels")
+    return {"engine": content_hash(_engine("zipage") | _files(modules, ("kernels", "experiments.bench")))}
+
+
+@lru_cache
+def _engine(backend: str) -> dict[str, str]:
+    modules, packages = ENGINES.get(backend, ENGINES["zipage"])
+    return _files(modules, packages) | {name: file_hash(_source(name)) for name in HARNESS}
+
+
+@lru_cache
+def _grader(name: str) -> dict[str, str]:
+    files = _files((GRADERS[name].__module__,), ("experiments.graders",))
+    if name == "code":  # its parts are programs that nothing imports
+        files |= {f"sandbox/{file.name}": file_hash(file) for file in sorted(HERE.glob("*.py"))}
+    return files
+
+
+def _policies(experiment: Experiment) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for option, name in (("policy.name", experiment.policy.name), ("sampling.policy", experiment.sampling.policy)):
+        try:
+            found |= {} if name is None else _policy(name, find_policy(name))
+        except ValueError as error:
+            raise UsageError(f"{option}={name}: {error}") from error
+    return found
+
+
+@lru_cache
+def _policy(name: str, policy: type) -> dict[str, str]:
+    """Of the place where it is named, of its class and of all that these derive from."""
+    modules = {name.partition(":")[0]} if ":" in name else set()
+    modules |= {base.__module__ for base in policy.__mro__}
+    return _files(tuple(modules), ("zipage", "kernels", *{module.partition(".")[0] for module in modules}))
+
+
+def _files(modules: Iterable[str], packages: tuple[str, ...]) -> dict[str, str]:
+    """Module -> sha256 of its file, of these modules and what they import, directly or not.
+
+    Imports are followed into `packages`, and into whatever is neither shipped nor installed: code of the user's own.
+    """
+    found: dict[str, str] = {}
+    waiting = [*modules]
+    while waiting:
+        name = waiting.pop()
+        if name in found or not (_inside(name, packages) or _is_own(name.partition(".")[0])):
+            continue
+        file = _source(name)
+        if file is not None:
+            found[name] = file_hash(file)
+            waiting += _imports(name, file)
+    return found
+
+
+def _inside(name: str, packages: Iterable[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def _source(name: str) -> Path | None:
+    """The file of a module; None where there is none of that name, or it is no Python source."""
+    module = sys.modules.get(name)
+    try:
+        spec = getattr(module, "__spec__", None) or importlib.util.find_spec(name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    file = Path(spec.origin) if spec is not None and spec.origin else None
+    return file if file is not None and file.suffix == ".py" and file.is_file() else None
+
+
+@lru_cache
+def _is_own(package: str) -> bool:
+    """Whether a package is neither shipped nor installed nor Python's."""
+    if package in SHIPPED or package in sys.stdlib_module_names:
+        return False
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return False
+    origins = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
+    places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    places += [*site.getsitepackages(), site.getusersitepackages()]
+    files = [Path(origin) for origin in origins if origin is not None and Path(origin).is_absolute()]
+    return bool(files) and not any(file.is_relative_to(place) for file in files for place in places)
+
+
+def _imports(name: str, file: Path) -> Iterator[str]:
+    """What a module imports anywhere in its text; for `from a import b` both a and a.b, which may be a module."""
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)

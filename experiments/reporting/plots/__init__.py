@@ -1,0 +1,36 @@
+"""Pictures of runs: functions from rows of `load_runs()` to matplotlib figures.
+
+Each raises a ValueError that says what the runs lack.
+"""
+
+from experiments.reporting.plots.accuracy import (
+    accuracy_by_budget,
+    accuracy_by_policy,
+    accuracy_by_throughput,
+)
+from experiments.reporting.plots.answers import facts_by_distance, length_inflation
+from experiments.reporting.plots.bench import against_roofline
+from experiments.reporting.plots.maps import crossover_map, kept_positions
+from experiments.reporting.plots.timeline import (
+    blocks_over_time,
+    cache_over_tokens,
+    concurrency_over_time,
+    latency_cdfs,
+    throughput_over_time,
+)
+
+__all__ = [
+    "accuracy_by_budget",
+    "accuracy_by_policy",
+    "accuracy_by_throughput",
+    "against_roofline",
+    "blocks_over_time",
+    "cache_over_tokens",
+    "concurrency_over_time",
+    "crossover_map",
+    "facts_by_distance",
+    "kept_positions",
+    "latency_cdfs",
+    "length_inflation",
+    "throughput_over_time",
+]

@@ -1,0 +1,90 @@
+"""Published figures beside ours, each marked as what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.config.options import budget_texts, label, readable_options, told_apart
+from experiments.config.schema import read_yaml
+from experiments.errors import UsageError
+from experiments.paths import ROOT
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FOLDER = ROOT / "results" / "published"
+KEYS = {"title", "source", "setting", "columns", "rows"}
+ROW_KEYS = {"name", "ours", "figures"}
+
+
+def read_published(name: str) -> dict[str, Any]:
+    """A table of published figures, by its name in `results/published/` or as a path that ends in .yaml.
+
+    Raises:
+        UsageError: there is none, or it lacks a key or a figure.
+    """
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise UsageError(f"{name}: no such table; there are {', '.join(sorted(p.stem for p in FOLDER.glob('*.yaml')))}")
+    table = read_yaml(path)
+    if not isinstance(table, dict) or set(table) != KEYS:
+        raise UsageError(f"{path.name}: must hold {', '.join(sorted(KEYS))}")
+    for row in table["rows"]:
+        if set(row) != ROW_KEYS or len(row["figures"]) != len(table["columns"]):
+            raise UsageError(
+                f"{path.name}: {row.get('name')}: must hold name, ours, and {len(table['columns'])} figures"
+            )
+    return table
+
+
+def beside(runs: pd.DataFrame, compared: pd.DataFrame, published: Mapping[str, Any]) -> pd.DataFrame:
+    """A row for each published one: its figures, and the runs of ours that are meant by it.
+
+    `ours` of a row names values of options, and of `label`: "random + prompt" is one however the policy was named.
+
+    Args:
+        runs, compared: rows of `load_runs()`, and what `compare` makes of them.
+        published: of `read_published`.
+
+    Returns:
+        Text: name, "published: ..." for each of its columns, "ours: accuracy (%) [95 %]", "ours: tokens/s",
+        "ours: runs". What is not there is "-". Where several runs of ours are meant, each has a row of its own.
+    """
+    import pandas as pd
+
+    named, budgets = runs.assign(label=runs.apply(label, axis=1)), budget_texts(compared, full="full KV")
+    options = told_apart(runs)
+    settings = readable_options(runs, options)
+    rows = []
+    for row in published["rows"]:
+        figures = {
+            f"published: {column}": "-" if figure is None else f"{figure:,}"
+            for column, figure in zip(published["columns"], row["figures"], strict=True)
+        }
+        meant = pd.Series(bool(row["ours"]), index=runs.index)
+        for column, value in row["ours"].items():
+            meant &= named[column] == value if column in named else False
+        matching = compared[meant.to_numpy()]
+        if matching.empty:
+            rows.append({"row": row["name"]} | figures | dict.fromkeys(OURS, "-"))
+        for index, run in matching.iterrows():
+            setting = [f"{option} {value}" for option, value in settings.loc[index].items() if value != "-"]
+            what = ", ".join([run["model.name"], run["workload.name"], budgets[index], *setting])
+            rows.append({"row": row["name"]} | figures | _ours(run, what))
+    return pd.DataFrame(rows)
+
+
+OURS = ("ours: accuracy (%) [95 %]", "ours: tokens/s", "ours: model, workload, budget")
+
+
+def _ours(run: pd.Series, what: str) -> dict[str, str]:
+    import pandas as pd
+
+    accuracy = "-"
+    if pd.notna(run["accuracy"]):
+        accuracy = "{:.1f} [{:.1f}, {:.1f}]".format(
+            *(100 * run[name] for name in ("accuracy", "accuracy.low", "accuracy.high"))
+        )
+    return dict(zip(OURS, (accuracy, f"{run['output_tokens_per_second']:,.0f}", what), strict=True))

@@ -1,0 +1,169 @@
+"""The comparison of runs as a table: Markdown, LaTeX, CSV."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.config.options import (
+    GROUPS,
+    SHOWN,
+    budget_texts,
+    held_budgets,
+    label,
+    readable_options,
+    varied_options,
+)
+
+Cell = Callable[[pd.Series], str]
+
+
+def _number(column: str, template: str) -> Cell:
+    return lambda row: "-" if pd.isna(row[column]) else template.format(row[column])
+
+
+def _accuracy(row: pd.Series) -> str:
+    if pd.isna(row["accuracy"]):
+        return "-"
+    return "{:.1f} [{:.1f}, {:.1f}]".format(
+        *(100 * row[name] for name in ("accuracy", "accuracy.low", "accuracy.high"))
+    )
+
+
+def _difference(baseline: str) -> Cell:
+    def cell(row: pd.Series) -> str:
+        if pd.isna(row[f"{baseline}.difference"]):
+            return "-"
+        figures = (100 * row[f"{baseline}.{name}"] for name in ("difference", "low", "high"))
+        return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*figures)
+
+    return cell
+
+
+def _text(column: str) -> Cell:
+    return lambda row: "-" if row[column] is None or pd.isna(row[column]) else str(row[column])
+
+
+AS_MANY_BYTES = "less random + prompt of as many bytes"
+"""The column is left out where no run has such a control."""
+
+COLUMNS: dict[str, Cell] = {
+    "workload": _text("workload.name"),
+    "policy": label,
+    "budget": _text("budget.text"),
+    "KV MiB": lambda row: "-" if pd.isna(row["kv_bytes.max"]) else f"{row['kv_bytes.max'] / 2**20:,.2f}",
+    "problems": _number("problems", "{:,.0f}"),
+    "accuracy (%) [95 %]": _accuracy,
+    "less full KV": _difference("full"),
+    "verdict": _text("full.verdict"),
+    "less random + prompt": _difference("random"),
+    AS_MANY_BYTES: _difference("bytes"),
+    "tokens/s": _number("output_tokens_per_second", "{:,.0f}"),
+    "right answers/GPU-hour": _number("correct_per_gpu_hour", "{:,.0f}"),
+    "mean output": _number("output_length.mean", "{:,.0f}"),
+    "length / full KV": _number("output_length.inflation", "{:.2f}"),
+    "cut (%)": lambda row: "-" if pd.isna(row["cap_hit_share"]) else f"{100 * row['cap_hit_share']:.1f}",
+    "loops (%)": lambda row: "-" if pd.isna(row["loop_rate"]) else f"{100 * row['loop_rate']:.1f}",
+    "bound (%)": lambda row: "-" if pd.isna(row["budget_bound_share"]) else f"{100 * row['budget_bound_share']:.0f}",
+}
+"""Heading -> the cell of a row of `compare()`."""
+
+
+def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `compare()` as text, full KV first in each workload, then by policy and budget.
+
+    Budgets are those that held. Each option in which the runs differ has a column.
+    """
+    options = [name for name in compared if name.partition(".")[0] in GROUPS and name not in SHOWN]
+    shown = readable_options(compared, options)
+    keyed = compared.assign(
+        _label=compared.apply(label, axis=1),
+        _full=compared["policy.name"] != "full",
+        **{"budget.text": budget_texts(compared), "_budget": held_budgets(compared)},
+    )
+    order = keyed.sort_values(["workload.name", "model.name", "_full", "_label", "_budget"])
+    rows = [[cell(row) for cell in COLUMNS.values()] for _, row in order.iterrows()]
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    if (table[AS_MANY_BYTES] == "-").all():
+        table = table.drop(columns=AS_MANY_BYTES)
+    place = list(COLUMNS).index("budget") + 1
+    for option in reversed(options):
+        table.insert(place, option, shown.loc[order.index, option].tolist())
+    if compared["device"].nunique() > 1:
+        table.insert(place + len(options), "device", order["device"].tolist())
+    if compared["model.name"].nunique() > 1:
+        table.insert(0, "model", order["model.name"].tolist())
+    return table
+
+
+def by_option(
+    runs: pd.DataFrame, compared: pd.DataFrame, option: str, heading: str = "accuracy (%) [95 %]"
+) -> pd.DataFrame:
+    """What one option changes: a column for each of its values, a row for each setting of all others that vary.
+
+    Settings that were run with a single value of the option are left out: they can't tell what it changes.
+
+    Args:
+        runs, compared: rows of `load_runs()`, and what `compare()` made of them.
+        heading: of `COLUMNS`, what the cells show.
+    """
+    others = ["model.name", "workload.name", *(name for name in varied_options(runs) if name != option)]
+    cells = readable_options(runs, [*others, option]).assign(_cell=compared.apply(COLUMNS[heading], axis=1))
+    several = cells[cells.groupby(others)[option].transform("nunique") > 1]
+    values = sorted(several[option].unique(), key=_by_number)
+    settings = several[others].drop_duplicates()
+    settings = settings.sort_values(others, key=lambda column: column.map(_by_number), ignore_index=True)
+    for value in values:
+        alike = several[several[option] == value].groupby(others)["_cell"].agg(" / ".join)
+        settings = settings.join(alike.rename(f"{option}={value}"), on=others)
+    told_apart = [name for name in others if settings[name].nunique() > 1]
+    return settings[[*told_apart, *(f"{option}={value}" for value in values)]].fillna("")
+
+
+def _by_number(text: str) -> tuple[int, float, str]:
+    return (0, float(text), "") if text.isdigit() else (1, 0.0, text)
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """Padded, so that it reads well in a terminal too."""
+    cells = [list(table.columns), *table.astype(str).values.tolist()]
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [cells[0], ["-" * width for width in widths], *cells[1:]]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def to_latex(table: pd.DataFrame) -> str:
+    """A `tabular` with the rules of booktabs; numbers stand to the right."""
+    align = "".join("l" if name in ("model", "workload", "policy", "verdict") else "r" for name in table.columns)
+    rows = [[_escaped(cell) for cell in row] for row in (list(table.columns), *table.astype(str).values.tolist())]
+    lines = [" & ".join(row) + r" \\" for row in rows]
+    body = [r"\begin{tabular}{" + align + "}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    return "\n".join([*body, r"\end{tabular}"]) + "\n"
+
+
+_SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"}
+_SPECIAL |= {">": r"\textgreater{}"} | {character: "\\" + character for character in "&%$#_{}"}
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"[\\~^<>&%$#_{}]", lambda match: _SPECIAL[match[0]], text)
+
+
+def write_tables(
+    table: pd.DataFrame, folder: Path, name: str = "comparison", numbers: pd.DataFrame | None = None
+) -> list[Path]:
+    """Write `name`.md, .tex and .csv into `folder`, which is made where it is missing. Returns their paths.
+
+    Args:
+        numbers: what the CSV file holds instead of the table's texts, such as the rows of `compare()`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}{suffix}" for suffix in (".md", ".tex", ".csv")]
+    plain = (table if numbers is None else numbers).to_csv(index=False)
+    for path, text in zip(paths, (to_markdown(table) + "\n", to_latex(table), plain), strict=True):
+        path.write_text(text, encoding="utf-8")
+    return paths

@@ -1,0 +1,290 @@
+"""One run from its options to its record."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments import records
+from experiments.analysis.metrics import summarise
+from experiments.backends import BACKENDS, Backend, BackendFactory, get_backend
+from experiments.config.notes import notes_before
+from experiments.config.schema import Experiment, ModelConfig, WorkloadConfig, engine_options, to_dict
+from experiments.errors import RunError, UsageError, one_line
+from experiments.graders import Grader, get_grader
+from experiments.records import outcomes, provenance, sources
+from experiments.report import never_bound, runs_table
+from experiments.running.models import LocalModel, find_model, model_name
+from experiments.running.prompts import Prompt, PromptRenderer
+from experiments.running.scenarios import Served, TimedRequest, arrival_times, serve
+from experiments.running.tracking import open_tracker
+from experiments.workloads import Problem, load_problems
+from zipage import EventStats, RequestMetrics, RequestOutput, SamplingParams, StepStats
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKENDS) -> Path:
+    """Do one run, or find it done.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UsageError: the run can't be done as asked; nothing was recorded.
+        RunError: it began and failed; nothing was recorded but a traceback beside it.
+    """
+    return carry_out(prepare(experiment, backends))
+
+
+def carry_out(job: Job) -> Path:
+    """`run` of a job that is prepared."""
+    folder = job.folder  # reads a trace too, so that its faults show before the model is loaded
+    if job.is_done():
+        return _found(job)
+    for line in notes_before(job.experiment, job.problems):
+        print(f"note: {line}", flush=True)
+    with records.claim(folder) as staging:
+        if job.is_done():
+            return _found(job)  # made by another process while this one waited
+        records.publish(staging, folder, job.record(staging))
+    _show(records.load_runs(folder))
+    return folder
+
+
+def prepare(
+    experiment: Experiment,
+    backends: Mapping[str, BackendFactory] = BACKENDS,
+    load_problems: Callable[[WorkloadConfig, int | None], list[Problem]] = load_problems,
+    find_model: Callable[[ModelConfig], LocalModel] = find_model,
+    command: Sequence[str] | None = None,
+) -> Job:
+    """Get hold of all that a run needs, but load no model.
+
+    Args:
+        command: that the record names, after Python; None: this process's.
+
+    Raises:
+        UsageError: the run can't be done as asked.
+    """
+    if experiment.scenario.kind != "serve":
+        raise UsageError(f"scenario={experiment.scenario.name}: a benchmark is no arm of a sweep; run it alone")
+    experiment = replace(experiment, model=replace(experiment.model, name=model_name(experiment.model)))
+    records.check_writable(Path(experiment.results_dir).expanduser())
+    grader_of(experiment)
+    return Job(
+        experiment,
+        factory=get_backend(experiment.backend, backends),
+        problems=load_problems(experiment.workload, experiment.limit),
+        model=find_model(experiment.model),
+        command=command,
+    )
+
+
+def _show(runs: pd.DataFrame) -> None:
+    """Print the table of a single run, what must be known to read it, and where its record lies."""
+    run = runs.iloc[0]
+    print(runs_table(runs))
+    if never_bound(run):
+        print("the budget never bound: no request was compressed, so this run equals full KV")
+    print(f"record: {run['path']}", flush=True)
+
+
+def _found(job: Job) -> Path:
+    print("already done; force=true runs it again")
+    _show(records.load_runs(job.folder))
+    if job.standing.state == "stale":
+        print(f"note: this run is stale: {job.standing.reason}; force=stale runs it again", flush=True)
+    return job.folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose questions and model are at hand."""
+
+    experiment: Experiment
+    factory: BackendFactory
+    problems: list[Problem]
+    model: LocalModel
+    command: Sequence[str] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return to_dict(self.experiment)
+
+    @cached_property
+    def data(self) -> str:
+        """Content hash of the questions with their golds and lengths, and of a trace's arrivals."""
+        lengths = {p.id: [p.prompt_tokens, p.output_tokens] for p in self.problems if p.prompt_tokens is not None}
+        traced = self.experiment.scenario.arrival == "trace"
+        arrivals = arrival_times(self.experiment.scenario, len(self.problems)) if traced else []
+        questions = [
+            [p.id, p.question, p.gold, *p.history, *([] if p.error is None else [p.error])] for p in self.problems
+        ]
+        return records.content_hash(questions + [part for part in (lengths, arrivals) if part])
+
+    @cached_property
+    def run_id(self) -> str:
+        device = provenance.device_name(self.experiment.hardware.device)
+        own = sources.own_policies(self.experiment)
+        template = Path(self.experiment.model.chat_template).expanduser()
+        if template.is_file():
+            own |= {"chat_template": records.file_hash(template)}
+        return records.run_id(self.options, model=self.model.identity, data=self.data, device=device, files=own)
+
+    @property
+    def standing(self) -> sources.Standing:
+        """What there is of the run already."""
+        return sources.standing(self.folder, sources.hashes(self.experiment))
+
+    def is_done(self) -> bool:
+        """Whether the record that is there stays.
+
+        Raises:
+            UsageError: it is damaged, and nobody said that it may be replaced.
+        """
+        standing = self.standing
+        if standing.state == "damaged" and self.experiment.force == "false":
+            raise UsageError(f"{self.folder}: its record is damaged ({standing.reason}); force=stale replaces it")
+        return standing.is_kept(self.experiment.force)
+
+    @property
+    def folder(self) -> Path:
+        """Where the record lies, or will."""
+        return Path(self.experiment.results_dir).expanduser() / self.run_id
+
+    def record(self, staging: Path) -> dict[str, Any]:
+        """Run, write all of the record but its metrics into `staging`, and return the metrics."""
+        kept = {key: value for key, value in self.options.items() if key not in ("results_dir", "force")}
+        records.write_config(staging, kept)
+        tracker = open_tracker(self.experiment.tracking, self.run_id, kept, staging.parent)
+        metrics: dict[str, Any] | None = None
+        try:
+            code = {"code": provenance.code_state(), "sources": sources.hashes(self.experiment)}  # it may change later
+            started, begin = provenance.now(), time.perf_counter()
+            backend = self._load(staging)
+            load_seconds = time.perf_counter() - begin
+            print(f"memory plan: {backend.memory_plan}", flush=True)
+            renderer = PromptRenderer(self.experiment.workload, self.experiment.model, backend.get_tokenizer())
+            rendered = iter(renderer.render_all([p for p in self.problems if p.error is None]))
+            prompts = [Prompt("", []) if p.error is not None else next(rendered) for p in self.problems]
+            steps: list[StepStats] = []
+            backend.step_listeners += [steps.append, tracker.log_step]
+            events: list[EventStats] = []
+            backend.event_listeners.append(events.append)
+            served = self._serve(backend, prompts, steps, staging)
+
+            request_rows = self._grade(prompts, served)
+            step_rows = outcomes.step_rows(steps, served.start)
+            event_rows = outcomes.event_rows(events, served.start)
+            evicts = self.experiment.policy.name != "full"
+            memory = asdict(backend.memory_plan)
+            summary = summarise(
+                request_rows, step_rows, event_rows, seconds=served.seconds, evicts=evicts, memory=memory
+            )
+            metrics = summary | {
+                "load_seconds": load_seconds,
+                "counters": asdict(backend.stats),
+                "memory": memory,
+            }
+            outcomes.write_rows(staging / records.REQUESTS, request_rows, outcomes.REQUEST_SCHEMA)
+            outcomes.write_rows(staging / records.STEPS, step_rows, outcomes.STEP_SCHEMA)
+            outcomes.write_rows(staging / records.EVENTS, event_rows, outcomes.EVENT_SCHEMA)
+            times = {"started": started, "ended": provenance.now()}
+            origin = provenance.collect(self.command) | code | times | self._inputs(prompts, renderer)
+            records.write_json(staging / records.PROVENANCE, origin)
+            tracker.log_record(staging, request_rows)
+            if hasattr(backend, "shutdown"):
+                backend.shutdown()
+            return metrics
+        finally:
+            tracker.finish(metrics)
+
+    def _load(self, staging: Path) -> Backend:
+        if self.experiment.hardware.threads is not None:
+            import torch
+
+            torch.set_num_threads(self.experiment.hardware.threads)
+        try:
+            return self.factory(**engine_options(self.experiment, str(self.model.path)))
+        except (ValueError, FileNotFoundError) as error:
+            raise UsageError(f"the model can't be loaded: {' '.join(str(error).split())}") from error
+        except Exception as error:
+            raise _failure("loading the model failed", error, staging) from error
+
+    def _serve(self, backend: Backend, prompts: list[Prompt], steps: list[StepStats], staging: Path) -> Served:
+        arrivals = arrival_times(self.experiment.scenario, len(prompts))
+        requests = [
+            TimedRequest(problem.id, prompt.token_ids, sampling_params(self.experiment, problem), arrival)
+            for problem, prompt, arrival in zip(self.problems, prompts, arrivals, strict=True)
+            if problem.error is None
+        ]
+        try:
+            served = serve(backend, requests)
+        except Exception as error:
+            raise _failure(f"the engine failed after {len(steps)} steps", error, staging) from error
+        for problem in self.problems:
+            if problem.error is not None:
+                metrics = RequestMetrics(arrival=served.start)
+                served.outputs[problem.id] = RequestOutput(problem.id, None, [], [], metrics, error=problem.error)
+        return served
+
+    def _grade(self, prompts: list[Prompt], served: Served) -> list[dict[str, Any]]:
+        """The graded rows; says in a line what was refused or could not be graded.
+
+        Raises:
+            RunError: not one sample was answered.
+        """
+        grader, samples = grader_of(self.experiment), self.experiment.sampling.n
+        rows: list[dict[str, Any]] = []
+        for problem, prompt in zip(self.problems, prompts, strict=True):
+            rows += outcomes.request_rows(problem, prompt, served.outputs[problem.id], samples, grader, served.start)
+        for column, what in (("error", "could not be answered"), ("grader_error", "could not be graded, score 0")):
+            faults = [row for row in rows if row.get(column) is not None]
+            if not faults:
+                continue
+            first = f"the first is {faults[0]['prompt_id']}: {faults[0][column]}"
+            line = f"{len(faults)} of {len(rows)} samples {what}; {first}"
+            if column == "error" and len(faults) == len(rows):
+                raise RunError(line)
+            print(line, flush=True)
+        return rows
+
+    def _inputs(self, prompts: list[Prompt], renderer: PromptRenderer) -> dict[str, Any]:
+        """Seeds, and hashes of all that went in."""
+        seeds = {name: getattr(self.experiment, name).seed for name in ("workload", "scenario")}
+        return {
+            "seeds": {"run": self.experiment.seed} | seeds,
+            "model_files": self.model.files,
+            "data": self.data,
+            "prompts": hashlib.sha256("\0".join(prompt.text for prompt in prompts).encode()).hexdigest(),
+            "chat_template": renderer.chat_template_hash,
+        }
+
+
+def grader_of(experiment: Experiment) -> Grader:
+    """Raises UsageError where it can't grade here."""
+    return get_grader(experiment.workload.grader, experiment.workload.allow_code_execution)
+
+
+def sampling_params(experiment: Experiment, problem: Problem) -> SamplingParams:
+    """The request's options. Its seed depends on the run's seed and the problem alone, whatever runs beside it."""
+    options = dict(vars(experiment.sampling))
+    if options["seed"] is None:
+        options["seed"] = int.from_bytes(hashlib.sha256(f"{experiment.seed}/{problem.id}".encode()).digest()[:4]) >> 1
+    if problem.output_tokens is not None:
+        options["max_tokens"] = problem.output_tokens
+    return SamplingParams(**options)
+
+
+def _failure(what: str, error: Exception, staging: Path) -> RunError:
+    trace = staging / records.TRACEBACK
+    trace.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return RunError(f"{what}: {one_line(error)} (nothing was recorded; traceback: {trace})")

@@ -1,0 +1,119 @@
+"""From a question to the tokens that the engine reads."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.config.schema import ModelConfig, WorkloadConfig
+from experiments.errors import UsageError, one_line
+from experiments.running import bounded
+from experiments.workloads import Problem
+
+LIMITS = {"seconds": 20.0, "mebibytes": 1024, "characters": 1 << 24}
+"""Of a chat template, which is a program that comes with a model, for each prompt."""
+WITHOUT_SYSTEM = "; workload.system_prompt=null leaves the system prompt out"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered prompt: its text with all of the chat template, and its tokens."""
+
+    text: str
+    token_ids: list[int]
+
+
+class PromptRenderer:
+    """Puts questions the way the workload and the model's chat template want them.
+
+    Args:
+        workload: its template and system prompt.
+        model: its chat template and the template's options.
+        tokenizer: of `transformers`.
+
+    Raises:
+        UsageError: `model.chat_template` is no template.
+    """
+
+    def __init__(self, workload: WorkloadConfig, model: ModelConfig, tokenizer: Any) -> None:
+        self._workload = workload
+        self._tokenizer = tokenizer
+        self._options: Mapping[str, Any] = model.chat_template_options
+        self.chat_template = _chat_template(model.chat_template, tokenizer)
+
+    @property
+    def chat_template_hash(self) -> str | None:
+        """sha256 of the chat template; None where prompts go bare."""
+        return None if self.chat_template is None else hashlib.sha256(self.chat_template.encode()).hexdigest()
+
+    def render(self, problem: Problem) -> Prompt:
+        """`render_all` of one problem."""
+        return self.render_all([problem])[0]
+
+    def render_all(self, problems: Sequence[Problem]) -> list[Prompt]:
+        """The prompts of problems, each ending where the model's answer begins.
+
+        The chat template runs in a process of its own, within `LIMITS`.
+
+        Raises:
+            UsageError: the chat template refuses a prompt, such as for its system prompt, or exceeds a limit.
+        """
+        chats = [None if problem.prompt_tokens is not None else self._messages(problem) for problem in problems]
+        asked = [chat for chat in chats if chat is not None and self.chat_template is not None]
+        try:
+            rendered = iter(bounded.texts(self._apply_template, asked, **LIMITS))
+        except bounded.Failed as error:
+            what = "" if self._workload.system_prompt is None else WITHOUT_SYSTEM
+            raise UsageError(f"the model's chat template refuses the prompt ({error}){what}") from error
+        except bounded.Exceeded as error:
+            raise UsageError(
+                f"the model's chat template {error} on a prompt: give another with model.chat_template=FILE, or none"
+            ) from error
+        return [self._prompt(*pair, rendered) for pair in zip(problems, chats, strict=True)]
+
+    def _messages(self, problem: Problem) -> list[dict[str, str]]:
+        user = self._workload.template.replace("{question}", problem.question)
+        turns = [text for turn in problem.history for text in turn]
+        roles = itertools.cycle(("user", "assistant"))
+        messages = [{"role": role, "content": text} for role, text in zip(roles, [*turns, user])]
+        system = self._workload.system_prompt
+        return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+    def _apply_template(self, messages: list[dict[str, str]]) -> str:
+        return self._tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True, **self._options
+        )
+
+    def _prompt(self, problem: Problem, chat: list[dict[str, str]] | None, rendered: Iterator[str]) -> Prompt:
+        if chat is None:
+            tokens = self._tokenizer(problem.question)["input_ids"]
+            return Prompt(problem.question, list(tokens)[: problem.prompt_tokens])
+        if self.chat_template is None:
+            text = "\n\n".join(message["content"] for message in chat)
+            return Prompt(text, list(self._tokenizer(text)["input_ids"]))
+        text = next(rendered)
+        # The template writes the special tokens itself.
+        return Prompt(text, list(self._tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def _chat_template(choice: str, tokenizer: Any) -> str | None:
+    if choice == "none":
+        return None
+    if choice == "auto":
+        template = tokenizer.chat_template
+        # A tokenizer may bring several by name; "default" is the one for plain chat.
+        template = template.get("default") if isinstance(template, dict) else template
+        if template is not None and not isinstance(template, str):
+            raise UsageError("the tokenizer's chat template is no text: give another one with model.chat_template=FILE")
+        return template
+    path = Path(choice).expanduser()
+    if not path.is_file():
+        raise UsageError(f"model.chat_template={choice}: must be auto, none or a file that exists")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"model.chat_template={choice}: can't be read ({one_line(error)})") from error

@@ -1,0 +1,101 @@
+"""When requests arrive, and the loop that serves them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from tqdm import tqdm
+
+from experiments.backends import Backend
+from experiments.config.schema import ScenarioConfig
+from experiments.running.traces import read_trace
+from zipage import RequestMetrics, RequestOutput, SamplingParams
+
+
+@dataclass(frozen=True)
+class TimedRequest:
+    """A prompt and the time at which it arrives, in seconds after the start."""
+
+    id: str
+    token_ids: list[int]
+    params: SamplingParams
+    arrival: float = 0.0
+
+
+def arrival_times(scenario: ScenarioConfig, count: int) -> list[float]:
+    """When each of `count` requests arrives, in seconds after the start, never falling.
+
+    Raises:
+        UsageError: the trace can't be read, or is too short.
+    """
+    if scenario.arrival == "all_at_once":
+        return [0.0] * count
+    if scenario.arrival == "trace":
+        return read_trace(scenario.path, count)
+    random, now, times = Random(scenario.seed), 0.0, []
+    for _ in range(count):
+        now += random.expovariate(scenario.rate)
+        times.append(now)
+    return times
+
+
+@dataclass
+class Served:
+    """What came of a list of requests.
+
+    Attributes:
+        outputs: by request id. A refused request has no samples, and `error` set.
+        start: host clock (`time.perf_counter`) at the start.
+        seconds: from the start to the end of the last request.
+    """
+
+    outputs: dict[str, RequestOutput]
+    start: float
+    seconds: float
+
+
+def serve(backend: Backend, requests: Sequence[TimedRequest], progress: bool = True) -> Served:
+    """Hand each request to the engine when its time has come, and step the engine until all are answered.
+
+    Args:
+        backend: the engine.
+        requests: in the order of their arrival.
+        progress: show a bar where the output is a terminal.
+    """
+    outputs: dict[str, RequestOutput] = {}
+    waiting = deque(requests)
+    tokens = 0
+    start = time.perf_counter()
+    with tqdm(total=len(requests), desc="requests", disable=None if progress else True, dynamic_ncols=True) as bar:
+        while waiting or backend.has_unfinished_requests():
+            now = time.perf_counter() - start
+            finished = []
+            while waiting and waiting[0].arrival <= now:
+                refused = _add(backend, waiting.popleft())
+                if refused is not None:
+                    finished.append(refused)
+            if backend.has_unfinished_requests():
+                finished += backend.step()
+            elif waiting and not finished:
+                time.sleep(waiting[0].arrival - now)
+            for output in finished:
+                outputs[output.request_id] = output
+                tokens += sum(len(sample.token_ids) for sample in output.outputs)
+            if finished:
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tok/s", refresh=False)
+                bar.update(len(finished))
+    return Served(outputs, start, time.perf_counter() - start)
+
+
+def _add(backend: Backend, request: TimedRequest) -> RequestOutput | None:
+    """Queue a request. Returns its output where the engine refuses it: it costs itself, not the others."""
+    try:
+        backend.add_request(request.token_ids, request.params, request.id)
+    except ValueError as error:
+        metrics = RequestMetrics(arrival=time.perf_counter(), prompt_tokens=len(request.token_ids))
+        return RequestOutput(request.id, None, request.token_ids, [], metrics, error=str(error))
+    return None

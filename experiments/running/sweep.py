@@ -1,0 +1,292 @@
+"""A sweep: one run after another, each in a process of its own, or, where that is asked for, around one loaded model.
+
+What a sweep has done is what the results folder holds: a run is known by its id, so a sweep that was stopped, however
+that was, goes on when it is started again. Its processes end with it, also when it is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from operator import attrgetter
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from experiments import records
+from experiments.backends import BackendFactory
+from experiments.config.arms import Arm, expand
+from experiments.config.notes import notes_before
+from experiments.config.schema import Experiment, load_experiment
+from experiments.errors import UsageError, one_line
+from experiments.records.sources import Standing
+from experiments.report import sweep_table
+from experiments.running import job
+from experiments.running.child import Worker, reason_of, run_child
+from experiments.running.models import find_model
+from experiments.workloads import load_problems
+
+RUN = (sys.executable, "-m", "experiments.run")
+WORKER = (sys.executable, "-m", "experiments.running.worker")
+SHARE = "share_model"
+"""`+share_model=true`: arms of Zipage on the same model and hardware follow each other in one process."""
+ALIKE = ("model.name", "workload.name", "limit", "sampling.n", "sampling.max_tokens", "hardware.device")
+"""Runs that are equal in these options take about as long as each other."""
+
+
+def run(
+    names: Sequence[str], arguments: Sequence[str], backends: Mapping[str, BackendFactory], child: Sequence[str] = RUN,
+    worker: Sequence[str] = WORKER,
+) -> int:  # fmt: skip
+    """Run the arms of the joined sweeps that are not done yet, and print the table of all.
+
+    Args:
+        names: of sweeps (see `experiments.config.arms`).
+        arguments: overrides for every arm, and `+share_model=true`.
+        child: the command that makes one run of the overrides after it.
+        worker: the command of an `experiments.running.child.Worker` that makes one after another.
+
+    Returns:
+        The exit code: 0 all arms are done, 1 some failed, 130 interrupted.
+
+    Raises:
+        UsageError: the sweep can't be done as asked; nothing was run.
+    """
+    shares, arguments = _asks_to_share(arguments)
+    arms = plan(names, arguments, backends)
+    sweep = Sweep("+".join(Path(name).stem for name in names), arms, child, worker if shares else None)
+    sweep.write()
+    with _stop_signals():
+        try:
+            return sweep.run()
+        except KeyboardInterrupt:
+            print("\nerror: interrupted; finished arms are kept, and the same command goes on", file=sys.stderr)
+            return 130
+        finally:
+            sweep.close()
+
+
+def _asks_to_share(arguments: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether arms shall share a model, and the rest of the arguments."""
+    asked = [argument for argument in arguments if argument.lstrip("+").partition("=")[0] == SHARE]
+    values = {argument.partition("=")[2].lower() for argument in asked}
+    if not values <= {"true", "false"} or len(values) > 1:
+        raise UsageError(f"{' '.join(asked)}: must be +{SHARE}=true or +{SHARE}=false")
+    return values == {"true"}, [argument for argument in arguments if argument not in asked]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """An arm, where its record lies or will lie, and what there is of it."""
+
+    overrides: Arm
+    experiment: Experiment
+    folder: Path
+    standing: Standing
+    notes: tuple[str, ...] = ()
+
+    @property
+    def waits(self) -> bool:
+        """Whether it must be run."""
+        return not self.standing.is_kept(self.experiment.force)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        return attrgetter(*ALIKE)(self.experiment)
+
+    @property
+    def shared(self) -> str | None:
+        """Equal for arms that may share a loaded model; None for one that may not: only Zipage can be shut down."""
+        experiment = self.experiment
+        if experiment.backend != "zipage":
+            return None
+        drawn = experiment.seed if experiment.model.load_format == "dummy" else None
+        return repr((experiment.model, experiment.hardware, experiment.engine.dtype, drawn))
+
+
+def plan(names: Sequence[str], arguments: Sequence[str], backends: Mapping[str, BackendFactory]) -> list[PlannedRun]:
+    """Compose and check every arm, without loading a model. Arms that mean the same run are one.
+
+    Raises:
+        UsageError: an arm can't be run as asked; the line names the sweep, the arm and the option.
+    """
+    problems, model = remembered(load_problems), remembered(find_model)
+    planned: dict[Path, PlannedRun] = {}
+    for number, overrides in enumerate(expand(names, arguments), 1):
+        try:
+            prepared = job.prepare(load_experiment(overrides), backends, problems, model)
+            folder = prepared.folder
+            if folder not in planned:
+                notes = tuple(notes_before(prepared.experiment, prepared.problems))
+                planned[folder] = PlannedRun(overrides, prepared.experiment, folder, prepared.standing, notes)
+        except UsageError as error:
+            raise UsageError(f"sweep {', '.join(names)}: arm {number} ({' '.join(overrides)}): {error}") from error
+    if len({arm.folder.parent for arm in planned.values()}) > 1:
+        raise UsageError(f"sweep {', '.join(names)}: results_dir: must be one folder for all arms")
+    return list(planned.values())
+
+
+class Sweep:
+    """Arms on their way.
+
+    Attributes:
+        path: the sweep's record, a list of its arms and their runs; it has nothing that changes.
+    """
+
+    def __init__(
+        self, name: str, arms: Sequence[PlannedRun], child: Sequence[str], worker: Sequence[str] | None = None
+    ) -> None:
+        self.name, self.arms, self.child, self.worker = name, arms, child, worker
+        self._working: tuple[str, Worker] | None = None
+        """The process that holds a model, and what arms must have in common to run there."""
+        digest = records.content_hash([arm.folder.name for arm in arms])
+        self.path = arms[0].folder.parent / records.SWEEPS / f"{records.shortened(name)}-{digest[:12]}.json"
+        self.shared = [option for option in arms[0].overrides if all(option in arm.overrides for arm in arms)]
+        self.started = time.monotonic()
+        self.seconds: dict[tuple[Any, ...], list[float]] = {}
+        """Seconds that runs of each kind have taken."""
+
+    def write(self) -> None:
+        """Write the record. Raises UsageError where it can't be written."""
+        arms = [{"overrides": list(arm.overrides), "run": arm.folder.name} for arm in self.arms]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            records.write_json(self.path, {"sweep": self.name, "arms": arms})
+        except OSError as error:
+            raise UsageError(f"{self.path}: can't be written: {error.strerror or error}") from error
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        waiting = self._print_plan()
+        failures: list[str] = []
+        for number, arm in enumerate(self.arms, 1):
+            if arm not in waiting:
+                continue
+            waiting.remove(arm)
+            title = f"arm {number} of {len(self.arms)}: {self._own(arm)}"
+            print(title, flush=True)
+            begin = time.monotonic()
+            reason = self._run_arm(arm, begin, waiting)
+            seconds = time.monotonic() - begin
+            if reason is None:
+                self.seconds.setdefault(arm.kind, []).append(seconds)
+            else:
+                failures.append(f"{title}: {reason}")
+            print(f"  {f'failed: {reason}' if reason else 'done'}; {self._progress(begin, waiting)}", flush=True)
+        print("\n" + sweep_table(self.path), flush=True)
+        print(f"sweep: {self.path}", flush=True)
+        for failure in failures:
+            print(f"error: {failure}", file=sys.stderr)
+        return int(bool(failures))
+
+    def _print_plan(self) -> list[PlannedRun]:
+        """Print what there is to do. Returns the arms that must be run."""
+        kinds = {arm.kind for arm in self.arms}
+        for run in records.load_runs(self.path.parents[1]).to_dict("records"):
+            kind = tuple(None if run.get(name) != run.get(name) else run.get(name) for name in ALIKE)  # no NaN
+            seconds = (run.get("load_seconds") or 0.0) + (run.get("seconds") or 0.0)
+            if kind in kinds and seconds > 0:  # neither absent nor NaN
+                self.seconds.setdefault(kind, []).append(seconds)
+        waiting = [arm for arm in self.arms if arm.waits]
+        done = len(self.arms) - len(waiting)
+        print(f"sweep {self.name}: {len(self.arms)} arms, {done} done, {self._to_go(waiting)}")
+        print(f"  all arms: {' '.join(self.shared) or '-'}")
+        for number, arm in enumerate(self.arms, 1):
+            state = "" if arm.standing.state == "missing" else arm.standing.state
+            print(f"  {number:3} {state:7} {self._own(arm)}", flush=True)
+        reasons = Counter((arm.standing.state, arm.standing.reason) for arm in self.arms if arm.standing.reason)
+        for (state, reason), count in reasons.items():
+            print(f"  {count} {state}: {reason}; force=stale runs such arms again", flush=True)
+        for note in dict.fromkeys(note for arm in self.arms for note in arm.notes):
+            print(f"note: {note}", flush=True)
+        return waiting
+
+    def _run_arm(self, arm: PlannedRun, begin: float, waiting: Sequence[PlannedRun]) -> str | None:
+        """Run one arm. Returns None when it is done, else why not, in one line."""
+        try:
+            code, output = self._carry_out(arm, lambda: f"  {self._progress(begin, waiting)}")
+        except OSError as error:
+            return one_line(error)
+        log = self.path.with_name(f"{arm.folder.name}.log")
+        if code == 0 and records.is_complete(arm.folder):
+            log.unlink(missing_ok=True)
+            return None
+        with contextlib.suppress(OSError):
+            log.write_text(output, encoding="utf-8")
+        return reason_of(code, output)
+
+    def _carry_out(self, arm: PlannedRun, progress: Callable[[], str]) -> tuple[int, str]:
+        """The exit code and output of the arm, in a process of its own or in the one that holds its model."""
+        overrides = [*arm.overrides, *self._group(arm)]
+        if self._working and (self._working[0] != arm.shared or self._working[1].ended):
+            self.close()  # before another takes memory
+        if self.worker is None or arm.shared is None:
+            return run_child([*self.child, *overrides], progress)
+        if self._working is None:
+            self._working = arm.shared, Worker(self.worker)
+        return self._working[1].run(overrides, progress)
+
+    def close(self) -> None:
+        """End the process that holds a model, if there is one."""
+        if self._working:
+            self._working[1].close()
+            self._working = None
+
+    def _group(self, arm: PlannedRun) -> list[str]:
+        """The override that gathers the sweep's runs in wandb, where they go there without a group of their own."""
+        tracking = arm.experiment.tracking
+        return [f"tracking.group={self.path.stem}"] if tracking.backend == "wandb" and tracking.group is None else []
+
+    def _own(self, arm: PlannedRun) -> str:
+        """What sets the arm apart from the others."""
+        return " ".join(option for option in arm.overrides if option not in self.shared) or "-"
+
+    def _progress(self, begin: float, waiting: Sequence[PlannedRun]) -> str:
+        now = time.monotonic()
+        return f"arm {_clock(now - begin)}, sweep {_clock(now - self.started)}, {self._to_go(waiting)}"
+
+    def _to_go(self, waiting: Sequence[PlannedRun]) -> str:
+        """The time that `waiting` arms will take, by those of their kind, or else by all that are known."""
+        if not waiting:
+            return "nothing to go"
+        known = [seconds for kind in self.seconds.values() for seconds in kind]
+        if not known:
+            return f"{len(waiting)} to go, for a time that the first will tell"
+        return f"{len(waiting)} to go, about {_clock(sum(mean(self.seconds.get(a.kind, known)) for a in waiting))}"
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    """A request to end, or a closed terminal, stops a sweep like Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:  # under nohup, SIGHUP is ignored
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that works out each answer once: arms share models, whose files are hashed, and data sets."""
+    answers: dict[str, Any] = {}
+
+    def remembered(*arguments: Any) -> Any:
+        key = repr(arguments)
+        if key not in answers:
+            answers[key] = function(*arguments)
+        return answers[key]
+
+    return remembered
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,113 @@
+"""Engines that evict, and what makes their runs differ without changing a token."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from tests.eviction.cases import Case
+from zipage import LLM, EventStats, RequestOutput, SamplingParams
+from zipage.scheduling.plan import StepPlan
+from zipage.scheduling.request import Status
+from zipage.scheduling.scheduler import GROWTH
+
+UNBOUNDED = 100_000
+
+
+def make_llm(folder: Path, case: Case | None, budget: int = 64, growth: int = GROWTH, **options) -> LLM:
+    """An engine in debug mode; `case` None is full KV. `recent`, protection and options are the case's.
+
+    A `growth` of 0 lets a small pool take in more requests than it can hold to their budgets: some have to leave.
+    """
+    defaults = {
+        "skip_tokenizer_init": True,
+        "device": "cpu",
+        "block_size": 16,
+        "num_blocks": 2048 // options.get("block_size", 16),
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 512,
+        "debug": True,
+    }
+    if case is not None:
+        defaults |= {
+            "policy": case.policy,
+            "policy_options": case.options,
+            "budget_tokens": budget,
+            "protection": case.protection,
+            "recent_tokens": case.recent,
+        }
+    llm = LLM(str(folder), **defaults | options)
+    llm._scheduler.growth = growth
+    return llm
+
+
+def greedy(max_tokens: int, **options) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **options)
+
+
+def tokens_of(outputs: list[RequestOutput]) -> list[list[int]]:
+    for output in outputs:
+        assert output.error is None, output.error
+    return [sample.token_ids for output in outputs for sample in output.outputs]
+
+
+def random_prompts(lengths, vocab: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
+
+
+def pause_now_and_then(llm: LLM, share: float = 0.2, seed: int = 0) -> None:
+    """After a step, now and then, move a running request to host memory, for no reason."""
+    rng = random.Random(seed)
+    scheduler = llm._scheduler
+
+    def pause(_step) -> None:
+        running = [request for request in scheduler.running if request.status is Status.RUNNING]
+        if running and rng.random() < share:
+            plan = StepPlan()
+            scheduler.pause(rng.choice(running), plan)
+            llm._runner.move(plan)
+            llm._telemetry.record_moves(plan)
+
+    llm.step_listeners.append(pause)
+
+
+@dataclass
+class Recorder:
+    """What a model computed for one request alone: keys, values [L, H, T, d] and queries [L, T, Hq, d], float64."""
+
+    keys: dict[int, list] = field(default_factory=dict)
+    values: dict[int, list] = field(default_factory=dict)
+    queries: dict[int, list] = field(default_factory=dict)
+
+    def wrap(self, attend):
+        """`PagedAttention.__call__`, recorded."""
+
+        def recorded(attention, layer, q, k, v):
+            for kind, x in (("queries", q), ("keys", k), ("values", v)):
+                getattr(self, kind).setdefault(layer, []).append(x.double().cpu())
+            return attend(attention, layer, q, k, v)
+
+        return recorded
+
+    def arrays(self) -> tuple:
+        keys, values, queries = (
+            torch.stack([torch.cat(parts[layer]) for layer in sorted(parts)])
+            for parts in (self.keys, self.values, self.queries)
+        )
+        return keys.transpose(1, 2).numpy(), values.transpose(1, 2).numpy(), queries.numpy()
+
+
+def record_events(llm: LLM) -> list[EventStats]:
+    events: list[EventStats] = []
+    llm.event_listeners.append(events.append)
+    return events
+
+
+def ended_while_paused(events: list[EventStats]) -> int:
+    """Samples whose last move was a pause: the step under way then brought their last token. Nothing resumes them."""
+    moves = {(e.request_id, e.sample_index): e.kind for e in events if e.kind in ("pause", "resume")}
+    return sum(kind == "pause" for kind in moves.values())

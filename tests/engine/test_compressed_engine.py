@@ -1,0 +1,171 @@
+"""Compressed PagedAttention from end to end: what must not change a token, and that the right entries stay."""
+
+from itertools import product
+
+import pytest
+
+from tests.engine.compressed import (
+    UNBOUNDED,
+    Recorder,
+    greedy,
+    make_llm,
+    pause_now_and_then,
+    random_prompts,
+    record_events,
+    tokens_of,
+)
+from tests.eviction.cases import CASES, Case, every_case
+from tests.eviction.dense_simulation import Simulation
+from tests.tiny_models import VOCAB, save_tiny_model
+from zipage.worker.paged_attention import PagedAttention
+
+ONE_OF_EACH = list({case.policy: case for case in reversed(CASES)}.values())
+LENGTHS = (5, 17, 33, 9, 70, 100)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model("qwen3", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return random_prompts(LENGTHS, VOCAB)
+
+
+# An unbounded budget
+
+
+NEW_TOKENS = 30
+COMBINATIONS = list(product((16, 64, 256), (40, 512), (False, True), (False, True), (False, True)))
+
+
+@pytest.fixture(scope="module")
+def full_tokens(folder, prompts):
+    return tokens_of(make_llm(folder, None).generate(prompts, greedy(NEW_TOKENS), use_tqdm=False))
+
+
+@pytest.mark.parametrize("combination", range(len(COMBINATIONS)))
+def test_an_unbounded_budget_gives_the_tokens_of_full_kv(folder, prompts, full_tokens, combination):
+    block_size, chunk, hit, asynchronous, paused = COMBINATIONS[combination]
+    case = ONE_OF_EACH[combination % len(ONE_OF_EACH)]
+    options = {"page_size": block_size} if case.make().drops_blocks else {}
+    case = Case(case.policy, case.options | options, case.recent, case.protection)
+    llm = make_llm(
+        folder,
+        case,
+        budget=UNBOUNDED,
+        block_size=block_size,
+        max_num_batched_tokens=chunk,
+        async_compression=asynchronous,
+        num_blocks=4096 // block_size,
+    )
+    if hit:
+        llm.generate(prompts, greedy(NEW_TOKENS), use_tqdm=False)
+    if paused:
+        pause_now_and_then(llm)
+    outputs = llm.generate(prompts, greedy(NEW_TOKENS), use_tqdm=False)
+    assert tokens_of(outputs) == full_tokens
+    assert (sum(output.metrics.cached_tokens for output in outputs) > 0) == (hit and block_size < max(LENGTHS))
+    assert (llm.stats.pauses > 0) == paused
+    assert llm.stats.resumes == llm.stats.pauses == sum(output.metrics.pauses for output in outputs)
+    assert llm.stats.budget_bound == llm.stats.compressions_ordered == 0
+
+
+# A budget that binds
+
+
+@every_case
+def test_what_each_head_keeps_equals_the_simulation_over_a_generation(folder, case, monkeypatch):
+    prompt, new, keep, size = 24, 130, 64, 16
+    recorder = Recorder()
+    monkeypatch.setattr(PagedAttention, "__call__", recorder.wrap(PagedAttention.__call__))
+    llm = make_llm(folder, case, budget=keep, trace_positions=True)
+    events = record_events(llm)
+    tokens = random_prompts([prompt], VOCAB, seed=3)
+    llm.generate(tokens, greedy(new, seed=5), use_tqdm=False)
+    keys, values, queries = recorder.arrays()
+    assert keys.shape[2] == prompt + new - 1
+    simulation = Simulation(
+        policy=case.policy,
+        options=case.options,
+        keys=keys,
+        values=values,
+        queries=queries,
+        seed=5,
+        prompt_len=prompt,
+        keep=keep,
+        recent=case.recent,
+        protection=case.protection,
+    )
+    expected = simulation.run([keep + size] * len(events))
+    assert [event.num_tokens for event in events] == [keep + size + 1 + i * size for i in range(len(events))]
+    assert len(events) == (prompt + new - 2 - keep) // size
+    for event, kept in zip(events, expected, strict=True):
+        assert event.entries_before == keep + size
+        assert event.entries_after == keep
+        assert event.blocks_before - event.blocks_after == 1
+        for (layer, head), positions in kept.items():
+            assert event.kept_positions[layer, head].tolist() == positions, (event.round, layer, head)
+
+
+BINDING = {
+    "alone": {},
+    "asynchronous": {"async_compression": True},
+    "chunked": {"max_num_batched_tokens": 24},
+    "constrained": {"scheduling": "constrained", "num_blocks": 25},
+    "tight": {"num_blocks": 11, "growth": 0},
+    "tight-async": {"num_blocks": 11, "growth": 0, "async_compression": True},
+    "strided": {"layer_stride": 1},
+    "no-prefix-cache": {"enable_prefix_caching": False},
+}
+
+
+@pytest.fixture(scope="module", params=ONE_OF_EACH, ids=str)
+def bounded(request, folder, prompts):
+    """A case, and the tokens of each prompt alone, compressed in place, in ample memory."""
+    llm = make_llm(folder, request.param, async_compression=False)
+    tokens = [tokens_of(llm.generate([p], greedy(90, seed=i), use_tqdm=False))[0] for i, p in enumerate(prompts)]
+    assert llm.stats.compressions_applied > 0
+    return request.param, tokens
+
+
+@pytest.mark.parametrize("change", [name for name in BINDING if name != "alone"])
+def test_a_batch_equals_its_requests_alone(folder, prompts, bounded, change):
+    case, expected = bounded
+    llm = make_llm(folder, case, **{"async_compression": False} | BINDING[change])
+    params = [greedy(90, seed=i) for i in range(len(prompts))]
+    assert tokens_of(llm.generate(prompts, params, use_tqdm=False)) == expected
+    stats = llm.stats
+    assert stats.compressions_ordered == stats.compressions_applied > 0
+    assert stats.budget_bound == len(prompts)
+    assert stats.entries_kept == 64 * stats.compressions_applied
+    assert stats.blocks_used == stats.query_slots_used == 0
+    if "tight" in change:
+        assert stats.pauses + stats.preemptions > 0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_paused_equals_unpaused(folder, prompts, bounded, asynchronous):
+    case, expected = bounded
+    llm = make_llm(folder, case, async_compression=asynchronous)
+    pause_now_and_then(llm, share=0.3)
+    params = [greedy(90, seed=i) for i in range(len(prompts))]
+    assert tokens_of(llm.generate(prompts, params, use_tqdm=False)) == expected
+    assert llm.stats.resumes == llm.stats.pauses > 10
+
+
+def test_prefix_hits_change_nothing(folder, prompts, bounded):
+    case, expected = bounded
+    llm = make_llm(folder, case, max_num_batched_tokens=sum(LENGTHS))
+    params = [greedy(90, seed=i) for i in range(len(prompts))]
+    # The second half comes a step later, while the first hold their prompts' blocks, which are compressed in all.
+    outputs = llm.generate(prompts * 2, params * 2, use_tqdm=False)
+    assert tokens_of(outputs) == expected * 2
+    assert sum(output.metrics.cached_tokens for output in outputs) > 0
+
+
+def test_a_budget_binds(folder, prompts, bounded, full_tokens):
+    """Otherwise the tests above would compare full KV with itself."""
+    _, tokens = bounded
+    assert any(a[:NEW_TOKENS] != b or len(set(a)) > 10 for a, b in zip(tokens, full_tokens, strict=True))

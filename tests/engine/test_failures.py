@@ -1,0 +1,212 @@
+"""What fails costs the request it belongs to, or the engine, which says so; it never costs a neighbour in silence."""
+
+import logging
+import os
+import signal
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from tests.engine.compressed import greedy, make_llm, random_prompts, record_events, tokens_of
+from tests.eviction.cases import Case
+from tests.tiny_models import VOCAB, save_tiny_model, save_tiny_tokenizer
+from zipage import SamplingParams
+from zipage.eviction.policy import Policy
+
+PROMPTS = random_prompts((5, 33, 17, 40), VOCAB)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailsForLongPrompts(Policy):
+    """Ranks by the length of the keys; raises for a request whose prompt has 33 tokens, in its second compression."""
+
+    name: ClassVar[str] = "fails_for_long_prompts"
+    variant: ClassVar[str] = "fails"
+    paper: ClassVar[str] = ""
+
+    def rank(self, event):
+        if any(length == 33 and rounds == 1 for length, rounds in zip(event.prompt_lens, event.rounds)):
+            raise torch.OutOfMemoryError("no memory left")
+        return event.keys().norm(dim=-1)
+
+
+FAILS = Case(f"{__name__}:FailsForLongPrompts")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = save_tiny_model("qwen3", tmp_path_factory.mktemp("model"))
+    save_tiny_tokenizer(folder)
+    return folder
+
+
+every_loop = pytest.mark.parametrize("overlaps", [False, True], ids=["stepwise", "overlapped"])
+
+
+@every_loop
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["in the step", "beside"])
+def test_a_compression_that_raises_ends_its_request_alone(folder, asynchronous, overlaps):
+    options = {"async_compression": asynchronous, "async_scheduling": overlaps}
+    llm = make_llm(folder, FAILS, **options)
+    outputs = llm.generate(PROMPTS, greedy(100), use_tqdm=False)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error", "length", "length"]
+    (failed,) = outputs[1].outputs
+    message = "a compression under policy 'fails_for_long_prompts' failed: OutOfMemoryError: no memory left"
+    assert failed.error == outputs[1].error == message
+    assert 0 < len(failed.token_ids) < 100
+    others = [output for output in outputs if output.error is None]
+    alone = make_llm(folder, FAILS, **options).generate([PROMPTS[i] for i in (0, 2, 3)], greedy(100), use_tqdm=False)
+    assert tokens_of(others) == tokens_of(alone)
+    stats = llm.stats
+    assert stats.blocks_used == stats.query_slots_used == stats.num_compressing == 0
+    assert (stats.compressions_failed, stats.requests_failed, stats.requests_finished) == (1, 1, 3)
+    assert stats.compressions_ordered == stats.compressions_applied + stats.compressions_failed
+    again = llm.generate(PROMPTS[:1], greedy(100), use_tqdm=False)
+    assert tokens_of(again) == tokens_of(others[:1])
+
+
+def test_a_prompt_fails_once_however_many_samples_fail(folder):
+    llm = make_llm(folder, FAILS, max_num_seqs=2)
+    output = llm.generate([PROMPTS[1]], SamplingParams(n=2, max_tokens=100, ignore_eos=True, seed=1), use_tqdm=False)[0]
+    assert [sample.finish_reason for sample in output.outputs] == ["error", "error"]
+    assert llm.stats.requests_failed == 1
+    assert not llm.has_unfinished_requests()
+
+
+def test_a_stream_ends_with_the_error(folder):
+    llm = make_llm(folder, FAILS)
+    events = list(llm.stream(PROMPTS[1], greedy(100)))
+    assert events[-1].finish_reason == "error"
+    assert events[-1].error.endswith("no memory left")
+    assert events[-1].token_id is None
+    assert all(event.error is None for event in events[:-1])
+
+
+def spoil_logits(llm, monkeypatch, prompt_len: int, after: int, value: float) -> None:
+    """From its output token `after` on, the logits of the request of this prompt length hold `value`."""
+    sample = llm._runner.sampler.sample
+
+    def spoilt(logits, requests):
+        for row, request in enumerate(requests):
+            if request.num_prompt_tokens == prompt_len and request.num_output_tokens >= after:
+                logits[row, 7] = value
+        return sample(logits, requests)
+
+    monkeypatch.setattr(llm._runner.sampler, "sample", spoilt)
+
+
+SAMPLED = [
+    {"temperature": 0.0},
+    {"temperature": 0.8, "seed": 3},
+    {"top_k": 5, "seed": 3},
+    {"top_p": 0.9, "min_p": 0.01, "seed": 3, "logprobs": True},
+    {"repetition_penalty": 1.2, "seed": 3, "stop": ["zz"]},
+]
+
+
+@every_loop
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", SAMPLED, ids=str)
+def test_logits_that_are_not_finite_end_their_request_alone(folder, monkeypatch, options, value, overlaps):
+    params = SamplingParams(max_tokens=30, ignore_eos=True, **options)
+    llm = make_llm(folder, None, async_scheduling=overlaps, skip_tokenizer_init=False)
+    expected = llm.generate(PROMPTS, params, use_tqdm=False)
+    spoil_logits(llm, monkeypatch, prompt_len=17, after=10, value=value)
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    (failed,) = outputs[2].outputs
+    assert failed.finish_reason == "error"
+    assert failed.error == outputs[2].error == "the model's logits for output token 10 are not finite (NaN or infinity)"
+    assert failed.token_ids == expected[2].outputs[0].token_ids[:10]
+    assert failed.logprobs is None or len(failed.logprobs) == 10
+    for i in (0, 1, 3):
+        assert outputs[i].error is None
+        assert outputs[i].outputs[0].token_ids == expected[i].outputs[0].token_ids
+    assert llm.stats.blocks_used == 0
+    assert not llm.has_unfinished_requests()
+
+
+def test_a_prompt_whose_first_logits_are_not_finite_has_no_token(folder, monkeypatch):
+    llm = make_llm(folder, None)
+    spoil_logits(llm, monkeypatch, prompt_len=17, after=0, value=float("nan"))
+    (output,) = llm.generate([PROMPTS[2]], greedy(5), use_tqdm=False)
+    assert output.outputs[0].token_ids == []
+    assert output.metrics.ttft is None
+    assert "output token 0" in output.error
+
+
+@every_loop
+def test_a_listener_that_raises_is_logged_and_costs_nothing(folder, caplog, overlaps):
+    zipage = Case("zipage", {"chunk": 32})
+    expected = make_llm(folder, zipage).generate(PROMPTS, greedy(100), use_tqdm=False)
+    llm = make_llm(folder, zipage, debug=False, async_scheduling=overlaps)
+    calls = []
+
+    def fails(record):
+        calls.append(record)
+        raise OSError("disk full")
+
+    llm.step_listeners.append(fails)
+    llm.event_listeners.append(fails)
+    events = record_events(llm)
+    with caplog.at_level(logging.ERROR):
+        outputs = llm.generate(PROMPTS, greedy(100), use_tqdm=False)
+    assert tokens_of(outputs) == tokens_of(expected)
+    assert len(calls) == 2, "one step, one event"
+    assert caplog.text.count("OSError: disk full") == 2
+    assert len(events) == llm.stats.compressions_applied > 0
+    assert llm.stats.blocks_used == 0
+
+
+@every_loop
+@pytest.mark.parametrize("part", ["move", "launch"])
+def test_a_step_that_breaks_is_not_taken_up_again(folder, monkeypatch, part, overlaps):
+    """What it had planned, such as blocks to copy, is lost: the tokens after it would be wrong."""
+    llm = make_llm(folder, None, async_scheduling=overlaps)
+    stream = llm.stream(PROMPTS[0], greedy(50))
+    next(stream)
+
+    def breaks(plan):
+        raise OSError("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._runner, part, breaks)
+        with pytest.raises(OSError, match="is gone"):
+            llm.generate(PROMPTS, greedy(5), use_tqdm=False)
+    for call in (
+        llm.step,
+        lambda: next(stream),
+        lambda: llm.add_request([1, 2]),
+        lambda: llm.generate([[1, 2]], greedy(5), use_tqdm=False),
+    ):
+        with pytest.raises(RuntimeError, match=r"has failed .*OSError: the device is gone.*make a new LLM"):
+            call()
+    assert not llm.abort("0")
+    llm.shutdown()
+
+
+@every_loop
+def test_ctrl_c_comes_between_two_steps(folder, monkeypatch, overlaps):
+    llm = make_llm(folder, Case("zipage", {"chunk": 32}), async_scheduling=overlaps)
+    expected = llm.generate(PROMPTS, greedy(100), use_tqdm=False)
+    stream = llm.stream(PROMPTS[1], greedy(100))
+    streamed = [next(stream) for _ in range(3)]
+    advance, steps = llm._scheduler.advance, []
+
+    def interrupted(plan):
+        advance(plan)
+        steps.append(plan)
+        if len(steps) == 40:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(llm._scheduler, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, greedy(100), use_tqdm=False)
+    assert len(steps) == 40
+    streamed += stream
+    assert [event.token_id for event in streamed] == expected[1].outputs[0].token_ids
+    assert not llm.has_unfinished_requests()
+    assert llm.stats.blocks_used == 0
+    assert tokens_of(llm.generate(PROMPTS, greedy(100), use_tqdm=False)) == tokens_of(expected)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,0 +1,441 @@
+"""The grader of programs: what passes, and what hostile programs can't do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.errors import UsageError
+from experiments.graders import code, get_grader, grade
+from experiments.graders.code import extract_program, same_output
+from experiments.sandbox import Limits, Sandbox
+from experiments.workloads.exams import COMMON_IMPORTS
+
+REFUSED = Sandbox().check()
+needs_namespaces = pytest.mark.skipif(REFUSED is not None, reason=f"no sandbox here: {REFUSED}")
+
+ADD = json.dumps(
+    {
+        "setup": "from typing import List\n\n\ndef add(a: int, b: int) -> int:\n    '''The sum.'''\n",
+        "entry_point": "add",
+        "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-5, 5) == 0\n",
+    }
+)
+DOUBLE = json.dumps({"tests": [["2\n", "4\n"], ["21\n", "42\n"]]})
+
+
+CHANNEL = "import sys\n    channel = sys._getframe().f_back.f_locals['channel']"
+FORGED = (
+    b"\x80\x02ccollections\nCounter\nN}X\x06\x00\x00\x00__eq__cbuiltins\nstr\ns\x86b0"  # Counter.__eq__ = str
+    b"\x88ccollections\nCounter\n)R\x86."  # (True, Counter())
+)
+"""A value that equals all others, as pickle would let a program send it."""
+
+ROOT = Path(__file__).parents[3]
+
+
+def processes(mark: str) -> list[str]:
+    """The processes of this machine with a text in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if mark.encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            continue  # it ended
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _small_limits(monkeypatch):
+    monkeypatch.setattr(code, "SANDBOX", sandbox(seconds=5))
+
+
+def sandbox(seconds: float) -> Sandbox:
+    return Sandbox(Limits(seconds, 4 * seconds, memory=256 << 20, processes=8, file_size=1 << 20, disk=4 << 20))
+
+
+def score(answer: str, gold: str) -> float | None:
+    graded = grade(code.grade_code, answer, gold)
+    assert graded.error is None, graded
+    return graded.score
+
+
+@needs_namespaces
+class TestPrograms:
+    @pytest.mark.parametrize(
+        ("answer", "expected"),
+        [
+            ("def add(a, b):\n    return a + b", 1),
+            ("Here it is:\n```python\ndef add(a, b):\n    return a + b\n```\nIt adds.", 1),
+            ("```\ndef add(a, b):\n    return 0\n```\nNo:\n```py\ndef add(a, b):\n    return a + b\n", 1),
+            ("    return a + b\n", 1),
+            ("class Solution:\n    def add(self, a, b):\n        return a + b", 1),
+            (
+                "print('hi')\ndef add(a, b):\n    print('noise')\n    return a + b\nif __name__ == '__main__': 1 / 0",
+                1,
+            ),
+            ("def add(a, b):\n    return a - b", 0),
+            ("def add(a, b):\n    raise ValueError", 0),
+            ("def add(a, b:", 0),
+            ("def plus(a, b):\n    return a + b", 0),
+            ("I can't.", 0),
+            ("", 0),
+        ],
+    )
+    def test_functions(self, answer, expected):
+        assert score(answer, ADD) == expected
+
+    @pytest.mark.parametrize(
+        ("answer", "expected"),
+        [
+            ("print(2 * int(input()))", 1),
+            ("import sys\nprint(f'{2 * float(sys.stdin.read()):.3f}  ')", 1),
+            ("print(4)", 0),
+            ("print(2 * int(input()))\nraise SystemExit(1)", 0),
+            ("pass", 0),
+        ],
+    )
+    def test_input_and_output(self, answer, expected):
+        assert score(answer, DOUBLE) == expected
+
+    def test_values_of_all_plain_kinds_arrive(self):
+        test = (
+            "def check(f):\n"
+            "    from collections import Counter, OrderedDict, defaultdict, deque\n"
+            "    from decimal import Decimal\n"
+            "    from fractions import Fraction\n"
+            "    for x in (None, True, 1, -0.0, 2.5, 1j, float('inf'), 'ä\\ud800', b'x', bytearray(b'y'), (1, [2]),\n"
+            "              {3: {4}, (5,): 6}, frozenset({5}), 1 << 63, -7 ** 9999, range(9), deque([1], 2),\n"
+            "              Counter('aab'), OrderedDict(a=1), defaultdict(None, a=1), {'tuple': [1]},\n"
+            "              Decimal('1.50'), Fraction(1, 3)):\n"
+            "        assert f(x) == x and type(f(x)) is type(x)\n"
+            "    assert [str(f(x)) for x in (-0.0, Decimal('1.50'), float('nan'))] == ['-0.0', '1.50', 'nan']\n"
+            "    try:\n        f(KeyError)\n    except KeyError:\n        return\n    assert False\n"
+        )
+        gold = json.dumps({"setup": "", "entry_point": "f", "test": test.replace("f(KeyError)", "f('raise')")})
+        answer = "def f(x):\n    if x == 'raise': raise KeyError(x)\n    return x"
+        assert score(answer, gold) == 1
+
+    @pytest.mark.parametrize(
+        ("value", "wanted"),
+        [
+            ("__import__('collections').namedtuple('Pair', 'a b')(1, 2)", "(1, 2)"),
+            ("__import__('collections').defaultdict(lambda: 0, a=1)", "{'a': 1}"),
+            ("type('Number', (int,), {})(3)", "3"),
+        ],
+    )
+    def test_a_subclass_is_what_it_extends(self, value, wanted):
+        gold = {"setup": "", "entry_point": "f", "test": f"def check(f):\n    assert f() == {wanted}\n"}
+        assert score(f"def f():\n    return {value}", json.dumps(gold)) == 1
+
+    def test_test_may_use_what_the_setup_defines(self):
+        setup = "import math\ndef square(x):\n    return x * x\ndef root(x):\n    '''Its root.'''\n"
+        test = "def check(candidate):\n    assert math.isclose(square(candidate(2)), 2)\n"
+        gold = json.dumps({"setup": setup, "entry_point": "root", "test": test})
+        assert score("def root(x):\n    return math.sqrt(x)", gold) == 1
+
+    @pytest.mark.parametrize(
+        "program",
+        [
+            "print(pow(2, -1, 7))",
+            "print(bisect.bisect_left([1, 2, 3, 4, 5], 5) + bisect_left([1, 3], 0))",
+            "print(4)\nquit()",
+            "print(4)\nexit(0)\n1 / 0",
+            '"""About."""\nfrom __future__ import annotations\ndef f(x: Undefined): return 4\nprint(f(1))',
+            "assert Counter is collections.Counter and OrderedDict is collections.OrderedDict\nprint(4)",
+            "class A:\n    pass\nimport pickle\nassert type(pickle.loads(pickle.dumps(A()))) is A\nprint(4)",
+            "if __name__ == '__main__': print(4)",
+        ],
+    )
+    def test_what_contest_sites_give(self, program):
+        assert score(program, json.dumps({"setup": COMMON_IMPORTS, "tests": [["", "4\n"]]})) == 1
+
+    @pytest.mark.parametrize("documented", [False, True])
+    def test_imports_from_the_future(self, documented):
+        program = "from __future__ import annotations\ndef add(a: x, b: y): return a + b"
+        if documented:
+            program = f'"""About."""\n\n{program}'
+        assert score(program, ADD) == 1
+        setup = '"""Mine."""\nfrom __future__ import division'
+        assert score(program, json.dumps(json.loads(ADD) | {"setup": setup})) == 1
+        assert score(f"import math\n{program}", ADD) == 0
+
+    @pytest.mark.parametrize("end", ["exit(1)", "quit('no')", "__builtins__.exit = None; exit(0)"])
+    def test_bad_ends(self, end):
+        assert score(f"print(4)\n{end}", json.dumps({"tests": [["", "4"]]})) == 0
+
+    def test_numpy_is_there_as_in_the_harness(self, monkeypatch):
+        monkeypatch.setattr(code, "SANDBOX", Sandbox())
+        assert score("import numpy as np\ndef add(a, b): return np.array([a, b]).sum()", ADD) == 1
+        four = json.dumps({"tests": [["", "4"]]})
+        assert score("import numpy as np\nprint(np.linalg.inv(np.eye(2) / 2).sum())", four) == 1
+        assert score("import torch\nprint(4)", four) == 0
+
+    def test_each_case_has_its_time_and_all_together_theirs(self, monkeypatch):
+        slow = "import time\ndef f(x):\n    time.sleep(x)\n    return x"
+
+        def calls(*seconds: float) -> str:
+            test = f"def check(f):\n    for x in {seconds}:\n        assert f(x) == x\n"
+            return json.dumps({"setup": "", "entry_point": "f", "test": test})
+
+        reads = "import time\nx = float(input())\ntime.sleep(x)\nprint(x)"
+        inputs = json.dumps({"tests": [["0.5", "0.5"]] * 4})
+        monkeypatch.setattr(code, "SANDBOX", Sandbox(Limits(seconds=1.5, suite_seconds=30)))
+        assert score(slow, calls(0.5, 0.5, 0.5, 0.5)) == 1
+        caught = "def check(f):\n    try:\n        f(2.0)\n    except BaseException:\n        pass\n"
+        assert score(slow, json.dumps({"setup": "", "entry_point": "f", "test": caught})) == 0
+        monkeypatch.setattr(code, "SANDBOX", Sandbox(Limits(seconds=1.5, suite_seconds=1.5)))
+        assert score(slow, calls(0.5, 0.5, 0.5, 0.5)) == 0
+        assert score(reads, inputs) == 0
+
+
+@needs_namespaces
+class TestHostilePrograms:
+    @pytest.mark.parametrize(
+        "program",
+        [
+            "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+            "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()",
+            "while True: pass",
+            "import time\ntime.sleep(60)",
+            "x = bytearray(1 << 40)",
+            "x = []\nwhile True: x.append(bytearray(1 << 20))",
+            "while True: print('x' * 100_000)",
+            "import os\nos._exit(0)",
+            "raise SystemExit(0)",
+            "import os\nos.abort()",
+            "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos.kill(-1, signal.SIGKILL)\nos._exit(0)",
+            "print('passed'); print('ok'); import sys; sys.exit(0)",
+            "import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
+            "\0",
+            "\ud800",
+        ],
+    )
+    def test_score_0_and_end_soon(self, program, monkeypatch):
+        monkeypatch.setattr(code, "SANDBOX", sandbox(seconds=0.4))
+        begin = time.monotonic()
+        assert score(program, ADD) == 0
+        assert score(program, DOUBLE) == 0
+        assert time.monotonic() - begin < 5
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "class Same(int):\n        __eq__ = lambda self, other: True\n    return Same()",
+            "import pickle\n    class Evil:\n        def __reduce__(self): return (print, ('x',))\n    return Evil()",
+            "import os\n    os.write(3, b'\\x80\\x04.' * 1000)\n    return 3",
+            "import os\n    os.close(3)",
+            "import sys\n    frame = sys._getframe()\n    while frame.f_back: frame = frame.f_back\n"
+            "    frame.f_locals['exam'].clear()\n    return True",
+            "import gc, types\n    [f.__globals__.update(check=lambda c: 0) for f in gc.get_objects()"
+            " if isinstance(f, types.FunctionType)]",
+            "return (lambda x: (x.append(x), x))([])",
+            f"{CHANNEL}\n    channel.write({FORGED!r})\n    channel.flush()\n"
+            "    import collections\n    return collections.Counter()",
+            *(
+                f"{CHANNEL}\n    channel.write(({line!r} + bytes([10])) * 3)\n    channel.flush()"
+                for line in (
+                    b'[true, {"Counter": [["__eq__", 1]]}]',
+                    b'[true, {"object": []}]',
+                    b'[true, {"__class__": "int"}]',
+                    b'[true, {"int": "3", "float": "0"}]',
+                    b'[true, {"Decimal": "sNaN"}]',
+                    b"[true, NaN]",
+                    b'[false, "SystemExit"]',
+                    b"3",
+                    b"[" * 100_000,
+                )
+            ),
+            "return 10 ** 10 ** 10",
+            "import time\n    time.sleep(60)",
+        ],
+    )
+    def test_only_right_values_pass(self, body, monkeypatch):
+        monkeypatch.setattr(code, "SANDBOX", sandbox(seconds=0.8))
+        assert score(f"def add(a, b):\n    {body}", ADD) == 0
+
+    def test_no_exception_ends_the_tests(self):
+        test = "def check(f):\n    assert all(map(lambda x: f(x) == x, [1, 2]))\n"
+        gold = json.dumps({"setup": "", "entry_point": "f", "test": test})
+        assert score("def f(x):\n    raise StopIteration", gold) == 0
+        assert score("def f(x):\n    return x", gold) == 1
+
+    def test_expected_values_are_nowhere_to_be_found(self):
+        program = (
+            "import os\n"
+            "found = [open(os.path.join(d, f)).read() for d, _, fs in os.walk('/box') for f in fs]\n"
+            "add = lambda a, b: a + b if any('-5' + ', 5)' in text for text in found) else None"
+        )
+        assert score(program, ADD) == 0
+
+    def see(self, program: str) -> str:
+        """What a program prints, by way of a test that is meant to fail."""
+        with tempfile.TemporaryFile() as output:
+            with code.SANDBOX.start({"main.py": program}, stdout=output) as running:
+                running.wait()
+            output.seek(0)
+            return output.read().decode()
+
+    def test_sees_neither_environment_nor_files_nor_processes_nor_network(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("SECRET", "key")
+        (tmp_path / "file").write_text("text")
+        program = f"""
+import os, socket, sys
+print(sorted(os.environ), os.getcwd(), os.listdir(), os.path.exists({str(tmp_path)!r}), os.path.exists("/proc/1"))
+print(os.path.exists({os.path.expanduser("~/.bashrc")!r}), os.path.exists("/etc/passwd"), os.getpid())
+for path in ("/usr/x", "/box/x", {str(tmp_path / "file")!r}):
+    try:
+        open(path, "w")
+    except OSError as error:
+        print(error.strerror)
+for address in (("127.0.0.1", 9), ("8.8.8.8", 53)):
+    try:
+        socket.create_connection(address, timeout=1)
+    except OSError as error:
+        print(error.strerror)
+print([name for name in sys.path if "site-packages" in name])
+"""
+        assert self.see(program).splitlines() == [
+            "['HOME', 'LC_CTYPE', 'OMP_NUM_THREADS'] /tmp [] False False",
+            "False False 1",
+            "Read-only file system",
+            "Read-only file system",
+            "No such file or directory",
+            "Network is unreachable",
+            "Network is unreachable",
+            "[]",
+        ]
+        assert (tmp_path / "file").read_text() == "text"
+
+    def test_files_in_memory_are_bounded(self):
+        program = """
+written = 0
+try:
+    for number in range(100):
+        with open(f"/tmp/{number}", "wb", buffering=0) as file:
+            written += file.write(bytes(1 << 20))
+except OSError as error:
+    print(written >> 20 < 5, error.strerror)
+"""
+        assert self.see(program) == "True No space left on device\n"
+
+    def test_what_was_left_behind_is_gone(self):
+        mark = f"left-{os.getpid()}-{time.monotonic_ns()}"
+        program = f"""
+import os, sys, time
+for _ in range(3):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.execv(sys.executable, ["python", "-c", "import time; time.sleep(60)", {mark!r}])
+        os._exit(0)
+time.sleep(0.2)
+print(2 * int(input()))
+"""
+        assert score(program, DOUBLE) == 1
+        assert not processes(mark)
+
+    def test_exceptions_at_exit_change_nothing(self):
+        program = (
+            "import atexit\natexit.register(lambda: 1 / 0)\ndef add(a, b): return a + b\nprint(2 * int(input() or 0))"
+        )
+        assert score(program, DOUBLE) == 1
+
+    def test_nothing_survives_the_death_of_its_watch(self):
+        mark = f"watched-{os.getpid()}-{time.monotonic_ns()}"
+        program = f"import os, sys\nos.execv(sys.executable, ['python', '-c', 'import time; time.sleep(9)', {mark!r}])"
+        deadline = time.monotonic() + 8
+        with code.SANDBOX.start({"main.py": program}) as running:
+            while not processes(mark):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            running.process.kill()
+        while processes(mark):
+            assert time.monotonic() < deadline, "it ran on"
+            time.sleep(0.02)
+
+    def test_nothing_survives_the_death_of_the_grading_process(self, tmp_path):
+        mark = f"survivor-{os.getpid()}-{time.monotonic_ns()}"
+        program = f"import os, sys\nos.execv(sys.executable, ['python', '-c', 'import time; time.sleep(50)', {mark!r}])"
+        grading = "import sys; from experiments.graders.code import grade_code; grade_code(sys.stdin.read(), '{}')"
+        grading = grading.format(DOUBLE.replace("\\", "\\\\"))
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        child = subprocess.Popen([sys.executable, "-c", grading], cwd=ROOT, stdin=subprocess.PIPE, env=environment)
+        child.stdin.write(program.encode())
+        child.stdin.close()
+        deadline = time.monotonic() + 8
+        while not processes(mark):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        while processes(mark):
+            assert time.monotonic() < deadline, "it ran on"
+            time.sleep(0.02)
+
+
+def test_execution_needs_consent():
+    with pytest.raises(
+        UsageError, match=r"would run the Python programs.*workload\.allow_code_execution=true allows it"
+    ):
+        get_grader("code")
+
+
+def test_without_a_sandbox_nothing_runs(monkeypatch):
+    monkeypatch.setattr(Sandbox, "check", lambda self: "unshare: Operation not permitted")
+    with pytest.raises(UsageError, match=r"there is no sandbox here \(unshare: Operation not permitted\)"):
+        get_grader("code", allow_code_execution=True)
+
+
+@pytest.mark.parametrize("gold", ["", "[]", "{}", '{"test": "x"}'])
+def test_gold_without_tests_is_a_fault_of_the_grader(gold):
+    graded = grade(code.grade_code, "print(1)", gold)
+    assert graded.score == 0
+    assert graded.error is not None
+
+
+@pytest.mark.parametrize(
+    ("answer", "program"),
+    [
+        ("x = 1", "x = 1"),
+        ("a\n```python\nx = 1\n```\nb", "x = 1"),
+        ("```\nx = 1\n```\n\n```\ny = 2\n```", "y = 2"),
+        ("```python\nx = 1", "x = 1"),
+        ("```python\nx = '''\n```", "x = '''"),
+        ("", ""),
+    ],
+)
+def test_program_is_the_last_block(answer, program):
+    assert extract_program(answer).strip() == program
+
+
+@pytest.mark.parametrize(
+    ("output", "expected", "same"),
+    [
+        ("1\n2\n", "1\n2", True),
+        ("1 2", "1\n2", False),
+        ("1.50", "1.5", True),
+        ("yes", "Yes", False),
+        ("nan", "nan", True),
+        ("inf", "Infinity", False),
+        ("", "", True),
+        ("", "0", False),
+        ("4_1", "41", False),
+        ("٤١", "41", False),
+        ("+.5e1", "5.", True),
+        ("1e999999999999999999", "1", False),
+        ("1e99999999999999999999", "1", False),
+        ("1" * 100_000 + "x", "1", False),
+    ],
+)
+def test_outputs_are_compared_by_words(output, expected, same):
+    assert same_output(output, expected) is same

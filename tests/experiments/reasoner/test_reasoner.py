@@ -1,0 +1,475 @@
+"""The project's own reasoner: its tokenizer, its packed batches, its training, and what the clone ships of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import string
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from jinja2 import TemplateError
+from safetensors import safe_open
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
+
+from experiments import train_reasoner
+from experiments.paths import REASONER
+from experiments.reasoner import network, packing, training
+from experiments.reasoner.packing import IGNORED, PackedBatches, pack, to_document
+from experiments.reasoner.tokenizer import (
+    ASSISTANT,
+    CHARACTERS,
+    CHAT_TEMPLATE,
+    END,
+    PAD,
+    SPECIAL,
+    UNKNOWN,
+    USER,
+    VOCABULARY,
+    build_tokenizer,
+    encode,
+)
+from experiments.reasoner.training import TrainingOptions
+from experiments.workloads import GENERATORS
+from experiments.workloads.chained_arithmetic import NAMES
+from experiments.workloads.problem import Problem
+from tests.tiny_models import transformers_greedy
+from zipage import LLM, SamplingParams
+from zipage.engine.detokenizer import Detokenizer
+
+CHAT = [
+    {"role": "user", "content": "a=1"},
+    {"role": "assistant", "content": "Answer: 1"},
+    {"role": "user", "content": "b=2\nΩ"},
+]
+CHAT_TEXT = "<|user|>a=1<|assistant|>Answer: 1<|end|><|user|>b=2\nΩ<|assistant|>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(9216)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return AutoTokenizer.from_pretrained(REASONER)
+
+
+class TestTokenizer:
+    def test_characters(self):
+        assert len(set(CHARACTERS)) == len(CHARACTERS) == len(VOCABULARY) - len(SPECIAL)
+        assert set(NAMES) | set(string.ascii_letters + string.digits + string.punctuation + " \n") == set(CHARACTERS)
+
+    def test_round_trip(self, tokenizer):
+        shuffled = list(CHARACTERS * 3)
+        Random(0).shuffle(shuffled)
+        for text in (CHARACTERS, "".join(shuffled), " \n  \n\n ", "  two  spaces ", "\n"):
+            ids = tokenizer(text)["input_ids"]
+            assert len(ids) == len(text)
+            assert tokenizer.decode(ids) == text
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
+            assert encode(text).tolist() == ids
+        assert len(set(tokenizer(CHARACTERS)["input_ids"])) == len(CHARACTERS)
+
+    def test_encode_equals_the_tokenizer(self, tokenizer):
+        texts = [problem.question + problem.solution for make in training.FAMILIES.values() for problem in make(0, 5)]
+        for text in [*texts, "", "ab漢c\té", "a🙂b", "\r\n"]:
+            assert encode(text).tolist() == tokenizer(text)["input_ids"]
+        assert encode("x").dtype == np.int16
+
+    def test_unknown_characters(self, tokenizer):
+        unknown = VOCABULARY[UNKNOWN]
+        assert tokenizer("漢\t")["input_ids"] == [unknown, unknown]
+        assert encode("a漢🙂b").tolist() == [VOCABULARY["a"], unknown, unknown, VOCABULARY["b"]]
+
+    def test_chat_template(self, tokenizer):
+        text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+        assert text == CHAT_TEXT
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        plain = CHAT_TEXT
+        for token in SPECIAL:
+            plain = plain.replace(token, "")
+        assert len(ids) == len(plain) + 5, "each special token is a single one"
+        assert [i for i in ids if i < len(SPECIAL)] == [
+            VOCABULARY[token] for token in (USER, ASSISTANT, END, USER, ASSISTANT)
+        ]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == plain
+        without = tokenizer.apply_chat_template(CHAT, tokenize=False)
+        assert without == CHAT_TEXT.removesuffix(ASSISTANT)
+
+    def test_special_tokens(self, tokenizer):
+        assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL] == [0, 1, 2, 3, 4]
+        assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token) == (PAD, END, UNKNOWN)
+        assert tokenizer("a")["input_ids"] == [VOCABULARY["a"]], "no token is added"
+
+    def test_other_roles_are_refused(self, tokenizer):
+        system = [{"role": "system", "content": "Think."}, *CHAT]
+        with pytest.raises(TemplateError, match="knows the roles user and assistant, not system"):
+            tokenizer.apply_chat_template(system, tokenize=False)
+
+    def test_shipped_tokenizer_is_the_one_built(self, shipped, tokenizer):
+        assert shipped.get_vocab() == tokenizer.get_vocab() == VOCABULARY
+        assert json.loads(shipped.backend_tokenizer.to_str()) == json.loads(tokenizer.backend_tokenizer.to_str())
+        assert shipped.chat_template == CHAT_TEMPLATE
+        assert shipped.model_max_length == network.LONGEST
+        for name in ("eos_token_id", "pad_token_id", "unk_token_id", "bos_token_id"):
+            assert getattr(shipped, name) == getattr(tokenizer, name)
+        assert shipped(CHAT_TEXT)["input_ids"] == tokenizer(CHAT_TEXT)["input_ids"]
+        assert shipped.decode(encode(CHARACTERS)) == CHARACTERS
+
+    def test_streamed_text_is_the_same(self, shipped):
+        for text in (CHARACTERS, " a  b\n\n c ", "k=417 k:417\nл=@k\n"):
+            detokenizer = Detokenizer(shipped, ())
+            pieces = []
+            for token in [*encode(text).tolist(), VOCABULARY[END]]:
+                detokenizer.add(token)
+                pieces.append(detokenizer.take(False))
+            detokenizer.finish()
+            pieces.append(detokenizer.take(True))
+            assert "".join(pieces) == detokenizer.text == text
+
+
+def documents(count: int, **options) -> list[tuple[np.ndarray, np.ndarray]]:
+    options = {"steps": 8, "recalls": 1, "distance": (32, 96), "restatements": 0, "distractors": 0} | options
+    return [to_document(problem) for problem in GENERATORS["chained_arithmetic"](seed=0, count=count, **options)]
+
+
+class TestDocuments:
+    def test_is_the_chat_with_the_answer(self, tokenizer):
+        for make in training.FAMILIES.values():
+            for problem in make(seed=0, count=6):
+                turns = [*problem.history, (problem.question, problem.solution)]
+                chat = [
+                    {"role": role, "content": text}
+                    for turn in turns
+                    for role, text in zip(("user", "assistant"), turn, strict=True)
+                ]
+                text = tokenizer.apply_chat_template(chat, tokenize=False)
+                ids, _ = to_document(problem)
+                assert ids.tolist() == tokenizer(text)["input_ids"]
+
+    def test_labels_are_the_next_tokens_of_answers_alone(self, tokenizer):
+        problem = Problem("", "q1?", "2", history=(("first", "one"), ("second", "two")), solution="Answer: 2")
+        ids, labels = to_document(problem)
+        assert len(ids) == len(labels)
+        learned = labels != IGNORED
+        assert (labels[:-1][learned[:-1]] == ids[1:][learned[:-1]]).all()
+        assert tokenizer.decode(labels[learned]) == "one<|end|>two<|end|>Answer: 2<|end|>"
+        assert labels[-1] == IGNORED
+        # The assistant's mark is where an answer begins.
+        assert all(learned[place] for place in np.flatnonzero(ids == VOCABULARY[ASSISTANT]))
+        assert not any(learned[place] for place in np.flatnonzero(ids == VOCABULARY[USER]))
+        assert not any(learned[place] for place in np.flatnonzero(ids == VOCABULARY[END]))
+
+
+class TestPacking:
+    def test_layout(self):
+        three = documents(3)
+        lengths = [len(ids) for ids, _ in three]
+        tokens = sum(lengths) + 37
+        batch = pack(three, tokens, 6)
+        ends = np.cumsum(lengths).tolist()
+        assert batch["cu_seq_lens"].tolist() == [0, *ends, tokens, tokens, tokens]
+        assert batch["cu_seq_lens"].dtype == torch.int32
+        for name in ("input_ids", "labels", "position_ids"):
+            assert batch[name].shape == (1, tokens)
+            assert batch[name].dtype == torch.int64
+        for (ids, labels), end in zip(three, ends, strict=True):
+            place = slice(end - len(ids), end)
+            assert batch["input_ids"][0, place].tolist() == ids.tolist()
+            assert batch["labels"][0, place].tolist() == labels.tolist()
+            assert batch["position_ids"][0, place].tolist() == list(range(len(ids)))
+        assert (batch["input_ids"][0, ends[-1] :] == VOCABULARY[PAD]).all()
+        assert (batch["labels"][0, ends[-1] :] == IGNORED).all()
+        assert batch["position_ids"][0, ends[-1] :].tolist() == list(range(37))
+
+    def test_a_full_batch_has_no_padding(self):
+        two = documents(2)
+        tokens = sum(len(ids) for ids, _ in two)
+        batch = pack(two, tokens, 3)
+        assert batch["cu_seq_lens"].tolist() == [0, len(two[0][0]), tokens, tokens]
+        assert VOCABULARY[PAD] not in batch["input_ids"]
+
+    def test_batches_hold_whole_documents(self):
+        tokens, slots = 12_000, 9
+        data = PackedBatches(4, tokens, slots, seed=3)
+        assert len(data) == 4
+        for index in range(4):
+            batch = data[index]
+            ids, bounds = batch["input_ids"][0], batch["cu_seq_lens"].tolist()
+            assert bounds == sorted(bounds)
+            assert len(bounds) == slots + 1
+            kinds = [ids[begin:end] for begin, end in pairwise(bounds) if end > begin]
+            *whole, last = kinds if ids[-1] == VOCABULARY[PAD] else [*kinds, None]
+            assert 0 < len(whole) <= slots - 1
+            for document in whole:
+                assert document[0] == VOCABULARY[USER]
+                assert document[-1] == VOCABULARY[END]
+                assert VOCABULARY[PAD] not in document
+            assert last is None or (last == VOCABULARY[PAD]).all()
+
+    def test_seed_and_number_decide(self):
+        first, again = PackedBatches(3, 9216, 8, seed=1), PackedBatches(3, 9216, 8, seed=1)
+        other = PackedBatches(3, 9216, 8, seed=2)
+        for index in (2, 0):
+            assert same(first[index], again[index])
+            assert not same(first[index], other[index])
+        assert not same(first[0], first[1])
+
+    def test_workers_do_not_matter(self):
+        data = PackedBatches(4, 9216, 8, seed=1)
+        load = partial(DataLoader, data, batch_size=None, shuffle=False)
+        for alone, shared in zip(load(num_workers=0), load(num_workers=2), strict=True):
+            assert same(alone, shared)
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def tiny_config():
+    config = network_config()
+    config.update({"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16})
+    config.update({"num_attention_heads": 4, "num_key_value_heads": 2})
+    config.layer_types = config.layer_types[:2]
+    return config
+
+
+network_config = network.build_config
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Networks of two narrow layers, and batches that need not hold the longest document."""
+    monkeypatch.setattr(network, "build_config", tiny_config)
+    monkeypatch.setattr(training, "LONGEST", 512)
+    monkeypatch.setattr(packing, "training_problem", short_problem)
+    small = {"chained_arithmetic": {"steps": 8, "recalls": 0, "distractors": 0}}
+    small |= {"program_trace": {"statements": 1, "iterations": 1}, "fragility": {"distances": (128,)}}
+    families = {name: partial(make, **small[name]) for name, make in training.FAMILIES.items()}
+    monkeypatch.setattr(training, "FAMILIES", families)
+
+
+def short_problem(random: Random, progress: float) -> Problem:
+    options = {"steps": 8, "recalls": 0, "distractors": 0}
+    return next(iter(GENERATORS["chained_arithmetic"](random.randrange(1000), 1, split="train", **options)))
+
+
+class TestNetwork:
+    def test_packed_attention_equals_every_document_alone(self, tiny):
+        model = network.build_network(0).eval()
+        with torch.no_grad():  # sharper attention than that of fresh weights, so that a leak shows
+            for layer in model.model.layers:
+                layer.self_attn.q_proj.weight.mul_(20)
+        alone = Qwen3ForCausalLM._from_config(tiny_config(), attn_implementation="eager", dtype=torch.float32).eval()
+        alone.load_state_dict(model.state_dict())
+        four = [(ids[:cut], labels[:cut]) for (ids, labels), cut in zip(documents(4), (400, 90, 7, 1), strict=True)]
+        tokens = sum(len(ids) for ids, _ in four) + 20
+        batch = pack(four, tokens, 8)
+        with torch.no_grad():
+            inputs = {name: batch[name] for name in ("input_ids", "position_ids", "cu_seq_lens")}
+            packed = model(**inputs).logits[0]
+            begin = 0
+            for ids, _ in four:
+                expected = alone(torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
+                torch.testing.assert_close(packed[begin : begin + len(ids)], expected, rtol=1e-4, atol=1e-4)
+                begin += len(ids)
+        assert packed.shape == (tokens, len(VOCABULARY))
+
+    def test_seed_decides_the_weights(self, tiny):
+        first, again, other = (network.build_network(seed).state_dict() for seed in (0, 0, 1))
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+        assert {tensor.dtype for tensor in first.values()} == {torch.float32}
+
+    def test_size(self):
+        with torch.device("meta"):
+            model = Qwen3ForCausalLM(network.build_config())
+        assert sum(parameter.numel() for parameter in model.parameters()) == 12_709_504
+
+
+@pytest.fixture
+def options(tiny) -> TrainingOptions:
+    """Of a training that takes a second."""
+    return TrainingOptions(
+        tokens=1024 * 6 - 5,
+        batch_tokens=1024,
+        slots=5,
+        learning_rate=1e-2,
+        warmup=2,
+        workers=0,
+        evaluate_every=2,
+        held_out=3,
+    )
+
+
+class TestOptions:
+    def test_rate(self):
+        options = TrainingOptions(tokens=100 * 32_768, learning_rate=0.5, warmup=10)
+        assert options.steps == 100
+        rates = [options.rate(step) for step in range(100)]
+        assert rates[:10] == pytest.approx([0.05 * n for n in range(1, 11)])
+        assert rates[10] == 0.5
+        assert rates[55] == pytest.approx(0.25)
+        assert all(before > after for before, after in pairwise(rates[10:]))
+        assert 0 < rates[99] < 0.001
+        assert options.rate(100) == pytest.approx(0)
+        assert replace(options, warmup=0).rate(0) == 0.5
+        assert [replace(options, warmup=200).rate(n) for n in (0, 99)] == pytest.approx([0.0025, 0.25])
+
+    def test_steps_are_rounded_up(self):
+        assert TrainingOptions(tokens=1).steps == 1
+        assert TrainingOptions(tokens=32_768 * 2 + 1).steps == 3
+
+    @pytest.mark.parametrize(
+        ("name", "value", "line"),
+        [
+            ("tokens", 0, "tokens=0: must be above 0"),
+            ("learning_rate", -1.0, "learning_rate=-1.0: must be above 0"),
+            ("clip", 0.0, "clip=0.0: must be above 0"),
+            ("evaluate_every", 0, "evaluate_every=0: must be above 0"),
+            ("held_out", 0, "held_out=0: must be above 0"),
+            ("warmup", -1, "warmup=-1: must be at least 0"),
+            ("weight_decay", -0.1, "weight_decay=-0.1: must be at least 0"),
+            ("workers", -1, "workers=-1: must be at least 0"),
+            ("batch_tokens", 4096, "batch_tokens=4096: must hold the longest document, 9216 tokens"),
+            ("slots", 1, "slots=1: must be at least 2"),
+        ],
+    )
+    def test_wrong_options(self, name, value, line, tmp_path, capsys):
+        with pytest.raises(ValueError, match=line):
+            TrainingOptions(**{name: value})
+        out = tmp_path / "model"
+        assert train_reasoner.main(["--out", str(out), "--device", "cpu", f"--{name.replace('_', '-')}={value}"]) == 2
+        assert capsys.readouterr().err == f"error: {line}\n"
+        assert not out.exists()
+
+
+class TestTraining:
+    def test_whole_training(self, options, tmp_path, capsys):
+        out = tmp_path / "model"
+        record = training.train(options, out, "cpu")
+        assert record == json.loads((out / "training.json").read_text())
+        assert record["options"] == vars(options)
+        assert record["provenance"]["code"].keys() == {"commit", "diff"}
+        assert record["provenance"]["started"] <= record["provenance"]["ended"]
+        assert [row["step"] for row in record["curve"]] == [2, 4, 6]
+        assert [row["tokens"] for row in record["curve"]] == [2048, 4096, 6144]
+        losses = [row["loss"] for row in record["curve"]]
+        assert losses[0] == pytest.approx(math.log(len(VOCABULARY)), abs=0.5)
+        assert losses[2] < losses[1] < losses[0]
+        assert all(row[name] == 0.0 for row in record["curve"] for name in training.FAMILIES)
+        assert capsys.readouterr().out.count("\n") == 3
+
+        model = AutoModelForCausalLM.from_pretrained(out)
+        assert model.dtype == torch.bfloat16
+        assert model.config.use_cache
+        assert record["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        prompt = tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(prompt)["input_ids"]
+        llm = LLM(str(out), device="cpu", num_blocks=64, block_size=16, dtype="float32")
+        params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+        answer = llm.generate([ids], params, use_tqdm=False)[0].outputs[0]
+        assert answer.token_ids == transformers_greedy(model.float(), ids, 12)[0]
+
+    def test_same_seed_same_losses(self, options, tmp_path):
+        curves = []
+        for number, seed in enumerate((0, 0, 1)):
+            record = training.train(replace(options, seed=seed, tokens=3072), tmp_path / str(number), "cpu")
+            curves.append([row["loss"] for row in record["curve"]])
+        assert curves[0] == curves[1]
+        assert curves[0][0] != curves[2][0]
+
+    def test_loss_that_is_no_number_is_an_error(self, options, tmp_path, monkeypatch):
+        def broken(seed):
+            model = network.build_network(seed)
+            with torch.no_grad():
+                model.lm_head.weight[7, 3] = math.nan
+            return model
+
+        monkeypatch.setattr(training, "build_network", broken)
+        with pytest.raises(FloatingPointError, match="the loss is nan at step 2: lower learning_rate"):
+            training.train(options, tmp_path / "model", "cpu")
+        assert not (tmp_path / "model" / "model.safetensors").exists()
+        # On the command line, one line.
+        asked = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items()]
+        assert train_reasoner.main(["--out", str(tmp_path / "model"), "--device", "cpu", *asked]) == 1
+
+    def test_held_out_share_counts_whole_documents(self, options):
+        batches = list(training._packed_held_out("chained_arithmetic", replace(options, held_out=7)))
+        assert sum(count for _, count in batches) == 7
+        assert len(batches) > 1
+        by_text = {bytes(ids): labels for ids, labels in map(to_document, held_out("chained_arithmetic", 7))}
+        assert len(by_text) == 7
+
+        def oracle(wrong_documents):
+            """Logits that are right but for one answer token of the documents of these numbers."""
+
+            def predict(batch):
+                labels = batch["labels"][0].clone()
+                for number in wrong_documents:
+                    begin = int(batch["cu_seq_lens"][number])
+                    labels[begin + int((labels[begin:] != IGNORED).nonzero()[5])] ^= 1
+                return torch.nn.functional.one_hot(labels.clamp(min=0), len(VOCABULARY)).float()
+
+            return predict
+
+        assert training._exact(oracle([]), batches, "cpu") == 1
+        assert training._exact(oracle([0]), batches, "cpu") == pytest.approx(1 - len(batches) / 7)
+
+    def test_evaluations_ask_what_is_held_out(self):
+        for family in training.FAMILIES:
+            problems = list(held_out(family, 5))
+            assert problems == list(GENERATORS[family](seed=training.HELD_OUT_SEED, count=5, split="held_out"))
+
+    def test_matrices_decay_and_norms_do_not(self, tiny):
+        model = network.build_network(0)
+        matrices, norms = training._groups(model, 0.3)
+        assert (matrices["weight_decay"], norms["weight_decay"]) == (0.3, 0.0)
+        assert {p.ndim for p in matrices["params"]} == {2}
+        assert {p.ndim for p in norms["params"]} == {1}
+        assert len(matrices["params"]) + len(norms["params"]) == len(list(model.parameters()))
+
+
+def held_out(family: str, count: int):
+    return training.held_out_problems(family, count)
+
+
+class TestShippedModel:
+    def test_weights_are_small(self):
+        path = REASONER / "model.safetensors"
+        assert path.stat().st_size <= 30_000_000
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            assert {tensor.get_dtype() for tensor in tensors.values()} == {"BF16"}
+            assert sum(math.prod(tensor.get_shape()) for tensor in tensors.values()) == 12_709_504
+
+    def test_config_is_the_one_built(self):
+        found = json.loads((REASONER / "config.json").read_text())
+        built = json.loads(network.build_config().to_json_string(use_diff=False))
+        ours = ("architectures", "dtype", "use_cache", "transformers_version")
+        assert {k: v for k, v in found.items() if k not in ours}.items() <= built.items()
+        assert found["architectures"] == ["Qwen3ForCausalLM"]
+        assert found["dtype"] == "bfloat16"
+        assert found["use_cache"]
+
+    def test_record_of_the_training(self):
+        record = json.loads((REASONER / "training.json").read_text())
+        options = TrainingOptions(**record["options"])
+        assert record["parameters"] == 12_709_504
+        assert len(record["provenance"]["code"]["commit"]) == 40
+        assert record["provenance"]["hardware"]["gpus"]
+        steps = [row["step"] for row in record["curve"]]
+        assert steps == sorted(steps)
+        assert steps[-1] == options.steps
+        last = record["curve"][-1]
+        assert last["loss"] < 0.01
+        for family in training.FAMILIES:
+            assert last[family] > 0.85

@@ -1,0 +1,182 @@
+"""Which code a result is known by."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.config.schema import load_experiment
+from experiments.errors import UsageError
+from experiments.records import load_runs, sources
+
+POLICY = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from own_policies import signs
+from zipage.eviction.policy import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(Policy):
+    name: ClassVar[str] = "mine"
+    variant: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    window: ClassVar[int] = 16
+
+    def rank(self, event):
+        return +event.attention("all", group="mean", window="mean") * signs.SIGN
+"""
+OWN = ("policy.name=own_policies.mine:Mine", "policy.budget_tokens=48", "engine.block_size=16")
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package of one's own policies; `edit` changes a file of it as an editor would before the next command."""
+    folder = tmp_path / "own_policies"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def edit(name: str, text: str) -> None:
+        (folder / name).write_text(text)
+        for module in [module for module in sys.modules if module.startswith("own_policies")]:
+            monkeypatch.delitem(sys.modules, module)
+
+    edit("__init__.py", "")
+    edit("mine.py", POLICY)
+    edit("signs.py", "SIGN = 1\n")
+    edit("other.py", "")
+    yield edit
+    edit("mine.py", "")
+
+
+def hashes(*options: str) -> dict[str, str]:
+    return sources.hashes(load_experiment(options))
+
+
+def test_edited_policy_of_ones_own_is_another_run(launch, results, package, capsys):
+    def runs() -> int:
+        assert launch(*OWN) == 0
+        return len(load_runs(results))
+
+    assert runs() == 1
+    assert runs() == 1
+    package("other.py", "what no policy imports")
+    assert runs() == 1, "nothing of it has changed"
+    package("mine.py", POLICY.replace("return +", "return -"))
+    assert runs() == 2
+    package("signs.py", "SIGN = -1\n")
+    assert runs() == 3, "a module that it imports"
+    assert "already done" in capsys.readouterr().out
+    package("mine.py", POLICY)
+    package("signs.py", "SIGN = 1\n")
+    assert runs() == 3, "as it was at first"
+
+
+def test_policy_of_ones_own_knows_what_it_imports(package):
+    assert sources.own_policies(load_experiment(OWN)).keys() == {
+        "own_policies.mine",
+        "own_policies.signs",
+        "own_policies",
+    }
+    assert sources.own_policies(load_experiment(["policy=zipage"])) == {}
+    example = load_experiment(["policy.name=examples.my_policy:MyPolicy", "policy.budget_tokens=256"])
+    assert sources.own_policies(example).keys() == {"examples.my_policy"}
+
+
+def test_edited_chat_template_is_another_run(launch, results, tmp_path):
+    template = tmp_path / "own.jinja"
+    for number, text in enumerate(("{{ messages }}", "{{ messages }} think"), 1):
+        template.write_text(text)
+        for _ in range(2):
+            assert launch(f"model.chat_template={template}") == 0
+            assert len(load_runs(results)) == number
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "policy", "grader"),
+    [
+        ("zipage/scheduling/scheduler.py", True, False, False),
+        ("kernels/cpu.py", True, False, False),
+        ("zipage/eviction/event.py", True, False, False),
+        ("experiments/running/prompts.py", True, False, False),
+        ("zipage/eviction/policies/h2o.py", False, True, False),
+        ("zipage/eviction/policies/snapkv.py", False, False, False),
+        ("experiments/graders/boxed.py", False, False, True),
+        ("experiments/graders/number.py", False, False, True),
+        ("experiments/graders/f1.py", False, False, False),
+        ("experiments/report.py", False, False, False),
+        ("kernels/bench.py", False, False, False),
+    ],
+)
+def test_each_part_is_what_decides_it(other_code, name, engine, policy, grader):
+    options = ("policy=h2o", "workload.grader=math")
+    before = hashes(*options)
+    other_code(name)
+    after = hashes(*options)
+    assert [before[part] != after[part] for part in ("engine", "policy", "grader")] == [engine, policy, grader]
+
+
+def test_programs_of_the_sandbox_are_a_part_of_its_grader(other_code):
+    before = sources._grader("code")
+    other_code("experiments/sandbox/examiner.py")
+    assert sources._grader("code") != before
+
+
+def test_adapters_of_other_engines_do_not_depend_on_this_one(other_code):
+    before = hashes("backend=vllm")
+    other_code("zipage/scheduling/scheduler.py")
+    assert hashes("backend=vllm") == before
+    other_code("experiments/backends/vllm.py")
+    assert hashes("backend=vllm")["engine"] != before["engine"]
+
+
+def test_unknown_policy_of_requests_is_one_line():
+    with pytest.raises(UsageError, match=r"sampling\.policy=zipge: unknown policy"):
+        hashes("sampling.policy=zipge")
+
+
+def test_stale_run_says_so_and_is_made_again_when_asked(launch, results, capsys, other_code):
+    options = ("policy=zipage", "policy.budget_tokens=48", "engine.block_size=16")
+    launch(*options)
+    launch(*options)
+    assert "note:" not in capsys.readouterr().out
+    other_code("zipage/scheduling/scheduler.py")
+    before = load_runs(results)
+    assert launch(*options) == 0
+    out = capsys.readouterr().out
+    assert "note: this run is stale: the engine has changed since; force=stale runs it again" in out
+    assert load_runs(results)["seconds"].tolist() == before["seconds"].tolist()
+    assert launch(*options, "force=stale") == 0
+    after = load_runs(results)
+    assert after["run"].tolist() == before["run"].tolist(), "shipped code is no part of the id"
+    assert after["seconds"].tolist() != before["seconds"].tolist()
+    assert launch(*options, "force=stale", fail_at=0) == 0, "it is as the code is"
+
+
+def test_record_without_hashes_is_stale():
+    assert sources.changes(None, {"engine": "a"}) == sources.UNKNOWN
+    assert sources.changes({"engine": "a"}, {"engine": "a"}) is None
+    assert (
+        sources.changes({"engine": "a"}, {"engine": "b", "policy": "c"})
+        == "the engine and the policy have changed since"
+    )
+
+
+def test_a_file_edited_under_way_is_recorded_as_it_was_read(launch, results, package, monkeypatch):
+    from experiments.running import job
+
+    serve = job.serve
+
+    def edit_then_serve(*arguments):
+        with Path(sys.modules["own_policies.mine"].__file__).open("a") as file:
+            file.write("# for the next run")
+        return serve(*arguments)
+
+    before = sources.hashes(load_experiment(OWN))
+    monkeypatch.setattr(job, "serve", edit_then_serve)
+    assert launch(*OWN) == 0
+    assert load_runs(results)["provenance.sources.policy"].tolist() == [before["policy"]]

@@ -1,0 +1,453 @@
+"""The main job on a fake engine: its record, and every way it can end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from experiments.config.notes import notes_before
+from experiments.config.schema import load_experiment
+from experiments.records import load_events, load_requests, load_runs, load_steps
+from experiments.workloads import Problem
+from tests.experiments.fake_engine import FakeTokenizer
+
+ROOT = Path(__file__).parents[3]
+
+CHILD = """
+import sys
+from experiments.run import main
+from tests.experiments.fake_engine import fake_backend
+sys.exit(main(fake_backend(step_seconds=float(sys.argv.pop(1)))))
+"""
+
+
+def start(step_seconds: float, arguments: list[str]) -> subprocess.Popen:
+    """The main job in a process of its own, on the fake engine."""
+    command = [sys.executable, "-c", CHILD, str(step_seconds), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, seconds: float = 50) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_record_is_whole_and_reads_back(launch, results, capsys):
+    assert launch("sampling.max_tokens=20", "engine.block_size=32") == 0
+    printed = capsys.readouterr().out
+    runs = load_runs(results)
+    assert len(runs) == 1
+    row = runs.iloc[0]
+    assert f"record: {row['path']}" in printed
+    plan, table = printed.splitlines()[:2]
+    assert plan.startswith("memory plan: ")
+    assert table.startswith("| run")
+    assert row["engine.block_size"] == 32
+    assert row["samples"] == row["prompts"] == 6
+    assert row["finish_reasons.length"] == 6
+    assert row["output_tokens"] == 6 * 20
+    assert row["output_length.p50"] == 20
+    assert row["steps"] == 20
+    assert row["peak_blocks"] == 7
+    assert row["counters.steps"] == 20
+    assert row["memory.num_blocks"] == 100
+
+    folder = Path(row["path"])
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.yaml",
+        "events.parquet",
+        "metrics.json",
+        "provenance.json",
+        "requests.parquet",
+        "steps.parquet",
+    ]
+    requests, steps = load_requests(row), load_steps(folder)
+    assert len(requests) == 6
+    assert len(steps) == 20
+    assert (requests["output_tokens"] == 20).all()
+    assert requests["prompt"].str.startswith("<user>").all()
+    assert requests["prompt"].str.endswith("<assistant>").all()
+    assert (requests["arrival"] >= 0).all()
+    assert (steps["time"] >= 0).all()
+    assert [ord(c) for c in requests["output"][0]] == list(requests["output_token_ids"][0])
+
+
+def test_provenance_says_where_the_numbers_come_from(launch, results):
+    launch()
+    folder = Path(load_runs(results)["path"][0])
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["model_files"].keys() == {"config.json"}
+    assert len(provenance["data"]) == len(provenance["prompts"]) == len(provenance["chat_template"]) == 64
+    assert {"python", "torch", "transformers", "zipage"} <= provenance["versions"].keys()
+    assert provenance["hardware"]["threads"] >= 1
+    assert provenance["seeds"] == {"run": 0, "workload": 0, "scenario": 0}
+    assert provenance["started"] <= provenance["ended"]
+    assert {"commit", "diff"} == provenance["code"].keys()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["limit"] == 6
+    assert "results_dir" not in config
+
+
+def test_grades_are_those_of_the_answers(launch, results):
+    launch("workload.options.count=200", "limit=200")
+    requests = load_requests(load_runs(results).iloc[0])
+    said = requests["output"].str.extract(r"answer is (\d+)")[0]
+    right = said == requests["gold"]
+    assert 0 < right.sum() < len(right)
+    assert (requests["grade"] == right).all()
+    assert (requests["extracted"] == said).all()
+    assert load_runs(results)["accuracy"][0] == pytest.approx(right.mean())
+
+
+def test_samples_of_a_prompt_are_rows_of_their_own(launch, results):
+    assert launch("sampling=nucleus", "workload.samples=3") == 0
+    requests = load_requests(load_runs(results).iloc[0])
+    assert len(requests) == 18
+    assert (requests.groupby("prompt_id")["sample_index"].apply(list).map(lambda x: x == [0, 1, 2])).all()
+
+
+def test_finished_run_is_skipped_and_force_repeats_it(launch, results, capsys):
+    launch()
+    before = load_runs(results).iloc[0]
+    capsys.readouterr()
+    assert launch(fail_at=0) == 0, "the engine must not be asked again"
+    out = capsys.readouterr().out
+    assert "already done" in out
+    assert f"record: {before['path']}" in out
+    assert "| run" in out
+    assert launch("tracking.project=other", fail_at=0) == 0
+    assert launch("force=true") == 0
+    after = load_runs(results)
+    assert len(after) == 1
+    assert after["run"][0] == before["run"]
+    assert after["seconds"][0] != before["seconds"]
+    assert launch("seed=1") == 0
+    assert len(load_runs(results)) == 2
+
+
+def test_engine_that_fails_leaves_one_line_and_no_record(launch, results, capsys):
+    assert launch(fail_at=5) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error: the engine failed after 5 steps: RuntimeError: the device is gone")
+    assert not list(results.rglob("metrics.json"))
+    assert "RuntimeError: the device" in next(results.rglob("traceback.txt")).read_text()
+    assert load_runs(results).attrs["incomplete"] == 1
+    assert launch() == 0
+    assert load_runs(results).attrs["incomplete"] == 0
+
+
+def test_failed_repeat_keeps_the_old_record(launch, results):
+    launch()
+    before = load_runs(results)["seconds"][0]
+    assert launch("force=true", fail_at=3) == 1
+    assert load_runs(results)["seconds"][0] == before
+
+
+def test_interrupt_leaves_nothing(launch, results, capsys):
+    assert launch(fail_at=5, error=KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "error: interrupted: nothing was recorded\n"
+    assert [path.name for path in results.iterdir()] == [".locks"]
+    assert not list((results / ".locks").iterdir())
+
+
+def test_refused_prompt_costs_itself_only(launch, results, capsys):
+    assert launch("workload.samples=2", "sampling=nucleus", max_prompt=200) == 0
+    row = load_runs(results).iloc[0]
+    requests = load_requests(row)
+    refused = requests[requests["prompt"].str.len() > 200]
+    assert 0 < len(refused) < len(requests) == 12
+    assert refused["error"].str.contains("the pool holds 200").all()
+    assert (refused["grade"] == 0).all()
+    assert row["errors"] == len(refused)
+    assert row["finish_reasons.error"] == len(refused)
+    assert f"{len(refused)} of 12 samples could not be answered; the first is" in capsys.readouterr().out
+
+
+def test_items_that_cannot_be_asked_cost_themselves_only(launch, results, tmp_path, capsys):
+    data = tmp_path / "questions.jsonl"
+    lines = ['{"question": "1+1", "answer": "2"}', '{"question": "\\ud800", "answer": "2"}', '{"question": null}']
+    data.write_text("\n".join(lines))
+    assert launch("workload=jsonl", f"workload.path={data}", "workload.samples=2", "sampling=nucleus") == 0
+    row = load_runs(results).iloc[0]
+    requests = load_requests(row)
+    assert row["errors"] == 4
+    assert requests["error"].isna().tolist() == [True] * 2 + [False] * 4
+    assert (requests["grade"][2:] == 0).all()
+    assert requests["prompt"].str.contains("None").sum() == 0
+    assert (
+        "4 of 6 samples could not be answered; the first is 1: the question of item 1 holds" in capsys.readouterr().out
+    )
+
+
+def test_run_without_any_answer_is_no_run(launch, results, capsys):
+    assert launch(max_prompt=1) == 1
+    assert "6 of 6 samples could not be answered" in capsys.readouterr().err
+    assert load_runs(results).empty
+
+
+def test_fault_of_the_grader_costs_a_row(launch, results, tmp_path, capsys):
+    data = tmp_path / "questions.jsonl"
+    data.write_text('{"question": "1+1", "answer": "2"}\n{"question": "2+2", "answer": "four"}\n')
+    assert launch("workload=jsonl", f"workload.path={data}") == 0
+    requests = load_requests(load_runs(results).iloc[0])
+    assert requests["grader_error"].notna().tolist() == [False, True]
+    assert "1 of 2 samples could not be graded" in capsys.readouterr().out
+
+
+def test_what_is_hardly_meant_is_said_before_the_run(launch, results, tmp_path, capsys):
+    data, times = tmp_path / "questions.jsonl", tmp_path / "times.csv"
+    data.write_text('{"question": "1+1", "answer": "2"}\n{"question": "2+2", "answer": "four"}\n')
+    times.write_text("arrival,prompt_tokens,output_tokens\n0,5,6\n0,7,8\n")
+    trace = ("scenario=trace", f"scenario.path={times}")
+    policy = ("policy=streaming", "policy.budget_tokens=100")
+    assert launch("workload=jsonl", f"workload.path={data}", "workload.samples=4", *policy, *trace) == 0
+    said = capsys.readouterr().out.partition("memory plan")[0].splitlines()
+    assert said == [
+        "note: policy.budget_tokens=100: whole blocks of 256 make it 256, 156% more; a smaller engine.block_size comes "
+        "closer",
+        "note: sampling.n=4 at temperature 0: unless the policy draws at random, the samples of a problem are equal; "
+        "sampling=nucleus draws different ones, sampling.n=1 asks once",
+        f"note: scenario.path={times}: only arrivals are read of it, not prompt_tokens, output_tokens; how long "
+        "requests are is the workload's business (workload=lengths)",
+        "note: workload.grader=number: can't read 1 of 2 golds, whose answers score 0; the first is 1: ValueError: the "
+        "gold 'four' holds no number",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("grader", "good", "bad"),
+    [
+        ("number", "18", "four"),
+        ("math", "\\frac{1}{2}", "}"),
+        ("f1", "a word", "..."),
+        ("literal", "[1, 2]", "f(x"),
+        ("code", '{"setup": "", "tests": [["1", "2"]]}', "18"),
+    ],
+)
+def test_golds_that_a_grader_cannot_read_are_found_without_an_answer(grader, good, bad):
+    experiment = load_experiment(["model=hf", "model.path=m", f"workload.grader={grader}"])
+    problems = [Problem(name, "?", gold) for name, gold in (("a", good), ("b", bad), ("c", bad))]
+    problems.append(Problem("d", "", "", error="is null"))
+    (line,) = notes_before(experiment, problems)
+    assert line.startswith(f"workload.grader={grader}: can't read 2 of 3 golds, whose answers score 0; the first is b:")
+    assert notes_before(experiment, problems[:1]) == []
+
+
+def test_nothing_is_said_of_what_is_usual(launch, capsys):
+    assert launch("policy=zipage", "policy.budget_tokens=500", "workload.samples=2", "sampling=nucleus") == 0
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_poisson_arrivals_are_spread(launch, results):
+    assert launch("scenario=poisson", "scenario.rate=50") == 0
+    arrivals = load_requests(load_runs(results).iloc[0])["arrival"]
+    assert arrivals.is_monotonic_increasing
+    assert arrivals.iloc[-1] - arrivals.iloc[0] > 0.02
+
+
+@pytest.mark.parametrize(
+    ("arguments_", "line"),
+    [
+        (["engine.blok_size=16"], "engine.blok_size: unknown option; did you mean engine.block_size?"),
+        (["model.path=no/such/folder"], "model.path=no/such/folder: no such file or folder"),
+        (["model.path=org/name"], "model.path=org/name: no such folder here, and not to be had from the hub"),
+        (["workload.path=nowhere.jsonl"], "workload.path=nowhere.jsonl: no such file"),
+        (["engine.block_size=17"], "engine: block_size=17: must be a power of two from 16 to 256"),
+        (["workload.grader=mind"], "workload.grader=mind: must be one of number, math, exact"),
+        (["backend=vlm"], "backend=vlm: must be one of zipage"),
+        (["model.chat_template=none.jinja"], "model.chat_template=none.jinja: must be auto, none or a file"),
+        (["workload.options.count=0"], "workload.options: count=0"),
+        (["workload.options.kount=1"], "workload.options.kount: unknown option of word_problems; known: count, steps"),
+    ],
+)
+def test_wrong_usage_is_one_line(launch, results, capsys, arguments_, line):
+    assert launch(*arguments_) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {line}")
+    assert captured.err.count("\n") == 1
+    assert not list(results.rglob("*.parquet"))
+
+
+def test_wrong_engine_option_from_the_engine_is_one_line(monkeypatch, arguments, capsys):
+    from experiments import run
+
+    def refuse(**options):
+        raise ValueError("num_blocks=1: holds no\nrequest")
+
+    monkeypatch.setattr(sys, "argv", ["run", *arguments])
+    assert run.main({"zipage": refuse}) == 2
+    assert capsys.readouterr().err == "error: the model can't be loaded: num_blocks=1: holds no request\n"
+
+
+def test_unwritable_results_are_found_before_the_model(launch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert launch(f"results_dir={tmp_path}/file/runs", "model.path=nowhere") == 2
+    assert capsys.readouterr().err.startswith(f"error: results_dir={tmp_path}/file/runs: can't be written")
+
+
+def test_full_disk_is_one_line(launch, results, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("experiments.records.outcomes.write_rows", full)
+    assert launch() == 1
+    err = capsys.readouterr().err
+    assert "can't be written: No space left on device" in err
+    assert err.count("\n") == 1
+    assert load_runs(results).attrs["incomplete"] == 0
+
+
+def test_nothing_is_littered(launch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    launch()
+    assert {path.name for path in set(tmp_path.iterdir()) - before} <= {"runs", "cache"}
+
+
+def test_sampling_seed_depends_on_the_problem_alone():
+    from experiments.config.schema import load_experiment
+    from experiments.running.job import sampling_params
+    from experiments.workloads import load_problems
+
+    experiment = load_experiment()
+    problems = load_problems(experiment.workload, 8)
+    seeds = [sampling_params(experiment, problem).seed for problem in problems]
+    assert len(set(seeds)) == 8
+    assert sampling_params(load_experiment(["limit=2"]), problems[3]).seed == seeds[3]
+    assert sampling_params(load_experiment(["seed=1"]), problems[3]).seed != seeds[3]
+    assert sampling_params(load_experiment(["sampling.seed=7"]), problems[3]).seed == 7
+
+
+def test_kill_leaves_nothing_complete_and_the_next_run_completes(launch, arguments, results):
+    child = start(10, arguments)
+    wait_for(lambda: list(results.glob("*.partial/config.yaml")))
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    runs = load_runs(results)
+    assert runs.empty
+    assert runs.attrs["incomplete"] == 1
+    assert launch() == 0
+    runs = load_runs(results)
+    assert len(runs) == 1
+    assert runs.attrs["incomplete"] == 0
+
+
+def test_two_processes_make_one_record(arguments, results):
+    children = [start(0.02, arguments) for _ in range(2)]
+    outputs = [child.communicate(timeout=50)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0], outputs
+    assert sum("already done" in output for output in outputs) == 1
+    runs = load_runs(results)
+    assert len(runs) == 1
+    assert runs.attrs["incomplete"] == 0
+
+
+def test_prompts_follow_the_chat_template(model_folder):
+    from experiments.config.schema import load_experiment
+    from experiments.running.prompts import PromptRenderer
+    from experiments.workloads import Problem
+
+    problem = Problem("0", "1+1?", "2")
+
+    def render(*options: str):
+        experiment = load_experiment(["workload.template='Q: {question}'", *options])
+        return PromptRenderer(experiment.workload, experiment.model, FakeTokenizer()).render(problem)
+
+    assert render().text == "<user>Q: 1+1?<assistant>"
+    assert render().token_ids == [ord(c) for c in "<user>Q: 1+1?<assistant>"], "no special tokens beside the template's"
+    assert render("workload.system_prompt=Think.").text == "<system>Think.<user>Q: 1+1?<assistant>"
+    assert render("model.chat_template_options={thinking: true}").text == "<user>Q: 1+1?thinking<assistant>"
+    bare = render("model.chat_template=none", "workload.system_prompt=Think.")
+    assert bare.text == "Think.\n\nQ: 1+1?"
+    assert bare.token_ids[0] == 1
+
+    # Earlier turns go before, as they were: the workload's template is for the question alone.
+    problem = Problem("0", "1+1?", "2", history=(("3+3?", "6"), ("4+4?", "8")))
+    turns = "<user>3+3?<assistant>6<user>4+4?<assistant>8<user>Q: 1+1?<assistant>"
+    assert render().text == turns
+    assert render("workload.system_prompt=Think.").text == f"<system>Think.{turns}"
+    assert render("model.chat_template=none").text == "3+3?\n\n6\n\n4+4?\n\n8\n\nQ: 1+1?"
+    assert render("model.chat_template=none", "workload.system_prompt=Think.").text.startswith("Think.\n\n3+3?\n\n6")
+
+
+def test_steps_table_has_the_columns_of_the_engine(launch, results):
+    from dataclasses import fields
+
+    from zipage import StepStats
+
+    launch()
+    steps = load_steps(load_runs(results).iloc[0])
+    assert list(steps.columns) == [f.name for f in fields(StepStats)]
+    assert pd.api.types.is_integer_dtype(steps["num_decode"])
+
+
+NEVER_BOUND = "the budget never bound: no request was compressed, so this run equals full KV"
+
+
+def test_events_of_a_run_read_back(launch, results, capsys):
+    policy = ["policy=zipage", "policy.budget_tokens=50", "engine.block_size=16", "engine.trace_positions=true"]
+    assert launch(*policy, "workload.samples=2", "sampling=nucleus") == 0
+    assert NEVER_BOUND not in capsys.readouterr().out
+    row = load_runs(results).iloc[0]
+    events, requests = load_events(row), load_requests(row)
+    assert row["compressions"] == len(events) == requests["compressions"].sum() >= 12
+    assert row["budget_bound_share"] == 1
+    assert not row["budget_never_bound"]
+    assert row["entries_evicted"] == (events["entries_before"] - events["entries_after"]).sum()
+    assert row["peak_query_slots"] == 6
+    assert set(events["kind"]) == {"compress"}
+    assert set(events["prompt_id"]) == set(requests["prompt_id"])
+    assert set(events["sample_index"]) == {0, 1}
+    assert events["time"].between(0, row["seconds"]).all()
+    for _, event in events.iterrows():
+        kept = event["kept_positions"]
+        assert kept.dtype == "int32"
+        assert kept.shape == tuple(event["kept_shape"]) == (2, 3, 64)
+        assert (kept == range(event["num_tokens"] - 64, event["num_tokens"])).all()
+
+
+def test_a_budget_that_never_bound_is_said(launch, results, capsys):
+    options = ["policy=zipage", "policy.budget_tokens=4000"]
+    for first in ("memory plan", "already done"):
+        assert launch(*options) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(first)
+        assert lines[-2] == NEVER_BOUND
+        assert "| 4,096 (for 4,000) (never bound) |" in lines[-3]
+    row = load_runs(results).iloc[0]
+    assert row["budget_never_bound"]
+    assert (row["budget_bound_share"], row["compressions"], row["entries_evicted"]) == (0, 0, 0)
+    assert load_events(row).empty
+
+
+def test_full_kv_has_no_budget_to_bind(launch, results, capsys):
+    assert launch("policy.budget_tokens=64", "engine.block_size=16") == 0
+    assert NEVER_BOUND not in capsys.readouterr().out
+    row = load_runs(results).iloc[0]
+    assert row["budget_bound_share"] is None
+    assert not row["budget_never_bound"]
+    assert row["peak_query_slots"] == 0
+
+
+def test_several_policies_in_one_command(launch, results):
+    assert launch("policy=full,zipage,random_attention", "policy.budget_tokens=64", "engine.block_size=16", "-m") == 0
+    runs = load_runs(results)
+    assert sorted(zip(runs["policy.name"], runs["policy.protection"], strict=True)) == [
+        ("full", "none"),
+        ("random", "prompt"),
+        ("zipage", "none"),
+    ]
+    assert launch("policy=zipage,snapkv", "policy.budget_tokens=64", "policy.options.chunk=16", "-m") == 2
+    assert len(load_runs(results)) == 4, "the choice that takes the option ran"

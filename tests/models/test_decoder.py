@@ -1,0 +1,94 @@
+"""Logits against transformers, for every family, flag and rope type, through files on disk."""
+
+import pytest
+import torch
+
+from tests.models.dense import dense_attention
+from tests.models.tiny import LENGTH, ROPE, make_model, reference_logits, token_ids
+from zipage.models.loader import load_model
+
+CASES = {
+    "llama-gqa": ("Llama", {}),
+    "llama-mha-tied-biased": (
+        "Llama",
+        {"num_key_value_heads": 4, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama-head-dim": ("Llama", {"head_dim": 24, "num_key_value_heads": 1, "rms_norm_eps": 1e-3}),
+    "llama-linear": ("Llama", {"rope_parameters": ROPE["linear"]}),
+    "llama-llama3": ("Llama", {"rope_parameters": ROPE["llama3"]}),
+    "llama-yarn": ("Llama", {"rope_parameters": ROPE["yarn"]}),
+    "llama-yarn-options": (
+        "Llama",
+        {"rope_parameters": ROPE["yarn"] | {"attention_factor": 1.3, "beta_fast": 16.0, "truncate": False}},
+    ),
+    "qwen2-gqa-tied": ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": ROPE["default"]}),
+    "qwen2-mha-yarn": ("Qwen2", {"num_key_value_heads": 4, "rope_parameters": ROPE["yarn"]}),
+    "qwen3-head-dim": ("Qwen3", {"head_dim": 32, "num_key_value_heads": 1}),
+    "qwen3-tied-biased": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
+}
+
+
+def max_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case, tmp_path):
+    family, options = CASES[case]
+    reference = make_model(family, **options)
+    reference.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    ids = token_ids()
+    decoder = load_model(str(tmp_path), device="cpu").decoder
+    hidden = decoder(ids, torch.arange(LENGTH), dense_attention)
+    assert hidden.shape == (LENGTH, 64)
+    assert max_error(decoder.logits(hidden), reference_logits(reference, ids)) < 1e-5
+
+
+def test_positions_are_the_callers(tmp_path):
+    """Rotary depends on the distance alone, and each token's position is the one given."""
+    make_model("Llama").save_pretrained(tmp_path)
+    decoder = load_model(str(tmp_path), device="cpu").decoder
+    ids, positions = token_ids(), torch.arange(LENGTH)
+    hidden = decoder(ids, positions, dense_attention)
+    shifted = decoder(ids, positions + 1000, dense_attention)
+    spread = decoder(ids, positions * 3, dense_attention)
+    assert max_error(shifted, hidden) < 1e-4
+    assert max_error(spread, hidden) > 1e-2
+
+
+def test_attention_is_called_once_a_layer_with_rotated_heads(tmp_path):
+    make_model("Qwen3", head_dim=32).save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), device="cpu")
+    calls = []
+
+    def attention(layer, q, k, v):
+        calls.append((layer, q.shape, k.shape, v.shape))
+        assert all(tensor.stride()[1:] == (32, 1) for tensor in (q, k, v))
+        return dense_attention(layer, q, k, v)
+
+    loaded.decoder(token_ids(length=5), torch.arange(5), attention)
+    assert calls == [(layer, (5, 4, 32), (5, 2, 32), (5, 2, 32)) for layer in range(3)]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_bfloat16_stays_near_float32(family, tmp_path):
+    reference = make_model(family)
+    reference.save_pretrained(tmp_path)
+    ids = token_ids()
+    decoder = load_model(str(tmp_path), device="cpu", dtype="bfloat16").decoder
+    logits = decoder.logits(decoder(ids, torch.arange(LENGTH), dense_attention))
+    assert logits.dtype == decoder.dtype == torch.bfloat16
+    assert max_error(logits.float(), reference_logits(reference, ids)) < 0.05
+
+
+def test_parameters_take_no_gradient_and_views_cover_them(tmp_path):
+    make_model("Llama", attention_bias=True, mlp_bias=True).save_pretrained(tmp_path)
+    decoder = load_model(str(tmp_path), device="cpu").decoder
+    assert not any(parameter.requires_grad for parameter in decoder.parameters())
+    with torch.no_grad():
+        for view in decoder.weight_views().values():
+            view.fill_(7.0)
+    assert all((parameter == 7.0).all() for parameter in decoder.parameters())
+    views = decoder.weight_views().values()
+    assert sum(view.numel() for view in views) == sum(parameter.numel() for parameter in decoder.parameters())

@@ -1,0 +1,103 @@
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+from tests.models.tiny import COMMON, ROPE
+from zipage.models.spec import ModelSpec, hf_config, read_spec
+
+
+def spec_of(model_type: str, **options) -> ModelSpec:
+    return ModelSpec.from_hf_config(hf_config(COMMON | {"model_type": model_type} | options))
+
+
+def test_llama():
+    spec = ModelSpec.from_hf_config(LlamaConfig(**COMMON, dtype="bfloat16"), eos_token_ids=(9, 5))
+    assert (spec.num_layers, spec.width, spec.num_heads, spec.num_kv_heads, spec.head_dim) == (3, 64, 4, 2, 16)
+    assert (spec.mlp_width, spec.vocab_size, spec.max_position, spec.dtype) == (96, 160, 128, torch.bfloat16)
+    assert not any((spec.qkv_bias, spec.output_bias, spec.mlp_bias, spec.qk_norm, spec.tie_embeddings))
+    assert spec.eos_token_ids == (2, 5, 9)
+    assert len(spec.inv_freq) == 8
+    assert hash(spec)
+
+
+def test_flags_of_the_families():
+    qwen2 = ModelSpec.from_hf_config(Qwen2Config(**COMMON))
+    assert qwen2.qkv_bias
+    assert not any((qwen2.output_bias, qwen2.qk_norm))
+    qwen3 = ModelSpec.from_hf_config(Qwen3Config(**COMMON, head_dim=32, attention_bias=True))
+    assert qwen3.qk_norm
+    assert qwen3.qkv_bias
+    assert qwen3.output_bias
+    assert qwen3.head_dim == 32
+    llama = spec_of("llama", attention_bias=True, mlp_bias=True)
+    assert llama.qkv_bias
+    assert llama.output_bias
+    assert llama.mlp_bias
+
+
+def test_a_config_of_the_old_form_reads_like_the_new():
+    old = spec_of("llama", rope_theta=500000.0, rope_scaling={"type": "linear", "factor": 4.0}, torch_dtype="float16")
+    new = spec_of("llama", rope_parameters=ROPE["linear"] | {"rope_theta": 500000.0}, dtype="float16")
+    assert old == new
+
+
+def test_scaling_stretches_the_longest_position():
+    assert spec_of("llama", rope_parameters=ROPE["linear"]).max_position == 512
+    assert spec_of("llama", rope_parameters=ROPE["yarn"]).max_position == 128
+    assert spec_of("qwen2", rope_parameters=ROPE["yarn"] | {"factor": 8.0}).max_position == 256
+    assert spec_of("llama", rope_parameters=ROPE["llama3"]).max_position == 128
+
+
+def test_windows_that_reach_no_layer_are_no_windows():
+    assert spec_of("qwen2", use_sliding_window=True, max_window_layers=3).num_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        ("mistral", {}, r"'mistral'; supported: llama, qwen2, qwen3"),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification; supported"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'.*supported: default"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "high_freq_factor"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "odd": 1}}, "odd"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\)"),
+        ("llama", {"sliding_window": 16}, "sliding_window=16"),
+        ("llama", {"hidden_size": "wide"}, "hidden_size"),
+        ("llama", {"num_key_value_heads": 3}, "num_kv_heads=3"),
+        ("llama", {"head_dim": 15}, "head_dim"),
+        ("llama", {"num_hidden_layers": 0}, "num_layers=0"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window must be false"),
+        ("qwen2", {"attention_bias": False}, "attention_bias=False"),
+        ("qwen3", {"mlp_bias": True}, "mlp_bias=True"),
+    ],
+)
+def test_what_is_not_supported_is_said(model_type, options, message):
+    with pytest.raises(ValueError, match=message):
+        spec_of(model_type, **options)
+
+
+def test_a_folder_gives_its_generation_configs_ends(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(COMMON | {"model_type": "llama"}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 2, 7]}))
+    assert read_spec(tmp_path).eos_token_ids == (2, 3, 7)
+
+
+def test_errors_of_a_folder_name_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        read_spec(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(FileNotFoundError, match=r"pass .*model\.gguf"):
+        read_spec(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        read_spec(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json holds no JSON object"):
+        read_spec(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match=r"config\.json: unknown architecture 'gpt2'"):
+        read_spec(tmp_path)

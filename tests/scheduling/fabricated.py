@@ -1,0 +1,518 @@
+"""Factories for tests that schedule without a model, and a fabricated model that notices every wrong entry."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+from zipage.eviction.budget import Budget
+from zipage.eviction.rule import EvictionRule
+from zipage.sampling_params import SamplingParams
+from zipage.scheduling.block_pool import ROOT, BlockPool
+from zipage.scheduling.plan import CompressionOrder, StepPlan, Swap
+from zipage.scheduling.request import PENDING, Request, Status
+from zipage.scheduling.scheduler import Scheduler
+
+EOS = 1
+
+
+@dataclass(frozen=True)
+class StubPolicy:
+    """What the scheduler reads of a policy."""
+
+    num_queries: int = 0
+    page: int = 1
+    drops_blocks: bool = False
+    evicts: bool = True
+
+
+def make_rule(
+    max_blocks=3, block_size=4, *, window=0, protected=0, recent=0, page=1, drops_blocks=False
+) -> EvictionRule:
+    policy = StubPolicy(window, block_size if drops_blocks else page, drops_blocks)
+    return EvictionRule(policy, Budget.from_tokens((max_blocks - 1) * block_size, block_size), protected, recent)
+
+
+def make_scheduler(num_blocks=64, block_size=16, *, caching=True, growth=0, **options) -> Scheduler:
+    options = {"max_num_seqs": 8, "max_num_batched_tokens": 64} | options
+    return Scheduler(BlockPool(num_blocks, block_size, caching), growth=growth, **options)
+
+
+def make_samples(name="r", prompt=20, max_tokens=8, n=1, rule=None) -> list[Request]:
+    """Samples of one prompt; `prompt` is its length (distinct tokens for distinct names) or its tokens."""
+    if isinstance(prompt, int):
+        rng = random.Random(name)
+        prompt = [rng.randrange(10, 1000) for _ in range(prompt)]
+    params = SamplingParams(n=n, max_tokens=max_tokens)
+    total = len(prompt) + max_tokens
+    samples = [
+        Request(name, prompt, params, index=i, stop_ids=frozenset([EOS]), max_total_tokens=total, rule=rule)
+        for i in range(n)
+    ]
+    for sample in samples:
+        sample.siblings = samples
+    return samples
+
+
+def make_request(name="r", prompt=20, max_tokens=8, rule=None) -> Request:
+    return make_samples(name, prompt, max_tokens, rule=rule)[0]
+
+
+def _after(previous: int, token: int) -> int:
+    """An entry computed from an unbroken text: it stands for the whole prefix that ends with it."""
+    return hash((previous, token))
+
+
+def _after_eviction(position: int, token: int, attended: list[int]) -> int:
+    """An entry computed after an eviction: it stands for its position and all the entries it attended to."""
+    return hash((position, token, tuple(attended)))
+
+
+class Shadow:
+    """One request's entries as they should be: a plain list that knows of no blocks."""
+
+    def __init__(self) -> None:
+        self.entries: list[int] = []
+        self.rounds = 0
+        self.num_computed = 0
+        self.num_tokens = 0
+        self.slot = -1
+
+    def forget(self) -> None:
+        self.entries = []
+        self.num_computed = 0
+        self.slot = -1
+
+
+def survivors(request: Request, n: int, rounds: int) -> list[int]:
+    """Places that a fabricated policy keeps: a function of request, round and rule."""
+    rule = request.rule
+    page = rule.policy.page
+    rng = random.Random(request.number * 1009 + rounds)
+    first = -(-rule.protected // page)
+    last = -(-rule.recent // page)
+    if rule.drops_blocks:
+        last = max(last, 1)
+    pages = n // page
+    middle = range(first, pages - last)
+    chosen = sorted(rng.sample(middle, rule.keep // page - first - last))
+    kept_pages = [*range(first), *chosen, *range(pages - last, pages)]
+    return kept_pages if page == 1 else [p * page + i for p in kept_pages for i in range(page)]
+
+
+@dataclass(eq=False)
+class _Flight:
+    order: CompressionOrder
+    steps_left: int
+    write_in: int
+    kept_blocks: list[int] | None = None
+    entries: list[int] | None = None
+
+
+@dataclass
+class FabricatedModel:
+    """Stands in for runner, compressor and swap: keeps, per physical slot, what the entry in it was computed from.
+
+    Whatever a request reads over its block table is compared with its shadow. Blocks that nobody may read any more are
+    poisoned, so that a stale, foreign, overwritten or lost entry shows.
+
+    Attributes:
+        max_delay: compressions are completed up to this many steps after their order; 0: at once.
+        orders: compressions are ordered behind every step, as the engine does; else when a test says so.
+        overlaps: a step's tokens are booked once the next step is under way.
+        events: how often what happened.
+        compressed: (request, entries, blocks) of each order.
+    """
+
+    scheduler: Scheduler
+    seed: int = 0
+    max_delay: int = 0
+    orders: bool = True
+    overlaps: bool = False
+    events: Counter = field(default_factory=Counter)
+    compressed: list[tuple[Request, int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        pool = self.scheduler.pool
+        self.pool = pool
+        self.size = pool.block_size
+        self.cells: list[list[int | None]] = [[None] * self.size for _ in range(pool.num_blocks)]
+        self.tables: list[list[int]] = [[0] * pool.num_blocks for _ in range(self.scheduler.max_num_seqs)]
+        self.rings: list[dict[int, tuple[int, int]]] = [{} for _ in range(self.scheduler.num_query_slots)]
+        self.shadows: dict[int, Shadow] = {}
+        self.flights: list[_Flight] = []
+        self.rng = random.Random(self.seed)
+        self._under_way: tuple[StepPlan, list[int]] | None = None
+        self._poisoned: set[int] = set()
+        self._fresh: list[int] = []
+        self._prefix_ends = {ROOT: 0}
+        self._allocate, self._register = pool.allocate, pool.register
+        pool.allocate, pool.register = self._watch_allocate, self._watch_register
+
+    # Memory
+
+    def _watch_allocate(self, num_new, shared=(), reserve=0):
+        blocks = self._allocate(num_new, shared, reserve)
+        if blocks is not None:
+            self._fresh += blocks[len(shared) :]
+        return blocks
+
+    def _watch_register(self, block, parent_id, token_ids):
+        prefix_id = self._register(block, parent_id, token_ids)
+        if prefix_id not in self._prefix_ends or self.pool.is_indexed(block):
+            expected, entry = [], self._prefix_ends[parent_id]
+            for token in token_ids:
+                entry = _after(entry, token)
+                expected.append(entry)
+            self._prefix_ends[prefix_id] = entry
+            if self.pool.is_indexed(block):
+                assert self.cells[block] == expected, f"the prefix index took block {block}, which holds something else"
+        return prefix_id
+
+    def _poison_fresh(self) -> None:
+        for block in self._fresh:
+            self.cells[block] = [None] * self.size
+        self._fresh.clear()
+
+    def _poison_dead(self) -> None:
+        """What is free and not indexed can never be read again."""
+        dead = set(self.pool.unindexed_free_blocks())
+        for block in dead - self._poisoned:
+            self.cells[block] = [None] * self.size
+        self._poisoned = dead
+
+    def _read(self, table: list[int], n: int) -> list[int | None]:
+        entries: list[int | None] = []
+        for block in table[: -(-n // self.size)]:
+            entries += self.cells[block]
+        del entries[n:]
+        return entries
+
+    def _assert_writable(self, block: int) -> None:
+        assert self.pool.ref_counts[block] == 1, f"wrote into block {block}, which is shared or free"
+        assert not self.pool.is_indexed(block), f"wrote into block {block}, which the prefix index finds"
+
+    def shadow(self, request: Request) -> Shadow:
+        return self.shadows.setdefault(request.number, Shadow())
+
+    # A step
+
+    def step(self, eos_share: float = 0.0) -> tuple[StepPlan, list[Request]]:
+        self.poll()
+        plan = self.schedule()
+        return plan, self.execute(plan, eos_share)
+
+    def poll(self) -> None:
+        """Bring on the compressions under way."""
+        for flight in self.flights.copy():
+            self._advance(flight)
+
+    def compress(self) -> int:
+        """Order compressions; those without delay are done at once. Returns how many were ordered."""
+        orders = self.scheduler.order_compressions()
+        self._poison_fresh()
+        for order in orders:
+            flight = self._begin(order)
+            if not self.max_delay:
+                self._advance(flight)
+        return len(orders)
+
+    def execute(self, plan: StepPlan, eos_share: float = 0.0) -> list[Request]:
+        """Carry out a plan and book it. Returns the requests that ended."""
+        for swap in plan.paused:
+            self.save(swap)
+        for preemption in plan.preempted:
+            self.shadow(preemption.request).forget()
+        fresh = set(self._fresh)
+        self._poison_fresh()
+        for swap in plan.resumed:
+            self._restore(swap, fresh)
+        for src, dst in plan.copies:
+            self._assert_writable(dst)
+            self.cells[dst] = self.cells[src].copy()
+        self._bind_slots()
+        for request in plan.decodes:
+            if request.num_table_written != len(request.block_ids):
+                self._write_table(request)
+            assert request.num_tokens - request.num_computed == 1
+            self._compute(request, 1)
+        for request, num_tokens in plan.prefills:
+            self._write_table(request)
+            self._compute(request, num_tokens)
+        self.scheduler.advance(plan)
+        if self.orders:
+            changes = self.flights or self._under_way or not plan.is_empty or not self.scheduler.has_unfinished
+            assert self.compress() or changes, "nothing runs, nothing will change"
+        rng = self.rng
+        tokens = [EOS if eos_share and rng.random() < eos_share else rng.randrange(10, 1000) for _ in plan.sampled]
+        finished = self.settle()
+        self._under_way = plan, tokens
+        if not self.overlaps:
+            finished = self.settle()
+        self.check()
+        return finished
+
+    def settle(self) -> list[Request]:
+        """Book the tokens of the step under way."""
+        if self._under_way is None:
+            return []
+        (plan, tokens), self._under_way = self._under_way, None
+        ended = sum(request.finish_reason is not None for request in plan.sampled)
+        self.events["tokens_dropped"] += ended
+        return self.scheduler.update(plan, tokens)
+
+    def _token(self, request: Request, position: int) -> int:
+        """A request's token, also where its value is on the device alone."""
+        token = request.token_ids[position]
+        if token == PENDING:
+            plan, tokens = self._under_way
+            assert plan.sampled[request.place] is request
+            return tokens[request.place]
+        return token
+
+    def check(self) -> None:
+        scheduler = self.scheduler
+        scheduler.check_integrity()
+        self._poison_dead()
+        by_pressure = scheduler.compressions.by_pressure
+        for request in scheduler.running:
+            shadow = self.shadow(request)
+            num_known = request.num_tokens - request.num_pending
+            assert num_known >= shadow.num_tokens, f"{request}: forgot tokens"
+            shadow.num_tokens = num_known
+            rule = request.rule
+            if rule is not None and not by_pressure:
+                blocks = rule.max_blocks
+                if not shadow.rounds:
+                    blocks = max(blocks, -(-request.num_prompt_tokens // self.size))
+                assert request.cache_len <= blocks * self.size, f"{request}: over its bound"
+                assert len(request.block_ids) <= blocks, f"{request}: owns too much"
+
+    def _write_table(self, request: Request) -> None:
+        begin, end = request.num_table_written, len(request.block_ids)
+        self.tables[request.row][begin:end] = request.block_ids[begin:]
+        request.num_table_written = end
+
+    def _compute(self, request: Request, num_tokens: int) -> None:
+        assert request.status is Status.RUNNING
+        shadow = self.shadow(request)
+        size, cells = self.size, self.cells
+        n, position = request.cache_len, request.num_computed
+        entries = shadow.entries
+        if not entries and n:
+            assert shadow.rounds == 0
+            previous = 0
+            for token in request.token_ids[:n]:
+                previous = _after(previous, token)
+                entries.append(previous)
+            shadow.num_computed = n
+            self.events["prefix_hits"] += 1
+        assert position == shadow.num_computed, f"{request}: position {position} after {shadow.num_computed}"
+        assert n == len(entries), f"{request}: {n} entries, should be {len(entries)}"
+        table = self.tables[request.row]
+        seen = self._read(table, n)
+        assert seen == entries, f"{request}: reads wrong entries"
+        ring = self.rings[request.query_slot] if request.query_slot >= 0 and request.rule.window else None
+        writable = -1
+        for i in range(num_tokens):
+            block, offset = table[(n + i) // size], (n + i) % size
+            if block != writable:
+                self._assert_writable(block)
+                writable = block
+            token = self._token(request, position + i)
+            if shadow.rounds:
+                value = _after_eviction(position + i, token, seen)
+            else:
+                value = _after(seen[-1] if seen else 0, token)
+            cells[block][offset] = value
+            seen.append(value)
+            entries.append(value)
+            if ring is not None:
+                ring[(position + i) % request.rule.window] = (request.number, position + i)
+        shadow.num_computed += num_tokens
+
+    # Query slots
+
+    def _bind_slots(self) -> None:
+        """Whoever got a slot finds nothing of use in it."""
+        for request in self.scheduler.running:
+            if request.query_slot >= 0:
+                shadow = self.shadow(request)
+                if shadow.slot != request.query_slot:
+                    shadow.slot = request.query_slot
+                    self.rings[request.query_slot] = {}
+
+    # Swaps
+
+    def save(self, swap: Swap) -> None:
+        request, shadow = swap.request, self.shadow(swap.request)
+        assert request.host_copy is None, f"{request}: paused twice"
+        assert self._read(swap.block_ids, request.cache_len) == shadow.entries, f"{request}: saves wrong entries"
+        ring = None
+        if swap.query_slot >= 0:
+            ring = self.rings[swap.query_slot].copy() if shadow.slot == swap.query_slot else {}
+        request.host_copy = [self.cells[block].copy() for block in swap.block_ids], ring
+        shadow.slot = -1
+
+    def _restore(self, swap: Swap, fresh: set[int]) -> None:
+        request, shadow = swap.request, self.shadow(swap.request)
+        cells, ring = request.host_copy
+        assert len(cells) == len(swap.block_ids)
+        for place, (block, saved) in enumerate(zip(swap.block_ids, cells)):
+            if place < swap.num_shared:
+                assert self.cells[block] == saved, f"{request}: block {block} was to be unchanged"
+            else:
+                # A sample admitted by the same plan may share it already: it reads after this.
+                assert block in fresh, f"wrote into block {block}"
+                assert not self.pool.is_indexed(block), f"wrote into block {block}"
+                self.cells[block] = saved.copy()
+        assert (swap.query_slot >= 0) == (ring is not None), f"{request}: its queries and its slot don't fit"
+        if ring is not None:
+            self.rings[swap.query_slot] = ring
+            shadow.slot = swap.query_slot
+        request.host_copy = None
+        self.events["resumes"] += 1
+        self.events["resumes_with_shared_blocks"] += swap.num_shared > 0
+
+    # Compressions
+
+    def _begin(self, order: CompressionOrder) -> _Flight:
+        request, rule, size = order.request, order.request.rule, self.size
+        n = request.cache_len
+        shadow = self.shadow(request)
+        assert n == len(shadow.entries)
+        assert n > rule.keep, f"{request}: nothing to evict"
+        if not self.scheduler.compressions.by_pressure:
+            most = rule.max_blocks * size
+            if not shadow.rounds:
+                most = max(rule.max_blocks, -(-request.num_prompt_tokens // size)) * size
+            assert n == most, f"{request}: compressed at {n} entries, should be {most}"
+        delay = self.rng.randint(0, self.max_delay)
+        flight = _Flight(order, delay, self.rng.randint(0, delay))
+        self.flights.append(flight)
+        self.compressed.append((request, n, len(order.block_ids)))
+        self.events["compressions"] += 1
+        self.events["pinned_shared"] += any(self.pool.ref_counts[b] > 1 for b in order.block_ids[: rule.pinned_blocks])
+        self.events["moved_off_shared"] += bool(order.fresh)
+        self.events["recomputed_then_compressed"] += request.num_preemptions > 0 and not shadow.rounds
+        return flight
+
+    def _advance(self, flight: _Flight) -> None:
+        if flight.write_in == 0:
+            self._write_survivors(flight)
+        if flight.steps_left == 0:
+            self._complete(flight)
+        flight.write_in -= 1
+        flight.steps_left -= 1
+
+    def _write_survivors(self, flight: _Flight) -> None:
+        order = flight.order
+        request, rule, size = order.request, order.request.rule, self.size
+        shadow = self.shadow(request)
+        n = request.cache_len
+        source = self._read(order.block_ids, n)
+        assert source == shadow.entries, f"{request}: its entries changed before they were compressed"
+        if rule.window:
+            end = request.num_computed
+            wanted = {p % rule.window: (request.number, p) for p in range(end - rule.window, end)}
+            assert shadow.slot == request.query_slot
+            assert self.rings[request.query_slot] == wanted, f"{request}: the queries of its window are not all there"
+        kept = survivors(request, n, shadow.rounds)
+        entries = [source[i] for i in kept]
+        if rule.drops_blocks:
+            flight.kept_blocks = [i // size for i in kept[::size]]
+        else:
+            pinned = rule.pinned_blocks
+            assert kept[: pinned * size] == list(range(pinned * size))
+            assert order.new_ids[:pinned] == order.block_ids[:pinned]
+            assert len(order.new_ids) * size == len(entries)
+            for place in range(pinned, len(order.new_ids)):
+                self._assert_writable(order.new_ids[place])
+                self.cells[order.new_ids[place]] = entries[place * size : (place + 1) * size]
+        flight.entries = entries
+
+    def _complete(self, flight: _Flight) -> None:
+        self.flights.remove(flight)
+        order = flight.order
+        self.scheduler.complete(order, flight.kept_blocks)
+        request, shadow = order.request, self.shadow(order.request)
+        shadow.entries = flight.entries
+        shadow.rounds += 1
+        assert request.rounds == shadow.rounds
+        if request.status is Status.FINISHED:
+            self.events["ended_while_compressing"] += 1
+            return
+        assert request.cache_len == len(shadow.entries) == len(request.block_ids) * self.size
+        assert self._read(request.block_ids, request.cache_len) == shadow.entries
+
+    def abort(self, request: Request) -> None:
+        self.scheduler.finish([request], "abort")
+
+    def pause(self, request: Request, plan: StepPlan | None = None) -> None:
+        """Pause a request that this step doesn't run: with a plan still to be executed, or at once."""
+        self.scheduler.pause(request, plan or (now := StepPlan()))
+        if plan is None:
+            self.save(now.paused[0])
+
+    # Rules of scheduling
+
+    def schedule(self) -> StepPlan:
+        """The scheduler's plan, checked against its rules."""
+        scheduler = self.scheduler
+        running = list(scheduler.running)
+        if not scheduler.has_unfinished:
+            return scheduler.schedule()
+        slots = {request.number: request.query_slot for request in running}
+        oldest = min((queue[0] for queue in (running, scheduler.waiting) if queue), key=lambda r: r.number)
+        plan = scheduler.schedule()
+        events = self.events
+        events["empty"] += plan.is_empty
+        assert plan.num_tokens <= scheduler.max_num_batched_tokens
+        computed = [r.number for r in plan.decodes] + [c.request.number for c in plan.prefills]
+        assert len(set(computed)) == len(computed), "a request runs twice in one step"
+        assert all(chunk.num_tokens > 0 for chunk in plan.prefills)
+        left = [swap.request for swap in plan.paused] + [preemption.request for preemption in plan.preempted]
+        if oldest in left:
+            alone = running == [oldest] and scheduler.compressions.by_pressure
+            assert alone, "the oldest request left for another"
+        assert not any(swap.request in left for swap in plan.resumed), "paused and resumed by one plan"
+        numbers = [request.number for request in scheduler.waiting]
+        assert numbers == sorted(numbers), "the queue is out of order"
+        self._check_entered(slots, plan)
+        events["pauses"] += len(plan.paused)
+        events["preemptions"] += len(plan.preempted)
+        events["stalls"] += plan.num_stalled
+        events["left_and_returned_at_once"] += sum(request.status is Status.RUNNING for request in left)
+        return plan
+
+    def _check_entered(self, slots: dict[int, int], plan: StepPlan) -> None:
+        """Nobody is overtaken, but for samples that wait for their prompt; and slots go to the oldest first."""
+        scheduler = self.scheduler
+        entered = [chunk.request for chunk in plan.prefills if chunk.request.number not in slots]
+        resumed = [swap.request for swap in plan.resumed]
+        for request in scheduler.waiting:
+            if any(other.number > request.number for other in entered + resumed):
+                assert any(s.status is Status.RUNNING for s in request.siblings if s is not request), "overtaken"
+        with_new_slot = [r.number for r in entered if r.query_slot >= 0]
+        if with_new_slot:
+            for request in scheduler.running:
+                if request.query_slot < 0 and request.rule and (request.rule.window or scheduler.constrained):
+                    assert request.number > max(with_new_slot), "a slot went past an older request"
+
+    def run(self, max_steps: int = 10_000, eos_share: float = 0.0) -> list[StepPlan]:
+        plans = []
+        while self.scheduler.has_unfinished:
+            assert len(plans) < max_steps, "no end in sight"
+            plans.append(self.step(eos_share)[0])
+        self.check_all_returned()
+        return plans
+
+    def check_all_returned(self) -> None:
+        self.settle()
+        scheduler = self.scheduler
+        assert scheduler.pool.num_free == scheduler.pool.num_blocks
+        assert not any(scheduler.pool.ref_counts)
+        assert len(scheduler._rows) == scheduler.max_num_seqs
+        assert scheduler.query_slots_used == 0
+        assert not scheduler.compressions.in_flight

@@ -1,0 +1,190 @@
+"""A paged cache and the requests that hold its blocks, as an engine would keep them around a compression."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch as ops
+from tests.eviction.dense_event import NAN, Tokens
+from tests.kernels.paged import GARBAGE
+from zipage.eviction.policy import Policy
+from zipage.eviction.protection import Protection, must_mask
+from zipage.worker.compressor import compress
+from zipage.worker.paged_event import PagedEvent
+
+NOWHERE = -7
+"""The position of a slot without an entry."""
+
+
+@dataclass(eq=False)
+class Request:
+    tokens: Tokens
+    query_slot: int
+    blocks: list[int] = field(default_factory=list)
+    n: int = 0
+    seen: int = 0
+    carried: int = 0
+    rounds: int = 0
+
+
+@dataclass(eq=False)
+class PagedCache:
+    """Slots that hold no entry are NaN, blocks are handed out in no order, and tables end in garbage.
+
+    Attributes:
+        all_tokens: of each request.
+        keep, recent, protection: k, r and the rule of every event.
+        ring: w_cache, queries kept of a request.
+        pinned: leading blocks of protected entries alone stay in a request's table, shared or not.
+        spare: blocks beyond what the requests' tokens would fill.
+    """
+
+    all_tokens: Sequence[Tokens]
+    block_size: int
+    keep: int = 64
+    recent: int = 16
+    protection: str = "none"
+    ring: int = 16
+    pinned: bool = False
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    spare: int = 8
+
+    def __post_init__(self):
+        layers, heads, total, head_dim = self.all_tokens[0].keys.shape
+        query_heads = self.all_tokens[0].queries.shape[2]
+        num_blocks = len(self.all_tokens) * (total // self.block_size + 1) + self.spare
+        shape = layers, num_blocks, heads, self.block_size
+        self.k = torch.full((*shape, head_dim), NAN, dtype=self.dtype, device=self.device)
+        self.v = torch.full_like(self.k, NAN)
+        self.positions = torch.full(shape, NOWHERE, dtype=torch.int32, device=self.device)
+        self.scores = torch.full(shape, NAN, device=self.device)
+        slots = len(self.all_tokens) + 2
+        self.q = torch.full((layers, slots, self.ring, query_heads, head_dim), NAN, dtype=self.dtype).to(self.device)
+        self.free = torch.randperm(num_blocks).tolist()
+        self.holders = [0] * num_blocks
+        order = torch.randperm(slots).tolist()
+        self.requests = [Request(tokens, slot) for tokens, slot in zip(self.all_tokens, order, strict=False)]
+
+    @property
+    def everything(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.k, self.v, self.positions, self.scores
+
+    def grow(self, i: int, n: int) -> None:
+        """Store the tokens that bring request `i` to `n` entries."""
+        one = self.requests[i]
+        while len(one.blocks) * self.block_size < n:
+            one.blocks.append(self._take())
+        new = torch.arange(one.seen, one.seen + n - one.n)
+        at = torch.arange(one.n, n)
+        slots = torch.tensor(one.blocks)[at // self.block_size] * self.block_size + at % self.block_size
+        places = one.query_slot * self.ring + new % self.ring
+        places[: -self.ring] = -1
+        slots, places = slots.to(self.device), places.to(self.device)
+        for layer in range(len(self.k)):
+            entries = (x[layer][:, new].transpose(0, 1) for x in (one.tokens.keys, one.tokens.values))
+            k, v = (x.contiguous().to(self.device, self.dtype) for x in entries)
+            queries = one.tokens.queries[layer, new].to(self.device, self.dtype)
+            ops.store_step(k, v, queries, self.k[layer], self.v[layer], self.q[layer], slots, places)
+        ops.store_positions(new.int().to(self.device), self.positions, slots)
+        one.seen += len(new)
+        one.n = n
+
+    def share(self, i: int, j: int, n: int) -> None:
+        """Request `j`, still empty, takes over the first `n` entries of `i`, whole blocks of them."""
+        one, other = self.requests[i], self.requests[j]
+        assert n % self.block_size == 0
+        assert torch.equal(one.tokens.keys[:, :, :n], other.tokens.keys[:, :, :n])
+        other.blocks = one.blocks[: n // self.block_size]
+        for block in other.blocks:
+            self.holders[block] += 1
+        other.n = other.seen = n
+
+    def protected(self, policy: Policy, i: int) -> int:
+        """Leading entries of request `i` that stay at every event."""
+        rule = Protection.parse(self.protection, policy.implied_protection)
+        return rule.length(self.requests[i].tokens.prompt_len, self.keep, self.recent, policy.page)
+
+    def event(self, policy: Policy, batch: Sequence[int]) -> PagedEvent:
+        held = [self.requests[i] for i in batch]
+        layers, _, heads, block_size, head_dim = self.k.shape
+        tables = self._tables([one.blocks[: -(-one.n // block_size)] for one in held])
+        protected = self._ints([self.protected(policy, i) for i in batch])
+        lens = self._ints([one.n for one in held])
+        return PagedEvent(
+            num_layers=layers,
+            num_heads=heads,
+            group_size=self.q.shape[3] // heads,
+            head_dim=head_dim,
+            window=policy.num_queries,
+            lens=lens,
+            keep=self._ints([self.keep] * len(held)),
+            must=must_mask(lens, protected, self.recent, tables.shape[1] * block_size),
+            protected=protected,
+            carried=self._ints([one.carried for one in held]),
+            seeds=[one.tokens.seed for one in held],
+            rounds=[one.rounds for one in held],
+            prompt_lens=[one.tokens.prompt_len for one in held],
+            k_cache=self.k,
+            v_cache=self.v,
+            block_tables=tables,
+            q_cache=self.q if policy.needs_queries else None,
+            query_slots=self._ints([one.query_slot for one in held]),
+            window_ends=self._ints([one.seen for one in held]),
+            state_cache=self.scores if policy.state else None,
+        )
+
+    def compress(self, policy: Policy, batch: Sequence[int], **options) -> Tensor:
+        """One event of the requests of `batch`; a request that shares a block moves into blocks of its own.
+
+        Pinned blocks stay in the table whoever shares them.
+        """
+        event = self.event(policy, batch)
+        count = -(-self.keep // self.block_size)
+        held = [self.requests[i] for i in batch]
+        before = [one.blocks for one in held]
+        destinations = []
+        for i, one in zip(batch, held, strict=True):
+            pinned = self.protected(policy, i) // self.block_size if self.pinned else 0
+            leading, rest = one.blocks[:pinned], one.blocks[pinned:]
+            shared = any(self.holders[block] > 1 for block in rest)
+            own = [self._take() for _ in range(count - pinned)] if shared else rest[: count - pinned]
+            one.blocks = leading + own
+            destinations.append([-1] * pinned + own)
+        tables = self._tables(destinations)
+        kept = compress(policy, event, [self.positions], tables, max_keep=self.keep, **options).kept
+        for one, old in zip(held, before, strict=True):
+            for block in set(old) - set(one.blocks):
+                self._release(block)
+            one.n = one.carried = self.keep
+            one.rounds += 1
+        return kept
+
+    def entries(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """K, V [L, H, n, d], positions and scores [L, H, n] of a request, on the CPU."""
+        one = self.requests[i]
+        return tuple(x[:, one.blocks].transpose(1, 2).flatten(2, 3)[:, :, : one.n].cpu() for x in self.everything)
+
+    def _take(self) -> int:
+        block = self.free.pop()
+        self.holders[block] = 1
+        return block
+
+    def _release(self, block: int) -> None:
+        self.holders[block] -= 1
+        if self.holders[block] == 0:
+            self.free.insert(0, block)
+            for x in self.everything:
+                x[:, block] = NAN if x.is_floating_point() else NOWHERE
+
+    def _tables(self, rows: list[list[int]]) -> Tensor:
+        """int32 [R, longest + 1], garbage past each row's blocks."""
+        width = max(map(len, rows)) + 1
+        return self._ints([row + [GARBAGE] * (width - len(row)) for row in rows])
+
+    def _ints(self, values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)

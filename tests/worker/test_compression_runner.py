@@ -1,0 +1,332 @@
+"""Orders of compressions over an engine's cache, against the simulation, alone and in batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import dispatch as ops
+from tests.eviction.dense_event import Tokens, make_tokens
+from tests.eviction.dense_simulation import Simulation
+from zipage.eviction import registry
+from zipage.eviction.budget import Budget
+from zipage.eviction.policy import Policy
+from zipage.eviction.protection import Protection
+from zipage.eviction.rule import EvictionRule
+from zipage.sampling_params import SamplingParams
+from zipage.scheduling.plan import CompressionOrder
+from zipage.scheduling.request import Request
+from zipage.worker import compression_batch
+from zipage.worker.compression_runner import CompressionResult, CompressionRunner
+from zipage.worker.kv_cache import KVCache
+
+SPEC = SimpleNamespace(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
+BLOCK_SIZE, RECENT, WINDOW = 16, 16, 16
+BUDGET = Budget.from_tokens(64, BLOCK_SIZE)
+SEED_STEP = 0xD1342543DE82EF95
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+on_every_device = pytest.mark.parametrize("device", DEVICES)
+either_way = pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+
+CASES = {
+    "zipage": ("zipage", {"chunk": 32}, "none"),
+    "zipage-prompt": ("zipage", {"chunk": 32, "pooling": "always"}, "prompt"),
+    "random": ("random", {}, "none"),
+    "random-prompt": ("random", {}, "prompt"),
+    "h2o": ("h2o", {}, "sink:37"),
+    "page_random": ("page_random", {"page_size": 16}, "none"),
+    "page_attention": ("page_attention", {"page_size": 16}, "prompt"),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+@dataclass(eq=False)
+class Serving:
+    """A poisoned cache, the requests in it and their simulations: what an engine does around its compressions."""
+
+    device: str = "cpu"
+    asynchronous: bool = False
+    trace: bool = False
+    layer_stride: int | None = None
+    all_tokens: dict[Request, Tokens] = field(default_factory=dict)
+    simulations: dict[Request, Simulation] = field(default_factory=dict)
+
+    def __post_init__(self):
+        options = {"positions": True, "scores": True, "num_query_slots": 8, "window": WINDOW}
+        self.cache = KVCache(SPEC, 100, BLOCK_SIZE, torch.float32, torch.device(self.device), **options)
+        self.cache.poison(slice(None))
+        self.cache.poison_queries(slice(None))
+        self.free = torch.randperm(100).tolist()
+        self.runner = CompressionRunner(
+            self.cache, SPEC, asynchronous=self.asynchronous, layer_stride=self.layer_stride, trace=self.trace
+        )
+
+    def add(self, case: str, seed: int, prompt_len: int = 40, index: int = 0) -> Request:
+        name, options, protection = CASES[case]
+        tokens = make_tokens(seed, prompt_len=prompt_len)
+        policy = registry.make(name, options)
+        rule = EvictionRule.of(policy, BUDGET, Protection.parse(protection), RECENT, prompt_len)
+        request = Request(
+            case, [0] * prompt_len, SamplingParams(), index=index, seed=tokens.seed, max_total_tokens=999, rule=rule
+        )
+        request.query_slot = len(self.all_tokens)
+        self.all_tokens[request] = tokens
+        self.simulations[request] = Simulation(
+            policy=name,
+            options=options,
+            keys=tokens.keys.double().numpy(),
+            values=tokens.values.double().numpy(),
+            queries=tokens.queries.double().numpy(),
+            seed=(tokens.seed + index * SEED_STEP) % 2**63,
+            prompt_len=prompt_len,
+            keep=BUDGET.keep,
+            recent=RECENT,
+            protection=protection,
+        )
+        return request
+
+    def grow(self, request: Request, n: int) -> None:
+        """Compute the tokens that bring `request` to `n` entries."""
+        while len(request.block_ids) * BLOCK_SIZE < n:
+            request.block_ids.append(self.free.pop())
+        new = torch.arange(request.num_computed, request.num_computed + n - request.cache_len)
+        at = torch.arange(request.cache_len, n)
+        slots = torch.tensor(request.block_ids)[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
+        places = request.query_slot * WINDOW + new % WINDOW
+        places[:-WINDOW] = -1
+        slots, places = slots.to(self.device), places.to(self.device)
+        tokens, cache = self.all_tokens[request], self.cache
+        for layer in range(SPEC.num_layers):
+            k, v = (x[layer][:, new].transpose(0, 1).contiguous().to(self.device) for x in (tokens.keys, tokens.values))
+            if request.rule.window:
+                q = tokens.queries[layer, new].to(self.device)
+                ops.store_step(k, v, q, cache.k[layer], cache.v[layer], cache.queries[layer], slots, places)
+            else:
+                ops.store_kv(k, v, cache.k[layer], cache.v[layer], slots)
+        ops.store_positions(new.int().to(self.device), cache.positions, slots)
+        request.num_computed += len(new)
+        request.cache_len = n
+
+    def order(self, request: Request) -> CompressionOrder:
+        """Into fresh blocks; those of protected entries alone stay."""
+        rule = request.rule
+        if rule.drops_blocks:
+            return CompressionOrder(request, request.block_ids, [], [])
+        fresh = [self.free.pop() for _ in range(BUDGET.max_blocks - 1 - rule.pinned_blocks)]
+        return CompressionOrder(request, request.block_ids, request.block_ids[: rule.pinned_blocks] + fresh, fresh)
+
+    def apply(self, result: CompressionResult) -> None:
+        """Give the request its new table; what it left is poisoned."""
+        order, request = result.order, result.order.request
+        kept = order.new_ids
+        if request.rule.drops_blocks:
+            kept = [order.block_ids[page] for page in result.kept_pages]
+        for block in set(order.block_ids) - set(kept):
+            self.cache.poison(block)
+            self.free.insert(0, block)
+        request.block_ids = list(kept)
+        request.cache_len = request.rule.keep
+        request.rounds += 1
+
+    def compress(self, requests: Sequence[Request]) -> list[CompressionResult]:
+        self.runner.submit([self.order(request) for request in requests])
+        results = self.runner.poll(wait=True)
+        for result in results:
+            self.apply(result)
+        return results
+
+    def entries(self, request: Request) -> list[torch.Tensor]:
+        """K and V [L, H, n, d] and positions [L, H, n], on the CPU."""
+        cache = self.cache
+        tensors = cache.k, cache.v, cache.positions
+        return [x[:, request.block_ids].transpose(1, 2).flatten(2, 3)[:, :, : request.cache_len].cpu() for x in tensors]
+
+    def check(self, request: Request, n: int) -> None:
+        """The request holds what its simulation keeps of n entries."""
+        (expected,) = self.simulations[request].run([n])
+        tokens = self.all_tokens[request]
+        k, v, positions = self.entries(request)
+        for (layer, head), kept in expected.items():
+            assert positions[layer, head].tolist() == kept, (request, layer, head)
+            assert torch.equal(k[layer, head], tokens.keys[layer, head, kept])
+            assert torch.equal(v[layer, head], tokens.values[layer, head, kept])
+
+
+@on_every_device
+@either_way
+@every_case
+def test_kept_entries_equal_the_simulation(case, asynchronous, device):
+    serving = Serving(device, asynchronous)
+    requests = [serving.add(case, 1, prompt_len=40), serving.add(case, 2, prompt_len=5, index=3)]
+    for lens in ([96, 80], [80, 80], [80, 96]):
+        for request, n in zip(requests, lens, strict=True):
+            serving.grow(request, n)
+        serving.compress(requests)
+        for request, n in zip(requests, lens, strict=True):
+            serving.check(request, n)
+    serving.runner.close()
+
+
+@on_every_device
+@either_way
+def test_policies_may_be_mixed_in_one_submission(asynchronous, device):
+    serving = Serving(device, asynchronous)
+    requests = [serving.add(case, seed) for seed, case in enumerate(CASES)]
+    for _ in range(2):
+        for request in requests:
+            serving.grow(request, 96)
+        results = serving.compress(requests)
+        assert {result.order.request for result in results} == set(requests)
+        for result in results:
+            assert (result.kept_pages is None) == (not result.order.request.rule.drops_blocks)
+            assert result.kept_positions is None
+            assert result.seconds > 0
+        for request in requests:
+            serving.check(request, 96)
+
+
+def test_orders_are_launched_in_bounded_batches(monkeypatch):
+    # 2 heads * 6 blocks of 16 slots are 192 entries a request.
+    monkeypatch.setattr(compression_batch, "LAUNCH_ENTRIES", 2 * 192 + 100)
+    serving = Serving()
+    requests = [serving.add(case, seed) for seed, case in enumerate(["zipage", "random", "zipage", "zipage"])]
+    for request in requests:
+        serving.grow(request, 96)
+    orders = [serving.order(request) for request in requests]
+    sizes = [[o.request for o in b.orders] for b in compression_batch.batches(orders, SPEC, BLOCK_SIZE)]
+    zipage = requests[0], requests[2], requests[3]
+    assert sizes == [[zipage[0], zipage[1]], [zipage[2]], [requests[1]]]
+    monkeypatch.setattr(compression_batch, "LAUNCH_ENTRIES", 1)
+    assert len(list(compression_batch.batches(orders, SPEC, BLOCK_SIZE))) == 4
+    serving.compress(requests)
+    for request in requests:
+        serving.check(request, 96)
+
+
+@pytest.mark.parametrize("layer_stride", [1, 2, None])
+def test_strides_change_nothing(layer_stride):
+    serving = Serving(layer_stride=layer_stride)
+    requests = [serving.add("zipage", 1), serving.add("h2o", 2)]
+    for _ in range(2):
+        for request in requests:
+            serving.grow(request, 96)
+        serving.compress(requests)
+        for request in requests:
+            serving.check(request, 96)
+
+
+@either_way
+def test_results_wait_to_be_polled(asynchronous):
+    serving = Serving(asynchronous=asynchronous)
+    assert serving.runner.poll() == serving.runner.poll(wait=True) == []
+    first, second = serving.add("zipage", 1), serving.add("random", 2)
+    for request in (first, second):
+        serving.grow(request, 96)
+    serving.runner.submit([serving.order(first)])
+    serving.runner.submit([serving.order(second)])
+    assert serving.runner.in_flight == 2
+    if asynchronous:
+        assert serving.runner.poll() == [], "a request sits out a step"
+    assert [result.order.request for result in serving.runner.poll()] == [first, second]
+    assert serving.runner.in_flight == 0
+    assert serving.runner.poll(wait=True) == []
+    serving.runner.submit([])
+    assert serving.runner.in_flight == 0
+
+
+@on_every_device
+def test_a_request_may_change_once_it_was_submitted(device):
+    serving = Serving(device, asynchronous=True)
+    request = serving.add("zipage", 1)
+    serving.grow(request, 96)
+    serving.runner.submit([serving.order(request)])
+    request.rounds, request.query_slot, request.num_computed = 7, 3, 1000
+    (result,) = serving.runner.poll(wait=True)
+    request.rounds = 0
+    serving.apply(result)
+    serving.check(request, 96)
+
+
+@on_every_device
+@every_case
+def test_traces_tell_the_positions_that_stay(case, device):
+    serving = Serving(device, trace=True)
+    requests = [serving.add(case, 1), serving.add(case, 2)]
+    for n in (96, 80):
+        for request in requests:
+            serving.grow(request, n)
+        for result in serving.compress(requests):
+            kept = result.kept_positions
+            assert kept.dtype == np.int32
+            assert kept.shape == (2, 2, 64)
+            assert (np.diff(kept) > 0).all()
+            assert np.array_equal(kept, serving.entries(result.order.request)[2].numpy())
+
+
+class Broken(Policy):
+    """Fails wherever `fails(event)` says so; ranks as `keydiff` does elsewhere."""
+
+    name, variant, paper = "broken", "broken", ""
+
+    def __init__(self, fails=lambda event: True):
+        self.fails = fails
+
+    def rank(self, event):
+        if self.fails(event):
+            raise ZeroDivisionError("no score\nto divide by")
+        return -event.values().norm(dim=-1)
+
+
+BROKEN = "a compression under policy 'broken' failed: ZeroDivisionError: no score"
+
+
+@on_every_device
+@either_way
+def test_a_failure_is_a_result_and_the_others_go_on(asynchronous, device):
+    serving = Serving(device, asynchronous)
+    bad, good = serving.add("random", 1), serving.add("random", 2)
+    bad.rule = EvictionRule(Broken(), BUDGET)
+    for request in (bad, good):
+        serving.grow(request, 96)
+    serving.runner.submit([serving.order(bad), serving.order(good)])
+    failed, done = serving.runner.poll(wait=True)
+    assert (failed.order.request, failed.error) == (bad, BROKEN)
+    assert done.error is None
+    serving.apply(done)
+    serving.check(good, 96)
+    assert serving.runner.in_flight == 0
+
+
+@on_every_device
+@either_way
+@pytest.mark.parametrize("layer", [0, 1])
+def test_only_what_nothing_was_moved_of_is_computed_again(asynchronous, device, layer):
+    """A batch that is too much in layer 0 goes on one by one; in layer 1, those of layer 0 have moved already."""
+    serving = Serving(device, asynchronous, layer_stride=1)
+    requests = [serving.add("random", 1), serving.add("random", 2), serving.add("random", 3)]
+    policy = Broken(lambda event: event.num_requests > 1 and event.layer_offset == layer)
+    for request in requests:
+        request.rule = EvictionRule(policy, BUDGET)
+        serving.grow(request, 96)
+    serving.runner.submit([serving.order(request) for request in requests])
+    results = serving.runner.poll(wait=True)
+    assert [result.order.request for result in results] == requests
+    assert [result.error for result in results] == [None if layer == 0 else BROKEN] * 3
+    assert serving.runner.in_flight == 0
+
+
+def test_what_a_policy_needs_is_there():
+    serving = Serving()
+    request = serving.add("zipage", 1)
+    serving.grow(request, 96)
+    request.query_slot = -1
+    with pytest.raises(RuntimeError, match="no query slot"):
+        serving.runner.submit([serving.order(request)])
+    pages = serving.add("page_random", 2)
+    serving.grow(pages, 90)
+    with pytest.raises(RuntimeError, match="not full"):
+        serving.runner.submit([serving.order(pages)])

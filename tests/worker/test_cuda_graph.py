@@ -1,0 +1,168 @@
+"""What the graph of a step computes, without a GPU to capture it on."""
+
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine.compressed import greedy, make_llm, random_prompts, tokens_of
+from tests.eviction.cases import Case
+from tests.tiny_models import VOCAB, save_tiny_model
+from zipage import LLM
+from zipage.worker.cuda_graph import StepGraphs, batch_sizes, capture_stream
+from zipage.worker.token_batch import TokenBatch
+
+
+@pytest.mark.parametrize(("largest", "sizes"), [(1, [1]), (5, [1, 2, 4, 5]), (33, [1, 2, 4, 8, 16, 32, 33])])
+def test_sizes_end_with_the_largest_batch(largest, sizes):
+    assert batch_sizes(largest) == sizes
+
+
+def test_sizes_of_large_batches():
+    sizes = batch_sizes(512)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-4:] == [416, 448, 480, 512]
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Stands in for what captures call of `torch.cuda`; a list of the streams made, and one of those captured on."""
+    made, captured_on = [], []
+
+    class Stream(nullcontext):
+        def __init__(self, device=None):
+            super().__init__()
+            made.append(self)
+
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def pool(self):
+            return (0, 1)
+
+        def replay(self):
+            pass
+
+    @contextmanager
+    def graph(graph, pool=None, stream=None, **_):
+        captured_on.append(stream)
+        yield
+
+    current = Stream()
+    made.clear()
+    for name, fake in {
+        "Stream": Stream,
+        "stream": lambda stream: stream,
+        "current_stream": lambda device=None: current,
+        "CUDAGraph": Graph,
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    capture_stream.cache_clear()
+    yield made, captured_on
+    capture_stream.cache_clear()
+
+
+def test_all_graphs_are_captured_on_one_stream_the_largest_first(tmp_path, fake_cuda):
+    """cuBLAS keeps a workspace for every stream it sees, and a pool that begins small grows with every larger graph."""
+    runner = make_llm(save_tiny_model("qwen3", tmp_path), None, debug=False)._runner
+    runner._capture_stream = capture_stream(torch.device("cuda"))
+    graphs = runner._step_graphs(runner.cache, runner._tables)
+    none = np.zeros(3, dtype=np.int64)
+    batch = TokenBatch(none, none - 1, none, none - 1, none - 1, none, none)
+    with torch.inference_mode():
+        for _ in range(2):
+            assert len(graphs.run(batch)) == 3
+        graphs.run(TokenBatch.concatenate([batch] * 4))
+    assert list(graphs._graphs) == [graphs.most, 4, 16]
+    made, captured_on = fake_cuda
+    assert len(made) == 1
+    assert captured_on == made * 3
+    kept = [sum(x.nbytes for x in tensors) for _, *tensors in graphs._graphs.values()]
+    sizes = [graphs.most, 4, 16]
+    assert sum(kept) * sum(graphs._sizes) == graphs.kept_bytes * sum(sizes)
+
+
+def run_in_graphs(llm: LLM) -> list[int]:
+    """From here on steps compute what a graph would, with rows of nobody; the list gets the tokens of each."""
+    runner, sizes = llm._runner, []
+    graphs = runner._step_graphs(runner.cache, runner._tables)
+
+    def run(batch: TokenBatch) -> torch.Tensor:
+        sizes.append(len(batch))
+        return graphs.forward(graphs.inputs(batch, len(batch) + 5))[: len(batch)]
+
+    graphs.run = run
+    runner._graphs = graphs
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("lens", "taken"),
+    [
+        ([], True),
+        (range(1, 257), True),
+        (range(1, 258), False),
+        (range(4097, 4113), False),
+        ([65_536], True),
+        ([65_537], False),
+    ],
+)
+def test_prompts_run_in_a_graph_while_they_are_short_and_read_little(lens, taken):
+    assert StepGraphs.take(np.array(lens, dtype=np.int64)) == taken
+
+
+@pytest.mark.parametrize("new_prompts", [[], [40], [1, 33]], ids=str)
+@pytest.mark.parametrize("case", [None, Case("zipage", {"chunk": 32}), Case("random")], ids=str)
+def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case, new_prompts):
+    llm = make_llm(save_tiny_model("qwen3", tmp_path), case, debug=False)
+    runner, scheduler = llm._runner, llm._scheduler
+    for prompt in random_prompts([5, 20, 70], VOCAB):
+        llm.add_request(prompt, greedy(50))
+    for _ in range(20):
+        llm.step()
+    for prompt in random_prompts(new_prompts, VOCAB, seed=1):
+        llm.add_request(prompt, greedy(50))
+    plan = scheduler.schedule()
+    assert len(plan.decodes) == 3
+    assert len(plan.prefills) == len(new_prompts)
+    cache = runner.cache
+    tensors = [*cache.entry_tensors, *([] if cache.queries is None else [cache.queries])]
+    state = [x.clone() for x in tensors]
+    with torch.inference_mode():
+        expected = runner.forward(plan)
+        computed = [x.clone() for x in tensors]
+        for x, before in zip(tensors, state, strict=True):
+            x.copy_(before)
+        sizes = run_in_graphs(llm)
+        logits = runner.forward(plan)
+    assert sizes == [plan.num_tokens]
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    for x, once in zip(tensors, computed, strict=True):
+        torch.testing.assert_close(x, once, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", [None, Case("zipage", {"chunk": 32}), Case("random")], ids=str)
+def test_requests_that_run_in_graphs_from_their_first_token_get_the_tokens_of_an_eager_engine(tmp_path, case):
+    # A small pool: some leave it, and compute their prompt and output anew.
+    model = save_tiny_model("qwen3", tmp_path)
+    prompts = random_prompts([5, 20, 70, 33, 1, 180, 64, 90], VOCAB)
+    prompts += [prompts[2][:64] + tail for tail in random_prompts([7, 30], VOCAB, seed=1)]
+
+    def served(in_graphs: bool) -> tuple[list[list[int]], list[int]]:
+        llm = make_llm(model, case, debug=False, num_blocks=40, growth=0)
+        sizes, outputs, waiting = run_in_graphs(llm) if in_graphs else [], {}, list(enumerate(prompts))
+        while waiting or llm.has_unfinished_requests():
+            if waiting:
+                index, prompt = waiting.pop(0)
+                llm.add_request(prompt, greedy(80), str(index))
+            outputs |= {output.request_id: output for _ in range(5) for output in llm.step()}
+        assert case is not None or llm.stats.preemptions > 0
+        return tokens_of([outputs[str(index)] for index in range(len(prompts))]), sizes
+
+    tokens, sizes = served(in_graphs=True)
+    assert len([size for size in sizes if size > 8]) >= len(prompts) // 2
+    assert tokens == served(in_graphs=False)[0]

@@ -1,0 +1,46 @@
+"""Checks after every step, and NaN wherever nothing valid lies."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from zipage.scheduling.plan import StepPlan
+from zipage.scheduling.scheduler import Scheduler
+from zipage.worker.kv_cache import KVCache
+
+
+class DebugChecks:
+    """Makes a read of freed or unwritten entries show as NaN, and a broken invariant as an error.
+
+    Slow; for tests and for hunting corruption.
+    """
+
+    def __init__(self, scheduler: Scheduler, cache: KVCache) -> None:
+        self._scheduler = scheduler
+        self._cache = cache
+        self._poisoned = set(scheduler.pool.unindexed_free_blocks())
+        cache.poison(slice(None))
+        cache.poison_queries(slice(None))
+
+    def before(self, plan: StepPlan) -> None:
+        """Poison what the planned requests own but have not written. Blocks were moved as the plan demands."""
+        size = self._cache.block_size
+        for request in chain(plan.decodes, (chunk.request for chunk in plan.prefills)):
+            if request.query_slot >= 0 and request.queries_from == request.num_computed:
+                self._cache.poison_queries(request.query_slot)
+            first, offset = divmod(request.cache_len, size)
+            for block in request.block_ids[first:]:
+                self._cache.poison(block, offset)
+                offset = 0
+
+    def after(self) -> None:
+        """Check pool, tables and rows; poison free blocks that no prefix refers to.
+
+        Raises:
+            RuntimeError: an invariant is broken.
+        """
+        self._scheduler.check_integrity()
+        dead = set(self._scheduler.pool.unindexed_free_blocks())
+        for block in dead - self._poisoned:
+            self._cache.poison(block)
+        self._poisoned = dead

@@ -1,0 +1,162 @@
+"""What an engine tells of itself: a record of every step, of every event of a request's cache, and counters."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+from zipage.scheduling.plan import StepPlan
+from zipage.scheduling.request import Request
+from zipage.scheduling.scheduler import Scheduler
+from zipage.stats import EngineStats, EventStats, StepStats
+from zipage.worker.compression_runner import CompressionResult
+
+logger = logging.getLogger(__name__)
+
+
+class Telemetry:
+    """Fills the records of `zipage.stats` and hands them to listeners.
+
+    Records are made within a step and handed out after it (`deliver`), so that no listener can come between its parts.
+
+    Args:
+        strict: a listener's exception is raised, instead of logged.
+
+    Attributes:
+        counters: those that the scheduler does not keep itself.
+        step_listeners, event_listeners: as in `LLM`.
+    """
+
+    def __init__(self, scheduler: Scheduler, strict: bool = False) -> None:
+        self._scheduler = scheduler
+        self._strict = strict
+        self._undelivered: list[tuple[list[Callable], StepStats | EventStats]] = []
+        self._num_applied = 0
+        self.counters = EngineStats(blocks_total=scheduler.pool.num_blocks)
+        self.step_listeners: list[Callable[[StepStats], None]] = []
+        self.event_listeners: list[Callable[[EventStats], None]] = []
+
+    def record_step(self, plan: StepPlan, num_tokens: int, begin: float, device_time: float) -> None:
+        """A step of `num_tokens` new tokens that began at `begin` (host clock) and has just ended."""
+        scheduler, counters = self._scheduler, self.counters
+        end = time.perf_counter()
+        device_time = min(device_time, end - begin)
+        num_applied = scheduler.compressions.num_applied
+        step = StepStats(
+            step=counters.steps,
+            time=end,
+            num_decode=len(plan.decodes),
+            num_prefill=len(plan.prefills),
+            prefill_tokens=sum(chunk.num_tokens for chunk in plan.prefills),
+            num_preempted=len(plan.preempted),
+            num_paused=len(plan.paused),
+            num_resumed=len(plan.resumed),
+            num_compressed=num_applied - self._num_applied,
+            num_compressing=len(scheduler.compressions.in_flight),
+            num_stalled=plan.num_stalled,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            query_slots_used=scheduler.query_slots_used,
+            blocks_used=scheduler.pool.num_used,
+            blocks_cached=scheduler.pool.num_cached,
+            blocks_total=scheduler.pool.num_blocks,
+            host_time=end - begin - device_time,
+            device_time=device_time,
+            step_time=end - begin,
+        )
+        self._num_applied = num_applied
+        counters.steps += 1
+        counters.output_tokens += num_tokens
+        counters.preemptions += len(plan.preempted)
+        counters.host_time += step.host_time
+        counters.device_time += device_time
+        self._undelivered.append((self.step_listeners, step))
+
+    def record_moves(self, plan: StepPlan) -> None:
+        """The preemptions, pauses and resumptions of a plan."""
+        for request, num_entries, num_blocks in plan.preempted:
+            self._tell("preempt", request, (num_entries, 0), (num_blocks, 0))
+        for request, block_ids, _, _ in plan.paused:
+            self._tell("pause", request, (request.cache_len, request.cache_len), (len(block_ids), 0))
+        for request, block_ids, _, _ in plan.resumed:
+            self._tell("resume", request, (request.cache_len, request.cache_len), (0, len(block_ids)))
+
+    def record_compression(self, result: CompressionResult, num_entries: int) -> None:
+        """A compression that was booked, of a request that held `num_entries`."""
+        request, order = result.order.request, result.order
+        keep = request.rule.keep
+        self._tell(
+            "compress",
+            request,
+            (num_entries, keep),
+            (len(order.block_ids), request.rule.max_blocks - 1),
+            round=request.rounds - 1,
+            seconds=result.seconds,
+            kept_positions=result.kept_positions,
+        )
+
+    def _tell(
+        self,
+        kind: Literal["compress", "pause", "resume", "preempt"],
+        request: Request,
+        entries: tuple[int, int],
+        blocks: tuple[int, int],
+        **details: Any,
+    ) -> None:
+        """`entries`, `blocks`: before and after."""
+        if not self.event_listeners:
+            return
+        event = EventStats(
+            kind,
+            step=self.counters.steps,
+            time=time.perf_counter(),
+            request_id=request.request_id,
+            sample_index=request.index,
+            num_tokens=request.num_tokens,
+            entries_before=entries[0],
+            entries_after=entries[1],
+            blocks_before=blocks[0],
+            blocks_after=blocks[1],
+            **{"round": request.rounds} | details,
+        )
+        self._undelivered.append((self.event_listeners, event))
+
+    def deliver(self) -> None:
+        """Hand the records that were made since the last time to their listeners, in order.
+
+        A listener that raises is logged and taken off the list: nothing else suffers from it.
+        """
+        records, self._undelivered = self._undelivered, []
+        for listeners, record in records:
+            for listener in listeners.copy():
+                try:
+                    listener(record)
+                except Exception:
+                    if self._strict:
+                        raise
+                    logger.exception("%r raised and gets no further records", listener)
+                    listeners.remove(listener)
+
+    def stats(self) -> EngineStats:
+        """All counters, and gauges as they are now."""
+        scheduler, compressions = self._scheduler, self._scheduler.compressions
+        return replace(
+            self.counters,
+            pauses=scheduler.num_pauses,
+            resumes=scheduler.num_resumes,
+            compressions_ordered=compressions.num_ordered,
+            compressions_applied=compressions.num_applied,
+            compressions_failed=compressions.num_failed,
+            entries_evicted=compressions.entries_evicted,
+            entries_kept=compressions.entries_kept,
+            blocks_returned=compressions.blocks_returned,
+            budget_bound=compressions.num_bound,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_compressing=len(compressions.in_flight),
+            query_slots_used=scheduler.query_slots_used,
+            blocks_used=scheduler.pool.num_used,
+        )

@@ -1,0 +1,170 @@
+"""The decoder of the Llama, Qwen2 and Qwen3 families, told apart by the flags of a `ModelSpec`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.dispatch import add_rms_norm, qk_norm_rope, silu_mul
+from zipage.models.rotary import RotaryEmbedding
+from zipage.models.spec import ModelSpec
+
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def _parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm block: attention, then a gated MLP (SwiGLU, Shazeer 2020, arXiv:2002.05202).
+
+    q, k, v are rows of one weight, in this order, and so are gate and up. RMSNorm: Zhang and Sennrich 2019,
+    arXiv:1910.07467.
+    """
+
+    def __init__(self, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.index = index
+        self.num_heads = spec.num_heads
+        self.num_kv_heads = spec.num_kv_heads
+        self.eps = spec.rms_norm_eps
+        q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.qkv_widths = [q_width, kv_width, kv_width]
+        self.gate_up_widths = [spec.mlp_width, spec.mlp_width]
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return _parameter(*shape, dtype=dtype, device=device)
+
+        self.input_norm = parameter(spec.width)
+        self.qkv_weight = parameter(q_width + 2 * kv_width, spec.width)
+        self.qkv_bias = parameter(q_width + 2 * kv_width) if spec.qkv_bias else None
+        self.q_norm = parameter(spec.head_dim) if spec.qk_norm else None
+        self.k_norm = parameter(spec.head_dim) if spec.qk_norm else None
+        self.output_weight = parameter(spec.width, q_width)
+        self.output_bias = parameter(spec.width) if spec.output_bias else None
+        self.mlp_norm = parameter(spec.width)
+        self.gate_up_weight = parameter(2 * spec.mlp_width, spec.width)
+        self.gate_up_bias = parameter(2 * spec.mlp_width) if spec.mlp_bias else None
+        self.down_weight = parameter(spec.width, spec.mlp_width)
+        self.down_bias = parameter(spec.width) if spec.mlp_bias else None
+
+    def forward(self, hidden: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        """One layer, up to the add of its output, which the next norm does.
+
+        Args:
+            hidden: [T, width], the residual stream; added to in place.
+            delta: [T, width], the layer before's output, not yet added; None in the first layer.
+            cos, sin: of `RotaryEmbedding`.
+            attention: as in `Decoder.forward`.
+
+        Returns:
+            [T, width], this layer's output, not yet added.
+        """
+        normed = add_rms_norm(hidden, delta, self.input_norm, self.eps)
+        qkv = F.linear(normed, self.qkv_weight, self.qkv_bias)
+        q, k, v = qk_norm_rope(qkv, self.q_norm, self.k_norm, self.eps, cos, sin, self.num_heads, self.num_kv_heads)
+        attended = attention(self.index, q, k, v).reshape(hidden.shape[0], -1)
+        delta = F.linear(attended, self.output_weight, self.output_bias)
+        normed = add_rms_norm(hidden, delta, self.mlp_norm, self.eps)
+        gated = silu_mul(F.linear(normed, self.gate_up_weight, self.gate_up_bias))
+        return F.linear(gated, self.down_weight, self.down_bias)
+
+    def weight_views(self) -> dict[str, Tensor]:
+        """Each tensor of a Hugging Face checkpoint's layer, by its name there, as a view of a parameter."""
+        views = {
+            "input_layernorm.weight": self.input_norm,
+            "post_attention_layernorm.weight": self.mlp_norm,
+            "self_attn.o_proj.weight": self.output_weight,
+            "mlp.down_proj.weight": self.down_weight,
+        }
+        qkv = [f"self_attn.{name}_proj" for name in "qkv"]
+        gate_up = ["mlp.gate_proj", "mlp.up_proj"]
+        for names, widths, weight, bias in (
+            (qkv, self.qkv_widths, self.qkv_weight, self.qkv_bias),
+            (gate_up, self.gate_up_widths, self.gate_up_weight, self.gate_up_bias),
+        ):
+            views |= {f"{name}.weight": part for name, part in zip(names, weight.split(widths))}
+            if bias is not None:
+                views |= {f"{name}.bias": part for name, part in zip(names, bias.split(widths))}
+        optional = {
+            "self_attn.o_proj.bias": self.output_bias,
+            "mlp.down_proj.bias": self.down_bias,
+            "self_attn.q_norm.weight": self.q_norm,
+            "self_attn.k_norm.weight": self.k_norm,
+        }
+        return views | {name: tensor for name, tensor in optional.items() if tensor is not None}
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states to logits, for inference. Knows nothing of how keys and values are kept.
+
+    The weights of a new one are uninitialised memory; `load_model` fills them.
+
+    Args:
+        spec: shapes and flags.
+        dtype: of the parameters, the hidden states and the logits.
+        device: where the parameters lie.
+    """
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embedding = _parameter(spec.vocab_size, spec.width, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(DecoderLayer(spec, index, dtype, device) for index in range(spec.num_layers))
+        self.norm = _parameter(spec.width, dtype=dtype, device=device)
+        self.lm_head = (
+            self.embedding
+            if spec.tie_embeddings
+            else _parameter(spec.vocab_size, spec.width, dtype=dtype, device=device)
+        )
+        inv_freq = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)
+        self.rotary = RotaryEmbedding(inv_freq, spec.rope_attention_factor)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            token_ids: int64 [T], of any number of requests.
+            positions: int64 [T], each token's place in its request.
+            attention: called once a layer, in order, with the layer's index, q [T, Hq, d], and k and v [T, H, d]
+                after rotary; returns [T, Hq, d]. q, k and v are views: the last two axes are contiguous, the step
+                from token to token is not `heads * d`.
+
+        Returns:
+            [T, width] in the model's dtype.
+        """
+        hidden = F.embedding(token_ids, self.embedding)
+        cos, sin = self.rotary(positions)
+        delta = None
+        for layer in self.layers:
+            delta = layer(hidden, delta, cos, sin, attention)
+        return add_rms_norm(hidden, delta, self.norm, self.spec.rms_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, width] -> [N, vocab] in the model's dtype."""
+        return F.linear(hidden, self.lm_head)
+
+    def weight_views(self) -> dict[str, Tensor]:
+        """Each tensor of a Hugging Face checkpoint, by its name there, as a view of a parameter.
+
+        Writing all of them sets every element of every parameter once. With tied embeddings there is no
+        `lm_head.weight`.
+        """
+        views = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
+        if not self.spec.tie_embeddings:
+            views["lm_head.weight"] = self.lm_head
+        for layer in self.layers:
+            views |= {f"model.layers.{layer.index}.{name}": view for name, view in layer.weight_views().items()}
+        return views

@@ -1,0 +1,112 @@
+"""What the fields of a `config.json` must be, checked before anything is computed or allocated from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from zipage.models.rotary import KNOWN_KEYS
+
+LARGEST = 2**31 - 1
+"""Of any size."""
+LARGEST_HEAD = 2**16
+LARGEST_DEPTH = 2**16
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is an integer or a float, and finite as a float."""
+    return (is_integer(value) and abs(value) < 2**1023) or (isinstance(value, float) and math.isfinite(value))
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(is_text, value))
+
+
+def is_ids(value: Any) -> bool:
+    """Whether it is a token id or a list of them."""
+    return all(map(is_integer, value)) if isinstance(value, list | tuple) else is_integer(value)
+
+
+def _is_rope(value: Any) -> bool:
+    def is_right(key: str, inner: Any) -> bool:
+        if key in ("rope_type", "type"):
+            return is_text(inner)
+        if key in ("rope_theta", "factor", "original_max_position_embeddings"):
+            return inner is None or (is_number(inner) and inner > 0)
+        return key not in KNOWN_KEYS or inner is None or isinstance(inner, bool) or is_number(inner)
+
+    return isinstance(value, Mapping) and all(is_right(*item) for item in value.items())
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _at_most(limit: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: is_integer(value) and value <= limit, f"an integer, at most {limit}"
+
+
+_FLAG, _NUMBER, _TEXT = (_is_flag, "true or false"), (is_number, "a finite number"), (is_text, "a text")
+_TEXTS, _ROPE = (is_texts, "a list of texts"), (_is_rope, "an object with a rope_type and finite numbers above 0")
+
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "architectures": _TEXTS,
+    "attention_bias": _FLAG,
+    "dtype": _TEXT,
+    "eos_token_id": (is_ids, "an integer or a list of integers"),
+    "head_dim": _at_most(LARGEST_HEAD),
+    "hidden_act": _TEXT,
+    "hidden_size": _at_most(LARGEST),
+    "intermediate_size": _at_most(LARGEST),
+    "layer_types": _TEXTS,
+    "max_position_embeddings": _at_most(LARGEST),
+    "max_window_layers": _at_most(LARGEST),
+    "mlp_bias": _FLAG,
+    "num_attention_heads": _at_most(LARGEST),
+    "num_hidden_layers": _at_most(LARGEST_DEPTH),
+    "num_key_value_heads": _at_most(LARGEST),
+    "partial_rotary_factor": _NUMBER,
+    "quantization_config": (lambda _: True, "refused by name"),
+    "rms_norm_eps": _NUMBER,
+    "rope_parameters": _ROPE,
+    "rope_scaling": _ROPE,
+    "rope_theta": _NUMBER,
+    "sliding_window": _at_most(LARGEST),
+    "tie_word_embeddings": _FLAG,
+    "torch_dtype": _TEXT,
+    "use_sliding_window": _FLAG,
+    "vocab_size": _at_most(LARGEST),
+}
+"""Fields that are read -> a check of a value that is not null, and what it wants.
+
+No other field reaches transformers, which allocates what some of them say (`num_labels`).
+"""
+
+
+def checked_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `FIELDS` that are there. Raises ValueError that names the first that is wrong, its value and what it
+    must be."""
+    kept = {name: values[name] for name in FIELDS if name in values}
+    for name, value in kept.items():
+        is_right, what = FIELDS[name]
+        if value is not None and not is_right(value):
+            raise ValueError(f"{name}={shown(value)}: must be {what}")
+    return kept
+
+
+def shown(value: Any) -> str:
+    """The value as a message shows it: not at length."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists
+        text = f"({type(value).__name__})"
+    return text if len(text) <= 80 else f"{text[:80]}..."

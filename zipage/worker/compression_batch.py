@@ -1,0 +1,129 @@
+"""Requests that are compressed together, as they were when it was ordered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zipage.eviction.protection import must_mask
+from zipage.models.spec import ModelSpec
+from zipage.scheduling.plan import CompressionOrder
+from zipage.worker.compressor import LAUNCH_ENTRIES
+from zipage.worker.kv_cache import KVCache
+from zipage.worker.paged_event import PagedEvent
+from zipage.worker.transfer import to_device
+
+SEED_STEP = 0xD1342543DE82EF95
+"""Between the samples of a prompt. Odd, so that each gets a seed of its own, and not what lies between the engine's own
+seeds: sample 1 under seed 0 is not to draw what sample 0 draws under seed 1."""
+
+
+class CompressionBatch:
+    """Orders under one policy, and a copy of all that their event needs.
+
+    Requests and tables may change while the batch is computed elsewhere: everything is read here, into host memory.
+
+    Args:
+        orders: under one policy and one number of recent entries; not empty.
+        block_size: b.
+
+    Raises:
+        RuntimeError: a request has no query slot under a policy that reads queries, or is not in whole pages under one
+            that drops blocks.
+
+    Attributes:
+        policy: of all orders.
+        keep: entries of each request after the event: k, or all of them where they are fewer.
+        sources: of each request, the blocks that hold its entries.
+        tables: its `new_ids`.
+    """
+
+    def __init__(self, orders: Sequence[CompressionOrder], block_size: int) -> None:
+        requests = [order.request for order in orders]
+        rules = [request.rule for request in requests]
+        self.orders = orders
+        self.policy = rules[0].policy
+        for request in requests:
+            if self.policy.needs_queries and request.query_slot < 0:
+                raise RuntimeError(f"{request}: {self.policy.name} reads queries, and it has no query slot")
+            if self.policy.drops_blocks and request.cache_len % block_size:
+                raise RuntimeError(f"{request}: {self.policy.name} drops blocks, and its last one is not full")
+        self.keep = [min(rule.keep, request.cache_len) for rule, request in zip(rules, requests, strict=True)]
+        self.sources = [order.block_ids[: -(-order.request.cache_len // block_size)] for order in orders]
+        self.tables = [list(order.new_ids) for order in orders]
+        self._recent = rules[0].recent
+        self._pinned = [rule.pinned_blocks for rule in rules]
+        carried = [rule.keep if request.rounds and self.policy.state else 0 for rule, request in zip(rules, requests)]
+        self._numbers = (
+            [request.cache_len for request in requests],
+            self.keep,
+            [rule.protected for rule in rules],
+            carried,
+            [request.query_slot for request in requests],
+            [request.num_computed for request in requests],
+        )
+        self._seeds = [(request.seed + request.index * SEED_STEP) % 2**63 for request in requests]
+        self._rounds = [request.rounds for request in requests]
+        self._prompt_lens = [request.num_prompt_tokens for request in requests]
+
+    def event(self, cache: KVCache, spec: ModelSpec) -> PagedEvent:
+        """The event over all layers of `cache`. On CUDA its tensors belong to the current stream."""
+        device = cache.k.device
+        lens, keep, protected, carried, query_slots, window_ends = to_device(self._numbers, device, np.int32).unbind()
+        tables = to_device(_rectangle(self.sources), device)
+        return PagedEvent(
+            num_layers=spec.num_layers,
+            num_heads=spec.num_kv_heads,
+            group_size=spec.num_heads // spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            window=self.policy.num_queries,
+            lens=lens,
+            keep=keep,
+            must=must_mask(lens, protected, self._recent, tables.shape[1] * cache.block_size),
+            protected=protected,
+            carried=carried,
+            seeds=self._seeds,
+            rounds=self._rounds,
+            prompt_lens=self._prompt_lens,
+            k_cache=cache.k,
+            v_cache=cache.v,
+            block_tables=tables,
+            q_cache=cache.queries if self.policy.needs_queries else None,
+            query_slots=query_slots,
+            window_ends=window_ends,
+            state_cache=cache.scores if self.policy.state else None,
+        )
+
+    def destinations(self, device: torch.device) -> Tensor:
+        """int32 [R, dst_blocks] for `compress`: -1 for the blocks that no event writes to."""
+        rows = [[-1] * pinned + ids[pinned:] for pinned, ids in zip(self._pinned, self.tables, strict=True)]
+        return to_device(_rectangle(rows), device)
+
+
+def batches(orders: Iterable[CompressionOrder], spec: ModelSpec, block_size: int) -> Iterator[CompressionBatch]:
+    """Orders under equal policies together, as many as keep R * H * N within `LAUNCH_ENTRIES`, and at least one."""
+    groups: dict[tuple, list[CompressionOrder]] = {}
+    for order in orders:
+        groups.setdefault((order.request.rule.policy, order.request.rule.recent), []).append(order)
+    most = LAUNCH_ENTRIES // (spec.num_kv_heads * block_size)
+    for group in groups.values():
+        batch, width = [], 0
+        for order in group:
+            wider = max(width, len(order.block_ids))
+            if batch and (len(batch) + 1) * wider > most:
+                yield CompressionBatch(batch, block_size)
+                batch, wider = [], len(order.block_ids)
+            batch.append(order)
+            width = wider
+        yield CompressionBatch(batch, block_size)
+
+
+def _rectangle(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Tables of different lengths as one, -1 past each; nobody reads there."""
+    table = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int32)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return table

@@ -1,0 +1,232 @@
+"""Compressions, in the step that orders them or beside the steps after it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from zipage.models.spec import ModelSpec
+from zipage.scheduling.plan import CompressionOrder
+from zipage.worker.compression_batch import CompressionBatch, batches
+from zipage.worker.compressor import PartlyCompressed, choose, compress
+from zipage.worker.kv_cache import KVCache
+from zipage.worker.rank_watch import RankWatch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class CompressionResult:
+    """A compression that is done, or that failed.
+
+    Attributes:
+        order: what was ordered.
+        error: None, or one line that says why nothing came of it; the blocks of its request then hold nothing of use.
+        kept_pages: places in `order.block_ids` that stay, ascending, where the policy drops blocks; else None.
+        kept_positions: int32 [L, H, k], logical positions of the survivors, ascending, where traced; else None.
+        seconds: from `submit` until the host saw it done.
+    """
+
+    order: CompressionOrder
+    kept_pages: list[int] | None
+    kept_positions: np.ndarray | None
+    seconds: float
+    error: str | None = None
+
+
+class CompressionRunner:
+    """Takes orders with `submit` and hands out what is done with `poll`.
+
+    Synchronous, a compression is queued on the current stream before `submit` returns, and the next `poll` hands it out
+    without waiting for the GPU: whatever is queued after it finds the survivors in place. Asynchronous on CUDA, one
+    worker thread queues it on a stream of its own, and `poll` hands it out once the GPU is through with it; until then
+    its request must sit out, keep its blocks, and be changed by nobody. On a CPU both compute in `submit`; there, an
+    asynchronous one is not handed out by the first `poll` after it, so that its request sits out a step too.
+
+    A batch that fails before anything was moved is computed again request by request, so that what one request or the
+    size of the batch brought about costs no other.
+
+    Args:
+        cache: with positions, and with scores and queries where a policy asks for them.
+        asynchronous: as above.
+        layer_stride: layers of one launch; None takes what a bound on memory allows (`compress`).
+        trace: read back the positions that stay, which waits for the GPU.
+        debug: fail a compression whose policy ranks an entry NaN, which waits for the GPU; otherwise `ranks` counts it.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        spec: ModelSpec,
+        *,
+        asynchronous: bool,
+        layer_stride: int | None,
+        trace: bool,
+        debug: bool = False,
+    ) -> None:
+        self.ranks = RankWatch(strict=debug)
+        self._cache = cache
+        self._spec = spec
+        self._layer_stride = layer_stride
+        self._trace = trace
+        self._delayed = asynchronous and not cache.k.is_cuda
+        self._pending: deque[_Job] = deque()
+        self._stream = None
+        self._executor: Executor = _Inline()
+        if asynchronous and cache.k.is_cuda:
+            self._stream = torch.cuda.Stream(cache.k.device)
+            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compression")
+
+    def submit(self, orders: Sequence[CompressionOrder]) -> None:
+        """Begin to compress. The requests are read before this returns.
+
+        Raises:
+            RuntimeError: a request does not meet what its policy needs (`CompressionBatch`).
+        """
+        start = time.perf_counter()
+        work = list(batches(orders, self._spec, self._cache.block_size))
+        if self._stream is None:
+            for batch in work:
+                future = self._executor.submit(self._compress, batch)
+                self._pending.append(_Job(batch, start, future, None, self._delayed))
+            return
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(self._cache.k.device))
+        for batch in work:
+            done = torch.cuda.Event()
+            future = self._executor.submit(self._compress_beside, batch, ready, done)
+            self._pending.append(_Job(batch, start, future, done, False))
+
+    def poll(self, wait: bool = False) -> list[CompressionResult]:
+        """What is done and was not handed out yet, in the order of the launches.
+
+        From here on the current stream sees the survivors in place, and the blocks that were left may be given away.
+
+        Args:
+            wait: for everything that was submitted.
+        """
+        results = []
+        while self._pending and (wait or self._pending[0].is_done):
+            job = self._pending.popleft()
+            error = job.future.exception()
+            if job.done is not None:
+                job.done.synchronize()
+                torch.cuda.current_stream(self._cache.k.device).wait_event(job.done)
+            seconds = time.perf_counter() - job.start
+            if error is None:
+                kept = job.future.result()
+                results += [CompressionResult(order, *one, seconds) for order, one in zip(job.batch.orders, kept)]
+            else:
+                results += self._failed(job, error, seconds)
+        for job in self._pending:
+            job.delayed = False
+        self.ranks.poll()
+        return results
+
+    def _failed(self, job: _Job, error: BaseException, seconds: float) -> list[CompressionResult]:
+        """Begin the orders of a failed batch again, one by one, where that can help; the results where it can't."""
+        orders = job.batch.orders
+        if len(orders) > 1 and not isinstance(error, PartlyCompressed):
+            for order in orders:
+                self.submit([order])
+            return []
+        policy = job.batch.policy.name
+        logger.error("a compression under policy %r failed", policy, exc_info=error)
+        cause = error.__cause__ if isinstance(error, PartlyCompressed) else error
+        reason = f"{type(cause).__name__}: {cause}".partition("\n")[0]
+        message = f"a compression under policy {policy!r} failed: {reason}"
+        return [CompressionResult(order, None, None, seconds, message) for order in orders]
+
+    @property
+    def in_flight(self) -> int:
+        """Orders that were submitted and not handed out."""
+        return sum(len(job.batch.orders) for job in self._pending)
+
+    def close(self) -> None:
+        """Wait for what is under way and forget it."""
+        self._executor.shutdown(wait=True)
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._pending.clear()
+
+    def _compress_beside(self, batch: CompressionBatch, ready: torch.cuda.Event, done: torch.cuda.Event) -> list[_Kept]:
+        """In the worker. What it allocates belongs to its own stream, so nothing here is freed under another's feet."""
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            try:
+                return self._compress(batch)
+            finally:
+                done.record(self._stream)
+
+    @torch.inference_mode()
+    def _compress(self, batch: CompressionBatch) -> list[_Kept]:
+        cache, max_keep = self._cache, max(batch.keep)
+        event = batch.event(cache, self._spec)
+        if batch.policy.drops_blocks:
+            # The same slots stay in all layers and heads, whole blocks of them.
+            kept, failed = choose(batch.policy, event, max_keep)
+            first_slots = kept[0, :, 0, :: cache.block_size].tolist()
+            pages = [[slot // cache.block_size for slot in row if slot >= 0] for row in first_slots]
+            for kept, keep in zip(pages, batch.keep, strict=True):
+                if len(set(kept)) * cache.block_size != keep:
+                    raise ValueError(f"{batch.policy.name} ranks the slots of a block apart, but it drops whole blocks")
+            tables = [[blocks[page] for page in kept] for blocks, kept in zip(batch.sources, pages, strict=True)]
+        else:
+            pages, tables = [None] * len(batch.orders), batch.tables
+            destinations = batch.destinations(cache.k.device)
+            stride = self._layer_stride
+            states = [cache.positions]
+            failed = compress(batch.policy, event, states, destinations, max_keep=max_keep, stride=stride).failed
+        try:
+            self.ranks.look(batch.policy.name, failed)
+        except ValueError as error:
+            raise PartlyCompressed("survivors were moved") from error
+        if not self._trace:
+            return [_Kept(kept, None) for kept in pages]
+        sizes = zip(pages, tables, batch.keep, strict=True)
+        return [_Kept(kept, self._positions(table, keep)) for kept, table, keep in sizes]
+
+    def _positions(self, table: list[int], keep: int) -> np.ndarray:
+        """int32 [L, H, keep], positions of the first `keep` entries of a table."""
+        rows = self._cache.positions[:, table].transpose(1, 2).flatten(2)
+        return rows[..., :keep].cpu().numpy()
+
+
+class _Kept(NamedTuple):
+    pages: list[int] | None
+    positions: np.ndarray | None
+
+
+@dataclass(eq=False)
+class _Job:
+    """A batch under way; `done` is recorded behind it on the worker's stream, if it has one. `delayed` skips a poll."""
+
+    batch: CompressionBatch
+    start: float
+    future: Future[list[_Kept]]
+    done: torch.cuda.Event | None
+    delayed: bool
+
+    @property
+    def is_done(self) -> bool:
+        return not self.delayed and self.future.done() and (self.done is None or self.done.query())
+
+
+class _Inline(Executor):
+    """Runs what it is given at once, in the caller's thread."""
+
+    def submit(self, run: Callable, /, *args: object) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(run(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future

@@ -1,0 +1,113 @@
+"""One compression: scores, survivors, and the move of what survives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch as ops
+from zipage.eviction.policy import Policy
+from zipage.worker.paged_event import PagedEvent
+
+LAUNCH_ENTRIES = 2**20
+"""Entries (layers * R * H * N) of one launch, which bounds the memory that scores and dense copies take."""
+
+
+class PartlyCompressed(RuntimeError):
+    """Survivors of some layers were moved, those of others were not: the entries are of no use any more."""
+
+
+class Choice(NamedTuple):
+    """What stays of R requests.
+
+    Attributes:
+        kept: int32 [L, R, H, K], the slots that stay, numbered as before the event: ascending, then -1.
+        failed: bool [R], whether the policy ranked an entry NaN.
+    """
+
+    kept: Tensor
+    failed: Tensor
+
+
+def compress(
+    policy: Policy,
+    event: PagedEvent,
+    states: Sequence[Tensor],
+    dst_tables: Tensor,
+    *,
+    max_keep: int,
+    stride: int | None = None,
+) -> Choice:
+    """Evict what `policy` ranks lowest and move the survivors, K, V and states, into the first slots of a request.
+
+    The policy's new state goes with the survivors into `event.state_cache`: afterwards a request has min(keep, n)
+    entries, and as many that carry state (`Event.carried`). Only destination blocks are written, so that source blocks
+    may be shared, in a launch and beyond it.
+
+    Args:
+        policy: one that evicts.
+        event: all layers of the model, or any range of them if the policy does not need all at once.
+        states: further int32 or float32 [L, num_blocks, H, b] to move along, such as the entries' logical positions;
+            not `event.state_cache`.
+        dst_tables: int32 [R, dst_blocks], read up to ceil(min(keep, n) / b): a request's private blocks, either its own
+            source block of the same place or an earlier one, or one that no request reads. -1 for any of a request's
+            leading blocks whose entries are all protected: those stay where they are, slot j in slot j, and nothing of
+            the block is written, neither K and V nor states, so that it may stay shared.
+        max_keep: largest `event.keep`, known on the host.
+        stride: layers of one launch, for policies that may see them one by one; None takes as many as make up
+            `LAUNCH_ENTRIES`, and at least one.
+
+    Returns:
+        What stayed, K being max_keep.
+
+    Raises:
+        ValueError: arguments do not go together.
+        PartlyCompressed: the policy or a kernel failed after survivors had been moved; its cause is the reason. An
+            exception from before that comes as it is.
+    """
+    if event.window != policy.num_queries:
+        raise ValueError(f"event.window={event.window}: {policy.name} reads {policy.num_queries} queries")
+    if policy.state and event.state_cache is None:
+        raise ValueError(f"{policy.name} carries state: give event.state_cache")
+    if any(state is event.state_cache for state in states):
+        raise ValueError("states holds event.state_cache, which moves anyway: give the others")
+    if stride is None:
+        stride = max(1, LAUNCH_ENTRIES // (event.num_requests * event.num_heads * event.num_slots))
+    if stride < 1:
+        raise ValueError(f"stride={stride}: must be at least 1, or None")
+    step = event.num_layers if policy.all_layers else stride
+    choices = []
+    is_written = False
+    try:
+        for first in range(0, event.num_layers, step):
+            last = min(first + step, event.num_layers)
+            launch = event.of_layers(first, last)
+            choices.append(choose(policy, launch, max_keep))
+            is_written = True
+            _move(policy, launch, [state[first:last] for state in states], choices[-1].kept, dst_tables)
+    except Exception as error:
+        if is_written:
+            raise PartlyCompressed("survivors of some layers were moved") from error
+        raise
+    kept, failed = zip(*choices, strict=True)
+    return Choice(torch.cat(kept), torch.stack(failed).any(dim=0))
+
+
+def choose(policy: Policy, event: PagedEvent, max_keep: int) -> Choice:
+    """What shall stay, written nowhere; K is min(max_keep, N)."""
+    scores = policy.score(event).contiguous()
+    kept = ops.select(scores, event.must, event.lens, event.keep, min(max_keep, event.num_slots))
+    highest = scores.amax(dim=(0, 2))  # NaN where one is
+    return Choice(kept, highest.masked_fill(event.must, 0).isnan().any(dim=-1))
+
+
+def _move(policy: Policy, event: PagedEvent, states: list[Tensor], kept: Tensor, dst_tables: Tensor) -> None:
+    """Move what one launch keeps, `kept` int32 [L, R, H, max_keep]."""
+    updates = [None] * len(states)
+    if policy.state:
+        states = [*states, event.state_cache]
+        updates.append(event.new_state.expand(event.shape).contiguous())
+    ops.compact_stable(event.k_cache, event.v_cache, states, kept, event.block_tables, dst_tables, updates)

@@ -1,0 +1,77 @@
+"""Attention of one step over the paged cache: what the model calls in each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import decode_pieces, paged_decode, paged_prefill, store_kv, store_step
+from zipage.worker.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from kernels.decode_pieces import Pieces
+
+
+@dataclass(slots=True)
+class PagedAttention:
+    """Stores a layer's new keys and values, and the queries that an eviction will read, then attends over block tables.
+
+    The batch is decodes (one token each) followed by prefill chunks.
+
+    Attributes:
+        cache: the paged keys and values.
+        scale: factor on the logits.
+        slots: int64 [T], where each token's entry goes; the same in every layer.
+        query_indices: int64 [T], where each token's queries go (`store_step`); None where nobody keeps any.
+        num_decodes: leading tokens that are decodes, one request each.
+        decode_tables, prefill_tables: int32 [B, max blocks of the part].
+        decode_lens, prefill_lens: int32 [B], entries of each request with this step's included.
+        cu_seqlens: int32 [prefills + 1], borders of the chunks among the prefill tokens.
+        max_seqlen: longest chunk.
+    """
+
+    cache: KVCache
+    scale: float
+    slots: Tensor
+    query_indices: Tensor | None = None
+    num_decodes: int = 0
+    decode_tables: Tensor | None = None
+    decode_lens: Tensor | None = None
+    prefill_tables: Tensor | None = None
+    prefill_lens: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0
+    _pieces: Pieces | None = field(init=False, default=None)
+    """Of the decodes: cut in the first layer."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, Hq, d], k and v [T, H, d], after rotary -> [T, Hq, d]."""
+        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        if self.query_indices is None:
+            store_kv(k, v, k_cache, v_cache, self.slots)
+        else:
+            store_step(k, v, q, k_cache, v_cache, self.cache.queries[layer], self.slots, self.query_indices)
+        parts = []
+        n = self.num_decodes
+        if n:
+            if layer == 0:
+                self._pieces = decode_pieces(self.decode_lens, k_cache, self.decode_tables.shape[1])
+            tables, lens = self.decode_tables, self.decode_lens
+            parts.append(paged_decode(q[:n], k_cache, v_cache, tables, lens, self.scale, self._pieces))
+        if self.max_seqlen:
+            parts.append(
+                paged_prefill(
+                    q[n:],
+                    k_cache,
+                    v_cache,
+                    self.prefill_tables,
+                    self.cu_seqlens,
+                    self.prefill_lens,
+                    self.max_seqlen,
+                    self.scale,
+                )
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,160 @@
+"""Logits to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.cpu import invert
+from kernels.dispatch import sample_from_logits
+from zipage.sampling_params import SamplingParams
+from zipage.scheduling.request import Request
+from zipage.worker.transfer import to_device
+
+
+def uniform(seeds: np.ndarray, samples: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """One uniform number in (0, 1) per row, a function of (seed, sample index, token index) alone.
+
+    Counter-based (the SplitMix64 finaliser over the mixed counters; Steele et al., OOPSLA 2014), so a request draws the
+    same numbers whatever else is in its batch, however often it was preempted, and on every device.
+
+    Args:
+        seeds, samples, positions: int64 [N].
+
+    Returns:
+        float64 [N].
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)
+
+    def mix(x: np.ndarray) -> np.ndarray:
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    with np.errstate(over="ignore"):
+        state = mix(seeds.astype(np.uint64) + golden)
+        state = mix(state + golden * (samples.astype(np.uint64) + np.uint64(1)))
+        state = mix(state + golden * (positions.astype(np.uint64) + np.uint64(1)))
+    return ((state >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+class Sampler:
+    """Picks the next token of each request of a batch.
+
+    Args:
+        max_num_seqs: rows of the token record that repetition penalties need; made at the first request that has one.
+        vocab_size: length of a row of logits.
+        device: of the logits.
+    """
+
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+        self._shape = (max_num_seqs, vocab_size)
+        self._device = device
+        self._seen: Tensor | None = None
+        self._owners: list[tuple[Request, int] | None] = [None] * max_num_seqs
+
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> tuple[Tensor, Tensor | None]:
+        """Pick one token per row.
+
+        Args:
+            logits: [N, vocab], any float type; row i belongs to `requests[i]`.
+
+        Returns:
+            Tokens, int64 [N], -1 for a row with NaN or +inf, or without a finite logit; and float32 [N] their
+            log-probabilities under the raw logits, or None where no request asks for any.
+        """
+        params = [request.params for request in requests]
+        raw = logits if any(p.logprobs for p in params) else None
+        if any(p.repetition_penalty != 1.0 for p in params):
+            logits = self._penalise(logits.float(), requests)
+        if all(p.temperature == 0 for p in params):
+            tokens = _where_finite(*logits.max(dim=-1))
+        else:
+            tokens = self._draw(logits, requests)
+        if raw is None:
+            return tokens, None
+        logprobs = raw.log_softmax(dim=-1, dtype=torch.float32)
+        return tokens, logprobs.gather(1, tokens.clamp(min=0)[:, None]).squeeze(1)
+
+    def _column(self, values: list, dtype: type = np.float32) -> Tensor:
+        return to_device(values, self._device, dtype)[:, None]
+
+    def _draw(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
+        """Rows are drawn by what they themselves ask for, so that nobody's tokens depend on the neighbours' options."""
+        temperature = self._column([request.params.temperature for request in requests])
+        numbers = uniform(
+            np.array([request.seed for request in requests], dtype=np.int64),
+            np.array([request.index for request in requests], dtype=np.int64),
+            np.array([request.num_output_tokens for request in requests], dtype=np.int64),
+        )
+        u = to_device(numbers, self._device)[:, None]
+        rows_of: dict[Callable, list[int]] = {}
+        for row, request in enumerate(requests):
+            rows_of.setdefault(self._way_to_draw(request.params), []).append(row)
+        if len(rows_of) == 1:
+            return next(iter(rows_of))(logits, temperature, u, requests)
+        tokens = torch.empty(len(requests), dtype=torch.int64, device=self._device)
+        for draw, places in rows_of.items():
+            rows = to_device(places, self._device, np.int64)
+            tokens[rows] = draw(logits[rows], temperature[rows], u[rows], [requests[row] for row in places])
+        return tokens
+
+    def _way_to_draw(self, params: SamplingParams) -> Callable[[Tensor, Tensor, Tensor, Sequence[Request]], Tensor]:
+        if params.temperature == 0 or (params.top_k == 0 and params.top_p == 1 and params.min_p == 0):
+            return self._draw_from_all
+        return self._draw_in_order if params.top_k == 0 and params.top_p == 1 else self._draw_ranked
+
+    def _draw_from_all(self, logits: Tensor, temperature: Tensor, u: Tensor, _requests: Sequence[Request]) -> Tensor:
+        """Rows without a cut, and greedy ones."""
+        return sample_from_logits(logits, temperature.squeeze(1), u.squeeze(1))
+
+    def _draw_in_order(self, logits: Tensor, temperature: Tensor, u: Tensor, requests: Sequence[Request]) -> Tensor:
+        """Rows with `min_p` alone: inverted in the order of the vocabulary."""
+        probs = self._probs(logits, temperature, requests)
+        return _where_finite(logits.amax(dim=-1), invert(probs, u).squeeze(1))
+
+    def _draw_ranked(self, logits: Tensor, temperature: Tensor, u: Tensor, requests: Sequence[Request]) -> Tensor:
+        """Rows with `top_k` or `top_p`: inverted from the most likely token down."""
+        params = [request.params for request in requests]
+        ranked, order = self._probs(logits, temperature, requests).sort(dim=-1, descending=True, stable=True)
+        k = self._column([min(p.top_k or self._shape[1], self._shape[1]) for p in params], np.int64)
+        rank = torch.arange(ranked.shape[1], device=self._device)[None, :]
+        ranked = ranked.masked_fill(rank >= k, 0.0)
+        top_p = self._column([p.top_p for p in params]) * ranked.sum(dim=-1, keepdim=True)
+        before = ranked.cumsum(dim=-1) - ranked
+        ranked = ranked.masked_fill((before >= top_p) & (rank > 0) & (top_p < ranked.sum(-1, keepdim=True)), 0.0)
+        return _where_finite(logits.amax(dim=-1), order.gather(1, invert(ranked, u)).squeeze(1))
+
+    def _probs(self, logits: Tensor, temperature: Tensor, requests: Sequence[Request]) -> Tensor:
+        """float32 [N, vocab], 0 where `min_p` cuts."""
+        probs = (logits.float() / temperature).softmax(dim=-1)
+        min_p = [request.params.min_p for request in requests]
+        if any(min_p):
+            probs = probs.masked_fill(probs < self._column(min_p) * probs.amax(dim=-1, keepdim=True), 0.0)
+        return probs
+
+    def _penalise(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
+        if self._seen is None:
+            self._seen = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
+        for request in requests:
+            if request.params.repetition_penalty != 1.0:
+                owner = self._owners[request.row]
+                known = owner[1] if owner is not None and owner[0] is request else 0
+                if known == 0:
+                    self._seen[request.row] = False
+                new = to_device(request.token_ids[known:], self._device, np.int64)
+                self._seen[request.row, new] = True
+                self._owners[request.row] = (request, request.num_tokens)
+        rows = to_device([request.row for request in requests], self._device, np.int64)
+        penalty = self._column([request.params.repetition_penalty for request in requests])
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+        seen = self._seen[rows] & (penalty != 1.0)
+        return torch.where(seen, penalised, logits)
+
+
+def _where_finite(largest: Tensor, tokens: Tensor) -> Tensor:
+    """`tokens` [N], and -1 where the largest logit of a row is NaN or infinite."""
+    return torch.where(largest - largest == 0, tokens, -1)
