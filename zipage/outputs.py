@@ -27,7 +27,7 @@ class CompletionOutput:
     index: int
     text: str
     token_ids: list[int]
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     logprobs: list[float] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)

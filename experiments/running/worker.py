@@ -1,8 +1,8 @@
 """`python -m experiments.running.worker DESCRIPTOR`: arms of a sweep, one after another, around one loaded model.
 
-The process of an `experiments.running.child.Worker`: a task is the overrides of an arm. What is loaded once is the model and
-the questions; engine, cache and graphs are each arm's own. An arm that fails ends the process, so that no other meets
-what it left behind.
+The process of an `experiments.running.child.Worker`: a task is the overrides of an arm. What is loaded once is the
+model and the questions; engine, cache and graphs are each arm's own. An arm that fails ends the process, so that no
+other meets what it left behind.
 """
 
 from __future__ import annotations

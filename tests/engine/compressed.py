@@ -40,7 +40,7 @@ def make_llm(folder: Path, case: Case | None, budget: int = 64, growth: int = GR
             "recent_tokens": case.recent,
         }
     llm = LLM(str(folder), **defaults | options)
-    llm._scheduler.growth = growth
+    llm._core.scheduler.growth = growth
     return llm
 
 
@@ -62,15 +62,15 @@ def random_prompts(lengths, vocab: int, seed: int = 0) -> list[list[int]]:
 def pause_now_and_then(llm: LLM, share: float = 0.2, seed: int = 0) -> None:
     """After a step, now and then, move a running request to host memory, for no reason."""
     rng = random.Random(seed)
-    scheduler = llm._scheduler
+    scheduler = llm._core.scheduler
 
     def pause(_step) -> None:
         running = [request for request in scheduler.running if request.status is Status.RUNNING]
         if running and rng.random() < share:
             plan = StepPlan()
             scheduler.pause(rng.choice(running), plan)
-            llm._runner.move(plan)
-            llm._telemetry.record_moves(plan)
+            llm._core.runner.move(plan)
+            llm._core.telemetry.record_moves(plan)
 
     llm.step_listeners.append(pause)
 

@@ -46,7 +46,7 @@ def pair(folder, case=None, **options):
 
 def calls_of(llm, monkeypatch) -> list[str]:
     """ "launch" and "wait" of the engine's steps, as they happen."""
-    calls, launch = [], llm._runner.launch
+    calls, launch = [], llm._core.runner.launch
 
     class Recorded(Launch):
         def wait(self):
@@ -58,7 +58,7 @@ def calls_of(llm, monkeypatch) -> list[str]:
         under_way = launch(plan)
         return Recorded(under_way.tokens, under_way.logprobs, under_way.device_time)
 
-    monkeypatch.setattr(llm._runner, "launch", recorded)
+    monkeypatch.setattr(llm._core.runner, "launch", recorded)
     return calls
 
 

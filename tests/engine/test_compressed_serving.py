@@ -65,7 +65,7 @@ def test_samples_keep_one_protected_prompt(folder):
     heads = set()
 
     def look(_step) -> None:
-        running = [request for request in llm._scheduler.running if request.status is Status.RUNNING]
+        running = [request for request in llm._core.scheduler.running if request.status is Status.RUNNING]
         if len(running) == 4 and all(request.rounds > 1 for request in running):
             heads.add(tuple(tuple(request.block_ids[:3]) for request in running))
 
@@ -87,16 +87,16 @@ def test_samples_of_a_random_policy_draw_apart(folder):
 def watch_blocks(llm: LLM) -> dict[tuple[str, int], int]:
     """Most blocks that each sample has held at the begin of a step, with those of a compression under way."""
     held: dict[tuple[str, int], int] = {}
-    advance = llm._scheduler.advance
+    advance = llm._core.scheduler.advance
 
     def look(plan):
-        fresh = {order.request: len(order.fresh) for order in llm._scheduler.compressions.in_flight}
-        for request in llm._scheduler.running:
+        fresh = {order.request: len(order.fresh) for order in llm._core.scheduler.compressions.in_flight}
+        for request in llm._core.scheduler.running:
             key, blocks = (request.request_id, request.index), len(request.block_ids) + fresh.get(request, 0)
             held[key] = max(held.get(key, 0), blocks)
         advance(plan)
 
-    llm._scheduler.advance = look
+    llm._core.scheduler.advance = look
     return held
 
 

@@ -464,8 +464,8 @@ def test_a_stream_that_the_garbage_collector_drops_in_mid_step_waits_for_its_end
     expected = llm.generate([[7, 8]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
     dropped = [llm.stream([1, 2, 3], SamplingParams(max_tokens=400, ignore_eos=True))]
     other = llm.add_request([7, 8], GREEDY)
-    launch = llm._runner.launch
-    llm._runner.launch = lambda plan: (dropped.clear(), launch(plan))[1]
+    launch = llm._core.runner.launch
+    llm._core.runner.launch = lambda plan: (dropped.clear(), launch(plan))[1]
     done = llm.step()
     assert llm.stats.requests_aborted == 1
     while llm.has_unfinished_requests():

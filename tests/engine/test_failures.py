@@ -86,7 +86,7 @@ def test_a_stream_ends_with_the_error(folder):
 
 def spoil_logits(llm, monkeypatch, prompt_len: int, after: int, value: float) -> None:
     """From its output token `after` on, the logits of the request of this prompt length hold `value`."""
-    sample = llm._runner.sampler.sample
+    sample = llm._core.runner.sampler.sample
 
     def spoilt(logits, requests):
         for row, request in enumerate(requests):
@@ -94,7 +94,7 @@ def spoil_logits(llm, monkeypatch, prompt_len: int, after: int, value: float) ->
                 logits[row, 7] = value
         return sample(logits, requests)
 
-    monkeypatch.setattr(llm._runner.sampler, "sample", spoilt)
+    monkeypatch.setattr(llm._core.runner.sampler, "sample", spoilt)
 
 
 SAMPLED = [
@@ -171,7 +171,7 @@ def test_a_step_that_breaks_is_not_taken_up_again(folder, monkeypatch, part, ove
         raise OSError("the device is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm._runner, part, breaks)
+        patch.setattr(llm._core.runner, part, breaks)
         with pytest.raises(OSError, match="is gone"):
             llm.generate(PROMPTS, greedy(5), use_tqdm=False)
     for call in (
@@ -192,7 +192,7 @@ def test_ctrl_c_comes_between_two_steps(folder, monkeypatch, overlaps):
     expected = llm.generate(PROMPTS, greedy(100), use_tqdm=False)
     stream = llm.stream(PROMPTS[1], greedy(100))
     streamed = [next(stream) for _ in range(3)]
-    advance, steps = llm._scheduler.advance, []
+    advance, steps = llm._core.scheduler.advance, []
 
     def interrupted(plan):
         advance(plan)
@@ -200,7 +200,7 @@ def test_ctrl_c_comes_between_two_steps(folder, monkeypatch, overlaps):
         if len(steps) == 40:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(llm._scheduler, "advance", interrupted)
+    monkeypatch.setattr(llm._core.scheduler, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS, greedy(100), use_tqdm=False)
     assert len(steps) == 40

@@ -324,7 +324,7 @@ def test_an_engine_that_is_deleted_is_gone_at_once(tiny):
         llm = LLM(str(tiny), policy="zipage", budget_tokens=32, device="cpu", block_size=16, num_blocks=32)
         llm.generate("abc", SamplingParams(max_tokens=80, ignore_eos=True), use_tqdm=False)
         assert llm.stats.compressions_applied
-        left = [weakref.ref(part) for part in (llm, llm._runner.decoder, llm._compressor._cache)]
+        left = [weakref.ref(part) for part in (llm, llm._core.runner.decoder, llm._core.compressor._cache)]
         llm.shutdown()
         del llm
         assert [part() for part in left] == [None, None, None]

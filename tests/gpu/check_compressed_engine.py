@@ -271,7 +271,7 @@ def dummy_llm(shape: dict, device: str, **options) -> LLM:
 def timed_compressions(llm: LLM) -> list[tuple[int, torch.cuda.Event, torch.cuda.Event]]:
     """Wraps every submission of compressions, in synchronous mode, in a pair of CUDA events."""
     spans = []
-    submit = llm._compressor.submit
+    submit = llm._core.compressor.submit
 
     def timed(orders):
         if not orders:
@@ -282,7 +282,7 @@ def timed_compressions(llm: LLM) -> list[tuple[int, torch.cuda.Event, torch.cuda
         end.record()
         spans.append((len(orders), begin, end))
 
-    llm._compressor.submit = timed
+    llm._core.compressor.submit = timed
     return spans
 
 
@@ -345,7 +345,7 @@ def measure_decode(device: str, full: bool) -> dict:
 
 
 def bytes_of_graphs(llm: LLM) -> int:
-    return sum(x.nbytes for _, *kept in llm._runner._graphs._graphs.values() for x in kept)
+    return sum(x.nbytes for _, *kept in llm._core.runner._graphs._graphs.values() for x in kept)
 
 
 def measure_long(device: str, num_tokens: int, requests: int = 200, limit_s: float = 540.0) -> dict:

@@ -72,7 +72,7 @@ def check_requests(folder: Path, device: str) -> list[dict]:
 
 def poison(llm: LLM, request_id: str, after: int) -> None:
     """From its output token number `after` on, the logits of a request are NaN."""
-    runner, decoder = llm._runner, llm._runner.decoder
+    runner, decoder = llm._core.runner, llm._core.runner.decoder
     launch, logits_of = runner.launch, decoder.logits
     sampled = []
 

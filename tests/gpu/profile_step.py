@@ -66,7 +66,7 @@ def profile_case(folder: str, case: str) -> dict:
 @torch.inference_mode()
 def _profile(llm: LLM, count: int, entries: int, equal: bool) -> dict:
     """Times the graph of a batch alone, with block tables and lengths put in its inputs."""
-    runner, cache = llm._runner, llm._runner.cache
+    runner, cache = llm._core.runner, llm._core.runner.cache
     cache.k.normal_()
     cache.v.normal_()
     lens = torch.full((count,), entries) if equal else torch.linspace(1, 2 * entries, count)

@@ -88,7 +88,7 @@ def test_all_graphs_are_captured_on_one_stream_the_largest_first(tmp_path, fake_
 
 def run_in_graphs(llm: LLM) -> list[int]:
     """From here on steps compute what a graph would, with rows of nobody; the list gets the tokens of each."""
-    runner, sizes = llm._runner, []
+    runner, sizes = llm._core.runner, []
     graphs = runner._step_graphs(runner.cache, runner._tables)
 
     def run(batch: TokenBatch) -> torch.Tensor:
@@ -119,7 +119,7 @@ def test_prompts_run_in_a_graph_while_they_are_short_and_read_little(lens, taken
 @pytest.mark.parametrize("case", [None, Case("zipage", {"chunk": 32}), Case("random")], ids=str)
 def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case, new_prompts):
     llm = make_llm(save_tiny_model("qwen3", tmp_path), case, debug=False)
-    runner, scheduler = llm._runner, llm._scheduler
+    runner, scheduler = llm._core.runner, llm._core.scheduler
     for prompt in random_prompts([5, 20, 70], VOCAB):
         llm.add_request(prompt, greedy(50))
     for _ in range(20):

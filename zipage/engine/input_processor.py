@@ -49,7 +49,7 @@ def _is_token(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-class Intake:
+class InputProcessor:
     """Checks what is asked of the engine against what it has.
 
     Args:
@@ -77,13 +77,18 @@ class Intake:
         self._cache = cache
         self._max_model_len = max_model_len
         self._policies = {None: policy, config.policy: policy, "full": None}
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._warned_of_budget = False
 
-    def samples(self, prompt: Prompt, params: SamplingParams, request_id: str, number: int) -> list[Request]:
+    def samples(
+        self, prompt: Prompt, params: SamplingParams, request_id: str, number: int, follow: bool = False
+    ) -> list[Request]:
         """The `params.n` samples of a prompt, `number` of the engine's requests.
+
+        Args:
+            follow: the tokens are wanted one by one.
 
         Raises:
             ValueError: the prompt or an option can't be served.
@@ -115,11 +120,12 @@ class Intake:
         ]
         for sample in samples:
             sample.siblings = samples
+            sample.follow = follow
         return samples
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            if self._tokenizer is None:
+            if self.tokenizer is None:
                 raise ValueError("the prompt is text, but skip_tokenizer_init=True: give token ids")
             return self._encode(prompt)
         is_list = isinstance(prompt, (Sequence, np.ndarray)) and not isinstance(prompt, BYTES)
@@ -133,7 +139,7 @@ class Intake:
     def _encode(self, prompt: str) -> list[int]:
         try:
             prompt.encode()
-            token_ids = self._tokenizer.encode(prompt)
+            token_ids = self.tokenizer.encode(prompt)
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"the prompt's character {error.start} is {prompt[error.start]!r}, a lone surrogate, which is no text: "
@@ -144,7 +150,7 @@ class Intake:
             raise ValueError(f"the tokenizer cannot encode the prompt ({reason})") from error
         bad = next((token for token in token_ids if token >= self._vocab_size), None)
         if bad is not None:
-            token = self._tokenizer.convert_ids_to_tokens(bad)
+            token = self.tokenizer.convert_ids_to_tokens(bad)
             raise ValueError(
                 f"the tokenizer gives token id {bad} ({token!r}), which is outside the vocabulary of "
                 f"{self._vocab_size}: its embedding has no row for it"
@@ -167,7 +173,7 @@ class Intake:
             )
 
     def _check_stops(self, params: SamplingParams) -> None:
-        if params.stop and self._tokenizer is None:
+        if params.stop and self.tokenizer is None:
             raise ValueError("SamplingParams.stop needs text, but skip_tokenizer_init=True: use stop_token_ids")
         bad = next((token for token in params.stop_token_ids if token >= self._vocab_size), None)
         if bad is not None:

@@ -58,6 +58,8 @@ class Request:
         siblings: all samples of this prompt, this one included; they share the prompt's blocks.
         max_total_tokens: logical length at which the request ends, and `limit_reason` why.
         error: one line that says what ended the request, where its finish reason is "error".
+        follow: its tokens are wanted one by one, not only at its end.
+        num_taken: output tokens that `take_new` has given.
     """
 
     __slots__ = (
@@ -70,6 +72,7 @@ class Request:
         "finish_time",
         "first_scheduled",
         "first_token_time",
+        "follow",
         "has_held_slot",
         "host_copy",
         "index",
@@ -82,6 +85,7 @@ class Request:
         "num_preemptions",
         "num_prompt_tokens",
         "num_table_written",
+        "num_taken",
         "number",
         "params",
         "peak_blocks",
@@ -137,6 +141,8 @@ class Request:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.error: str | None = None
+        self.follow = False
+        self.num_taken = 0
 
         self.num_computed = 0
         self.cache_len = 0
@@ -168,14 +174,12 @@ class Request:
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
-    @property
-    def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :].tolist()
-
-    @property
-    def last_token(self) -> int:
-        """The newest that is known."""
-        return self.token_ids[-1 - self.num_pending]
+    def take_new(self) -> tuple[list[int], list[float] | None]:
+        """Output tokens that are known and were not taken yet, and their log-probabilities where they are asked for."""
+        begin, end = self.num_taken, self.num_output_tokens - self.num_pending
+        self.num_taken = end
+        tokens = self.token_ids[self.num_prompt_tokens + begin : self.num_prompt_tokens + end].tolist()
+        return tokens, None if self.logprobs is None else self.logprobs[begin:end]
 
     @property
     def has_all_tokens(self) -> bool:

@@ -1,0 +1,301 @@
+"""The step loop: requests in, tokens out. It knows ids and tokens, and no text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from zipage.engine.debug import DebugChecks
+from zipage.engine.interrupts import deferred_interrupts
+from zipage.engine.telemetry import Telemetry
+from zipage.outputs import FinishReason
+from zipage.scheduling.plan import StepPlan
+from zipage.scheduling.request import Request
+from zipage.scheduling.scheduler import Scheduler
+from zipage.stats import RequestMetrics, request_metrics
+from zipage.worker.compression_runner import CompressionResult, CompressionRunner
+from zipage.worker.model_runner import Launch, ModelRunner, StepResult
+
+
+class TokenDelta(NamedTuple):
+    """What one step did for one sample.
+
+    A request that is followed token by token gets one for each token, any other a single one at its end.
+
+    Attributes:
+        request_id, index: whose.
+        token_ids: new since the last delta of this sample.
+        logprobs: of those tokens; None where none were asked for.
+        finish_reason: set on the sample's last delta, as are the fields after it.
+        stop_reason: the token that ended the sample, if one did.
+        error: one line, where the finish reason is "error".
+        metrics: of the whole sample.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[float] | None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    error: str | None = None
+    metrics: RequestMetrics | None = None
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A step that was launched at `begin` (host clock) and not booked yet."""
+
+    plan: StepPlan
+    launch: Launch
+    begin: float
+
+
+class EngineCore:
+    """Plans steps, runs them, and books what came of them.
+
+    Args:
+        scheduler, runner, compressor, telemetry: its parts, over one cache.
+        debug: checks after every step; None for none.
+        overlaps: launch a step before the tokens of the one before are waited for.
+        async_compression: compressions run beside the steps after them.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        compressor: CompressionRunner,
+        telemetry: Telemetry,
+        debug: DebugChecks | None,
+        *,
+        overlaps: bool,
+        async_compression: bool,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.compressor = compressor
+        self.telemetry = telemetry
+        self.debug = debug
+        self.overlaps = overlaps
+        self._async_compression = async_compression
+        self._samples: dict[str, list[Request]] = {}
+        """Of each unfinished prompt."""
+        self._deltas: list[TokenDelta] = []
+        self._under_way: _UnderWay | None = None
+        self._step_ended = 0.0
+        self._failure: str | None = None
+        """Why no step can follow the last one."""
+        self.is_shut_down = False
+        self.in_step = False
+
+    # Requests
+
+    def add(self, samples: Sequence[Request]) -> None:
+        """Queue the samples of one prompt."""
+        self._samples[samples[0].request_id] = list(samples)
+        for sample in samples:
+            self.scheduler.add(sample)
+
+    def abort(self, request_id: str) -> list[TokenDelta]:
+        """Withdraw a prompt with all its samples. Returns the last deltas of those that were unfinished."""
+        live = [r for r in self._samples.get(request_id, ()) if r.finish_reason is None]
+        self.scheduler.finish(live, "abort", time.perf_counter())
+        self._end(live)
+        self._drain()
+        return self._take_deltas()
+
+    def stop(self, request_id: str, index: int) -> RequestMetrics:
+        """End a sample in whose text a stop string was seen."""
+        request = next(r for r in self._samples[request_id] if r.index == index)
+        self.scheduler.finish([request], "stop", time.perf_counter())
+        self._forget(request)
+        self._drain()
+        return request_metrics(request)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._samples)
+
+    # Wholeness
+
+    def check_alive(self) -> None:
+        """Raises RuntimeError if the engine was shut down or has failed."""
+        if self.is_shut_down:
+            raise RuntimeError("this engine was shut down and serves nothing more: make a new LLM")
+        if self._failure is not None:
+            raise RuntimeError(f"this engine has failed and serves nothing more ({self._failure}): make a new LLM")
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Around what leaves scheduler, caches and device at odds with each other if it ends half-way.
+
+        Ctrl-C waits for its end. Any exception in it is the end of the engine: a step that was taken up again in the
+        middle would compute wrong tokens.
+
+        Raises:
+            RuntimeError: the engine was shut down or has failed.
+        """
+        self.check_alive()
+        with deferred_interrupts():
+            self.in_step = True
+            try:
+                with on_device(self.runner.device):
+                    yield
+            except BaseException as error:
+                self._failure = f"{type(error).__name__}: {error}".partition("\n")[0]
+                self._under_way = None
+                self._samples.clear()
+                raise
+            finally:
+                self.in_step = False
+
+    @property
+    def has_failed(self) -> bool:
+        return self._failure is not None
+
+    def shut_down(self) -> None:
+        """Stop the thread that compresses and serve nothing more. What is unfinished should be aborted before."""
+        self.is_shut_down = True
+        self.compressor.close()
+
+    # A step
+
+    def step(self) -> list[TokenDelta]:
+        """Plan and launch a step, and book the one before, or, where steps don't overlap, this one.
+
+        What was booked is returned before more is planned, so that a stop string in it ends its request in time.
+        """
+        if self._under_way and not self._may_overlap(self._under_way.plan):
+            self._end_step()
+            if self._deltas:
+                self._drain()
+                return self._take_deltas()
+        if not self.scheduler.has_unfinished:
+            return self._take_deltas()
+        begin = time.perf_counter()
+        plan = self._plan(begin)
+        if plan is not None and not plan.is_empty:
+            self.runner.move(plan)
+            self.telemetry.record_moves(plan)
+            if self.debug:
+                self.debug.before(plan)
+            launch = self.runner.launch(plan)
+            self.scheduler.advance(plan)
+            self._compress()
+            if self._under_way:
+                self._end_step()
+            self._under_way = _UnderWay(plan, launch, begin)
+            if not self.overlaps:
+                self._end_step()
+        self._drain()
+        return self._take_deltas()
+
+    def _may_overlap(self, plan: StepPlan) -> bool:
+        """Whether the next step may be launched before the host knows this one's tokens."""
+        return all(request.params.repetition_penalty == 1.0 for request in plan.sampled)
+
+    def _plan(self, now: float) -> StepPlan | None:
+        """Complete compressions that are done, then plan a step; waits for the step and the compressions under way
+        where nothing else can run. None where nothing is left to do, or deltas came that may end a request.
+        """
+        scheduler = self.scheduler
+        self._complete(self.compressor.poll())
+        while True:
+            plan = scheduler.schedule(now)
+            if not plan.is_empty:
+                return plan
+            if not scheduler.has_unfinished:
+                return None
+            if self._under_way:
+                self._end_step()
+                if self._deltas:
+                    return None
+                continue
+            self._compress()
+            ended = self.compressor.poll(wait=True)
+            self._complete(ended)
+            if not ended:
+                raise RuntimeError(f"nothing can run: {scheduler.running} run, {len(scheduler.waiting)} wait")
+
+    def _end_step(self) -> None:
+        """Wait for the step under way and book its tokens."""
+        step, self._under_way = self._under_way, None
+        result = step.launch.wait()
+        now = time.perf_counter()
+        num_tokens = self._book(step.plan, result, now)
+        if self.debug:
+            self.debug.after()
+        # With the next step launched already, this one's time is what has passed since the one before it ended.
+        begin = max(step.begin, self._step_ended)
+        self.telemetry.record_step(step.plan, num_tokens, begin, result.device_time)
+        self._step_ended = time.perf_counter()
+
+    def _compress(self) -> None:
+        """Begin the compressions that are due. Synchronous ones are in place for whatever is launched after them."""
+        orders = self.scheduler.order_compressions()
+        if orders:
+            self.compressor.submit(orders)
+            if not self._async_compression:
+                self._complete(self.compressor.poll(wait=True))
+
+    def _drain(self) -> None:
+        """Without a prompt to serve there may be no further step: end what is under way, so that its blocks go back."""
+        if not self._samples:
+            if self._under_way:
+                self._end_step()
+            self._complete(self.compressor.poll(wait=True))
+            self.compressor.ranks.poll(wait=True)
+
+    def _complete(self, results: Sequence[CompressionResult]) -> None:
+        for result in results:
+            if result.error is not None:
+                self._end(self.scheduler.fail_compression(result.order, result.error, time.perf_counter()))
+                continue
+            num_entries = result.order.request.cache_len
+            self.scheduler.complete(result.order, result.kept_pages)
+            self.telemetry.record_compression(result, num_entries)
+
+    def _book(self, plan: StepPlan, result: StepResult, now: float) -> int:
+        """Returns how many tokens came of the step: those of requests that had ended before it are dropped."""
+        tokens = result.token_ids
+        sampled = [r for r, token in zip(plan.sampled, tokens, strict=True) if r.finish_reason is None and token >= 0]
+        if result.logprobs is not None:
+            for request, logprob, token in zip(plan.sampled, result.logprobs, tokens, strict=True):
+                if request.logprobs is not None and request.finish_reason is None and token >= 0:
+                    request.logprobs.append(logprob)
+        finished = self.scheduler.update(plan, tokens, now)
+        for request in sampled:
+            if request.follow and request.finish_reason is None:
+                self._deltas.append(TokenDelta(request.request_id, request.index, *request.take_new()))
+        self._end(finished)
+        return len(sampled)
+
+    # Deltas
+
+    def _end(self, finished: Sequence[Request]) -> None:
+        """The last deltas of requests that have ended."""
+        for request in finished:
+            tokens, logprobs = request.take_new()
+            reasons = request.finish_reason, request.stop_reason, request.error
+            metrics = request_metrics(request)
+            self._deltas.append(TokenDelta(request.request_id, request.index, tokens, logprobs, *reasons, metrics))
+            self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        if all(sample.finish_reason is not None for sample in request.siblings):
+            self._samples.pop(request.request_id, None)
+
+    def _take_deltas(self) -> list[TokenDelta]:
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Makes a GPU the current one, to which streams, events and graphs belong."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,198 @@
+"""From tokens to what the caller gets: text, stop strings, streams, outputs."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerFast
+
+from zipage.engine.core import TokenDelta
+from zipage.engine.detokenizer import Detokenizer, decode
+from zipage.outputs import CompletionOutput, RequestOutput, StreamEvent
+from zipage.sampling_params import SamplingParams
+from zipage.stats import EngineStats, RequestMetrics, combine_metrics
+
+
+@dataclass(slots=True)
+class _Sample:
+    """One sample of a prompt, as far as its tokens have come."""
+
+    output: CompletionOutput
+    detokenizer: Detokenizer | None
+
+
+@dataclass(slots=True)
+class PendingPrompt:
+    """A prompt with unfinished samples, `unfinished` of them; `events` where it is streamed, until they are read."""
+
+    request_id: str
+    text: str | None
+    token_ids: list[int]
+    params: SamplingParams
+    samples: list[_Sample]
+    events: deque[StreamEvent] | None
+    unfinished: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unfinished = len(self.samples)
+
+
+class OutputProcessor:
+    """Turns deltas into outputs and stream events.
+
+    Args:
+        tokenizer: None where there is no text.
+        counters: of the engine; prompts that end are counted there.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast | None, counters: EngineStats) -> None:
+        self._tokenizer = tokenizer
+        self._counters = counters
+        self._prompts: dict[str, PendingPrompt] = {}
+        self._done: dict[str, RequestOutput] = {}
+
+    # Requests
+
+    def follows(self, params: SamplingParams, stream: bool) -> bool:
+        """Whether a request's tokens are wanted one by one, not only at its end."""
+        return stream or (self._tokenizer is not None and bool(params.stop))
+
+    def add(
+        self,
+        request_id: str,
+        text: str | None,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        stream: bool = False,
+    ) -> PendingPrompt:
+        """Expect deltas of a prompt's `params.n` samples."""
+        samples = []
+        for index in range(params.n):
+            detokenizer = None
+            if self._tokenizer is not None and self.follows(params, stream):
+                detokenizer = Detokenizer(self._tokenizer, params.stop, params.skip_special_tokens)
+            output = CompletionOutput(index, "", [], logprobs=[] if params.logprobs else None)
+            samples.append(_Sample(output, detokenizer))
+        events = deque() if stream else None
+        prompt = PendingPrompt(request_id, text, list(token_ids), params, samples, events)
+        self._prompts[request_id] = prompt
+        return prompt
+
+    def refuse(self, request_id: str, text: str | None, error: str) -> RequestOutput:
+        """The output of a prompt that can't be served."""
+        self._counters.requests_failed += 1
+        metrics = RequestMetrics(arrival=time.perf_counter())
+        outputs = [CompletionOutput(0, "", [], "error", metrics=metrics)]
+        return RequestOutput(request_id, text, [], outputs, metrics, error)
+
+    def knows(self, request_id: str) -> bool:
+        """Whether a request of that name is unfinished, or its output was not fetched yet."""
+        return request_id in self._prompts or request_id in self._done
+
+    def is_unfinished(self, request_id: str) -> bool:
+        return request_id in self._prompts
+
+    @property
+    def unfinished(self) -> list[str]:
+        return list(self._prompts)
+
+    @property
+    def done(self) -> dict[str, RequestOutput]:
+        """Complete outputs that were not fetched yet, by request id."""
+        return self._done
+
+    def take_done(self) -> list[RequestOutput]:
+        done = list(self._done.values())
+        self._done.clear()
+        return done
+
+    def forget_unfinished(self) -> None:
+        """The engine has failed: nothing more comes."""
+        self._prompts.clear()
+
+    # Deltas
+
+    def process(self, deltas: Iterable[TokenDelta], stop: Callable[[str, int], RequestMetrics]) -> None:
+        """Take what a step did.
+
+        Args:
+            stop: ends a sample in whose text a stop string appeared, by request id and index; gives its metrics.
+        """
+        for delta in deltas:
+            prompt = self._prompts[delta.request_id]
+            sample = prompt.samples[delta.index]
+            output = sample.output
+            if output.finish_reason is None:
+                self._take(sample, delta)
+                found = self._find_stop(sample, delta)
+                if found is not None:
+                    output.stop_reason = found
+                    if output.finish_reason is None:
+                        output.metrics = stop(delta.request_id, delta.index)
+                    output.finish_reason = "stop"
+                self._report(prompt, sample, delta)
+
+    @staticmethod
+    def _take(sample: _Sample, delta: TokenDelta) -> None:
+        output = sample.output
+        output.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            output.logprobs += delta.logprobs
+        if delta.finish_reason is not None:
+            output.finish_reason = delta.finish_reason
+            output.stop_reason = delta.stop_reason
+            output.error = delta.error
+            output.metrics = delta.metrics
+
+    @staticmethod
+    def _find_stop(sample: _Sample, delta: TokenDelta) -> str | None:
+        """The stop string that the delta's tokens completed. The token that ends a sample is no text."""
+        if sample.detokenizer is None or delta.finish_reason == "stop":
+            return None
+        found = None
+        for token_id in delta.token_ids:
+            found = sample.detokenizer.add(token_id)
+        return found
+
+    def _report(self, prompt: PendingPrompt, sample: _Sample, delta: TokenDelta) -> None:
+        """Send the sample's event; complete the prompt with its last sample."""
+        output, detokenizer = sample.output, sample.detokenizer
+        is_finished = output.finish_reason is not None
+        if is_finished:
+            output.text = self._text(prompt.params, sample)
+        if prompt.events is not None:
+            text = "" if detokenizer is None else detokenizer.take(is_finished)
+            token_id = delta.token_ids[-1] if delta.token_ids else None
+            logprob = delta.logprobs[-1] if delta.logprobs else None
+            reason, error = output.finish_reason, output.error
+            prompt.events.append(StreamEvent(prompt.request_id, output.index, token_id, text, logprob, reason, error))
+        if is_finished:
+            prompt.unfinished -= 1
+            if prompt.unfinished == 0:
+                self._complete(prompt)
+
+    def _text(self, params: SamplingParams, sample: _Sample) -> str:
+        output = sample.output
+        if sample.detokenizer is not None:
+            return sample.detokenizer.finish()
+        if self._tokenizer is None:
+            return ""
+        spelled = output.token_ids[:-1] if isinstance(output.stop_reason, int) else output.token_ids
+        return decode(self._tokenizer, spelled, params.skip_special_tokens)
+
+    def _complete(self, prompt: PendingPrompt) -> None:
+        del self._prompts[prompt.request_id]
+        outputs = [sample.output for sample in prompt.samples]
+        metrics = combine_metrics([output.metrics for output in outputs])
+        error = next((output.error for output in outputs if output.error is not None), None)
+        if prompt.events is None:
+            self._done[prompt.request_id] = RequestOutput(
+                prompt.request_id, prompt.text, prompt.token_ids, outputs, metrics, error
+            )
+        counters, reasons = self._counters, [output.finish_reason for output in outputs]
+        counters.cached_tokens += metrics.cached_tokens
+        counters.requests_failed += "error" in reasons
+        counters.requests_finished += "error" not in reasons and "abort" not in reasons
