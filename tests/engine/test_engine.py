@@ -434,7 +434,7 @@ def test_a_prompt_that_is_no_text_costs_itself(llm):
 
 def test_ids_of_a_tokenizer_beyond_the_embedding_cost_their_prompt(folder, monkeypatch):
     llm = make_llm(folder)
-    llm._tokenizer.add_tokens([f"<{i}>" for i in range(VOCAB)])
+    llm._inputs.tokenizer.add_tokens([f"<{i}>" for i in range(VOCAB)])
     good, bad = llm.generate(["hello", f"hello<{VOCAB - 1}>"], GREEDY, use_tqdm=False)
     assert good.error is None
     assert f"('<{VOCAB - 1}>'), which is outside the vocabulary of {VOCAB}" in bad.error
