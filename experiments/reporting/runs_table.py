@@ -104,7 +104,7 @@ def _narrow(columns: dict[str, Column], cells: dict[str, list[str]]) -> str:
     if above:
         text = _wrapped(f"all runs: {', '.join(above)}") + "\n" + text
     if below:
-        text += "\n" + _wrapped(f"--wide also shows {', '.join(below)}")
+        text += "\n" + _wrapped(f"experiments.report --wide also shows {', '.join(below)}")
     return text
 
 
