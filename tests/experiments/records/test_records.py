@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,12 @@ import pytest
 
 from experiments import records
 from experiments.analysis.metrics import cache_bytes, inter_token_latency
-from experiments.config.schema import Experiment, load_experiment, to_dict
+from experiments.config.schema import Experiment, WorkloadConfig, load_experiment, to_dict
 from experiments.errors import RunError, UsageError
 from experiments.paths import ROOT
 from experiments.records import outcomes
+from experiments.running.job import Job
+from experiments.workloads import load_problems
 from tests.experiments import made_runs
 from zipage import EventStats
 
@@ -117,6 +119,49 @@ def test_committed_records_keep_their_ids():
             elif not group:
                 config.setdefault(name, records._LATER.get(option, value))
         assert records.run_id(config, **parts) == run.name, HINT
+
+
+def test_committed_benchmarks_keep_their_ids():
+    """Their folders were renamed by hand, so the ids that they had stand here."""
+    found = {}
+    for rows in (ROOT / "results" / "records").rglob(records.ROWS):
+        config, origin = records.read_config(rows.parent), json.loads((rows.parent / records.PROVENANCE).read_text())
+        (device,) = origin["hardware"]["gpus"]
+        digest = records.content_hash([records.as_before(config) | {"tracking": None}, origin["inputs"], device])
+        found[rows.parent.name] = f"{config['scenario']['name']}-{digest[:12]}"
+    assert found == BENCHMARK_IDS
+
+
+BENCHMARK_IDS = {
+    "engine_bench_ample_h100": "engine_bench-18d45a725dc7",
+    "engine_bench_ample_pressure_h100": "engine_bench-a1754cf876dc",
+    "engine_bench_ample_vllm_h100": "engine_bench-b3be7621d49a",
+    "engine_bench_factorial_before_h100": "engine_bench-c06b9ef9f1de",
+    "engine_bench_factorial_h100": "engine_bench-c06b9ef9f1de",
+    "after1": "engine_bench-9ea209842596",
+    "after2": "engine_bench-9ea209842596",
+    "before1": "engine_bench-9ea209842596",
+    "before2": "engine_bench-9ea209842596",
+    "engine_bench_long_h100": "engine_bench-32ad7d2726bb",
+    "engine_bench_pressure_h100": "engine_bench-df396adc5e5c",
+    "engine_bench_short_256_h100": "engine_bench-528d8db6cb7e",
+    "engine_bench_short_h100": "engine_bench-830ba3a1f855",
+    "kernels_scenario_h100": "kernels-ff324622f983",
+}
+
+
+def test_the_questions_of_committed_records_are_still_drawn():
+    """Each generated workload gives the content whose hash its records have."""
+    hashes: dict[str, set[str]] = {}
+    for run in COMMITTED:
+        config, origin = records.read_config(run), json.loads((run / records.PROVENANCE).read_text())
+        hashes.setdefault(json.dumps([config["workload"], config["limit"]]), set()).add(origin["data"])
+    assert len(hashes) > 10
+    for key, recorded in hashes.items():
+        options, limit = json.loads(key)
+        experiment = replace(Experiment(), workload=WorkloadConfig(**options), limit=limit)
+        problems = load_problems(experiment.workload, limit)
+        assert recorded == {Job(experiment, factory=None, problems=problems, model=None).data}, options
 
 
 def test_committed_records_are_read():
