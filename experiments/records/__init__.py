@@ -382,7 +382,7 @@ def load_events(run: str | Path | pd.Series) -> pd.DataFrame:
     `kept_positions` are int32 arrays [layers, KV heads, entries], or None where the run did not trace them. A record
     from before there were events has none.
     """
-    from experiments.records.outcomes import EVENT_SCHEMA
+    from experiments.records.schemas import EVENT_SCHEMA
 
     if not (_folder(run) / EVENTS).exists():
         return EVENT_SCHEMA.empty_table().to_pandas()

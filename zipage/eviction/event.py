@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zipage import counters
 from zipage.checks import shown
-from zipage.eviction import counters
-from zipage.worker.transfer import to_device
+from zipage.transfer import to_device
 
 Softmax = Literal["all", "cut", "group_cut"]
 EPSILON = 1e-8

@@ -18,6 +18,7 @@ from zipage.models.spec import ModelSpec
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.plan import CompressionOrder, StepPlan
 from zipage.scheduling.request import Request
+from zipage.transfer import to_device
 from zipage.worker.block_tables import BlockTables
 from zipage.worker.compression_runner import CompressionRunner
 from zipage.worker.compressor import LAUNCH_ENTRIES
@@ -27,7 +28,6 @@ from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.sampler import Sampler
 from zipage.worker.swap import restore, save
 from zipage.worker.token_batch import TokenBatch
-from zipage.worker.transfer import to_device
 
 
 @dataclass(slots=True)

@@ -19,7 +19,8 @@ from experiments.analysis.metrics import cache_bytes, inter_token_latency
 from experiments.config.schema import Experiment, WorkloadConfig, load_experiment, to_dict
 from experiments.errors import RunError, UsageError
 from experiments.paths import ROOT
-from experiments.records import outcomes
+from experiments.records import schemas
+from experiments.running import outcomes
 from experiments.running.job import Job
 from experiments.workloads import load_problems
 from tests.experiments import made_runs
@@ -31,7 +32,7 @@ def make_run(folder: Path, name: str, accuracy: float = 0.5) -> Path:
         groups = {"model": {"name": "m"}, "workload": {"name": "w"}, "policy": {"name": "full", "protection": "none"}}
         records.write_config(staging, groups | {"limit": 3, "note": "1e-3"})
         records.write_json(staging / records.PROVENANCE, {"code": {"commit": "abc"}})
-        outcomes.write_rows(staging / records.REQUESTS, [], outcomes.REQUEST_SCHEMA)
+        schemas.write_rows(staging / records.REQUESTS, [], schemas.REQUEST_SCHEMA)
         records.publish(staging, folder / name, {"accuracy": accuracy, "ttft": {"p50": None}})
     return folder / name
 
@@ -362,14 +363,14 @@ class TestReading:
         events = [
             EventStats(kind=kind, time=10.0 + i, kept_positions=positions, **counts, **sizes)
             for i, (kind, positions) in enumerate(zip(kinds, kept, strict=True))
-        ] * outcomes._ROW_GROUP
+        ] * schemas._ROW_GROUP
         run = make_run(tmp_path, "run")
-        outcomes.write_rows(run / records.EVENTS, outcomes.event_rows(events, start=10.0), outcomes.EVENT_SCHEMA)
+        schemas.write_rows(run / records.EVENTS, outcomes.event_rows(events, start=10.0), schemas.EVENT_SCHEMA)
         frame = records.load_events(records.load_runs(tmp_path).iloc[0])
-        assert frame["kind"].tolist() == [*kinds] * outcomes._ROW_GROUP
-        assert frame["time"].tolist() == [0.0, 1.0, 2.0] * outcomes._ROW_GROUP
+        assert frame["kind"].tolist() == [*kinds] * schemas._ROW_GROUP
+        assert frame["time"].tolist() == [0.0, 1.0, 2.0] * schemas._ROW_GROUP
         assert set(frame["prompt_id"]) == {"p"}
-        for positions, expected in zip(frame["kept_positions"], kept * outcomes._ROW_GROUP, strict=True):
+        for positions, expected in zip(frame["kept_positions"], kept * schemas._ROW_GROUP, strict=True):
             if expected is None:
                 assert positions is None
             else:
