@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 
-from experiments import run, sources
+from experiments import run, schema, sources
 from experiments.paths import ROOT
 from tests.experiments.fake_engine import fake_backend
 
@@ -17,6 +20,17 @@ from tests.experiments.fake_engine import fake_backend
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZIPAGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _compose_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tests plan the same arms again and again, each of which takes Hydra a tenth of a second."""
+    monkeypatch.setattr(schema, "compose", lambda name, overrides: deepcopy(_composed(name, tuple(overrides))))
+
+
+@cache
+def _composed(name: str, overrides: tuple[str, ...], compose=schema.compose) -> DictConfig:
+    return compose(name, overrides=list(overrides))
 
 
 @pytest.fixture
