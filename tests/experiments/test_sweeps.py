@@ -14,9 +14,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments import report, run
+from experiments import job, report, run
 from experiments.child import reason_of, run_child
 from experiments.records import load_runs
+from experiments.schema import load_experiment
 from tests.experiments.fake_engine import fake_backend
 from tests.experiments.test_run import ROOT, wait_for
 
@@ -56,8 +57,8 @@ def launch_sweep(arguments, monkeypatch):
             launch_sweep.ran.append(command[1:])
             output = io.StringIO()
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-                monkeypatch.setattr(sys, "argv", list(command))
-                return run.main(fake_backend(**behave(command))), output.getvalue()
+                code = run.exit_code(lambda: job.run(load_experiment(command[1:]), fake_backend(**behave(command))))
+                return code, output.getvalue()
 
         launch_sweep.ran = []
         monkeypatch.setattr("experiments.sweep.run_child", run_child)
