@@ -78,9 +78,10 @@ FIRST_PAGE = next(command for command in COMMANDS if "--html" in command).split(
 
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch):
-    """What the example of a policy registers is forgotten after each test."""
-    monkeypatch.setattr(registry, "POLICIES", dict(registry.POLICIES))
-    sys.modules.pop("examples.my_policy", None)
+    """The example of a policy is new to each test, and what it registers is forgotten after it."""
+    known = {name: policy for name, policy in registry.POLICIES.items() if name != "my_policy"}
+    monkeypatch.setattr(registry, "POLICIES", known)
+    monkeypatch.delitem(sys.modules, "examples.my_policy", raising=False)
     yield
     sys.modules.pop("examples.my_policy", None)
 
