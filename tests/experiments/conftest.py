@@ -14,12 +14,23 @@ from omegaconf import DictConfig
 from experiments import run, schema, sources
 from experiments.paths import ROOT
 from tests.experiments.fake_engine import fake_backend
+from zipage.eviction import registry
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZIPAGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The example of a policy is new to each test, and what it registers is forgotten after it."""
+    known = {name: policy for name, policy in registry.POLICIES.items() if name != "my_policy"}
+    monkeypatch.setattr(registry, "POLICIES", known)
+    monkeypatch.delitem(sys.modules, "examples.my_policy", raising=False)
+    yield
+    sys.modules.pop("examples.my_policy", None)
 
 
 @pytest.fixture(autouse=True)

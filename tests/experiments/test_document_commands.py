@@ -34,7 +34,6 @@ from kernels import dispatch
 from tests.experiments.test_workload_configs import ITEMS, write
 from tests.tiny_models import save_tiny_model, save_tiny_tokenizer
 from zipage import LLM, SamplingParams
-from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.model.decoder import Decoder
 
@@ -74,16 +73,6 @@ RUNS = [command for command in COMMANDS if command.startswith(f"{HARNESS} ") and
 
 
 FIRST_PAGE = next(command for command in COMMANDS if "--html" in command).split()[3:]
-
-
-@pytest.fixture(autouse=True)
-def _own_registry(monkeypatch):
-    """The example of a policy is new to each test, and what it registers is forgotten after it."""
-    known = {name: policy for name, policy in registry.POLICIES.items() if name != "my_policy"}
-    monkeypatch.setattr(registry, "POLICIES", known)
-    monkeypatch.delitem(sys.modules, "examples.my_policy", raising=False)
-    yield
-    sys.modules.pop("examples.my_policy", None)
 
 
 @pytest.fixture(scope="module")
