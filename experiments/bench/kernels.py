@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from experiments.backends import BackendFactory
 from experiments.config.schema import Experiment
 from experiments.errors import UsageError
-from zipage import measure_kernels
 
 if TYPE_CHECKING:
     from experiments.bench import Keep, Measure
@@ -19,6 +18,8 @@ def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> t
     """As `experiments.bench.Bench` says; it has no inputs beside its options, and all its rows come at once."""
 
     def measure(_keep: Keep) -> tuple[list[dict], dict]:
+        from zipage import measure_kernels
+
         scenario = experiment.scenario
         try:
             report = measure_kernels(experiment.hardware.device, scenario.options, rounds=scenario.repeats)
