@@ -27,7 +27,7 @@ from experiments.errors import UsageError, one_line
 from experiments.records.sources import own_policy
 from experiments.running.child import reason_of, run_child
 from experiments.running.models import find_model
-from zipage import EngineConfig, measure_ceilings
+from zipage import EngineConfig
 
 WORKER = (sys.executable, "-m", "experiments.bench.worker")
 
@@ -54,6 +54,8 @@ def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> t
     loads = [arm.plain() | {"options": arm.options | {"model": None}} for arm in arms]
 
     def run(keep: Keep) -> tuple[list[dict], dict]:
+        from zipage import measure_ceilings
+
         try:
             ceilings = measure_ceilings(device)
         except ValueError as error:

@@ -10,13 +10,14 @@ from experiments.backends import BackendFactory
 from experiments.bench.kind import Keep, Measure
 from experiments.config.schema import Experiment
 from experiments.errors import UsageError
-from zipage import measure_kernels
 
 
 def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> tuple[Any, Measure]:
     """As `experiments.bench.kind.Bench` says; it has no inputs beside its options, and all its rows come at once."""
 
     def measure(_keep: Keep) -> tuple[list[dict], dict]:
+        from zipage import measure_kernels
+
         scenario = experiment.scenario
         try:
             report = measure_kernels(experiment.hardware.device, scenario.options, rounds=scenario.repeats)

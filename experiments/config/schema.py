@@ -261,6 +261,7 @@ class Experiment:
 # From Hydra to dataclasses
 
 
+@cache
 def register() -> None:
     """Give Hydra the schema under the name that `conf/config.yaml` lists first."""
     schema = OmegaConf.structured(Experiment)

@@ -198,15 +198,15 @@ class Program:
     process: subprocess.Popen[bytes]
     errors: IO[str]
 
-    def wait(self) -> bool:
-        """Whether it ended by itself, in time and with exit code 0.
+    def wait(self) -> int:
+        """Its exit code, 0 where it ended by itself and in time.
 
         Raises:
             SandboxError: it was never started.
         """
         code = self.process.wait()
         self.require_started()
-        return code == 0
+        return code
 
     def require_started(self) -> None:
         """Raises SandboxError where it is known by now that the program could not be started."""

@@ -35,7 +35,6 @@ from kernels import dispatch
 from tests.experiments.workloads.test_workload_configs import ITEMS, write
 from tests.tiny_models import save_tiny_model, save_tiny_tokenizer
 from zipage import LLM, SamplingParams
-from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.models.decoder import Decoder
 
@@ -75,15 +74,6 @@ RUNS = [command for command in COMMANDS if command.startswith(f"{HARNESS} ") and
 
 
 FIRST_PAGE = next(command for command in COMMANDS if "--html" in command).split()[3:]
-
-
-@pytest.fixture(autouse=True)
-def _own_registry(monkeypatch):
-    """What the example of a policy registers is forgotten after each test."""
-    monkeypatch.setattr(registry, "POLICIES", dict(registry.POLICIES))
-    sys.modules.pop("examples.my_policy", None)
-    yield
-    sys.modules.pop("examples.my_policy", None)
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from zipage.checks import shown
 from zipage.config import EngineConfig
@@ -18,6 +18,9 @@ from zipage.outputs import FinishReason
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.request import Request
 from zipage.worker.kv_cache import KVCache, MemoryPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

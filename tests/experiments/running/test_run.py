@@ -16,7 +16,7 @@ import yaml
 
 from experiments.config.notes import notes_before
 from experiments.config.schema import load_experiment
-from experiments.records import load_events, load_requests, load_runs, load_steps
+from experiments.records import load_events, load_requests, load_runs, load_steps, provenance
 from experiments.workloads import Problem
 from tests.experiments.fake_engine import FakeTokenizer
 
@@ -97,6 +97,19 @@ def test_provenance_says_where_the_numbers_come_from(launch, results):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["limit"] == 6
     assert "results_dir" not in config
+
+
+def test_asking_git_writes_nothing(tmp_path, monkeypatch):
+    """Git's own lock would outlive a run that is killed meanwhile, and be in the way of the next commit."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "file").write_text("a")
+    for command in (["init", "-q"], ["add", "file"], ["commit", "-qm", "file"]):
+        subprocess.run([*git, *command], check=True)
+    os.utime(tmp_path / "file", (1, 1))  # which git would note in its index
+    before = (tmp_path / ".git" / "index").read_bytes()
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    assert provenance.code_state()["diff"] == "none"
+    assert (tmp_path / ".git" / "index").read_bytes() == before
 
 
 def test_grades_are_those_of_the_answers(launch, results):
