@@ -45,8 +45,8 @@ def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKEND
     inputs, measure = bench.prepare(experiment, backends)
     options = {k: v for k, v in to_dict(experiment).items() if k not in ("results_dir", "force")}
     device = provenance.device_name(experiment.hardware.device)
-    digest = records.content_hash([records.as_before(options) | {"tracking": None}, inputs, device])
-    folder = Path(experiment.results_dir).expanduser() / f"{scenario.name}-{digest[:12]}"
+    run_id = records.benchmark_id(scenario.name, options, inputs=inputs, device=device)
+    folder = Path(experiment.results_dir).expanduser() / run_id
     hashes = sources.of_benchmarks()
     standing = sources.standing(folder, hashes)
     if standing.state == "damaged" and experiment.force == "false":

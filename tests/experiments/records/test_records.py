@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
 import time
 from dataclasses import fields, replace
@@ -13,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from experiments import records
 from experiments.analysis.metrics import cache_bytes, inter_token_latency
 from experiments.config.schema import Experiment, WorkloadConfig, load_experiment, to_dict
 from experiments.errors import RunError, UsageError
 from experiments.paths import ROOT
-from experiments.records import schemas
+from experiments.records import content, ids, schemas
 from experiments.running import outcomes
 from experiments.running.job import Job
 from experiments.workloads import load_problems
@@ -46,7 +48,7 @@ def identify(*options: str, **replace: str) -> str:
 
 class TestRunId:
     def test_reads_well(self):
-        assert records.re.fullmatch(r"tiny-word_problems-full-[0-9a-f]{12}", identify())
+        assert re.fullmatch(r"tiny-word_problems-full-[0-9a-f]{12}", identify())
 
     def test_what_changes_no_number_changes_no_id(self):
         base = identify()
@@ -84,7 +86,7 @@ class TestRunId:
         config = to_dict(load_experiment())
         config["model"]["name"] = "tiny"
         before = records.run_id(config, model="m", data="d", device="cpu")
-        monkeypatch.setattr(records, "_LATER", records._LATER | {"engine.new": False, "new": None})
+        monkeypatch.setattr(ids, "LATER", ids.LATER | {"engine.new": False, "new": None})
 
         def with_new(inside: object, outside: object) -> str:
             later = config | {"engine": config["engine"] | {"new": inside}, "new": outside}
@@ -99,7 +101,7 @@ COMMITTED = sorted(
     for path in (ROOT / "results" / "records").rglob("config.yaml")
     if (path.parent / "requests.parquet").exists()
 )
-HINT = "an option came, went or has another default: see records._LATER"
+HINT = "an option came, went or has another default: see records.ids.LATER"
 
 
 def test_committed_records_keep_their_ids():
@@ -116,9 +118,9 @@ def test_committed_records_keep_their_ids():
         for option, value in records.flatten(today).items():
             group, _, name = option.rpartition(".")
             if group in Experiment.__dataclass_fields__:
-                config[group].setdefault(name, records._LATER.get(option, value))
+                config[group].setdefault(name, ids.LATER.get(option, value))
             elif not group:
-                config.setdefault(name, records._LATER.get(option, value))
+                config.setdefault(name, ids.LATER.get(option, value))
         assert records.run_id(config, **parts) == run.name, HINT
 
 
@@ -128,8 +130,8 @@ def test_committed_benchmarks_keep_their_ids():
     for rows in (ROOT / "results" / "records").rglob(records.ROWS):
         config, origin = records.read_config(rows.parent), json.loads((rows.parent / records.PROVENANCE).read_text())
         (device,) = origin["hardware"]["gpus"]
-        digest = records.content_hash([records.as_before(config) | {"tracking": None}, origin["inputs"], device])
-        found[rows.parent.name] = f"{config['scenario']['name']}-{digest[:12]}"
+        name = config["scenario"]["name"]
+        found[rows.parent.name] = records.benchmark_id(name, config, inputs=origin["inputs"], device=device)
     assert found == BENCHMARK_IDS
 
 
@@ -280,7 +282,7 @@ class TestReading:
         ],
     )
     def test_config_is_what_yaml_says(self, text):
-        assert records._parse_config(text) == records.yaml.load(text, Loader=records._Loader)
+        assert content.parse_config(text) == yaml.load(text, Loader=content._Loader)
 
     def test_incomplete_runs_are_counted_and_left_out(self, tmp_path, caplog):
         make_run(tmp_path, "whole")
