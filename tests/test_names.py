@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config.schema import HOMES, ModelConfig, load_experiment, to_dict
+from experiments.config.compose import load_experiment
+from experiments.config.schema import HOMES, ModelConfig, to_dict
 from experiments.workloads import GENERATORS
 from zipage import EngineConfig, SamplingParams
 from zipage.eviction import registry

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import kernels
 from zipage import threads  # noqa: F401  (first: it must come before torch)
+from zipage.checks import closest
 from zipage.config import EngineConfig
 from zipage.eviction.registry import find as find_policy
 from zipage.outputs import CompletionOutput, RequestOutput, StreamEvent
@@ -31,6 +32,7 @@ __all__ = [
     "SamplingParams",
     "StepStats",
     "StreamEvent",
+    "closest",
     "find_policy",
     "measure_ceilings",
     "measure_kernels",

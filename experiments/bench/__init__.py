@@ -16,7 +16,8 @@ from experiments.backends import BACKENDS, BackendFactory
 from experiments.bench import engine, kernels
 from experiments.bench.kind import Bench
 from experiments.bench.tables import markdown
-from experiments.config.schema import Experiment, load_experiment, to_dict
+from experiments.config.compose import load_experiment
+from experiments.config.schema import Experiment, to_dict
 from experiments.errors import RunError, UsageError
 from experiments.records import provenance, sources
 

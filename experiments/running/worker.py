@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping
 
 from experiments.backends import BACKENDS, BackendFactory
-from experiments.config.schema import load_experiment
+from experiments.config.compose import load_experiment
 from experiments.run import exit_code
 from experiments.running import job, lifeline
 from experiments.running.models import find_model

@@ -24,7 +24,8 @@ import pytest
 from experiments import records
 from experiments.analysis.comparison import compare
 from experiments.analysis.metrics import summarise
-from experiments.config.schema import load_experiment, to_dict
+from experiments.config.compose import load_experiment
+from experiments.config.schema import to_dict
 from experiments.paths import ROOT
 from experiments.records import schemas
 from zipage import EngineStats

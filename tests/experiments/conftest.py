@@ -12,7 +12,7 @@ import pytest
 from omegaconf import DictConfig
 
 from experiments import run
-from experiments.config import schema
+from experiments.config import compose as composing
 from experiments.paths import ROOT
 from experiments.records import sources
 from tests.experiments.fake_engine import fake_backend
@@ -38,11 +38,11 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _compose_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tests plan the same arms again and again, each of which takes Hydra a tenth of a second."""
-    monkeypatch.setattr(schema, "compose", lambda name, overrides: deepcopy(_composed(name, tuple(overrides))))
+    monkeypatch.setattr(composing, "compose", lambda name, overrides: deepcopy(_composed(name, tuple(overrides))))
 
 
 @cache
-def _composed(name: str, overrides: tuple[str, ...], compose=schema.compose) -> DictConfig:
+def _composed(name: str, overrides: tuple[str, ...], compose=composing.compose) -> DictConfig:
     return compose(name, overrides=list(overrides))
 
 

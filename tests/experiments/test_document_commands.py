@@ -25,7 +25,8 @@ from experiments import bench, run
 from experiments.backends import BACKENDS
 from experiments.bench import engine
 from experiments.config.arms import expand, split_command_line
-from experiments.config.schema import Experiment, load_experiment
+from experiments.config.compose import load_experiment
+from experiments.config.schema import Experiment
 from experiments.graders import get_grader
 from experiments.paths import CONF, ROOT
 from experiments.records import load_runs

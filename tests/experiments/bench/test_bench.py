@@ -22,7 +22,7 @@ from experiments.bench.measure import _Observed, _served, measure
 from experiments.bench.ratios import against
 from experiments.bench.roofline import EntriesRead, ModelShape, step_floor
 from experiments.bench.tables import markdown
-from experiments.config.schema import load_experiment
+from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.paths import ROOT
 from experiments.records import load_rows, load_runs

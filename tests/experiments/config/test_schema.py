@@ -8,17 +8,9 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from experiments import run
-from experiments.config.schema import (
-    FIXED,
-    HOMES,
-    EngineOptions,
-    Experiment,
-    engine_options,
-    is_list_of_texts,
-    is_text,
-    load_experiment,
-    to_dict,
-)
+from experiments.config.compose import load_experiment
+from experiments.config.known import is_list_of_texts, is_text
+from experiments.config.schema import FIXED, HOMES, EngineOptions, Experiment, engine_options, to_dict
 from experiments.errors import UsageError
 from experiments.paths import CONF
 from experiments.records import flatten

@@ -18,7 +18,8 @@ import yaml
 
 from experiments import records
 from experiments.analysis.metrics import cache_bytes, inter_token_latency
-from experiments.config.schema import Experiment, WorkloadConfig, load_experiment, to_dict
+from experiments.config.compose import load_experiment
+from experiments.config.schema import Experiment, WorkloadConfig, to_dict
 from experiments.errors import RunError, UsageError
 from experiments.paths import ROOT
 from experiments.records import content, ids, schemas

@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from experiments.config.compose import load_experiment
 from experiments.config.notes import notes_before
-from experiments.config.schema import load_experiment
 from experiments.records import load_events, load_requests, load_runs, load_steps, provenance
 from experiments.workloads import Problem
 from tests.experiments.fake_engine import FakeTokenizer
@@ -330,7 +330,7 @@ def test_nothing_is_littered(launch, tmp_path, monkeypatch):
 
 
 def test_sampling_seed_depends_on_the_problem_alone():
-    from experiments.config.schema import load_experiment
+    from experiments.config.compose import load_experiment
     from experiments.running.job import sampling_params
     from experiments.workloads import load_problems
 
@@ -368,7 +368,7 @@ def test_two_processes_make_one_record(arguments, results):
 
 
 def test_prompts_follow_the_chat_template(model_folder):
-    from experiments.config.schema import load_experiment
+    from experiments.config.compose import load_experiment
     from experiments.running.prompts import PromptRenderer
     from experiments.workloads import Problem
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from experiments import run
-from experiments.config.schema import load_experiment
+from experiments.config.compose import load_experiment
 from experiments.records import load_runs
 from experiments.running import job
 from experiments.running import sweep as sweep_module

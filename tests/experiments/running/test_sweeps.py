@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from experiments import report, run
-from experiments.config.schema import load_experiment
+from experiments.config.compose import load_experiment
 from experiments.records import load_runs
 from experiments.running import job
 from experiments.running.child import reason_of, run_child

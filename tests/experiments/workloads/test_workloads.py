@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.config.schema import load_experiment
+from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.workloads import load_problems
 from experiments.workloads.word_problems import KINDS, generate

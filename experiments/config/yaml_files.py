@@ -1,13 +1,36 @@
-"""How much a YAML file holds once its aliases are written out, counted without writing them out."""
+"""YAML files as plain data, within a limit on what they hold once their aliases are written out."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.errors import UsageError
 
 MOST_BYTES = 1 << 20
 MOST_VALUES = 100_000
+
+
+def read_yaml(path: Path, *, texts: bool = False) -> Any:
+    """A YAML file as plain data. A key that is there twice is an error, as in every config file.
+
+    Args:
+        texts: leave each value as it is written, a text.
+
+    Raises:
+        UsageError: the file is no YAML, or too large (see `check_yaml_size`).
+    """
+    try:
+        check_yaml_size(path)
+        if texts:
+            return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def check_yaml_size(path: Path) -> None:
