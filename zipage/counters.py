@@ -1,9 +1,9 @@
 """Random numbers that depend on nothing but their counters.
 
-The SplitMix64 finaliser over mixed counters (Steele et al., OOPSLA 2014), as in `zipage.worker.sampler`. A number is a
-function of (seed, stream, round, layer, head, slot): the same whatever else is in the batch, however layers are cut
-into launches, wherever the head lives and however often the request was paused. The few keys are mixed on the host;
-only the last counter, the slot, is mixed on the device.
+The SplitMix64 finaliser over mixed counters (Steele et al., OOPSLA 2014). Sampling draws by (seed, sample, token), and
+eviction by (seed, stream, round, layer, head, slot): the same numbers whatever else is in the batch, however layers are
+cut into launches, wherever the head lives, on every device and however often the request was preempted or paused. Few
+keys are mixed on the host; only an eviction's last counter, the slot, is mixed on the device.
 """
 
 from __future__ import annotations
@@ -44,6 +44,15 @@ def uniform(
     return (_shift(state, 41).float() + 0.5) * 2.0**-23
 
 
+def uniform_rows(seeds: np.ndarray, *counters: np.ndarray) -> np.ndarray:
+    """Uniform numbers in the open interval (0, 1), one for each row of seed and counters, all int64 [N].
+
+    Returns:
+        float64 [N].
+    """
+    return _unit(_mixed(*(values.astype(np.uint64) for values in (seeds, *counters))))
+
+
 def normal(seeds: Sequence[int], stream: int, rounds: Sequence[int], count: int) -> np.ndarray:
     """Standard normal numbers (Box and Muller) that depend on (seed, stream, round, index) alone.
 
@@ -53,7 +62,7 @@ def normal(seeds: Sequence[int], stream: int, rounds: Sequence[int], count: int)
     keys = _keys(seeds, stream, rounds, [0], [0])[0, :, 0].view(np.uint64)
     with np.errstate(over="ignore"):
         state = _mix_host(keys[:, None] + np.uint64(GOLDEN) * np.arange(1, 2 * count + 1, dtype=np.uint64))
-    u = ((state >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    u = _unit(state)
     return np.sqrt(-2.0 * np.log(u[:, :count])) * np.cos(2.0 * np.pi * u[:, count:])
 
 
@@ -61,18 +70,29 @@ def _keys(
     seeds: Sequence[int], stream: int, rounds: Sequence[int], layers: Sequence[int], heads: Sequence[int]
 ) -> np.ndarray:
     """int64 [layers, R, heads]."""
-    golden = np.uint64(GOLDEN)
 
-    def words(values: Sequence[int]) -> np.ndarray:
-        return np.array([(value + 1) % WORD for value in values], dtype=np.uint64)
+    def words(values: Sequence[int], *shape: int) -> np.ndarray:
+        return np.array([value % WORD for value in values], dtype=np.uint64).reshape(shape)
 
-    with np.errstate(over="ignore"):
-        state = _mix_host(np.array([seed % WORD for seed in seeds], dtype=np.uint64) + golden)
-        state = _mix_host(state + golden * words([stream]))
-        state = _mix_host(state + golden * words(rounds))
-        state = _mix_host(state + golden * words(layers)[:, None])
-        state = _mix_host(state[..., None] + golden * words(heads))
+    state = _mixed(
+        words(seeds, -1, 1), words([stream], 1), words(rounds, -1, 1), words(layers, -1, 1, 1), words(heads, -1)
+    )
     return state.view(np.int64)
+
+
+def _mixed(seeds: np.ndarray, *counters: np.ndarray) -> np.ndarray:
+    """Each counter mixed into the state of those before it; uint64, in the shape that all broadcast to."""
+    golden = np.uint64(GOLDEN)
+    with np.errstate(over="ignore"):
+        state = _mix_host(seeds + golden)
+        for values in counters:
+            state = _mix_host(state + golden * (values + np.uint64(1)))
+    return state
+
+
+def _unit(state: np.ndarray) -> np.ndarray:
+    """The upper 52 bits of uint64 words as float64 in (0, 1)."""
+    return ((state >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def _mix_host(x: np.ndarray) -> np.ndarray:

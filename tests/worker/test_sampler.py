@@ -3,9 +3,10 @@ import pytest
 import torch
 from scipy.stats import chisquare, kstest
 
+from zipage.counters import uniform_rows as uniform
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.request import Request
-from zipage.worker.sampler import Sampler, uniform
+from zipage.worker.sampler import Sampler
 
 VOCAB = 50
 

@@ -10,35 +10,10 @@ from torch import Tensor
 
 from kernels.cpu import invert
 from kernels.dispatch import sample_from_logits
+from zipage.counters import uniform_rows
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.request import Request
 from zipage.transfer import to_device
-
-
-def uniform(seeds: np.ndarray, samples: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One uniform number in (0, 1) per row, a function of (seed, sample index, token index) alone.
-
-    Counter-based (the SplitMix64 finaliser over the mixed counters; Steele et al., OOPSLA 2014), so a request draws the
-    same numbers whatever else is in its batch, however often it was preempted, and on every device.
-
-    Args:
-        seeds, samples, positions: int64 [N].
-
-    Returns:
-        float64 [N].
-    """
-    golden = np.uint64(0x9E3779B97F4A7C15)
-
-    def mix(x: np.ndarray) -> np.ndarray:
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-    with np.errstate(over="ignore"):
-        state = mix(seeds.astype(np.uint64) + golden)
-        state = mix(state + golden * (samples.astype(np.uint64) + np.uint64(1)))
-        state = mix(state + golden * (positions.astype(np.uint64) + np.uint64(1)))
-    return ((state >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 class Sampler:
@@ -85,7 +60,7 @@ class Sampler:
     def _draw(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
         """Rows are drawn by what they themselves ask for, so that nobody's tokens depend on the neighbours' options."""
         temperature = self._column([request.params.temperature for request in requests])
-        numbers = uniform(
+        numbers = uniform_rows(
             np.array([request.seed for request in requests], dtype=np.int64),
             np.array([request.index for request in requests], dtype=np.int64),
             np.array([request.num_output_tokens for request in requests], dtype=np.int64),
