@@ -68,7 +68,7 @@ def fake_cuda(monkeypatch):
 
 def test_all_graphs_are_captured_on_one_stream_the_largest_first(tmp_path, fake_cuda):
     """cuBLAS keeps a workspace for every stream it sees, and a pool that begins small grows with every larger graph."""
-    runner = make_llm(save_tiny_model("qwen3", tmp_path), None, debug=False)._runner
+    runner = make_llm(save_tiny_model("qwen3", tmp_path), None, debug=False)._core.runner
     runner._capture_stream = capture_stream(torch.device("cuda"))
     graphs = runner._step_graphs(runner.cache, runner._tables)
     none = np.zeros(3, dtype=np.int64)
