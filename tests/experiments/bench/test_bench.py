@@ -31,7 +31,7 @@ from kernels import bench as kernels
 from tests.experiments.backends.test_backends import StandIn
 from zipage import LLM, EngineConfig, StepStats
 from zipage.models.spec import ModelSpec
-from zipage.worker.kv_cache import plan_memory
+from zipage.worker.memory_plan import plan_memory
 
 LOAD = """
 lengths: {count: 4, prompt_tokens: 20, output_tokens: 40}
