@@ -8,7 +8,7 @@ from tests.tiny_models import save_tiny_model
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.eviction.rule import EvictionRule
-from zipage.models.loader import load_model
+from zipage.models.loading.loader import load_model
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.plan import Chunk, Preemption, StepPlan, Swap
 from zipage.scheduling.request import Request

@@ -7,7 +7,7 @@ from tests.tiny_models import save_tiny_model
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.eviction.rule import EvictionRule
-from zipage.models.loader import load_model
+from zipage.models.loading.loader import load_model
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.model_runner import ModelRunner
 from zipage.worker.peak import run_compression, run_largest_step

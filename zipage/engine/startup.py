@@ -13,8 +13,8 @@ from zipage.engine.debug import DebugChecks
 from zipage.engine.input_processor import InputProcessor
 from zipage.engine.output_processor import OutputProcessor
 from zipage.engine.telemetry import Telemetry
-from zipage.models.loader import obtain_model
-from zipage.models.tokenizer import end_of_sequence_ids, load_tokenizer
+from zipage.models.loading.share import obtain_model
+from zipage.models.loading.tokenizer import end_of_sequence_ids, load_tokenizer
 from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.scheduler import Scheduler
 from zipage.threads import warn_of_spinning
