@@ -86,7 +86,6 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         self._capture_stream = capture_stream(device) if device.type == "cuda" else None
         self.sampler = Sampler(max_num_seqs, spec.vocab_size, device)
-        self.scale = spec.head_dim**-0.5
         self.cache: KVCache | None = None
         self._tables: BlockTables | None = None
         self._sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
@@ -106,7 +105,7 @@ class ModelRunner:
 
     def step_graphs(self, cache: KVCache, tables: BlockTables) -> StepGraphs:
         """Graphs over `cache`, none captured yet."""
-        return StepGraphs(self.decoder, cache, self.scale, tables, self._sampled, self._capture_stream)
+        return StepGraphs(self.decoder, cache, tables, self._sampled, self._capture_stream)
 
     def block_tables(self, cache: KVCache) -> BlockTables:
         """Tables of all rows, none written yet."""
@@ -206,7 +205,7 @@ class ModelRunner:
     def _run_eagerly(self, plan: StepPlan, batch: TokenBatch) -> Tensor:
         """Hidden states [n, width], every kernel launched from here; prompts take prefill attention."""
         num_decodes = len(plan.decodes)
-        attention = PagedAttention(self.cache, self.scale, slots=None, num_decodes=num_decodes)
+        attention = PagedAttention(self.cache, self.spec.attention, slots=None, num_decodes=num_decodes)
         if num_decodes:
             lens = batch.lens[:num_decodes]
             attention.decode_lens = self._tensor(lens, np.int32)

@@ -90,7 +90,7 @@ def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> No
     tensor = partial(to_device, device=runner.device)
     attention = PagedAttention(
         cache,
-        runner.scale,
+        runner.spec.attention,
         slots=tensor(entries, dtype=np.int64),
         prefill_tables=tensor(np.tile(np.arange(cache.k.shape[1]), (len(chunks), 1)), dtype=np.int32),
         prefill_lens=tensor(chunks, dtype=np.int32),
