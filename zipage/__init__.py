@@ -14,7 +14,7 @@ from zipage.stats import EngineStats, EventStats, RequestMetrics, StepStats
 if TYPE_CHECKING:
     from kernels.bench import measure_ceilings, measure_kernels
     from zipage.llm import LLM
-    from zipage.models.loader import share_model
+    from zipage.models.loading.share import share_model
 
 _KERNELS = str(Path(__file__).parents[1] / "kernels")
 if _KERNELS not in kernels.__path__:  # Hugging Face's package of that name came first: see `kernels/__init__.py`
@@ -49,7 +49,7 @@ def __getattr__(name: str):
 
         return getattr(bench, name)
     if name == "share_model":
-        from zipage.models.loader import share_model
+        from zipage.models.loading.share import share_model
 
         return share_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

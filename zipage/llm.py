@@ -19,7 +19,7 @@ from zipage.engine.core import on_device
 from zipage.engine.input_processor import Prompt, as_prompts
 from zipage.engine.output_processor import PendingPrompt
 from zipage.engine.startup import start
-from zipage.models.loader import resolve_device
+from zipage.models.loading.loader import resolve_device
 from zipage.outputs import RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams
 from zipage.stats import EngineStats

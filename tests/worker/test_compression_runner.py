@@ -23,7 +23,9 @@ from zipage.worker import compression_batch
 from zipage.worker.compression_runner import CompressionResult, CompressionRunner
 from zipage.worker.kv_cache import KVCache
 
-SPEC = SimpleNamespace(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
+SPEC = SimpleNamespace(
+    num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, attention=(SimpleNamespace(scale=32**-0.5),) * 2
+)
 BLOCK_SIZE, RECENT, WINDOW = 16, 16, 16
 BUDGET = Budget.from_tokens(64, BLOCK_SIZE)
 SEED_STEP = 0xD1342543DE82EF95

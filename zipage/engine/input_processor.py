@@ -17,7 +17,8 @@ from zipage.eviction.rule import EvictionRule
 from zipage.outputs import FinishReason
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.request import Request
-from zipage.worker.kv_cache import KVCache, MemoryPlan
+from zipage.worker.kv_cache import KVCache
+from zipage.worker.memory_plan import MemoryPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

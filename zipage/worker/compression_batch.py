@@ -88,6 +88,7 @@ class CompressionBatch:
             seeds=self._seeds,
             rounds=self._rounds,
             prompt_lens=self._prompt_lens,
+            scales=tuple(layer.scale for layer in spec.attention),
             k_cache=cache.k,
             v_cache=cache.v,
             block_tables=tables,

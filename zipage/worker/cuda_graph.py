@@ -56,7 +56,7 @@ class StepGraphs:
     pool would grow with each.
 
     Args:
-        decoder, cache, scale: as in `PagedAttention`; queries are stored where the cache has query slots.
+        decoder, cache: of the engine; queries are stored where the cache has query slots.
         tables: of all requests.
         sampled: int64 [max_num_seqs], the tokens of the step before.
         stream: `capture_stream` of the device; None on a CPU, where nothing is captured.
@@ -69,14 +69,12 @@ class StepGraphs:
         self,
         decoder: Decoder,
         cache: KVCache,
-        scale: float,
         tables: BlockTables,
         sampled: Tensor,
         stream: torch.cuda.Stream | None,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
-        self._scale = scale
         self._tables = tables
         self._sampled = sampled
         self._stream = stream
@@ -120,7 +118,7 @@ class StepGraphs:
             store_positions(positions.int(), self._cache.positions, slots)
         attention = PagedAttention(
             self._cache,
-            self._scale,
+            self._decoder.spec.attention,
             slots=slots,
             query_indices=None if self._cache.queries is None else queries,
             num_decodes=inputs.shape[1],

@@ -30,8 +30,8 @@ from experiments.reporting.plots import against_roofline
 from kernels import bench as kernels
 from tests.experiments.backends.test_backends import StandIn
 from zipage import LLM, EngineConfig, StepStats
-from zipage.models.spec import ModelSpec
-from zipage.worker.kv_cache import plan_memory
+from zipage.models.loading.hf_config import spec_from_config
+from zipage.worker.memory_plan import plan_memory
 
 LOAD = """
 lengths: {count: 4, prompt_tokens: 20, output_tokens: 40}
@@ -449,7 +449,7 @@ def test_ample_memory_holds_every_request_to_its_end(load, arm):
     (found,) = (a for a in arms_of(load) if a.name == arm)
     options = found.options | {"model": "models/qwen3-8b-shape"}
     config = EngineConfig.from_kwargs(**options)
-    spec = ModelSpec.from_hf_config(AutoConfig.from_pretrained(ROOT / "models/qwen3-8b-shape"))
+    spec = spec_from_config(AutoConfig.from_pretrained(ROOT / "models/qwen3-8b-shape"))
     policy = config.make_policy()
     rule = None if policy is None else config.rule(policy, config.budget_tokens, config.max_model_len)
     plan = plan_memory(

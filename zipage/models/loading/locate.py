@@ -6,7 +6,7 @@ import logging
 import re
 from pathlib import Path
 
-from zipage.models.gguf_file import MAGIC
+from zipage.models.loading.gguf_file import MAGIC
 
 # What a hub id is downloaded for -> the files of its top folder.
 CONFIG = ("*.json",)

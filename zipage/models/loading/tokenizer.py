@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zipage.models.gguf_file import GgufFile
-from zipage.models.gguf_tokenizer import gguf_tokenizer
-from zipage.models.locate import TOKENIZER, locate_model
+from zipage.models.loading.gguf_file import GgufFile
+from zipage.models.loading.gguf_tokenizer import gguf_tokenizer
+from zipage.models.loading.locate import TOKENIZER, locate_model
 from zipage.models.spec import ModelSpec
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from zipage.models.gguf_file import GgufFile
+from zipage.models.loading.gguf_file import GgufFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

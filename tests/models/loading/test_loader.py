@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.models.dense import dense_attention
 from tests.models.tiny import COMMON, LENGTH, make_model, reference_logits, token_ids
-from zipage.models.loader import load_model, resolve_device
+from zipage.models.loading.loader import load_model, resolve_device
 
 INDEX = "model.safetensors.index.json"
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from zipage.models.spec import read_json
+from zipage.models.loading.hf_config import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

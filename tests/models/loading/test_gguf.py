@@ -8,11 +8,11 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from tests.models.dense import dense_attention
-from tests.models.gguf_writer import write_gguf
+from tests.models.loading.gguf_writer import write_gguf
 from tests.models.tiny import LENGTH, ROPE, make_model, reference_logits, token_ids
-from zipage.models.gguf_file import GgufFile
-from zipage.models.gguf_model import gguf_spec
-from zipage.models.loader import load_model
+from zipage.models.loading.gguf_file import GgufFile
+from zipage.models.loading.gguf_model import gguf_spec
+from zipage.models.loading.loader import load_model
 
 
 def check_logits(path, model, weights):

@@ -1,4 +1,4 @@
-"""A Llama, Qwen2 or Qwen3 model in a GGUF file: its spec, and its weights under their Hugging Face names."""
+"""A model in a GGUF file: its spec, and its weights under their Hugging Face names."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipage.models.gguf_file import GgufFile
-from zipage.models.spec import ARCHITECTURES, ModelSpec, check_architecture, hf_config
+from zipage.models.loading.gguf_file import GgufFile
+from zipage.models.loading.hf_config import hf_config, spec_from_config
+from zipage.models.registry import find_family
+from zipage.models.spec import ModelSpec
 
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -74,8 +76,8 @@ def gguf_spec(file: GgufFile) -> ModelSpec:
     """
     architecture = file.metadata.get("general.architecture")
     try:
-        check_architecture(architecture, None)
-        spec = ModelSpec.from_hf_config(hf_config(_config(file, architecture)), gguf_eos_token_ids(file))
+        find_family(architecture)
+        spec = spec_from_config(hf_config(_config(file, architecture)), gguf_eos_token_ids(file))
     except ValueError as error:
         named = str(error).startswith(str(file.path))
         raise error if named else ValueError(f"{file.path}: {error}") from error
@@ -127,7 +129,7 @@ class GgufWeights:
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU, as `GgufFile.read` gives it, its rows in Hugging Face's order."""
         tensor = self._file.read(self._gguf_names[name])
-        if self._spec.architecture == "llama":
+        if find_family(self._spec.architecture).gguf_rotary_pairs:
             if ".q_proj." in name:
                 return _halves(tensor, self._spec.num_heads)
             if ".k_proj." in name:
@@ -178,7 +180,7 @@ def _config(file: GgufFile, architecture: str) -> dict[str, Any]:
             raise ValueError(f"GGUF key {prefix}{key} is {values[key]}, not the head dimension {head_dim}")
     return {
         "model_type": architecture,
-        "architectures": [ARCHITECTURES[architecture][0]],
+        "architectures": [find_family(architecture).checkpoint_class],
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": width,
         "intermediate_size": required("feed_forward_length"),

@@ -6,10 +6,10 @@ from gguf import GGMLQuantizationType as Type
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.models.gguf_writer import write_gguf
+from tests.models.loading.gguf_writer import write_gguf
 from tests.models.tiny import make_model
-from zipage.models.spec import ModelSpec, hf_config
-from zipage.models.tokenizer import end_of_sequence_ids, load_tokenizer
+from zipage.models.loading.hf_config import hf_config, spec_from_config
+from zipage.models.loading.tokenizer import end_of_sequence_ids, load_tokenizer
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -167,7 +167,7 @@ def test_errors_of_a_broken_tokenizer_name_the_folder(tmp_path, name, content):
 
 
 def test_ends_of_a_sequence_are_the_union():
-    spec = ModelSpec.from_hf_config(hf_config({"model_type": "qwen2", "eos_token_id": [7, 8]}))
+    spec = spec_from_config(hf_config({"model_type": "qwen2", "eos_token_id": [7, 8]}))
     assert end_of_sequence_ids(spec) == {7, 8}
     assert end_of_sequence_ids(spec, byte_level()) == {2, 7, 8}
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.models.tiny import make_model
-from zipage.models.loader import load_model
-from zipage.models.locate import WEIGHTS, locate_model
+from zipage.models.loading.loader import load_model
+from zipage.models.loading.locate import WEIGHTS, locate_model
 
 
 @pytest.mark.parametrize("model", ["a" * 5000, "~nobody-of-this-name/model", "a\0b"])

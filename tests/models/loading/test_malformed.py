@@ -12,12 +12,12 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.models.gguf_writer import write_gguf
-from tests.models.test_tokenizer import metadata as vocabulary
+from tests.models.loading.gguf_writer import write_gguf
+from tests.models.loading.test_tokenizer import metadata as vocabulary
 from tests.models.tiny import make_model
-from zipage.models.gguf_file import GgufFile
-from zipage.models.loader import load_model
-from zipage.models.tokenizer import load_tokenizer
+from zipage.models.loading.gguf_file import GgufFile
+from zipage.models.loading.loader import load_model
+from zipage.models.loading.tokenizer import load_tokenizer
 
 REPEATABLE = settings(
     max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
