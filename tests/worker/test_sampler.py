@@ -150,8 +150,8 @@ def test_logits_of_any_float_type_are_read_as_their_float32_values(temperature):
     tokens, logprobs = sample(logits, *params)
     expected, expected_logprobs = sample(logits.float(), *params)
     assert tokens.tolist() == expected.tolist()
-    assert logprobs.dtype == torch.float32
-    assert torch.equal(logprobs, expected_logprobs)
+    assert logprobs.chosen.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(logprobs, expected_logprobs, strict=True))
 
 
 def test_samples_and_steps_draw_differently():
@@ -176,7 +176,7 @@ def test_mixed_batch_keeps_rows_apart():
         SamplingParams(temperature=0, logprobs=True),
     )
     assert tokens.tolist() == logits.argmax(-1).tolist()
-    torch.testing.assert_close(logprobs[2], logits.log_softmax(-1)[2].max())
+    torch.testing.assert_close(logprobs.chosen[2], logits.log_softmax(-1)[2].max())
 
 
 def test_repetition_penalty_as_transformers_defines_it():

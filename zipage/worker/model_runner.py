@@ -15,7 +15,7 @@ from kernels.dispatch import copy_blocks, store_positions
 from zipage.eviction.rule import EvictionRule
 from zipage.models.decoder import Decoder
 from zipage.models.spec import ModelSpec
-from zipage.sampling_params import SamplingParams
+from zipage.sampling_params import MOST_LOGPROBS, SamplingParams
 from zipage.scheduling.plan import CompressionOrder, StepPlan
 from zipage.scheduling.request import Request
 from zipage.worker.block_tables import BlockTables
@@ -24,7 +24,7 @@ from zipage.worker.compressor import LAUNCH_ENTRIES
 from zipage.worker.cuda_graph import StepGraphs, capture_stream, known_tokens
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_attention import PagedAttention
-from zipage.worker.sampler import Sampler
+from zipage.worker.sampler import Logprobs, Sampler
 from zipage.worker.swap import restore, save
 from zipage.worker.token_batch import TokenBatch
 from zipage.worker.transfer import to_device
@@ -38,7 +38,7 @@ class StepResult:
     """
 
     token_ids: list[int]
-    logprobs: list[float] | None
+    logprobs: Logprobs | None
     device_time: float
 
 
@@ -47,7 +47,7 @@ class Launch:
     """A step under way: what it samples, on the host once the last of `events` has passed."""
 
     tokens: Tensor | None
-    logprobs: Tensor | None
+    logprobs: Logprobs | None
     device_time: float
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
@@ -58,7 +58,7 @@ class Launch:
             end.synchronize()
             self.device_time = begin.elapsed_time(end) / 1000
         tokens = [] if self.tokens is None else self.tokens.tolist()
-        return StepResult(tokens, None if self.logprobs is None else self.logprobs.tolist(), self.device_time)
+        return StepResult(tokens, self.logprobs, self.device_time)
 
 
 class ModelRunner:
@@ -157,7 +157,10 @@ class ModelRunner:
         if events is None:
             return Launch(tokens, logprobs, time.perf_counter() - start)
         # Copied from here, so that nothing queued behind the step is waited for.
-        tokens, logprobs = (None if x is None else x.to("cpu", non_blocking=True) for x in (tokens, logprobs))
+        if tokens is not None:
+            tokens = tokens.to("cpu", non_blocking=True)
+        if logprobs is not None:
+            logprobs = Logprobs(*(x.to("cpu", non_blocking=True) for x in logprobs))
         events[1].record()
         return Launch(tokens, logprobs, 0.0, events)
 
@@ -326,7 +329,8 @@ class ModelRunner:
         tokens = self._tensor(np.zeros(num_tokens), np.int64)
         hidden = self.decoder(tokens, self._tensor(entries, np.int64), attention)
         rows = min(self.max_num_seqs, num_tokens)
-        params = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=True)
+        penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.1, "logit_bias": {0: 1.0}}
+        params = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, logprobs=MOST_LOGPROBS, **penalties)
         requests = [Request("peak", [0], params, max_total_tokens=2) for _ in range(rows)]
         # Rows of two kinds are drawn apart, which takes a copy of their logits.
         requests[0].params = SamplingParams(temperature=0.7)
