@@ -69,7 +69,7 @@ class EngineConfig:
         enable_chunked_prefill: prompts may be computed in pieces beside decodes; off, a prompt runs in one step.
         async_scheduling: plan and queue a step while the device computes the one before, so that the device does not
             wait for the host. A request that an end token ends is then computed for one step more, which is dropped.
-            Steps after one that samples under a repetition penalty wait for its tokens. None: on CUDA.
+            Steps after one that samples under a penalty or bad words wait for its tokens. None: on CUDA.
         enforce_eager: never use CUDA graphs. Otherwise, on CUDA, steps of decodes and of prompts of up to 256 tokens
             are graphs, captured when a batch of their size first comes.
         policy, policy_options: the eviction policy, by its registered name or as "package.module:Class", and its

@@ -3,6 +3,7 @@
 import math
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -281,3 +282,13 @@ def test_outputs_and_metrics_have_vllms_names(llm):
     (refused,) = llm.generate([[]], use_tqdm=False)
     assert refused.finished
     assert refused.metrics.first_token_time is None
+
+
+def test_the_page_names_every_option():
+    page = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text()
+    for options in (LLM_OPTIONS, SAMPLING_OPTIONS, CALL_OPTIONS, PROMPT_KEYS):
+        for name, instead in options.items():
+            rows = [line for line in page.splitlines() if line.startswith("|") and f"`{name}`" in line]
+            assert any(f"not supported: {instead}" in row for row in rows), name
+    for name in (*EngineConfig.__dataclass_fields__, *SamplingParams.__dataclass_fields__):
+        assert f"`{name}`" in page

@@ -256,11 +256,10 @@ class EngineCore:
     def _complete(self, results: Sequence[CompressionResult]) -> None:
         for result in results:
             if result.error is not None:
-                self._end(self.scheduler.fail_compression(result.order, result.error, time.perf_counter()))
+                self._end(self.scheduler.fail_compression(result.order.number, result.error, time.perf_counter()))
                 continue
-            num_entries = result.order.request.cache_len
-            self.scheduler.complete(result.order, result.kept_pages)
-            self.telemetry.record_compression(result, num_entries)
+            done = self.scheduler.complete(result.order.number, result.kept_pages)
+            self.telemetry.record_compression(done, result.seconds, result.kept_positions)
 
     def _book(self, plan: StepPlan, result: StepResult, now: float) -> int:
         """Returns how many tokens came of the step: those of requests that had ended before it are dropped."""

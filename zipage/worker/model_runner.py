@@ -16,7 +16,8 @@ from zipage.eviction.rule import EvictionRule
 from zipage.models.decoder import Decoder
 from zipage.models.spec import ModelSpec
 from zipage.sampling_params import MOST_LOGPROBS, SamplingParams
-from zipage.scheduling.plan import CompressionOrder, StepPlan
+from zipage.scheduling.compression_order import CompressionOrder
+from zipage.scheduling.plan import StepPlan
 from zipage.scheduling.request import Request
 from zipage.worker.block_tables import BlockTables
 from zipage.worker.compression_runner import CompressionRunner
@@ -352,11 +353,11 @@ class ModelRunner:
         num_entries = num_blocks * cache.block_size
         new_ids = list(range(rule.max_blocks - 1))
         orders = []
-        for _ in range(num_requests):
+        for number in range(num_requests):
             request = Request("peak", [0], SamplingParams(), max_total_tokens=2, rule=rule)
             request.num_computed = request.cache_len = num_entries
             request.query_slot = 0
-            orders.append(CompressionOrder(request, [len(new_ids)] * num_blocks, new_ids, new_ids))
+            orders.append(CompressionOrder(number, request, [len(new_ids)] * num_blocks, new_ids, new_ids))
         runner = CompressionRunner(cache, self.spec, asynchronous=False, layer_stride=layer_stride, trace=False)
         runner.submit(orders)
         for result in runner.poll(wait=True):
