@@ -24,7 +24,17 @@ FOLDERS = ("conf", "docs", "examples", "experiments", "kernels", "models", "note
 
 NO_OPTIONS = {
     # arguments of the public functions that raise them
-    *("request_id", "prompts", "batch_tokens", "learning_rate", "slots", "resamples"),
+    *(
+        "request_id",
+        "prompts",
+        "messages",
+        "add_generation_prompt",
+        "continue_final_message",
+        "batch_tokens",
+        "learning_rate",
+        "slots",
+        "resamples",
+    ),
     # of `PagedEvent`, `Budget` and `Compressor`, which only code of ours calls
     *("window", "event.window", "max_blocks", "stride"),
     # of a load in conf/bench/

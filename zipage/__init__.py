@@ -7,7 +7,7 @@ import kernels
 from zipage import threads  # noqa: F401  (first: it must come before torch)
 from zipage.config import EngineConfig
 from zipage.eviction.registry import find as find_policy
-from zipage.outputs import CompletionOutput, RequestOutput, StreamEvent
+from zipage.outputs import CompletionOutput, Logprob, RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams
 from zipage.stats import EngineStats, EventStats, RequestMetrics, StepStats
 
@@ -26,6 +26,7 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "EventStats",
+    "Logprob",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",

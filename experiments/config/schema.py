@@ -55,6 +55,8 @@ HOMES = {
 FIXED = {"skip_tokenizer_init": False}
 """Options of `EngineConfig` that no run can choose: workloads are text, so the tokenizer is always needed."""
 
+UNRECORDED = ("detokenize", "logit_bias")
+"""Options of `SamplingParams` that no run can choose: answers are text, and token ids are the model's own."""
 
 MOST_ARMS = 2_000
 """Of a sweep; each is composed and checked before the first runs."""
@@ -65,16 +67,24 @@ ARRIVALS = ("all_at_once", "poisson", "trace")
 KINDS = ("serve", "kernels", "engine_bench")
 
 
-def _derive(name: str, source: type, left_out: Sequence[str]) -> type:
-    """A frozen dataclass with the fields and defaults of `source`, all but `left_out`."""
+def _derive(name: str, source: type, left_out: Sequence[str], **instead: tuple[type, Any]) -> type:
+    """A frozen dataclass with the fields and defaults of `source`, all but `left_out`.
+
+    `instead` gives a field another type and default; records hold it as they always did.
+    """
     hints = get_type_hints(source)
     kept = [f for f in fields(source) if f.name not in left_out]
-    derived = [(f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory)) for f in kept]
+    derived = [
+        (f.name, instead[f.name][0], field(default=instead[f.name][1]))
+        if f.name in instead
+        else (f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory))
+        for f in kept
+    ]
     return make_dataclass(name, derived, frozen=True, namespace={"__module__": __name__})
 
 
 EngineOptions = _derive("EngineOptions", EngineConfig, [*HOMES, *FIXED])
-SamplingOptions = _derive("SamplingOptions", SamplingParams, [])
+SamplingOptions = _derive("SamplingOptions", SamplingParams, UNRECORDED, logprobs=(bool, False))
 
 
 @dataclass(frozen=True)

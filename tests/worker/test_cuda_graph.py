@@ -153,7 +153,7 @@ def test_requests_that_run_in_graphs_from_their_first_token_get_the_tokens_of_an
     prompts += [prompts[2][:64] + tail for tail in random_prompts([7, 30], VOCAB, seed=1)]
 
     def served(in_graphs: bool) -> tuple[list[list[int]], list[int]]:
-        llm = make_llm(model, case, debug=False, num_blocks=40, growth=0)
+        llm = make_llm(model, case, debug=False, num_blocks=40, headroom=0)
         sizes, outputs, waiting = run_in_graphs(llm) if in_graphs else [], {}, list(enumerate(prompts))
         while waiting or llm.has_unfinished_requests():
             if waiting:

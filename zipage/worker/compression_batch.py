@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zipage.eviction.protection import must_mask
 from zipage.models.spec import ModelSpec
-from zipage.scheduling.plan import CompressionOrder
+from zipage.scheduling.compression_order import CompressionOrder
 from zipage.worker.compressor import LAUNCH_ENTRIES
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_event import PagedEvent

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from zipage.models.spec import ModelSpec
-from zipage.scheduling.plan import CompressionOrder
+from zipage.scheduling.compression_order import CompressionOrder
 from zipage.worker.compression_batch import CompressionBatch, batches
 from zipage.worker.compressor import PartlyCompressed, choose, compress
 from zipage.worker.kv_cache import KVCache

@@ -19,7 +19,7 @@ from zipage.worker.block_tables import BlockTables
 from zipage.worker.cuda_graph import StepGraphs, capture_stream, known_tokens
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_attention import PagedAttention
-from zipage.worker.sampler import Sampler
+from zipage.worker.sampler import Logprobs, Sampler
 from zipage.worker.swap import restore, save
 from zipage.worker.token_batch import TokenBatch
 from zipage.worker.transfer import to_device
@@ -33,7 +33,7 @@ class StepResult:
     """
 
     token_ids: list[int]
-    logprobs: list[float] | None
+    logprobs: Logprobs | None
     device_time: float
 
 
@@ -42,7 +42,7 @@ class Launch:
     """A step under way: what it samples, on the host once the last of `events` has passed."""
 
     tokens: Tensor | None
-    logprobs: Tensor | None
+    logprobs: Logprobs | None
     device_time: float
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
@@ -53,7 +53,7 @@ class Launch:
             end.synchronize()
             self.device_time = begin.elapsed_time(end) / 1000
         tokens = [] if self.tokens is None else self.tokens.tolist()
-        return StepResult(tokens, None if self.logprobs is None else self.logprobs.tolist(), self.device_time)
+        return StepResult(tokens, self.logprobs, self.device_time)
 
 
 class ModelRunner:
@@ -153,7 +153,10 @@ class ModelRunner:
         if events is None:
             return Launch(tokens, logprobs, time.perf_counter() - start)
         # Copied from here, so that nothing queued behind the step is waited for.
-        tokens, logprobs = (None if x is None else x.to("cpu", non_blocking=True) for x in (tokens, logprobs))
+        if tokens is not None:
+            tokens = tokens.to("cpu", non_blocking=True)
+        if logprobs is not None:
+            logprobs = Logprobs(*(x.to("cpu", non_blocking=True) for x in logprobs))
         events[1].record()
         return Launch(tokens, logprobs, 0.0, events)
 

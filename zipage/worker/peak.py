@@ -10,8 +10,8 @@ import torch
 
 from zipage.eviction.rule import EvictionRule
 from zipage.models.spec import ModelSpec
-from zipage.sampling_params import SamplingParams
-from zipage.scheduling.plan import CompressionOrder
+from zipage.sampling_params import MOST_LOGPROBS, SamplingParams
+from zipage.scheduling.compression_order import CompressionOrder
 from zipage.scheduling.request import Request
 from zipage.worker.compression_runner import CompressionRunner
 from zipage.worker.compressor import LAUNCH_ENTRIES
@@ -100,7 +100,8 @@ def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> No
     tokens = tensor(np.zeros(num_tokens), dtype=np.int64)
     hidden = runner.decoder(tokens, tensor(entries, dtype=np.int64), attention)
     rows = min(runner.max_num_seqs, num_tokens)
-    params = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=True)
+    penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.1, "logit_bias": {0: 1.0}}
+    params = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, logprobs=MOST_LOGPROBS, **penalties)
     requests = [Request("peak", [0], params, max_total_tokens=2) for _ in range(rows)]
     # Rows of two kinds are drawn apart, which takes a copy of their logits.
     requests[0].params = SamplingParams(temperature=0.7)
@@ -127,7 +128,7 @@ def run_compression(
         request = Request("peak", [0], SamplingParams(), max_total_tokens=2, rule=rule)
         request.num_computed = request.cache_len = num_entries
         request.query_slot = 0
-        orders.append(CompressionOrder(request, [len(new_ids)] * num_blocks, new_ids, new_ids))
+        orders.append(CompressionOrder(number, request, [len(new_ids)] * num_blocks, new_ids, new_ids))
     runner = CompressionRunner(cache, spec, asynchronous=False, layer_stride=layer_stride, trace=False)
     runner.submit(orders)
     for result in runner.poll(wait=True):

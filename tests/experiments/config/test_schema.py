@@ -11,6 +11,7 @@ from experiments import run
 from experiments.config.schema import (
     FIXED,
     HOMES,
+    UNRECORDED,
     EngineOptions,
     Experiment,
     engine_options,
@@ -129,7 +130,7 @@ def test_every_engine_option_can_be_set_and_arrives():
 
 def test_sampling_options_are_those_of_the_engine():
     experiment = load_experiment(["sampling.stop=[x]"])
-    assert set(vars(experiment.sampling)) == set(SamplingParams.names())
+    assert set(vars(experiment.sampling)) == set(SamplingParams.names()) - set(UNRECORDED)
     params = SamplingParams(**vars(experiment.sampling))
     assert params.stop == ("x",)
     assert params.temperature == 0
@@ -177,7 +178,9 @@ def test_every_text_field_is_known_as_one():
         "backend",
         "results_dir",
     } <= texts
-    assert {"sampling.stop", "tracking.tags", "scenario.loads"} == {name for name in texts if is_list_of_texts(name)}
+    assert {"sampling.stop", "sampling.bad_words", "tracking.tags", "scenario.loads"} == {
+        name for name in texts if is_list_of_texts(name)
+    }
     assert not texts & {"seed", "limit", "engine.block_size", "sampling.temperature", "engine.enforce_eager"}
     strings = {name for name, value in flatten(to_dict(load_experiment())).items() if isinstance(value, str)}
     assert strings - texts == set()
