@@ -18,8 +18,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from experiments import records
+from experiments.analysis.samples import read_samples
 from experiments.errors import RunError, UsageError
-from experiments.records.samples import read_samples
 
 logger = logging.getLogger(__name__)
 

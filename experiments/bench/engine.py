@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.backends import BackendFactory
 from experiments.bench.gate import why_refused
+from experiments.bench.kind import Keep, Measure
 from experiments.bench.loads import Arm, read_arms
 from experiments.bench.measure import device_used, measure, refused
 from experiments.bench.roofline import ModelShape
@@ -28,14 +29,11 @@ from experiments.running.child import reason_of, run_child
 from experiments.running.models import find_model
 from zipage import EngineConfig
 
-if TYPE_CHECKING:
-    from experiments.bench import Keep, Measure
-
 WORKER = (sys.executable, "-m", "experiments.bench.worker")
 
 
 def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> tuple[Any, Measure]:
-    """As `experiments.bench.Bench` says; the inputs are the loads and the model's files.
+    """As `experiments.bench.kind.Bench` says; the inputs are the loads and the model's files.
 
     Raises:
         UsageError: a load or the model can't be read, an option is wrong, or the loads are too large for a CPU.

@@ -34,9 +34,9 @@ ENGINES = {
 }
 """Backend -> its modules, and the packages into which their imports are followed."""
 
-HARNESS = tuple(
-    f"experiments.{name}"
-    for name in ("running.prompts", "running.scenarios", "records.outcomes", "analysis.metrics", "analysis.loops")
+HARNESS = (
+    *("experiments.running.prompts", "experiments.running.scenarios", "experiments.running.outcomes"),
+    *("experiments.records.schemas", "experiments.analysis.metrics", "experiments.analysis.loops"),
 )
 """What every run goes through."""
 

@@ -18,8 +18,9 @@ from experiments.config.notes import notes_before
 from experiments.config.schema import Experiment, ModelConfig, WorkloadConfig, engine_options, to_dict
 from experiments.errors import RunError, UsageError, one_line
 from experiments.graders import Grader, get_grader
-from experiments.records import outcomes, provenance, sources
+from experiments.records import provenance, schemas, sources
 from experiments.report import never_bound, runs_table
+from experiments.running import outcomes
 from experiments.running.models import LocalModel, find_model, model_name
 from experiments.running.prompts import Prompt, PromptRenderer
 from experiments.running.scenarios import Served, TimedRequest, arrival_times, serve
@@ -194,9 +195,9 @@ class Job:
                 "counters": asdict(backend.stats),
                 "memory": memory,
             }
-            outcomes.write_rows(staging / records.REQUESTS, request_rows, outcomes.REQUEST_SCHEMA)
-            outcomes.write_rows(staging / records.STEPS, step_rows, outcomes.STEP_SCHEMA)
-            outcomes.write_rows(staging / records.EVENTS, event_rows, outcomes.EVENT_SCHEMA)
+            schemas.write_rows(staging / records.REQUESTS, request_rows, schemas.REQUEST_SCHEMA)
+            schemas.write_rows(staging / records.STEPS, step_rows, schemas.STEP_SCHEMA)
+            schemas.write_rows(staging / records.EVENTS, event_rows, schemas.EVENT_SCHEMA)
             times = {"started": started, "ended": provenance.now()}
             origin = provenance.collect(self.command) | code | times | self._inputs(prompts, renderer)
             records.write_json(staging / records.PROVENANCE, origin)

@@ -13,7 +13,7 @@ import numpy as np
 from experiments import records
 from experiments.analysis.metrics import summarise
 from experiments.config.schema import load_experiment, to_dict
-from experiments.records.outcomes import EVENT_SCHEMA, REQUEST_SCHEMA, STEP_SCHEMA, write_rows
+from experiments.records.schemas import EVENT_SCHEMA, REQUEST_SCHEMA, STEP_SCHEMA, write_rows
 
 GPU = "NVIDIA H100 80GB HBM3"
 

@@ -12,12 +12,13 @@ import torch
 
 from zipage.engine.debug import DebugChecks
 from zipage.engine.interrupts import deferred_interrupts
+from zipage.engine.request_metrics import request_metrics
 from zipage.engine.telemetry import Telemetry
 from zipage.outputs import FinishReason, Logprob
 from zipage.scheduling.plan import StepPlan
 from zipage.scheduling.request import Request
 from zipage.scheduling.scheduler import Scheduler
-from zipage.stats import RequestMetrics, request_metrics
+from zipage.stats import RequestMetrics
 from zipage.worker.compression_runner import CompressionResult, CompressionRunner
 from zipage.worker.model_runner import Launch, ModelRunner, StepResult
 from zipage.worker.sampler import Logprobs

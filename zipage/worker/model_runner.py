@@ -15,6 +15,7 @@ from zipage.models.decoder import Decoder
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import StepPlan
 from zipage.scheduling.request import Request
+from zipage.transfer import to_device
 from zipage.worker.block_tables import BlockTables
 from zipage.worker.cuda_graph import StepGraphs, capture_stream, known_tokens
 from zipage.worker.kv_cache import KVCache
@@ -22,7 +23,6 @@ from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.sampler import Logprobs, Sampler
 from zipage.worker.swap import restore, save
 from zipage.worker.token_batch import TokenBatch
-from zipage.worker.transfer import to_device
 
 
 @dataclass(slots=True)

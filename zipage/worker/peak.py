@@ -19,7 +19,7 @@ from zipage.worker.kv_cache import KVCache
 from zipage.worker.model_runner import ModelRunner
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.sampler import Sampler
-from zipage.worker.transfer import to_device
+from zipage.transfer import to_device
 
 
 @torch.inference_mode()
@@ -124,7 +124,7 @@ def run_compression(
     num_entries = num_blocks * cache.block_size
     new_ids = list(range(rule.max_blocks - 1))
     orders = []
-    for _ in range(num_requests):
+    for number in range(num_requests):
         request = Request("peak", [0], SamplingParams(), max_total_tokens=2, rule=rule)
         request.num_computed = request.cache_len = num_entries
         request.query_slot = 0

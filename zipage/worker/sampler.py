@@ -13,8 +13,8 @@ from kernels.cpu import invert
 from kernels.dispatch import sample_from_logits
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.request import Request
+from zipage.transfer import to_device
 from zipage.worker.logit_edits import banned_tokens, output_penalties
-from zipage.worker.transfer import to_device
 
 
 def uniform(seeds: np.ndarray, samples: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -314,7 +314,7 @@ def test_full_disk_is_one_line(launch, results, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("experiments.records.outcomes.write_rows", full)
+    monkeypatch.setattr("experiments.records.schemas.write_rows", full)
     assert launch() == 1
     err = capsys.readouterr().err
     assert "can't be written: No space left on device" in err

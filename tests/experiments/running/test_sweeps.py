@@ -268,16 +268,16 @@ def test_failed_arms_cost_themselves_only(launch_sweep, small, results, capsys):
 
 
 def test_full_disk_costs_what_could_not_be_written(launch_sweep, small, results, capsys, monkeypatch):
-    from experiments.records import outcomes
+    from experiments.records import schemas
 
-    write = outcomes.write_rows
+    write = schemas.write_rows
 
     def full(path, *more):
         if "random" in str(path):
             raise OSError(28, "No space left on device")
         write(path, *more)
 
-    monkeypatch.setattr(outcomes, "write_rows", full)
+    monkeypatch.setattr(schemas, "write_rows", full)
     assert launch_sweep(small) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2

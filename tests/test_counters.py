@@ -4,7 +4,7 @@ import torch
 from scipy.stats import kstest
 
 from tests.eviction import dense_simulation
-from zipage.eviction import counters
+from zipage import counters
 
 
 def test_uniform_equals_its_definition():
