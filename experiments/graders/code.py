@@ -24,7 +24,7 @@ def grade_code(answer: str, gold: str) -> tuple[float, str | None]:
     may also be the rest of a function that `setup` begins. The gold is JSON, in one of two forms:
 
     * `{"setup": ..., "tests": [[stdin, stdout], ...]}`: a process for each test. Its output must equal the expected one
-      line by line, but for space at the ends of lines and the way in which numbers are written, and its exit code be 0.
+      line by line, except space at the ends of lines and the way in which numbers are written, and its exit code be 0.
       The expected output never enters the sandbox.
     * `{"setup": ..., "entry_point": NAME, "test": SOURCE}`: SOURCE defines `check(candidate)`, which raises where the
       function NAME (or the method NAME of `Solution`) is wrong. Test and program run in two sandboxes and exchange

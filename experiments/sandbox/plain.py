@@ -29,7 +29,7 @@ def receive(channel: IO[bytes]) -> Any:
 
     Raises:
         EOFError: there is none.
-        ValueError, TypeError, LookupError: what was sent is no plain value.
+        ValueError, TypeError, LookupError: what was sent is not a plain value.
     """
     line = channel.readline()
     if not line.endswith(b"\n"):
@@ -64,7 +64,7 @@ def encode(value: Any) -> Any:
         return {kind.__name__: str(value)}
     if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
         return encode(value.item())
-    raise TypeError(f"{kind.__name__} is no plain value")
+    raise TypeError(f"{kind.__name__} is not a plain value")
 
 
 def _kind(value: Any, *kinds: type) -> str:
