@@ -67,7 +67,7 @@ def sweep_table(path: Path) -> str:
     """The finished runs of a sweep, given by its file.
 
     Raises:
-        UsageError: the file is no record of a sweep.
+        UsageError: the file is not the record of a sweep.
     """
     runs = load_runs(path)
     if runs.empty:

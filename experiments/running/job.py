@@ -76,7 +76,7 @@ def prepare(
         UsageError: the run can't be done as asked.
     """
     if experiment.scenario.kind != "serve":
-        raise UsageError(f"scenario={experiment.scenario.name}: a benchmark is no arm of a sweep; run it alone")
+        raise UsageError(f"scenario={experiment.scenario.name}: a benchmark can't be an arm of a sweep; run it alone")
     experiment = replace(experiment, model=replace(experiment.model, name=model_name(experiment.model)))
     records.check_writable(Path(experiment.results_dir).expanduser())
     grader_of(experiment)
@@ -149,7 +149,7 @@ class Job:
         """Whether the record that is there stays.
 
         Raises:
-            UsageError: it is damaged, and nobody said that it may be replaced.
+            UsageError: it is damaged, and `force` does not allow replacing it.
         """
         standing = self.standing
         if standing.state == "damaged" and self.experiment.force == "false":

@@ -143,7 +143,7 @@ class StepGraphs:
         inputs = self.inputs(None, size).to(self._cache.k.device)
         self.warm_up(inputs)
         graph = torch.cuda.CUDAGraph()
-        # Another thread may be launching a compression meanwhile, which is no part of this.
+        # Another thread may be launching a compression meanwhile, which is not part of this.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             hidden = self.forward(inputs)
         self._pool = graph.pool()

@@ -102,7 +102,7 @@ class Sampler:
         return to_device(values, self._device, dtype)[:, None]
 
     def _draw(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
-        """Rows are drawn by what they themselves ask for, so that nobody's tokens depend on the neighbours' options."""
+        """Rows are drawn by what they themselves ask for, so that no tokens depend on the neighbours' options."""
         temperature = self._column([request.params.temperature for request in requests])
         numbers = uniform(
             np.array([request.seed for request in requests], dtype=np.int64),
