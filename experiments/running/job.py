@@ -19,7 +19,7 @@ from experiments.config.schema import Experiment, ModelConfig, WorkloadConfig, e
 from experiments.errors import RunError, UsageError, one_line
 from experiments.graders import Grader, get_grader
 from experiments.records import provenance, schemas, sources
-from experiments.report import never_bound, runs_table
+from experiments.reporting.runs_table import never_bound, runs_table
 from experiments.running import outcomes
 from experiments.running.models import LocalModel, find_model, model_name
 from experiments.running.prompts import Prompt, PromptRenderer

@@ -13,13 +13,13 @@ from zipage.models.spec import ModelSpec
 from zipage.sampling_params import MOST_LOGPROBS, SamplingParams
 from zipage.scheduling.compression_order import CompressionOrder
 from zipage.scheduling.request import Request
+from zipage.transfer import to_device
 from zipage.worker.compression_runner import CompressionRunner
 from zipage.worker.compressor import LAUNCH_ENTRIES
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.model_runner import ModelRunner
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.sampler import Sampler
-from zipage.transfer import to_device
 
 
 @torch.inference_mode()

@@ -441,7 +441,8 @@ def test_a_pool_bounds_what_is_read():
 
 def test_table_leaves_out_what_no_row_has():
     rows = pd.DataFrame([{"load": "a", "arm": "b", "tokens_per_second": 1234.5, "gpu_idle": None, "refused": None}])
-    assert markdown(rows).splitlines() == ["| load | arm | tokens/s |", "| --- | --- | --- |", "| a | b | 1,234 |"]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(rows).splitlines()]
+    assert [cells[0], *cells[2:]] == [["load", "arm", "tokens/s"], ["a", "b", "1,234"]]
 
 
 @pytest.mark.parametrize(("load", "arm"), [("ample", "full"), ("pressure", "full"), ("pressure", "pressure")])
