@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.dispatch import copy_blocks, store_positions
+from kernels.copy_blocks import copy_blocks
+from kernels.store_positions import store_positions
 from zipage.eviction.rule import EvictionRule
 from zipage.models.decoder import Decoder
 from zipage.models.spec import ModelSpec

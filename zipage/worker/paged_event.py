@@ -10,7 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels import dispatch as ops
+from kernels.attention_score import attention_score
+from kernels.pool_scores import pool_scores
+from kernels.redundancy import redundancy
 from zipage.eviction.event import Event, Softmax
 
 POOLINGS = {"max": "max", "mean": "avg"}
@@ -75,7 +77,7 @@ class PagedEvent(Event):
         window: Literal["mean", "sum", "max"] = "mean",
     ) -> Tensor:
         q_cache, query_slots, window_ends = self._window_queries
-        return ops.attention_score(
+        return attention_score(
             q_cache,
             self.k_cache,
             query_slots,
@@ -90,10 +92,10 @@ class PagedEvent(Event):
         )
 
     def redundancy(self, tau: float, chunk: int | None = None, threshold: float = 0.5) -> Tensor:
-        return ops.redundancy(self.k_cache, self.block_tables, self.lens, tau=tau, threshold=threshold, chunk=chunk)
+        return redundancy(self.k_cache, self.block_tables, self.lens, tau=tau, threshold=threshold, chunk=chunk)
 
     def pool(self, scores: Tensor, width: int, kind: Literal["max", "mean"], limit: Tensor) -> Tensor:
-        return ops.pool_scores(scores.contiguous(), self.lens, width, POOLINGS[kind], limit)
+        return pool_scores(scores.contiguous(), self.lens, width, POOLINGS[kind], limit)
 
     def carried_state(self) -> Tensor:
         if self.state_cache is None:

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu import invert
-from kernels.dispatch import sample_from_logits
+from kernels.sample_from_logits import invert, sample_from_logits
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.request import Request
 from zipage.worker.transfer import to_device
