@@ -196,7 +196,7 @@ class ScenarioConfig:
         path: file with the times of a trace (see `experiments.running.traces`).
         loads: of "engine_bench": names in `conf/bench/`, NAME/ARM for one arm, or YAML files.
         repeats: of a benchmark: measurements of each row.
-        options: of "kernels": the fields of `kernels.bench.KernelShapes`.
+        options: of "kernels": the fields of `kernels.bench_shapes.KernelShapes`.
     """
 
     name: str = "???"

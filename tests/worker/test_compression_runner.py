@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import dispatch as ops
+from kernels.store_kv import store_kv
+from kernels.store_positions import store_positions
+from kernels.store_step import store_step
 from tests.eviction.dense_event import Tokens, make_tokens
 from tests.eviction.dense_simulation import Simulation
 from zipage.eviction import registry
@@ -109,10 +111,10 @@ class Serving:
             k, v = (x[layer][:, new].transpose(0, 1).contiguous().to(self.device) for x in (tokens.keys, tokens.values))
             if request.rule.window:
                 q = tokens.queries[layer, new].to(self.device)
-                ops.store_step(k, v, q, cache.k[layer], cache.v[layer], cache.queries[layer], slots, places)
+                store_step(k, v, q, cache.k[layer], cache.v[layer], cache.queries[layer], slots, places)
             else:
-                ops.store_kv(k, v, cache.k[layer], cache.v[layer], slots)
-        ops.store_positions(new.int().to(self.device), cache.positions, slots)
+                store_kv(k, v, cache.k[layer], cache.v[layer], slots)
+        store_positions(new.int().to(self.device), cache.positions, slots)
         request.num_computed += len(new)
         request.cache_len = n
 

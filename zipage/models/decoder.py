@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.dispatch import add_rms_norm, qk_norm_rope, silu_mul
+from kernels.add_rms_norm import add_rms_norm
+from kernels.qk_norm_rope import qk_norm_rope
+from kernels.silu_mul import silu_mul
 from zipage.models.rotary import RotaryEmbedding
 from zipage.models.spec import ModelSpec
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.dispatch import store_positions
+from kernels.store_positions import store_positions
 from zipage.models.decoder import Decoder
 from zipage.worker.block_tables import BlockTables
 from zipage.worker.kv_cache import KVCache

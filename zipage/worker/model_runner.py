@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.dispatch import copy_blocks, store_positions
+from kernels.copy_blocks import copy_blocks
+from kernels.store_positions import store_positions
 from zipage.models.decoder import Decoder
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import StepPlan

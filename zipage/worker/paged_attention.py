@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kernels.dispatch import decode_pieces, paged_decode, paged_prefill, store_kv, store_step
+from kernels.decode_pieces import decode_pieces
+from kernels.paged_decode import paged_decode
+from kernels.paged_prefill import paged_prefill
+from kernels.pieces import Pieces
+from kernels.store_kv import store_kv
+from kernels.store_step import store_step
 from zipage.models.attention import AttentionSpec
 from zipage.worker.kv_cache import KVCache
-
-if TYPE_CHECKING:
-    from kernels.decode_pieces import Pieces
 
 
 @dataclass(slots=True)

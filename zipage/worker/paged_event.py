@@ -9,7 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels import dispatch as ops
+from kernels.attention_score import attention_score
+from kernels.pool_scores import pool_scores
+from kernels.redundancy import redundancy
 from zipage.eviction.event import Event, Softmax
 
 POOLINGS = {"max": "max", "mean": "avg"}
@@ -80,7 +82,7 @@ class PagedEvent(Event):
             layers = [self.of_layers(i, i + 1).attention(softmax, group, window) for i in range(self.num_layers)]
             return torch.cat(layers)
         q_cache, query_slots, window_ends = self._window_queries
-        return ops.attention_score(
+        return attention_score(
             q_cache,
             self.k_cache,
             query_slots,
@@ -95,10 +97,10 @@ class PagedEvent(Event):
         )
 
     def redundancy(self, tau: float, chunk: int | None = None, threshold: float = 0.5) -> Tensor:
-        return ops.redundancy(self.k_cache, self.block_tables, self.lens, tau=tau, threshold=threshold, chunk=chunk)
+        return redundancy(self.k_cache, self.block_tables, self.lens, tau=tau, threshold=threshold, chunk=chunk)
 
     def pool(self, scores: Tensor, width: int, kind: Literal["max", "mean"], limit: Tensor) -> Tensor:
-        return ops.pool_scores(scores.contiguous(), self.lens, width, POOLINGS[kind], limit)
+        return pool_scores(scores.contiguous(), self.lens, width, POOLINGS[kind], limit)
 
     def carried_state(self) -> Tensor:
         if self.state_cache is None:

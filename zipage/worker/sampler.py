@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu import invert
-from kernels.dispatch import sample_from_logits
+from kernels.sample_from_logits import invert, sample_from_logits
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.request import Request
 from zipage.transfer import to_device

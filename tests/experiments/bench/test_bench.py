@@ -28,6 +28,7 @@ from experiments.paths import ROOT
 from experiments.records import load_rows, load_runs
 from experiments.reporting.plots import against_roofline
 from kernels import bench as kernels
+from kernels import bench_cases
 from tests.experiments.backends.test_backends import StandIn
 from zipage import LLM, EngineConfig, StepStats
 from zipage.models.loading.hf_config import spec_from_config
@@ -107,7 +108,7 @@ def test_kernels_are_timed_and_recorded(bench, results, capsys, tmp_path, other_
     out = capsys.readouterr().out
     assert "already done" in out
     assert "note:" not in out
-    other_code("kernels/compaction.py")
+    other_code("kernels/compact_stable_triton.py")
     assert bench("scenario=kernels") == 0
     assert "note: this benchmark is stale: the engine has changed since; force=stale" in capsys.readouterr().out
     assert load_runs(results).empty, "a benchmark is no run of a workload"
@@ -123,8 +124,8 @@ def test_a_model_may_have_more_kv_heads_in_all_its_layers_than_query_heads():
 
 
 def test_a_wrong_kernel_is_refused_a_time(bench, results, monkeypatch, capsys):
-    decode = kernels.dispatch.paged_decode
-    monkeypatch.setattr(kernels.dispatch, "paged_decode", lambda *args: decode(*args) * 1.01)
+    decode = bench_cases.paged_decode
+    monkeypatch.setattr(bench_cases, "paged_decode", lambda *args: decode(*args) * 1.01)
     assert bench("scenario=kernels") == 1
     assert "rows were refused" in capsys.readouterr().err
     rows = load_rows(record_of(results))

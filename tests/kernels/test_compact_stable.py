@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import cpu, reference
-from kernels.compaction import compact_stable_triton
+from kernels.compact_stable import compact_stable_reference, compact_stable_torch
+from kernels.compact_stable_triton import compact_stable_triton
 from tests.kernels.events import make_event, scatter
 from tests.kernels.paged import BACKENDS, GARBAGE, device_of
 
-STABLE = {"triton": compact_stable_triton, "torch": cpu.compact_stable_torch, "reference": reference.compact_stable}
+STABLE = {"triton": compact_stable_triton, "torch": compact_stable_torch, "reference": compact_stable_reference}
 ALL = [*BACKENDS, pytest.param("reference", torch.float32, id="reference")]
 
 CASES = [

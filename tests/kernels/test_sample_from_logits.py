@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from kernels import cpu, reference
-from kernels.sampling import CHUNK, sample_from_logits_triton
+from kernels.sample_from_logits import sample_from_logits_reference, sample_from_logits_torch
+from kernels.sample_from_logits_triton import CHUNK, sample_from_logits_triton
 from tests.kernels.paged import device_of
 
 SAMPLE = {
     "triton": sample_from_logits_triton,
-    "torch": cpu.sample_from_logits_torch,
-    "reference": reference.sample_from_logits,
+    "torch": sample_from_logits_torch,
+    "reference": sample_from_logits_reference,
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INF = float("inf")

@@ -68,7 +68,7 @@ def _store_tokens(
 
 
 def store_kv_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """`reference.store_kv` in one launch.
+    """`store_kv` in one launch.
 
     Args:
         k, v: [T, H, d], last dimension contiguous.

@@ -3,21 +3,22 @@
 import pytest
 import torch
 
-from kernels import cpu, reference
-from kernels.window_store import store_positions_triton
+from kernels.store_positions import store_positions_reference, store_positions_torch
+from kernels.store_positions_triton import store_positions_triton
+from kernels.store_step import store_queries_reference
 from tests.kernels.paged import device_of
 
 POSITIONS = {
     "triton": store_positions_triton,
-    "torch": cpu.store_positions_torch,
-    "reference": reference.store_positions,
+    "torch": store_positions_torch,
+    "reference": store_positions_reference,
 }
 
 
 def test_a_ring_holds_the_last_window():
     ring = torch.zeros(2, 4, 1, 1)
     positions = torch.arange(10, 17)
-    reference.store_queries(positions[-4:].float().view(4, 1, 1), ring, 4 + positions[-4:] % 4)
+    store_queries_reference(positions[-4:].float().view(4, 1, 1), ring, 4 + positions[-4:] % 4)
     assert ring[1].flatten().tolist() == [16, 13, 14, 15]
     assert ring[0].eq(0).all()
 

@@ -82,7 +82,7 @@ def _pick_token(
 
 
 def sample_from_logits_triton(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
-    """`reference.sample_from_logits` in two launches.
+    """`sample_from_logits` in two launches.
 
     Args:
         logits: [N, vocab], last dimension contiguous.

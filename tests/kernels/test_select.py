@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from kernels import cpu, reference
-from kernels.selection import select_triton
+from kernels.select import select_reference, select_torch
+from kernels.select_triton import select_triton
 from tests.kernels.paged import device_of
 
-SELECT = {"triton": select_triton, "torch": cpu.select_torch, "reference": reference.select}
+SELECT = {"triton": select_triton, "torch": select_torch, "reference": select_reference}
 BACKENDS = ["triton", "torch"]
 INF = float("inf")
 
@@ -28,7 +28,7 @@ def check(backend, scores, must, lens, keep, max_keep):
     device = device_of(backend)
     args = scores, must, ints(lens), ints(keep)
     kept = SELECT[backend](*(x.to(device) for x in args), max_keep).cpu()
-    expected = reference.select(*args, max_keep)
+    expected = select_reference(*args, max_keep)
     assert kept.dtype == torch.int32
     assert torch.equal(kept, expected)
 

@@ -72,7 +72,7 @@ def _select_rows(
 
 
 def select_triton(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
-    """`reference.select` in one launch.
+    """`select` in one launch.
 
     Args:
         scores: float32 [L, R, H, N], contiguous.

@@ -1,4 +1,4 @@
-"""Store logical positions, and a token's window queries for the launch that stores a step, in Triton."""
+"""Store logical positions, in Triton."""
 
 from __future__ import annotations
 
@@ -8,28 +8,6 @@ from torch import Tensor
 
 POSITIONS = 64
 """Tokens whose positions one program stores, in every head of a layer."""
-
-
-@triton.jit
-def store_query_rows(
-    token,
-    tile,
-    index,
-    q_ptr,
-    q_cache_ptr,
-    token_stride,
-    head_stride,
-    HEADS: tl.constexpr,
-    HEADS_TILE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-):
-    """Store a token's queries of one tile of heads; nothing at index -1."""
-    heads = tile * HEADS_TILE + tl.arange(0, HEADS_TILE)[:, None]
-    dims = tl.arange(0, DIM_PAD)[None, :]
-    inside = (heads < tl.where(index >= 0, HEADS, 0)) & (dims < HEAD_DIM)
-    q = tl.load(q_ptr + token * token_stride + heads * head_stride + dims, mask=inside)
-    tl.store(q_cache_ptr + (index * HEADS + heads) * HEAD_DIM + dims, q, mask=inside)
 
 
 @triton.jit(do_not_specialize=["positions_ptr", "slots_ptr", "tokens"])
@@ -56,7 +34,7 @@ def _store_position_tiles(
 
 
 def store_positions_triton(positions: Tensor, state: Tensor, slots: Tensor) -> None:
-    """`reference.store_positions` in one launch.
+    """`store_positions` in one launch.
 
     Args:
         positions: int32 [T].

@@ -121,7 +121,7 @@ def compact_stable_triton(
     dst_tables: Tensor,
     updates: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """`reference.compact_stable` in one launch, and one more for each state.
+    """`compact_stable` in one launch, and one more for each state.
 
     Args:
         k_cache, v_cache: [L, num_blocks, H, b, d], of the same strides; written in place.

@@ -6,11 +6,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.kv_store import store_entries
-from kernels.window_store import store_query_rows
+from kernels.store_kv_triton import store_entries
 
 TILE_ELEMENTS = 2048
 """Elements of a token's heads that one program stores."""
+
+
+@triton.jit
+def _store_query_rows(
+    token,
+    tile,
+    index,
+    q_ptr,
+    q_cache_ptr,
+    token_stride,
+    head_stride,
+    HEADS: tl.constexpr,
+    HEADS_TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    """Store a token's queries of one tile of heads; nothing at index -1."""
+    heads = tile * HEADS_TILE + tl.arange(0, HEADS_TILE)[:, None]
+    dims = tl.arange(0, DIM_PAD)[None, :]
+    inside = (heads < tl.where(index >= 0, HEADS, 0)) & (dims < HEAD_DIM)
+    q = tl.load(q_ptr + token * token_stride + heads * head_stride + dims, mask=inside)
+    tl.store(q_cache_ptr + (index * HEADS + heads) * HEAD_DIM + dims, q, mask=inside)
 
 
 @triton.jit(do_not_specialize=["slots_ptr", "indices_ptr"])
@@ -49,7 +70,7 @@ def _store_step(
             KV_HEADS, HEADS_TILE, HEAD_DIM, DIM_PAD, BLOCK_SIZE,
         )  # fmt: skip
     else:
-        store_query_rows(
+        _store_query_rows(
             token, tile - KV_TILES, tl.load(indices_ptr + token), q_ptr, q_cache_ptr, q_token_stride, q_head_stride,
             Q_HEADS, HEADS_TILE, HEAD_DIM, DIM_PAD,
         )  # fmt: skip
@@ -65,7 +86,7 @@ def store_step_triton(
     slots: Tensor,
     indices: Tensor,
 ) -> None:
-    """`reference.store_kv` and `reference.store_queries` of the same tokens, in one launch.
+    """`store_kv` and `store_queries` of the same tokens, in one launch.
 
     Args:
         k, v: [T, H, d]; q: [T, Hq, d]; last dimension contiguous.

@@ -37,7 +37,7 @@ def _norm_row(
 
 
 def add_rms_norm_triton(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """`reference.add_rms_norm` in one launch.
+    """`add_rms_norm` in one launch.
 
     Args:
         hidden, delta: [T, width], last dimension contiguous; hidden is written in place where there is a delta.

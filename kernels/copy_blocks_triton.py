@@ -25,7 +25,7 @@ def _copy_chunks(k_ptr, v_ptr, src_ptr, dst_ptr, layer_stride, block_stride, siz
 
 
 def copy_blocks_triton(k_cache: Tensor, v_cache: Tensor, src: Tensor, dst: Tensor) -> None:
-    """`reference.copy_blocks` in one launch.
+    """`copy_blocks` in one launch.
 
     Args:
         k_cache, v_cache: [L, num_blocks, H, b, d], all layers; written in place.
