@@ -41,6 +41,42 @@ class RequestMetrics:
     peak_blocks: int | None = None
     query_slot: bool | None = None
 
+    # By vLLM's names, of both its generations of metrics. Times are of one host clock, `arrival`'s.
+
+    @property
+    def arrival_time(self) -> float:
+        return self.arrival
+
+    @property
+    def first_scheduled_time(self) -> float | None:
+        return self._after_arrival(self.queued)
+
+    @property
+    def first_token_time(self) -> float | None:
+        return self._after_arrival(self.ttft)
+
+    @property
+    def last_token_time(self) -> float | None:
+        return self._after_arrival(self.e2e)
+
+    @property
+    def time_in_queue(self) -> float | None:
+        return self.queued
+
+    @property
+    def first_token_latency(self) -> float | None:
+        return self.ttft
+
+    @property
+    def num_generation_tokens(self) -> int:
+        return self.output_tokens
+
+    queued_ts, scheduled_ts = arrival_time, first_scheduled_time
+    first_token_ts, last_token_ts, finished_time = first_token_time, last_token_time, last_token_time
+
+    def _after_arrival(self, seconds: float | None) -> float | None:
+        return None if seconds is None else self.arrival + seconds
+
 
 @dataclass(slots=True)
 class StepStats:

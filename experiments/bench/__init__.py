@@ -1,7 +1,7 @@
 """Benchmarks: runs that time kernels or the engine and ask no questions.
 
 One is chosen as a scenario (`scenario=kernels`, `scenario=engine_bench`) and leaves a folder like any run's, with
-`rows.json` in the place of samples: one row a line of its table. Where the process is killed, the rows that it had are
+`rows.json` instead of samples: one row a line of its table. Where the process is killed, the rows that it had are
 in the folder's `.partial` until the next attempt.
 """
 

@@ -118,7 +118,7 @@ def _memory_available() -> float | None:
 
 
 def _measured(arm: Arm, backends: Mapping[str, BackendFactory], ceilings: Mapping[str, float] | None) -> dict:
-    """The row of an arm; an arm that fails costs itself, and its row says why."""
+    """The row of an arm; where an arm fails, its row says why and the others go on."""
     try:
         if not arm.is_own:
             return _in_child(arm, ceilings)

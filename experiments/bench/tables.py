@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
+from experiments.reporting.markdown import markdown as table
+
 Column = tuple[str, str, Callable[[Any], str]]
 
 
@@ -56,8 +58,8 @@ def markdown(rows: pd.DataFrame) -> str:
 
     columns = KERNELS if "kernel" in rows else ENGINES
     columns = [column for column in columns if column[0] in rows and rows[column[0]].notna().any()]
-    lines = [[title for _, title, _ in columns], ["---"] * len(columns)]
+    lines = []
     for _, row in rows.iterrows():
         values = [(row[name], show) for name, _, show in columns]
         lines.append([show(v) if isinstance(v, dict) or pd.notna(v) else "" for v, show in values])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table([title for _, title, _ in columns], lines)

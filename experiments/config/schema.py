@@ -34,17 +34,28 @@ HOMES = {
 FIXED = {"skip_tokenizer_init": False}
 """Options of `EngineConfig` that no run can choose: workloads are text, so the tokenizer is always needed."""
 
+UNRECORDED = ("detokenize", "logit_bias")
+"""Options of `SamplingParams` that no run can choose: answers are text, and token ids are the model's own."""
 
-def _derive(name: str, source: type, left_out: Sequence[str]) -> type:
-    """A frozen dataclass with the fields and defaults of `source`, all but `left_out`."""
+
+def _derive(name: str, source: type, left_out: Sequence[str], **instead: tuple[type, Any]) -> type:
+    """A frozen dataclass with the fields and defaults of `source`, all but `left_out`.
+
+    `instead` gives a field another type and default; records hold it as they always did.
+    """
     hints = get_type_hints(source)
     kept = [f for f in fields(source) if f.name not in left_out]
-    derived = [(f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory)) for f in kept]
+    derived = [
+        (f.name, instead[f.name][0], field(default=instead[f.name][1]))
+        if f.name in instead
+        else (f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory))
+        for f in kept
+    ]
     return make_dataclass(name, derived, frozen=True, namespace={"__module__": __name__})
 
 
 EngineOptions = _derive("EngineOptions", EngineConfig, [*HOMES, *FIXED])
-SamplingOptions = _derive("SamplingOptions", SamplingParams, [])
+SamplingOptions = _derive("SamplingOptions", SamplingParams, UNRECORDED, logprobs=(bool, False))
 
 
 @dataclass(frozen=True)
@@ -156,7 +167,7 @@ class ScenarioConfig:
         path: file with the times of a trace (see `experiments.running.traces`).
         loads: of "engine_bench": names in `conf/bench/`, NAME/ARM for one arm, or YAML files.
         repeats: of a benchmark: measurements of each row.
-        options: of "kernels": the fields of `kernels.bench.KernelShapes`.
+        options: of "kernels": the fields of `kernels.bench_shapes.KernelShapes`.
     """
 
     name: str = "???"

@@ -39,7 +39,7 @@ def check_yaml_size(path: Path) -> None:
     Raises:
         ValueError: it has more than `MOST_BYTES`, more than `MOST_VALUES` values and keys where each alias counts as
             what it stands for, an alias inside of what it stands for, or too deep a nesting.
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: it is not valid YAML.
         OSError: it can't be read.
     """
     size = path.stat().st_size

@@ -46,7 +46,7 @@ def get_grader(name: str, allow_code_execution: bool = False) -> Grader:
 def grade(grader: Grader, answer: str, gold: str) -> Grade:
     """Grade one answer; thought before a closing `</think>` is not part of it.
 
-    A grader that raises or reaches a limit scores 0 and its fault is kept: it costs this answer, not the run.
+    A grader that raises or reaches a limit scores 0 and its fault is kept: only this answer is affected.
     """
     final = answer.rpartition("</think>")[2]
     try:

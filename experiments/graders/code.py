@@ -28,7 +28,7 @@ def grade_code(answer: str, gold: str) -> tuple[float, str | None]:
     one of two forms:
 
     * `{"setup": ..., "tests": [[stdin, stdout], ...]}`: a process for each test. Its output must equal the expected one
-      line by line, but for space at the ends of lines and the way in which numbers are written, and its exit code be 0.
+      line by line, except space at the ends of lines and the way in which numbers are written, and its exit code be 0.
       The expected output never enters the sandbox.
     * `{"setup": ..., "entry_point": NAME, "test": SOURCE}`: SOURCE defines `check(candidate)`, which raises where the
       function NAME (or the method NAME of `Solution`) is wrong. Test and program run in two sandboxes and exchange
@@ -38,7 +38,7 @@ def grade_code(answer: str, gold: str) -> tuple[float, str | None]:
     is cut off by a wall-time limit on a busy machine scores 0 as one that never ends does.
 
     Raises:
-        ValueError: the gold is in neither form, or its test and the program exchange what is no plain value, such as
+        ValueError: the gold is in neither form, or its test and the program exchange what is not a plain value, such as
             a function or an object of a class of their own.
         SandboxError: nothing can be run here.
     """
@@ -99,7 +99,7 @@ def _passes_calls(files: dict[str, str], exam: dict[str, Any]) -> bool:
             code = test.wait()
             program.require_started()
             if code == NOT_PLAIN:
-                raise ValueError("test and program exchange what is no plain value, which can't be graded here")
+                raise ValueError("test and program exchange what is not a plain value, which can't be graded here")
             return code == 0
 
 

@@ -17,7 +17,14 @@ _NOT_SERVED = ("path", "kind", "loads", "repeats", "options")
 """Options of a scenario that decide nothing when a workload is served: the times of a trace are data, the rest is of
 benchmarks."""
 
-LATER: dict[str, Any] = {"engine.async_scheduling": False}
+LATER: dict[str, Any] = {
+    "engine.async_scheduling": False,
+    "sampling.presence_penalty": 0.0,
+    "sampling.frequency_penalty": 0.0,
+    "sampling.bad_words": [],
+    "sampling.min_tokens": 0,
+    "sampling.include_stop_str_in_output": False,
+}
 """Options that came after the first records -> the value under which a run is what it was before them.
 
 With that value an option is left out of the hash, so that a new option renames no run. Any other value is another run,

@@ -135,7 +135,7 @@ class Event(ABC):
 
         Args:
             tau: temperature; raw sums are divided by `tau` times the keys compared.
-            chunk: compare inside aligned runs of so many slots; None compares all n.
+            chunk: compare inside aligned runs of this many slots; None compares all n.
             threshold: cosine above which two keys are near-duplicates.
 
         Returns:
@@ -220,7 +220,7 @@ class Event(ABC):
             where: begins the message.
 
         Raises:
-            ValueError: they are no real tensor that broadcasts to [L, R, H, N] on the event's device.
+            ValueError: they are not a real tensor that broadcasts to [L, R, H, N] on the event's device.
         """
         what = f"{where} a real tensor [L, R, H, N] = {list(self.shape)} on {self.device}, or one that broadcasts to it"
         if not isinstance(scores, Tensor):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zipage.eviction.protection import must_mask
 from zipage.models.spec import ModelSpec
-from zipage.scheduling.plan import CompressionOrder
+from zipage.scheduling.compression_order import CompressionOrder
 from zipage.transfer import to_device
 from zipage.worker.compressor import LAUNCH_ENTRIES
 from zipage.worker.kv_cache import KVCache
@@ -88,6 +88,7 @@ class CompressionBatch:
             seeds=self._seeds,
             rounds=self._rounds,
             prompt_lens=self._prompt_lens,
+            scales=tuple(layer.scale for layer in spec.attention),
             k_cache=cache.k,
             v_cache=cache.v,
             block_tables=tables,

@@ -164,7 +164,7 @@ class TestPrograms:
         gold = {"setup": "", "entry_point": "f", "test": f"def check(f):\n    assert {check}\n"}
         graded = grade(get_grader("code", allow_code_execution=True), program, json.dumps(gold))
         assert graded.score == 0
-        assert "what is no plain value" in graded.error
+        assert "what is not a plain value" in graded.error
 
     @pytest.mark.parametrize(
         ("value", "wanted"),

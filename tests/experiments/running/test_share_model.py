@@ -39,7 +39,7 @@ for line in sys.stdin:
 WORKER = """
 import os, sys
 from pathlib import Path
-from experiments import worker
+from experiments.running import worker
 from tests.experiments.fake_engine import FakeLLM
 
 class Counted(FakeLLM):
