@@ -1,304 +1,21 @@
-"""Attention scores of paged entries by a window of stored queries, in Triton.
-
-Two passes over K: the log-sum-exp of each softmax, then the weights, reduced over the group and the window as they are
-made. Only the first kind of number and the scores reach memory.
-
-Sources: Zipage (arXiv 2603.08743), SnapKV (2404.14469), R-KV (2505.24133), FlashAttention-2 (2307.08691).
-"""
+"""What a window of stored queries thinks of paged entries."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from itertools import product
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.paged_decode import tile_config
-from kernels.tiles import LOG2_E, load_blocks, load_keys, multiprocessors, padded_dim
+from kernels.entries import entries_reference, gather_entries, scores_like
+from kernels.layout import check_all_layers, check_choice, check_index, check_like, check_requests, fail
 
-PROGRAMS_PER_SM = 8
-"""Splitting stops once there are this many programs a multiprocessor."""
-
-MIN_SPLIT = 128
-"""Entries below which a split costs more than it hides."""
-
-MAX_ROWS = 128
-"""Rows (query, query head) of a program; a longer window is taken in chunks. 32 in float32, without tensor cores."""
+REDUCTIONS = {"max": torch.amax, "mean": torch.mean, "sum": torch.sum}
 
 
-@triton.jit
-def _load_queries(
-    q_ptr,
-    end,
-    first_query,
-    group,
-    window,
-    window_stride,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Queries first_query, ... of the window, each with the heads of the group: [ROWS, DIM_PAD], the head fastest.
-
-    q_ptr is at the KV head's first query head in the request's ring; rows without a query are 0.
-    """
-    rows = tl.arange(0, ROWS)
-    dims = tl.arange(0, DIM_PAD)
-    query = first_query + rows // GROUP_PAD
-    member = rows % GROUP_PAD
-    ring = (end + query) % window
-    inside = ((query < window) & (member < group))[:, None] & (dims < HEAD_DIM)[None, :]
-    ptrs = q_ptr + (ring * window_stride + member * HEAD_DIM)[:, None] + dims[None, :]
-    return tl.load(ptrs, mask=inside, other=0.0)
-
-
-@triton.jit
-def _softmax_limits(
-    first_query,
-    group,
-    window,
-    past,
-    GROUP_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    SOFTMAXES: tl.constexpr,
-    CUT: tl.constexpr,
-):
-    """Entries that each softmax runs over, int32 [SOFTMAXES]; 0 for those of no query."""
-    index = tl.arange(0, SOFTMAXES)
-    if SOFTMAXES == ROWS:
-        query = first_query + index // GROUP_PAD
-        used = (query < window) & (index % GROUP_PAD < group)
-    else:
-        query = first_query + index
-        used = query < window
-    if CUT:
-        return tl.where(used, past, 0)
-    else:
-        return tl.where(used, past + query + 1, 0)
-
-
-@triton.jit
-def _tile_logits(
-    q,
-    k,
-    entries,
-    limits,
-    scale_log2,
-    group,
-    GROUP_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    SOFTMAXES: tl.constexpr,
-    GROUP_MEAN: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Logits of q [ROWS, DIM_PAD] for k [DIM_PAD, TILE], of base 2: [SOFTMAXES, TILE], -inf from the limits on.
-
-    With fewer softmaxes than rows, the logits of a group are reduced to one.
-    """
-    logits = tl.dot(q, k, input_precision="ieee") * scale_log2
-    if SOFTMAXES != ROWS:
-        logits = tl.reshape(logits, [SOFTMAXES, GROUP_PAD, TILE])
-        if GROUP_MEAN:
-            logits = tl.sum(logits, 1) / group
-        else:
-            member = tl.arange(0, GROUP_PAD)[None, :, None]
-            logits = tl.max(tl.where(member < group, logits, float("-inf")), 1)
-    return tl.where(entries[None, :] < limits[:, None], logits, float("-inf"))
-
-
-@triton.jit(do_not_specialize=["slots_ptr", "ends_ptr", "table_ptr", "lens_ptr", "num_splits", "per_split"])
-def _log_sums(
-    q_ptr,
-    k_ptr,
-    slots_ptr,
-    ends_ptr,
-    table_ptr,
-    lens_ptr,
-    sums_ptr,
-    scale_log2,
-    group,
-    window,
-    num_splits,
-    per_split,
-    q_layer_stride,
-    q_slot_stride,
-    window_stride,
-    layer_stride,
-    block_stride,
-    head_stride,
-    table_stride,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    SOFTMAXES: tl.constexpr,
-    GROUP_MEAN: tl.constexpr,
-    CUT: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """One layer, request, KV head, chunk of the window and split: log2 of the sum of each softmax over the split."""
-    split = tl.program_id(0) % num_splits
-    chunk = tl.program_id(0) // num_splits
-    pair = tl.program_id(1)
-    row = pair // HEADS
-    head = pair % HEADS
-    layer = tl.program_id(2).to(tl.int64)
-    length = tl.load(lens_ptr + row)
-    first_query = chunk * (ROWS // GROUP_PAD)
-
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    q_heads = q_ptr + layer * q_layer_stride + slot * q_slot_stride + head * group * HEAD_DIM
-    q = _load_queries(
-        q_heads, tl.load(ends_ptr + row), first_query, group, window, window_stride, HEAD_DIM, DIM_PAD, GROUP_PAD, ROWS
-    )
-    limits = _softmax_limits(first_query, group, window, length - window, GROUP_PAD, ROWS, SOFTMAXES, CUT)
-    k_head = k_ptr + layer * layer_stride + head * head_stride
-    table = table_ptr + row.to(tl.int64) * table_stride
-
-    running = tl.full([SOFTMAXES], float("-inf"), tl.float32)
-    total = tl.zeros([SOFTMAXES], tl.float32)
-    first = split * per_split
-    last = tl.minimum(first + per_split, tl.cdiv(length, TILE))
-    blocks = load_blocks(table, first * TILE, length, BLOCK_SIZE, TILE)
-    for tile in range(first, last):
-        next_blocks = load_blocks(table, (tile + 1) * TILE, length, BLOCK_SIZE, TILE)
-        k = load_keys(k_head, blocks, block_stride, tile * TILE, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE)
-        entries = tile * TILE + tl.arange(0, TILE)
-        logits = _tile_logits(
-            q, k, entries, limits, scale_log2, group, GROUP_PAD, ROWS, SOFTMAXES, GROUP_MEAN, TILE
-        )  # fmt: skip
-        highest = tl.maximum(running, tl.max(logits, 1))
-        base = tl.where(highest > float("-inf"), highest, 0.0)
-        total = total * tl.exp2(running - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
-        running = highest
-        blocks = next_blocks
-
-    log_sum = tl.where(total > 0, running + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
-    chunks = tl.num_programs(0) // num_splits
-    place = ((layer * tl.num_programs(1) + pair) * chunks + chunk) * SOFTMAXES + tl.arange(0, SOFTMAXES)
-    tl.store(sums_ptr + place * num_splits + split, log_sum)
-
-
-@triton.jit(do_not_specialize=["slots_ptr", "ends_ptr", "table_ptr", "lens_ptr", "num_splits", "per_split", "chunk"])
-def _reduce_weights(
-    q_ptr,
-    k_ptr,
-    slots_ptr,
-    ends_ptr,
-    table_ptr,
-    lens_ptr,
-    sums_ptr,
-    out_ptr,
-    scale_log2,
-    group,
-    window,
-    num_splits,
-    per_split,
-    chunk,
-    chunks,
-    width,
-    q_layer_stride,
-    q_slot_stride,
-    window_stride,
-    layer_stride,
-    block_stride,
-    head_stride,
-    table_stride,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    SOFTMAXES: tl.constexpr,
-    GROUP_MEAN: tl.constexpr,
-    CUT: tl.constexpr,
-    TILE: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
-    WINDOW: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-):
-    """One layer, request, KV head and split of the output's columns, for one chunk of the window.
-
-    Chunks are launches, one after the other, that accumulate in the output; the LAST one finishes it.
-    """
-    split = tl.program_id(0)
-    pair = tl.program_id(1)
-    row = pair // HEADS
-    head = pair % HEADS
-    layer = tl.program_id(2).to(tl.int64)
-    length = tl.load(lens_ptr + row)
-    first_query = chunk * (ROWS // GROUP_PAD)
-    index = layer * tl.num_programs(1) + pair
-
-    parts = tl.arange(0, SPLITS_PAD)
-    place = (index * chunks + chunk) * SOFTMAXES + tl.arange(0, SOFTMAXES)
-    sums = tl.load(
-        sums_ptr + place[:, None] * num_splits + parts[None, :],
-        mask=(parts < num_splits)[None, :] & (tl.arange(0, SOFTMAXES) >= 0)[:, None],
-        other=float("-inf"),
-    )
-    highest = tl.max(sums, 1)
-    base = tl.where(highest > float("-inf"), highest, 0.0)
-    total = tl.sum(tl.exp2(sums - base[:, None]), 1)
-    # A softmax over nothing, of padding or of a window without a past, gives every entry 2^-inf.
-    log_sum = tl.where(total > 0, base + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
-
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    q_heads = q_ptr + layer * q_layer_stride + slot * q_slot_stride + head * group * HEAD_DIM
-    q = _load_queries(
-        q_heads, tl.load(ends_ptr + row), first_query, group, window, window_stride, HEAD_DIM, DIM_PAD, GROUP_PAD, ROWS
-    )
-    limits = _softmax_limits(first_query, group, window, length - window, GROUP_PAD, ROWS, SOFTMAXES, CUT)
-    k_head = k_ptr + layer * layer_stride + head * head_stride
-    table = table_ptr + row.to(tl.int64) * table_stride
-    out_row = out_ptr + index * width
-    scored = length - window if CUT else length
-
-    first = split * per_split
-    end = tl.minimum(first + per_split, tl.cdiv(width, TILE))
-    last = tl.minimum(end, tl.cdiv(length, TILE))
-    blocks = load_blocks(table, first * TILE, length, BLOCK_SIZE, TILE)
-    for tile in range(first, last):
-        next_blocks = load_blocks(table, (tile + 1) * TILE, length, BLOCK_SIZE, TILE)
-        k = load_keys(k_head, blocks, block_stride, tile * TILE, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE)
-        entries = tile * TILE + tl.arange(0, TILE)
-        logits = _tile_logits(
-            q, k, entries, limits, scale_log2, group, GROUP_PAD, ROWS, SOFTMAXES, GROUP_MEAN, TILE
-        )  # fmt: skip
-        weights = tl.exp2(logits - log_sum[:, None])
-        if SOFTMAXES == ROWS:
-            weights = tl.reshape(weights, [ROWS // GROUP_PAD, GROUP_PAD, TILE])
-            if GROUP_MEAN:
-                weights = tl.sum(weights, 1) / group
-            else:
-                weights = tl.max(weights, 1)
-        if WINDOW == "max":
-            score = tl.max(weights, 0)
-        else:
-            score = tl.sum(weights, 0)
-        if not FIRST:
-            before = tl.load(out_row + entries, mask=entries < width, other=0.0)
-            if WINDOW == "max":
-                score = tl.maximum(score, before)
-            else:
-                score += before
-        if LAST:
-            if WINDOW == "mean":
-                score = score / window
-            score = tl.where(entries < scored, score, float("-inf"))
-        tl.store(out_row + entries, score, mask=entries < width)
-        blocks = next_blocks
-    for tile in range(tl.maximum(first, last), end):
-        entries = tile * TILE + tl.arange(0, TILE)
-        tl.store(out_row + entries, tl.full([TILE], float("-inf"), tl.float32), mask=entries < width)
-
-
-def attention_score_triton(
+def attention_score(
     q_cache: Tensor,
     k_cache: Tensor,
     query_slots: Tensor,
@@ -310,57 +27,156 @@ def attention_score_triton(
     softmax: str = "all",
     group: str = "max",
     window: str = "mean",
-    num_splits: int | None = None,
 ) -> Tensor:
-    """`reference.attention_score` in two launches, and one more for each further chunk of a long window.
+    """What a request's last w queries, the tokens of its last w entries, think of each of its n entries.
+
+    A softmax of each query over the entries, then `group` over the query heads of a KV head, then `window` over the
+    queries. Zipage (arXiv 2603.08743) and G-KV (2512.00504) use (all, max, mean), SnapKV (2404.14469) (all, mean,
+    mean), R-KV (2505.24133) (group_cut, max, mean), MorphKV (2503.00979) (cut, max, sum or max).
 
     Args:
-        q_cache: [L, num_query_slots, w, Hq, d], of k_cache's dtype.
-        k_cache: [L, num_blocks, H, b, d].
-        query_slots, window_ends: int32 [R].
-        block_tables: int32 [R, max_blocks].
-        lens: int32 [R].
-        scale: of the logits.
-        softmax, group, window: as in the reference.
-        num_splits: of a request along its entries; None: enough to fill the GPU.
+        q_cache: [L, num_query_slots, w, Hq, d], each layer contiguous, of k_cache's dtype; Hq a multiple of H.
+        k_cache: [L, num_blocks, H, b, d], any range of layers; float32, float16 or bfloat16.
+        query_slots: int32 [R].
+        window_ends: int32 [R]; the last query of the window is that of logical position end - 1, and end >= w.
+        block_tables: int32 [R, max_blocks]; never read past ceil(n / b).
+        lens: int32 [R], n: at least w, or 0 for a row that is left out.
+        scale: of the logits, before the softmax.
+        softmax: "all": over the entries that a query sees, itself included; "cut": over the entries before the
+            window; "group_cut": the same of the logits reduced by `group`, one softmax a KV head.
+        group: "max" or "mean".
+        window: "mean", "sum" or "max".
 
     Returns:
-        float32 [L, R, H, max_blocks * b].
+        float32 [L, R, H, max_blocks * b]; -inf past n, and in the window's own columns where they are cut.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device, layout or value is not as above.
     """
-    layers, _, kv_heads, block_size, head_dim = k_cache.shape
+    _check(
+        q_cache, k_cache, query_slots, window_ends, block_tables, lens, softmax, group, window
+    )  # fmt: skip
+    args = q_cache, k_cache, query_slots, window_ends, block_tables, lens, scale
+    kinds = {"softmax": softmax, "group": group, "window": window}
+    if k_cache.is_cuda:
+        with torch.cuda.device(k_cache.device):
+            return _triton()(*args, **kinds)
+    return attention_score_torch(*args, **kinds)
+
+
+def _check(
+    q_cache: Tensor,
+    k_cache: Tensor,
+    query_slots: Tensor,
+    window_ends: Tensor,
+    block_tables: Tensor,
+    lens: Tensor,
+    softmax: str,
+    group: str,
+    window: str,
+) -> None:
+    """Check the arguments of `attention_score`. Raises ValueError naming the argument, its value and the remedy."""
+    check_all_layers(k_cache, k_cache)
+    layers, _, heads, _, head_dim = k_cache.shape
+    shape = tuple(q_cache.shape)
+    if q_cache.dim() != 5 or shape[0] != layers or shape[4] != head_dim or 0 in shape[2:] or shape[3] % heads:
+        fail("q_cache", "shape", shape, f"give [{layers}, slots, window, a multiple of {heads} heads, {head_dim}]")
+    check_like("q_cache", q_cache, k_cache)
+    if not q_cache[0].is_contiguous():
+        fail("q_cache", "stride", q_cache.stride(), "make each layer contiguous")
+    check_requests(block_tables, lens, k_cache.device)
+    check_index("query_slots", query_slots, torch.int32, tuple(lens.shape), k_cache.device)
+    check_index("window_ends", window_ends, torch.int32, tuple(lens.shape), k_cache.device)
+    check_choice("softmax", softmax, ("all", "cut", "group_cut"))
+    check_choice("group", group, ("max", "mean"))
+    check_choice("window", window, ("mean", "sum", "max"))
+
+
+def attention_score_reference(
+    q_cache: Tensor,
+    k_cache: Tensor,
+    query_slots: Tensor,
+    window_ends: Tensor,
+    block_tables: Tensor,
+    lens: Tensor,
+    scale: float,
+    *,
+    softmax: str = "all",
+    group: str = "max",
+    window: str = "mean",
+) -> Tensor:
+    """`attention_score`, layer by layer and request by request."""
+    layers, _, kv_heads, block_size, _ = k_cache.shape
+    width = q_cache.shape[2]
+    reduce_group, reduce_window = REDUCTIONS[group], REDUCTIONS[window]
+    out = torch.full((layers, len(lens), kv_heads, block_tables.shape[1] * block_size), float("-inf"))
+    for layer, row in product(range(layers), range(len(lens))):
+        length = int(lens[row])
+        if length == 0:
+            continue
+        places = (int(window_ends[row]) - width + torch.arange(width)) % width
+        queries = q_cache[layer, int(query_slots[row])].cpu()[places].float()
+        queries = queries.view(width, kv_heads, -1, queries.shape[-1])
+        keys = entries_reference(k_cache[layer], block_tables[row], length).cpu()
+        logits = torch.einsum("qhgd,hjd->hgqj", queries, keys) * scale
+        past = length - width
+        if softmax == "all":
+            hidden = torch.arange(length) > past + torch.arange(width)[:, None]
+            weights = reduce_group(logits.masked_fill(hidden, float("-inf")).softmax(dim=-1), 1)
+        elif softmax == "cut":
+            weights = reduce_group(logits[..., :past].softmax(dim=-1), 1)
+        else:
+            weights = reduce_group(logits[..., :past], 1).softmax(dim=-1)
+        out[layer, row, :, : weights.shape[-1]] = reduce_window(weights, 1)
+    return out.to(k_cache.device)
+
+
+def attention_score_torch(
+    q_cache: Tensor,
+    k_cache: Tensor,
+    query_slots: Tensor,
+    window_ends: Tensor,
+    block_tables: Tensor,
+    lens: Tensor,
+    scale: float,
+    *,
+    softmax: str = "all",
+    group: str = "max",
+    window: str = "mean",
+) -> Tensor:
+    """`attention_score`, a matrix product for each layer and request."""
+    layers, _, kv_heads, _, head_dim = k_cache.shape
     queries, query_heads = q_cache.shape[2:4]
-    requests, width = lens.shape[0], block_tables.shape[1] * block_size
-    out = torch.empty((layers, requests, kv_heads, width), dtype=torch.float32, device=k_cache.device)
-    if out.numel() == 0:
-        return out
-    members = query_heads // kv_heads
-    group_pad = triton.next_power_of_2(members)
-    most = max(group_pad, 32 if k_cache.element_size() == 4 else MAX_ROWS)
-    rows = max(16, min(triton.next_power_of_2(queries) * group_pad, most))
-    softmaxes = rows // group_pad if softmax == "group_cut" else rows
-    chunks = triton.cdiv(queries, rows // group_pad)
-    options = tile_config(head_dim, k_cache.element_size())
-    options["num_warps"] = 8 if rows > 64 else 4
-    tiles = triton.cdiv(width, options["TILE"])
-    pairs = requests * kv_heads
-    if num_splits is None:
-        wanted = triton.cdiv(PROGRAMS_PER_SM * multiprocessors(k_cache.device), layers * pairs)
-        num_splits = max(1, min(wanted, width // MIN_SPLIT))
-    per_split = triton.cdiv(tiles, num_splits)
-    num_splits = triton.cdiv(tiles, per_split)
-    sums = torch.empty((layers * pairs, chunks, softmaxes, num_splits), dtype=torch.float32, device=k_cache.device)
-    inputs = q_cache, k_cache, query_slots, window_ends, block_tables, lens, sums
-    strides = *q_cache.stride()[:3], *k_cache.stride()[:3], block_tables.stride(0)
-    shape = {
-        "HEADS": kv_heads, "HEAD_DIM": head_dim, "DIM_PAD": padded_dim(head_dim), "BLOCK_SIZE": block_size,
-        "GROUP_PAD": group_pad, "ROWS": rows, "SOFTMAXES": softmaxes, "GROUP_MEAN": group == "mean",
-        "CUT": softmax != "all", **options,
-    }  # fmt: skip
-    numbers = scale * LOG2_E, members, queries, num_splits, per_split
-    _log_sums[(num_splits * chunks, pairs, layers)](*inputs, *numbers, *strides, **shape)
-    for chunk in range(chunks):
-        _reduce_weights[(num_splits, pairs, layers)](
-            *inputs, out, *numbers, chunk, chunks, width, *strides, **shape,
-            SPLITS_PAD=triton.next_power_of_2(num_splits), WINDOW=window, FIRST=chunk == 0, LAST=chunk == chunks - 1,
-        )  # fmt: skip
+    out = scores_like(k_cache, block_tables)
+    ends, slots = window_ends.tolist(), query_slots.tolist()
+    reduce_group = torch.amax if group == "max" else torch.mean
+    for row, length in enumerate(lens.tolist()):
+        if length == 0:
+            continue
+        past = length - queries
+        scored = length if softmax == "all" else past
+        ring = torch.arange(ends[row] - queries, ends[row]) % queries
+        hidden = torch.arange(past, length) > torch.arange(past, length)[:, None]
+        for layer in range(layers):
+            q = q_cache[layer, slots[row]].index_select(0, ring).view(queries, kv_heads, -1, head_dim)
+            q = (q.float() * scale).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+            keys = gather_entries(k_cache[layer], block_tables[row], length)[:, 0, :scored].float()
+            logits = torch.bmm(q, keys.transpose(1, 2)).view(kv_heads, query_heads // kv_heads, queries, scored)
+            if softmax == "all":
+                logits[..., past:].masked_fill_(hidden, float("-inf"))
+            if softmax == "group_cut":
+                weights = reduce_group(logits, 1).softmax(dim=-1)
+            else:
+                weights = reduce_group(logits.softmax(dim=-1), 1)
+            if window == "max":
+                out[layer, row, :, :scored] = weights.amax(dim=1)
+            else:
+                out[layer, row, :, :scored] = weights.sum(dim=1) / (queries if window == "mean" else 1)
     return out
+
+
+@cache
+def _triton() -> Callable:
+    from kernels.attention_score_triton import attention_score_triton
+
+    return attention_score_triton

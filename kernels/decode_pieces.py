@@ -1,115 +1,35 @@
-"""Decode requests cut into pieces of about the same length, in Triton.
-
-A launch lasts as long as its longest program, and the lengths are on the device alone, where a replayed CUDA graph
-finds new ones each time. So they are cut there, once a step for all layers, as Flash-Decoding
-(https://pytorch.org/blog/flash-decoding/) cuts one long request.
-"""
+"""Decode requests cut into pieces of about the same length."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.tiles import multiprocessors
-
-PROGRAMS_PER_SM = 3
-"""Programs of decode attention that a multiprocessor holds at once, by their shared memory on Hopper."""
-
-WAVES = 2
-"""Programs aimed at, in multiples of what the GPU holds: with fewer, the last ones run alone for longer."""
-
-MIN_PIECE = 128
-"""Entries below which a cut costs more than it hides."""
-
-CELLS = 8192
-"""Pieces times requests that one program compares."""
+from kernels.pieces import Pieces
 
 
-class Pieces(NamedTuple):
-    """Where each piece lies.
-
-    Attributes:
-        ranges: int32 [3, P], of each piece its request (-1: no piece), its first tile and the tile after its last. The
-            pieces of a request stand side by side, in order; one without entries has an empty piece.
-        starts: int32 [B + 1], each request's first piece, and the number of pieces.
-        arrived: int32 [B, H], zeros: how many pieces of a request and KV head are computed, while they are.
-    """
-
-    ranges: Tensor
-    starts: Tensor
-    arrived: Tensor
-
-
-@triton.jit(do_not_specialize=["lens_ptr", "batch", "num_pieces", "wanted"])
-def _cut(
-    lens_ptr,
-    ranges_ptr,
-    starts_ptr,
-    arrived_ptr,
-    batch,
-    num_pieces,
-    wanted,
-    KV_HEADS: tl.constexpr,
-    TILE: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    BATCH_PAD: tl.constexpr,
-    PIECES: tl.constexpr,
-):
-    """PIECES pieces. Every program counts those of all requests anew."""
-    rows = tl.arange(0, BATCH_PAD)
-    tiles = tl.cdiv(tl.load(lens_ptr + rows, mask=rows < batch, other=0), TILE)
-    most = tl.maximum(tl.cdiv(tl.sum(tiles, 0), wanted), MIN_TILES)
-    each = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, most), 1))
-    counts = tl.where(rows < batch, tl.maximum(tl.cdiv(tiles, tl.maximum(each, 1)), 1), 0)
-    ends = tl.cumsum(counts, 0)
-
-    piece = tl.program_id(0) * PIECES + tl.arange(0, PIECES)
-    before = ends[None, :] <= piece[:, None]
-    row = tl.sum(before.to(tl.int32), 1)
-    held = row < batch
-    mine = tl.cdiv(tl.load(lens_ptr + row, mask=held, other=0), TILE)
-    size = tl.cdiv(mine, tl.maximum(tl.cdiv(mine, most), 1))
-    first = (piece - tl.sum(tl.where(before, counts[None, :], 0), 1)) * size
-    inside = piece < num_pieces
-    tl.store(ranges_ptr + piece, tl.where(held, row, -1), mask=inside)
-    tl.store(ranges_ptr + num_pieces + piece, first, mask=inside)
-    tl.store(ranges_ptr + 2 * num_pieces + piece, tl.minimum(first + size, mine), mask=inside)
-    if tl.program_id(0) == 0:
-        tl.store(starts_ptr + rows + 1, ends, mask=rows < batch)
-        tl.store(starts_ptr, 0)
-        for head in range(KV_HEADS):
-            tl.store(arrived_ptr + rows * KV_HEADS + head, 0, mask=rows < batch)
-
-
-def cut_requests(cache_lens: Tensor, bound: int, kv_heads: int, tile: int, wanted: int | None = None) -> Pieces:
-    """Cut requests into pieces of whole tiles, those of one request of about the same length.
+def decode_pieces(cache_lens: Tensor, k_cache: Tensor, max_blocks: int) -> Pieces | None:
+    """How `paged_decode` cuts the requests of a step, to be given to it in every layer.
 
     Args:
         cache_lens: int32 [B].
-        bound: entries that no request exceeds.
-        kv_heads: programs that each piece takes.
-        tile: entries of a tile.
-        wanted: pieces aimed at, of all requests. None: as many as fill the GPU a few times over.
+        k_cache: [num_blocks, H, b, d], of any layer.
+        max_blocks: columns of the block tables.
 
     Returns:
-        At most `wanted` pieces and one more for each request; none is shorter than MIN_PIECE but for a request that is.
+        The pieces; None on a CPU, which cuts nothing.
     """
-    batch = len(cache_lens)
-    if wanted is None:
-        wanted = max(1, WAVES * PROGRAMS_PER_SM * multiprocessors(cache_lens.device) // kv_heads)
-    min_tiles = max(1, MIN_PIECE // tile)
-    num_pieces = min(wanted + batch, batch * max(1, triton.cdiv(triton.cdiv(bound, tile), min_tiles)))
-    ranges = torch.empty((3, num_pieces), dtype=torch.int32, device=cache_lens.device)
-    starts = torch.empty(batch + 1, dtype=torch.int32, device=cache_lens.device)
-    arrived = torch.empty((batch, kv_heads), dtype=torch.int32, device=cache_lens.device)
-    batch_pad = triton.next_power_of_2(max(batch, 2))
-    each = max(2, CELLS // batch_pad)
-    _cut[(max(1, triton.cdiv(num_pieces, each)),)](
-        cache_lens, ranges, starts, arrived, batch, num_pieces, wanted,
-        KV_HEADS=kv_heads, TILE=tile, MIN_TILES=min_tiles, BATCH_PAD=batch_pad, PIECES=each, num_warps=4,
-    )  # fmt: skip
-    return Pieces(ranges, starts, arrived)
+    if not k_cache.is_cuda:
+        return None
+    with torch.cuda.device(k_cache.device):
+        return _triton()(cache_lens, k_cache, max_blocks)
+
+
+@cache
+def _triton() -> Callable:
+    from kernels.decode_pieces_triton import decode_pieces_triton
+
+    return decode_pieces_triton

@@ -1,184 +1,31 @@
-"""Flash decoding over block tables, in Triton: requests are cut into pieces, and the results of pieces combined.
+"""Attention of one query a request over its paged entries.
 
-Sources: Flash-Decoding (https://pytorch.org/blog/flash-decoding/), PagedAttention (arXiv 2309.06180).
-"""
+On a CPU, entries are copied out of their blocks, a piece at a time that stays in the processor's cache, and matrices
+multiplied over the copy. Slots past a request's cache length may hold NaN (0 * NaN is NaN), so their scores are masked
+and their V is zeroed in the copy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.decode_pieces import Pieces, cut_requests
-from kernels.tiles import LOG2_E, attend_tile, load_blocks, padded_dim
+from kernels.entries import entries_reference
+from kernels.layout import check_caches, check_index, check_queries, check_tables
+from kernels.paged_prefill import attend_reference
+from kernels.pieces import Pieces
 
-CHUNK_ELEMENTS = 4096
-"""Elements of pieces that a program combines at a time."""
-
-POINTERS = ("table_ptr", "lens_ptr", "ranges_ptr", "starts_ptr", "arrived_ptr", "max_ptr", "sum_ptr")
-NUMBERS = ("num_pieces", "group", "table_stride")
-
-
-@triton.jit
-def _combined(
-    acc_ptr,
-    max_ptr,
-    sum_ptr,
-    begin,
-    end,
-    all_heads,
-    heads,
-    held,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    GROUP: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Pieces begin .. end - 1 of `heads` [GROUP], rescaled to their common maximum and added: [GROUP, DIM_PAD]."""
-    dims = tl.arange(0, DIM_PAD)
-    acc = tl.zeros([GROUP, DIM_PAD], tl.float32)
-    all_max = tl.full([GROUP], float("-inf"), tl.float32)
-    all_sum = tl.zeros([GROUP], tl.float32)
-    for chunk in range(begin, end, CHUNK):
-        piece = chunk + tl.arange(0, CHUNK)
-        part = piece.to(tl.int64)[:, None] * all_heads + heads[None, :]
-        there = (piece < end)[:, None] & held[None, :]
-        piece_max = tl.load(max_ptr + part, mask=there, other=float("-inf"), cache_modifier=".cg")
-        piece_sum = tl.load(sum_ptr + part, mask=there, other=0.0, cache_modifier=".cg")
-        inside = there[:, :, None] & (dims < HEAD_DIM)[None, None, :]
-        acc_ptrs = acc_ptr + part[:, :, None] * HEAD_DIM + dims[None, None, :]
-        piece_acc = tl.load(acc_ptrs, mask=inside, other=0.0, cache_modifier=".cg")
-        new_max = tl.where(held, tl.maximum(all_max, tl.max(piece_max, 0)), 0.0)
-        weights = tl.exp2(piece_max - new_max[None, :])
-        shrink = tl.exp2(all_max - new_max)
-        acc = acc * shrink[:, None] + tl.sum(piece_acc * weights[:, :, None], 0)
-        all_sum = all_sum * shrink + tl.sum(piece_sum * weights, 0)
-        all_max = new_max
-    return acc / tl.where(held, all_sum, 1.0)[:, None]
+SPAN = 16
+"""Slots copied together: the smallest block, so a short request copies little of a large block."""
 
 
-@triton.jit(do_not_specialize=[*POINTERS, *NUMBERS])
-def _attend_pieces(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    lens_ptr,
-    ranges_ptr,
-    starts_ptr,
-    arrived_ptr,
-    out_ptr,
-    acc_ptr,
-    max_ptr,
-    sum_ptr,
-    scale_log2,
-    num_pieces,
-    group,
-    q_row_stride,
-    q_head_stride,
-    block_stride,
-    head_stride,
-    table_stride,
-    GROUP_PAD: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    GROUP: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One piece and KV head: all query heads of the KV head are the rows of one tile. Of a request's programs, the one
-    that ends last combines what all found.
-    """
-    piece = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    row = tl.load(ranges_ptr + piece).to(tl.int64)
-    first = tl.load(ranges_ptr + num_pieces + piece)
-    last = tl.load(ranges_ptr + 2 * num_pieces + piece)
-    if row < 0:
-        return
-    length = tl.load(lens_ptr + row)
-
-    member = tl.arange(0, GROUP_PAD)
-    dims = tl.arange(0, DIM_PAD)
-    heads = head * group + member
-    inside = (member < group)[:, None] & (dims < HEAD_DIM)[None, :]
-    q_ptrs = q_ptr + row * q_row_stride + heads[:, None] * q_head_stride + dims[None, :]
-    q = tl.load(q_ptrs, mask=inside, other=0.0)
-    limits = tl.zeros([GROUP_PAD], tl.int32) + length
-    k_head = k_ptr + head * head_stride
-    v_head = v_ptr + head * head_stride
-    table = table_ptr + row * table_stride
-
-    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
-    row_max = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    row_sum = tl.zeros([GROUP_PAD], tl.float32)
-    blocks = load_blocks(table, first * TILE, length, BLOCK_SIZE, TILE)
-    for tile in range(first, last):
-        next_blocks = load_blocks(table, (tile + 1) * TILE, length, BLOCK_SIZE, TILE)
-        acc, row_max, row_sum = attend_tile(
-            q, acc, row_max, row_sum, k_head, v_head, blocks, block_stride, tile * TILE, length, limits, scale_log2,
-            HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE, True,
-        )  # fmt: skip
-        blocks = next_blocks
-
-    all_heads = tl.num_programs(1) * group
-    if first == 0 and last * TILE >= length:
-        out = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
-        out_ptrs = out_ptr + (row * all_heads + heads)[:, None] * HEAD_DIM + dims[None, :]
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
-    else:
-        part = piece * all_heads + heads
-        tl.store(acc_ptr + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=inside)
-        tl.store(max_ptr + part, row_max, mask=member < group)
-        tl.store(sum_ptr + part, row_sum, mask=member < group)
-        begin = tl.load(starts_ptr + row)
-        end = tl.load(starts_ptr + row + 1)
-        arrived = arrived_ptr + row * tl.num_programs(1) + head
-        # All threads' stores come before the count, and the count before the loads of whoever finds it full.
-        tl.debug_barrier()
-        if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == end - begin - 1:
-            tl.debug_barrier()
-            some = tl.arange(0, GROUP)
-            held = some < group
-            out = _combined(
-                acc_ptr, max_ptr, sum_ptr, begin, end, all_heads, head * group + some, held,
-                HEAD_DIM, DIM_PAD, GROUP, CHUNK,
-            )  # fmt: skip
-            out_ptrs = out_ptr + (row * all_heads + head * group + some)[:, None] * HEAD_DIM + dims[None, :]
-            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=held[:, None] & (dims < HEAD_DIM)[None, :])
-            tl.store(arrived, 0)  # for the next layer
+PIECE_BYTES = 2 << 20
+"""K copied at a time: still in the caches when it is multiplied, and worth the calls."""
 
 
-def tile_config(head_dim: int, element_size: int) -> dict[str, int]:
-    """Entries a tile, and Triton's launch options: tiles of 8 to 16 KB, so that three programs share a multiprocessor.
-
-    Args:
-        head_dim: of the caches.
-        element_size: bytes; 4 has no tensor cores (exact float32).
-    """
-    dim = padded_dim(head_dim)
-    if element_size == 4:
-        return {"TILE": 32 if dim <= 64 else 16, "num_warps": 4, "num_stages": 2}
-    return {"TILE": 128 if dim <= 64 else 64 if dim <= 128 else 32, "num_warps": 4, "num_stages": 3}
-
-
-def decode_pieces_triton(cache_lens: Tensor, k_cache: Tensor, max_blocks: int, wanted: int | None = None) -> Pieces:
-    """Cut the requests of a step, the same for all layers.
-
-    Args:
-        cache_lens: int32 [B].
-        k_cache: [num_blocks, H, b, d], of any layer.
-        max_blocks: columns of the block tables.
-        wanted: as in `cut_requests`.
-    """
-    kv_heads, block_size, head_dim = k_cache.shape[1:]
-    tile = tile_config(head_dim, k_cache.element_size())["TILE"]
-    return cut_requests(cache_lens, max_blocks * block_size, kv_heads, tile, wanted)
-
-
-def paged_decode_triton(
+def paged_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -187,38 +34,138 @@ def paged_decode_triton(
     scale: float,
     pieces: Pieces | None = None,
 ) -> Tensor:
-    """`reference.paged_decode` in one launch.
+    """Attention of one query a request over its entries.
 
     Args:
-        q: [B, Hq, d], last dimension contiguous.
-        k_cache, v_cache: [num_blocks, H, b, d], one layer, of q's dtype.
-        block_tables: int32 [B, max_blocks].
-        cache_lens: int32 [B].
-        scale: of the scores.
-        pieces: `decode_pieces_triton` of these lengths and caches; None cuts them here.
+        q: [B, Hq, d], last dimension contiguous, of the caches' dtype; Hq a multiple of H.
+        k_cache, v_cache: [num_blocks, H, b, d], one layer; float32, float16 or bfloat16.
+        block_tables: int32 [B, max_blocks]; never read past ceil(cache_len / b).
+        cache_lens: int32 [B], the current token's entry included; 0 gives zeros.
+        scale: of the scores, before the softmax.
+        pieces: `decode_pieces` of these lengths, caches and tables; None: they are made here.
 
     Returns:
-        [B, Hq, d], contiguous, q's dtype.
+        [B, Hq, d], q's dtype. The softmax is in float32.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or layout is not as above.
+    """
+    _check(q, k_cache, v_cache, block_tables, cache_lens)
+    if q.is_cuda:
+        with torch.cuda.device(q.device):
+            return _triton()(q, k_cache, v_cache, block_tables, cache_lens, scale, pieces)
+    return paged_decode_torch(q, k_cache, v_cache, block_tables, cache_lens, scale)
+
+
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, cache_lens: Tensor) -> None:
+    """Check the arguments of `paged_decode`. Raises ValueError naming the argument, its value and the remedy."""
+    check_caches(k_cache, v_cache)
+    check_queries(q, k_cache)
+    check_tables(block_tables, q.shape[0], k_cache.device)
+    check_index("cache_lens", cache_lens, torch.int32, (q.shape[0],), k_cache.device)
+
+
+def paged_decode_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, cache_lens: Tensor, scale: float
+) -> Tensor:
+    """`paged_decode`, request by request."""
+    out = torch.zeros_like(q)
+    for row, length in enumerate(cache_lens.tolist()):
+        if length == 0:
+            continue
+        keys = entries_reference(k_cache, block_tables[row], length)
+        values = entries_reference(v_cache, block_tables[row], length)
+        out[row] = attend_reference(q[row : row + 1], keys, values, scale, first_limit=length)[0]
+    return out
+
+
+def paged_decode_torch(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, cache_lens: Tensor, scale: float
+) -> Tensor:
+    """`paged_decode`, in pieces of requests of about the same length, longest first.
+
+    A request's spans are taken with the last, partly filled one first, so that it sits in one place for all; the
+    order of entries means nothing to attention.
     """
     batch, query_heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1:3]
-    out = torch.empty((batch, query_heads, head_dim), dtype=q.dtype, device=q.device)
-    if batch == 0:
+    out = torch.zeros((batch, query_heads, head_dim), dtype=q.dtype)
+    lens, order = cache_lens.long().sort(descending=True, stable=True)
+    spans = (lens + SPAN - 1).div(SPAN, rounding_mode="floor")
+    counts = spans.tolist()
+    live = batch - counts.count(0)
+    if live == 0:
         return out
-    if pieces is None:
-        pieces = decode_pieces_triton(cache_lens, k_cache, block_tables.shape[1])
-    options = tile_config(head_dim, q.element_size())
-    dim_pad, group = padded_dim(head_dim), query_heads // kv_heads
-    num_pieces = pieces.ranges.shape[1]
-    acc = torch.empty((num_pieces, query_heads, head_dim), dtype=torch.float32, device=q.device)
-    maxima, sums = torch.empty((2, num_pieces, query_heads), dtype=torch.float32, device=q.device)
+    lens, order, spans = lens[:live], order[:live], spans[:live]
 
-    group_tile = triton.next_power_of_2(group)
-    _attend_pieces[(num_pieces, kv_heads)](
-        q, k_cache, v_cache, block_tables, cache_lens, *pieces, out, acc, maxima, sums,
-        scale * LOG2_E, num_pieces, group,
-        q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), block_tables.stride(0),
-        GROUP_PAD=max(16, group_tile), HEAD_DIM=head_dim, DIM_PAD=dim_pad, BLOCK_SIZE=block_size,
-        GROUP=group_tile, CHUNK=max(1, CHUNK_ELEMENTS // (group_tile * dim_pad)), **options,
-    )  # fmt: skip
+    index = _span_index(block_tables[order], spans, counts[0], kv_heads, block_size)
+    rows = _pad_rows((q[order].float() * scale).view(live, kv_heads, -1, head_dim))
+    k_spans, v_spans = k_cache.view(-1, SPAN * head_dim), v_cache.view(-1, SPAN * head_dim)
+    tail_unused = torch.arange(SPAN) >= (lens - (spans - 1) * SPAN)[:, None]
+    unused = torch.cat((tail_unused, torch.arange(SPAN, counts[0] * SPAN) >= (spans * SPAN)[:, None]), dim=1)
+
+    span_bytes = kv_heads * SPAN * head_dim * k_cache.element_size()
+    piece_spans = max(counts[0], PIECE_BYTES // span_bytes)
+    copied = torch.empty((min(piece_spans, live * counts[0]) * kv_heads, SPAN * head_dim), dtype=k_cache.dtype)
+    pieces = []
+    first = 0
+    while first < live:
+        width = counts[first]
+        last = min(live, first + piece_spans // width)
+        masked = SPAN if counts[last - 1] == width else width * SPAN  # of equal lengths, only the last spans have gaps
+        piece_index, piece_unused = index[first:last, :, :width], unused[first:last, :masked]
+        pieces.append(_attend_piece(rows[first:last], k_spans, v_spans, piece_index, piece_unused, copied))
+        first = last
+    heads = torch.cat(pieces).view(live, kv_heads, -1, head_dim)[:, :, : query_heads // kv_heads]
+    out[order] = heads.reshape(live, query_heads, head_dim).to(q.dtype)
     return out
+
+
+def _attend_piece(q: Tensor, k_spans: Tensor, v_spans: Tensor, index: Tensor, unused: Tensor, copied: Tensor) -> Tensor:
+    """Attention of q [B, H, G, d], scaled, over the spans `index` [B, H, width]. Returns [B * H, G, d].
+
+    `unused` bool [B, n] marks the places of the first n that hold nothing; `copied` is memory for the copy.
+    """
+    requests, kv_heads, group, head_dim = q.shape
+    copied = copied[: index.numel()]
+    entries = copied.view(requests * kv_heads, -1, head_dim)
+    index = index.reshape(-1)
+    torch.index_select(k_spans, 0, index, out=copied)
+    scores = torch.bmm(q.reshape(-1, group, head_dim), entries.float().transpose(1, 2))
+    by_request = scores.view(requests, kv_heads * group, -1)
+    by_request[:, :, : unused.shape[1]].masked_fill_(unused[:, None], float("-inf"))
+    weights = scores.softmax(dim=-1)
+    torch.index_select(v_spans, 0, index, out=copied)
+    last_spans = entries.view(requests, kv_heads, -1, head_dim)[:, :, :SPAN]
+    last_spans.masked_fill_(unused[:, None, :SPAN, None], 0)
+    return torch.bmm(weights, entries.float())
+
+
+def _span_index(block_tables: Tensor, spans: Tensor, width: int, kv_heads: int, block_size: int) -> Tensor:
+    """Numbers of the spans of each request and head in a cache seen as [spans, SPAN * d]: int64 [B, H, width].
+
+    The last span comes first, then 0, 1, ...; the longest request is row 0. Places past a request's spans name some
+    full span of row 0's first block: any finite V will do there, as its weight is 0.
+    """
+    per_block = block_size // SPAN
+    place = torch.arange(-1, width - 1).repeat(len(spans), 1)
+    place[:, 0] = spans - 1
+    block = block_tables[:, : (width + per_block - 1) // per_block].long()
+    block = block.gather(1, place.div(per_block, rounding_mode="floor"))
+    missing = torch.arange(width) >= spans[:, None]
+    block = torch.where(missing, block_tables[0, 0].long(), block)
+    tile = (block * kv_heads)[:, None] + torch.arange(kv_heads)[:, None]
+    return tile * per_block + place.remainder(per_block)[:, None]
+
+
+def _pad_rows(q: Tensor) -> Tensor:
+    """Pad q [B, H, G, d] to a multiple of 4 rows: matrix products of 3 rows take longer than of 4."""
+    group = q.shape[2]
+    return q if group <= 2 else torch.nn.functional.pad(q, (0, 0, 0, -group % 4))
+
+
+@cache
+def _triton() -> Callable:
+    from kernels.paged_decode_triton import paged_decode_triton
+
+    return paged_decode_triton

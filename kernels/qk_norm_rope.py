@@ -1,59 +1,19 @@
-"""RMSNorm of each query and key head and rotary embedding, in place, in Triton."""
+"""RMSNorm of query and key heads, and rotary embedding."""
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from collections.abc import Callable
+from functools import cache
+
+import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
-TILE_ELEMENTS = 1024
-"""Elements of a token's heads that one program rotates."""
-
-
-@triton.jit
-def _rotate_heads(
-    qkv_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    cos_ptr,
-    sin_ptr,
-    token_stride,
-    eps,
-    Q_HEADS: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEADS_TILE: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_PAD: tl.constexpr,
-    NORM: tl.constexpr,
-):
-    """One token and HEADS_TILE of its HEADS query and key heads: the halves of a head are two tiles."""
-    token = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * HEADS_TILE + tl.arange(0, HEADS_TILE)[:, None]
-    dims = tl.arange(0, HALF_PAD)[None, :]
-    held = dims < HALF
-    inside = (heads < HEADS) & held
-    first_ptrs = qkv_ptr + token * token_stride + heads * (2 * HALF) + dims
-    first = tl.load(first_ptrs, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(first_ptrs + HALF, mask=inside, other=0.0).to(tl.float32)
-    if NORM:
-        is_query = heads < Q_HEADS
-        q_first = tl.load(q_weight_ptr + dims, mask=held, other=0.0).to(tl.float32)
-        k_first = tl.load(k_weight_ptr + dims, mask=held, other=0.0).to(tl.float32)
-        q_second = tl.load(q_weight_ptr + HALF + dims, mask=held, other=0.0).to(tl.float32)
-        k_second = tl.load(k_weight_ptr + HALF + dims, mask=held, other=0.0).to(tl.float32)
-        mean_square = tl.sum(first * first + second * second, 1) / (2 * HALF)
-        scale = tl.rsqrt(mean_square + eps)[:, None]
-        first = first * scale * tl.where(is_query, q_first, k_first)
-        second = second * scale * tl.where(is_query, q_second, k_second)
-        first = first.to(qkv_ptr.dtype.element_ty).to(tl.float32)
-        second = second.to(qkv_ptr.dtype.element_ty).to(tl.float32)
-    cos = tl.load(cos_ptr + token * (2 * HALF) + dims, mask=held, other=0.0)
-    sin = tl.load(sin_ptr + token * HALF + dims, mask=held, other=0.0)
-    tl.store(first_ptrs, (first * cos - second * sin).to(qkv_ptr.dtype.element_ty), mask=inside)
-    tl.store(first_ptrs + HALF, (second * cos + first * sin).to(qkv_ptr.dtype.element_ty), mask=inside)
+from kernels.add_rms_norm import rms_norm_reference
+from kernels.layout import MAX_HEAD_DIM, check_index, check_rows, fail
 
 
-def qk_norm_rope_triton(
+def qk_norm_rope(
     qkv: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
@@ -63,27 +23,113 @@ def qk_norm_rope_triton(
     num_heads: int,
     num_kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.qk_norm_rope` in one launch, in place.
+    """RMSNorm of each query and key head, then rotary embedding (arXiv:2104.09864) of the pairs (i, i + d / 2).
 
     Args:
-        qkv: [T, (Hq + 2 H) * d], last dimension contiguous; its queries and keys are overwritten.
-        q_weight, k_weight: [d], or None for both: no norm.
-        eps: of the norms.
-        cos: float32 [T, 1, d], each half the same; sin: float32 [T, 1, d / 2].
+        qkv: [T, (Hq + 2 H) * d], last dimension contiguous, a row the heads of q, k and v; float32, float16 or
+            bfloat16. Its memory is taken over: it may be overwritten, and v lies in it.
+        q_weight, k_weight: [d], of qkv's dtype; None for both: no norm.
+        eps: added to the mean square.
+        cos: float32 [T, 1, d], each half the same, contiguous.
+        sin: float32 [T, 1, d / 2], contiguous.
         num_heads, num_kv_heads: Hq and H.
 
     Returns:
-        q [T, Hq, d], k and v [T, H, d], views of qkv.
+        q [T, Hq, d], k and v [T, H, d], views whose last two dimensions are contiguous, of qkv's dtype. The norm is
+        rounded to it before the rotation, which is in float32.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device, layout or value is not as above.
     """
-    head_dim = cos.shape[2]
-    tokens, rotated = qkv.shape[0], num_heads + num_kv_heads
-    if tokens > 0:
-        half_pad = triton.next_power_of_2(head_dim // 2)
-        heads_tile = max(1, min(triton.next_power_of_2(rotated), TILE_ELEMENTS // (2 * half_pad)))
-        norm = q_weight is not None
-        _rotate_heads[(tokens, triton.cdiv(rotated, heads_tile))](
-            qkv, q_weight if norm else qkv, k_weight if norm else qkv, cos, sin, qkv.stride(0), eps,
-            Q_HEADS=num_heads, HEADS=rotated, HEADS_TILE=heads_tile, HALF=head_dim // 2, HALF_PAD=half_pad, NORM=norm,
-            num_warps=4,
-        )  # fmt: skip
-    return qkv.unflatten(1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    _check(qkv, q_weight, k_weight, cos, sin, num_heads, num_kv_heads)
+    args = qkv, q_weight, k_weight, eps, cos, sin, num_heads, num_kv_heads
+    if qkv.is_cuda:
+        with torch.cuda.device(qkv.device):
+            return _triton()(*args)
+    return qk_norm_rope_torch(*args)
+
+
+def _check(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> None:
+    """Check the arguments of `qk_norm_rope`. Raises ValueError naming the argument, its value and the remedy."""
+    tokens, width = check_rows("qkv", qkv)
+    for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if not isinstance(count, int) or count < 1:
+            fail(name, "value", count, "give an int from 1")
+    head_dim, left_over = divmod(width, num_heads + 2 * num_kv_heads)
+    if left_over or head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
+        heads = num_heads + 2 * num_kv_heads
+        fail("qkv", "width", width, f"give {heads} heads of one even head_dim up to {MAX_HEAD_DIM}")
+    for name, x, columns in (("cos", cos, head_dim), ("sin", sin, head_dim // 2)):
+        check_index(name, x, torch.float32, (tokens, 1, columns), qkv.device, "qkv")
+        if not x.is_contiguous():
+            fail(name, "stride", x.stride(), "make it contiguous")
+    if (q_weight is None) != (k_weight is None):
+        fail("k_weight", "value", "None" if k_weight is None else "a tensor", "give both norms' weights or neither")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            check_index(name, weight, qkv.dtype, (head_dim,), qkv.device, "qkv")
+
+
+def qk_norm_rope_reference(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`qk_norm_rope`: the norms, rounded, then the rotation of each pair (i, i + d / 2), in float32."""
+    heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, -1))
+    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    if q_weight is not None:
+        q, k = rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps)
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.float().chunk(2, dim=-1)
+        cosine = cos[..., : sin.shape[2]]
+        turned = torch.cat((first * cosine - second * sin, second * cosine + first * sin), dim=-1)
+        return turned.to(x.dtype)
+
+    return rotate(q), rotate(k), v
+
+
+def qk_norm_rope_torch(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`qk_norm_rope`, all heads together: q and k are views of one new tensor, v of qkv."""
+    head_dim, half = cos.shape[2], sin.shape[2]
+    heads = qkv.unflatten(1, (-1, head_dim))
+    qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
+    if q_weight is not None:
+        q = rms_norm(qk[:, :num_heads], (head_dim,), q_weight, eps)
+        k = rms_norm(qk[:, num_heads:], (head_dim,), k_weight, eps)
+        qk = torch.cat((q, k), dim=1)
+    rotated = qk * cos
+    rotated[..., :half].addcmul_(qk[..., half:], sin, value=-1)
+    rotated[..., half:].addcmul_(qk[..., :half], sin)
+    q, k = rotated.to(qkv.dtype).split((num_heads, num_kv_heads), dim=1)
+    return q, k, v
+
+
+@cache
+def _triton() -> Callable:
+    from kernels.qk_norm_rope_triton import qk_norm_rope_triton
+
+    return qk_norm_rope_triton

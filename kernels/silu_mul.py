@@ -1,40 +1,58 @@
-"""The gate of a SwiGLU (Shazeer 2020, arXiv:2002.05202), in Triton."""
+"""The gate of a SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import silu
 
-TILE = 1024
-
-
-@triton.jit
-def _gate_tile(gate_up_ptr, out_ptr, token_stride, width, TILE: tl.constexpr):
-    """One token and TILE columns."""
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    inside = columns < width
-    gate_ptrs = gate_up_ptr + token * token_stride + columns
-    gate = tl.load(gate_ptrs, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptrs + width, mask=inside, other=0.0).to(tl.float32)
-    activated = (gate / (1.0 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + token * width + columns, (activated * up).to(out_ptr.dtype.element_ty), mask=inside)
+from kernels.layout import check_rows, fail
 
 
-def silu_mul_triton(gate_up: Tensor) -> Tensor:
-    """`reference.silu_mul` in one launch.
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, the gate of a SwiGLU (arXiv:2002.05202).
 
     Args:
-        gate_up: [T, 2 * width], last dimension contiguous.
+        gate_up: [T, 2 * width], last dimension contiguous, a row gate and then up; float32, float16 or bfloat16.
 
     Returns:
-        [T, width], contiguous.
+        [T, width], gate_up's dtype; silu(gate) is rounded to it before the product.
+
+    Raises:
+        ValueError: the argument's shape, dtype or layout is not as above.
     """
-    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
-    if tokens > 0:
-        grid = tokens, triton.cdiv(width, TILE)
-        _gate_tile[grid](gate_up, out, gate_up.stride(0), width, TILE=TILE, num_warps=4)
-    return out
+    _check(gate_up)
+    if gate_up.is_cuda:
+        with torch.cuda.device(gate_up.device):
+            return _triton()(gate_up)
+    return silu_mul_torch(gate_up)
+
+
+def _check(gate_up: Tensor) -> None:
+    """Check the argument of `silu_mul`. Raises ValueError naming it, its value and the remedy."""
+    width = check_rows("gate_up", gate_up)[1]
+    if width % 2:
+        fail("gate_up", "width", width, "give as many columns of up as of gate")
+
+
+def silu_mul_reference(gate_up: Tensor) -> Tensor:
+    """`silu_mul`, where silu(x) = x / (1 + exp(-x))."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    activated = (gate / (1 + torch.exp(-gate))).to(gate_up.dtype)
+    return (activated.float() * up).to(gate_up.dtype)
+
+
+def silu_mul_torch(gate_up: Tensor) -> Tensor:
+    """`silu_mul`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu(gate).mul_(up)
+
+
+@cache
+def _triton() -> Callable:
+    from kernels.silu_mul_triton import silu_mul_triton
+
+    return silu_mul_triton

@@ -18,6 +18,21 @@ def padded_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+def decode_tile(head_dim: int, element_size: int) -> dict[str, int]:
+    """Entries a tile of decode attention, and Triton's launch options.
+
+    Tiles are of 8 to 16 KB, so that three programs share a multiprocessor.
+
+    Args:
+        head_dim: of the caches.
+        element_size: bytes; 4 has no tensor cores (exact float32).
+    """
+    dim = padded_dim(head_dim)
+    if element_size == 4:
+        return {"TILE": 32 if dim <= 64 else 16, "num_warps": 4, "num_stages": 2}
+    return {"TILE": 128 if dim <= 64 else 64 if dim <= 128 else 32, "num_warps": 4, "num_stages": 3}
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 1 on a CPU, where kernels are interpreted."""

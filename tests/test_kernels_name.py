@@ -24,7 +24,7 @@ NAMES = [
     "use_kernel_mapping",
     "use_kernelized_func",
 ]
-OURS = "from zipage import EngineConfig; from kernels import cpu; from kernels.dispatch import store_kv"
+OURS = "from zipage import EngineConfig; from kernels import layout; from kernels.store_kv import store_kv"
 THEIRS = "from kernels import get_kernel, Device; from kernels.layer import mode; assert get_kernel is mode.get_kernel"
 
 

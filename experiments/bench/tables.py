@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 from experiments.reporting.markdown import markdown as table
 
@@ -53,6 +54,8 @@ ENGINES: list[Column] = [
 
 def markdown(rows: pd.DataFrame) -> str:
     """The rows of `load_rows`; columns that no row fills are left out."""
+    import pandas as pd
+
     columns = KERNELS if "kernel" in rows else ENGINES
     columns = [column for column in columns if column[0] in rows and rows[column[0]].notna().any()]
     lines = []

@@ -111,7 +111,7 @@ def readable_options(runs: pd.DataFrame, options: list[str]) -> pd.DataFrame:
     """The options as text, budgets as they held. A record from before there was an option has its default."""
     texts = runs[options].assign(**{BUDGET: held_budgets(runs)} if BUDGET in options else {}).map(readable)
     for name in options:
-        if (default := readable(_defaults().get(name))) != "-":
+        if (default := readable(_defaults().get(name))) != "-" and "-" in set(texts[name]):
             texts[name] = texts[name].replace("-", default)
     return texts
 
@@ -137,7 +137,7 @@ def varied_options(runs: pd.DataFrame) -> list[str]:
     """
     options = [name for name in runs if name.partition(".")[0] in GROUPS and name not in REPEATED]
     texts = readable_options(runs, options)
-    options = [name for name in options if (texts[name] != texts[name].iloc[:1].squeeze()).any()]
+    options = [name for name in options if len(set(texts[name])) > 1]
     same = [texts[name] for name in ("model.name", "workload.name")]
     evicting = texts["policy.name"] != "full"
 

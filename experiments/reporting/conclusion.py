@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from experiments.analysis.comparison import compare
 from experiments.config.options import budget_texts, label, readable_options, short_names
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ def conclusions(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> lis
     Returns:
         Nothing where no run has a baseline.
     """
+    from experiments.analysis import compare
+
     if runs.empty or not (runs["policy.name"] == "full").any() or not (runs["policy.name"] != "full").any():
         return []
     table = (compare(runs) if compared is None else compared).reset_index(drop=True)

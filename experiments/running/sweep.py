@@ -22,8 +22,9 @@ from typing import Any
 from experiments import records
 from experiments.backends import BackendFactory
 from experiments.config.arms import Arm, expand
+from experiments.config.compose import load_experiment
 from experiments.config.notes import notes_before
-from experiments.config.schema import Experiment, load_experiment
+from experiments.config.schema import Experiment
 from experiments.errors import UsageError, one_line
 from experiments.records.sources import Standing
 from experiments.reporting.runs_table import sweep_table

@@ -25,13 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
-from kernels import cpu, reference
-from kernels import dispatch as ops
-from kernels.attention_score import attention_score_triton
-from kernels.compaction import compact_stable_triton
-from kernels.redundancy import redundancy_triton
-from kernels.selection import select_triton
-from kernels.window_store import store_positions_triton
+from kernels.attention_score import attention_score, attention_score_reference
+from kernels.attention_score_triton import attention_score_triton
+from kernels.compact_stable import compact_stable, compact_stable_reference, compact_stable_torch
+from kernels.compact_stable_triton import compact_stable_triton
+from kernels.redundancy import redundancy, redundancy_reference
+from kernels.redundancy_triton import redundancy_triton
+from kernels.select import select, select_reference
+from kernels.select_triton import select_triton
+from kernels.store_positions import store_positions_reference
+from kernels.store_positions_triton import store_positions_triton
 from tests.gpu.check_kernels import DEVICE, DRY, Checks, make_paged, milliseconds, provenance, time_copy
 
 LAYERS, HEADS = 2, 2
@@ -131,7 +134,7 @@ def check_scores(checks: Checks, shapes: list[tuple]) -> None:
         for kind in ("zipage", names[1 + number % (len(names) - 1)]):
             scale = 2 * head_dim**-0.5
             args = q_cache, event.k_cache, slots, ends, event.block_tables, event.lens, scale
-            expected = reference.attention_score(*host, scale, **KINDS[kind])
+            expected = attention_score_reference(*host, scale, **KINDS[kind])
             for splits in (None, 4):
                 out = attention_score_triton(*args, **KINDS[kind], num_splits=splits)
                 checks.add("attention_score", name, difference(out, expected), BOUND, kind=kind, splits=splits, **case)
@@ -140,7 +143,7 @@ def check_scores(checks: Checks, shapes: list[tuple]) -> None:
             if number % 2 and chunk == 64:
                 continue
             out = redundancy_triton(event.k_cache, event.block_tables, event.lens, tau=0.05, chunk=chunk, fused=way)
-            expected = reference.redundancy(k_ref, tables_ref, lens_ref, tau=0.05, chunk=chunk)
+            expected = redundancy_reference(k_ref, tables_ref, lens_ref, tau=0.05, chunk=chunk)
             checks.add("redundancy", name, difference(out, expected), BOUND, chunk=chunk, fused=way, **case)
 
 
@@ -154,7 +157,7 @@ def check_selection(checks: Checks) -> None:
             for row, length in enumerate(lens):
                 must[row, max(0, length - 16) : length] = True
             args = scores, must, ints(lens), ints(keep)
-            expected = reference.select(*(x.cpu() for x in args), width)
+            expected = select_reference(*(x.cpu() for x in args), width)
             out = select_triton(*args, width)
             checks.add("select", "float32", differing(out.float(), expected.float()), 0.0, width=width, ties=ties)
 
@@ -162,7 +165,7 @@ def check_selection(checks: Checks) -> None:
 def random_kept(lens: tuple[int, ...], keep: tuple[int, ...], width: int, layers: int, heads: int) -> Tensor:
     scores = torch.rand(layers, len(lens), heads, width, device=DEVICE)
     must = torch.zeros(len(lens), width, dtype=torch.bool, device=DEVICE)
-    return ops.select(scores, must, ints(lens), ints(keep), max(keep))
+    return select(scores, must, ints(lens), ints(keep), max(keep))
 
 
 def check_moves(checks: Checks, shapes: list[tuple]) -> None:
@@ -184,7 +187,7 @@ def check_moves(checks: Checks, shapes: list[tuple]) -> None:
         tables = event.block_tables, event.block_tables
         compact_stable_triton(event.k_cache, event.v_cache, states, kept, *tables, updates=[None, update])
         host = *expected[:2], expected[2:], kept.cpu(), *(x.cpu() for x in tables)
-        reference.compact_stable(*host, updates=[None, update.cpu()])
+        compact_stable_reference(*host, updates=[None, update.cpu()])
         moved = zip((event.k_cache, event.v_cache, *states), expected)
         checks.add("compact_stable", name, max(differing(x, y) for x, y in moved), 0.0, **case)
 
@@ -193,7 +196,7 @@ def check_moves(checks: Checks, shapes: list[tuple]) -> None:
     slots[::7] = -1
     positions, expected = torch.arange(100, dtype=torch.int32, device=DEVICE), state.cpu()
     store_positions_triton(positions, state[1:4], slots)
-    reference.store_positions(positions.cpu(), expected[1:4], slots.cpu())
+    store_positions_reference(positions.cpu(), expected[1:4], slots.cpu())
     checks.add("store_positions", "int32", differing(state.float(), expected.float()), 0.0)
 
 
@@ -208,8 +211,8 @@ def check_in_place(checks: Checks) -> None:
             expected = event.k_cache.clone(), event.v_cache.clone(), state.clone()
             # The CPU path reads all before it writes any, on any device.
             args = kept, event.block_tables, event.block_tables[:, :8].contiguous()
-            cpu.compact_stable_torch(*expected[:2], [expected[2]], *args)
-            ops.compact_stable(event.k_cache, event.v_cache, [state], *args)
+            compact_stable_torch(*expected[:2], [expected[2]], *args)
+            compact_stable(event.k_cache, event.v_cache, [state], *args)
             value = max(differing(x, y) for x, y in zip((event.k_cache, event.v_cache, state), expected))
             checks.add("compact_stable", "bfloat16", value, 0.0, in_place=True, requests=requests, draw=draw)
 
@@ -224,17 +227,17 @@ def check_large_addresses(checks: Checks) -> None:
     small, small_tables = (k_cache[:, -2:].cpu().float(), v_cache[:, -2:].cpu().float()), ints([[1, 0]], "cpu")
     q_cache = torch.randn(1, 1, 16, 4, 128, device=DEVICE, dtype=torch.bfloat16)
     args = ints([0]), ints([500])
-    out = ops.attention_score(q_cache, k_cache, *args, tables, lens, 0.1)
+    out = attention_score(q_cache, k_cache, *args, tables, lens, 0.1)
     host = q_cache.cpu().float(), small[0], *(x.cpu() for x in args), small_tables, lens.cpu(), 0.1
-    value = difference(out, reference.attention_score(*host))
+    value = difference(out, attention_score_reference(*host))
     checks.add("attention_score", "bfloat16", value, BOUND, elements=k_cache.numel())
     for chunk in (256, None):
-        out = ops.redundancy(k_cache, tables, lens, tau=0.1, chunk=chunk)
-        expected = reference.redundancy(small[0], small_tables, lens.cpu(), tau=0.1, chunk=chunk)
+        out = redundancy(k_cache, tables, lens, tau=0.1, chunk=chunk)
+        expected = redundancy_reference(small[0], small_tables, lens.cpu(), tau=0.1, chunk=chunk)
         checks.add("redundancy", "bfloat16", difference(out, expected), BOUND, elements=k_cache.numel(), chunk=chunk)
     kept = random_kept((500,), (256,), 512, 1, 1)
-    ops.compact_stable(k_cache, v_cache, [], kept, tables, tables)
-    reference.compact_stable(*small, [], kept.cpu(), small_tables, small_tables)
+    compact_stable(k_cache, v_cache, [], kept, tables, tables)
+    compact_stable_reference(*small, [], kept.cpu(), small_tables, small_tables)
     value = max(differing(k_cache[:, -2:].float(), small[0]), differing(v_cache[:, -2:].float(), small[1]))
     checks.add("compact_stable", "bfloat16", value, 0.0, elements=k_cache.numel())
 
@@ -261,10 +264,10 @@ class Timing:
 
     def score(self, layers=slice(None)) -> Tensor:
         q_cache, slots, ends = self.queries
-        return ops.attention_score(q_cache[layers], self.k_cache[layers], slots, ends, self.tables, self.lens, 0.09)
+        return attention_score(q_cache[layers], self.k_cache[layers], slots, ends, self.tables, self.lens, 0.09)
 
     def redundancy(self, chunk: int | None, layers=slice(None)) -> Tensor:
-        return ops.redundancy(self.k_cache[layers], self.tables, self.lens, tau=0.4, chunk=chunk)
+        return redundancy(self.k_cache[layers], self.tables, self.lens, tau=0.4, chunk=chunk)
 
     def fold(self, scores: Tensor, layers=slice(None)) -> Tensor:
         """As `Event.stored` and the policy do, all entries carrying a score."""
@@ -272,13 +275,13 @@ class Timing:
         return torch.maximum(scores, 0.8 * stored)
 
     def select(self, scores: Tensor) -> Tensor:
-        return ops.select(scores, self.must, self.lens, self.keep, self.budget)
+        return select(scores, self.must, self.lens, self.keep, self.budget)
 
     def compact(self, kept: Tensor, update: Tensor | None = None, layers=slice(None)) -> None:
         states = [self.positions[layers]] + ([] if update is None else [self.stored[layers]])
         updates = [None] + ([] if update is None else [update])
         caches = self.k_cache[layers], self.v_cache[layers]
-        ops.compact_stable(*caches, states, kept, self.tables, self.dst, updates)
+        compact_stable(*caches, states, kept, self.tables, self.dst, updates)
 
     def zipage(self, stride: int = 36) -> None:
         for first in range(0, self.layers, stride):

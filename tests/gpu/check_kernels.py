@@ -36,16 +36,25 @@ import triton
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels import cpu, dispatch, reference
-from kernels.block_copy import copy_blocks_triton
-from kernels.kv_store import store_kv_triton
-from kernels.paged_decode import decode_pieces_triton, paged_decode_triton
-from kernels.paged_prefill import paged_prefill_triton
-from kernels.qk_norm_rope import qk_norm_rope_triton
-from kernels.rms_norm import add_rms_norm_triton
-from kernels.sampling import sample_from_logits_triton
-from kernels.silu_mul import silu_mul_triton
-from kernels.step_store import store_step_triton
+from kernels.add_rms_norm import add_rms_norm_reference, add_rms_norm_torch
+from kernels.add_rms_norm_triton import add_rms_norm_triton
+from kernels.copy_blocks import copy_blocks_reference
+from kernels.copy_blocks_triton import copy_blocks_triton
+from kernels.decode_pieces_triton import decode_pieces_triton
+from kernels.paged_decode import paged_decode, paged_decode_reference
+from kernels.paged_decode_triton import paged_decode_triton
+from kernels.paged_prefill import paged_prefill_reference
+from kernels.paged_prefill_triton import paged_prefill_triton
+from kernels.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_torch
+from kernels.qk_norm_rope_triton import qk_norm_rope_triton
+from kernels.sample_from_logits import sample_from_logits_torch
+from kernels.sample_from_logits_triton import sample_from_logits_triton
+from kernels.silu_mul import silu_mul_reference, silu_mul_torch
+from kernels.silu_mul_triton import silu_mul_triton
+from kernels.store_kv import store_kv_reference
+from kernels.store_kv_triton import store_kv_triton
+from kernels.store_step import store_queries_reference
+from kernels.store_step_triton import store_step_triton
 from tests.gpu.pairwise import pairwise
 
 DEVICE = "cpu" if DRY else "cuda"
@@ -172,7 +181,7 @@ def check_attention(checks: Checks, grid: Grid) -> None:
         k_ref, v_ref, tables_ref, lens_ref = paged.upcast()
 
         q = fused(len(contexts), KV_HEADS * group, head_dim, dtype)
-        expected = reference.paged_decode(q.float(), k_ref, v_ref, tables_ref, lens_ref, scale)
+        expected = paged_decode_reference(q.float(), k_ref, v_ref, tables_ref, lens_ref, scale)
         for wanted in (1, None, 200):
             pieces = decode_pieces_triton(lens, k_cache, tables.shape[1], wanted)
             out = paged_decode_triton(q, k_cache, v_cache, tables, lens, scale, pieces)
@@ -183,7 +192,7 @@ def check_attention(checks: Checks, grid: Grid) -> None:
             bounds = torch.tensor([0, *accumulate(queries)], dtype=torch.int32)
             q = fused(sum(queries), KV_HEADS * group, head_dim, dtype)
             args = max(queries), scale
-            expected = reference.paged_prefill(q.float(), k_ref, v_ref, tables_ref, bounds, lens_ref, *args)
+            expected = paged_prefill_reference(q.float(), k_ref, v_ref, tables_ref, bounds, lens_ref, *args)
             out = paged_prefill_triton(q, k_cache, v_cache, tables, bounds.to(DEVICE), lens, *args)
             checks.add("paged_prefill", name, error(out, expected), bound, chunk=chunk, **case)
 
@@ -200,7 +209,7 @@ def check_writes(checks: Checks, grid: Grid) -> None:
         k, v = (fused(40, heads, head_dim, dtype) for _ in range(2))
         expected = caches.clone()
         store_kv_triton(k, v, caches[0, 1], caches[1, 1], slots)
-        reference.store_kv(k, v, expected[0, 1], expected[1, 1], slots)
+        store_kv_reference(k, v, expected[0, 1], expected[1, 1], slots)
         checks.add("store_kv", name, differing(caches, expected), 0.0, **case)
 
         q = fused(40, 4 * heads, head_dim, dtype)
@@ -210,7 +219,7 @@ def check_writes(checks: Checks, grid: Grid) -> None:
         caches.fill_(float("nan"))
         expected_rings = rings.clone()
         store_step_triton(k, v, q, caches[0, 1], caches[1, 1], rings[1], slots, places)
-        reference.store_queries(q, expected_rings[1], places)
+        store_queries_reference(q, expected_rings[1], places)
         value = max(differing(caches, expected), differing(rings, expected_rings))
         checks.add("store_step", name, value, 0.0, **case)
 
@@ -218,7 +227,7 @@ def check_writes(checks: Checks, grid: Grid) -> None:
         expected = caches.clone()
         src, dst = torch.tensor([[8, 1, 1], [0, 3, 5]], device=DEVICE)
         copy_blocks_triton(caches[0], caches[1], src, dst)
-        reference.copy_blocks(expected[0], expected[1], src, dst)
+        copy_blocks_reference(expected[0], expected[1], src, dst)
         checks.add("copy_blocks", name, differing(caches, expected), 0.0, **case)
 
 
@@ -243,18 +252,18 @@ def check_layer_ops(checks: Checks, grid: Grid) -> None:
                 hidden, delta = rows(tokens, width), rows(tokens, width) if add else None
                 weight, expected_hidden = rows(1, width)[0], hidden.clone()
                 out = add_rms_norm_triton(hidden, delta, weight, 1e-6)
-                expected = reference.add_rms_norm(expected_hidden, delta, weight, 1e-6)
+                expected = add_rms_norm_reference(expected_hidden, delta, weight, 1e-6)
                 value = error(out, expected) if differing(hidden, expected_hidden) == 0 else math.inf
                 checks.add("add_rms_norm", name, value, bound, add=add, **case)
             gate_up = 4 * rows(tokens, 2 * width)
             out = silu_mul_triton(gate_up)
-            checks.add("silu_mul", name, error(out, reference.silu_mul(gate_up)), bound, **case)
+            checks.add("silu_mul", name, error(out, silu_mul_reference(gate_up)), bound, **case)
         for head_dim, heads, norm in product(grid.head_dims, ((14, 2), (32, 8)), (False, True)):
             case = {"tokens": tokens, "head_dim": head_dim, "heads": heads, "norm": norm}
             qkv = rows(tokens, (heads[0] + 2 * heads[1]) * head_dim)
             weights = [torch.randn(head_dim, device=DEVICE, dtype=dtype) if norm else None for _ in range(2)]
             args = *weights, 1e-6, *rotation(tokens, head_dim), *heads
-            expected = reference.qk_norm_rope(qkv.clone(), *args)
+            expected = qk_norm_rope_reference(qkv.clone(), *args)
             value = max(error(x, y) for x, y in zip(qk_norm_rope_triton(qkv, *args), expected, strict=True))
             checks.add("qk_norm_rope", name, value, bound, **case)
 
@@ -287,10 +296,10 @@ def check_large_addresses(checks: Checks) -> None:
     last[0, 0, :100] = k[:, 0].float()
     host = last, last, torch.zeros(1, 1, dtype=torch.int32)
     out = paged_decode_triton(q[:1], cache, cache, tables, lens, 0.1)
-    expected = reference.paged_decode(q[:1].float(), *host, lens.cpu(), 0.1)
+    expected = paged_decode_reference(q[:1].float(), *host, lens.cpu(), 0.1)
     checks.add("paged_decode", "bfloat16", error(out, expected), BOUNDS["bfloat16"], elements=cache.numel())
     out = paged_prefill_triton(q, cache, cache, tables, bounds, lens, 100, 0.1)
-    expected = reference.paged_prefill(q.float(), *host, bounds.cpu(), lens.cpu(), 100, 0.1)
+    expected = paged_prefill_reference(q.float(), *host, bounds.cpu(), lens.cpu(), 100, 0.1)
     checks.add("paged_prefill", "bfloat16", error(out, expected), BOUNDS["bfloat16"], elements=cache.numel())
 
 
@@ -300,15 +309,15 @@ def check_graph(checks: Checks) -> None:
     k_cache, v_cache, tables, lens = paged.tuple()
     q = fused(3, KV_HEADS * 4, 128, torch.bfloat16)
     args = q, k_cache, v_cache, tables, lens, 0.1
-    dispatch.paged_decode(*args)
+    paged_decode(*args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = dispatch.paged_decode(*args)
+        out = paged_decode(*args)
     for contexts in ((3000, 700, 64), (65, 0, 1), (2999, 129, 33)):
         lens.copy_(torch.tensor(contexts, dtype=torch.int32))
         q.normal_()
         graph.replay()
-        expected = reference.paged_decode(q.float(), k_cache.float(), v_cache.float(), tables.cpu(), lens.cpu(), 0.1)
+        expected = paged_decode_reference(q.float(), k_cache.float(), v_cache.float(), tables.cpu(), lens.cpu(), 0.1)
         value = error(out, expected)
         checks.add("paged_decode", "bfloat16", value, BOUNDS["bfloat16"], graph=True, contexts=list(contexts))
 
@@ -443,18 +452,18 @@ def time_layer_ops(bandwidth: float) -> list[dict[str, Any]]:
     for tokens in (1, 256, 8192):
         hidden, delta = torch.randn(2, tokens, width, **options)
         args = hidden, delta, weight, 1e-6
-        run, unfused = partial(add_rms_norm_triton, *args), partial(cpu.add_rms_norm_torch, *args)
+        run, unfused = partial(add_rms_norm_triton, *args), partial(add_rms_norm_torch, *args)
         add("add_rms_norm", tokens, 4 * hidden.nbytes, run, unfused)
 
         gate_up = torch.randn(tokens, 2 * mlp_width, **options)
-        run, unfused = partial(silu_mul_triton, gate_up), partial(cpu.silu_mul_torch, gate_up)
+        run, unfused = partial(silu_mul_triton, gate_up), partial(silu_mul_torch, gate_up)
         add("silu_mul", tokens, 3 * gate_up.nbytes // 2, run, unfused)
 
         qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, **options)
         cos, sin = rotation(tokens, head_dim)
         args = qkv, head_weight, head_weight, 1e-6, cos, sin, heads, kv_heads
         moved = 2 * tokens * (heads + kv_heads) * head_dim * 2 + cos.nbytes + sin.nbytes
-        run, unfused = partial(qk_norm_rope_triton, *args), partial(cpu.qk_norm_rope_torch, *args)
+        run, unfused = partial(qk_norm_rope_triton, *args), partial(qk_norm_rope_torch, *args)
         add("qk_norm_rope", tokens, moved, run, unfused)
 
         q, k, v = qkv.view(tokens, -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
@@ -468,7 +477,7 @@ def time_layer_ops(bandwidth: float) -> list[dict[str, Any]]:
     for tokens in (1, 256):
         logits = torch.randn(tokens, vocab, **options)
         args = logits, torch.ones(tokens, device=DEVICE), torch.rand(tokens, device=DEVICE, dtype=torch.float64)
-        run, unfused = partial(sample_from_logits_triton, *args), partial(cpu.sample_from_logits_torch, *args)
+        run, unfused = partial(sample_from_logits_triton, *args), partial(sample_from_logits_torch, *args)
         add("sample_from_logits", tokens, logits.nbytes, run, unfused)
     return rows
 

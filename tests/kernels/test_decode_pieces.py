@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kernels.decode_pieces import MIN_PIECE, cut_requests
+from kernels.decode_pieces_triton import MIN_PIECE, cut_requests
 from tests.kernels.paged import DEVICE
 
 

@@ -3,17 +3,20 @@
 import pytest
 import torch
 
-from kernels import cpu, reference
-from kernels.qk_norm_rope import qk_norm_rope_triton
-from kernels.rms_norm import add_rms_norm_triton
-from kernels.silu_mul import silu_mul_triton
-from kernels.step_store import store_step_triton
+from kernels.add_rms_norm import add_rms_norm_reference, add_rms_norm_torch
+from kernels.add_rms_norm_triton import add_rms_norm_triton
+from kernels.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_torch
+from kernels.qk_norm_rope_triton import qk_norm_rope_triton
+from kernels.silu_mul import silu_mul_reference, silu_mul_torch
+from kernels.silu_mul_triton import silu_mul_triton
+from kernels.store_step import store_step_reference, store_step_torch
+from kernels.store_step_triton import store_step_triton
 from tests.kernels.paged import BACKENDS, device_of, fused
 
-NORM = {"triton": add_rms_norm_triton, "torch": cpu.add_rms_norm_torch}
-GATE = {"triton": silu_mul_triton, "torch": cpu.silu_mul_torch}
-ROTATE = {"triton": qk_norm_rope_triton, "torch": cpu.qk_norm_rope_torch}
-STORE = {"triton": store_step_triton, "torch": cpu.store_step_torch}
+NORM = {"triton": add_rms_norm_triton, "torch": add_rms_norm_torch}
+GATE = {"triton": silu_mul_triton, "torch": silu_mul_torch}
+ROTATE = {"triton": qk_norm_rope_triton, "torch": qk_norm_rope_torch}
+STORE = {"triton": store_step_triton, "torch": store_step_torch}
 
 EPS = 1e-6
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -55,7 +58,7 @@ def test_add_rms_norm(backend, dtype, tokens, width, spare, add, poisoned_empty)
     delta = delta if add else None
     expected_hidden = hidden.clone()
     out = NORM[backend](hidden, delta, weight, EPS)
-    expected = reference.add_rms_norm(expected_hidden, delta, weight, EPS)
+    expected = add_rms_norm_reference(expected_hidden, delta, weight, EPS)
     assert torch.equal(hidden, expected_hidden), "the sum is rounded as hidden += delta rounds it"
     assert_rounded_alike(out, expected)
 
@@ -66,7 +69,7 @@ def test_the_norm_is_of_the_rounded_sum_and_rounded_once(dtype):
     hidden, delta, weight = (torch.randn(shape).to(dtype) for shape in ((40, 512), (40, 512), (512,)))
     summed = hidden + delta
     expected = torch.nn.functional.rms_norm(summed, (512,), weight, EPS)
-    out = reference.add_rms_norm(hidden, delta, weight, EPS)
+    out = add_rms_norm_reference(hidden, delta, weight, EPS)
     assert torch.equal(hidden, summed)
     assert_rounded_alike(out, expected)
 
@@ -87,7 +90,7 @@ def test_silu_mul(backend, dtype, tokens, width, spare, poisoned_empty):
     before = gate_up.clone()
     out = GATE[backend](gate_up)
     assert out.shape == (tokens, width)
-    assert_rounded_alike(out, reference.silu_mul(before), roundings=2)
+    assert_rounded_alike(out, silu_mul_reference(before), roundings=2)
     assert torch.equal(gate_up, before)
 
 
@@ -120,7 +123,7 @@ def test_qk_norm_rope(backend, dtype, tokens, heads, kv_heads, head_dim, spare, 
     outs = ROTATE[backend](qkv, *args)
     assert [x.shape for x in outs] == [(tokens, n, head_dim) for n in (heads, kv_heads, kv_heads)]
     assert all(x.stride()[1:] == (head_dim, 1) for x in outs)
-    q, k, v = reference.qk_norm_rope(before, *args)
+    q, k, v = qk_norm_rope_reference(before, *args)
     assert_rounded_alike(outs[0], q, roundings=4)
     assert_rounded_alike(outs[1], k, roundings=4)
     assert torch.equal(outs[2], v)
@@ -130,7 +133,7 @@ def test_rotary_turns_pairs_of_halves():
     """Of head 0 of 4 dimensions: (x0, x2) by one angle, (x1, x3) by the other, both lengthened by the factor."""
     qkv = torch.tensor([[1.0, 2.0, 3.0, 4.0] * 3])
     cos, sin = torch.tensor([[[0.0, 2.0, 0.0, 2.0]]]), torch.tensor([[[1.0, 0.0]]])
-    q, k, v = reference.qk_norm_rope(qkv, None, None, EPS, cos, sin, 1, 1)
+    q, k, v = qk_norm_rope_reference(qkv, None, None, EPS, cos, sin, 1, 1)
     assert q.flatten().tolist() == k.flatten().tolist() == [-3.0, 4.0, 1.0, 8.0]
     assert v.flatten().tolist() == [1.0, 2.0, 3.0, 4.0]
 
@@ -154,6 +157,6 @@ def test_store_step(backend, dtype, block_size, kv_heads, heads, head_dim, slots
     expected, expected_queries = caches.clone(), queries.clone()
     places = torch.tensor([slots, indices], dtype=torch.int64, device=device)
     STORE[backend](k, v, q, caches[0, 1], caches[1, 1], queries[1], *places)
-    reference.store_step(k, v, q, expected[0, 1], expected[1, 1], expected_queries[1], *places)
+    store_step_reference(k, v, q, expected[0, 1], expected[1, 1], expected_queries[1], *places)
     torch.testing.assert_close(caches, expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(queries, expected_queries, rtol=0, atol=0, equal_nan=True)

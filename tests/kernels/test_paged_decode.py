@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from kernels import cpu, reference
-from kernels.paged_decode import decode_pieces_triton, paged_decode_triton
+from kernels.decode_pieces_triton import decode_pieces_triton
+from kernels.paged_decode import paged_decode_reference, paged_decode_torch
+from kernels.paged_decode_triton import paged_decode_triton
 from tests.kernels.paged import BACKENDS, BOUNDS, DEVICE, device_of, error, fused, make_paged
 
 CASES = [  # contexts, block size, KV heads, group, head_dim
@@ -25,7 +26,7 @@ def check(attend, contexts, block_size, kv_heads, group, head_dim, dtype, device
     out = attend(q, *paged.tuple(), scale)
     assert out.shape == q.shape
     assert out.dtype == dtype
-    expected = reference.paged_decode(q.cpu().float(), *paged.upcast().tuple(), scale)
+    expected = paged_decode_reference(q.cpu().float(), *paged.upcast().tuple(), scale)
     assert error(out, expected) < BOUNDS[dtype]
 
 
@@ -33,7 +34,7 @@ def check(attend, contexts, block_size, kv_heads, group, head_dim, dtype, device
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 @pytest.mark.parametrize(("contexts", "block_size", "kv_heads", "group", "head_dim"), CASES)
 def test_decode(backend, dtype, contexts, block_size, kv_heads, group, head_dim):
-    attend = paged_decode_triton if backend == "triton" else cpu.paged_decode_torch
+    attend = paged_decode_triton if backend == "triton" else paged_decode_torch
     check(attend, contexts, block_size, kv_heads, group, head_dim, dtype, device_of(backend))
 
 
@@ -55,22 +56,22 @@ def test_cutting_changes_nothing(wanted, block_size):
 @pytest.mark.parametrize("piece_bytes", [1, 50_000])
 def test_torch_pieces_change_nothing(monkeypatch, piece_bytes):
     """Requests one by one, and a few to a piece with the shorter ones padded."""
-    monkeypatch.setattr(cpu, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("kernels.paged_decode.PIECE_BYTES", piece_bytes)
     contexts = [5, 300, 0, 16, 17, 48, 1, 299, 33]
-    check(cpu.paged_decode_torch, contexts, 64, 2, 3, 64, torch.float32, "cpu")
+    check(paged_decode_torch, contexts, 64, 2, 3, 64, torch.float32, "cpu")
 
 
 def test_large_scores_stay_finite():
     """Scores near 1000 overflow exp2 unless the running maximum is taken off first."""
     paged = make_paged([200], 64, 1, 64, torch.float32, DEVICE)
     q = 40 * torch.randn(1, 3, 64, device=DEVICE)
-    expected = reference.paged_decode(q.cpu(), *paged.upcast().tuple(), 1.0)
+    expected = paged_decode_reference(q.cpu(), *paged.upcast().tuple(), 1.0)
     k_cache, v_cache, tables, lens = paged.tuple()
     for wanted in (1, 2):
         pieces = decode_pieces_triton(lens, k_cache, tables.shape[1], wanted)
         assert error(paged_decode_triton(q, k_cache, v_cache, tables, lens, 1.0, pieces), expected) < 1e-3
     upcast = paged.upcast().tuple()
-    assert error(cpu.paged_decode_torch(q.cpu(), *upcast, 1.0), expected) < 1e-3
+    assert error(paged_decode_torch(q.cpu(), *upcast, 1.0), expected) < 1e-3
 
 
 def test_addresses_past_two_to_the_31():
@@ -85,5 +86,5 @@ def test_addresses_past_two_to_the_31():
     lens = torch.tensor([100], dtype=torch.int32, device=DEVICE)
     q = torch.randn(1, 2, 128).to(DEVICE, torch.float16)
     last = cache[-1:].cpu().float()
-    expected = reference.paged_decode(q.cpu().float(), last, last, tables.cpu() * 0, lens.cpu(), 0.1)
+    expected = paged_decode_reference(q.cpu().float(), last, last, tables.cpu() * 0, lens.cpu(), 0.1)
     assert error(paged_decode_triton(q, cache, cache, tables, lens, 0.1), expected) < 1e-3

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from kernels import cpu, reference
-from kernels.paged_prefill import paged_prefill_triton
+from kernels.paged_prefill import paged_prefill_reference, paged_prefill_torch
+from kernels.paged_prefill_triton import paged_prefill_triton
 from tests.kernels.paged import BACKENDS, BOUNDS, device_of, error, fused, make_paged, starts
 
-ATTEND = {"triton": paged_prefill_triton, "torch": cpu.paged_prefill_torch}
+ATTEND = {"triton": paged_prefill_triton, "torch": paged_prefill_torch}
 CASES = [  # queries, contexts, block size, KV heads, group, head_dim
     pytest.param([1], [1], 16, 1, 3, 64, id="n1-c1-b16-g3-d64"),
     pytest.param([63], [63], 64, 1, 2, 96, id="n63-c63-b64-g2-d96"),
@@ -27,7 +27,7 @@ def check(attend, queries, contexts, block_size, kv_heads, group, head_dim, dtyp
     assert out.dtype == dtype
     k_cache, v_cache, tables, lens = paged.upcast().tuple()
     args = k_cache, v_cache, tables, bounds.cpu(), lens, max(queries), scale
-    assert error(out, reference.paged_prefill(q.cpu().float(), *args)) < BOUNDS[dtype]
+    assert error(out, paged_prefill_reference(q.cpu().float(), *args)) < BOUNDS[dtype]
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -39,8 +39,8 @@ def test_prefill(backend, dtype, queries, contexts, block_size, kv_heads, group,
 
 @pytest.mark.usefixtures("poisoned_empty")
 def test_torch_masks_in_parts(monkeypatch):
-    monkeypatch.setattr(cpu, "MASKED_QUERIES", 16)
-    check(cpu.paged_prefill_torch, [50, 33], [90, 120], 16, 2, 3, 64, torch.float32, "cpu")
+    monkeypatch.setattr("kernels.paged_prefill.MASKED_QUERIES", 16)
+    check(paged_prefill_torch, [50, 33], [90, 120], 16, 2, 3, 64, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -5,14 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import cpu, dispatch, reference
-from kernels.attention_score import attention_score_triton
-from kernels.redundancy import redundancy_triton
+from kernels.attention_score import attention_score_reference, attention_score_torch
+from kernels.attention_score_triton import attention_score_triton
+from kernels.pool_scores import pool_scores, pool_scores_reference
+from kernels.redundancy import redundancy_reference, redundancy_torch
+from kernels.redundancy_triton import redundancy_triton
 from tests.kernels.events import difference, make_event
 from tests.kernels.paged import BACKENDS, DEVICE, device_of
 
-SCORE = {"triton": attention_score_triton, "torch": cpu.attention_score_torch, "reference": reference.attention_score}
-REDUNDANCY = {"triton": redundancy_triton, "torch": cpu.redundancy_torch, "reference": reference.redundancy}
+SCORE = {"triton": attention_score_triton, "torch": attention_score_torch, "reference": attention_score_reference}
+REDUNDANCY = {"triton": redundancy_triton, "torch": redundancy_torch, "reference": redundancy_reference}
 BOUNDS = {torch.float32: 5e-6, torch.float16: 2e-5, torch.bfloat16: 2e-5}
 """Products of half-precision numbers are exact in float32: only the order of sums differs."""
 
@@ -46,7 +48,7 @@ def check_score(score, event, window, group_size, kind, bound=None):
     assert out.dtype == torch.float32
     up = event.upcast()
     host = q_cache.cpu().float(), up.k_cache, slots.cpu(), ends.cpu(), up.block_tables, up.lens, scale
-    expected = reference.attention_score(*host, **KINDS[kind])
+    expected = attention_score_reference(*host, **KINDS[kind])
     assert difference(out, expected) < (bound or BOUNDS[event.k_cache.dtype])
 
 
@@ -156,7 +158,7 @@ def test_redundancy(backend, dtype, lens, block_size, layers, heads, head_dim, c
         cluster(event, [lens[0] - 1, 12])
     out = REDUNDANCY[backend](event.k_cache, event.block_tables, event.lens, tau=0.05, chunk=chunk)
     up = event.upcast()
-    expected = reference.redundancy(up.k_cache, up.block_tables, up.lens, tau=0.05, chunk=chunk)
+    expected = redundancy_reference(up.k_cache, up.block_tables, up.lens, tau=0.05, chunk=chunk)
     assert difference(out, expected) < 2e-5
 
 
@@ -222,15 +224,15 @@ def test_pool(device, kind, width):
     lens = torch.tensor([40, 3, 0, 25], dtype=torch.int32)
     limit = torch.tensor([32, 3, 5, 100], dtype=torch.int32)
     scores = torch.randn(2, 4, 3, 48).masked_fill(torch.arange(48) >= lens[:, None, None], float("-inf"))
-    out = dispatch.pool_scores(*(x.to(device) for x in (scores, lens)), width, kind, limit.to(device))
-    expected = reference.pool_scores(scores, lens, width, kind, limit)
+    out = pool_scores(*(x.to(device) for x in (scores, lens)), width, kind, limit.to(device))
+    expected = pool_scores_reference(scores, lens, width, kind, limit)
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_pool_at_the_ends():
     scores, lens = torch.tensor([5.0, 0, 0, 0, 0, 10, 7]).view(1, 1, 1, 7), torch.tensor([7], dtype=torch.int32)
     limit = torch.tensor([6], dtype=torch.int32)
-    out = reference.pool_scores(scores, lens, 5, "avg", limit).flatten().tolist()
+    out = pool_scores_reference(scores, lens, 5, "avg", limit).flatten().tolist()
     assert out == [1, 1, 1, 2, 2, 2, 7]
-    out = reference.pool_scores(scores, lens, 5, "max", limit).flatten().tolist()
+    out = pool_scores_reference(scores, lens, 5, "max", limit).flatten().tolist()
     assert out == [5, 5, 5, 10, 10, 10, 7]

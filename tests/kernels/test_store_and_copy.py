@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from kernels import cpu, reference
-from kernels.block_copy import copy_blocks_triton
-from kernels.kv_store import store_kv_triton
+from kernels.copy_blocks import copy_blocks_reference, copy_blocks_torch
+from kernels.copy_blocks_triton import copy_blocks_triton
+from kernels.store_kv import store_kv_reference, store_kv_torch
+from kernels.store_kv_triton import store_kv_triton
 from tests.kernels.paged import BACKENDS, device_of, fused
 
-STORE = {"triton": store_kv_triton, "torch": cpu.store_kv_torch}
-COPY = {"triton": copy_blocks_triton, "torch": cpu.copy_blocks_torch}
+STORE = {"triton": store_kv_triton, "torch": store_kv_torch}
+COPY = {"triton": copy_blocks_triton, "torch": copy_blocks_torch}
 
 
 def assert_same(actual, expected):
@@ -34,7 +35,7 @@ def test_store(backend, dtype, block_size, heads, head_dim, slots):
     expected = layers.clone()
     index = torch.tensor(slots, dtype=torch.int64, device=device)
     STORE[backend](k, v, layers[0, 1], layers[1, 1], index)
-    reference.store_kv(k, v, expected[0, 1], expected[1, 1], index)
+    store_kv_reference(k, v, expected[0, 1], expected[1, 1], index)
     assert_same(layers, expected)
 
 
@@ -53,5 +54,5 @@ def test_copy(backend, dtype, block_size, heads, head_dim, pairs):
     expected = caches.clone()
     src, dst = torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2).T.contiguous()
     COPY[backend](caches[0], caches[1], src, dst)
-    reference.copy_blocks(expected[0], expected[1], src, dst)
+    copy_blocks_reference(expected[0], expected[1], src, dst)
     assert_same(caches, expected)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels import dispatch as ops
+from kernels.store_positions import store_positions
+from kernels.store_step import store_step
 from tests.eviction.dense_event import NAN, Tokens
 from tests.kernels.paged import GARBAGE
 from zipage.eviction.policy import Policy
@@ -89,8 +90,8 @@ class PagedCache:
             entries = (x[layer][:, new].transpose(0, 1) for x in (one.tokens.keys, one.tokens.values))
             k, v = (x.contiguous().to(self.device, self.dtype) for x in entries)
             queries = one.tokens.queries[layer, new].to(self.device, self.dtype)
-            ops.store_step(k, v, queries, self.k[layer], self.v[layer], self.q[layer], slots, places)
-        ops.store_positions(new.int().to(self.device), self.positions, slots)
+            store_step(k, v, queries, self.k[layer], self.v[layer], self.q[layer], slots, places)
+        store_positions(new.int().to(self.device), self.positions, slots)
         one.seen += len(new)
         one.n = n
 
@@ -129,6 +130,7 @@ class PagedCache:
             seeds=[one.tokens.seed for one in held],
             rounds=[one.rounds for one in held],
             prompt_lens=[one.tokens.prompt_len for one in held],
+            scales=(head_dim**-0.5,) * layers,
             k_cache=self.k,
             v_cache=self.v,
             block_tables=tables,

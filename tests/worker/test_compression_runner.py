@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from kernels import dispatch as ops
+from kernels.store_kv import store_kv
+from kernels.store_positions import store_positions
+from kernels.store_step import store_step
 from tests.eviction.dense_event import Tokens, make_tokens
 from tests.eviction.dense_simulation import Simulation
 from zipage.eviction import registry
@@ -17,17 +20,21 @@ from zipage.eviction.policy import Policy
 from zipage.eviction.protection import Protection
 from zipage.eviction.rule import EvictionRule
 from zipage.sampling_params import SamplingParams
-from zipage.scheduling.plan import CompressionOrder
+from zipage.scheduling.compression_order import CompressionOrder
 from zipage.scheduling.request import Request
 from zipage.worker import compression_batch
 from zipage.worker.compression_runner import CompressionResult, CompressionRunner
 from zipage.worker.kv_cache import KVCache
 
-SPEC = SimpleNamespace(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
+SPEC = SimpleNamespace(
+    num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, attention=(SimpleNamespace(scale=32**-0.5),) * 2
+)
 BLOCK_SIZE, RECENT, WINDOW = 16, 16, 16
 BUDGET = Budget.from_tokens(64, BLOCK_SIZE)
 SEED_STEP = 0xD1342543DE82EF95
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+NUMBERS = count()
 
 on_every_device = pytest.mark.parametrize("device", DEVICES)
 either_way = pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
@@ -104,10 +111,10 @@ class Serving:
             k, v = (x[layer][:, new].transpose(0, 1).contiguous().to(self.device) for x in (tokens.keys, tokens.values))
             if request.rule.window:
                 q = tokens.queries[layer, new].to(self.device)
-                ops.store_step(k, v, q, cache.k[layer], cache.v[layer], cache.queries[layer], slots, places)
+                store_step(k, v, q, cache.k[layer], cache.v[layer], cache.queries[layer], slots, places)
             else:
-                ops.store_kv(k, v, cache.k[layer], cache.v[layer], slots)
-        ops.store_positions(new.int().to(self.device), cache.positions, slots)
+                store_kv(k, v, cache.k[layer], cache.v[layer], slots)
+        store_positions(new.int().to(self.device), cache.positions, slots)
         request.num_computed += len(new)
         request.cache_len = n
 
@@ -115,9 +122,11 @@ class Serving:
         """Into fresh blocks; those of protected entries alone stay."""
         rule = request.rule
         if rule.drops_blocks:
-            return CompressionOrder(request, request.block_ids, [], [])
+            return CompressionOrder(next(NUMBERS), request, request.block_ids, [], [])
         fresh = [self.free.pop() for _ in range(BUDGET.max_blocks - 1 - rule.pinned_blocks)]
-        return CompressionOrder(request, request.block_ids, request.block_ids[: rule.pinned_blocks] + fresh, fresh)
+        return CompressionOrder(
+            next(NUMBERS), request, request.block_ids, request.block_ids[: rule.pinned_blocks] + fresh, fresh
+        )
 
     def apply(self, result: CompressionResult) -> None:
         """Give the request its new table; what it left is poisoned."""

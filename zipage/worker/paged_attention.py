@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kernels.dispatch import decode_pieces, paged_decode, paged_prefill, store_kv, store_step
+from kernels.decode_pieces import decode_pieces
+from kernels.paged_decode import paged_decode
+from kernels.paged_prefill import paged_prefill
+from kernels.pieces import Pieces
+from kernels.store_kv import store_kv
+from kernels.store_step import store_step
+from zipage.models.attention import AttentionSpec
 from zipage.worker.kv_cache import KVCache
-
-if TYPE_CHECKING:
-    from kernels.decode_pieces import Pieces
 
 
 @dataclass(slots=True)
@@ -23,7 +26,7 @@ class PagedAttention:
 
     Attributes:
         cache: the paged keys and values.
-        scale: factor on the logits.
+        layers: attention of each layer.
         slots: int64 [T], where each token's entry goes; the same in every layer.
         query_indices: int64 [T], where each token's queries go (`store_step`); None where nobody keeps any.
         num_decodes: leading tokens that are decodes, one request each.
@@ -34,7 +37,7 @@ class PagedAttention:
     """
 
     cache: KVCache
-    scale: float
+    layers: Sequence[AttentionSpec]
     slots: Tensor
     query_indices: Tensor | None = None
     num_decodes: int = 0
@@ -49,7 +52,7 @@ class PagedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, d], k and v [T, H, d], after rotary -> [T, Hq, d]."""
-        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        k_cache, v_cache, scale = self.cache.k[layer], self.cache.v[layer], self.layers[layer].scale
         if self.query_indices is None:
             store_kv(k, v, k_cache, v_cache, self.slots)
         else:
@@ -60,7 +63,7 @@ class PagedAttention:
             if layer == 0:
                 self._pieces = decode_pieces(self.decode_lens, k_cache, self.decode_tables.shape[1])
             tables, lens = self.decode_tables, self.decode_lens
-            parts.append(paged_decode(q[:n], k_cache, v_cache, tables, lens, self.scale, self._pieces))
+            parts.append(paged_decode(q[:n], k_cache, v_cache, tables, lens, scale, self._pieces))
         if self.max_seqlen:
             parts.append(
                 paged_prefill(
@@ -71,7 +74,7 @@ class PagedAttention:
                     self.cu_seqlens,
                     self.prefill_lens,
                     self.max_seqlen,
-                    self.scale,
+                    scale,
                 )
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -10,7 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels import dispatch as ops
+from kernels.attention_score import attention_score
+from kernels.pool_scores import pool_scores
+from kernels.redundancy import redundancy
 from zipage.eviction.event import Event, Softmax
 
 POOLINGS = {"max": "max", "mean": "avg"}
@@ -24,6 +25,7 @@ class PagedEvent(Event):
     Nothing here writes to the cache: blocks may be shared by requests of this launch and by others.
 
     Attributes:
+        scales: of the attention logits, one a layer of this launch.
         k_cache, v_cache: [L, num_blocks, H, b, d], the layers of this launch.
         block_tables: int32 [R, max_blocks]; never read past ceil(n / b).
         q_cache: [L, num_query_slots, w_cache, Hq, d] of k_cache's dtype, w_cache >= window: a slot is a ring, with the
@@ -33,6 +35,7 @@ class PagedEvent(Event):
         state_cache: float32 [L, num_blocks, H, b], what the policy stored for each entry. None for one without state.
     """
 
+    scales: tuple[float, ...]
     k_cache: Tensor
     v_cache: Tensor
     block_tables: Tensor
@@ -61,6 +64,7 @@ class PagedEvent(Event):
             self,
             num_layers=last - first,
             layer_offset=self.layer_offset + first,
+            scales=self.scales[first:last],
             k_cache=self.k_cache[first:last],
             v_cache=self.v_cache[first:last],
             q_cache=None if self.q_cache is None else self.q_cache[first:last],
@@ -74,15 +78,18 @@ class PagedEvent(Event):
         group: Literal["max", "mean"] = "max",
         window: Literal["mean", "sum", "max"] = "mean",
     ) -> Tensor:
+        if len({*self.scales}) > 1:  # a launch has one scale
+            layers = [self.of_layers(i, i + 1).attention(softmax, group, window) for i in range(self.num_layers)]
+            return torch.cat(layers)
         q_cache, query_slots, window_ends = self._window_queries
-        return ops.attention_score(
+        return attention_score(
             q_cache,
             self.k_cache,
             query_slots,
             window_ends,
             self.block_tables,
             self.lens,
-            1 / math.sqrt(self.head_dim),
+            self.scales[0],
             softmax=softmax,
             # The kernel reduces the logits by `group` there; here it is the maximum, whatever `group` says.
             group="max" if softmax == "group_cut" else group,
@@ -90,10 +97,10 @@ class PagedEvent(Event):
         )
 
     def redundancy(self, tau: float, chunk: int | None = None, threshold: float = 0.5) -> Tensor:
-        return ops.redundancy(self.k_cache, self.block_tables, self.lens, tau=tau, threshold=threshold, chunk=chunk)
+        return redundancy(self.k_cache, self.block_tables, self.lens, tau=tau, threshold=threshold, chunk=chunk)
 
     def pool(self, scores: Tensor, width: int, kind: Literal["max", "mean"], limit: Tensor) -> Tensor:
-        return ops.pool_scores(scores.contiguous(), self.lens, width, POOLINGS[kind], limit)
+        return pool_scores(scores.contiguous(), self.lens, width, POOLINGS[kind], limit)
 
     def carried_state(self) -> Tensor:
         if self.state_cache is None:

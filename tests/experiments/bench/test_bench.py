@@ -22,16 +22,17 @@ from experiments.bench.measure import _Observed, _served, measure
 from experiments.bench.ratios import against
 from experiments.bench.roofline import EntriesRead, ModelShape, step_floor
 from experiments.bench.tables import markdown
-from experiments.config.schema import load_experiment
+from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.paths import ROOT
 from experiments.records import load_rows, load_runs
 from experiments.reporting.plots import against_roofline
 from kernels import bench as kernels
+from kernels import bench_cases
 from tests.experiments.backends.test_backends import StandIn
 from zipage import LLM, EngineConfig, StepStats
-from zipage.models.spec import ModelSpec
-from zipage.worker.kv_cache import plan_memory
+from zipage.models.loading.hf_config import spec_from_config
+from zipage.worker.memory_plan import plan_memory
 
 LOAD = """
 lengths: {count: 4, prompt_tokens: 20, output_tokens: 40}
@@ -107,7 +108,7 @@ def test_kernels_are_timed_and_recorded(bench, results, capsys, tmp_path, other_
     out = capsys.readouterr().out
     assert "already done" in out
     assert "note:" not in out
-    other_code("kernels/compaction.py")
+    other_code("kernels/compact_stable_triton.py")
     assert bench("scenario=kernels") == 0
     assert "note: this benchmark is stale: the engine has changed since; force=stale" in capsys.readouterr().out
     assert load_runs(results).empty, "a benchmark is no run of a workload"
@@ -123,8 +124,8 @@ def test_a_model_may_have_more_kv_heads_in_all_its_layers_than_query_heads():
 
 
 def test_a_wrong_kernel_is_refused_a_time(bench, results, monkeypatch, capsys):
-    decode = kernels.dispatch.paged_decode
-    monkeypatch.setattr(kernels.dispatch, "paged_decode", lambda *args: decode(*args) * 1.01)
+    decode = bench_cases.paged_decode
+    monkeypatch.setattr(bench_cases, "paged_decode", lambda *args: decode(*args) * 1.01)
     assert bench("scenario=kernels") == 1
     assert "rows were refused" in capsys.readouterr().err
     rows = load_rows(record_of(results))
@@ -164,7 +165,7 @@ def test_the_engine_is_timed_and_recorded(bench, results, tiny, tmp_path, capsys
     full, evicted = (rows["step_bytes"] - shape.weight_bytes)[:2] / shape.kv_bytes
     assert 4 * 20 < full < 4 * 60, "entries of four requests that grow from 20 to 60"
     assert evicted < 0.9 * full
-    assert "| whole | zipage |" in capsys.readouterr().out
+    assert "| whole | zipage |" in " ".join(capsys.readouterr().out.split())
     assert show.main([str(record_of(results)), "--picture", str(tmp_path / "bench.png")]) == 0
     assert (tmp_path / "bench.png").stat().st_size > 0
 
@@ -450,7 +451,7 @@ def test_ample_memory_holds_every_request_to_its_end(load, arm):
     (found,) = (a for a in arms_of(load) if a.name == arm)
     options = found.options | {"model": "models/qwen3-8b-shape"}
     config = EngineConfig.from_kwargs(**options)
-    spec = ModelSpec.from_hf_config(AutoConfig.from_pretrained(ROOT / "models/qwen3-8b-shape"))
+    spec = spec_from_config(AutoConfig.from_pretrained(ROOT / "models/qwen3-8b-shape"))
     policy = config.make_policy()
     rule = None if policy is None else config.rule(policy, config.budget_tokens, config.max_model_len)
     plan = plan_memory(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config.schema import load_experiment
+from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.records import load_runs, sources
 
@@ -100,7 +100,7 @@ def test_edited_chat_template_is_another_run(launch, results, tmp_path):
     ("name", "engine", "policy", "grader"),
     [
         ("zipage/scheduling/scheduler.py", True, False, False),
-        ("kernels/cpu.py", True, False, False),
+        ("kernels/paged_decode.py", True, False, False),
         ("zipage/eviction/event.py", True, False, False),
         ("experiments/running/prompts.py", True, False, False),
         ("zipage/eviction/policies/h2o.py", False, True, False),

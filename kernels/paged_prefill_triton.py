@@ -1,0 +1,156 @@
+"""Causal attention of new queries over paged entries, requests of any length side by side, in Triton.
+
+Sources: FlashAttention-2 (arXiv 2307.08691), PagedAttention (arXiv 2309.06180).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.tiles import LOG2_E, attend_tile, load_blocks, padded_dim
+
+LARGE_SHARED_MEMORY = 200 * 1024
+"""Bytes that a program may use on Hopper (227 KB) and its successors; the A100 has 163 KB, desktop GPUs 99 KB."""
+
+
+@triton.jit(do_not_specialize=["table_ptr", "starts_ptr", "lens_ptr", "group", "table_stride"])
+def _attend_chunks(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    starts_ptr,
+    lens_ptr,
+    out_ptr,
+    scale_log2,
+    group,
+    q_row_stride,
+    q_head_stride,
+    block_stride,
+    head_stride,
+    table_stride,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One request, query head and tile of QUERIES queries."""
+    row = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(2)
+    begin = tl.load(starts_ptr + row)
+    queries = tl.load(starts_ptr + row + 1) - begin
+    first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES  # the longest work starts first
+    if first_query >= queries:
+        return
+    length = tl.load(lens_ptr + row)
+    past = length - queries
+
+    index = first_query + tl.arange(0, QUERIES)
+    dims = tl.arange(0, DIM_PAD)
+    inside = (index < queries)[:, None] & (dims < HEAD_DIM)[None, :]
+    token = (begin + index).to(tl.int64)
+    q_ptrs = q_ptr + token[:, None] * q_row_stride + head * q_head_stride + dims[None, :]
+    q = tl.load(q_ptrs, mask=inside, other=0.0)
+    limits = past + index + 1
+    k_head = k_ptr + (head // group) * head_stride
+    v_head = v_ptr + (head // group) * head_stride
+    table = table_ptr + row * table_stride
+
+    acc = tl.zeros([QUERIES, DIM_PAD], tl.float32)
+    row_max = tl.full([QUERIES], float("-inf"), tl.float32)
+    row_sum = tl.zeros([QUERIES], tl.float32)
+    seen_by_all = (past + first_query + 1) // TILE
+    seen_by_any = tl.cdiv(tl.minimum(past + first_query + QUERIES, length), TILE)
+    blocks = load_blocks(table, 0, length, BLOCK_SIZE, TILE)
+    for tile in range(0, seen_by_all):
+        next_blocks = load_blocks(table, (tile + 1) * TILE, length, BLOCK_SIZE, TILE)
+        acc, row_max, row_sum = attend_tile(
+            q, acc, row_max, row_sum, k_head, v_head, blocks, block_stride, tile * TILE, length, limits, scale_log2,
+            HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE, False,
+        )  # fmt: skip
+        blocks = next_blocks
+    for tile in range(seen_by_all, seen_by_any):
+        next_blocks = load_blocks(table, (tile + 1) * TILE, length, BLOCK_SIZE, TILE)
+        acc, row_max, row_sum = attend_tile(
+            q, acc, row_max, row_sum, k_head, v_head, blocks, block_stride, tile * TILE, length, limits, scale_log2,
+            HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE, True,
+        )  # fmt: skip
+        blocks = next_blocks
+
+    out = acc / row_sum[:, None]
+    out_ptrs = out_ptr + (token[:, None] * tl.num_programs(2) + head) * HEAD_DIM + dims[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def tile_config(head_dim: int, element_size: int, large: bool) -> dict[str, int]:
+    """Queries and entries a tile, and Triton's launch options, by what registers and shared memory hold.
+
+    Args:
+        head_dim: of the caches.
+        element_size: bytes; 4 has no tensor cores (exact float32), so its tiles are small.
+        large: the GPU has LARGE_SHARED_MEMORY, hence warpgroup matrix instructions; otherwise 99 KB must do.
+    """
+    dim = padded_dim(head_dim)
+    if element_size == 4:
+        queries, tile, warps, stages = (64, 32, 8, 2) if dim <= 64 else (32, 16, 8, 2)
+    elif dim <= 64:
+        queries, tile, warps, stages = (128, 64, 4 if large else 8, 3)
+    elif dim <= 128:
+        queries, tile, warps, stages = (128, 64, 8, 3 if large else 2)
+    else:
+        queries, tile, warps, stages = (128 if large else 64, 32, 8, 2)
+    return {"QUERIES": queries, "TILE": tile, "num_warps": warps, "num_stages": stages}
+
+
+@functools.cache
+def _large_shared_memory(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= LARGE_SHARED_MEMORY
+
+
+def paged_prefill_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens: Tensor,
+    cache_lens: Tensor,
+    max_seqlen: int,
+    scale: float,
+) -> Tensor:
+    """`paged_prefill` in one launch.
+
+    Args:
+        q: [T, Hq, d], last dimension contiguous.
+        k_cache, v_cache: [num_blocks, H, b, d], one layer, of q's dtype.
+        block_tables: int32 [B, max_blocks].
+        cu_seqlens: int32 [B + 1].
+        cache_lens: int32 [B], at least the request's queries.
+        max_seqlen: queries of the longest request; rows past it are left unwritten.
+        scale: of the scores.
+
+    Returns:
+        [T, Hq, d], contiguous, q's dtype.
+    """
+    tokens, query_heads, head_dim = q.shape
+    kv_heads, block_size = k_cache.shape[1:3]
+    batch = cache_lens.shape[0]
+    out = torch.empty((tokens, query_heads, head_dim), dtype=q.dtype, device=q.device)
+    if max_seqlen == 0 or batch == 0:
+        return out
+    options = tile_config(head_dim, q.element_size(), _large_shared_memory(q.device))
+    _attend_chunks[(triton.cdiv(max_seqlen, options["QUERIES"]), batch, query_heads)](
+        q, k_cache, v_cache, block_tables, cu_seqlens, cache_lens, out,
+        scale * LOG2_E, query_heads // kv_heads,
+        q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), block_tables.stride(0),
+        HEAD_DIM=head_dim, DIM_PAD=padded_dim(head_dim), BLOCK_SIZE=block_size,
+        **options,
+    )  # fmt: skip
+    return out

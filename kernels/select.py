@@ -1,0 +1,83 @@
+"""The best slots of each layer and KV head, in slot order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from kernels.layout import PAD_SLOT, check_index, check_scores, fail
+
+
+def select(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
+    """The slots that survive in each layer and KV head: those of `must`, then the best, ties to the higher slot.
+
+    Args:
+        scores: float32 [L, R, H, N], contiguous, no NaN in a request's n entries; those past n are never used.
+        must: bool [R, N] or [L, R, H, N], last dimension contiguous; at most keep[r] of a request's n entries.
+        lens: int32 [R], n.
+        keep: int32 [R], up to max_keep; all n entries survive where n is smaller.
+        max_keep: of all requests, up to N.
+
+    Returns:
+        int32 [L, R, H, max_keep]: slots in ascending order, then -1.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device, layout or value is not as above.
+    """
+    _check(scores, must, lens, keep, max_keep)
+    if scores.is_cuda:
+        with torch.cuda.device(scores.device):
+            return _triton()(scores, must, lens, keep, max_keep)
+    return select_torch(scores, must, lens, keep, max_keep)
+
+
+def _check(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> None:
+    """Check the arguments of `select`. Raises ValueError naming the argument, its value and the remedy."""
+    layers, requests, heads, width = check_scores(scores)
+    shape = (requests, width) if must.dim() == 2 else (layers, requests, heads, width)
+    check_index("must", must, torch.bool, shape, scores.device, "scores")
+    check_index("lens", lens, torch.int32, (requests,), scores.device, "scores")
+    check_index("keep", keep, torch.int32, (requests,), scores.device, "scores")
+    if not isinstance(max_keep, int) or not 0 <= max_keep <= width:
+        fail("max_keep", "value", max_keep, f"give the most that a request keeps, an int up to {width}")
+
+
+def select_reference(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
+    """`select`, sorting each line."""
+    layers, requests, heads, _ = scores.shape
+    must = must.expand(layers, heads, -1, -1).transpose(1, 2) if must.dim() == 2 else must
+    kept = torch.full((layers, requests, heads, max_keep), PAD_SLOT, dtype=torch.int32)
+    for row in range(requests):
+        length = int(lens[row])
+        count = min(int(keep[row]), length)
+        for layer, head in product(range(layers), range(heads)):
+            required, values = must[layer, row, head].tolist(), scores[layer, row, head].tolist()
+            best = sorted(range(length), key=lambda j: (required[j], values[j], j), reverse=True)
+            kept[layer, row, head, :count] = torch.tensor(sorted(best[:count]), dtype=torch.int32)
+    return kept.to(scores.device)
+
+
+def select_torch(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
+    """`select`, as the largest of integers that order slots by (must, score, slot) and are all different."""
+    width = scores.shape[3]
+    must = must[:, None] if must.dim() == 2 else must
+    bits = scores.masked_fill(scores == 0, 0).view(torch.int32)
+    order = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).long()
+    order = torch.where(must, 1 << 32, order)
+    slots = torch.arange(width)
+    order = (order * width + slots).masked_fill(slots >= lens[:, None, None], torch.iinfo(torch.int64).min)
+    best = order.topk(max_keep, dim=-1).indices
+    count = torch.minimum(keep, lens)[:, None, None]
+    best = best.masked_fill(torch.arange(max_keep) >= count, width).sort(dim=-1).values
+    return best.masked_fill(best == width, -1).int()
+
+
+@cache
+def _triton() -> Callable:
+    from kernels.select_triton import select_triton
+
+    return select_triton

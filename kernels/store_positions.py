@@ -1,0 +1,63 @@
+"""Write the logical positions of new entries beside their K and V."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kernels.layout import BLOCK_SIZES, PAD_SLOT, check_index, check_state, fail
+
+
+def store_positions(positions: Tensor, state: Tensor, slots: Tensor) -> None:
+    """Write each token's logical position beside its K and V, in every layer and head.
+
+    Args:
+        positions: int32 [T].
+        state: int32 [L, num_blocks, H, b], each layer contiguous; written in place.
+        slots: int64 [T], `block_id * b + offset`; -1 stores nothing. Two tokens never share a slot.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or layout is not as above.
+    """
+    _check(positions, state, slots)
+    if state.is_cuda:
+        with torch.cuda.device(state.device):
+            _triton()(positions, state, slots)
+    else:
+        store_positions_torch(positions, state, slots)
+
+
+def _check(positions: Tensor, state: Tensor, slots: Tensor) -> None:
+    """Check the arguments of `store_positions`. Raises ValueError naming the argument, its value and the remedy."""
+    if state.dim() != 4 or state.shape[3] not in BLOCK_SIZES:
+        fail("state", "shape", tuple(state.shape), "give [layers, num_blocks, heads, slots], 16 to 256 slots")
+    check_state("state", state, tuple(state.shape), (torch.int32,), state.device)
+    check_index("positions", positions, torch.int32, (positions.numel(),), state.device, "state")
+    check_index("slots", slots, torch.int64, (positions.numel(),), state.device, "state")
+
+
+def store_positions_reference(positions: Tensor, state: Tensor, slots: Tensor) -> None:
+    """`store_positions`, token by token."""
+    block_size = state.shape[3]
+    for position, slot in zip(positions.tolist(), slots.tolist(), strict=True):
+        if slot != PAD_SLOT:
+            state[:, slot // block_size, :, slot % block_size] = position
+
+
+def store_positions_torch(positions: Tensor, state: Tensor, slots: Tensor) -> None:
+    """`store_positions`, all tokens at once."""
+    stored = slots >= 0
+    if not stored.all():
+        positions, slots = positions[stored], slots[stored]
+    blocks = slots.div(state.shape[3], rounding_mode="floor")
+    state[:, blocks, :, slots - blocks * state.shape[3]] = positions[:, None, None]
+
+
+@cache
+def _triton() -> Callable:
+    from kernels.store_positions_triton import store_positions_triton
+
+    return store_positions_triton
