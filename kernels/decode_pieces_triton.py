@@ -80,7 +80,7 @@ def cut_requests(cache_lens: Tensor, bound: int, kv_heads: int, tile: int, wante
         wanted: pieces aimed at, of all requests. None: as many as fill the GPU a few times over.
 
     Returns:
-        At most `wanted` pieces and one more for each request; none is shorter than MIN_PIECE but for a request that is.
+        At most `wanted` pieces and one more for each request; none is shorter than MIN_PIECE unless its request is.
     """
     batch = len(cache_lens)
     if wanted is None:

@@ -31,7 +31,7 @@ def redundancy(
         lens: int32 [R], n.
         tau: temperature.
         threshold: cosine above which a key is a near-duplicate.
-        chunk: keys are compared within aligned runs of so many slots, a power of two from 16, the last one partial;
+        chunk: keys are compared within aligned runs of this many slots, a power of two from 16, the last one partial;
             None: with all.
 
     Returns:

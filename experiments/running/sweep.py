@@ -277,7 +277,7 @@ class Sweep:
 
 
 def _figures(folder: Path) -> str:
-    """What a finished arm is told by: its accuracy, where it was graded, and its tokens/s."""
+    """The summary of a finished arm: its accuracy, where it was graded, and its tokens/s."""
     runs = records.load_runs(folder).reindex(columns=["accuracy", "output_tokens_per_second"]).astype(float)
     found = []
     for accuracy, rate in runs.itertuples(index=False):

@@ -217,8 +217,8 @@ class InputProcessor:
             token_ids = self.tokenizer.encode(prompt, **options)
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"the prompt's character {error.start} is {prompt[error.start]!r}, a lone surrogate, which is no text: "
-                "leave it out, or decode the bytes that it came from anew"
+                f"the prompt's character {error.start} is {prompt[error.start]!r}, a lone surrogate: "
+                "leave it out, or decode its source bytes again"
             ) from error
         except Exception as error:  # tokenizers raises bare Exception
             reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -316,7 +316,7 @@ def test_file_that_is_no_sweep_is_one_line(tmp_path, capsys, content):
     path.write_text(content)
     assert report.main([str(path)]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"{path}: is no record of a sweep (")
+    assert err.startswith(f"{path}: is not the record of a sweep (")
     assert err.count("\n") == 1
 
 

@@ -31,7 +31,7 @@ class SafetensorsFolder:
     Raises:
         FileNotFoundError: there are no weights, or a shard is missing.
         ValueError: a file is broken, a tensor lies in two shards, a shard lacks a tensor that the index puts there, the
-            index names a file elsewhere, or a tensor is no float.
+            index names a file elsewhere, or a tensor is not a float.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -84,7 +84,7 @@ class SafetensorsFolder:
         try:
             file = safe_open(path, framework="pt", device=str(device))
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no complete safetensors file ({error}): download it again") from error
+            raise ValueError(f"{path} is not a complete safetensors file ({error}): download it again") from error
         self._shards[shard] = file
         for name in file.keys():  # noqa: SIM118 - not a dict
             if name in self._shard_of:
