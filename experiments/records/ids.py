@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-_IN_DATA = ("name", "path", "parts", "tests", "allow_code_execution")
+_IN_DATA = ("name", "path", "file", "parts", "tests", "allow_code_execution")
 """Options of model and workload that say where content lies or how it is read: the content is hashed itself."""
 
 _NOT_SERVED = ("path", "kind", "loads", "repeats", "options")
@@ -18,6 +18,7 @@ _NOT_SERVED = ("path", "kind", "loads", "repeats", "options")
 benchmarks."""
 
 LATER: dict[str, Any] = {
+    "workload.chain": None,
     "engine.async_scheduling": False,
     "sampling.presence_penalty": 0.0,
     "sampling.frequency_penalty": 0.0,

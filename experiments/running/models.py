@@ -70,7 +70,13 @@ def find_model(config: ModelConfig) -> LocalModel:
     if not path.exists():
         path = _from_hub(config)
     if path.is_file():
-        return LocalModel(path, {path.name: file_hash(path)})
+        found = file_hash(path)
+        if config.sha256 is not None and found != config.sha256:
+            raise UsageError(
+                f"model.path={config.path}: {path} has sha256 {found[:16]}..., expected {config.sha256[:16]}...: "
+                "fetch it again, or take it as another model with model=gguf"
+            )
+        return LocalModel(path, {path.name: found})
     if not (path / "config.json").is_file():
         raise UsageError(f"model.path={config.path}: the folder holds no config.json")
     wanted = SMALL if config.load_format == "dummy" else SMALL + _weights(path)
@@ -96,11 +102,13 @@ def _from_hub(config: ModelConfig) -> Path:
     name = str(config.path)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise UsageError(f"model.path={name}: no such file or folder")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     patterns = [f"*{suffix}" for suffix in (*SMALL, *WEIGHTS)]
     try:
         with quiet():
+            if config.file is not None:
+                return Path(hf_hub_download(name, config.file, revision=config.revision))
             return Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,6 +12,7 @@ from typing import Any
 from experiments.config.schema import WorkloadConfig
 from experiments.errors import UsageError
 from experiments.workloads import chained_arithmetic, fragility, lengths, program_trace, reasoning_gym, word_problems
+from experiments.workloads.chains import chain
 from experiments.workloads.exams import exam
 from experiments.workloads.gold import gold_answer
 from experiments.workloads.problem import Problem
@@ -40,7 +41,9 @@ def load_problems(config: WorkloadConfig, limit: int | None = None) -> list[Prob
     Raises:
         UsageError: the source can't be read, an option of the generator is wrong, or no item can be asked.
     """
-    if config.parts and config.path is None:
+    if config.chain is not None:
+        problems = chain(load_problems(replace(config, chain=None)), config.chain, config.seed)[:limit]
+    elif config.parts and config.path is None:
         problems = _mix(config)[:limit]
     elif config.generator is not None and config.path is None:
         problems = _generate(config)[:limit]

@@ -195,3 +195,25 @@ def test_missing_model_is_one_line(tmp_path, path, line):
         models.find_model(ModelConfig(path=path.replace("{tmp_path}", str(tmp_path))))
     assert str(caught.value).startswith(line.replace("{tmp_path}", str(tmp_path)))
     assert "\n" not in str(caught.value)
+
+
+def test_one_file_of_a_repository_is_fetched_and_checked(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    (tmp_path / "tiny.gguf").write_bytes(CONTENT)
+    asked = []
+
+    def fetch(*arguments: str, revision: str | None) -> str:
+        asked.append((*arguments, revision))
+        return str(tmp_path / "tiny.gguf")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    config = ModelConfig(path="someone/models", file="tiny.gguf", revision="abc", sha256=SHA256)
+    assert models.find_model(config).files == {"tiny.gguf": SHA256}
+    assert asked == [("someone/models", "tiny.gguf", "abc")]
+    local = replace(config, path=str(tmp_path / "tiny.gguf"))
+    assert models.find_model(local).identity == models.find_model(config).identity
+    for other in (config, local):
+        with pytest.raises(UsageError, match=r"tiny.gguf has sha256 .* expected 0000"):
+            models.find_model(replace(other, sha256="0" * 64))
+    assert models.find_model(replace(local, sha256=None)).files == {"tiny.gguf": SHA256}
