@@ -67,6 +67,70 @@ def test_a_compression_that_raises_ends_its_request_alone(folder, asynchronous, 
     assert tokens_of(again) == tokens_of(others[:1])
 
 
+ALIGNED = random_prompts((40, 40, 40, 40), VOCAB)
+"""Compressed in one batch, after 40 and 56 tokens; the second one's seed is 7."""
+ALIGNED_PARAMS = [greedy(66, seed=7 if i == 1 else i + 100) for i in range(4)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faulty(Policy):
+    """Ranks by the length of the keys and a state; at fault where `fault` says so, in the layers from `layer` on."""
+
+    name: ClassVar[str] = "faulty"
+    variant: ClassVar[str] = "fails"
+    paper: ClassVar[str] = ""
+    fault: str = "none"
+    layer: int = 0
+
+    @property
+    def state(self):
+        return True
+
+    def rank(self, event):
+        scores = event.key_norms() + event.stored
+        event.store(scores.clamp(min=0))
+        at_fault = [seed == 7 and rounds == 1 for seed, rounds in zip(event.seeds, event.rounds)]
+        if event.layer_offset >= self.layer:
+            if (self.fault == "raises" and any(at_fault)) or (self.fault == "batch" and event.num_requests > 1):
+                raise torch.OutOfMemoryError("no memory left")
+            if self.fault == "NaN":
+                scores[:, at_fault, 1, 20] = float("nan")
+        return scores
+
+
+@pytest.fixture(scope="module")
+def tokens_alone(folder):
+    """Of `ALIGNED`, each alone in an engine without a fault."""
+    llm = make_llm(folder, Case(f"{__name__}:Faulty"))
+    return [tokens_of(llm.generate([prompt], greedy(66), use_tqdm=False))[0] for prompt in ALIGNED]
+
+
+@every_loop
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["in the step", "beside"])
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("fault", ["raises", "NaN", "batch"])
+def test_what_fails_in_the_last_layer_of_a_batch_costs_no_neighbour(
+    folder, tokens_alone, fault, debug, asynchronous, overlaps
+):
+    case = Case(f"{__name__}:Faulty", {"fault": fault, "layer": 2})
+    options = {"async_compression": asynchronous, "async_scheduling": overlaps, "debug": debug, "layer_stride": 1}
+    llm = make_llm(folder, case, **options)
+    outputs = llm.generate(ALIGNED, ALIGNED_PARAMS, use_tqdm=False)
+    at_fault = outputs.pop(1)
+    assert tokens_of(outputs) == [tokens_alone[i] for i in (0, 2, 3)]
+    stats = llm.stats
+    if fault == "raises" or (fault == "NaN" and debug):
+        assert ("no memory left" if fault == "raises" else "ranked entries NaN") in at_fault.error
+        assert at_fault.outputs[0].token_ids == tokens_alone[1][: len(at_fault.outputs[0].token_ids)]
+        assert (stats.compressions_failed, stats.compressions_misranked) == (1, 0)
+    else:
+        assert at_fault.error is None
+        assert at_fault.outputs[0].token_ids[:56] == tokens_alone[1][:56], "chance decides only what follows a NaN"
+        assert (stats.compressions_failed, stats.compressions_misranked) == (0, fault == "NaN")
+    assert stats.compressions_ordered == stats.compressions_applied + stats.compressions_failed
+    assert stats.blocks_used == stats.query_slots_used == stats.num_compressing == 0
+
+
 def test_a_prompt_fails_once_however_many_samples_fail(folder):
     llm = make_llm(folder, FAILS, max_num_seqs=2)
     output = llm.generate([PROMPTS[1]], SamplingParams(n=2, max_tokens=100, ignore_eos=True, seed=1), use_tqdm=False)[0]
