@@ -13,7 +13,9 @@ from tests.engine.compressed import greedy, make_llm, random_prompts, record_eve
 from tests.eviction.cases import Case
 from tests.tiny_models import VOCAB, save_tiny_model, save_tiny_tokenizer
 from zipage import SamplingParams
+from zipage.engine.detokenizer import Detokenizer
 from zipage.eviction.policy import Policy
+from zipage.worker import model_runner
 
 PROMPTS = random_prompts((5, 33, 17, 40), VOCAB)
 
@@ -198,6 +200,82 @@ def test_a_prompt_whose_first_logits_are_not_finite_has_no_token(folder, monkeyp
     assert output.outputs[0].token_ids == []
     assert output.metrics.ttft is None
     assert "output token 0" in output.error
+
+
+@every_loop
+@pytest.mark.parametrize("way", ["save", "restore"])
+def test_a_pause_that_fails_ends_its_request_alone(folder, monkeypatch, way, overlaps):
+    """No host memory for the entries, or none to be had back."""
+    options = {"num_blocks": 24, "headroom": 0, "async_scheduling": overlaps}
+    prompts = random_prompts((5, 33, 17, 40, 21, 60), VOCAB)
+    params = [greedy(100, seed=i) for i in range(len(prompts))]
+    expected = make_llm(folder, Case("random"), **options).generate(prompts, params, use_tqdm=False)
+    llm = make_llm(folder, Case("random"), **options)
+    events = record_events(llm)
+    function, calls = getattr(model_runner, way), []
+
+    def fails_once(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no memory left")
+        return function(*args)
+
+    monkeypatch.setattr(model_runner, way, fails_once)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    first = next(e.request_id for e in events if e.kind == ("pause" if way == "save" else "resume"))
+    (failed,) = (output for output in outputs if output.error is not None)
+    assert failed.request_id == first
+    direction = "to" if way == "save" else "from"
+    assert failed.error == f"its entries could not be copied {direction} host memory: OutOfMemoryError: no memory left"
+    for output, whole in zip(outputs, expected, strict=True):
+        tokens = output.outputs[0].token_ids
+        assert tokens == whole.outputs[0].token_ids[: len(tokens) if output is failed else None]
+    assert llm.stats.blocks_used == llm.stats.query_slots_used == 0
+    assert not llm.has_unfinished_requests()
+    monkeypatch.undo()
+    assert tokens_of(llm.generate(prompts, params, use_tqdm=False)) == tokens_of(expected)
+
+
+class PanicException(BaseException):
+    """As pyo3 has it, where the Rust of tokenizers panics."""
+
+
+@every_loop
+@pytest.mark.parametrize("error", [ValueError("Invalid prefix"), PanicException("Invalid prefix")], ids=repr)
+@pytest.mark.parametrize("options", [{}, {"stop": ["no such text"]}, {"logprobs": 1}], ids=str)
+def test_tokens_that_cannot_be_spelled_end_their_request_alone(folder, monkeypatch, options, error, overlaps):
+    params = [greedy(30, **(options if i == 2 else {})) for i in range(4)]
+    llm = make_llm(folder, None, async_scheduling=overlaps, skip_tokenizer_init=False)
+    expected = llm.generate(PROMPTS, params, use_tqdm=False)
+    others = {token for i in (0, 1, 3) for token in expected[i].outputs[0].token_ids}
+    bad = next(token for token in expected[2].outputs[0].token_ids[5:-5] if token not in others)
+
+    def decode(token_ids, **options):
+        if bad in token_ids:
+            raise error
+        return spell(token_ids, **options)
+
+    def add(detokenizer, token_id):
+        if token_id == bad:
+            raise error
+        return look_at(detokenizer, token_id)
+
+    tokenizer = llm.get_tokenizer()
+    spell, look_at = tokenizer.decode, Detokenizer.add
+    monkeypatch.setattr(tokenizer, "decode", decode)
+    monkeypatch.setattr(Detokenizer, "add", add)
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    (failed,) = outputs[2].outputs
+    assert failed.finish_reason == "error"
+    assert failed.error == outputs[2].error == f"its tokens cannot be spelled: {type(error).__name__}: Invalid prefix"
+    assert failed.token_ids == expected[2].outputs[0].token_ids[: len(failed.token_ids)]
+    assert failed.metrics is not None
+    for i in (0, 1, 3):
+        assert outputs[i].error is None
+        assert outputs[i].outputs[0].text == expected[i].outputs[0].text
+    assert (llm.stats.requests_failed, llm.stats.requests_finished) == (1, 7)
+    assert llm.stats.blocks_used == 0
+    assert not llm.has_unfinished_requests()
 
 
 @every_loop

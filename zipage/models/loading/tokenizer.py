@@ -33,12 +33,17 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerFast:
         tokenizer = _from_folder(path) if file is None else gguf_tokenizer(file)
         tokenizer.decode(tokenizer("")["input_ids"])  # options of the wrong type show here, before any request
         return tokenizer
-    except BaseException as error:  # tokenizers raises bare Exception, and a BaseException where its Rust panics
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    except BaseException as error:
+        if not is_tokenizer_error(error):
             raise
         if str(path) in str(error) and isinstance(error, FileNotFoundError | ValueError):
             raise
         raise ValueError(f"{path}: the tokenizer cannot be read ({_first_line(error)}): {REMEDY}") from error
+
+
+def is_tokenizer_error(error: BaseException) -> bool:
+    """Whether a tokenizer may have raised it: bare Exceptions, and a BaseException where its Rust panics."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def end_of_sequence_ids(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast | None = None) -> frozenset[int]:
