@@ -7,7 +7,6 @@ are asked for: they are nearly all of a record's size.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import shutil
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 
 from experiments import records
 from experiments.analysis.samples import read_samples
+from experiments.command_line import Parser
 from experiments.errors import RunError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def archive(run: Path, folder: Path, steps: bool = False, events: bool = False, 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiments.archive", description="Copy finished runs without the texts of their samples."
     )
     parser.add_argument("runs", nargs="+", help="run folders, or folders of them")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.analysis.metrics import accuracy
+from experiments.command_line import Parser
 from experiments.errors import UsageError, one_line
 from experiments.graders import get_grader, grade
 from experiments.records import load_requests, load_runs
@@ -62,7 +63,7 @@ def regrade(run: pd.Series, grader: str | None = None, allow_code_execution: boo
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns its exit code: 0 all runs were graded, 1 some were not, 2 wrong usage."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiments.regrade", description="Grade the recorded answers of finished runs again."
     )
     parser.add_argument("runs", nargs="+", help="run folders, or folders of them")
@@ -109,8 +110,9 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def _said(error: UsageError) -> str:
-    """The line as it reads for this command, which has its own way to allow code."""
-    return str(error).replace("workload.allow_code_execution=true", "--allow-code-execution")
+    """The line as it reads for this command, which has flags for these options."""
+    line = str(error).replace("workload.allow_code_execution=true", "--allow-code-execution")
+    return line.replace("workload.grader=", "--grader ")
 
 
 def _percent(grades: pd.Series) -> str:

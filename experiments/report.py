@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.command_line import Parser
 from experiments.errors import UsageError
 from experiments.records import load_runs
 from experiments.reporting.published import read_published
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.report", description="Print the table of finished runs."
-    )
+    parser = Parser(prog="python -m experiments.report", description="Print the table of finished runs.")
     parser.add_argument(
         "runs", nargs="*", help="run folders, folders of them, or files of sweeps (default: results/runs)"
     )

@@ -19,13 +19,12 @@ from experiments.backends import BACKENDS, BackendFactory
 from experiments.config.arms import check_multirun, split_command_line
 from experiments.config.compose import build, register
 from experiments.config.explain import explain
+from experiments.config.flags import DRY_RUN, arranged
 from experiments.config.known import is_text
 from experiments.config.overrides import as_written
 from experiments.errors import RunError, UsageError
 from experiments.paths import CONF
 from experiments.running import job, lifeline, sweep
-
-DRY_RUN = "--dry-run"
 
 
 def main(
@@ -53,8 +52,9 @@ def main(
     # Makes Hydra raise what it would print over many lines.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
-        given = [argument for argument in sys.argv[1:] if argument != DRY_RUN]
-        dry_run = len(given) < len(sys.argv) - 1
+        typed = arranged(sys.argv[1:])
+        given = [argument for argument in typed if argument != DRY_RUN]
+        dry_run = len(given) < len(typed)
         sweeps, arguments = split_command_line(given)
         if sweeps:
             return sweep.run(sweeps, arguments, backends, child, worker, dry_run)

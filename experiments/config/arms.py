@@ -44,20 +44,19 @@ def split_command_line(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     Without a sweep, or beside a flag such as `--help` or `--cfg`, the command is Hydra's: no names, and all of it.
     """
     given = [argument for argument in arguments if argument not in ("-m", "--multirun")]
-    asked = [argument for argument in given if argument.startswith(("+sweep=", "sweep="))]
+    asked = [argument for argument in given if argument.lstrip("+").startswith("sweep=")]
     if not asked or any(argument.startswith("-") for argument in given):
         return [], list(arguments)
-    names = [name.strip() for argument in asked for name in _names(argument)]
+    names = [name for argument in asked for name in _names(argument)]
     return names, [argument for argument in given if argument not in asked]
 
 
 def _names(argument: str) -> list[str]:
     value = argument.partition("=")[2].strip()
-    if value.startswith("[") and value.endswith("]"):
-        return value[1:-1].split(",")
-    if not value or "," in value:
+    names = [name.strip() for name in value[1:-1].split(",")] if value[:1] + value[-1:] == "[]" else [value]
+    if not all(names) or (names == [value] and "," in value):
         raise UsageError(f"{argument}: must be one sweep, or several joined as +sweep=[a,b]")
-    return [value]
+    return names
 
 
 def sweep_path(name: str) -> Path:
@@ -65,10 +64,12 @@ def sweep_path(name: str) -> Path:
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
     if path.is_file():
         return path
+    if name.endswith(".yaml"):
+        raise UsageError(f"sweep={name}: no such sweep: there is no such file")
     choices = sorted(file.stem for file in FOLDER.glob("*.yaml"))
     close = closest(name, choices)
-    hint = f"did you mean {close}? " if close else ""
-    raise UsageError(f"sweep={name}: no such sweep; {hint}(choices: {', '.join(choices)}, or a path to FILE.yaml)")
+    hint = f"; did you mean {close}?" if close else ""
+    raise UsageError(f"sweep={name}: no such sweep{hint} (choices: {', '.join(choices)}, or a path to FILE.yaml)")
 
 
 def expand(names: Sequence[str], arguments: Sequence[str] = ()) -> list[Arm]:

@@ -7,11 +7,10 @@ that was, goes on when it is started again. Its processes end with it, also when
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 from experiments import records
 from experiments.backends import BackendFactory
+from experiments.command_line import stop_signals
 from experiments.config.arms import Arm, expand
 from experiments.config.compose import load_experiment
 from experiments.config.notes import notes_before
@@ -69,7 +69,7 @@ def run(
         sweep.print_plan()
         return 0
     sweep.write()
-    with _stop_signals():
+    with stop_signals():
         try:
             return sweep.run()
         except KeyboardInterrupt:
@@ -212,7 +212,7 @@ class Sweep:
                 self.seconds.setdefault(kind, []).append(seconds)
         waiting = [arm for arm in self.arms if arm.waits]
         done = len(self.arms) - len(waiting)
-        print(f"sweep {self.name}: {len(self.arms)} arms, {done} done, {self._to_go(waiting)}")
+        print(f"sweep {self.name}: {_counted(self.arms)}, {done} done, {self._to_go(waiting)}")
         states = ["" if arm.standing.state == "missing" else arm.standing.state for arm in self.arms]
         print(*plan_lines([arm.overrides for arm in self.arms], states), sep="\n", flush=True)
         reasons = Counter((arm.standing.state, arm.standing.reason) for arm in self.arms if arm.standing.reason)
@@ -276,6 +276,10 @@ class Sweep:
         return sum(takes[: len(waiting)]) + (max(0.0, takes[-1] - spent) if running else 0.0)
 
 
+def _counted(arms: Sequence[PlannedRun]) -> str:
+    return "1 arm" if len(arms) == 1 else f"{len(arms)} arms"
+
+
 def _figures(folder: Path) -> str:
     """What a finished arm is told by: its accuracy, where it was graded, and its tokens/s."""
     runs = records.load_runs(folder).reindex(columns=["accuracy", "output_tokens_per_second"]).astype(float)
@@ -284,20 +288,6 @@ def _figures(folder: Path) -> str:
         found += [f"{accuracy:.1%} right"] if accuracy == accuracy else []  # no NaN
         found += [f"{rate:,.1f} tokens/s"] if rate == rate else []
     return ", ".join(found) or "done"
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[None]:
-    """A request to end, or a closed terminal, stops a sweep like Ctrl-C."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler == signal.SIG_DFL:  # under nohup, SIGHUP is ignored
-            signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
