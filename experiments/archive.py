@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from experiments import records
 from experiments.analysis.samples import read_samples
-from experiments.command_line import Parser
+from experiments.command_line import Parser, stoppable
 from experiments.errors import RunError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ def archive(run: Path, folder: Path, steps: bool = False, events: bool = False, 
     return target
 
 
+@stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m experiments.archive", description="Copy finished runs without the texts of their samples."
@@ -89,8 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 left_out += 1
         if not runs:
             raise UsageError("no finished and undamaged run in what was given")
-        for run in runs:
-            archive(run, options.to, options.steps, options.events, options.texts)
+        for number, run in enumerate(runs):
+            try:
+                archive(run, options.to, options.steps, options.events, options.texts)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"{number} of {len(runs)} runs copied to {options.to}") from None
     except (UsageError, RunError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

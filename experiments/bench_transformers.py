@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.backends import BACKENDS, Backend, get_backend
-from experiments.command_line import Parser
+from experiments.command_line import Parser, stoppable
 from experiments.config.compose import load_experiment
 from experiments.config.schema import Experiment, engine_options, to_dict
 from experiments.errors import UsageError
@@ -127,6 +127,7 @@ def _load_transformers(path: Path) -> Any:
     return model
 
 
+@stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.bench_transformers", description=__doc__)
     parser.add_argument("options", nargs="*", help="as for experiments.run, such as model=smollm2 hardware.threads=2")

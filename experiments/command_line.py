@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from zipage import closest
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C, SIGTERM or a closed terminal ended."""
+
+Command = Callable[[Sequence[str] | None], int]
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,9 +66,31 @@ def unknown_flag(flag: str, known: Iterable[str], otherwise: str | None = None) 
     return f"{flag}: unknown flag; {hint}"
 
 
+def stoppable(main: Command) -> Command:
+    """Decorator of a command: Ctrl-C ends it with a line, a reader that has left (`| head`) in silence."""
+
+    @functools.wraps(main)
+    def stopped(arguments: Sequence[str] | None = None) -> int:
+        try:
+            code = main(arguments)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+            return 1
+        except KeyboardInterrupt as interrupt:
+            print(f"error: interrupted{': ' * bool(str(interrupt))}{interrupt}", file=sys.stderr)
+            return INTERRUPTED
+
+    return stopped
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
     """A request to end, or a closed terminal, stops a command like Ctrl-C: with a KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
         if handler == signal.SIG_DFL:  # under nohup, SIGHUP is ignored

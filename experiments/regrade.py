@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.analysis.metrics import accuracy
-from experiments.command_line import Parser
+from experiments.command_line import Parser, stoppable
 from experiments.errors import UsageError, one_line
 from experiments.graders import get_grader, grade
 from experiments.records import load_requests, load_runs
@@ -61,6 +61,7 @@ def regrade(run: pd.Series, grader: str | None = None, allow_code_execution: boo
     return pd.DataFrame(rows).astype({"old_grade": "float64", "grade": "float64"} | texts)
 
 
+@stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns its exit code: 0 all runs were graded, 1 some were not, 2 wrong usage."""
     parser = Parser(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.command_line import Parser
+from experiments.command_line import Parser, stoppable
 from experiments.errors import UsageError
 from experiments.records import load_runs
 from experiments.reporting.published import read_published
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.report", description="Print the table of finished runs.")
     parser.add_argument(

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from experiments.command_line import Parser
+from experiments.command_line import Parser, stoppable
 from experiments.paths import REASONER
 from experiments.reasoner.training import TrainingOptions, train
 
 
+@stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 

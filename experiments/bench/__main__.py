@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from experiments import records
 from experiments.bench.tables import markdown
-from experiments.command_line import Parser
+from experiments.command_line import Parser, stoppable
 from experiments.errors import UsageError
 
 
+@stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.bench", description="Show finished benchmarks.")
     parser.add_argument("records", nargs="+", help="folders of scenario=kernels or scenario=engine_bench")

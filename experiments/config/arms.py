@@ -100,10 +100,12 @@ def _joined(block: Block, later: Block) -> Block:
     return {option: values for option, values in block.items() if not option.startswith(lost)} | later
 
 
-def check_multirun(arguments: Sequence[str]) -> None:
-    """Raise UsageError where the command line asks Hydra (`-m`) for more than `MOST_ARMS` runs."""
-    if {"-m", "--multirun"} & {*arguments}:
+def check_multirun(arguments: Sequence[str]) -> bool:
+    """Whether the command line asks Hydra for several runs (`-m`). Raises UsageError for more than `MOST_ARMS`."""
+    asked = bool({"-m", "--multirun"} & {*arguments})
+    if asked:
         _check_count(["-m"], count_arms([a for a in arguments if "=" in a and not a.startswith("-")]))
+    return asked
 
 
 def _check_count(names: Sequence[str], count: int) -> None:

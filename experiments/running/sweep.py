@@ -20,7 +20,7 @@ from typing import Any
 
 from experiments import records
 from experiments.backends import BackendFactory
-from experiments.command_line import stop_signals
+from experiments.command_line import INTERRUPTED
 from experiments.config.arms import Arm, expand
 from experiments.config.compose import load_experiment
 from experiments.config.notes import notes_before
@@ -63,19 +63,21 @@ def run(
         UsageError: the sweep can't be done as asked; nothing was run.
     """
     shares, arguments = _asks_to_share(arguments)
-    arms = plan(names, arguments, backends)
-    sweep = Sweep("+".join(Path(name).stem for name in names), arms, child, worker if shares else None)
-    if dry_run:
-        sweep.print_plan()
-        return 0
-    sweep.write()
-    with stop_signals():
-        try:
-            return sweep.run()
-        except KeyboardInterrupt:
-            print("\nerror: interrupted; finished arms are kept, and the same command goes on", file=sys.stderr)
-            return 130
-        finally:
+    sweep = None
+    try:
+        arms = plan(names, arguments, backends)
+        sweep = Sweep("+".join(Path(name).stem for name in names), arms, child, worker if shares else None)
+        if dry_run:
+            sweep.print_plan()
+            return 0
+        sweep.write()
+        return sweep.run()
+    except KeyboardInterrupt:
+        got = "nothing was run" if sweep is None else f"{sweep.done} of {counted(arms)} recorded"
+        print(f"\nerror: interrupted: {got}, and the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        if sweep is not None:
             sweep.close()
 
 
@@ -156,6 +158,8 @@ class Sweep:
         self.path = arms[0].folder.parent / records.SWEEPS / f"{records.shortened(name)}-{digest[:12]}.json"
         self.names = dict(zip([arm.folder for arm in arms], arm_names([arm.overrides for arm in arms]), strict=True))
         """What sets each arm apart from the others."""
+        self.done = 0
+        """Arms that are recorded."""
         self.started = time.monotonic()
         self.seconds: dict[tuple[Any, ...], list[float]] = {}
         """Seconds that runs of each kind have taken."""
@@ -190,6 +194,7 @@ class Sweep:
                 reason = self._run_arm(arm, show)
                 seconds = time.monotonic() - begin
                 if reason is None:
+                    self.done += 1
                     self.seconds.setdefault(arm.kind, []).append(seconds)
                 else:
                     failures.append(f"{title}: {reason}")
@@ -211,8 +216,8 @@ class Sweep:
             if kind in kinds and seconds > 0:  # neither absent nor NaN
                 self.seconds.setdefault(kind, []).append(seconds)
         waiting = [arm for arm in self.arms if arm.waits]
-        done = len(self.arms) - len(waiting)
-        print(f"sweep {self.name}: {_counted(self.arms)}, {done} done, {self._to_go(waiting)}")
+        self.done = len(self.arms) - len(waiting)
+        print(f"sweep {self.name}: {counted(self.arms)}, {self.done} done, {self._to_go(waiting)}")
         states = ["" if arm.standing.state == "missing" else arm.standing.state for arm in self.arms]
         print(*plan_lines([arm.overrides for arm in self.arms], states), sep="\n", flush=True)
         reasons = Counter((arm.standing.state, arm.standing.reason) for arm in self.arms if arm.standing.reason)
@@ -276,7 +281,7 @@ class Sweep:
         return sum(takes[: len(waiting)]) + (max(0.0, takes[-1] - spent) if running else 0.0)
 
 
-def _counted(arms: Sequence[PlannedRun]) -> str:
+def counted(arms: Sequence[PlannedRun]) -> str:
     return "1 arm" if len(arms) == 1 else f"{len(arms)} arms"
 
 

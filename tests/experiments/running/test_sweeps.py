@@ -550,7 +550,7 @@ def test_interrupt_stops_child_and_sweep(arguments, small, results, number):
     parent.send_signal(number)
     err = parent.communicate(timeout=20)[1]
     assert parent.returncode == 130
-    assert err == "\nerror: interrupted; finished arms are kept, and the same command goes on\n"
+    assert err == "\nerror: interrupted: 0 of 5 arms recorded, and the same command goes on\n"
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
     assert sorted(path.name for path in results.iterdir()) == [".locks", "sweeps"], "the child cleaned up"
