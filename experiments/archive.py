@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ def archive(run: Path, folder: Path, steps: bool = False, events: bool = False, 
         UsageError: the copy can't be written, or would replace the run itself.
     """
     target = folder / run.name
-    if target.resolve() == run.resolve():
+    if os.path.realpath(target) == os.path.realpath(run):
         raise UsageError(f"--to {folder}: holds {run.name} itself; give another folder")
     try:
         with records.claim(target) as staging:
@@ -98,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, RunError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(runs)} runs copied to {options.to}" + f"; {left_out} incomplete or damaged left out" * bool(left_out))
+    copied = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    print(f"{copied} copied to {options.to}" + f"; {left_out} incomplete or damaged left out" * bool(left_out))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,9 +106,20 @@ def _main(options: argparse.Namespace) -> int:
         print(line + (f"; {len(faults)} could not be graded, the first: {faults.iloc[0]}" if len(faults) else ""))
         tables.append(table)
     if target is not None and tables:
-        pd.concat(tables, ignore_index=True).to_parquet(target, index=False)
+        _write(pd.concat(tables, ignore_index=True), target)
         print(f"written: {target}")
     return int(len(tables) < len(runs))
+
+
+def _write(grades: pd.DataFrame, target: Path) -> None:
+    """Write the file whole or not at all. Raises UsageError where it can't be written."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        grades.to_parquet(temporary, index=False)
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"--write {target}: can't be written: {os.strerror(error.errno or 0)}") from error
 
 
 def _said(error: UsageError) -> str:

@@ -13,6 +13,7 @@ An arm is a list of overrides, as `python -m experiments.run` takes them. Values
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -28,6 +29,7 @@ from zipage import closest
 
 FOLDER = CONF / "sweep"
 KEYS = ("axes", "arms")
+OPTION = re.compile(r"[A-Za-z_][\w./@-]*")
 OWN_VALUES = "a number, a text, true, false or null, or a list of these"
 
 OWNED = {"model": "model.", "policy": "policy.options.", "workload": "workload.options."}
@@ -151,6 +153,8 @@ def _block(path: Path, where: str, block: Any, written: Any) -> Block:
     overrides: Block = {}
     for option, values in block.items():
         name, texts = str(option).lstrip("+"), written.get(str(option), values)  # YAML's merges are not in it
+        if not OPTION.fullmatch(name):
+            raise UsageError(f"{_shown(path)}: {where}: {option!r} is no option; its name begins with a letter")
         pairs = zip(_list(path, option, values), _list(path, option, texts), strict=True)
         overrides[name] = [f"{option}={_text(path, name, value, text)}" for value, text in pairs]
     return overrides

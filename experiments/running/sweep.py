@@ -32,7 +32,7 @@ from experiments.running import job
 from experiments.running.child import Worker, reason_of, run_child
 from experiments.running.models import find_model
 from experiments.running.plan_text import WIDTH, arm_names, plan_lines
-from experiments.running.progress import Progress, clock
+from experiments.running.progress import Progress, clock, columns
 from experiments.workloads import load_problems
 
 RUN = (sys.executable, "-m", "experiments.run")
@@ -176,7 +176,7 @@ class Sweep:
     def run(self) -> int:
         """Returns the exit code."""
         waiting = self.print_plan()
-        failures: list[str] = []
+        failures = 0
         progress = Progress(len(self.arms))
         try:
             for number, arm in enumerate(self.arms, 1):
@@ -197,14 +197,17 @@ class Sweep:
                     self.done += 1
                     self.seconds.setdefault(arm.kind, []).append(seconds)
                 else:
-                    failures.append(f"{title}: {reason}")
-                outcome = f"failed: {reason}" if reason else _figures(arm.folder)
+                    failures += 1
+                    progress.say(f"error: {title}: {reason}", error=True)
+                outcome = "failed" if reason else _figures(arm.folder)
                 progress.say(f"{title}: {outcome}; {clock(seconds)}, {self._to_go(waiting)}")
         finally:
             progress.close()
         print(f"\nsweep: {self.path}\n{sweep_table(self.path)}", flush=True)
-        for failure in failures:
-            print(f"error: {failure}", file=sys.stderr)
+        if failures:
+            print(
+                f"{failures} of {counted(self.arms)} failed: see the errors above, and RUN.log beside the sweep's file"
+            )
         return int(bool(failures))
 
     def print_plan(self) -> list[PlannedRun]:
@@ -217,14 +220,15 @@ class Sweep:
                 self.seconds.setdefault(kind, []).append(seconds)
         waiting = [arm for arm in self.arms if arm.waits]
         self.done = len(self.arms) - len(waiting)
-        print(f"sweep {self.name}: {counted(self.arms)}, {self.done} done, {self._to_go(waiting)}")
+        width = min(WIDTH, (columns() or WIDTH + 1) - 1)
+        print(fill(f"sweep {self.name}: {counted(self.arms)}, {self.done} done, {self._to_go(waiting)}", width))
         states = ["" if arm.standing.state == "missing" else arm.standing.state for arm in self.arms]
-        print(*plan_lines([arm.overrides for arm in self.arms], states), sep="\n", flush=True)
+        print(*plan_lines([arm.overrides for arm in self.arms], states, width), sep="\n", flush=True)
         reasons = Counter((arm.standing.state, arm.standing.reason) for arm in self.arms if arm.standing.reason)
         for (state, reason), count in reasons.items():
-            print(fill(f"  {count} {state}: {reason}; force=stale runs such arms again", WIDTH), flush=True)
+            print(fill(f"  {count} {state}: {reason}; force=stale runs such arms again", width), flush=True)
         for note in dict.fromkeys(note for arm in self.arms for note in arm.notes):
-            print(fill(f"note: {note}", WIDTH, subsequent_indent="  ", break_on_hyphens=False), flush=True)
+            print(fill(f"note: {note}", width, subsequent_indent="  ", break_on_hyphens=False), flush=True)
         return waiting
 
     def _run_arm(self, arm: PlannedRun, tick: Callable[[], object]) -> str | None:
