@@ -50,6 +50,7 @@ class LLM:
 
     def __init__(self, model: str | PathLike[str], **options: Any) -> None:
         self.config = EngineConfig.from_kwargs(model=model, **options)
+        self.config.warn_of_idle()
         with on_device(resolve_device(self.config.device)):
             engine = start(self.config)
         self._core = engine.core

@@ -39,7 +39,7 @@ def find_runs(paths: str | Path | Iterable[str | Path] | None = None) -> tuple[l
         if not path.is_dir():
             raise UsageError(f"{path}: no such folder of runs")
         for where, folders, files in os.walk(path):
-            if CONFIG in files or where.endswith(PARTIAL):
+            if {CONFIG, METRICS} & {*files} or where.endswith(PARTIAL):
                 folders.clear()
                 whole = METRICS in files and not where.endswith(PARTIAL)
                 complete += [Path(where)] * whole

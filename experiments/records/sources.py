@@ -202,7 +202,11 @@ def _is_own(package: str) -> bool:
 def _imports(name: str, file: Path) -> Iterator[str]:
     """What a module imports anywhere in its text; for `from a import b` both a and a.b, which may be a module."""
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    try:
+        tree = ast.parse(file.read_bytes())
+    except SyntaxError:  # a module that nothing has imported yet
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -299,7 +299,10 @@ class Broken(Policy):
         return -event.values().norm(dim=-1)
 
 
-BROKEN = "a compression under policy 'broken' failed: ZeroDivisionError: no score"
+BROKEN = (
+    "a compression under policy 'broken' failed: ZeroDivisionError: no score to divide by "
+    f"(tests/worker/test_compression_runner.py, line {Broken.rank.__code__.co_firstlineno + 2})"
+)
 
 
 @on_every_device

@@ -9,12 +9,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from zipage.eviction.fault import described, files_of, place_in, relative
+from zipage.eviction.policy import Policy
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.compression_order import CompressionOrder
 from zipage.worker.compression_batch import CompressionBatch, batches
@@ -84,6 +87,7 @@ class CompressionRunner:
         self._delayed = asynchronous and not cache.k.is_cuda
         self._pending: deque[_Job] = deque()
         self._stream = None
+        self._logged: set[tuple[type, str | None]] = set()
         self._executor: Executor = _Inline()
         if asynchronous and cache.k.is_cuda:
             self._stream = torch.cuda.Stream(cache.k.device)
@@ -153,11 +157,13 @@ class CompressionRunner:
                 alone = CompressionBatch([order], self._cache.block_size)
                 self._begin([alone], job.start, _Rest(first_layer, is_misranked))
             return []
-        policy = job.batch.policy.name
-        logger.error("a compression under policy %r failed", policy, exc_info=error)
+        policy = job.batch.policy
         cause = error.__cause__ if is_partial else error
-        reason = f"{type(cause).__name__}: {cause}".partition("\n")[0]
-        message = f"a compression under policy {policy!r} failed: {reason}"
+        place = _place(policy, cause)
+        message = f"a compression under policy {policy.name!r} failed: {described(cause, place)}"
+        if (fault := (type(cause), place)) not in self._logged:  # the same one may come in every request
+            self._logged.add(fault)
+            logger.error(message, exc_info=error, extra={"in_output": True})
         return [CompressionResult(order, None, None, seconds, message) for order in orders]
 
     @property
@@ -227,6 +233,15 @@ class CompressionRunner:
         """int32 [L, H, keep], positions of the first `keep` entries of a table."""
         rows = self._cache.positions[:, table].transpose(1, 2).flatten(2)
         return rows[..., :keep].cpu().numpy()
+
+
+def _place(policy: Policy, error: BaseException) -> str | None:
+    """The line of the policy's own file that an error comes from; where its scores are of no use, that of `rank`."""
+    scoring = Policy.score.__code__
+    if not any(frame.f_code is scoring for frame, _ in walk_tb(error.__traceback__)):
+        return None
+    rank = type(policy).rank.__code__
+    return place_in(error, files_of(type(policy))) or relative(rank.co_filename, rank.co_firstlineno)
 
 
 class _Kept(NamedTuple):
