@@ -1,7 +1,7 @@
 """Orders of compressions over an engine's cache, against the simulation, alone and in batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from types import SimpleNamespace
 
@@ -16,6 +16,7 @@ from tests.eviction.dense_event import Tokens, make_tokens
 from tests.eviction.dense_simulation import Simulation
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
+from zipage.eviction.policies.random import Random
 from zipage.eviction.policy import Policy
 from zipage.eviction.protection import Protection
 from zipage.eviction.rule import EvictionRule
@@ -308,6 +309,27 @@ def test_a_failure_is_a_result_and_the_others_go_on(asynchronous, device):
     serving.apply(done)
     serving.check(good, 96)
     assert serving.runner.in_flight == 0
+
+
+class InPlace(Random):
+    """Leaves nothing of its event as it was."""
+
+    def rank(self, event):
+        scores = super().rank(event)
+        for given in (event.must, event.lens, event.keep, event.slots):
+            given.zero_()
+        return scores
+
+
+@on_every_device
+@pytest.mark.parametrize("layer_stride", [1, None])
+def test_a_policy_that_changes_its_event_changes_nothing_else(device, layer_stride):
+    serving = Serving(device, layer_stride=layer_stride)
+    request = serving.add("random-prompt", 1)
+    request.rule = replace(request.rule, policy=InPlace())
+    serving.grow(request, 96)
+    serving.compress([request])
+    serving.check(request, 96)
 
 
 @on_every_device
