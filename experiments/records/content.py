@@ -70,6 +70,20 @@ def check_files(folder: Path, *, whole: bool) -> None:
                 pass
 
 
+def table_path(folder: Path, name: str) -> Path:
+    """The file of a table of a record, about to be read.
+
+    Raises:
+        ValueError, OSError: it is not as it was written, or the metrics that say so are not.
+    """
+    path = folder / name
+    if is_complete(folder):
+        digest = (read_metrics(folder)[1] or {}).get(name)
+        if digest is not None and file_hash(path) != digest:
+            raise ValueError(f"{name} is not as it was written")
+    return path
+
+
 def read_config(run: str | Path | pd.Series) -> dict[str, Any]:
     """The options of a run as they were nested, given as for `load_steps`."""
     return parse_config((run_folder(run) / CONFIG).read_text(encoding="utf-8"))

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from types import SimpleNamespace
 
@@ -19,6 +19,7 @@ from tests.eviction.dense_event import Tokens, make_tokens
 from tests.eviction.dense_simulation import Simulation
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
+from zipage.eviction.policies.random import Random
 from zipage.eviction.policy import Policy
 from zipage.eviction.protection import Protection
 from zipage.eviction.rule import EvictionRule
@@ -376,6 +377,27 @@ def test_a_batch_that_is_too_much_goes_on_one_by_one(layer, kind, debug, asynchr
     for result, entries in zip(results, (96, 80, 96), strict=True):
         serving.apply(result)
         check_alone(serving, result.order.request, kind, entries)
+
+
+class InPlace(Random):
+    """Leaves nothing of its event as it was."""
+
+    def rank(self, event):
+        scores = super().rank(event)
+        for given in (event.must, event.lens, event.keep, event.slots):
+            given.zero_()
+        return scores
+
+
+@on_every_device
+@pytest.mark.parametrize("layer_stride", [1, None])
+def test_a_policy_that_changes_its_event_changes_nothing_else(device, layer_stride):
+    serving = Serving(device, layer_stride=layer_stride)
+    request = serving.add("random-prompt", 1)
+    request.rule = replace(request.rule, policy=InPlace())
+    serving.grow(request, 96)
+    serving.compress([request])
+    serving.check(request, 96)
 
 
 @on_every_device

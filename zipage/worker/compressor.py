@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -118,7 +119,10 @@ def compress(
 
 def choose(policy: Policy, event: PagedEvent, max_keep: int) -> Choice:
     """What shall stay, written nowhere; K is min(max_keep, N)."""
-    scores = policy.score(event).contiguous()
+    # A policy that works in place spoils a copy, not what the engine goes by.
+    seen = replace(event, must=event.must.clone(), lens=event.lens.clone(), keep=event.keep.clone())
+    scores = policy.score(seen).contiguous()
+    event.new_state = seen.new_state
     kept = select(scores, event.must, event.lens, event.keep, min(max_keep, event.num_slots))
     highest = scores.amax(dim=(0, 2))  # NaN where one is
     return Choice(kept, highest.masked_fill(event.must, 0).isnan().any(dim=-1))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments import archive
+from experiments import archive, regrade
 from experiments.analysis.comparison import compare
 from experiments.analysis.samples import read_samples
 from experiments.records import EVENTS, HASHES, METRICS, REQUESTS, STEPS, damage, load_requests, load_runs, load_steps
@@ -102,3 +102,19 @@ def test_samples_without_tokens_can_be_compared(run, results, tmp_path):
     samples = read_samples(tmp_path / run["run"], loops=True)
     assert samples.loop_rate is None
     assert len(samples.problems) == 3
+
+
+def test_a_table_of_another_run_is_not_taken_for_its_own(launch, results, tmp_path, capsys, caplog):
+    for seed in (1, 2):
+        assert launch("limit=3", "sampling.max_tokens=5", f"seed={seed}") == 0
+    runs = load_runs(results)
+    own, other = (Path(path) for path in runs["path"])
+    (own / REQUESTS).write_bytes((other / REQUESTS).read_bytes())
+    for read in (load_requests, read_samples):
+        with pytest.raises(ValueError, match=f"^{REQUESTS} is not as it was written$"):
+            read(own)
+    assert compare(runs)["accuracy"].notna().tolist() == [False, True]
+    assert caplog.messages == [f"{own}: its samples can't be read ({REQUESTS} is not as it was written)"]
+    assert regrade.main([str(results)]) == 1
+    error = capsys.readouterr().err
+    assert error == f"error: {own.name}: its samples can't be read (ValueError: {REQUESTS} is not as it was written)\n"
