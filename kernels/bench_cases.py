@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.attention_score import attention_score, attention_score_reference
 from kernels.bench_shapes import WINDOW, KernelShapes
+from kernels.cache_view import CacheView
 from kernels.compact_stable import compact_stable, compact_stable_reference
 from kernels.decode_pieces import decode_pieces
 from kernels.paged_decode import paged_decode, paged_decode_reference
@@ -66,16 +67,17 @@ def _decode(shapes: KernelShapes, device: torch.device, context: int, block_size
     k_cache, v_cache, tables, lens = _paged(shapes, device, shapes.batch, longest, block_size)
     if spread:
         lens = torch.linspace(1, longest, shapes.batch, device=device).int()
-    pieces = decode_pieces(lens, k_cache, tables.shape[1])
+    view = CacheView.shared(k_cache, v_cache, tables, lens)
+    pieces = decode_pieces(view)
     q = torch.randn(shapes.batch, shapes.query_heads, shapes.head_dim, device=device, dtype=k_cache.dtype)
     scale = shapes.head_dim**-0.5
 
     def run() -> Tensor:
-        return paged_decode(q, k_cache, v_cache, tables, lens, scale, pieces)
+        return paged_decode(q, view, scale, pieces)
 
     def gate() -> tuple[float, float]:
-        host = _slice(k_cache, v_cache, tables[-GATED:])
-        expected = paged_decode_reference(q[-GATED:].cpu().float(), *host, lens[-GATED:].cpu(), scale)
+        host = CacheView.shared(*_slice(k_cache, v_cache, tables[-GATED:]), lens[-GATED:].cpu())
+        expected = paged_decode_reference(q[-GATED:].cpu().float(), host, scale)
         return _row_error(run()[-GATED:], expected), ATTENTION_BOUNDS[q.dtype]
 
     entries = int(lens.sum())
@@ -95,16 +97,15 @@ def _prefill(shapes: KernelShapes, device: torch.device, block_size: int) -> Cas
     k_cache, v_cache, tables, lens = _paged(shapes, device, count, length, block_size)
     q = torch.randn(count * length, shapes.query_heads, shapes.head_dim, device=device, dtype=k_cache.dtype)
     bounds = torch.arange(count + 1, dtype=torch.int32, device=device) * length
+    view = CacheView.shared(k_cache, v_cache, tables, lens)
     scale = shapes.head_dim**-0.5
 
     def run() -> Tensor:
-        return paged_prefill(q, k_cache, v_cache, tables, bounds, lens, length, scale)
+        return paged_prefill(q, view, bounds, length, scale)
 
     def gate() -> tuple[float, float]:
-        host = _slice(k_cache, v_cache, tables[:1])
-        expected = paged_prefill_reference(
-            q[:length].cpu().float(), *host, bounds[:2].cpu(), lens[:1].cpu(), length, scale
-        )
+        host = CacheView.shared(*_slice(k_cache, v_cache, tables[:1]), lens[:1].cpu())
+        expected = paged_prefill_reference(q[:length].cpu().float(), host, bounds[:2].cpu(), length, scale)
         return _row_error(run()[:length], expected), ATTENTION_BOUNDS[q.dtype]
 
     entries = count * length * shapes.kv_heads * shapes.head_dim

@@ -115,15 +115,22 @@ def check_tables(block_tables: Tensor, batch: int, device: torch.device, where: 
 def check_index(
     name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, where: str = "k_cache"
 ) -> None:
-    """A length of -1 in `shape` stands for any."""
+    """As `check_numbers`, and the last dimension is contiguous."""
+    check_numbers(name, x, dtype, shape, device, where)
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        fail(name, "stride", x.stride(), "make its last dimension contiguous")
+
+
+def check_numbers(
+    name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, where: str = "k_cache"
+) -> None:
+    """A length of -1 in `shape` stands for any; strides may be any, 0 too."""
     if x.dim() != len(shape) or any(n not in (-1, m) for n, m in zip(shape, x.shape)):
         fail(name, "shape", tuple(x.shape), f"give [{', '.join('any' if n < 0 else str(n) for n in shape)}]")
     if x.dtype != dtype:
         fail(name, "dtype", x.dtype, f"convert it to {dtype}")
     if x.device != device:
         fail(name, "device", x.device, f"move it to {device}, where {where} is")
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        fail(name, "stride", x.stride(), "make its last dimension contiguous")
 
 
 def fail(name: str, what: str, value: object, remedy: str) -> None:

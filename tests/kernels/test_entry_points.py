@@ -15,13 +15,14 @@ from kernels.store_kv import store_kv, store_kv_reference
 from kernels.store_positions import store_positions
 from kernels.store_step import store_step
 from tests.kernels.events import difference, make_event
-from tests.kernels.paged import BOUNDS, DEVICE, error, make_paged, starts
+from tests.kernels.paged import BOUNDS, DEVICE, error, make_paged, starts, upcast
 
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
 from kernels.add_rms_norm import add_rms_norm
+from kernels.cache_view import CacheView
 from kernels.compact_stable import compact_stable
 from kernels.copy_blocks import copy_blocks
 from kernels.paged_decode import paged_decode
@@ -35,8 +36,9 @@ from kernels.store_kv import store_kv
 from kernels.store_step import store_step
 cache, tables, lens = torch.randn(2, 1, 16, 32), torch.ones(1, 1).int(), torch.full((1,), 5).int()
 store_kv(torch.randn(1, 1, 32), torch.randn(1, 1, 32), cache, cache, torch.tensor([20]))
-paged_decode(torch.randn(1, 1, 32), cache, cache, tables, lens, 1.0)
-paged_prefill(torch.randn(1, 1, 32), cache, cache, tables, torch.tensor([0, 1]).int(), lens, 1, 1.0)
+view = CacheView.shared(cache, cache, tables, lens)
+paged_decode(torch.randn(1, 1, 32), view, 1.0)
+paged_prefill(torch.randn(1, 1, 32), view, torch.tensor([0, 1]).int(), 1, 1.0)
 copy_blocks(cache[None], cache[None], torch.tensor([0]), torch.tensor([1]))
 scores = redundancy(cache[None], tables, lens, tau=0.4)
 kept = select(scores, torch.zeros(1, 16, dtype=torch.bool), lens, lens - 1, 4)
@@ -55,7 +57,8 @@ def test_runs_on_a_cpu_without_triton():
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
 def test_a_step_of_a_layer(device):
     """Store the new entries, then prefill one request, then decode it, all through the engine's entry points."""
-    k_cache, v_cache, tables, lens = make_paged([40], 16, 2, 64, torch.float32, device).tuple()
+    view = make_paged([40], 16, 2, 64, torch.float32, device)
+    k_cache, v_cache, tables = view.k_cache, view.v_cache, view.block_tables[:, 0]
     bounds = starts([10], device)
     slots = (tables[0, [1, 2]].long()[:, None] * 16 + torch.arange(16, device=device)).flatten()[14:24]
     k, v, q = torch.randn(10, 2, 64), torch.randn(10, 2, 64), torch.randn(10, 6, 64)
@@ -64,11 +67,11 @@ def test_a_step_of_a_layer(device):
     store_kv_reference(k, v, k_ref, v_ref, slots.cpu())
     torch.testing.assert_close(k_cache.cpu(), k_ref, rtol=0, atol=0, equal_nan=True)
 
-    host = k_ref, v_ref, tables.cpu()
-    out = paged_prefill(q.to(device), k_cache, v_cache, tables, bounds, lens, 10, 0.1)
-    assert error(out, paged_prefill_reference(q, *host, bounds.cpu(), lens.cpu(), 10, 0.1)) < BOUNDS[torch.float32]
-    out = paged_decode(q[:1].to(device), k_cache, v_cache, tables, lens, 0.1)
-    assert error(out, paged_decode_reference(q[:1], *host, lens.cpu(), 0.1)) < BOUNDS[torch.float32]
+    host = upcast(view)
+    out = paged_prefill(q.to(device), view, bounds, 10, 0.1)
+    assert error(out, paged_prefill_reference(q, host, bounds.cpu(), 10, 0.1)) < BOUNDS[torch.float32]
+    out = paged_decode(q[:1].to(device), view, 0.1)
+    assert error(out, paged_decode_reference(q[:1], host, 0.1)) < BOUNDS[torch.float32]
 
 
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))

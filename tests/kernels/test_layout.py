@@ -1,10 +1,13 @@
 """A wrong argument is named, with its value and what to do."""
 
+import inspect
+
 import pytest
 import torch
 
 from kernels.add_rms_norm import add_rms_norm
 from kernels.attention_score import attention_score
+from kernels.cache_view import CacheView
 from kernels.compact_stable import compact_stable
 from kernels.copy_blocks import copy_blocks
 from kernels.paged_decode import paged_decode
@@ -26,15 +29,9 @@ def caches(layers=(), block_size=16, head_dim=64, dtype=torch.float32):
 
 def decode_arguments() -> dict:
     k_cache, v_cache = caches()
-    tables, lens = torch.zeros(3, 2, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
-    return {
-        "q": torch.randn(3, 6, 64),
-        "k_cache": k_cache,
-        "v_cache": v_cache,
-        "block_tables": tables,
-        "cache_lens": lens,
-        "scale": 0.1,
-    }
+    tables, lens = torch.zeros(3, 5, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
+    view = CacheView.shared(k_cache, v_cache, tables, lens)
+    return {"q": torch.randn(3, 6, 64), **view._asdict(), "scale": 0.1}
 
 
 def prefill_arguments() -> dict:
@@ -144,9 +141,17 @@ VALID = {
 }
 
 
+def call(kernel, arguments: dict) -> None:
+    """Fields of a view are given beside the other arguments."""
+    if "view" in inspect.signature(kernel).parameters:
+        view = CacheView(*(arguments.pop(name) for name in CacheView._fields))
+        arguments["view"] = view
+    kernel(**arguments)
+
+
 @pytest.mark.parametrize("kernel", VALID, ids=lambda kernel: kernel.__name__)
 def test_valid_arguments_pass(kernel):
-    kernel(**VALID[kernel]())
+    call(kernel, VALID[kernel]())
 
 
 WRONG = [
@@ -167,18 +172,18 @@ WRONG = [
     ),
     (paged_decode, {"v_cache": torch.zeros(5, 2, 16, 64)}, r"v_cache has shape \(5, 2, 16, 64\)"),
     (paged_decode, {"v_cache": torch.zeros(4, 2, 16, 64).half()}, r"v_cache has dtype torch.float16"),
-    (paged_decode, {"block_tables": torch.zeros(3, 2)}, r"block_tables has dtype .* torch.int32"),
+    (paged_decode, {"block_tables": torch.zeros(3, 2, 5)}, r"block_tables has dtype .* torch.int32"),
     (
         paged_decode,
-        {"block_tables": torch.zeros(2, 2).int()},
-        r"block_tables has shape \(2, 2\): give \[3, 2\]",
+        {"block_tables": torch.zeros(2, 2, 5).int()},
+        r"block_tables has shape \(2, 2, 5\): give \[3, 2, any\]",
     ),
-    (paged_decode, {"block_tables": torch.zeros(3).int()}, r"block_tables has shape \(3,\): give \[3, any\]"),
-    (paged_decode, {"block_tables": torch.zeros(2, 3).int().T}, r"block_tables has stride"),
-    (paged_decode, {"cache_lens": torch.ones(3).long()}, r"cache_lens has dtype torch.int64"),
-    (paged_decode, {"cache_lens": torch.ones(4).int()}, r"cache_lens has shape \(4,\): give \[3\]"),
+    (paged_decode, {"block_tables": torch.zeros(3, 5).int()}, r"block_tables has shape \(3, 5\): give \[3, 2, any\]"),
+    (paged_decode, {"block_tables": torch.zeros(3, 5, 2).int().mT}, r"block_tables has stride"),
+    (paged_decode, {"lens": torch.ones(3, 2).long()}, r"lens has dtype torch.int64"),
+    (paged_decode, {"lens": torch.ones(3, 3).int()}, r"lens has shape \(3, 3\): give \[any, 2\]"),
     (paged_prefill, {"cu_seqlens": torch.zeros(3).int()}, r"cu_seqlens has shape \(3,\): give \[4\]"),
-    (paged_prefill, {"cache_lens": torch.ones(3, 1).int()}, r"cache_lens has shape \(3, 1\): give \[any\]"),
+    (paged_prefill, {"lens": torch.ones(3).int()}, r"lens has shape \(3,\): give \[any, 2\]"),
     (paged_prefill, {"max_seqlen": 4}, r"max_seqlen has value 4: .* up to 3"),
     (paged_prefill, {"max_seqlen": torch.tensor(1)}, r"max_seqlen has value 1: give .* an int"),
     (store_kv, {"k": torch.randn(3, 4, 64)}, r"k has shape \(3, 4, 64\): give \[tokens, 2, 64\]"),
@@ -276,4 +281,4 @@ WRONG = [
 )
 def test_wrong_argument_is_named(kernel, wrong, message):
     with pytest.raises(ValueError, match=message):
-        kernel(**{**VALID[kernel](), **wrong})
+        call(kernel, {**VALID[kernel](), **wrong})

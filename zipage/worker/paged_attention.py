@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kernels.cache_view import CacheView, shared
 from kernels.decode_pieces import decode_pieces
 from kernels.paged_decode import paged_decode
 from kernels.paged_prefill import paged_prefill
@@ -45,8 +46,10 @@ class PagedAttention:
     prefill_lens: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
+    _decodes: tuple[Tensor, Tensor] | None = field(init=False, default=None)
+    _prefills: tuple[Tensor, Tensor] | None = field(init=False, default=None)
+    """Tables and lengths of each KV head: all of them read the same. Like the pieces, made in the first layer."""
     _pieces: Pieces | None = field(init=False, default=None)
-    """Of the decodes: cut in the first layer."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, d], k and v [T, H, d], after rotary -> [T, Hq, d]."""
@@ -57,22 +60,16 @@ class PagedAttention:
             store_step(k, v, q, k_cache, v_cache, self.cache.queries[layer], self.slots, self.query_indices)
         parts = []
         n = self.num_decodes
+        heads = k_cache.shape[1]
         if n:
             if layer == 0:
-                self._pieces = decode_pieces(self.decode_lens, k_cache, self.decode_tables.shape[1])
-            tables, lens = self.decode_tables, self.decode_lens
-            parts.append(paged_decode(q[:n], k_cache, v_cache, tables, lens, self.scale, self._pieces))
+                self._decodes = shared(self.decode_tables, heads), shared(self.decode_lens, heads)
+                self._pieces = decode_pieces(CacheView(k_cache, v_cache, *self._decodes))
+            view = CacheView(k_cache, v_cache, *self._decodes)
+            parts.append(paged_decode(q[:n], view, self.scale, self._pieces))
         if self.max_seqlen:
-            parts.append(
-                paged_prefill(
-                    q[n:],
-                    k_cache,
-                    v_cache,
-                    self.prefill_tables,
-                    self.cu_seqlens,
-                    self.prefill_lens,
-                    self.max_seqlen,
-                    self.scale,
-                )
-            )
+            if layer == 0:
+                self._prefills = shared(self.prefill_tables, heads), shared(self.prefill_lens, heads)
+            view = CacheView(k_cache, v_cache, *self._prefills)
+            parts.append(paged_prefill(q[n:], view, self.cu_seqlens, self.max_seqlen, self.scale))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
