@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.attention_score import attention_score, attention_score_reference
 from kernels.bench_shapes import WINDOW, KernelShapes
-from kernels.cache_view import CacheView
+from kernels.cache_view import CacheView, shared
 from kernels.compact_stable import compact_stable, compact_stable_reference
 from kernels.decode_pieces import decode_pieces
 from kernels.paged_decode import paged_decode, paged_decode_reference
@@ -129,13 +129,13 @@ def _store(shapes: KernelShapes, device: torch.device, block_size: int) -> Case:
     slots = torch.randperm(blocks * block_size, device=device)[:tokens]
 
     def run() -> None:
-        store_kv(k, v, *caches, slots)
+        store_kv(k, v, *caches, shared(slots, shapes.kv_heads))
 
     def gate() -> tuple[float, float]:
         run()
         some = slots[: 32 * GATED].cpu()
         expected = [torch.zeros(cache.shape, dtype=dtype) for cache in caches]
-        store_kv_reference(k[: len(some)].cpu(), v[: len(some)].cpu(), *expected, some)
+        store_kv_reference(k[: len(some)].cpu(), v[: len(some)].cpu(), *expected, shared(some, shapes.kv_heads))
         block, offset = some // block_size, some % block_size
         found = [cache.cpu()[block, :, offset] for cache in caches]
         return max(_differing(a, b[block, :, offset]) for a, b in zip(found, expected)), 0.0

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kernels.attention_score import attention_score, attention_score_reference
 from kernels.attention_score_triton import attention_score_triton
+from kernels.cache_view import shared
 from kernels.compact_stable import compact_stable, compact_stable_reference, compact_stable_torch
 from kernels.compact_stable_triton import compact_stable_triton
 from kernels.redundancy import redundancy, redundancy_reference
@@ -195,9 +196,11 @@ def check_moves(checks: Checks, shapes: list[tuple]) -> None:
     slots = torch.randperm(9 * 16, device=DEVICE)[:100]
     slots[::7] = -1
     positions, expected = torch.arange(100, dtype=torch.int32, device=DEVICE), state.cpu()
-    store_positions_triton(positions, state[1:4], slots)
-    store_positions_reference(positions.cpu(), expected[1:4], slots.cpu())
-    checks.add("store_positions", "int32", differing(state.float(), expected.float()), 0.0)
+    apart = torch.stack([slots.roll(7 * i) for i in range(3 * 8)], dim=1).view(100, 3, 8).transpose(0, 1)
+    for each in (shared(slots, 8, 3), apart):
+        store_positions_triton(positions, state[1:4], each)
+        store_positions_reference(positions.cpu(), expected[1:4], each.cpu())
+        checks.add("store_positions", "int32", differing(state.float(), expected.float()), 0.0)
 
 
 def check_in_place(checks: Checks) -> None:

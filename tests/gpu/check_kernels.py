@@ -38,7 +38,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.add_rms_norm import add_rms_norm_reference, add_rms_norm_torch
 from kernels.add_rms_norm_triton import add_rms_norm_triton
-from kernels.cache_view import CacheView
+from kernels.cache_view import CacheView, shared
 from kernels.copy_blocks import copy_blocks_reference
 from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
@@ -220,12 +220,16 @@ def check_attention(checks: Checks, grid: Grid) -> None:
 def check_writes(checks: Checks, grid: Grid) -> None:
     """Stores and copies are exact: an error is the share of elements that differ."""
     kv_heads = (2, 8) if DRY else (2, 8, 20)
-    for name, head_dim, block_size, heads in grid.combine(grid.dtypes, grid.head_dims, grid.block_sizes, kv_heads):
+    cases = enumerate(grid.combine(grid.dtypes, grid.head_dims, grid.block_sizes, kv_heads))
+    for number, (name, head_dim, block_size, heads) in cases:
         dtype = getattr(torch, name)
         case = {"head_dim": head_dim, "block_size": block_size, "kv_heads": heads}
         caches = torch.full((2, 3, 9, heads, block_size, head_dim), float("nan"), device=DEVICE, dtype=dtype)
         slots = torch.randperm(9 * block_size, device=DEVICE)[:40]
         slots[::7] = -1
+        # As the engine has them, and in every other case each head's own.
+        slots = shared(slots, heads) if number % 2 else torch.stack([slots.roll(7 * h) for h in range(heads)], dim=1)
+        case["slots_apart"] = number % 2 == 0
         k, v = (fused(40, heads, head_dim, dtype) for _ in range(2))
         expected = caches.clone()
         store_kv_triton(k, v, caches[0, 1], caches[1, 1], slots)
@@ -307,7 +311,7 @@ def check_large_addresses(checks: Checks) -> None:
     cache = torch.empty(blocks, 1, 256, 128, dtype=torch.bfloat16, device=DEVICE)
     cache[0].fill_(float("nan"))
     k = fused(100, 1, 128, torch.bfloat16)
-    store_kv_triton(k, k, cache, cache, (blocks - 1) * 256 + torch.arange(100, device=DEVICE))
+    store_kv_triton(k, k, cache, cache, (blocks - 1) * 256 + torch.arange(100, device=DEVICE)[:, None])
     tables = torch.tensor([[blocks - 1]], dtype=torch.int32, device=DEVICE)
     lens = torch.tensor([100], dtype=torch.int32, device=DEVICE)
     bounds = torch.tensor([0, 100], dtype=torch.int32, device=DEVICE)
@@ -492,7 +496,7 @@ def time_layer_ops(bandwidth: float) -> list[dict[str, Any]]:
         rings = torch.empty(-(-tokens // 16), 16, heads, head_dim, **options)
         places = torch.randperm(tokens, device=DEVICE)
 
-        args = k, v, q, *caches, rings, places, places
+        args = k, v, q, *caches, rings, shared(places, kv_heads), places
         add("store_step", tokens, 2 * qkv.nbytes, partial(store_step_triton, *args), partial(store_apart, *args))
 
     for tokens in (1, 256):

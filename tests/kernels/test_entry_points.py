@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from kernels.attention_score import attention_score, attention_score_reference
+from kernels.cache_view import shared
 from kernels.compact_stable import compact_stable
 from kernels.paged_decode import paged_decode, paged_decode_reference
 from kernels.paged_prefill import paged_prefill, paged_prefill_reference
@@ -35,7 +36,7 @@ from kernels.silu_mul import silu_mul
 from kernels.store_kv import store_kv
 from kernels.store_step import store_step
 cache, tables, lens = torch.randn(2, 1, 16, 32), torch.ones(1, 1).int(), torch.full((1,), 5).int()
-store_kv(torch.randn(1, 1, 32), torch.randn(1, 1, 32), cache, cache, torch.tensor([20]))
+store_kv(torch.randn(1, 1, 32), torch.randn(1, 1, 32), cache, cache, torch.tensor([[20]]))
 view = CacheView.shared(cache, cache, tables, lens)
 paged_decode(torch.randn(1, 1, 32), view, 1.0)
 paged_prefill(torch.randn(1, 1, 32), view, torch.tensor([0, 1]).int(), 1, 1.0)
@@ -45,7 +46,7 @@ kept = select(scores, torch.zeros(1, 16, dtype=torch.bool), lens, lens - 1, 4)
 compact_stable(cache[None], cache[None], [], kept, tables, tables)
 normed = add_rms_norm(torch.randn(1, 128), torch.randn(1, 128), torch.ones(128), 1e-6)
 q, k, v = qk_norm_rope(normed, None, None, 1e-6, torch.ones(1, 1, 32), torch.zeros(1, 1, 16), 2, 1)
-store_step(k, v, q, cache, cache, torch.randn(1, 4, 2, 32), torch.tensor([20]), torch.tensor([3]))
+store_step(k, v, q, cache, cache, torch.randn(1, 4, 2, 32), torch.tensor([[20]]), torch.tensor([3]))
 sample_from_logits(silu_mul(normed), torch.ones(1), torch.full((1,), 0.5, dtype=torch.float64))
 """
 
@@ -63,6 +64,7 @@ def test_a_step_of_a_layer(device):
     slots = (tables[0, [1, 2]].long()[:, None] * 16 + torch.arange(16, device=device)).flatten()[14:24]
     k, v, q = torch.randn(10, 2, 64), torch.randn(10, 2, 64), torch.randn(10, 6, 64)
     k_ref, v_ref = k_cache.cpu().clone(), v_cache.cpu().clone()
+    slots = shared(slots, 2)
     store_kv(k.to(device), v.to(device), k_cache, v_cache, slots)
     store_kv_reference(k, v, k_ref, v_ref, slots.cpu())
     torch.testing.assert_close(k_cache.cpu(), k_ref, rtol=0, atol=0, equal_nan=True)
@@ -82,12 +84,12 @@ def test_a_compression_of_some_layers(device):
     stored = torch.zeros(event.k_cache.shape[:4], device=device)
     tables, lens = event.block_tables, event.lens
     slots = (tables[0, :5].long()[:, None] * 16 + torch.arange(16, device=device)).flatten()[:75]
-    store_positions(torch.arange(75, dtype=torch.int32, device=device), positions, slots)
+    store_positions(torch.arange(75, dtype=torch.int32, device=device), positions, shared(slots, 2, 2))
     q_cache = torch.zeros(2, 3, 16, 6, 32, device=device)
     for layer, k_layer, v_layer in zip(q_cache, event.k_cache, event.v_cache):
         (k, v), q = torch.randn(2, 16, 2, 32, device=device), torch.randn(16, 6, 32, device=device)
         places = 16 + (59 + torch.arange(16, device=device)) % 16
-        store_step(k, v, q, k_layer, v_layer, layer, slots[59:], places)
+        store_step(k, v, q, k_layer, v_layer, layer, shared(slots[59:], 2), places)
     one, keep = torch.ones(1, dtype=torch.int32, device=device), torch.full((1,), 32, dtype=torch.int32, device=device)
     must = torch.zeros(1, event.width, dtype=torch.bool, device=device)
     must[:, 59:75] = True

@@ -7,7 +7,7 @@ import torch
 
 from kernels.add_rms_norm import add_rms_norm
 from kernels.attention_score import attention_score
-from kernels.cache_view import CacheView
+from kernels.cache_view import CacheView, shared
 from kernels.compact_stable import compact_stable
 from kernels.copy_blocks import copy_blocks
 from kernels.paged_decode import paged_decode
@@ -42,7 +42,7 @@ def prefill_arguments() -> dict:
 def store_arguments() -> dict:
     k_cache, v_cache = caches()
     k, v = torch.randn(2, 3, 2, 64)
-    return {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slots": torch.arange(3)}
+    return {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slots": shared(torch.arange(3), 2)}
 
 
 def copy_arguments() -> dict:
@@ -88,7 +88,7 @@ def stable_arguments() -> dict:
 
 def store_positions_arguments() -> dict:
     state = torch.zeros(3, 4, 2, 16, dtype=torch.int32)
-    return {"positions": torch.arange(3, dtype=torch.int32), "state": state, "slots": torch.arange(3)}
+    return {"positions": torch.arange(3, dtype=torch.int32), "state": state, "slots": shared(torch.arange(3), 2, 3)}
 
 
 def store_step_arguments() -> dict:
@@ -188,8 +188,8 @@ WRONG = [
     (paged_prefill, {"max_seqlen": torch.tensor(1)}, r"max_seqlen has value 1: give .* an int"),
     (store_kv, {"k": torch.randn(3, 4, 64)}, r"k has shape \(3, 4, 64\): give \[tokens, 2, 64\]"),
     (store_kv, {"v": torch.randn(2, 2, 64)}, r"v has shape \(2, 2, 64\): give 3 tokens"),
-    (store_kv, {"slots": torch.arange(3).int()}, r"slots has dtype torch.int32: convert it to torch.int64"),
-    (store_kv, {"slots": torch.arange(4)}, r"slots has shape \(4,\): give \[3\]"),
+    (store_kv, {"slots": torch.zeros(3, 2).int()}, r"slots has dtype torch.int32: convert it to torch.int64"),
+    (store_kv, {"slots": torch.arange(3)}, r"slots has shape \(3,\): give \[3, 2\]"),
     (copy_blocks, {"k_cache": torch.zeros(4, 2, 16, 64)}, r"k_cache has shape .* all layers"),
     (copy_blocks, {"v_cache": torch.zeros(2, 4, 2, 16, 64)}, r"v_cache has shape \(2, 4, 2, 16, 64\)"),
     (copy_blocks, {"dst": torch.arange(2)}, r"dst has shape \(2,\): give \[1\]"),
@@ -202,8 +202,8 @@ WRONG = [
     (store_positions, {"positions": torch.arange(3)}, r"positions has dtype torch.int64"),
     (store_positions, {"state": torch.zeros(3, 4, 2, 16)}, r"state has dtype .* use torch.int32"),
     (store_positions, {"state": torch.zeros(4, 2, 16).int()}, r"state has shape"),
-    (store_positions, {"slots": torch.arange(4)}, r"slots has shape \(4,\): give \[3\]"),
-    (store_step, {"slots": torch.arange(4)}, r"slots has shape \(4,\): give \[3\]"),
+    (store_positions, {"slots": torch.zeros(3, 2).long()}, r"slots has shape \(3, 2\): give \[3, 3, 2\]"),
+    (store_step, {"slots": torch.zeros(4, 2).long()}, r"slots has shape \(4, 2\): give \[3, 2\]"),
     (store_step, {"indices": torch.arange(3).int()}, r"indices has dtype torch.int32"),
     (store_step, {"q_cache": torch.zeros(2, 8, 6, 64).half()}, r"q_cache has dtype .* as k_cache is"),
     (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.cache_view import CacheView
+from kernels.cache_view import CacheView, shared
 from kernels.paged_decode import paged_decode_reference
 from kernels.paged_prefill import paged_prefill_reference
 from kernels.store_kv import store_kv_reference
@@ -25,7 +25,7 @@ def page(dense: list[torch.Tensor], block_size: int) -> tuple[torch.Tensor, torc
             free -= 1
             tables[row, column] = free
             part = x[column * block_size : (column + 1) * block_size]
-            store_kv_reference(part, part, cache, cache, free * block_size + torch.arange(len(part)))
+            store_kv_reference(part, part, cache, cache, shared(free * block_size + torch.arange(len(part)), heads))
     return cache, tables
 
 
@@ -75,7 +75,7 @@ def test_empty_context_gives_zeros():
 def test_store_writes_the_named_slots_only():
     k, v = torch.randn(2, 3, 2, 32)
     k_cache, v_cache = torch.zeros(2, 4, 2, 16, 32)
-    store_kv_reference(k, v, k_cache, v_cache, torch.tensor([17, -1, 63]))
+    store_kv_reference(k, v, k_cache, v_cache, shared(torch.tensor([17, -1, 63]), 2))
     expected = torch.zeros(4, 2, 16, 32)
     expected[1, :, 1], expected[3, :, 15] = k[0], k[2]
     assert torch.equal(k_cache, expected)

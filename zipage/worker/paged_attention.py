@@ -46,21 +46,24 @@ class PagedAttention:
     prefill_lens: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
+    _slots: Tensor | None = field(init=False, default=None)
+    """Of each KV head. All heads have the same, as they have tables and lengths: seen so in the first layer."""
     _decodes: tuple[Tensor, Tensor] | None = field(init=False, default=None)
     _prefills: tuple[Tensor, Tensor] | None = field(init=False, default=None)
-    """Tables and lengths of each KV head: all of them read the same. Like the pieces, made in the first layer."""
     _pieces: Pieces | None = field(init=False, default=None)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, d], k and v [T, H, d], after rotary -> [T, Hq, d]."""
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        heads = k_cache.shape[1]
+        if layer == 0:
+            self._slots = shared(self.slots, heads)
         if self.query_indices is None:
-            store_kv(k, v, k_cache, v_cache, self.slots)
+            store_kv(k, v, k_cache, v_cache, self._slots)
         else:
-            store_step(k, v, q, k_cache, v_cache, self.cache.queries[layer], self.slots, self.query_indices)
+            store_step(k, v, q, k_cache, v_cache, self.cache.queries[layer], self._slots, self.query_indices)
         parts = []
         n = self.num_decodes
-        heads = k_cache.shape[1]
         if n:
             if layer == 0:
                 self._decodes = shared(self.decode_tables, heads), shared(self.decode_lens, heads)
