@@ -156,17 +156,21 @@ def _compression(shapes: KernelShapes, device: torch.device) -> Iterator[Case]:
     keys, line = pairs * shapes.entries * shapes.head_dim * k_cache.itemsize, pairs * shapes.entries * 4
     shape = f"{count} x {shapes.entries:,} -> {shapes.budget:,}, {layers} layers, block {size}"
     scale, tau = shapes.head_dim**-0.5, 0.4
-    host_tables, host_lens = tables.cpu(), lens.cpu()
+    view = CacheView.shared(k_cache, v_cache, tables, lens)
+
+    def host_view(*caches: Tensor) -> CacheView:
+        """The first layer's, on the host; its keys in float32, or other caches."""
+        keys = k_cache[:1].cpu().float()
+        return CacheView.shared(*(caches or (keys, keys)), tables.cpu(), lens.cpu())
 
     q_cache = torch.randn(layers, count, WINDOW, shapes.query_heads, shapes.head_dim, device=device).to(k_cache.dtype)
     slots, ends = torch.arange(count, dtype=torch.int32, device=device), lens.clone()
 
-    def score(depth: slice = slice(None)) -> Tensor:
-        return attention_score(q_cache[depth], k_cache[depth], slots, ends, tables, lens, scale)
+    def score() -> Tensor:
+        return attention_score(q_cache, view, slots, ends, scale)
 
     def score_gate() -> tuple[float, float]:
-        first = q_cache[:1].cpu().float(), k_cache[:1].cpu().float()
-        expected = attention_score_reference(*first, slots.cpu(), ends.cpu(), host_tables, host_lens, scale)
+        expected = attention_score_reference(q_cache[:1].cpu().float(), host_view(), slots.cpu(), ends.cpu(), scale)
         return _score_error(score()[:1], expected), SCORE_BOUND
 
     flops = 2 * layers * count * WINDOW * shapes.query_heads * shapes.entries * shapes.head_dim
@@ -174,11 +178,11 @@ def _compression(shapes: KernelShapes, device: torch.device) -> Iterator[Case]:
 
     chunk = shapes.redundancy_chunk
 
-    def repeat(depth: slice = slice(None)) -> Tensor:
-        return redundancy(k_cache[depth], tables, lens, tau=tau, chunk=chunk)
+    def repeat() -> Tensor:
+        return redundancy(view, tau=tau, chunk=chunk)
 
     def repeat_gate() -> tuple[float, float]:
-        expected = redundancy_reference(k_cache[:1].cpu().float(), host_tables, host_lens, tau=tau, chunk=chunk)
+        expected = redundancy_reference(host_view(), tau=tau, chunk=chunk)
         return _score_error(repeat()[:1], expected), SCORE_BOUND
 
     flops = 2 * pairs * shapes.entries * chunk * shapes.head_dim
@@ -189,21 +193,21 @@ def _compression(shapes: KernelShapes, device: torch.device) -> Iterator[Case]:
     must = torch.zeros(count, shapes.entries, dtype=torch.bool, device=device)
     must[:, -WINDOW:] = True
     keep = torch.full_like(lens, shapes.budget)
-    kept = select(scores, must, lens, keep, shapes.budget)
+    kept = select(scores, shared(must, heads, layers), view.lens, shared(keep, heads, layers), shapes.budget)
     new_tables = tables[:, : shapes.budget // size].contiguous()
     # Survivors that move, each read and written once in K and in V.
     shifted = int((kept != torch.arange(shapes.budget, device=device)).sum())
     entry = 2 * shapes.head_dim * k_cache.itemsize
 
     def stable() -> None:
-        compact_stable(k_cache, v_cache, [], kept, tables, new_tables)
+        compact_stable(view, [], kept, shared(new_tables, heads, layers))
 
     def stable_gate() -> tuple[float, float]:
         moved = k_cache[:1].clone(), v_cache[:1].clone()
         expected = tuple(cache.to("cpu", copy=True) for cache in moved)
         first = kept[:1].contiguous()
-        compact_stable(*moved, [], first, tables, new_tables)
-        compact_stable_reference(*expected, [], first.cpu(), host_tables, new_tables.cpu())
+        compact_stable(CacheView.shared(*moved, tables, lens), [], first, shared(new_tables, heads, 1))
+        compact_stable_reference(host_view(*expected), [], first.cpu(), shared(new_tables.cpu(), heads, 1))
         return max(_differing(a.cpu(), b) for a, b in zip(moved, expected)), 0.0
 
     yield Case("compact_stable", shape, stable, stable_gate, read=shifted * entry, written=shifted * entry)

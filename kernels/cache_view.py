@@ -72,6 +72,11 @@ def shared(x: Tensor, heads: int, layers: int | None = None) -> Tensor:
     return x.unsqueeze(1).expand(sizes if layers is None else (layers, *sizes))
 
 
+def once(x: Tensor) -> Tensor:
+    """`x` with a single place in each dimension that it is expanded along: the same values, broadcast."""
+    return x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]
+
+
 def check_view(view: CacheView, all_layers: bool) -> None:
     """Check a view of all layers, or of one. Raises ValueError naming the field, its value and the remedy."""
     k_cache, v_cache, block_tables, lens = view
@@ -109,3 +114,8 @@ def gather_entries(cache: Tensor, table: Tensor, length: int, heads: slice) -> T
     tiles = cache.view(-1, block_size * head_dim)
     index = blocks * kv_heads + torch.arange(heads.start, heads.stop)[:, None]
     return tiles.index_select(0, index.view(-1)).view(len(index), 1, -1, head_dim)[:, :, :length]
+
+
+def scores_like(view: CacheView) -> Tensor:
+    """Scores of all -inf: float32 [L, R, H, N]."""
+    return torch.full((*view.lens.shape, view.width), float("-inf"), device=view.lens.device)

@@ -49,11 +49,6 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...], dtypes: tuple,
         fail(name, "stride", state.stride(), "give at least one layer, each contiguous")
 
 
-def check_requests(block_tables: Tensor, lens: Tensor, device: torch.device, where: str = "k_cache") -> None:
-    check_index("lens", lens, torch.int32, (-1,), device, where)
-    check_tables(block_tables, lens.shape[0], device, where)
-
-
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         fail(name, "value", repr(value), f"use one of {', '.join(choices)}")
@@ -104,12 +99,6 @@ def check_like(name: str, x: Tensor, cache: Tensor, where: str = "k_cache") -> N
         fail(name, "dtype", x.dtype, f"convert it to {cache.dtype}, as {where} is")
     if x.device != cache.device:
         fail(name, "device", x.device, f"move it to {cache.device}, where {where} is")
-
-
-def check_tables(block_tables: Tensor, batch: int, device: torch.device, where: str = "k_cache") -> tuple[int, int]:
-    width = block_tables.shape[1] if block_tables.dim() == 2 else -1
-    check_index("block_tables", block_tables, torch.int32, (batch, width), device, where)
-    return tuple(block_tables.shape)
 
 
 def check_index(

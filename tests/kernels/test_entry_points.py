@@ -38,12 +38,14 @@ from kernels.store_step import store_step
 cache, tables, lens = torch.randn(2, 1, 16, 32), torch.ones(1, 1).int(), torch.full((1,), 5).int()
 store_kv(torch.randn(1, 1, 32), torch.randn(1, 1, 32), cache, cache, torch.tensor([[20]]))
 view = CacheView.shared(cache, cache, tables, lens)
+layers = CacheView.shared(cache[None], cache[None], tables, lens)
 paged_decode(torch.randn(1, 1, 32), view, 1.0)
 paged_prefill(torch.randn(1, 1, 32), view, torch.tensor([0, 1]).int(), 1, 1.0)
 copy_blocks(cache[None], cache[None], torch.tensor([0]), torch.tensor([1]))
-scores = redundancy(cache[None], tables, lens, tau=0.4)
-kept = select(scores, torch.zeros(1, 16, dtype=torch.bool), lens, lens - 1, 4)
-compact_stable(cache[None], cache[None], [], kept, tables, tables)
+scores = redundancy(layers, tau=0.4)
+must, keep = torch.zeros(1, 1, 1, 16, dtype=torch.bool), layers.lens - 1
+kept = select(scores, must, layers.lens, keep, 4)
+compact_stable(layers, [], kept, layers.block_tables)
 normed = add_rms_norm(torch.randn(1, 128), torch.randn(1, 128), torch.ones(128), 1e-6)
 q, k, v = qk_norm_rope(normed, None, None, 1e-6, torch.ones(1, 1, 32), torch.zeros(1, 1, 16), 2, 1)
 store_step(k, v, q, cache, cache, torch.randn(1, 4, 2, 32), torch.tensor([[20]]), torch.tensor([3]))
@@ -82,7 +84,7 @@ def test_a_compression_of_some_layers(device):
     event = make_event([75], 16, 2, 2, 32, torch.float32, device)
     positions = torch.full(event.k_cache.shape[:4], -1, dtype=torch.int32, device=device)
     stored = torch.zeros(event.k_cache.shape[:4], device=device)
-    tables, lens = event.block_tables, event.lens
+    tables = event.view.block_tables[0, :, 0]
     slots = (tables[0, :5].long()[:, None] * 16 + torch.arange(16, device=device)).flatten()[:75]
     store_positions(torch.arange(75, dtype=torch.int32, device=device), positions, shared(slots, 2, 2))
     q_cache = torch.zeros(2, 3, 16, 6, 32, device=device)
@@ -94,22 +96,22 @@ def test_a_compression_of_some_layers(device):
     must = torch.zeros(1, event.width, dtype=torch.bool, device=device)
     must[:, 59:75] = True
 
-    def choose(attention_score, pool_scores, redundancy, select, q_cache, k_cache, tables, lens, one, must, keep):
-        score = attention_score(q_cache, k_cache, one, lens, tables, lens, 0.2)
-        pooled = pool_scores(score, lens, 5, "max", lens)
-        pooled = 0.2 * pooled - 0.8 * redundancy(k_cache, tables, lens, tau=0.4, chunk=16)
-        return score, select(pooled, must, lens, keep, 32)
+    def choose(attention_score, pool_scores, redundancy, select, q_cache, view, one, must, keep):
+        score = attention_score(q_cache, view, one, 75 * one, 0.2)
+        pooled = pool_scores(score, view.lens, 5, "max", view.lens)
+        pooled = 0.2 * pooled - 0.8 * redundancy(view, tau=0.4, chunk=16)
+        return score, select(pooled, event.shared(must), view.lens, event.shared(keep), 32)
 
-    args = q_cache, event.k_cache, tables, lens, one, must, keep
-    score, kept = choose(attention_score, pool_scores, redundancy, select, *args)
+    args = one, must, keep
+    score, kept = choose(attention_score, pool_scores, redundancy, select, q_cache, event.view, *args)
     references = attention_score_reference, pool_scores_reference, redundancy_reference, select_reference
-    expected_score, expected = choose(*references, *(x.cpu() for x in args))
+    expected_score, expected = choose(*references, q_cache.cpu(), upcast(event.view), *(x.cpu() for x in args))
     assert difference(score, expected_score) < 5e-6
     assert torch.equal(kept.cpu(), expected)
 
     survivors = [x.cpu().clone() for x in (event.k_cache, event.v_cache)]
     states, updates = [positions, stored], [None, score]
-    compact_stable(event.k_cache, event.v_cache, states, kept, tables, tables[:, :2], updates)
+    compact_stable(event.view, states, kept, event.view.block_tables[..., :2], updates)
     blocks = tables[0, :2].long()
     held = positions[:, blocks].transpose(1, 2).flatten(2).cpu()
     assert torch.equal(held, expected[:, 0])

@@ -51,8 +51,9 @@ def copy_arguments() -> dict:
 
 
 def event_arguments() -> dict:
+    k_cache = torch.randn(3, 4, 2, 16, 32)
     tables, lens = torch.tensor([[1, 2], [3, 0]], dtype=torch.int32), torch.tensor([20, 16], dtype=torch.int32)
-    return {"k_cache": torch.randn(3, 4, 2, 16, 32), "block_tables": tables, "lens": lens}
+    return CacheView.shared(k_cache, k_cache.clone(), tables, lens)._asdict()
 
 
 def score_arguments() -> dict:
@@ -70,20 +71,19 @@ def line_arguments() -> dict:
 
 
 def pool_arguments() -> dict:
-    return {**line_arguments(), "width": 5, "kind": "max", "limit": torch.ones(2, dtype=torch.int32)}
+    return {**line_arguments(), "width": 5, "kind": "max", "limit": torch.ones(3, 2, 2, dtype=torch.int32)}
 
 
 def select_arguments() -> dict:
     must, keep = torch.zeros(2, 32, dtype=torch.bool), torch.full((2,), 16, dtype=torch.int32)
-    return {**line_arguments(), "must": must, "keep": keep, "max_keep": 16}
+    return {**line_arguments(), "must": shared(must, 2, 3), "keep": shared(keep, 2, 3), "max_keep": 16}
 
 
 def stable_arguments() -> dict:
     event = event_arguments()
-    del event["lens"]
     kept = torch.arange(16, dtype=torch.int32).expand(3, 2, 2, 16).contiguous()
-    caches = {"v_cache": event["k_cache"].clone(), "states": [torch.zeros(3, 4, 2, 16)]}
-    return {**event, **caches, "kept": kept, "dst_tables": event["block_tables"][:, :1]}
+    dst_tables = event["block_tables"][..., :1]
+    return {**event, "states": [torch.zeros(3, 4, 2, 16)], "kept": kept, "dst_tables": dst_tables}
 
 
 def store_positions_arguments() -> dict:
@@ -241,7 +241,11 @@ WRONG = [
     (attention_score, {"q_cache": torch.randn(2, 2, 8, 6, 32)}, r"q_cache has shape .* give \[3, slots"),
     (attention_score, {"q_cache": torch.randn(3, 2, 8, 6, 32).half()}, r"q_cache has dtype torch.float16"),
     (attention_score, {"k_cache": torch.randn(4, 2, 16, 32)}, r"k_cache has shape .* all layers"),
-    (attention_score, {"lens": torch.ones(3).int()}, r"block_tables has shape \(2, 2\): give \[3, 2\]"),
+    (
+        attention_score,
+        {"lens": torch.ones(3, 3, 2).int()},
+        r"block_tables has shape \(3, 2, 2, 2\): give \[3, 3, 2, any\]",
+    ),
     (attention_score, {"window_ends": torch.ones(2)}, r"window_ends has dtype torch.float32"),
     (attention_score, {"query_slots": torch.ones(3).int()}, r"query_slots has shape \(3,\): give \[2\]"),
     (attention_score, {"softmax": "none"}, r"softmax has value 'none': use one of all, cut, group_cut"),
@@ -252,20 +256,20 @@ WRONG = [
     (redundancy, {"tau": 0.0}, r"tau has value 0.0: give a temperature above 0"),
     (pool_scores, {"width": 4}, r"width has value 4: give an odd number"),
     (pool_scores, {"kind": "sum"}, r"kind has value 'sum': use one of max, avg"),
-    (pool_scores, {"limit": torch.ones(3).int()}, r"limit has shape \(3,\): give \[2\]"),
+    (pool_scores, {"limit": torch.ones(2).int()}, r"limit has shape \(2,\): give \[3, 2, 2\]"),
     (
         select,
         {"scores": torch.randn(2, 2, 32)},
         r"scores has shape .* give \[layers, requests, heads, slots\]",
     ),
     (select, {"scores": torch.randn(3, 2, 32, 2).mT}, r"scores has stride .* make it contiguous"),
-    (select, {"must": torch.zeros(2, 32)}, r"must has dtype torch.float32: convert it to torch.bool"),
-    (select, {"must": torch.zeros(2, 31).bool()}, r"must has shape \(2, 31\): give \[2, 32\]"),
+    (select, {"must": torch.zeros(3, 2, 2, 32)}, r"must has dtype torch.float32: convert it to torch.bool"),
+    (select, {"must": torch.zeros(2, 32).bool()}, r"must has shape \(2, 32\): give \[3, 2, 2, 32\]"),
     (select, {"must": torch.zeros(2, 2, 32).bool()}, r"must has shape .* give \[3, 2, 2, 32\]"),
     (select, {"max_keep": 33}, r"max_keep has value 33: .* up to 32"),
-    (select, {"keep": torch.ones(2).long()}, r"keep has dtype torch.int64"),
+    (select, {"keep": torch.ones(3, 2, 2).long()}, r"keep has dtype torch.int64"),
     (compact_stable, {"kept": torch.zeros(3, 2, 2, 17).int()}, r"kept has shape .* up to 16 entries"),
-    (compact_stable, {"dst_tables": torch.zeros(1, 1).int()}, r"dst_tables has shape .* give \[2, any\]"),
+    (compact_stable, {"dst_tables": torch.zeros(2, 1).int()}, r"dst_tables has shape .* give \[3, 2, 2, any\]"),
     (compact_stable, {"states": [torch.zeros(3, 4, 2, 16).half()]}, r"states\[0\] has dtype torch.float16"),
     (compact_stable, {"states": [torch.zeros(3, 5, 2, 16)]}, r"states\[0\] has shape .* \[3, 4, 2, 16\]"),
     (compact_stable, {"updates": []}, r"updates has length 0: give 1"),

@@ -100,7 +100,9 @@ def compress(
 def choose(policy: Policy, event: PagedEvent, max_keep: int) -> Choice:
     """What shall stay, written nowhere; K is min(max_keep, N)."""
     scores = policy.score(event).contiguous()
-    kept = select(scores, event.must, event.lens, event.keep, min(max_keep, event.num_slots))
+    kept = select(
+        scores, event.shared(event.must), event.view.lens, event.shared(event.keep), min(max_keep, event.num_slots)
+    )
     highest = scores.amax(dim=(0, 2))  # NaN where one is
     return Choice(kept, highest.masked_fill(event.must, 0).isnan().any(dim=-1))
 
@@ -111,4 +113,4 @@ def _move(policy: Policy, event: PagedEvent, states: list[Tensor], kept: Tensor,
     if policy.state:
         states = [*states, event.state_cache]
         updates.append(event.new_state.expand(event.shape).contiguous())
-    compact_stable(event.k_cache, event.v_cache, states, kept, event.block_tables, dst_tables, updates)
+    compact_stable(event.view, states, kept, event.shared(dst_tables), updates)
