@@ -138,18 +138,18 @@ def attention_score_torch(
     queries = q_cache.shape[2]
     group_size = q_cache.shape[3] // k_cache.shape[2]
     out = scores_like(view)
-    ends, slots = window_ends.tolist(), query_slots.tolist()
+    slots, lengths = query_slots.tolist(), lens.tolist()
+    rings = (window_ends[:, None] - queries + torch.arange(queries)) % queries
+    hidden = torch.arange(queries) > torch.arange(queries)[:, None]
     reduce_group = torch.amax if group == "max" else torch.mean
     for layer, row, heads in product(range(len(k_cache)), range(lens.shape[1]), view.head_groups()):
-        length = int(lens[layer, row, heads.start])
+        length = lengths[layer][row][heads.start]
         if length == 0:
             continue
         past = length - queries
         scored = length if softmax == "all" else past
-        ring = torch.arange(ends[row] - queries, ends[row]) % queries
-        hidden = torch.arange(past, length) > torch.arange(past, length)[:, None]
         some = slice(heads.start * group_size, heads.stop * group_size)
-        q = q_cache[layer, slots[row], :, some].index_select(0, ring).unflatten(1, (-1, group_size))
+        q = q_cache[layer, slots[row], :, some].index_select(0, rings[row]).unflatten(1, (-1, group_size))
         q = (q.float() * scale).permute(1, 2, 0, 3).flatten(1, 2)
         keys = gather_entries(k_cache[layer], block_tables[layer, row, heads.start], length, heads)
         keys = keys[:, 0, :scored].float()

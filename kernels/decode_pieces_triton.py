@@ -38,7 +38,7 @@ def _longest(lens_ptr, rows, inside, row_stride, head_stride, LENGTHS: tl.conste
     return longest
 
 
-@triton.jit(do_not_specialize=["lens_ptr", "batch", "num_pieces", "wanted", "row_stride", "head_stride"])
+@triton.jit(do_not_specialize=["lens_ptr", "batch", "num_pieces", "wanted", "head_stride"])
 def _cut(
     lens_ptr,
     ranges_ptr,

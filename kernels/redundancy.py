@@ -83,8 +83,9 @@ def _unexcused_reference(keys: Tensor, threshold: float) -> Tensor:
 def redundancy_torch(view: CacheView, *, tau: float, threshold: float = 0.5, chunk: int | None = None) -> Tensor:
     """`redundancy`, the runs of a request together as far as their cosines stay small."""
     out = scores_like(view)
+    lengths = view.lens.tolist()
     for layer, row, heads in product(range(len(view.k_cache)), range(view.lens.shape[1]), view.head_groups()):
-        length = int(view.lens[layer, row, heads.start])
+        length = lengths[layer][row][heads.start]
         if length == 0:
             continue
         run = min(chunk or length, length)

@@ -9,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from kernels.cache_view import once
 from kernels.layout import PAD_SLOT, check_index, check_numbers, check_scores, fail
 
 
@@ -63,11 +64,11 @@ def select_torch(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_k
     width = scores.shape[3]
     bits = scores.masked_fill(scores == 0, 0).view(torch.int32)
     order = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).long()
-    order = torch.where(must, 1 << 32, order)
+    order = torch.where(once(must), 1 << 32, order)
     slots = torch.arange(width)
-    order = (order * width + slots).masked_fill(slots >= lens[..., None], torch.iinfo(torch.int64).min)
+    order = (order * width + slots).masked_fill(slots >= once(lens)[..., None], torch.iinfo(torch.int64).min)
     best = order.topk(max_keep, dim=-1).indices
-    count = torch.minimum(keep, lens)[..., None]
+    count = torch.minimum(once(keep), once(lens))[..., None]
     best = best.masked_fill(torch.arange(max_keep) >= count, width).sort(dim=-1).values
     return best.masked_fill(best == width, -1).int()
 
