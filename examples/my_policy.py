@@ -1,4 +1,4 @@
-"""A policy of one's own: attention weighted by the length of the value vectors."""
+"""An example of a user's own policy: attention weighted by the length of the value vectors."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar

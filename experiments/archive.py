@@ -18,8 +18,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from experiments import records
+from experiments.analysis.samples import read_samples
 from experiments.errors import RunError, UsageError
-from experiments.records.samples import read_samples
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def archive(run: Path, folder: Path, steps: bool = False, events: bool = False, 
         The copy, a run folder as `load_runs` and `load_requests` read it.
 
     Raises:
-        UsageError: the copy can't be written, or would lie in the place of the run itself.
+        UsageError: the copy can't be written, or would replace the run itself.
     """
     target = folder / run.name
     if target.resolve() == run.resolve():

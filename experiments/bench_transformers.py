@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.backends import BACKENDS, Backend, get_backend
-from experiments.config.schema import Experiment, engine_options, load_experiment, to_dict
+from experiments.config.compose import load_experiment
+from experiments.config.schema import Experiment, engine_options, to_dict
 from experiments.errors import UsageError
 from experiments.paths import ROOT
 from experiments.records import provenance, write_json

@@ -17,8 +17,10 @@ from omegaconf import DictConfig
 from experiments import bench
 from experiments.backends import BACKENDS, BackendFactory
 from experiments.config.arms import check_multirun, split_command_line
+from experiments.config.compose import build, register
+from experiments.config.explain import explain
+from experiments.config.known import is_text
 from experiments.config.overrides import as_written
-from experiments.config.schema import build, explain, is_text, register
 from experiments.errors import RunError, UsageError
 from experiments.paths import CONF
 from experiments.running import job, lifeline, sweep

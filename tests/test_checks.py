@@ -95,7 +95,12 @@ def test_options_of_a_policy(name, option):
         ({"repetition_penalty": 1e-46}, "repetition_penalty=1e-46: must be in"),
         ({"repetition_penalty": 1e38}, "repetition_penalty=1e\\+38: must be in"),
         ({"n": 10**8}, "n=100000000: must be in \\[1, 16384\\]"),
-        ({"logprobs": 5}, "logprobs=5: must be True or False"),
+        ({"logprobs": 21}, r"logprobs=21: must be in \[0, 20\], or None"),
+        ({"max_tokens": 3, "min_tokens": 4}, "min_tokens=4: must be at most max_tokens=3"),
+        ({"detokenize": False, "stop": "x"}, "detokenize=False: stop=.* needs the text; use stop_token_ids"),
+        ({"presence_penalty": 2.1}, r"presence_penalty=2.1: must be in \[-2, 2\]"),
+        ({"logit_bias": {"a": 1}}, "logit_bias={'a': 1}: each key must be an integer, or None"),
+        ({"temprature": 1}, "unknown option 'temprature'; did you mean temperature"),
         ({"ignore_eos": "false"}, "ignore_eos='false': must be True or False"),
         ({"temperature": None}, "temperature=None: must be a number"),
         ({"stop": ["a", ""]}, r"stop=\['a', ''\]: each item must be a text that is not empty"),
@@ -130,8 +135,9 @@ def test_tiny_temperatures_are_greedy():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokenizer": "x"}, "unknown option 'tokenizer'; known: model, "),
-        ({"kv_cache_dtype": "fp8"}, "unknown option 'kv_cache_dtype'; known: model, "),
+        ({"tokeniser": "x"}, "unknown option 'tokeniser'; known: model, "),
+        ({"tokenizer": "x"}, "tokenizer='x' is not supported: the tokenizer is the model folder's own"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' is not supported: the KV cache has the model's dtype"),
         ({"max_num_seq": 8}, "did you mean max_num_seqs"),
         ({"policy": "random_attention"}, "it is policy='random' with protection='prompt'"),
         ({"policy": "os:system"}, "system must be a subclass of zipage.eviction.policy.Policy"),
@@ -261,13 +267,12 @@ def test_the_coldest_draws_are_greedy(llm, options):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([[1, 2]], [None]), r"params\[0\]=None: must be a SamplingParams"),
-        (([[1, 2]], 5), "params=5: must be a SamplingParams, or None"),
-        (([[1, 2]], {}), "params={}: must be a SamplingParams, or None"),
+        (([[1, 2]], [None]), r"sampling_params\[0\]=None: must be a SamplingParams"),
+        (([[1, 2]], 5), "sampling_params=5: must be a SamplingParams, or None"),
+        (([[1, 2]], {}), "sampling_params={}: must be a SamplingParams, or None"),
         ((None,), "prompts=None: must be a text, a list of token ids, or a list of either"),
         ((5,), "prompts=5: must be a text"),
         ((b"12",), "prompts=b'12': must be a text"),
-        (({"prompt": "x"},), "prompts={'prompt': 'x'}: must be a text"),
         ((np.array(5),), "prompts=array.5.: must be a text"),
     ],
     ids=str,
@@ -285,7 +290,9 @@ def test_a_prompt_that_is_none_costs_itself(llm, prompt):
     assert good.error is None
 
 
-@pytest.mark.parametrize("options", [{"params": {}}, {"params": "x"}, {"request_id": 5}, {"request_id": b"x"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"sampling_params": {}}, {"sampling_params": "x"}, {"request_id": 5}, {"request_id": b"x"}], ids=str
+)
 def test_what_add_request_is_given_is_named(llm, options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}="):
         llm.add_request([1], **options)

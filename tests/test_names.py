@@ -12,19 +12,35 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config.schema import HOMES, ModelConfig, load_experiment, to_dict
+from experiments.config.compose import load_experiment
+from experiments.config.schema import HOMES, ModelConfig, to_dict
 from experiments.workloads import GENERATORS
 from zipage import EngineConfig, SamplingParams
 from zipage.eviction import registry
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md"]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "results" / "README.md",
+]
 
 FOLDERS = ("conf", "docs", "examples", "experiments", "kernels", "models", "notebooks", "results", "tests", "zipage")
 
 NO_OPTIONS = {
     # arguments of the public functions that raise them
-    *("request_id", "prompts", "batch_tokens", "learning_rate", "slots", "resamples"),
+    *(
+        "request_id",
+        "prompts",
+        "messages",
+        "add_generation_prompt",
+        "continue_final_message",
+        "batch_tokens",
+        "learning_rate",
+        "slots",
+        "resamples",
+    ),
     # of `PagedEvent`, `Budget` and `Compressor`, which only code of ours calls
     *("window", "event.window", "max_blocks", "stride"),
     # of a load in conf/bench/
@@ -69,7 +85,7 @@ def _text(node: ast.AST) -> str:
 def test_options_in_messages_exist(package):
     unknown = []
     for path in sorted((ROOT / package).rglob("*.py")):
-        if path.parent.name == "models":  # speaks of fields of config.json
+        if "models" in path.parts:  # speaks of fields of config.json
             continue
         for message in messages(path):
             named = re.findall(r"(?<![\w.}])([A-Za-z_][\w.]*)=(?=[\w{'\"\[])", message)
@@ -95,8 +111,8 @@ def words() -> frozenset[str]:
     return frozenset(found)
 
 
-FOREIGN = {"jupyter", "lab", "cp", "bulk", "prefetch", "L2"}
-"""Words of other programs in code spans."""
+FOREIGN = {"jupyter", "lab", "cp", "bulk", "prefetch", "L2", "activate"} | {"NAME_reference", "NAME_triton"}
+"""Words of other programs in code spans, and placeholders."""
 HEX = re.compile(r"[0-9a-f]{5,}|[0-9]\w*|\w")
 
 
@@ -127,6 +143,19 @@ def headings(path: Path) -> list[str]:
     """As links name them."""
     titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+def test_the_readme_is_short_and_every_page_can_be_reached_from_it():
+    readme = ROOT / "README.md"
+    assert len(readme.read_text(encoding="utf-8").splitlines()) <= 130
+    reached, waiting = set(), [readme]
+    while waiting:
+        page = waiting.pop()
+        if page not in reached:
+            reached.add(page)
+            targets = re.findall(r"\]\((?!https?:)([^)#]+\.md)[)#]", page.read_text(encoding="utf-8"))
+            waiting += [found for target in targets if (found := (page.parent / target).resolve()).exists()]
+    assert set(DOCUMENTS) <= reached
 
 
 @pytest.mark.parametrize("document", DOCUMENTS[:-1], ids=lambda path: str(path.relative_to(ROOT)))

@@ -64,6 +64,14 @@ def test_every_entry_point_says_it_before_torch_is_loaded():
     assert said == dict.fromkeys(ENTRIES, "passive")
 
 
+def test_a_command_loads_no_torch_before_it_needs_it():
+    """So that a wrong option or --help is answered at once."""
+    heavy = ("torch", "transformers", "pandas", "datasets", "matplotlib", "scipy", "wandb", "math_verify")
+    modules = "experiments.run, experiments.running.worker"
+    code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
+    assert run(code).stdout == "[]\n"
+
+
 def test_openmp_has_heard_it():
     loaded = run("import zipage, torch; torch.ones(1 << 20).add(1)", OMP_DISPLAY_ENV="true").stderr
     if "OMP_WAIT_POLICY" not in loaded:
@@ -112,7 +120,7 @@ def test_what_the_user_chose_stays(imported, variables):
 
 def test_an_engine_on_a_cpu_warns(monkeypatch, tmp_path):
     called = []
-    monkeypatch.setattr("zipage.llm.warn_of_spinning", lambda: called.append(1))
+    monkeypatch.setattr("zipage.engine.startup.warn_of_spinning", lambda: called.append(1))
     make_llm(save_tiny_model("llama", tmp_path), None)
     assert called == [1]
 

@@ -5,16 +5,17 @@ from typing import TYPE_CHECKING
 
 import kernels
 from zipage import threads  # noqa: F401  (first: it must come before torch)
+from zipage.checks import closest
 from zipage.config import EngineConfig
 from zipage.eviction.registry import find as find_policy
-from zipage.outputs import CompletionOutput, RequestOutput, StreamEvent
+from zipage.outputs import CompletionOutput, Logprob, RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams
 from zipage.stats import EngineStats, EventStats, RequestMetrics, StepStats
 
 if TYPE_CHECKING:
     from kernels.bench import measure_ceilings, measure_kernels
     from zipage.llm import LLM
-    from zipage.models.loader import share_model
+    from zipage.models.loading.share import share_model
 
 _KERNELS = str(Path(__file__).parents[1] / "kernels")
 if _KERNELS not in kernels.__path__:  # Hugging Face's package of that name came first: see `kernels/__init__.py`
@@ -26,11 +27,13 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "EventStats",
+    "Logprob",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
     "StepStats",
     "StreamEvent",
+    "closest",
     "find_policy",
     "measure_ceilings",
     "measure_kernels",
@@ -49,7 +52,7 @@ def __getattr__(name: str):
 
         return getattr(bench, name)
     if name == "share_model":
-        from zipage.models.loader import share_model
+        from zipage.models.loading.share import share_model
 
         return share_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,6 +25,7 @@ from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.eviction.protection import Protection
 from zipage.eviction.rule import EvictionRule
+from zipage.unsupported import LLM_OPTIONS, ONE_DEVICE, drop_unsupported
 
 if TYPE_CHECKING:
     from zipage.eviction.policy import Policy
@@ -68,7 +69,7 @@ class EngineConfig:
         enable_chunked_prefill: prompts may be computed in pieces beside decodes; off, a prompt runs in one step.
         async_scheduling: plan and queue a step while the device computes the one before, so that the device does not
             wait for the host. A request that an end token ends is then computed for one step more, which is dropped.
-            Steps after one that samples under a repetition penalty wait for its tokens. None: on CUDA.
+            Steps after one that samples under a penalty or bad words wait for its tokens. None: on CUDA.
         enforce_eager: never use CUDA graphs. Otherwise, on CUDA, steps of decodes and of prompts of up to 256 tokens
             are graphs, captured when a batch of their size first comes.
         policy, policy_options: the eviction policy, by its registered name or as "package.module:Class", and its
@@ -99,7 +100,7 @@ class EngineConfig:
     dtype: Annotated[str, one_of("auto", "float32", "float16", "bfloat16")] = "auto"
     device: Annotated[str, Rule(re.compile(r"auto|cpu|cuda(:[0-9]+)?").fullmatch, "auto, cpu, cuda or cuda:N")] = "auto"
     seed: int = 0
-    tensor_parallel_size: Annotated[int, Rule(lambda size: size == 1, "1; the model runs on one device")] = 1
+    tensor_parallel_size: Annotated[int, Rule(lambda size: size == 1, f"1; more is not supported: {ONE_DEVICE}")] = 1
     block_size: Annotated[int, power_of_two(16, 256)] = 256
     num_blocks: Count | None = None
     kv_cache_memory_bytes: Count | None = None
@@ -125,7 +126,8 @@ class EngineConfig:
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
-        """Build from keywords. Raises ValueError for an unknown one, naming the closest known."""
+        """Build from keywords. Raises ValueError for one that is vLLM's alone, or unknown, naming the closest known."""
+        kwargs = drop_unsupported("LLM", kwargs, LLM_OPTIONS)
         check_names(kwargs, [f.name for f in fields(cls)], "LLM")
         return cls(**kwargs)
 

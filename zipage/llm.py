@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from os import PathLike
 from typing import Any
 
 from tqdm import tqdm
 
-from zipage.checks import checked
+from zipage.checks import check_names, checked
 from zipage.config import EngineConfig
 from zipage.engine.core import on_device
-from zipage.engine.input_processor import Prompt, as_prompts
+from zipage.engine.input_processor import Message, Prompt, Tokens, as_conversations, as_prompts, text_of
 from zipage.engine.output_processor import PendingPrompt
 from zipage.engine.startup import start
-from zipage.models.loader import resolve_device
+from zipage.models.loading.loader import resolve_device
 from zipage.outputs import RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams
 from zipage.stats import EngineStats
+from zipage.unsupported import CALL_OPTIONS, drop_unsupported
 
 
 class LLM:
@@ -67,12 +69,20 @@ class LLM:
         """The `transformers` tokenizer, or None with `skip_tokenizer_init`."""
         return self._inputs.tokenizer
 
-    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None) -> str:
+    def add_request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        params: SamplingParams | None = None,
+        **unsupported: Any,
+    ) -> str:
         """Queue one prompt; `step()` will return its output.
 
         Args:
-            prompt: text, or token ids.
-            params: sampling options.
+            prompt: text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
+            sampling_params: sampling options; `params` is another name for it.
             request_id: a name that no unfinished request has; None makes one up, "auto-N".
 
         Returns:
@@ -82,26 +92,29 @@ class LLM:
             ValueError: the prompt or an option can't be served; nothing was queued.
             RuntimeError: the engine was shut down or has failed.
         """
-        return self._add(next(self._numbers), prompt, params, request_id).request_id
+        _refuse("add_request", unsupported)
+        params = _one_of_two(sampling_params, params)
+        return self._add(next(self._numbers), prompt, self._inputs.tokenize, params, request_id).request_id
 
     def _add(
         self,
         number: int,
-        prompt: Prompt,
+        prompt: Any,
+        tokenize: Callable[[Any], Tokens],
         params: SamplingParams | None,
         request_id: str | None = None,
         stream: bool = False,
     ) -> PendingPrompt:
         self._core.check_alive()
-        params = checked("params", params, SamplingParams | None) or SamplingParams()
+        params = checked("sampling_params", params, SamplingParams | None) or SamplingParams()
         request_id = checked("request_id", request_id, str | None)
         if request_id is None:
             request_id = self._free_id(number)
         elif self._outputs.knows(request_id):
             raise ValueError(f"request_id={request_id!r}: already in use")
         follow = self._outputs.follows(params, stream)
-        samples = self._inputs.samples(prompt, params, request_id, number, follow)
-        text = prompt if isinstance(prompt, str) else None
+        text, token_ids = tokenize(prompt)
+        samples = self._inputs.samples(token_ids, params, request_id, number, follow)
         first = samples[0]
         pending = self._outputs.add(request_id, text, first.token_ids, params, stream)
         self._core.add(samples)
@@ -178,31 +191,89 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **unsupported: Any,
     ) -> list[RequestOutput]:
         """Answer a batch of prompts.
 
         A prompt that can't be served comes back with `error` set and finish reason "error"; the others go on.
 
         Args:
-            prompts: a text, a list of token ids, or a list of either.
-            params: options for all, or one for each prompt.
+            prompts: one prompt or a list of them: a text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
+            sampling_params: options for all, or one for each prompt; `params` is another name for it.
             use_tqdm: show a progress bar.
+            unsupported: arguments of vLLM's, which are refused by name.
 
         Returns:
             One output a prompt, in order.
 
         Raises:
-            ValueError: `prompts` or `params` are none, or there are not as many `params` as prompts.
+            ValueError: `prompts` or the options are none, or there are not as many options as prompts.
             RuntimeError: the engine was shut down or has failed.
         """
+        _refuse("generate", unsupported)
         self._core.check_alive()
-        prompts = as_prompts(prompts)
+        return self._answer(as_prompts(prompts), self._inputs.tokenize, _one_of_two(sampling_params, params), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **unsupported: Any,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or a batch of them, as `generate` answers prompts.
+
+        Args:
+            messages: `[{"role": "user", "content": "..."}, ...]`, or a list of such lists.
+            sampling_params, use_tqdm, unsupported: as in `generate`.
+            chat_template: Jinja, run in a sandbox; None takes the tokenizer's.
+            add_generation_prompt: end with the beginning of the assistant's answer.
+            continue_final_message: go on with the last message; needs `add_generation_prompt=False`.
+            chat_template_kwargs: more keywords for the template, such as `{"enable_thinking": False}`.
+
+        Returns:
+            One output a conversation, in order.
+
+        Raises:
+            ValueError: `messages` are none, or as in `generate`. What the template refuses costs one conversation.
+            RuntimeError: the engine was shut down or has failed.
+        """
+        _refuse("chat", unsupported)
+        self._core.check_alive()
+        options = {
+            "add_generation_prompt": checked("add_generation_prompt", add_generation_prompt, bool),
+            "continue_final_message": checked("continue_final_message", continue_final_message, bool),
+        }
+        if add_generation_prompt and continue_final_message:
+            raise ValueError("continue_final_message=True: needs add_generation_prompt=False")
+        more = checked("chat_template_kwargs", chat_template_kwargs, Mapping[str, Any] | None) or {}
+        tokenize = partial(
+            self._inputs.tokenize_chat,
+            chat_template=checked("chat_template", chat_template, str | None),
+            **options | {key: value for key, value in more.items() if key not in ("chat_template", "tokenize")},
+        )
+        return self._answer(as_conversations(messages), tokenize, sampling_params, use_tqdm)
+
+    def _answer(
+        self,
+        prompts: Sequence[Any],
+        tokenize: Callable[[Any], Tokens],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
         if isinstance(params, Sequence) and not isinstance(params, str):
-            params = [checked(f"params[{i}]", p, SamplingParams) for i, p in enumerate(params)]
+            params = [checked(f"sampling_params[{i}]", p, SamplingParams) for i, p in enumerate(params)]
         else:
-            params = [checked("params", params, SamplingParams | None) or SamplingParams()] * len(prompts)
+            params = [checked("sampling_params", params, SamplingParams | None) or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"{len(params)} sampling params for {len(prompts)} prompts: give one, or one for each")
         outputs: list[RequestOutput | str] = []
@@ -213,11 +284,10 @@ class LLM:
                 for prompt, p in zip(prompts, params, strict=True):
                     number = next(self._numbers)
                     try:
-                        mine.append(self._add(number, prompt, p).request_id)
+                        mine.append(self._add(number, prompt, tokenize, p).request_id)
                         outputs.append(mine[-1])
                     except ValueError as error:
-                        text = prompt if isinstance(prompt, str) else None
-                        outputs.append(self._outputs.refuse(self._free_id(number), text, str(error)))
+                        outputs.append(self._outputs.refuse(self._free_id(number), text_of(prompt), str(error)))
                 bar.update(len(outputs) - len(mine))
                 begin, tokens = time.perf_counter(), counters.output_tokens
                 pending = set(mine)
@@ -235,7 +305,13 @@ class LLM:
                 raise
         return [done.pop(output) if isinstance(output, str) else output for output in outputs]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamEvent]:
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        params: SamplingParams | None = None,
+    ) -> Iterator[StreamEvent]:
         """Answer one prompt token by token, beside whatever else is queued.
 
         The request is queued at the call. Leaving the loop early, or dropping the iterator, aborts it.
@@ -244,7 +320,8 @@ class LLM:
             ValueError: the prompt or an option can't be served (at the call, not at the first event).
             RuntimeError: the engine was shut down or has failed.
         """
-        events = self._events(self._add(next(self._numbers), prompt, params, stream=True))
+        params = _one_of_two(sampling_params, params)
+        events = self._events(self._add(next(self._numbers), prompt, self._inputs.tokenize, params, stream=True))
         next(events)
         return events
 
@@ -271,3 +348,14 @@ class LLM:
     def stats(self) -> EngineStats:
         """Counters since the start, and gauges as they are now."""
         return replace(self._core.telemetry.stats(), compressions_misranked=self._core.compressor.ranks.num_failed)
+
+
+def _one_of_two(sampling_params: Any, params: Any) -> Any:
+    if sampling_params is not None and params is not None:
+        raise ValueError("sampling_params and params are two names for the same: give one of them")
+    return params if sampling_params is None else sampling_params
+
+
+def _refuse(where: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError for arguments that are vLLM's alone and ask for something, and for unknown ones."""
+    check_names(drop_unsupported(where, options, CALL_OPTIONS), ("sampling_params", "use_tqdm"), where)

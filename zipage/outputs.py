@@ -17,8 +17,20 @@ says why, or `RequestOutput.error` where the prompt was refused.
 
 
 @dataclass(slots=True)
+class Logprob:
+    """A token's log-probability under the raw logits, its rank among all (1 is the most likely), and its text."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
 class CompletionOutput:
-    """One sample of one prompt. `logprobs` holds one float a token when asked for.
+    """One sample of one prompt.
+
+    `logprobs`, where asked for, holds for each token a dictionary by token id: the chosen token first, then the most
+    likely ones. `cumulative_logprob` is the sum over the chosen tokens.
 
     `text` ends before the end token, stop token or stop string that ended the sample; `token_ids` hold its tokens.
     `error` is None, or one line that says what ended the sample early; text and tokens are those until then.
@@ -29,9 +41,18 @@ class CompletionOutput:
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    logprobs: list[float] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        if self.logprobs is None:
+            return None
+        return sum(of[token].logprob for token, of in zip(self.token_ids, self.logprobs, strict=True))
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
 
 
 @dataclass(slots=True)
@@ -46,11 +67,22 @@ class RequestOutput:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None
 
+    @property
+    def finished(self) -> bool:
+        """Always: outputs are handed over whole."""
+        return all(output.finished() for output in self.outputs)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens whose KV was there already, of all samples together."""
+        return self.metrics.cached_tokens
+
 
 @dataclass(slots=True)
 class StreamEvent:
     """One new token of one sample. `text` is what became certain with it (may be empty, may span several tokens);
-    `finish_reason` is set on the sample's last event, which carries no token when the sample ended without one."""
+    `finish_reason` is set on the sample's last event, which carries no token when the sample ended without one.
+    `logprob` is the token's, `logprobs` as in `CompletionOutput`, where asked for."""
 
     request_id: str
     index: int
@@ -59,3 +91,4 @@ class StreamEvent:
     logprob: float | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    logprobs: dict[int, Logprob] | None = None

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import numpy as np
 
-    from zipage.scheduling.request import Request
-
 
 @dataclass(slots=True)
 class RequestMetrics:
@@ -42,6 +40,42 @@ class RequestMetrics:
     compressions: int = 0
     peak_blocks: int | None = None
     query_slot: bool | None = None
+
+    # By vLLM's names, of both its generations of metrics. Times are of one host clock, `arrival`'s.
+
+    @property
+    def arrival_time(self) -> float:
+        return self.arrival
+
+    @property
+    def first_scheduled_time(self) -> float | None:
+        return self._after_arrival(self.queued)
+
+    @property
+    def first_token_time(self) -> float | None:
+        return self._after_arrival(self.ttft)
+
+    @property
+    def last_token_time(self) -> float | None:
+        return self._after_arrival(self.e2e)
+
+    @property
+    def time_in_queue(self) -> float | None:
+        return self.queued
+
+    @property
+    def first_token_latency(self) -> float | None:
+        return self.ttft
+
+    @property
+    def num_generation_tokens(self) -> int:
+        return self.output_tokens
+
+    queued_ts, scheduled_ts = arrival_time, first_scheduled_time
+    first_token_ts, last_token_ts, finished_time = first_token_time, last_token_time, last_token_time
+
+    def _after_arrival(self, seconds: float | None) -> float | None:
+        return None if seconds is None else self.arrival + seconds
 
 
 @dataclass(slots=True)
@@ -153,31 +187,6 @@ class EventStats:
     blocks_after: int
     seconds: float = 0.0
     kept_positions: np.ndarray | None = None
-
-
-def request_metrics(request: Request) -> RequestMetrics:
-    """The record of one finished sample."""
-    num_output = request.num_output_tokens
-    first, last = request.first_token_time, request.finish_time
-    metrics = RequestMetrics(
-        arrival=request.arrival,
-        prompt_tokens=request.num_prompt_tokens,
-        output_tokens=num_output,
-        cached_tokens=request.cached_tokens,
-        preemptions=request.num_preemptions,
-        pauses=request.num_pauses,
-        compressions=request.rounds,
-        peak_blocks=request.peak_blocks,
-        query_slot=request.has_held_slot,
-    )
-    if request.first_scheduled is not None:
-        metrics.queued = request.first_scheduled - request.arrival
-    if first is not None:
-        metrics.ttft = first - request.arrival
-    if num_output > 1:
-        metrics.tpot = (last - first) / (num_output - 1)
-    metrics.e2e = last - request.arrival
-    return metrics
 
 
 def combine_metrics(samples: list[RequestMetrics]) -> RequestMetrics:

@@ -15,6 +15,7 @@ import pandas as pd
 
 from experiments.analysis.baselines import devices, full_kv, random_of_as_many_bytes, random_with_prompt
 from experiments.analysis.bootstrap import check_share
+from experiments.analysis.samples import Samples, read_samples
 from experiments.analysis.statistics import (
     CONFIDENCE,
     RESAMPLES,
@@ -26,7 +27,6 @@ from experiments.analysis.statistics import (
     power_warning,
 )
 from experiments.config.options import held_budgets, varied_options
-from experiments.records.samples import Samples, read_samples
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from experiments.errors import UsageError
-from zipage import LLM, EngineStats, EventStats, RequestOutput, SamplingParams, StepStats
+from zipage import EngineStats, EventStats, RequestOutput, SamplingParams, StepStats
 
 
 class Backend(Protocol):
@@ -45,6 +45,12 @@ BackendFactory = Callable[..., Backend]
 """Called with the options of `EngineConfig` as keywords. Raises ValueError or FileNotFoundError for a wrong one."""
 
 
+def _zipage(**options: Any) -> Backend:
+    from zipage import LLM
+
+    return LLM(**options)
+
+
 def _transformers(**options: Any) -> Backend:
     from experiments.backends.transformers import TransformersBackend
 
@@ -64,7 +70,7 @@ def _vllm_matched(**options: Any) -> Backend:
 
 
 BACKENDS: dict[str, BackendFactory] = {
-    "zipage": LLM,
+    "zipage": _zipage,
     "transformers": _transformers,
     "vllm": _vllm,
     "vllm_matched": _vllm_matched,

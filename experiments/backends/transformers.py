@@ -29,7 +29,11 @@ from zipage import (
     StepStats,
 )
 
-UNSUPPORTED = ("logprobs", "stop")
+UNSUPPORTED = (
+    *("logprobs", "stop", "include_stop_str_in_output", "bad_words", "logit_bias", "min_tokens"),
+    *("presence_penalty", "frequency_penalty"),
+)
+PLAIN = SamplingParams()
 HONOURED = ("model", "load_format", "dtype", "device", "seed", "max_model_len", "max_num_seqs")
 
 
@@ -95,7 +99,7 @@ class TransformersBackend:
         """Queue a prompt of token ids. Raises ValueError for one that can't be served."""
         require_plain("transformers", params)
         for name in UNSUPPORTED:
-            if getattr(params, name):
+            if getattr(params, name) != getattr(PLAIN, name):
                 raise ValueError(f"sampling.{name}={getattr(params, name)}: backend=transformers has none")
         if len(prompt) >= self._longest:
             raise ValueError(f"the prompt has {len(prompt)} tokens, the model reads {self._longest} with its answer")

@@ -37,7 +37,7 @@ from zipage import (
 
 PASSED_ON = (
     *("n", "temperature", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens", "ignore_eos"),
-    "skip_special_tokens",
+    *("skip_special_tokens", "presence_penalty", "frequency_penalty", "min_tokens", "include_stop_str_in_output"),
 )
 """Options of a request whose names and meanings are vLLM's."""
 
@@ -120,8 +120,8 @@ class VllmBackend:
     def add_request(self, prompt: list[int], params: SamplingParams, request_id: str) -> str:
         """Queue a prompt of token ids. Raises ValueError for one that can't be served."""
         require_plain(self._name, params)
-        if params.logprobs:
-            raise ValueError(f"sampling.logprobs=True: backend={self._name} has none")
+        if params.logprobs is not None:
+            raise ValueError(f"sampling.logprobs={params.logprobs}: backend={self._name} has none")
         from vllm.sampling_params import RequestOutputKind
 
         theirs = self._vllm.SamplingParams(
@@ -129,6 +129,7 @@ class VllmBackend:
             top_k=params.top_k,
             stop=list(params.stop) or None,
             stop_token_ids=list(params.stop_token_ids) or None,
+            bad_words=list(params.bad_words) or None,
             output_kind=RequestOutputKind.DELTA,
         )
         self._engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, theirs)

@@ -1,44 +1,27 @@
 """Benchmarks: runs that time kernels or the engine and ask no questions.
 
 One is chosen as a scenario (`scenario=kernels`, `scenario=engine_bench`) and leaves a folder like any run's, with
-`rows.json` in the place of samples: one row a line of its table. Where the process is killed, the rows that it had are
+`rows.json` instead of samples: one row a line of its table. Where the process is killed, the rows that it had are
 in the folder's `.partial` until the next attempt.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from experiments import records
 from experiments.backends import BACKENDS, BackendFactory
 from experiments.bench import engine, kernels
+from experiments.bench.kind import Bench
 from experiments.bench.tables import markdown
-from experiments.config.schema import Experiment, load_experiment, to_dict
+from experiments.config.compose import load_experiment
+from experiments.config.schema import Experiment, to_dict
 from experiments.errors import RunError, UsageError
 from experiments.records import provenance, sources
 
-Keep = Callable[[list[dict]], None]
-Measure = Callable[[Keep], tuple[list[dict], dict]]
 ALWAYS = ("hardware.", "scenario.repeats", "results_dir", "force")
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A kind of benchmark.
-
-    Attributes:
-        prepare: checks the options and gives what decides the result beside them, as plain data, and the function that
-            measures: it returns the rows and what is true of all of them, and hands the rows over as they grow.
-        options: beginnings of the options that mean something to it, beside `ALWAYS`.
-    """
-
-    prepare: Callable[[Experiment, Mapping[str, BackendFactory]], tuple[Any, Measure]]
-    options: tuple[str, ...]
-
 
 BENCHES = {
     "kernels": Bench(kernels.prepare, ("scenario.options",)),
@@ -63,8 +46,8 @@ def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKEND
     inputs, measure = bench.prepare(experiment, backends)
     options = {k: v for k, v in to_dict(experiment).items() if k not in ("results_dir", "force")}
     device = provenance.device_name(experiment.hardware.device)
-    digest = records.content_hash([records.as_before(options) | {"tracking": None}, inputs, device])
-    folder = Path(experiment.results_dir).expanduser() / f"{scenario.name}-{digest[:12]}"
+    run_id = records.benchmark_id(scenario.name, options, inputs=inputs, device=device)
+    folder = Path(experiment.results_dir).expanduser() / run_id
     hashes = sources.of_benchmarks()
     standing = sources.standing(folder, hashes)
     if standing.state == "damaged" and experiment.force == "false":

@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.backends import BackendFactory
 from experiments.bench.gate import why_refused
+from experiments.bench.kind import Keep, Measure
 from experiments.bench.loads import Arm, read_arms
 from experiments.bench.measure import device_used, measure, refused
 from experiments.bench.roofline import ModelShape
@@ -26,16 +27,13 @@ from experiments.errors import UsageError, one_line
 from experiments.records.sources import own_policy
 from experiments.running.child import reason_of, run_child
 from experiments.running.models import find_model
-from zipage import EngineConfig, measure_ceilings
-
-if TYPE_CHECKING:
-    from experiments.bench import Keep, Measure
+from zipage import EngineConfig
 
 WORKER = (sys.executable, "-m", "experiments.bench.worker")
 
 
 def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> tuple[Any, Measure]:
-    """As `experiments.bench.Bench` says; the inputs are the loads and the model's files.
+    """As `experiments.bench.kind.Bench` says; the inputs are the loads and the model's files.
 
     Raises:
         UsageError: a load or the model can't be read, an option is wrong, or the loads are too large for a CPU.
@@ -56,6 +54,8 @@ def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> t
     loads = [arm.plain() | {"options": arm.options | {"model": None}} for arm in arms]
 
     def run(keep: Keep) -> tuple[list[dict], dict]:
+        from zipage import measure_ceilings
+
         try:
             ceilings = measure_ceilings(device)
         except ValueError as error:
@@ -118,7 +118,7 @@ def _memory_available() -> float | None:
 
 
 def _measured(arm: Arm, backends: Mapping[str, BackendFactory], ceilings: Mapping[str, float] | None) -> dict:
-    """The row of an arm; an arm that fails costs itself, and its row says why."""
+    """The row of an arm; where an arm fails, its row says why and the others go on."""
     try:
         if not arm.is_own:
             return _in_child(arm, ceilings)

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from zipage import LLM, SamplingParams
+from zipage import SamplingParams
 
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -59,6 +59,8 @@ def why_refused(options: Mapping[str, Any]) -> str | None:
 
 
 def _tokens(options: Mapping[str, Any], prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
+    from zipage import LLM
+
     llm = LLM(**options)
     try:
         return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]

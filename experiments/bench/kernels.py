@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.backends import BackendFactory
+from experiments.bench.kind import Keep, Measure
 from experiments.config.schema import Experiment
 from experiments.errors import UsageError
-from zipage import measure_kernels
-
-if TYPE_CHECKING:
-    from experiments.bench import Keep, Measure
 
 
 def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> tuple[Any, Measure]:
-    """As `experiments.bench.Bench` says; it has no inputs beside its options, and all its rows come at once."""
+    """As `experiments.bench.kind.Bench` says; it has no inputs beside its options, and all its rows come at once."""
 
     def measure(_keep: Keep) -> tuple[list[dict], dict]:
+        from zipage import measure_kernels
+
         scenario = experiment.scenario
         try:
             report = measure_kernels(experiment.hardware.device, scenario.options, rounds=scenario.repeats)

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from experiments.backends import BackendFactory, get_backend
-from experiments.config.schema import read_yaml
+from experiments.config.yaml_files import read_yaml
 from experiments.errors import UsageError
 from experiments.paths import CONF
 from experiments.workloads.lengths import generate

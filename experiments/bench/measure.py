@@ -11,8 +11,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
-
 from experiments.backends import Backend, BackendFactory
 from experiments.bench.loads import Arm
 from experiments.bench.roofline import EntriesRead, ModelShape, step_bytes, step_floor
@@ -72,6 +70,8 @@ def measure(arm: Arm, factory: BackendFactory, ceilings: Mapping[str, float] | N
 
 def device_used(device: str) -> int | None:
     """Bytes of the device in use, whoever uses them, after what this process no longer needs; None without CUDA."""
+    import torch
+
     if device == "cpu" or not torch.cuda.is_available():
         return None
     gc.collect()
@@ -83,6 +83,8 @@ def device_used(device: str) -> int | None:
 def _used(before: int | None) -> int | None:
     if before is None:
         return None
+    import torch
+
     free, total = torch.cuda.mem_get_info()
     return total - free - before
 

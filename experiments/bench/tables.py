@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
+
+from experiments.reporting.markdown import markdown as table
 
 Column = tuple[str, str, Callable[[Any], str]]
 
@@ -51,10 +54,12 @@ ENGINES: list[Column] = [
 
 def markdown(rows: pd.DataFrame) -> str:
     """The rows of `load_rows`; columns that no row fills are left out."""
+    import pandas as pd
+
     columns = KERNELS if "kernel" in rows else ENGINES
     columns = [column for column in columns if column[0] in rows and rows[column[0]].notna().any()]
-    lines = [[title for _, title, _ in columns], ["---"] * len(columns)]
+    lines = []
     for _, row in rows.iterrows():
         values = [(row[name], show) for name, _, show in columns]
         lines.append([show(v) if isinstance(v, dict) or pd.notna(v) else "" for v, show in values])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table([title for _, title, _ in columns], lines)

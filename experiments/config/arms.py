@@ -12,17 +12,19 @@ An arm is a list of overrides, as `python -m experiments.run` takes them. Values
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from experiments.config.axes import MOST_ARMS, count_arms, parse_overrides
+from experiments.config.known import is_list_of_texts, is_text
 from experiments.config.overrides import looks_like_a_scalar, quoted
-from experiments.config.schema import MOST_ARMS, count_arms, is_list_of_texts, is_text, parse_overrides, read_yaml
+from experiments.config.yaml_files import read_yaml
 from experiments.errors import UsageError
 from experiments.paths import CONF
+from zipage import closest
 
 FOLDER = CONF / "sweep"
 KEYS = ("axes", "arms")
@@ -64,8 +66,8 @@ def sweep_path(name: str) -> Path:
     if path.is_file():
         return path
     choices = sorted(file.stem for file in FOLDER.glob("*.yaml"))
-    close = difflib.get_close_matches(name, choices, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    close = closest(name, choices)
+    hint = f"did you mean {close}? " if close else ""
     raise UsageError(f"sweep={name}: no such sweep; {hint}(choices: {', '.join(choices)}, or a path to FILE.yaml)")
 
 

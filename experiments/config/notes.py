@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from experiments.workloads import Problem
 
 ROUNDED = 1.05
-"""A budget that whole blocks make so many times as large is told."""
+"""A note is printed where rounding to whole blocks makes a budget larger by this factor."""
 
 
 def notes_before(experiment: Experiment, problems: Sequence[Problem]) -> list[str]:
@@ -84,7 +84,7 @@ def _trace(experiment: Experiment) -> str | None:
         return None
     return (
         f"scenario.path={scenario.path}: only arrivals are read of it, not {', '.join(columns)}; "
-        "how long requests are is the workload's business (workload=lengths)"
+        "the workload sets how long requests are (workload=lengths)"
     )
 
 

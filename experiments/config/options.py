@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,48 @@ REPEATED = ("workload.max_tokens", "workload.samples")
 """Defaults of options of `sampling`, which are recorded themselves."""
 
 BUDGET = "policy.budget_tokens"
+
+NAMES = {
+    BUDGET: "budget",
+    "engine.num_blocks": "pool",
+    "engine.max_num_seqs": "batch",
+    "model.name": "model",
+    "workload.name": "workload",
+    "policy.name": "policy",
+}
+"""What options are called where there is little room; others by their last part."""
+
+
+def short_names(options: Iterable[str]) -> dict[str, str]:
+    """Option -> a short name of it, with as many of its last parts as tell it from the other options here."""
+    options, names = list(dict.fromkeys(options)), {}
+    for option in options:
+        parts = option.split(".")
+        for count in range(1, len(parts) + 1):
+            names[option] = ".".join(parts[-count:])
+            if sum(other == names[option] or other.endswith(f".{names[option]}") for other in options) == 1:
+                break
+    return names | {option: NAMES[option] for option in options if option in NAMES}
+
+
+def in_order(runs: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `load_runs()` or `compare()` by workload and model, full KV first, then by policy, budget and what
+    else differs."""
+    if runs.empty:
+        return runs
+    options = told_apart(runs)
+    numbers = readable_options(runs, options).map(_by_number)
+    keys = [
+        (run["workload.name"], run["model.name"], run["policy.name"] != "full", label(run))
+        for _, run in runs.iterrows()
+    ]
+    budgets = held_budgets(runs).fillna(0)
+    places = sorted(range(len(runs)), key=lambda i: (*keys[i], budgets.iloc[i], *numbers.iloc[i]))
+    return runs.iloc[places]
+
+
+def _by_number(text: str) -> tuple[int, float, str]:
+    return (0, float(text), "") if text.isdigit() else (1, 0.0, text)
 
 
 def label(run: pd.Series) -> str:
@@ -68,7 +111,7 @@ def readable_options(runs: pd.DataFrame, options: list[str]) -> pd.DataFrame:
     """The options as text, budgets as they held. A record from before there was an option has its default."""
     texts = runs[options].assign(**{BUDGET: held_budgets(runs)} if BUDGET in options else {}).map(readable)
     for name in options:
-        if (default := readable(_defaults().get(name))) != "-":
+        if (default := readable(_defaults().get(name))) != "-" and "-" in set(texts[name]):
             texts[name] = texts[name].replace("-", default)
     return texts
 
@@ -94,7 +137,7 @@ def varied_options(runs: pd.DataFrame) -> list[str]:
     """
     options = [name for name in runs if name.partition(".")[0] in GROUPS and name not in REPEATED]
     texts = readable_options(runs, options)
-    options = [name for name in options if (texts[name] != texts[name].iloc[:1].squeeze()).any()]
+    options = [name for name in options if len(set(texts[name])) > 1]
     same = [texts[name] for name in ("model.name", "workload.name")]
     evicting = texts["policy.name"] != "full"
 

@@ -28,7 +28,7 @@ def as_written(override: str, is_text: Callable[[str], bool]) -> str:
     r"""The override such that fields of text get the text that was written.
 
     Numbers and booleans meant for them are quoted, and in double quotes `\n`, `\t`, `\r` and `\\` are what they are in
-    YAML; single quotes take all as it stands. `null` stays null. What is no override comes back as it is.
+    YAML; single quotes take all as it stands. `null` stays null. Anything else comes back unchanged.
 
     Args:
         is_text: whether the option of that dotted name is text, or a list of texts.

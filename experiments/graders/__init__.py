@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from experiments.errors import UsageError, one_line
 from experiments.graders.bounded import BoundedGrader, GradingError
-from experiments.graders.code import SANDBOX, grade_code
-from experiments.graders.exact import grade_exact
-from experiments.graders.f1 import grade_f1
-from experiments.graders.final import grade_final
-from experiments.graders.literal import grade_literal
-from experiments.graders.mathematics import grade_math
-from experiments.graders.number import grade_number
-from experiments.graders.ungraded import grade_none
+from experiments.graders.code import SANDBOX
+from experiments.graders.registry import GRADERS, Grader
 
-
-class Grader(Protocol):
-    def __call__(self, answer: str, gold: str) -> tuple[float | None, str | None]:
-        """The score in [0, 1], and what was taken for the final answer; None for either where there is none."""
-
-
-GRADERS: dict[str, Grader] = {
-    "number": grade_number,
-    "math": grade_math,
-    "exact": grade_exact,
-    "final": grade_final,
-    "f1": grade_f1,
-    "literal": grade_literal,
-    "code": grade_code,
-    "none": grade_none,
-}
+__all__ = ["GRADERS", "Grade", "Grader", "get_grader", "grade"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +46,7 @@ def get_grader(name: str, allow_code_execution: bool = False) -> Grader:
 def grade(grader: Grader, answer: str, gold: str) -> Grade:
     """Grade one answer; thought before a closing `</think>` is not part of it.
 
-    A grader that raises or reaches a limit scores 0 and its fault is kept: it costs this answer, not the run.
+    A grader that raises or reaches a limit scores 0 and its fault is kept: only this answer is affected.
     """
     final = answer.rpartition("</think>")[2]
     try:

@@ -1,7 +1,7 @@
-"""Graders in a process of their own: an answer that hangs or explodes ends that process, and costs itself alone.
+"""Graders in a process of their own: an answer that hangs or explodes ends only that process.
 
 The limits are the system's: it kills a process whose CPU time for an answer is spent, whatever library it hangs in. So
-they hold in any thread, for any grader, and also when whoever asked is gone. CPU time, since a wall clock would let a
+they hold in any thread, for any grader, and also when the caller is gone. CPU time, since a wall clock would let a
 busy machine grade answers wrong.
 """
 
@@ -17,13 +17,10 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from experiments.errors import one_line
+from experiments.graders.registry import GRADERS, Grader
 from experiments.paths import ROOT
-
-if TYPE_CHECKING:
-    from experiments.graders import Grader
 
 SECONDS = 5.0
 """CPU time for an answer."""
@@ -37,7 +34,7 @@ class GradingError(Exception):
 
 @dataclass(frozen=True)
 class BoundedGrader:
-    """The grader of that name in `experiments.graders.GRADERS`, within limits of time and memory."""
+    """The grader of that name in `experiments.graders.registry.GRADERS`, within limits of time and memory."""
 
     name: str
 
@@ -113,10 +110,8 @@ os.register_at_fork(after_in_child=_PROCESS.__init__)  # a fork shares no pipe w
 
 def serve() -> None:
     """Grade until the standard input ends. A question and its reply are a line of JSON each."""
-    from experiments.graders import GRADERS
-
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no reply
+    os.dup2(2, 1)  # whatever a library prints is not a reply
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     for line in sys.stdin:
         seconds, memory, name, answer, gold = json.loads(line)

@@ -14,27 +14,32 @@ from experiments.sandbox import HERE, Limits, Sandbox
 
 SANDBOX = Sandbox(Limits())
 NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
-FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(r"^[ \t]*```([^\n]*)\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+PYTHON = re.compile(r"\s*(?:python|py)\d*\b", re.IGNORECASE)
+NOT_PLAIN = 3
+"""Exit code of `experiments/sandbox/examiner.py`."""
 
 
 def grade_code(answer: str, gold: str) -> tuple[float, str | None]:
     """1.0 where the program in the answer passes every test, else 0.0. The first failure ends the tests.
 
-    The program is the last fenced code block, else the whole answer; it is run behind the gold's `setup`, so that it
-    may also be the rest of a function that `setup` begins. The gold is JSON, in one of two forms:
+    The program is the last fenced code block that says Python, else the last at all, else the whole answer; it is run
+    behind the gold's `setup`, so that it may also be the rest of a function that `setup` begins. The gold is JSON, in
+    one of two forms:
 
     * `{"setup": ..., "tests": [[stdin, stdout], ...]}`: a process for each test. Its output must equal the expected one
-      line by line, but for space at the ends of lines and the way in which numbers are written, and its exit code be 0.
+      line by line, except space at the ends of lines and the way in which numbers are written, and its exit code be 0.
       The expected output never enters the sandbox.
     * `{"setup": ..., "entry_point": NAME, "test": SOURCE}`: SOURCE defines `check(candidate)`, which raises where the
       function NAME (or the method NAME of `Solution`) is wrong. Test and program run in two sandboxes and exchange
-      plain values alone, so a program passes only by the values it returns.
+      plain values alone, so a program passes only by the values it returns, and by what it does to its arguments.
 
     Each test, or call of the function, has `Limits.seconds`, all together have `Limits.suite_seconds`. A program that
     is cut off by a wall-time limit on a busy machine scores 0 as one that never ends does.
 
     Raises:
-        ValueError: the gold is in neither form.
+        ValueError: the gold is in neither form, or its test and the program exchange what is not a plain value, such as
+            a function or an object of a class of their own.
         SandboxError: nothing can be run here.
     """
     exam = json.loads(gold)
@@ -50,9 +55,10 @@ def grade_code(answer: str, gold: str) -> tuple[float, str | None]:
 
 
 def extract_program(answer: str) -> str:
-    """The last fenced code block, closed or not, else the whole answer."""
+    """The last fenced code block, closed or not, of those that say Python where one does; else the whole answer."""
     blocks = FENCED.findall(answer)
-    return (blocks[-1] if blocks else answer).strip("\r\n")
+    python = [block for tag, block in blocks if PYTHON.match(tag)]
+    return (python or [block for _, block in blocks] or [answer])[-1].strip("\r\n")
 
 
 def _passes_tests(files: dict[str, str], tests: list[list[str]]) -> bool:
@@ -70,7 +76,7 @@ def _prints(files: dict[str, str], stdin: str, expected: str, seconds: float) ->
         given.write(stdin.encode())
         given.seek(0)
         with SANDBOX.start(files, given, output, seconds) as program:
-            ended_well = program.wait()
+            ended_well = program.wait() == 0
         output.seek(0)
         return ended_well and same_output(output.read().decode(errors="replace"), expected)
 
@@ -90,9 +96,11 @@ def _passes_calls(files: dict[str, str], exam: dict[str, Any]) -> bool:
         ):
             ours.close()
             theirs.close()
-            passed = test.wait()
+            code = test.wait()
             program.require_started()
-            return passed
+            if code == NOT_PLAIN:
+                raise ValueError("test and program exchange what is not a plain value, which can't be graded here")
+            return code == 0
 
 
 def same_output(output: str, expected: str) -> bool:

@@ -16,11 +16,11 @@ def grade_literal(answer: str, gold: str) -> tuple[float, str | None]:
     What stands before "==" (an assertion repeated) is left out. 'a' and "a" are one value, (1, 2) and [1, 2] two.
 
     Raises:
-        ValueError: the gold is no value of Python.
+        ValueError: the gold is not a Python value.
     """
     expected = _value(gold)
     if expected is None:
-        raise ValueError(f"the gold {gold!r} is no value of Python")
+        raise ValueError(f"the gold {gold!r} is not a Python value")
     marked = _MARKED.findall(answer)
     lines = (marked[-1] if marked else answer).strip().splitlines() or [""]
     final = (" ".join(lines) if marked else lines[-1]).strip().strip("`").strip()

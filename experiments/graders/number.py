@@ -1,7 +1,8 @@
 """Numbers: the final answer is found in running text and compared as an exact fraction.
 
 A number is read whole or not at all. Digits, separators and operators that hang together are one **numeral**. Its value
-is that of a decimal, a fraction, a mixed number, a power, a product of those, or an integer with its base. Any other
+is that of a decimal, a fraction, a mixed number, a power, a product of those, or an integer with its base, times the
+"thousand", "million" or "k" behind it. Any other
 numeral (a sum, a range, a date, a factor of an algebraic term) has no value, rather than that of a part of it.
 """
 
@@ -41,6 +42,11 @@ _MIXED = re.compile(rf"({_INTEGER}) +(\d+)/(\d+)")
 _QUOTIENT = re.compile(rf"({_DECIMAL})(?:/({_DECIMAL}))?")
 _POWER = re.compile(rf"({_DECIMAL})(?P<mark>[\^eE])([-+]?\d+)")
 _BASED = re.compile(r"(\d+)_(\d+)")
+
+_MAGNITUDE = re.compile(r"k\b|[ \t]*(?:(hundred|thousand|million|billion|trillion)s?\b|([千万萬亿億]))", re.IGNORECASE)
+_MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_MAGNITUDES |= {"千": 3, "万": 4, "萬": 4, "亿": 8, "億": 8}
+_REMARK = re.compile(r"\s*\((?=[^()]*[A-Za-z]{3})[^()]*\)[\s.]*$")
 
 _CHOICE = re.compile(r"\([A-J]\)|(?<![A-Za-z])[A-J][.):]")
 _WORD = re.compile(r"[-/]?([^\W\d_]+)(?:\^\{?[-+]?\d\}?)?(?:[-/'.][^\W\d_]+(?:\^\{?[-+]?\d\}?)?)*")
@@ -93,7 +99,7 @@ def only_number(text: str, words: bool = True) -> Fraction | None:
     """
     if len(text) > 2 * MAX_DIGITS:
         return None
-    text = plain_text(text).strip().rpartition("=")[2]
+    text = _REMARK.sub("", plain_text(text).strip()).rpartition("=")[2]
     numerals = list(_numerals(text))
     values = {_value(numeral, signed=True) for numeral in numerals}
     if len(values) != 1:
@@ -149,7 +155,7 @@ def _value(numeral: re.Match[str], signed: bool = False) -> Fraction | None:
     factors = [_factor(factor) for factor in _compact(digits).split("*")]
     if None in factors:
         return None
-    value = prod(factors, start=Fraction(1))
+    value = prod(factors, start=Fraction(1)) * _magnitude(text, numeral.end())
     if max(abs(value.numerator), value.denominator) >= 10**MAX_DIGITS:
         return None
     sign = numeral["sign"] or ""
@@ -157,6 +163,14 @@ def _value(numeral: re.Match[str], signed: bool = False) -> Fraction | None:
         sign = ""
     minus = (sign + (numeral["inner_sign"] or "")).count("-") == 1
     return -value if minus else value
+
+
+def _magnitude(text: str, end: int) -> int:
+    """What a number that ends at `end` is counted in: 10 ** 6 before " million", 1 before anything else."""
+    found = _MAGNITUDE.match(text, end)
+    if not found:
+        return 1
+    return 10 ** _MAGNITUDES[(found[1] or found[2]).lower()] if found[1] or found[2] else 1000
 
 
 def _factor(text: str) -> Fraction | None:

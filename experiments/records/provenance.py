@@ -91,7 +91,8 @@ def now() -> str:
 
 def _git(*arguments: str) -> bytes | None:
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=False)
+        command = ["git", "--no-optional-locks", "-C", str(ROOT), *arguments]
+        done = subprocess.run(command, capture_output=True, check=False)
     except FileNotFoundError:
         return None
     return done.stdout if done.returncode == 0 else None

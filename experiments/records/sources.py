@@ -1,8 +1,8 @@
 """The source behind a result: which files decide it, and whether they are still those that made a record.
 
 Three parts: the **engine** (of the run's backend, and what puts its questions and sums up its answers), the **policy**
-beside it, and the **grader**. Shipped code is no part of a run's id, so a record outlives a commit; where a part has
-changed since, the record is stale. A policy of one's own is part of the id: edited, it is another run.
+beside it, and the **grader**. Shipped code is not part of a run's id, so a record outlives a commit; where a part has
+changed since, the record is stale. The source of a user's own policy is part of the id: an edit makes another run.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ ENGINES = {
 }
 """Backend -> its modules, and the packages into which their imports are followed."""
 
-HARNESS = tuple(
-    f"experiments.{name}"
-    for name in ("running.prompts", "running.scenarios", "records.outcomes", "analysis.metrics", "analysis.loops")
+HARNESS = (
+    *("experiments.running.prompts", "experiments.running.scenarios", "experiments.running.outcomes"),
+    *("experiments.records.schemas", "experiments.analysis.metrics", "experiments.analysis.loops"),
 )
 """What every run goes through."""
 
@@ -173,7 +173,7 @@ def _inside(name: str, packages: Iterable[str]) -> bool:
 
 
 def _source(name: str) -> Path | None:
-    """The file of a module; None where there is none of that name, or it is no Python source."""
+    """The file of a module; None where there is none of that name, or it is not Python source."""
     module = sys.modules.get(name)
     try:
         spec = getattr(module, "__spec__", None) or importlib.util.find_spec(name)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.config.options import budget_texts, label, readable_options, told_apart
-from experiments.config.schema import read_yaml
+from experiments.config.yaml_files import read_yaml
 from experiments.errors import UsageError
 from experiments.paths import ROOT
 

@@ -17,6 +17,7 @@ from experiments.config.options import (
     readable_options,
     varied_options,
 )
+from experiments.reporting.markdown import markdown
 
 Cell = Callable[[pd.Series], str]
 
@@ -128,12 +129,7 @@ def _by_number(text: str) -> tuple[int, float, str]:
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """Padded, so that it reads well in a terminal too."""
-    cells = [list(table.columns), *table.astype(str).values.tolist()]
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in cells]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [cells[0], ["-" * width for width in widths], *cells[1:]]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    return markdown(list(table.columns), table.astype(str).values.tolist())
 
 
 def to_latex(table: pd.DataFrame) -> str:

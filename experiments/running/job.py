@@ -18,8 +18,9 @@ from experiments.config.notes import notes_before
 from experiments.config.schema import Experiment, ModelConfig, WorkloadConfig, engine_options, to_dict
 from experiments.errors import RunError, UsageError, one_line
 from experiments.graders import Grader, get_grader
-from experiments.records import outcomes, provenance, sources
-from experiments.report import never_bound, runs_table
+from experiments.records import provenance, schemas, sources
+from experiments.reporting.runs_table import never_bound, runs_table
+from experiments.running import outcomes
 from experiments.running.models import LocalModel, find_model, model_name
 from experiments.running.prompts import Prompt, PromptRenderer
 from experiments.running.scenarios import Served, TimedRequest, arrival_times, serve
@@ -75,7 +76,7 @@ def prepare(
         UsageError: the run can't be done as asked.
     """
     if experiment.scenario.kind != "serve":
-        raise UsageError(f"scenario={experiment.scenario.name}: a benchmark is no arm of a sweep; run it alone")
+        raise UsageError(f"scenario={experiment.scenario.name}: a benchmark can't be an arm of a sweep; run it alone")
     experiment = replace(experiment, model=replace(experiment.model, name=model_name(experiment.model)))
     records.check_writable(Path(experiment.results_dir).expanduser())
     grader_of(experiment)
@@ -148,7 +149,7 @@ class Job:
         """Whether the record that is there stays.
 
         Raises:
-            UsageError: it is damaged, and nobody said that it may be replaced.
+            UsageError: it is damaged, and `force` does not allow replacing it.
         """
         standing = self.standing
         if standing.state == "damaged" and self.experiment.force == "false":
@@ -194,9 +195,9 @@ class Job:
                 "counters": asdict(backend.stats),
                 "memory": memory,
             }
-            outcomes.write_rows(staging / records.REQUESTS, request_rows, outcomes.REQUEST_SCHEMA)
-            outcomes.write_rows(staging / records.STEPS, step_rows, outcomes.STEP_SCHEMA)
-            outcomes.write_rows(staging / records.EVENTS, event_rows, outcomes.EVENT_SCHEMA)
+            schemas.write_rows(staging / records.REQUESTS, request_rows, schemas.REQUEST_SCHEMA)
+            schemas.write_rows(staging / records.STEPS, step_rows, schemas.STEP_SCHEMA)
+            schemas.write_rows(staging / records.EVENTS, event_rows, schemas.EVENT_SCHEMA)
             times = {"started": started, "ended": provenance.now()}
             origin = provenance.collect(self.command) | code | times | self._inputs(prompts, renderer)
             records.write_json(staging / records.PROVENANCE, origin)

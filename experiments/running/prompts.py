@@ -36,7 +36,7 @@ class PromptRenderer:
         tokenizer: of `transformers`.
 
     Raises:
-        UsageError: `model.chat_template` is no template.
+        UsageError: `model.chat_template` is not a template.
     """
 
     def __init__(self, workload: WorkloadConfig, model: ModelConfig, tokenizer: Any) -> None:
@@ -108,7 +108,9 @@ def _chat_template(choice: str, tokenizer: Any) -> str | None:
         # A tokenizer may bring several by name; "default" is the one for plain chat.
         template = template.get("default") if isinstance(template, dict) else template
         if template is not None and not isinstance(template, str):
-            raise UsageError("the tokenizer's chat template is no text: give another one with model.chat_template=FILE")
+            raise UsageError(
+                "the tokenizer's chat template is not text: give another one with model.chat_template=FILE"
+            )
         return template
     path = Path(choice).expanduser()
     if not path.is_file():

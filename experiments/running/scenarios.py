@@ -92,7 +92,7 @@ def serve(backend: Backend, requests: Sequence[TimedRequest], progress: bool = T
 
 
 def _add(backend: Backend, request: TimedRequest) -> RequestOutput | None:
-    """Queue a request. Returns its output where the engine refuses it: it costs itself, not the others."""
+    """Queue a request. Returns its output where the engine refuses it; the others are not affected."""
     try:
         backend.add_request(request.token_ids, request.params, request.id)
     except ValueError as error:

@@ -22,11 +22,12 @@ from typing import Any
 from experiments import records
 from experiments.backends import BackendFactory
 from experiments.config.arms import Arm, expand
+from experiments.config.compose import load_experiment
 from experiments.config.notes import notes_before
-from experiments.config.schema import Experiment, load_experiment
+from experiments.config.schema import Experiment
 from experiments.errors import UsageError, one_line
 from experiments.records.sources import Standing
-from experiments.report import sweep_table
+from experiments.reporting.runs_table import sweep_table
 from experiments.running import job
 from experiments.running.child import Worker, reason_of, run_child
 from experiments.running.models import find_model

@@ -1,4 +1,4 @@
-"""Telling Weights & Biases about a run, or nobody."""
+"""Reports a run to Weights & Biases, or nowhere."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Tracker(Protocol):
 
 
 class NullTracker:
-    """Tells nobody."""
+    """Reports nowhere."""
 
     def log_step(self, step: StepStats) -> None:
         return

@@ -15,13 +15,12 @@ import sys
 from collections.abc import Mapping
 
 from experiments.backends import BACKENDS, BackendFactory
-from experiments.config.schema import load_experiment
+from experiments.config.compose import load_experiment
 from experiments.run import exit_code
 from experiments.running import job, lifeline
 from experiments.running.models import find_model
 from experiments.running.sweep import remembered
 from experiments.workloads import load_problems
-from zipage import share_model
 
 
 def main(backends: Mapping[str, BackendFactory] = BACKENDS) -> int:
@@ -35,6 +34,8 @@ def main(backends: Mapping[str, BackendFactory] = BACKENDS) -> int:
         job.carry_out(job.prepare(load_experiment(overrides), backends, problems, model, command))
 
     try:
+        from zipage import share_model
+
         with os.fdopen(int(sys.argv[1]), "w") as done, share_model():
             for line in sys.stdin:
                 overrides = json.loads(line)

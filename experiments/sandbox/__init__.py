@@ -11,7 +11,7 @@ as root, where it runs as a user number of its own instead):
 * wall time, CPU time, address space, size of files and of output, files in memory, open files and processes are bounded
   (`Limits`); where a control group can be had (`control_groups`), the memory of all its processes together as well;
 * a filter refuses system calls (`system_calls`): keys, memory that no limit counts (memfd, System V, message queues),
-  io_uring, nested namespaces, other processes' memory, sockets but for the Internet's and Unix's, the kernel's log. Its
+  io_uring, nested namespaces, other processes' memory, sockets other than Internet and Unix ones, the kernel's log. Its
   session keyring is new and empty;
 * when its first process ends or is killed, the kernel kills every process it left behind. The same happens when the
   process that asked for it dies.
@@ -198,15 +198,15 @@ class Program:
     process: subprocess.Popen[bytes]
     errors: IO[str]
 
-    def wait(self) -> bool:
-        """Whether it ended by itself, in time and with exit code 0.
+    def wait(self) -> int:
+        """Its exit code, 0 where it ended by itself and in time.
 
         Raises:
             SandboxError: it was never started.
         """
         code = self.process.wait()
         self.require_started()
-        return code == 0
+        return code
 
     def require_started(self) -> None:
         """Raises SandboxError where it is known by now that the program could not be started."""

@@ -9,7 +9,7 @@ import sys
 import types
 
 sys.path.insert(0, "/box")
-from plain import receive, send
+from plain import NotPlain, encode, receive, send
 from program import run
 
 
@@ -29,9 +29,11 @@ def main() -> None:
     while True:
         arguments, options = receive(channel)
         try:
-            reply = (True, function(*arguments, **options))
+            reply = encode((True, function(*arguments, **options), arguments))
+        except NotPlain as error:
+            reply = (None, str(error), ())
         except Exception as error:
-            reply = (False, type(error).__name__)
+            reply = encode((False, type(error).__name__, arguments))
         send(channel, reply)
 
 

@@ -1,7 +1,7 @@
 """Runs a test program in a sandbox of its own; what it tests answers from another, through a socket (stdin).
 
 The model's program can't see the tests, and all it can do to pass them is to return the right values in time. Exit code
-0 means that `check` returned.
+0 means that `check` returned, `NOT_PLAIN` that test and program would have to exchange what can't be sent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import sys
 from typing import Any
 
 sys.path.insert(0, "/box")
-from plain import receive, send
+from plain import NotPlain, encode, put_back, receive, send
+
+NOT_PLAIN = 3
 
 
 def main() -> None:
@@ -27,9 +29,16 @@ def main() -> None:
 
     def candidate(*arguments: Any, **options: Any) -> Any:
         signal.setitimer(signal.ITIMER_REAL, exam["seconds"])
-        send(channel, (arguments, options))
-        returned, value = receive(channel)
+        try:
+            send(channel, encode((arguments, options)))
+        except NotPlain:
+            os._exit(NOT_PLAIN)
+        returned, value, arguments_after = receive(channel)
         signal.setitimer(signal.ITIMER_REAL, 0)
+        if returned is None:
+            os._exit(NOT_PLAIN)
+        for mine, theirs in zip(arguments, arguments_after):
+            put_back(mine, theirs)
         if returned is True:
             return value
         raise exception(value)

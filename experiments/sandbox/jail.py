@@ -84,11 +84,12 @@ class ControlGroup:
 
 
 def watch(pid: int, lifeline: int, seconds: float) -> int:
-    """Wait for the program; kill it after `seconds`, or when nobody waits for it any longer."""
+    """Wait for the program, and give its exit code; kill it after `seconds`, or when nobody waits for it any longer."""
     done = os.pidfd_open(pid)
     ready, _, _ = select.select([done, lifeline], [], [], seconds)
     if done in ready:
-        return int(os.waitpid(pid, 0)[1] != 0)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return code if code >= 0 else 1
     os.kill(pid, SIGKILL)
     os.waitpid(pid, 0)
     return 2

@@ -34,8 +34,8 @@ GENERATORS: dict[str, Callable[..., Iterable[Problem]]] = {
 def load_problems(config: WorkloadConfig, limit: int | None = None) -> list[Problem]:
     """The first `limit` problems of a workload (None: all).
 
-    An item that can't be asked (a field is missing or null, its tests can't be read, a text is no Unicode) is a problem
-    with its `error`, and costs itself alone.
+    An item that can't be asked (a field is missing or null, its tests can't be read, a text is not valid Unicode) is a
+    problem with its `error`; the others are not affected.
 
     Raises:
         UsageError: the source can't be read, an option of the generator is wrong, or no item can be asked.
@@ -94,7 +94,7 @@ def _item(row: Mapping[str, Any], number: int, config: WorkloadConfig) -> Proble
         problem = _problem(row, number, config)
         for name, text in (("id", problem.id), ("question", problem.question), ("gold", problem.gold)):
             if text != _unicode(text):
-                raise UsageError(f"the {name} of item {number} holds half a surrogate pair, which is no character")
+                raise UsageError(f"the {name} of item {number} holds half a surrogate pair, which is not a character")
         return problem
     except UsageError as error:
         name = number if config.id is None else row.get(config.id)

@@ -127,7 +127,7 @@ class TextUnpickler(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"{module}.{name} is no text")
+        raise pickle.UnpicklingError(f"{module}.{name} is not text")
 
 
 def _bounded(tests: list[list[str]], number: int) -> list[list[str]]:

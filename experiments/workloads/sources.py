@@ -40,9 +40,9 @@ def _item(line: str, number: int) -> dict[str, Any]:
     try:
         item = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"line {number} is no JSON ({error})") from error
+        raise ValueError(f"line {number} is not valid JSON ({error})") from error
     if not isinstance(item, dict):
-        raise ValueError(f"line {number} is no JSON object")
+        raise ValueError(f"line {number} is not a JSON object")
     return item
 
 

@@ -24,9 +24,10 @@ import pytest
 from experiments import records
 from experiments.analysis.comparison import compare
 from experiments.analysis.metrics import summarise
-from experiments.config.schema import load_experiment, to_dict
+from experiments.config.compose import load_experiment
+from experiments.config.schema import to_dict
 from experiments.paths import ROOT
-from experiments.records import outcomes
+from experiments.records import schemas
 from zipage import EngineStats
 
 RUNS, REQUESTS, TOKENS = int(os.environ.get("RUNS", "10000")), 1_000, 128
@@ -65,10 +66,10 @@ def write_runs(folder: Path) -> None:
     configs = [to_dict(load_experiment(["model=dummy", "model.path=m", *choice.split()])) for choice in choices]
     columns = request_columns(random)
     graded = {**columns, "grade": np.ones(REQUESTS)}
-    table = pa.table({name: graded[name] for name in outcomes.REQUEST_SCHEMA.names}, schema=outcomes.REQUEST_SCHEMA)
+    table = pa.table({name: graded[name] for name in schemas.REQUEST_SCHEMA.names}, schema=schemas.REQUEST_SCHEMA)
     metrics = summarise(table.to_pylist(), [], [], seconds=100.0, evicts=True)
     metrics |= {"counters": dict.fromkeys(EngineStats.__slots__, 1)}
-    place = outcomes.REQUEST_SCHEMA.get_field_index("grade")
+    place = schemas.REQUEST_SCHEMA.get_field_index("grade")
     provenance = (ROOT / "results" / "records" / "demo" / records.PROVENANCE).read_text()
     for number in range(RUNS):
         seed, choice = divmod(number, len(configs))
@@ -81,7 +82,7 @@ def write_runs(folder: Path) -> None:
             table.set_column(place, "grade", pa.array(grades)),
             run / records.REQUESTS,
             compression="zstd",
-            row_group_size=outcomes._ROW_GROUP,
+            row_group_size=schemas._ROW_GROUP,
         )
         (run / records.METRICS).write_text(json.dumps(metrics | {"accuracy": grades.mean()}, indent=2))
 

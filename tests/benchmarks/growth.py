@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 
 from tests.scheduling.fabricated import make_request, make_scheduler
-from zipage.scheduling.scheduler import GROWTH
+from zipage.scheduling.headroom import HEADROOM
 
 STEP, ENTRY, PREFILL, COPIED = 6.6e-3, 147_456 / 2.7e12, 23e-6, 147_456 / 25e9
 """Seconds of a step, of an entry that it reads, of a token that it prefills, and of one that is copied back."""
@@ -44,7 +44,7 @@ def simulate(
     lengths: list[tuple[int, int]], block_size: int, growth: int, copied: bool = False, fewest_first: bool = False
 ) -> dict[str, float | int]:
     scheduler = make_scheduler(
-        POOL // block_size, block_size, caching=False, growth=growth, max_num_seqs=128, max_num_batched_tokens=8192
+        POOL // block_size, block_size, caching=False, headroom=growth, max_num_seqs=128, max_num_batched_tokens=8192
     )
     requests = [make_request(f"r{i}", prompt, output) for i, (prompt, output) in enumerate(lengths)]
     for request in requests:
@@ -89,7 +89,7 @@ def main() -> None:
     for load, lengths in loads().items():
         for copied, fewest_first in product((False, True), repeat=2):
             row = {"load": load, "copied": copied, "fewest_first": fewest_first}
-            tried.append(row | simulate(lengths, 16, GROWTH, copied, fewest_first))
+            tried.append(row | simulate(lengths, 16, HEADROOM, copied, fewest_first))
             print(" ".join(map(str, tried[-1].values())), flush=True)
     record = {
         "what": "simulated throughput of full KV in a short pool, by the room kept for growth",

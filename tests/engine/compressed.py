@@ -10,17 +10,17 @@ import torch
 
 from tests.eviction.cases import Case
 from zipage import LLM, EventStats, RequestOutput, SamplingParams
+from zipage.scheduling.headroom import HEADROOM
 from zipage.scheduling.plan import StepPlan
 from zipage.scheduling.request import Status
-from zipage.scheduling.scheduler import GROWTH
 
 UNBOUNDED = 100_000
 
 
-def make_llm(folder: Path, case: Case | None, budget: int = 64, growth: int = GROWTH, **options) -> LLM:
+def make_llm(folder: Path, case: Case | None, budget: int = 64, headroom: int = HEADROOM, **options) -> LLM:
     """An engine in debug mode; `case` None is full KV. `recent`, protection and options are the case's.
 
-    A `growth` of 0 lets a small pool take in more requests than it can hold to their budgets: some have to leave.
+    A `headroom` of 0 lets a small pool take in more requests than it can hold to their budgets: some have to leave.
     """
     defaults = {
         "skip_tokenizer_init": True,
@@ -40,7 +40,7 @@ def make_llm(folder: Path, case: Case | None, budget: int = 64, growth: int = GR
             "recent_tokens": case.recent,
         }
     llm = LLM(str(folder), **defaults | options)
-    llm._core.scheduler.growth = growth
+    llm._core.scheduler.headroom.num_entries = headroom
     return llm
 
 

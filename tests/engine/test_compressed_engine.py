@@ -114,8 +114,8 @@ BINDING = {
     "asynchronous": {"async_compression": True},
     "chunked": {"max_num_batched_tokens": 24},
     "constrained": {"scheduling": "constrained", "num_blocks": 25},
-    "tight": {"num_blocks": 11, "growth": 0},
-    "tight-async": {"num_blocks": 11, "growth": 0, "async_compression": True},
+    "tight": {"num_blocks": 11, "headroom": 0},
+    "tight-async": {"num_blocks": 11, "headroom": 0, "async_compression": True},
     "strided": {"layer_stride": 1},
     "no-prefix-cache": {"enable_prefix_caching": False},
 }

@@ -37,7 +37,7 @@ def test_a_long_thought_stays_inside_its_blocks(tmp_path, asynchronous):
 
 
 def test_counters_events_and_steps_tell_the_same(folder):
-    llm = make_llm(folder, ZIPAGE, num_blocks=11, growth=0)
+    llm = make_llm(folder, ZIPAGE, num_blocks=11, headroom=0)
     events, steps = record_events(llm), []
     llm.step_listeners.append(steps.append)
     outputs = llm.generate(random_prompts([5, 17, 33, 9, 40, 20], VOCAB), greedy(90), use_tqdm=False)
@@ -90,7 +90,7 @@ def watch_blocks(llm: LLM) -> dict[tuple[str, int], int]:
     advance = llm._core.scheduler.advance
 
     def look(plan):
-        fresh = {order.request: len(order.fresh) for order in llm._core.scheduler.compressions.in_flight}
+        fresh = {order.request: len(order.fresh) for order in llm._core.scheduler.compressions.in_flight.values()}
         for request in llm._core.scheduler.running:
             key, blocks = (request.request_id, request.index), len(request.block_ids) + fresh.get(request, 0)
             held[key] = max(held.get(key, 0), blocks)
@@ -107,7 +107,7 @@ def watch_blocks(llm: LLM) -> dict[tuple[str, int], int]:
         ({}, greedy(100, budget_tokens=32), [3, 7, 3]),
         ({}, greedy(100, policy="full"), [8, 13, 7]),
         ({"trigger": "pressure"}, greedy(100), [8, 13, 7]),
-        ({"num_blocks": 8, "growth": 0}, greedy(40), [4, 7, 3]),
+        ({"num_blocks": 8, "headroom": 0}, greedy(40), [4, 7, 3]),
         ({"async_compression": False}, greedy(100), [5, 7, 5]),
     ],
 )

@@ -160,7 +160,7 @@ def test_bad_options_are_named(folder, options, message):
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_p": 0.0}, "top_p=0.0"),
-        ({"top_k": -1}, "top_k=-1"),
+        ({"top_k": -2}, "top_k=-2"),
         ({"min_p": 2.0}, "min_p=2.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
         ({"stop": ("",)}, "stop="),

@@ -44,7 +44,9 @@ def check(outputs, expected) -> None:
         sample = output.outputs[0]
         assert sample.finish_reason == "length"
         assert sample.token_ids == tokens
-        assert sample.logprobs == pytest.approx(logprobs, rel=1e-4, abs=1e-4)
+        assert [
+            of[token].logprob for token, of in zip(sample.token_ids, sample.logprobs, strict=True)
+        ] == pytest.approx(logprobs, rel=1e-4, abs=1e-4)
 
 
 def test_reference_wanders(reference):

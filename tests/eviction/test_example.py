@@ -1,4 +1,4 @@
-"""The example policy of README.md: the text is the file, and the file works."""
+"""The example policy of docs/policies.md: the text is the file, and the file works."""
 
 import importlib
 import math
@@ -24,7 +24,7 @@ def own_registry(monkeypatch):
 
 def test_readme_shows_the_file():
     source = (ROOT / "examples" / "my_policy.py").read_text(encoding="utf-8")
-    assert f"```python\n{source}```\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"```python\n{source}```\n" in (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
 
 
 def test_found_by_place_and_once_imported_by_name():

@@ -4,20 +4,46 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 
 from experiments import run
+from experiments.config import compose as composing
 from experiments.paths import ROOT
 from experiments.records import sources
 from tests.experiments.fake_engine import fake_backend
+from zipage.eviction import registry
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZIPAGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The example of a policy is new to each test, and what it registers is forgotten after it."""
+    known = {name: policy for name, policy in registry.POLICIES.items() if name != "my_policy"}
+    monkeypatch.setattr(registry, "POLICIES", known)
+    monkeypatch.delitem(sys.modules, "examples.my_policy", raising=False)
+    yield
+    sys.modules.pop("examples.my_policy", None)
+
+
+@pytest.fixture(autouse=True)
+def _compose_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tests plan the same arms again and again, each of which takes Hydra a tenth of a second."""
+    monkeypatch.setattr(composing, "compose", lambda name, overrides: deepcopy(_composed(name, tuple(overrides))))
+
+
+@cache
+def _composed(name: str, overrides: tuple[str, ...], compose=composing.compose) -> DictConfig:
+    return compose(name, overrides=list(overrides))
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import numpy as np
 
 from experiments import records
 from experiments.analysis.metrics import summarise
-from experiments.config.schema import load_experiment, to_dict
-from experiments.records.outcomes import EVENT_SCHEMA, REQUEST_SCHEMA, STEP_SCHEMA, write_rows
+from experiments.config.compose import load_experiment
+from experiments.config.schema import to_dict
+from experiments.records.schemas import EVENT_SCHEMA, REQUEST_SCHEMA, STEP_SCHEMA, write_rows
 
 GPU = "NVIDIA H100 80GB HBM3"
 

@@ -1,4 +1,4 @@
-"""Every command, Python block and sweep of README.md, docs/ and `--help` works: each is carried out here, made small.
+"""Every command, Python block and sweep of the documents and of `--help` works: each is carried out here, made small.
 
 Runs are made on a tiny model where theirs is one of the hub. What takes a GPU, a network or minutes is carried out as
 far as it goes without them; the function that does it says how far. A command that no function takes fails.
@@ -26,7 +26,8 @@ from experiments import bench, run
 from experiments.backends import BACKENDS
 from experiments.bench import engine
 from experiments.config.arms import expand, split_command_line
-from experiments.config.schema import Experiment, load_experiment
+from experiments.config.compose import load_experiment
+from experiments.config.schema import Experiment
 from experiments.graders import get_grader
 from experiments.paths import CONF, ROOT
 from experiments.records import load_runs
@@ -35,12 +36,17 @@ from experiments.workloads import load_problems
 from tests.experiments.workloads.test_workload_configs import ITEMS, write
 from tests.tiny_models import save_tiny_model, save_tiny_tokenizer
 from zipage import LLM, SamplingParams
-from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.models.decoder import Decoder
 
 HELP = CONF / "hydra" / "help" / "zipage.yaml"
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md", HELP]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "results" / "README.md",
+    HELP,
+]
 PROGRAMS = ("python ", "make ", "pip ", "wandb ", "jupyter ")
 HARNESS = "python -m experiments.run"
 BENCHMARKS = {"scenario=kernels", "scenario=engine_bench"}
@@ -77,15 +83,6 @@ RUNS = [command for command in COMMANDS if command.startswith(f"{HARNESS} ") and
 FIRST_PAGE = next(command for command in COMMANDS if "--html" in command).split()[3:]
 
 
-@pytest.fixture(autouse=True)
-def _own_registry(monkeypatch):
-    """What the example of a policy registers is forgotten after each test."""
-    monkeypatch.setattr(registry, "POLICIES", dict(registry.POLICIES))
-    sys.modules.pop("examples.my_policy", None)
-    yield
-    sys.modules.pop("examples.my_policy", None)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     """What stands in for models of the hub: random weights and a tokenizer of bytes."""
@@ -113,6 +110,8 @@ def small(tiny, tmp_path) -> Callable[[list[str]], list[str]]:
         for name in ("gsm8k", "math500"):
             if f"workload={name}" in given:
                 instead["workload.path"] = write(tmp_path / f"{name}.jsonl", ITEMS[name])
+        if "+sweep=paper_table1" in given:
+            instead["workload.path"] = write(tmp_path / "amc23.jsonl", ITEMS["amc23"])
         if "workload=lengths" in given:
             instead |= {"workload.options.prompt_tokens": 8, "workload.options.output_tokens": 8}
         kept = [option for option in given if option.partition("=")[0] not in instead]
@@ -208,6 +207,13 @@ def find_target(given: list[str]) -> None:
     assert re.search(rf"^{given[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
+def find_tests(given: list[str]) -> None:
+    """They are run anyway."""
+    paths = [argument for argument in given if argument.startswith("tests")]
+    assert paths
+    assert all((ROOT / path).exists() for path in paths)
+
+
 def find_extra(given: list[str]) -> None:
     """It fetches packages."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
@@ -238,6 +244,8 @@ def test_the_command_works(command, request):
         read_records(given[1], given[2:], request)
     elif program == "python" and given[1] == "experiments.train_reasoner":
         read_training_options(given[2:], request)
+    elif program == "python" and given[1] == "pytest":
+        find_tests(given[2:])
     elif program == "python" and given[1].startswith("tests."):
         find_script(given[1].replace(".", "/") + ".py", given[2:])
     else:
@@ -283,15 +291,15 @@ def test_python_blocks_work(tiny, runs, monkeypatch, capsys):
 
 
 SIGNATURE = re.compile(r"^(?:    def )?(\w+)\(([^()]*)\) ->", flags=re.MULTILINE)
-"""A function as docs/architecture.md writes it, with what it returns."""
+"""A function as the documents write it, with what it returns."""
 
 
 def test_signatures_are_those_of_the_code():
     """But for `attention`, which is whatever the model is handed."""
-    blocks = "".join(blocks_of(text_of(ROOT / "docs" / "architecture.md"), "python"))
+    blocks = [block for path in DOCUMENTS for block in blocks_of(text_of(path), "python") if "@register" not in block]
     found = {
         name: [part.split(":")[0].strip("* \n") for part in written.split(",")]
-        for name, written in SIGNATURE.findall(blocks)
+        for name, written in SIGNATURE.findall("".join(blocks))
     }
     assert len(found) > 15
     del found["attention"]
@@ -312,14 +320,14 @@ SMALL = {
 
 
 def test_sweep_that_is_shown_can_be_planned(tmp_path):
-    (block,) = blocks_of(text_of(ROOT / "README.md"), "yaml")
+    (block,) = blocks_of(text_of(ROOT / "docs" / "harness.md"), "yaml")
     (tmp_path / "own.yaml").write_text(block, encoding="utf-8")
     arms = [f"results_dir={tmp_path}", "hardware=cpu"]
     assert len(sweep.plan([str(tmp_path / "own.yaml")], arms, BACKENDS)) == 5
 
 
 def test_an_engine_that_is_deleted_is_gone_at_once(tiny):
-    """README.md makes a second one, which on CUDA finds memory only where nothing of the first is left."""
+    """docs/engine.md makes a second one, which on CUDA finds memory only where nothing of the first is left."""
     gc.disable()
     try:
         llm = LLM(str(tiny), policy="zipage", budget_tokens=32, device="cpu", block_size=16, num_blocks=32)

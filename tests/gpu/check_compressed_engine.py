@@ -61,7 +61,7 @@ BINDING = {
     "batch": {},
     "chunked": {"max_num_batched_tokens": 24},
     "constrained": {"scheduling": "constrained", "num_blocks": 25},
-    "tight": {"num_blocks": 11, "growth": 0},
+    "tight": {"num_blocks": 11, "headroom": 0},
     "paused": {},
     "prefix hit": {},
 }

@@ -108,7 +108,9 @@ def check_family(folder: Path, family: str, cases: list[tuple[int, str]], device
             "case": case,
             "tokens_equal": all(sample.token_ids == tokens for sample, (tokens, _) in pairs),
             "max_logprob_difference": max(
-                abs(a - b) for sample, (_, logprobs) in pairs for a, b in zip(sample.logprobs, logprobs)
+                abs(of[token].logprob - expected)
+                for sample, (_, logprobs) in pairs
+                for token, of, expected in zip(sample.token_ids, sample.logprobs, logprobs, strict=True)
             ),
             "cached_tokens": sum(output.metrics.cached_tokens for output in outputs),
             "preemptions": llm.stats.preemptions,

@@ -5,7 +5,7 @@ import torch
 
 from tests.models.dense import dense_attention
 from tests.models.tiny import LENGTH, ROPE, make_model, reference_logits, token_ids
-from zipage.models.loader import load_model
+from zipage.models.loading.loader import load_model
 
 CASES = {
     "llama-gqa": ("Llama", {}),

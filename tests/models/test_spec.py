@@ -5,15 +5,16 @@ import torch
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from tests.models.tiny import COMMON, ROPE
-from zipage.models.spec import ModelSpec, hf_config, read_spec
+from zipage.models.loading.hf_config import hf_config, read_spec, spec_from_config
+from zipage.models.spec import ModelSpec
 
 
 def spec_of(model_type: str, **options) -> ModelSpec:
-    return ModelSpec.from_hf_config(hf_config(COMMON | {"model_type": model_type} | options))
+    return spec_from_config(hf_config(COMMON | {"model_type": model_type} | options))
 
 
 def test_llama():
-    spec = ModelSpec.from_hf_config(LlamaConfig(**COMMON, dtype="bfloat16"), eos_token_ids=(9, 5))
+    spec = spec_from_config(LlamaConfig(**COMMON, dtype="bfloat16"), eos_token_ids=(9, 5))
     assert (spec.num_layers, spec.width, spec.num_heads, spec.num_kv_heads, spec.head_dim) == (3, 64, 4, 2, 16)
     assert (spec.mlp_width, spec.vocab_size, spec.max_position, spec.dtype) == (96, 160, 128, torch.bfloat16)
     assert not any((spec.qkv_bias, spec.output_bias, spec.mlp_bias, spec.qk_norm, spec.tie_embeddings))
@@ -23,10 +24,10 @@ def test_llama():
 
 
 def test_flags_of_the_families():
-    qwen2 = ModelSpec.from_hf_config(Qwen2Config(**COMMON))
+    qwen2 = spec_from_config(Qwen2Config(**COMMON))
     assert qwen2.qkv_bias
     assert not any((qwen2.output_bias, qwen2.qk_norm))
-    qwen3 = ModelSpec.from_hf_config(Qwen3Config(**COMMON, head_dim=32, attention_bias=True))
+    qwen3 = spec_from_config(Qwen3Config(**COMMON, head_dim=32, attention_bias=True))
     assert qwen3.qk_norm
     assert qwen3.qkv_bias
     assert qwen3.output_bias

@@ -10,9 +10,11 @@ from zipage.eviction.budget import Budget
 from zipage.eviction.rule import EvictionRule
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.block_pool import ROOT, BlockPool
-from zipage.scheduling.plan import CompressionOrder, StepPlan, Swap
+from zipage.scheduling.compression_order import CompressionOrder
+from zipage.scheduling.plan import StepPlan, Swap
 from zipage.scheduling.request import PENDING, Request, Status
 from zipage.scheduling.scheduler import Scheduler
+from zipage.scheduling.triggers import Pressure
 
 EOS = 1
 
@@ -34,9 +36,9 @@ def make_rule(
     return EvictionRule(policy, Budget.from_tokens((max_blocks - 1) * block_size, block_size), protected, recent)
 
 
-def make_scheduler(num_blocks=64, block_size=16, *, caching=True, growth=0, **options) -> Scheduler:
+def make_scheduler(num_blocks=64, block_size=16, *, caching=True, headroom=0, **options) -> Scheduler:
     options = {"max_num_seqs": 8, "max_num_batched_tokens": 64} | options
-    return Scheduler(BlockPool(num_blocks, block_size, caching), growth=growth, **options)
+    return Scheduler(BlockPool(num_blocks, block_size, caching), headroom=headroom, **options)
 
 
 def make_samples(name="r", prompt=20, max_tokens=8, n=1, rule=None) -> list[Request]:
@@ -139,7 +141,7 @@ class FabricatedModel:
         self.size = pool.block_size
         self.cells: list[list[int | None]] = [[None] * self.size for _ in range(pool.num_blocks)]
         self.tables: list[list[int]] = [[0] * pool.num_blocks for _ in range(self.scheduler.max_num_seqs)]
-        self.rings: list[dict[int, tuple[int, int]]] = [{} for _ in range(self.scheduler.num_query_slots)]
+        self.rings: list[dict[int, tuple[int, int]]] = [{} for _ in range(self.scheduler.slots.num_slots)]
         self.shadows: dict[int, Shadow] = {}
         self.flights: list[_Flight] = []
         self.rng = random.Random(self.seed)
@@ -275,7 +277,7 @@ class FabricatedModel:
         scheduler = self.scheduler
         scheduler.check_integrity()
         self._poison_dead()
-        by_pressure = scheduler.compressions.by_pressure
+        by_pressure = isinstance(scheduler.trigger, Pressure)
         for request in scheduler.running:
             shadow = self.shadow(request)
             num_known = request.num_tokens - request.num_pending
@@ -383,7 +385,7 @@ class FabricatedModel:
         shadow = self.shadow(request)
         assert n == len(shadow.entries)
         assert n > rule.keep, f"{request}: nothing to evict"
-        if not self.scheduler.compressions.by_pressure:
+        if not isinstance(self.scheduler.trigger, Pressure):
             most = rule.max_blocks * size
             if not shadow.rounds:
                 most = max(rule.max_blocks, -(-request.num_prompt_tokens // size)) * size
@@ -435,8 +437,12 @@ class FabricatedModel:
     def _complete(self, flight: _Flight) -> None:
         self.flights.remove(flight)
         order = flight.order
-        self.scheduler.complete(order, flight.kept_blocks)
         request, shadow = order.request, self.shadow(order.request)
+        before = request.cache_len, len(order.block_ids)
+        done = self.scheduler.complete(order.number, flight.kept_blocks)
+        assert (done.request, done.round) == (request, shadow.rounds)
+        assert (done.entries_before, done.blocks_before) == before
+        assert done.entries_after == len(flight.entries) == done.blocks_after * self.size
         shadow.entries = flight.entries
         shadow.rounds += 1
         assert request.rounds == shadow.rounds
@@ -474,7 +480,7 @@ class FabricatedModel:
         assert all(chunk.num_tokens > 0 for chunk in plan.prefills)
         left = [swap.request for swap in plan.paused] + [preemption.request for preemption in plan.preempted]
         if oldest in left:
-            alone = running == [oldest] and scheduler.compressions.by_pressure
+            alone = running == [oldest] and isinstance(scheduler.trigger, Pressure)
             assert alone, "the oldest request left for another"
         assert not any(swap.request in left for swap in plan.resumed), "paused and resumed by one plan"
         numbers = [request.number for request in scheduler.waiting]
@@ -497,7 +503,7 @@ class FabricatedModel:
         with_new_slot = [r.number for r in entered if r.query_slot >= 0]
         if with_new_slot:
             for request in scheduler.running:
-                if request.query_slot < 0 and request.rule and (request.rule.window or scheduler.constrained):
+                if request.query_slot < 0 and request.rule and (request.rule.window or scheduler.slots.constrained):
                     assert request.number > max(with_new_slot), "a slot went past an older request"
 
     def run(self, max_steps: int = 10_000, eos_share: float = 0.0) -> list[StepPlan]:
@@ -514,5 +520,5 @@ class FabricatedModel:
         assert scheduler.pool.num_free == scheduler.pool.num_blocks
         assert not any(scheduler.pool.ref_counts)
         assert len(scheduler._rows) == scheduler.max_num_seqs
-        assert scheduler.query_slots_used == 0
+        assert scheduler.slots.num_used == 0
         assert not scheduler.compressions.in_flight

@@ -102,7 +102,7 @@ class Simulation:
             "max_num_seqs": seqs,
             "max_num_batched_tokens": batched if chunked else max(batched, longest_text) + seqs,
             "enable_chunked_prefill": chunked,
-            "growth": rng.choice([0, 0, 1, size, 128]),
+            "headroom": rng.choice([0, 0, 1, size, 128]),
             "num_query_slots": rng.choice([1, 2, 2, 4, 4, 8, 8, 8]),
             "trigger": rng.choice(["block_full", "block_full", "pressure"]),
             "scheduling": rng.choice(["hybrid", "hybrid", "constrained"]),

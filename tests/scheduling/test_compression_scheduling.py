@@ -4,6 +4,7 @@ import pytest
 
 from tests.scheduling.fabricated import FabricatedModel, make_request, make_rule, make_samples, make_scheduler
 from tests.scheduling.simulate_scheduler import missing, simulate
+from zipage.scheduling.compression_order import num_fresh_blocks
 from zipage.scheduling.plan import StepPlan
 from zipage.scheduling.request import Status
 
@@ -452,12 +453,12 @@ def test_a_paused_request_keeps_its_age_and_regains_a_slot():
     model.pause(requests[1])
     model.pause(requests[0])
     assert list(scheduler.waiting) == [*requests[:2], last]
-    assert scheduler.query_slots_used == 1
+    assert scheduler.slots.num_used == 1
     plan, _ = model.step()
     assert [swap.request for swap in plan.resumed] == requests[:2]
     assert plan.decodes == [requests[2]], "they decode from the next step on"
     assert scheduler.running == requests
-    assert scheduler.query_slots_used == 3
+    assert scheduler.slots.num_used == 3
     assert requests[1].queries_from == queries_from
     assert model.step()[0].decodes == requests
     model.run()
@@ -469,7 +470,7 @@ def test_a_paused_request_waits_for_a_slot():
     scheduler, model = started(first, second, num_query_slots=1)
     step_until(model, lambda: first.rounds == 1)
     model.pause(first)
-    scheduler._assign_slots()
+    scheduler.slots.assign(scheduler.running)
     step_until(model, lambda: second.status is Status.FINISHED)
     assert first.status is Status.PAUSED
     model.run()
@@ -508,7 +509,7 @@ def test_a_resumed_request_gets_its_protected_entries_back_where_the_blocks_were
 def test_admission_and_return_leave_room_to_grow_to_those_that_no_compression_stops(paused, bounded):
     request = make_request("a", 12, 60, make_rule(3, 4))
     other = make_request("b", 4, 60, make_rule(3, 4) if bounded else None)
-    scheduler, model = started(request, num_blocks=10, growth=24)
+    scheduler, model = started(request, num_blocks=10, headroom=24)
     if paused:
         step_until(model, lambda: request.rounds == 1)
         model.pause(request)
@@ -522,16 +523,16 @@ def test_admission_and_return_leave_room_to_grow_to_those_that_no_compression_st
 
 def test_under_pressure_room_to_grow_is_kept_for_the_unbounded_alone():
     bounded, full = make_request("a", 4, 60, make_rule(3, 4)), make_request("b", 4, 60)
-    scheduler, model = started(bounded, full, num_blocks=30, trigger="pressure", growth=24)
+    scheduler, model = started(bounded, full, num_blocks=30, trigger="pressure", headroom=24)
     model.step()
-    assert scheduler._growth_of(bounded) == 0
-    assert scheduler._growth_of(full) == -(-(5 + 24) // 4) - 1
+    assert scheduler.headroom.of(bounded) == 0
+    assert scheduler.headroom.of(full) == -(-(5 + 24) // 4) - 1
 
 
 @pytest.mark.parametrize("paused", [True, False])
 def test_alone_a_request_may_use_the_whole_pool(paused):
     request = make_request("a", 16, 20, make_rule(4, 4))
-    scheduler, model = started(request, num_blocks=4, growth=24)
+    scheduler, model = started(request, num_blocks=4, headroom=24)
     if paused:
         step_until(model, lambda: request.rounds == 1 and request.cache_len == 14)
         model.pause(request)
@@ -595,9 +596,9 @@ def test_an_order_is_completed_once():
     model.orders = False
     model.step()
     (order,) = scheduler.order_compressions()
-    scheduler.complete(order)
+    scheduler.complete(order.number)
     with pytest.raises(RuntimeError, match="not under way"):
-        scheduler.complete(order)
+        scheduler.complete(order.number)
 
 
 def test_while_a_compression_is_under_way_nobody_loses_blocks():
@@ -612,7 +613,7 @@ def test_while_a_compression_is_under_way_nobody_loses_blocks():
     assert old.cache_len == 16
     plan = scheduler.schedule()
     assert (plan.is_empty, plan.num_stalled, plan.paused, plan.preempted) == (True, 1, [], [])
-    scheduler.complete(order)
+    scheduler.complete(order.number)
     assert scheduler.schedule().decodes[0] is old
 
 
@@ -626,12 +627,12 @@ def test_blocks_that_a_due_request_waits_for_are_left_to_it():
     (order,) = scheduler.order_compressions()
     step_until(model, lambda: samples[0].cache_len == 12)
     assert young.cache_len == 4
-    assert (scheduler.compressions.num_fresh(samples[0]), scheduler.pool.num_free) == (2, 1)
+    assert (num_fresh_blocks(samples[0], scheduler.pool), scheduler.pool.num_free) == (2, 1)
     scheduler.add(new)
     plan = scheduler.schedule()
     assert plan.decodes == [samples[1]], "the one free block goes neither to the young nor to the new one"
     assert (plan.num_stalled, list(scheduler.waiting)) == (2, [new])
-    scheduler.complete(order)
+    scheduler.complete(order.number)
 
 
 def test_pressure_leaves_requests_within_their_budget_alone():
@@ -672,7 +673,7 @@ def test_dropped_blocks_go_back_and_kept_ones_stay_where_they_are():
     before = request.block_ids.copy()
     (order,) = scheduler.order_compressions()
     assert (order.new_ids, order.fresh) == ([], [])
-    scheduler.complete(order, [0, 3])
+    scheduler.complete(order.number, [0, 3])
     assert request.block_ids == [before[0], before[3]]
     assert request.cache_len == 8
     assert [scheduler.pool.ref_counts[block] for block in before] == [1, 0, 0, 1]
@@ -685,7 +686,7 @@ def test_dropping_the_wrong_number_of_blocks_is_an_error():
     model.step()
     (order,) = scheduler.order_compressions()
     with pytest.raises(RuntimeError, match="2 wanted"):
-        scheduler.complete(order, [0, 1, 3])
+        scheduler.complete(order.number, [0, 1, 3])
 
 
 def test_sharers_that_drop_blocks_need_no_fresh_ones():

@@ -117,10 +117,10 @@ def test_youngest_is_preempted_and_returns_first():
     assert [r.num_output_tokens for r in (old, young, new)] == [30, 30, 30]
 
 
-@pytest.mark.parametrize(("growth", "admitted"), [(6, True), (7, False)])
-def test_admission_leaves_room_to_grow(growth, admitted):
+@pytest.mark.parametrize(("headroom", "admitted"), [(6, True), (7, False)])
+def test_admission_leaves_room_to_grow(headroom, admitted):
     """The first holds 38 of 40 tokens' room in ten of twelve blocks; the second takes one of the two that are left."""
-    scheduler = make_scheduler(num_blocks=12, block_size=4, growth=growth)
+    scheduler = make_scheduler(num_blocks=12, block_size=4, headroom=headroom)
     model = FabricatedModel(scheduler)
     scheduler.add(make_request("a", prompt=37, max_tokens=30))
     model.step()
@@ -130,7 +130,7 @@ def test_admission_leaves_room_to_grow(growth, admitted):
 
 
 def test_no_room_is_kept_beyond_a_request_s_end():
-    scheduler = make_scheduler(num_blocks=12, block_size=4, growth=128)
+    scheduler = make_scheduler(num_blocks=12, block_size=4, headroom=128)
     model = FabricatedModel(scheduler)
     scheduler.add(make_request("a", prompt=37, max_tokens=4))
     scheduler.add(make_request("b", prompt=8, max_tokens=30))
@@ -139,8 +139,8 @@ def test_no_room_is_kept_beyond_a_request_s_end():
 
 
 def test_room_to_grow_saves_preemptions():
-    def preemptions(growth: int) -> int:
-        scheduler = make_scheduler(128, 4, growth=growth, max_num_seqs=32)
+    def preemptions(headroom: int) -> int:
+        scheduler = make_scheduler(128, 4, headroom=headroom, max_num_seqs=32)
         model = FabricatedModel(scheduler)
         requests = [make_request(f"r{i}", prompt=16 + i % 7, max_tokens=60) for i in range(48)]
         for request in requests:
@@ -188,7 +188,7 @@ def test_random_loads_end_without_leak_starvation_or_stale_entry(seed):
         num_blocks,
         size,
         caching=rng.random() < 0.7,
-        growth=rng.choice([0, 0, 1, size, 128]),
+        headroom=rng.choice([0, 0, 1, size, 128]),
         max_num_seqs=rng.randrange(1, 10),
         max_num_batched_tokens=rng.randrange(10, 80),
     )

@@ -133,6 +133,7 @@ class PagedCache:
             seeds=[one.tokens.seed for one in held],
             rounds=[one.rounds for one in held],
             prompt_lens=[one.tokens.prompt_len for one in held],
+            scales=(head_dim**-0.5,) * layers,
             k_cache=self.k,
             v_cache=self.v,
             block_tables=tables,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,17 +21,21 @@ from zipage.eviction.policy import Policy
 from zipage.eviction.protection import Protection
 from zipage.eviction.rule import EvictionRule
 from zipage.sampling_params import SamplingParams
-from zipage.scheduling.plan import CompressionOrder
+from zipage.scheduling.compression_order import CompressionOrder
 from zipage.scheduling.request import Request
 from zipage.worker import compression_batch
 from zipage.worker.compression_runner import CompressionResult, CompressionRunner
 from zipage.worker.kv_cache import KVCache
 
-SPEC = SimpleNamespace(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
+SPEC = SimpleNamespace(
+    num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, attention=(SimpleNamespace(scale=32**-0.5),) * 2
+)
 BLOCK_SIZE, RECENT, WINDOW = 16, 16, 16
 BUDGET = Budget.from_tokens(64, BLOCK_SIZE)
 SEED_STEP = 0xD1342543DE82EF95
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+NUMBERS = count()
 
 on_every_device = pytest.mark.parametrize("device", DEVICES)
 either_way = pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
@@ -119,9 +124,11 @@ class Serving:
         """Into fresh blocks; those of protected entries alone stay."""
         rule = request.rule
         if rule.drops_blocks:
-            return CompressionOrder(request, request.block_ids, [], [])
+            return CompressionOrder(next(NUMBERS), request, request.block_ids, [], [])
         fresh = [self.free.pop() for _ in range(BUDGET.max_blocks - 1 - rule.pinned_blocks)]
-        return CompressionOrder(request, request.block_ids, request.block_ids[: rule.pinned_blocks] + fresh, fresh)
+        return CompressionOrder(
+            next(NUMBERS), request, request.block_ids, request.block_ids[: rule.pinned_blocks] + fresh, fresh
+        )
 
     def apply(self, result: CompressionResult) -> None:
         """Give the request its new table; what it left is poisoned."""

@@ -68,9 +68,9 @@ def fake_cuda(monkeypatch):
 
 def test_all_graphs_are_captured_on_one_stream_the_largest_first(tmp_path, fake_cuda):
     """cuBLAS keeps a workspace for every stream it sees, and a pool that begins small grows with every larger graph."""
-    runner = make_llm(save_tiny_model("qwen3", tmp_path), None, debug=False)._runner
+    runner = make_llm(save_tiny_model("qwen3", tmp_path), None, debug=False)._core.runner
     runner._capture_stream = capture_stream(torch.device("cuda"))
-    graphs = runner._step_graphs(runner.cache, runner._tables)
+    graphs = runner.step_graphs(runner.cache, runner._tables)
     none = np.zeros(3, dtype=np.int64)
     batch = TokenBatch(none, none - 1, none, none - 1, none - 1, none, none)
     with torch.inference_mode():
@@ -89,7 +89,7 @@ def test_all_graphs_are_captured_on_one_stream_the_largest_first(tmp_path, fake_
 def run_in_graphs(llm: LLM) -> list[int]:
     """From here on steps compute what a graph would, with rows of nobody; the list gets the tokens of each."""
     runner, sizes = llm._core.runner, []
-    graphs = runner._step_graphs(runner.cache, runner._tables)
+    graphs = runner.step_graphs(runner.cache, runner._tables)
 
     def run(batch: TokenBatch) -> torch.Tensor:
         sizes.append(len(batch))
@@ -153,7 +153,7 @@ def test_requests_that_run_in_graphs_from_their_first_token_get_the_tokens_of_an
     prompts += [prompts[2][:64] + tail for tail in random_prompts([7, 30], VOCAB, seed=1)]
 
     def served(in_graphs: bool) -> tuple[list[list[int]], list[int]]:
-        llm = make_llm(model, case, debug=False, num_blocks=40, growth=0)
+        llm = make_llm(model, case, debug=False, num_blocks=40, headroom=0)
         sizes, outputs, waiting = run_in_graphs(llm) if in_graphs else [], {}, list(enumerate(prompts))
         while waiting or llm.has_unfinished_requests():
             if waiting:

@@ -1,102 +1,12 @@
-"""The memory plan by hand, and the tensors it pays for."""
+"""The tensors of the cache: those that are asked for, and poison."""
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 
-from zipage.config import EngineConfig
-from zipage.eviction import registry
-from zipage.eviction.budget import Budget
-from zipage.worker.kv_cache import NOWHERE, KVCache, MemoryPlan, block_bytes, plan_memory, query_slot_bytes
+from zipage.worker.kv_cache import NOWHERE, KVCache
 
-MIB, GIB = 2**20, 2**30
-QWEN3_8B = SimpleNamespace(num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128)
 TINY = SimpleNamespace(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
-BUDGET = Budget.from_tokens(2048, 256)
-MAX_MODEL_LEN = 40960
-
-
-def plan(policy="zipage", options=None, free=40 * GIB, spec=QWEN3_8B, dtype=torch.bfloat16, **config) -> MemoryPlan:
-    config = EngineConfig(model="none", **config)
-    return plan_memory(
-        config,
-        spec,
-        dtype,
-        weight_bytes=0,
-        free_bytes=free,
-        policy=registry.make(policy, options or {}),
-        max_blocks=BUDGET.max_blocks,
-        max_model_len=config.max_model_len or MAX_MODEL_LEN,
-    )
-
-
-def test_bytes_of_a_block_and_of_a_query_slot():
-    # 36 layers * 8 heads * 256 slots = 73,728 entries of 2 * 128 * 2 bytes; an int32 of each is 0.28125 MiB.
-    assert block_bytes(QWEN3_8B, 256, torch.bfloat16) == 36 * MIB
-    assert block_bytes(QWEN3_8B, 256, torch.bfloat16, positions=True) == 36 * MIB + 294_912
-    assert block_bytes(QWEN3_8B, 256, torch.bfloat16, positions=True, scores=True) == 36 * MIB + 589_824
-    # 36 layers * 16 queries * 32 heads * 128 dimensions * 2 bytes.
-    assert query_slot_bytes(QWEN3_8B, 16, torch.bfloat16) == 4_718_592 == 4.5 * MIB
-    assert query_slot_bytes(QWEN3_8B, 0, torch.bfloat16) == 0
-
-
-def test_a_plan_by_hand():
-    # A block is 38,338,560 bytes; 9 of them and 4,718,592 bytes of queries are 349,765,632.
-    # 42,949,672,960 / 349,765,632 = 122.8; (42,949,672,960 - 122 * 4,718,592) / 38,338,560 = 1105.26.
-    it = plan()
-    assert it.block_bytes == 38_338_560
-    assert (it.num_query_slots, it.query_slot_bytes, it.max_blocks_per_request) == (122, 4_718_592, 9)
-    assert it.num_blocks == 1105
-    assert it.query_bytes == 575_668_224
-    assert it.cache_bytes + it.query_bytes <= 40 * GIB
-    assert str(it).endswith(", 122 query slots of 4.50 MiB, at most 9 blocks a request")
-
-
-def test_a_policy_without_queries_or_state():
-    # 42,949,672,960 / (9 * 38,043,648) = 125.4; 42,949,672,960 / 38,043,648 = 1128.96.
-    it = plan("random")
-    assert it.block_bytes == 38_043_648
-    assert (it.num_query_slots, it.query_slot_bytes, it.num_blocks) == (125, 0, 1128)
-
-
-def test_what_bounds_the_query_slots():
-    assert plan(max_num_seqs=64).num_query_slots == 64
-    # (42,949,672,960 - 64 * 4,718,592) / 38,338,560 = 1112.4.
-    assert plan(max_num_seqs=64).num_blocks == 1112
-    short = plan(max_model_len=1000)
-    assert short.max_blocks_per_request == 4
-    assert short.num_query_slots == 42_949_672_960 // (4 * 38_338_560 + 4_718_592) == 271
-    for num_blocks, slots in ((100, 11), (18, 2), (5, 1), (10_000, 512)):
-        given = plan(num_blocks=num_blocks)
-        assert (given.num_blocks, given.num_query_slots) == (num_blocks, slots)
-
-
-def test_full_kv_plans_neither_slots_nor_positions():
-    it = plan("full")
-    assert it == MemoryPlan(1137, 256, 36 * MIB, 0, 0)  # 40,960 MiB / 36 MiB = 1137.8
-    assert "query slots" not in str(it)
-    assert plan("full", free=None).num_blocks == GIB // (36 * MIB)
-
-
-def test_no_room_says_what_would_make_some():
-    assert plan(free=349_765_632).num_query_slots == 1
-    with pytest.raises(ValueError, match=r"no room for one request: 9 KV blocks.*lower budget_tokens"):
-        plan(free=349_765_631)
-    with pytest.raises(ValueError, match="exceed 0 bytes"):
-        plan(free=-5)
-    with pytest.raises(ValueError, match="no room for a KV block"):
-        plan("full", free=35 * MIB)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_cache_takes_what_the_plan_says(dtype):
-    it = plan(spec=TINY, dtype=dtype, block_size=16, num_blocks=30, max_num_seqs=3)
-    cache = KVCache(TINY, 30, 16, dtype, torch.device("cpu"), positions=True, scores=True, num_query_slots=3, window=16)
-    assert [x.shape[:2] for x in cache.entry_tensors] == [(2, 30)] * 4
-    assert sum(x.nbytes for x in cache.entry_tensors) == it.cache_bytes
-    assert cache.queries.shape == (2, 3, 16, 4, 8)
-    assert cache.queries.nbytes == it.query_bytes
 
 
 def test_what_is_not_asked_for_is_not_there():

@@ -303,3 +303,17 @@ def test_an_event_that_does_not_fit_its_cache(change, message):
     event = cache.event(Case("snapkv").make(), [0])
     with pytest.raises(ValueError, match=message):
         replace(event, **change)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_each_layer_is_scored_by_its_own_scale(device):
+    """Queries four times as large are a scale four times as large."""
+    case = next(case for case in CASES if case.policy == "snapkv")
+    cache = make_cache(case, REQUESTS[:2], 16, device)
+    for i, n in enumerate((96, 73)):
+        cache.grow(i, n)
+    event = cache.event(case.make(), [0, 1])
+    first, *rest = event.scales
+    scaled = replace(event, scales=(first, *(4 * scale for scale in rest))).attention()
+    event.q_cache[1:] *= 4
+    assert torch.equal(bits(scaled), bits(event.attention()))

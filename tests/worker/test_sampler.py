@@ -3,9 +3,10 @@ import pytest
 import torch
 from scipy.stats import chisquare, kstest
 
+from zipage.counters import uniform_rows as uniform
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.request import Request
-from zipage.worker.sampler import Sampler, uniform
+from zipage.worker.sampler import Sampler
 
 VOCAB = 50
 
@@ -115,6 +116,8 @@ CUTS = [
     SamplingParams(temperature=0.0),
     SamplingParams(repetition_penalty=1.5),
     SamplingParams(top_k=2**62, top_p=0.9),
+    SamplingParams(presence_penalty=1.0, frequency_penalty=-0.5),
+    SamplingParams(logit_bias={3: -50.0}, min_tokens=2),
 ]
 
 
@@ -150,8 +153,8 @@ def test_logits_of_any_float_type_are_read_as_their_float32_values(temperature):
     tokens, logprobs = sample(logits, *params)
     expected, expected_logprobs = sample(logits.float(), *params)
     assert tokens.tolist() == expected.tolist()
-    assert logprobs.dtype == torch.float32
-    assert torch.equal(logprobs, expected_logprobs)
+    assert logprobs.chosen.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(logprobs, expected_logprobs, strict=True))
 
 
 def test_samples_and_steps_draw_differently():
@@ -176,7 +179,7 @@ def test_mixed_batch_keeps_rows_apart():
         SamplingParams(temperature=0, logprobs=True),
     )
     assert tokens.tolist() == logits.argmax(-1).tolist()
-    torch.testing.assert_close(logprobs[2], logits.log_softmax(-1)[2].max())
+    torch.testing.assert_close(logprobs.chosen[2], logits.log_softmax(-1)[2].max())
 
 
 def test_repetition_penalty_as_transformers_defines_it():
@@ -204,3 +207,83 @@ def test_repetition_record_starts_anew_with_each_request_of_a_row():
     params = SamplingParams(temperature=0, repetition_penalty=10.0)
     assert sampler.sample(logits, requests_of(params, prompt=[3]))[0].item() == 4
     assert sampler.sample(logits, requests_of(params, prompt=[4]))[0].item() == 3
+
+
+def advance(requests, tokens) -> None:
+    for request, token in zip(requests, tokens.tolist(), strict=True):
+        request.token_ids.append(token)
+
+
+def test_presence_and_frequency_penalty_count_the_output_alone():
+    """As vLLM defines them: the prompt's tokens are not counted."""
+    logits = torch.randn(3, VOCAB)
+    raw = logits.clone()
+    options = [(0.8, 0.3), (-0.5, 0.0), (0.0, 0.0)]
+    params = [SamplingParams(temperature=0, presence_penalty=p, frequency_penalty=f) for p, f in options]
+    sampler = Sampler(3, VOCAB, logits.device)
+    requests = requests_of(*params, prompt=raw[0].topk(3).indices.tolist())
+    for _ in range(30):
+        expected = []
+        for row, (presence, frequency) in enumerate(options):
+            counts = torch.bincount(torch.tensor(requests[row].token_ids[3:], dtype=torch.long), minlength=VOCAB)
+            expected.append((raw[row] - presence * (counts > 0) - frequency * counts).argmax().item())
+        tokens, _ = sampler.sample(logits, requests)
+        assert tokens.tolist() == expected
+        advance(requests, tokens)
+    assert torch.equal(logits, raw), "the caller's logits are left as they are"
+    assert len(set(requests[0].token_ids[3:])) > 5 > len(set(requests[1].token_ids[3:]))
+
+
+def test_min_tokens_and_biases_as_transformers_defines_them():
+    from transformers import MinNewTokensLengthLogitsProcessor, SequenceBiasLogitsProcessor
+
+    logits = torch.randn(1, VOCAB)
+    best = logits[0].topk(4).indices.tolist()
+    params = SamplingParams(temperature=0, min_tokens=5, logit_bias={best[2]: 1.5, best[3]: -3.0})
+    (request,) = requests_of(params)
+    request.stop_ids = frozenset(best[:2])
+    sampler = Sampler(1, VOCAB, logits.device)
+    min_new = MinNewTokensLengthLogitsProcessor(3, 5, best[:2], device="cpu")
+    bias = SequenceBiasLogitsProcessor([[[token], value] for token, value in params.logit_bias.items()])
+    for step in range(8):
+        ids = torch.tensor([request.token_ids.tolist()])
+        expected = bias(ids, min_new(ids, logits.clone())).argmax().item()
+        tokens, _ = sampler.sample(logits, [request])
+        assert tokens.item() == expected
+        assert (expected in best[:2]) <= (step >= 5)
+        advance([request], tokens)
+
+
+def test_bad_words_as_transformers_defines_them():
+    from transformers import NoBadWordsLogitsProcessor
+
+    logits = torch.randn(1, VOCAB)
+    best = logits[0].topk(3).indices.tolist()
+    (request,) = requests_of(
+        SamplingParams(temperature=0, bad_words=["told apart by their tokens"]), prompt=[49, best[0]]
+    )
+    request.bad_words = [[best[0], best[0]], [best[1]]]
+    processor = NoBadWordsLogitsProcessor(request.bad_words)
+    sampler = Sampler(1, VOCAB, logits.device)
+    # The prompt's end is no beginning of a bad word here, as in vLLM; transformers would count it.
+    assert sampler.sample(logits, [request])[0].item() == best[0]
+    request.token_ids.append(best[0])
+    for _ in range(6):
+        ids = torch.tensor([request.token_ids.tolist()])
+        tokens, _ = sampler.sample(logits, [request])
+        assert tokens.item() == processor(ids, logits.clone()).argmax().item()
+        advance([request], tokens)
+    assert set(request.token_ids[3:]) == {best[0], best[2]}
+
+
+def test_log_probabilities_are_of_the_raw_logits_whatever_is_edited():
+    logits = torch.randn(2, VOCAB)
+    params = [SamplingParams(temperature=0, logprobs=3, logit_bias={7: 100.0}), SamplingParams(temperature=0)]
+    tokens, logprobs = sample(logits, *params)
+    expected = logits.log_softmax(-1)
+    assert tokens[0] == 7
+    torch.testing.assert_close(logprobs.chosen, expected.gather(1, tokens[:, None]).squeeze(1))
+    assert logprobs.ranks.tolist() == [1 + (logits[0] > logits[0, 7]).sum().item(), 1]
+    top = expected.topk(3)
+    torch.testing.assert_close(logprobs.top, top.values)
+    assert torch.equal(logprobs.top_ids, top.indices)

@@ -12,14 +12,16 @@ import torch
 
 from zipage.engine.debug import DebugChecks
 from zipage.engine.interrupts import deferred_interrupts
+from zipage.engine.request_metrics import request_metrics
 from zipage.engine.telemetry import Telemetry
-from zipage.outputs import FinishReason
+from zipage.outputs import FinishReason, Logprob
 from zipage.scheduling.plan import StepPlan
 from zipage.scheduling.request import Request
 from zipage.scheduling.scheduler import Scheduler
-from zipage.stats import RequestMetrics, request_metrics
+from zipage.stats import RequestMetrics
 from zipage.worker.compression_runner import CompressionResult, CompressionRunner
 from zipage.worker.model_runner import Launch, ModelRunner, StepResult
+from zipage.worker.sampler import Logprobs
 
 
 class TokenDelta(NamedTuple):
@@ -40,7 +42,7 @@ class TokenDelta(NamedTuple):
     request_id: str
     index: int
     token_ids: list[int]
-    logprobs: list[float] | None
+    logprobs: list[dict[int, Logprob]] | None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     error: str | None = None
@@ -198,7 +200,7 @@ class EngineCore:
 
     def _may_overlap(self, plan: StepPlan) -> bool:
         """Whether the next step may be launched before the host knows this one's tokens."""
-        return all(request.params.repetition_penalty == 1.0 for request in plan.sampled)
+        return not any(request.params.needs_history for request in plan.sampled)
 
     def _plan(self, now: float) -> StepPlan | None:
         """Complete compressions that are done, then plan a step; waits for the step and the compressions under way
@@ -255,20 +257,19 @@ class EngineCore:
     def _complete(self, results: Sequence[CompressionResult]) -> None:
         for result in results:
             if result.error is not None:
-                self._end(self.scheduler.fail_compression(result.order, result.error, time.perf_counter()))
+                self._end(self.scheduler.fail_compression(result.order.number, result.error, time.perf_counter()))
                 continue
-            num_entries = result.order.request.cache_len
-            self.scheduler.complete(result.order, result.kept_pages)
-            self.telemetry.record_compression(result, num_entries)
+            done = self.scheduler.complete(result.order.number, result.kept_pages)
+            self.telemetry.record_compression(done, result.seconds, result.kept_positions)
 
     def _book(self, plan: StepPlan, result: StepResult, now: float) -> int:
         """Returns how many tokens came of the step: those of requests that had ended before it are dropped."""
         tokens = result.token_ids
         sampled = [r for r, token in zip(plan.sampled, tokens, strict=True) if r.finish_reason is None and token >= 0]
         if result.logprobs is not None:
-            for request, logprob, token in zip(plan.sampled, result.logprobs, tokens, strict=True):
+            for row, (request, token) in enumerate(zip(plan.sampled, tokens, strict=True)):
                 if request.logprobs is not None and request.finish_reason is None and token >= 0:
-                    request.logprobs.append(logprob)
+                    request.logprobs.append(_logprobs(result.logprobs, row, token, request.params.logprobs))
         finished = self.scheduler.update(plan, tokens, now)
         for request in sampled:
             if request.follow and request.finish_reason is None:
@@ -294,6 +295,13 @@ class EngineCore:
     def _take_deltas(self) -> list[TokenDelta]:
         deltas, self._deltas = self._deltas, []
         return deltas
+
+
+def _logprobs(logprobs: Logprobs, row: int, token: int, num_top: int) -> dict[int, Logprob]:
+    """Of one token: its own first, then the `num_top` most likely ones, by token id."""
+    of_token = {token: Logprob(float(logprobs.chosen[row]), int(logprobs.ranks[row]))}
+    tops = zip(logprobs.top_ids[row, :num_top].tolist(), logprobs.top[row, :num_top].tolist(), strict=True)
+    return of_token | {top: Logprob(value, rank) for rank, (top, value) in enumerate(tops, 1)}
 
 
 def on_device(device: torch.device) -> AbstractContextManager:

@@ -26,13 +26,20 @@ class Detokenizer:
         tokenizer: a `transformers` fast tokenizer.
         stop: stop strings; the text ends before the first one that appears.
         skip_special_tokens: leave special tokens out of the text.
+        include_stop: the text ends behind the stop string instead.
+        min_tokens: a stop string that is complete within so many tokens is none.
 
     Attributes:
         stop_reason: the stop string that appeared, or None.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...] = (), skip_special_tokens: bool = True
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        stop: tuple[str, ...] = (),
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
@@ -51,10 +58,14 @@ class Detokenizer:
         self._run_is_ill_formed = False
 
         self._stop = stop
+        self._include_stop = include_stop
+        self._min_tokens = min_tokens
         self._stop_bytes = tuple(s.encode("utf-8", "surrogatepass") for s in stop)
         self._held_back = max(map(len, stop), default=1) - 1
         self._pieces: list[str] = []
         self._held = ""
+        self._num_early = 0
+        """Characters of `_held` that came within `min_tokens`."""
         self._num_taken = 0
         self.stop_reason: str | None = None
 
@@ -120,14 +131,28 @@ class Detokenizer:
     def _append(self, piece: str) -> None:
         """More certain text: look for a stop string, and hold back what may begin one."""
         text = self._held + piece
-        found = [(at, s) for s in self._stop if (at := text.find(s)) >= 0]
-        if found:
-            end, self.stop_reason = min(found, key=lambda pair: pair[0])
+        found = self._find_stop(text)
+        if found is not None:
+            end, self.stop_reason = found
+            end += len(self.stop_reason) if self._include_stop else 0
             text = text[:end]
         else:
             end = max(0, len(text) - self._held_back)
         self._pieces.append(text[:end])
         self._held = text[end:]
+        early = len(text) if self._is_early else self._num_early
+        self._num_early = max(0, early - end)
+
+    @property
+    def _is_early(self) -> bool:
+        return len(self._token_ids) <= self._min_tokens
+
+    def _find_stop(self, text: str) -> tuple[int, str] | None:
+        """Where in `text`, which `_held` begins, the first stop string stands, and which."""
+        if self._is_early:
+            return None
+        places = ((text.find(s, max(0, self._num_early + 1 - len(s))), s) for s in self._stop)
+        return min(((at, s) for at, s in places if at >= 0), key=lambda pair: pair[0], default=None)
 
     def _ends_like_a_stop(self) -> bool:
         """Whether certain text and run end with the bytes of a stop string."""
@@ -138,7 +163,7 @@ class Detokenizer:
     def _look_into_run(self) -> None:
         """Stop if the run, should it end here, holds a stop string."""
         text = self._text_of_window()[self._num_settled :]
-        if any(s in self._held + text for s in self._stop):
+        if self._find_stop(self._held + text) is not None:
             self._append(text)
         self._run_is_ill_formed = not text.strip("\ufffd")
 

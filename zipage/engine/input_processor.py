@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from zipage.checks import shown
+from zipage.checks import check_names, shown
 from zipage.config import EngineConfig
 from zipage.eviction import registry
 from zipage.eviction.policy import Policy
@@ -17,15 +17,30 @@ from zipage.eviction.rule import EvictionRule
 from zipage.outputs import FinishReason
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.request import Request
-from zipage.worker.kv_cache import KVCache, MemoryPlan
+from zipage.unsupported import PROMPT_KEYS, drop_unsupported
+from zipage.worker.kv_cache import KVCache
+from zipage.worker.memory_plan import MemoryPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
+Message = Mapping[str, Any]
+"""Of a chat: `{"role": ..., "content": ...}`."""
 BYTES = (bytes, bytearray, memoryview)
 """Lists of integers that are no tokens."""
 SEED_STEP = 0x9E3779B97F4A7C15
 """Between the seeds that engines of neighbouring seeds give their requests."""
+
+
+class Tokens(NamedTuple):
+    """A prompt as the engine takes it; `text` is None where it was token ids."""
+
+    text: str | None
+    token_ids: list[int]
 
 
 def as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
@@ -34,15 +49,35 @@ def as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     Raises:
         ValueError: it is neither.
     """
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | Mapping):
         return [prompts]
     try:
-        items = None if isinstance(prompts, (*BYTES, Mapping)) else list(prompts)
+        items = None if isinstance(prompts, BYTES) else list(prompts)
     except TypeError:
         items = None
     if items is None:
         raise ValueError(f"prompts={shown(prompts)}: must be a text, a list of token ids, or a list of either")
     return [items] if items and _is_token(items[0]) else items
+
+
+def as_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
+    """One conversation or several, as a list.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(messages, Sequence) and not isinstance(messages, (str, *BYTES)):
+        if messages and all(isinstance(message, Mapping) for message in messages):
+            return [messages]
+        if all(isinstance(chat, Sequence) and not isinstance(chat, (str, *BYTES)) for chat in messages):
+            return list(messages)
+    raise ValueError(f"messages={shown(messages)}: must be a list of messages, or a list of such lists")
+
+
+def text_of(prompt: Prompt) -> str | None:
+    """The prompt's text, where it has one."""
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+    return text if isinstance(text, str) else None
 
 
 def _is_token(value: object) -> bool:
@@ -83,7 +118,7 @@ class InputProcessor:
         self._warned_of_budget = False
 
     def samples(
-        self, prompt: Prompt, params: SamplingParams, request_id: str, number: int, follow: bool = False
+        self, token_ids: list[int], params: SamplingParams, request_id: str, number: int, follow: bool = False
     ) -> list[Request]:
         """The `params.n` samples of a prompt, `number` of the engine's requests.
 
@@ -93,14 +128,14 @@ class InputProcessor:
         Raises:
             ValueError: the prompt or an option can't be served.
         """
-        token_ids = self._tokenize(prompt)
         self._check(token_ids)
-        self._check_stops(params)
+        self._check_tokens(params)
         rule = self._rule(token_ids, params)
         limit, reason = self._limit(len(token_ids), params, rule)
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= self._eos_token_ids
+        bad_words = self._bad_words(params)
         seed = number + self._config.seed * SEED_STEP if params.seed is None else params.seed
         now = time.perf_counter()
         samples = [
@@ -111,6 +146,7 @@ class InputProcessor:
                 index=index,
                 seed=seed % 2**63,
                 stop_ids=stop_ids,
+                bad_words=bad_words,
                 max_total_tokens=limit,
                 limit_reason=reason,
                 rule=rule,
@@ -123,7 +159,46 @@ class InputProcessor:
             sample.follow = follow
         return samples
 
-    def _tokenize(self, prompt: Prompt) -> list[int]:
+    def tokenize(self, prompt: Prompt) -> Tokens:
+        """Raises ValueError for what is no prompt, or can't be encoded."""
+        if not isinstance(prompt, Mapping):
+            return Tokens(text_of(prompt), self._token_ids(prompt))
+        keys = drop_unsupported("the prompt", {str(key): value for key, value in prompt.items()}, PROMPT_KEYS)
+        check_names(keys, ("prompt", "prompt_token_ids"), "the prompt")
+        ids, text = keys.get("prompt_token_ids"), keys.get("prompt")
+        if ids is None and not isinstance(text, str):
+            raise ValueError(
+                f'a prompt is text or a list of token ids, as "prompt" or "prompt_token_ids", not {shown(prompt)}'
+            )
+        return Tokens(text_of(prompt), self._token_ids(text if ids is None else ids))
+
+    def tokenize_chat(self, messages: Sequence[Message], *, chat_template: str | None, **options: Any) -> Tokens:
+        """A conversation as the chat template puts it; the template itself writes what special tokens there are.
+
+        Args:
+            chat_template: Jinja; None takes the tokenizer's.
+            options: keywords for `apply_chat_template`.
+
+        Raises:
+            ValueError: there is no template, it refuses the messages, or the messages hold more than text.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "chat needs the tokenizer's template, but skip_tokenizer_init=True: use generate with token ids"
+            )
+        if chat_template is None and not self.tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat template: give chat_template, or use generate")
+        messages = [_text_message(message) for message in messages]
+        if not messages:
+            raise ValueError("the conversation has no messages")
+        try:
+            text = self.tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **options)
+        except Exception as error:  # the template is a program
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"the chat template refuses the messages ({reason})") from error
+        return Tokens(text, self._encode(text, add_special_tokens=False))
+
+    def _token_ids(self, prompt: object) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("the prompt is text, but skip_tokenizer_init=True: give token ids")
@@ -136,10 +211,10 @@ class InputProcessor:
             raise ValueError(f"token id {shown(bad)} is outside the vocabulary of {self._vocab_size}")
         return [int(token) for token in prompt]
 
-    def _encode(self, prompt: str) -> list[int]:
+    def _encode(self, prompt: str, **options: Any) -> list[int]:
         try:
             prompt.encode()
-            token_ids = self.tokenizer.encode(prompt)
+            token_ids = self.tokenizer.encode(prompt, **options)
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"the prompt's character {error.start} is {prompt[error.start]!r}, a lone surrogate, which is no text: "
@@ -172,12 +247,28 @@ class InputProcessor:
                 f"{plan.block_size}): raise num_blocks or shorten it"
             )
 
-    def _check_stops(self, params: SamplingParams) -> None:
-        if params.stop and self.tokenizer is None:
-            raise ValueError("SamplingParams.stop needs text, but skip_tokenizer_init=True: use stop_token_ids")
-        bad = next((token for token in params.stop_token_ids if token >= self._vocab_size), None)
-        if bad is not None:
-            raise ValueError(f"SamplingParams.stop_token_ids: {bad} is outside the vocabulary of {self._vocab_size}")
+    def _check_tokens(self, params: SamplingParams) -> None:
+        """Options that name texts need a tokenizer; those that name tokens, tokens of the vocabulary."""
+        if self.tokenizer is None:
+            for name, instead in (("stop", "use stop_token_ids"), ("bad_words", "use logit_bias")):
+                if getattr(params, name):
+                    raise ValueError(f"SamplingParams.{name} needs text, but skip_tokenizer_init=True: {instead}")
+        for name in ("stop_token_ids", "logit_bias"):
+            bad = next((token for token in getattr(params, name) or () if token >= self._vocab_size), None)
+            if bad is not None:
+                raise ValueError(f"SamplingParams.{name}: {bad} is outside the vocabulary of {self._vocab_size}")
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """Tokens of each bad word at the beginning of a text and, where they are as many, after a space."""
+        words = []
+        for word in params.bad_words:
+            bare, spaced = (self._encode(space + word.lstrip(), add_special_tokens=False) for space in ("", " "))
+            if not bare:
+                raise ValueError(f"SamplingParams.bad_words: {word!r} has no tokens")
+            words.append(bare)
+            if spaced and spaced[0] != bare[0] and len(spaced) == len(bare):
+                words.append(spaced)
+        return words
 
     def _rule(self, token_ids: list[int], params: SamplingParams) -> EvictionRule | None:
         """What bounds the request's cache; None for full KV."""
@@ -214,8 +305,24 @@ class InputProcessor:
 
     def _limit(self, length: int, params: SamplingParams, rule: EvictionRule | None) -> tuple[int, FinishReason]:
         """The logical length at which the request ends, and the finish reason then."""
-        limit = min(length + params.max_tokens, self._max_model_len)
+        limit = self._max_model_len
+        if params.max_tokens is not None:
+            limit = min(length + params.max_tokens, limit)
         plan = self._memory_plan
         if limit <= plan.num_slots or (rule is not None and rule.max_blocks <= plan.num_blocks):
             return limit, "length"
         return plan.num_slots, "capacity"
+
+
+def _text_message(message: object) -> dict[str, Any]:
+    """A message whose content is one text: templates differ in whether they take a list of parts."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(f"a message is {{'role': ..., 'content': ...}}, not {shown(message)}")
+    content = message.get("content")
+    if isinstance(content, str | None):
+        return dict(message)
+    parts = content if isinstance(content, Sequence) and not isinstance(content, BYTES) else [content]
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"a message's content {shown(part)} is not supported: messages are text")
+    return {**message, "content": "\n".join(part["text"] for part in parts)}

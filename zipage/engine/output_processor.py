@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from zipage.engine.core import TokenDelta
 from zipage.engine.detokenizer import Detokenizer, decode
-from zipage.outputs import CompletionOutput, RequestOutput, StreamEvent
+from zipage.outputs import CompletionOutput, Logprob, RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams
 from zipage.stats import EngineStats, RequestMetrics, combine_metrics
 
@@ -58,7 +58,10 @@ class OutputProcessor:
 
     def follows(self, params: SamplingParams, stream: bool) -> bool:
         """Whether a request's tokens are wanted one by one, not only at its end."""
-        return stream or (self._tokenizer is not None and bool(params.stop))
+        return stream or (self._has_text(params) and bool(params.stop))
+
+    def _has_text(self, params: SamplingParams) -> bool:
+        return self._tokenizer is not None and params.detokenize
 
     def add(
         self,
@@ -72,9 +75,15 @@ class OutputProcessor:
         samples = []
         for index in range(params.n):
             detokenizer = None
-            if self._tokenizer is not None and self.follows(params, stream):
-                detokenizer = Detokenizer(self._tokenizer, params.stop, params.skip_special_tokens)
-            output = CompletionOutput(index, "", [], logprobs=[] if params.logprobs else None)
+            if self._has_text(params) and self.follows(params, stream):
+                detokenizer = Detokenizer(
+                    self._tokenizer,
+                    params.stop,
+                    params.skip_special_tokens,
+                    params.include_stop_str_in_output,
+                    params.min_tokens,
+                )
+            output = CompletionOutput(index, "", [], logprobs=None if params.logprobs is None else [])
             samples.append(_Sample(output, detokenizer))
         events = deque() if stream else None
         prompt = PendingPrompt(request_id, text, list(token_ids), params, samples, events)
@@ -126,8 +135,8 @@ class OutputProcessor:
             sample = prompt.samples[delta.index]
             output = sample.output
             if output.finish_reason is None:
-                self._take(sample, delta)
-                found = self._find_stop(sample, delta)
+                self._take(prompt.params, sample, delta)
+                found = self._find_stop(prompt.params, sample, delta)
                 if found is not None:
                     output.stop_reason = found
                     if output.finish_reason is None:
@@ -135,11 +144,12 @@ class OutputProcessor:
                     output.finish_reason = "stop"
                 self._report(prompt, sample, delta)
 
-    @staticmethod
-    def _take(sample: _Sample, delta: TokenDelta) -> None:
+    def _take(self, params: SamplingParams, sample: _Sample, delta: TokenDelta) -> None:
         output = sample.output
         output.token_ids += delta.token_ids
         if delta.logprobs is not None:
+            if self._has_text(params):
+                self._spell(delta.logprobs)
             output.logprobs += delta.logprobs
         if delta.finish_reason is not None:
             output.finish_reason = delta.finish_reason
@@ -147,10 +157,15 @@ class OutputProcessor:
             output.error = delta.error
             output.metrics = delta.metrics
 
+    def _spell(self, logprobs: list[dict[int, Logprob]]) -> None:
+        for of_token in logprobs:
+            for token_id, logprob in of_token.items():
+                logprob.decoded_token = decode(self._tokenizer, [token_id], skip_special_tokens=False)
+
     @staticmethod
-    def _find_stop(sample: _Sample, delta: TokenDelta) -> str | None:
-        """The stop string that the delta's tokens completed. The token that ends a sample is no text."""
-        if sample.detokenizer is None or delta.finish_reason == "stop":
+    def _find_stop(params: SamplingParams, sample: _Sample, delta: TokenDelta) -> str | None:
+        """The stop string that the delta's tokens completed. A token that ends a sample is text where asked for."""
+        if sample.detokenizer is None or (delta.finish_reason == "stop" and not params.include_stop_str_in_output):
             return None
         found = None
         for token_id in delta.token_ids:
@@ -166,9 +181,12 @@ class OutputProcessor:
         if prompt.events is not None:
             text = "" if detokenizer is None else detokenizer.take(is_finished)
             token_id = delta.token_ids[-1] if delta.token_ids else None
-            logprob = delta.logprobs[-1] if delta.logprobs else None
+            logprobs = delta.logprobs[-1] if delta.logprobs else None
+            logprob = None if logprobs is None else logprobs[token_id].logprob
             reason, error = output.finish_reason, output.error
-            prompt.events.append(StreamEvent(prompt.request_id, output.index, token_id, text, logprob, reason, error))
+            prompt.events.append(
+                StreamEvent(prompt.request_id, output.index, token_id, text, logprob, reason, error, logprobs)
+            )
         if is_finished:
             prompt.unfinished -= 1
             if prompt.unfinished == 0:
@@ -178,9 +196,10 @@ class OutputProcessor:
         output = sample.output
         if sample.detokenizer is not None:
             return sample.detokenizer.finish()
-        if self._tokenizer is None:
+        if not self._has_text(params):
             return ""
-        spelled = output.token_ids[:-1] if isinstance(output.stop_reason, int) else output.token_ids
+        ends_unspelled = isinstance(output.stop_reason, int) and not params.include_stop_str_in_output
+        spelled = output.token_ids[:-1] if ends_unspelled else output.token_ids
         return decode(self._tokenizer, spelled, params.skip_special_tokens)
 
     def _complete(self, prompt: PendingPrompt) -> None:

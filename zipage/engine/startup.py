@@ -13,14 +13,16 @@ from zipage.engine.debug import DebugChecks
 from zipage.engine.input_processor import InputProcessor
 from zipage.engine.output_processor import OutputProcessor
 from zipage.engine.telemetry import Telemetry
-from zipage.models.loader import obtain_model
-from zipage.models.tokenizer import end_of_sequence_ids, load_tokenizer
+from zipage.models.loading.share import obtain_model
+from zipage.models.loading.tokenizer import end_of_sequence_ids, load_tokenizer
 from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.scheduler import Scheduler
 from zipage.threads import warn_of_spinning
 from zipage.worker.compression_runner import CompressionRunner
-from zipage.worker.kv_cache import KVCache, MemoryPlan, plan_memory
+from zipage.worker.kv_cache import KVCache
+from zipage.worker.memory_plan import MemoryPlan, plan_memory
 from zipage.worker.model_runner import ModelRunner
+from zipage.worker.peak import measure_peak
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,8 @@ def start(config: EngineConfig) -> Engine:
     )
     activation_bytes, free_bytes = 0, None
     if device.type == "cuda":
-        activation_bytes = runner.measure_peak(
+        activation_bytes = measure_peak(
+            runner,
             config.max_num_batched_tokens,
             config.block_size,
             dtype,

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
+
+from zipage.scheduling.compression_order import Compressed
 from zipage.scheduling.plan import StepPlan
 from zipage.scheduling.request import Request
 from zipage.scheduling.scheduler import Scheduler
 from zipage.stats import EngineStats, EventStats, StepStats
-from zipage.worker.compression_runner import CompressionResult
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ class Telemetry:
             num_stalled=plan.num_stalled,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            query_slots_used=scheduler.query_slots_used,
+            query_slots_used=scheduler.slots.num_used,
             blocks_used=scheduler.pool.num_used,
             blocks_cached=scheduler.pool.num_cached,
             blocks_total=scheduler.pool.num_blocks,
@@ -84,18 +86,16 @@ class Telemetry:
         for request, block_ids, _, _ in plan.resumed:
             self._tell("resume", request, (request.cache_len, request.cache_len), (0, len(block_ids)))
 
-    def record_compression(self, result: CompressionResult, num_entries: int) -> None:
-        """A compression that was booked, of a request that held `num_entries`."""
-        request, order = result.order.request, result.order
-        keep = request.rule.keep
+    def record_compression(self, done: Compressed, seconds: float, kept_positions: np.ndarray | None) -> None:
+        """A compression that was booked, `seconds` after its order."""
         self._tell(
             "compress",
-            request,
-            (num_entries, keep),
-            (len(order.block_ids), request.rule.max_blocks - 1),
-            round=request.rounds - 1,
-            seconds=result.seconds,
-            kept_positions=result.kept_positions,
+            done.request,
+            (done.entries_before, done.entries_after),
+            (done.blocks_before, done.blocks_after),
+            round=done.round,
+            seconds=seconds,
+            kept_positions=kept_positions,
         )
 
     def _tell(
@@ -157,6 +157,6 @@ class Telemetry:
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_compressing=len(compressions.in_flight),
-            query_slots_used=scheduler.query_slots_used,
+            query_slots_used=scheduler.slots.num_used,
             blocks_used=scheduler.pool.num_used,
         )

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from zipage.checks import shown
-from zipage.eviction import counters
-from zipage.worker.transfer import to_device
+from zipage.counters import normal, uniform
+from zipage.transfer import to_device
 
 Softmax = Literal["all", "cut", "group_cut"]
 EPSILON = 1e-8
@@ -135,7 +135,7 @@ class Event(ABC):
 
         Args:
             tau: temperature; raw sums are divided by `tau` times the keys compared.
-            chunk: compare inside aligned runs of so many slots; None compares all n.
+            chunk: compare inside aligned runs of this many slots; None compares all n.
             threshold: cosine above which two keys are near-duplicates.
 
         Returns:
@@ -220,7 +220,7 @@ class Event(ABC):
             where: begins the message.
 
         Raises:
-            ValueError: they are no real tensor that broadcasts to [L, R, H, N] on the event's device.
+            ValueError: they are not a real tensor that broadcasts to [L, R, H, N] on the event's device.
         """
         what = f"{where} a real tensor [L, R, H, N] = {list(self.shape)} on {self.device}, or one that broadcasts to it"
         if not isinstance(scores, Tensor):
@@ -256,11 +256,11 @@ class Event(ABC):
         """
         layers = range(self.layer_offset, self.layer_offset + self.num_layers) if per_layer else range(1)
         heads = range(self.head_offset, self.head_offset + self.num_heads) if per_head else range(1)
-        return counters.uniform(self.seeds, stream, self.rounds, layers, heads, self.slots // run)
+        return uniform(self.seeds, stream, self.rounds, layers, heads, self.slots // run)
 
     def gaussian(self, stream: int, rows: int, columns: int) -> Tensor:
         """Standard normal matrices, one per request and event: float32 [R, rows, columns]."""
-        numbers = counters.normal(self.seeds, stream, self.rounds, rows * columns)
+        numbers = normal(self.seeds, stream, self.rounds, rows * columns)
         return to_device(numbers, self.device, np.float32).view(-1, rows, columns)
 
     # Ranking.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zipage.checks import one_of
 from zipage.eviction.event import Event
-from zipage.worker.transfer import to_device
+from zipage.transfer import to_device
 
 Pooling = Annotated[str, one_of("never", "first", "always")]
 

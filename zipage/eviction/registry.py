@@ -33,7 +33,7 @@ POLICIES: dict[str, str | type[Policy]] = {
 """Name -> class, or where to find it; modules load on first use."""
 
 METHODS = {"random_attention": "policy='random' with protection='prompt'"}
-"""Published methods that are no policies of their own, and the options that they are."""
+"""Published methods that are options of another policy, and those options."""
 
 
 def register(policy: type[Policy]) -> type[Policy]:

@@ -1,1 +1,1 @@
-"""The model: one decoder for Llama, Qwen2 and Qwen3, its loader and its tokenizer."""
+"""What a model is: its spec, its family and its layers. `loading` reads it from disk."""

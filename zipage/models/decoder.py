@@ -1,4 +1,4 @@
-"""The decoder of the Llama, Qwen2 and Qwen3 families, told apart by the flags of a `ModelSpec`."""
+"""A decoder of pre-norm blocks; the flags of its `ModelSpec` say which biases and norms it has."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        heads = spec.attention[index]
         self.index = index
-        self.num_heads = spec.num_heads
-        self.num_kv_heads = spec.num_kv_heads
+        self.num_heads = heads.num_heads
+        self.num_kv_heads = heads.num_kv_heads
         self.eps = spec.rms_norm_eps
-        q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        q_width, kv_width = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
         self.qkv_widths = [q_width, kv_width, kv_width]
         self.gate_up_widths = [spec.mlp_width, spec.mlp_width]
 
@@ -44,8 +45,8 @@ class DecoderLayer(nn.Module):
         self.input_norm = parameter(spec.width)
         self.qkv_weight = parameter(q_width + 2 * kv_width, spec.width)
         self.qkv_bias = parameter(q_width + 2 * kv_width) if spec.qkv_bias else None
-        self.q_norm = parameter(spec.head_dim) if spec.qk_norm else None
-        self.k_norm = parameter(spec.head_dim) if spec.qk_norm else None
+        self.q_norm = parameter(heads.head_dim) if spec.qk_norm else None
+        self.k_norm = parameter(heads.head_dim) if spec.qk_norm else None
         self.output_weight = parameter(spec.width, q_width)
         self.output_bias = parameter(spec.width) if spec.output_bias else None
         self.mlp_norm = parameter(spec.width)

@@ -92,6 +92,12 @@ No other field reaches transformers, which allocates what some of them say (`num
 """
 
 
+def check_size(name: str, value: Any) -> None:
+    """Raise a ValueError unless `value` is an integer from 1 to `LARGEST`."""
+    if not is_integer(value) or not 1 <= value <= LARGEST:
+        raise ValueError(f"{name}={shown(value)}: must be an integer, at least 1 and at most {LARGEST}")
+
+
 def checked_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `FIELDS` that are there. Raises ValueError that names the first that is wrong, its value and what it
     must be."""

@@ -1,117 +1,57 @@
-"""Who is compressed, when, and into which blocks. Pure Python."""
+"""Orders compressions and books them when they are done. Pure Python."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
 
 from zipage.scheduling.block_pool import BlockPool
-from zipage.scheduling.plan import CompressionOrder
+from zipage.scheduling.compression_order import Compressed, CompressionOrder, num_fresh_blocks
+from zipage.scheduling.query_slots import has_window
 from zipage.scheduling.request import Request, Status
+from zipage.scheduling.triggers import Trigger
 
 
 class CompressionScheduler:
-    """Orders compressions and books them when they are done.
+    """Orders the compressions that its trigger chooses, and books them when they are done.
 
     From its order to its completion a request is out of the batch and keeps the blocks it had, beside the fresh ones
     that its survivors move to where the old ones are shared. What is ordered is completed, or has failed, exactly once.
 
     Attributes:
-        by_pressure: compress only when the pool needs the blocks; otherwise whenever a request's last block is full and
-            it owns N_max or more.
-        in_flight: ordered and not yet completed.
+        trigger: who is compressed, and when.
+        in_flight: ordered and not yet completed, by number.
         num_ordered, num_applied, num_failed: compressions so far.
         entries_evicted, entries_kept: per layer and KV head, over all compressions applied.
         blocks_returned: by which tables became shorter.
         num_bound: requests that were compressed at least once.
     """
 
-    def __init__(self, pool: BlockPool, trigger: str = "block_full") -> None:
+    def __init__(self, pool: BlockPool, trigger: Trigger) -> None:
         self.pool = pool
-        self.by_pressure = trigger == "pressure"
-        self.in_flight: list[CompressionOrder] = []
+        self.trigger = trigger
+        self.in_flight: dict[int, CompressionOrder] = {}
         self.num_ordered = self.num_applied = self.num_failed = 0
         self.entries_evicted = self.entries_kept = 0
         self.blocks_returned = 0
         self.num_bound = 0
+        self._numbers = count()
 
-    def is_due(self, request: Request) -> bool:
-        """Under `block_full`: no further entry fits without a block beyond N_max."""
-        held = len(request.block_ids)
-        return held >= request.rule.max_blocks and request.cache_len == held * self.pool.block_size
-
-    def first_event(self, request: Request) -> int:
-        """Under `block_full`: entries that a request holds at its first compression."""
-        size = self.pool.block_size
-        return max(request.rule.max_blocks, -(-request.num_prompt_tokens // size)) * size
-
-    def num_fresh(self, request: Request) -> int:
-        """Blocks that a compression of the request takes from the pool, since it may not write to shared ones."""
-        rule = request.rule
-        if rule.drops_blocks:
-            return 0
-        written = request.block_ids[rule.pinned_blocks : rule.max_blocks - 1]
-        return sum(self.pool.ref_counts[block] > 1 for block in written)
-
-    def order(self, running: Sequence[Request], num_short: int = 0) -> list[CompressionOrder]:
-        """Take who is due out of the batch.
-
-        Args:
-            running: oldest first.
-            num_short: blocks that the pool lacks (counts under `pressure` only).
-        """
-        chosen = self._most_over_budget(running, num_short) if self.by_pressure else self._due(running)
+    def order(self, running: Sequence[Request], num_short: Callable[[], int]) -> list[CompressionOrder]:
+        """Take whom the trigger chooses out of the batch; arguments as in `Trigger.choose`."""
+        chosen = self.trigger.choose(running, self.in_flight.values(), num_short)
         orders = [self._order(request) for request in chosen]
         return [order for order in orders if order is not None]
 
-    def _due(self, running: Sequence[Request]) -> list[Request]:
-        size = self.pool.block_size
-        full = [r for r in running if r.rule is not None and r.cache_len == len(r.block_ids) * size]
-        return [r for r in full if r.status is Status.RUNNING and self.is_due(r) and not r.has_all_tokens]
-
-    def _most_over_budget(self, running: Sequence[Request], num_short: int) -> list[Request]:
-        num_short -= sum(len(order.block_ids) - order.request.rule.max_blocks + 1 for order in self.in_flight)
-        if num_short <= 0:
-            return []
-        able = [request for request in running if self._is_able(request)]
-        able.sort(key=lambda request: request.rule.keep - request.cache_len)
-        chosen = []
-        for request in able:
-            gain = len(request.block_ids) - (request.rule.max_blocks - 1) - self.num_fresh(request)
-            if gain > 0:
-                chosen.append(request)
-                num_short -= gain
-                if num_short <= 0:
-                    break
-        return chosen
-
-    def _is_able(self, request: Request) -> bool:
-        """Whether an event of this request would evict something now, and could."""
-        rule = request.rule
-        return (
-            rule is not None
-            and request.status is Status.RUNNING
-            and request.num_tokens - request.num_computed <= 1
-            and not request.has_all_tokens
-            and request.cache_len > rule.keep
-            and request.cache_len % rule.policy.page == 0
-            and self._has_window(request)
-        )
-
-    def _has_window(self, request: Request) -> bool:
-        window = request.rule.window
-        if not window:
-            return True
-        return request.query_slot >= 0 and request.queries_from <= request.num_computed - window
-
     def _order(self, request: Request) -> CompressionOrder | None:
         """None where the pool lacks the fresh blocks."""
-        if not self._has_window(request):
+        if not has_window(request):
             raise RuntimeError(f"{request}: due for a compression without the queries of its window")
         rule, pool = request.rule, self.pool
         new_ids: list[int] = []
         fresh: list[int] = []
         if not rule.drops_blocks:
-            taken = pool.allocate(self.num_fresh(request))
+            taken = pool.allocate(num_fresh_blocks(request, pool))
             if taken is None:
                 return None
             fresh = taken.copy()
@@ -123,22 +63,23 @@ class CompressionScheduler:
                 else:
                     pool.forget(block)
         request.note_blocks(len(fresh))
-        order = CompressionOrder(request, request.block_ids, new_ids, fresh)
+        order = CompressionOrder(next(self._numbers), request, request.block_ids, new_ids, fresh)
         request.status = Status.COMPRESSING
-        self.in_flight.append(order)
+        self.in_flight[order.number] = order
         self.num_ordered += 1
         return order
 
-    def complete(self, order: CompressionOrder, kept_blocks: Sequence[int] | None = None) -> None:
+    def complete(self, number: int, kept_blocks: Sequence[int] | None = None) -> Compressed:
         """Book a compression whose survivors lie where they shall, and put the request back into the batch.
 
         Args:
+            number: of the order.
             kept_blocks: places in `order.block_ids` that stay, ascending, where whole blocks are dropped.
 
         Raises:
             RuntimeError: the order is not in flight.
         """
-        self._take(order)
+        order = self._take(number)
         request, rule = order.request, order.request.rule
         new_ids = order.new_ids
         if rule.drops_blocks:
@@ -147,29 +88,33 @@ class CompressionScheduler:
             new_ids = [order.block_ids[place] for place in kept_blocks]
         staying = set(new_ids)
         self.pool.free([block for block in order.block_ids if block not in staying])
+        done = Compressed(request, request.rounds, request.cache_len, rule.keep, len(order.block_ids), len(new_ids))
         self.num_applied += 1
-        self.num_bound += request.rounds == 0
-        self.entries_evicted += request.cache_len - rule.keep
-        self.entries_kept += rule.keep
-        self.blocks_returned += len(order.block_ids) - len(new_ids)
+        self.num_bound += done.round == 0
+        self.entries_evicted += done.entries_before - done.entries_after
+        self.entries_kept += done.entries_after
+        self.blocks_returned += done.blocks_before - done.blocks_after
         request.block_ids = new_ids
         request.num_table_written = 0
         request.cache_len = rule.keep
         request.rounds += 1
         del request.prefix_ids[rule.pinned_blocks :]
         request.status = Status.RUNNING
+        return done
 
-    def fail(self, order: CompressionOrder) -> None:
+    def fail(self, number: int) -> Request:
         """Book a compression that came to nothing. The request has the blocks it had, whatever they hold by now."""
-        self._take(order)
+        order = self._take(number)
         self.pool.free(order.fresh)
         self.num_failed += 1
         order.request.status = Status.RUNNING
+        return order.request
 
-    def _take(self, order: CompressionOrder) -> None:
-        if order not in self.in_flight:
-            raise RuntimeError(f"{order.request}: a compression has ended that is not under way")
-        self.in_flight.remove(order)
+    def _take(self, number: int) -> CompressionOrder:
+        order = self.in_flight.pop(number, None)
+        if order is None:
+            raise RuntimeError(f"compression {number} has ended, and it is not under way")
+        return order
 
     def check_integrity(self) -> None:
         """Check what is in flight (for tests and debug runs).
@@ -182,7 +127,7 @@ class CompressionScheduler:
                 f"{self.num_ordered} compressions ordered, {self.num_applied} applied, {self.num_failed} failed, "
                 f"{len(self.in_flight)} in flight"
             )
-        for order in self.in_flight:
+        for order in self.in_flight.values():
             request = order.request
             if request.status is not Status.COMPRESSING or request.block_ids is not order.block_ids:
                 raise RuntimeError(f"{request}: changed while it was being compressed")

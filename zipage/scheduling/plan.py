@@ -38,26 +38,6 @@ class Swap(NamedTuple):
     query_slot: int
 
 
-@dataclass(slots=True, eq=False)
-class CompressionOrder:
-    """One request to compress to its budget.
-
-    Attributes:
-        request: with `rule`, `cache_len` (n), `num_computed` (where the window ends), `rounds` (t) and `query_slot` as
-            they are until the order is completed.
-        block_ids: its block table, the sources.
-        new_ids: the table afterwards, k / b blocks. Those from `rule.pinned_blocks` on are private and take the
-            survivors; those before it stay as they are. Empty where whole blocks are dropped: what stays is known
-            once the scores are.
-        fresh: blocks of `new_ids` that are not in `block_ids`.
-    """
-
-    request: Request
-    block_ids: list[int]
-    new_ids: list[int]
-    fresh: list[int]
-
-
 @dataclass(slots=True)
 class StepPlan:
     """What one step computes, in the order of the fields: pauses, resumptions, copies, then the forward pass.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from zipage.outputs import FinishReason
+from zipage.outputs import FinishReason, Logprob
 from zipage.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -58,12 +58,14 @@ class Request:
         siblings: all samples of this prompt, this one included; they share the prompt's blocks.
         max_total_tokens: logical length at which the request ends, and `limit_reason` why.
         error: one line that says what ended the request, where its finish reason is "error".
+        bad_words: tokens of texts that may not come.
         follow: its tokens are wanted one by one, not only at its end.
         num_taken: output tokens that `take_new` has given.
     """
 
     __slots__ = (
         "arrival",
+        "bad_words",
         "block_ids",
         "cache_len",
         "cached_tokens",
@@ -115,6 +117,7 @@ class Request:
         index: int = 0,
         seed: int = 0,
         stop_ids: frozenset[int] = frozenset(),
+        bad_words: Sequence[Sequence[int]] = (),
         max_total_tokens: int,
         limit_reason: FinishReason = "length",
         rule: EvictionRule | None = None,
@@ -125,6 +128,7 @@ class Request:
         self.params = params
         self.seed = seed
         self.stop_ids = stop_ids
+        self.bad_words = bad_words
         self.max_total_tokens = max_total_tokens
         self.limit_reason = limit_reason
         self.rule = rule
@@ -135,7 +139,7 @@ class Request:
         self.num_pending = 0
         self.place = -1
         self.num_prompt_tokens = len(prompt_token_ids)
-        self.logprobs: list[float] | None = [] if params.logprobs else None
+        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
 
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
@@ -174,7 +178,7 @@ class Request:
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
-    def take_new(self) -> tuple[list[int], list[float] | None]:
+    def take_new(self) -> tuple[list[int], list[dict[int, Logprob]] | None]:
         """Output tokens that are known and were not taken yet, and their log-probabilities where they are asked for."""
         begin, end = self.num_taken, self.num_output_tokens - self.num_pending
         self.num_taken = end

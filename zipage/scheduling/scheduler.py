@@ -7,35 +7,20 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import count
 from operator import attrgetter
-from typing import NamedTuple
 
 from zipage.outputs import FinishReason
-from zipage.scheduling.block_pool import ROOT, BlockPool
+from zipage.scheduling.block_pool import BlockPool
+from zipage.scheduling.compression_order import Compressed, CompressionOrder, num_fresh_blocks
 from zipage.scheduling.compression_scheduler import CompressionScheduler
-from zipage.scheduling.plan import Chunk, CompressionOrder, Preemption, StepPlan, Swap
+from zipage.scheduling.headroom import HEADROOM, Headroom
+from zipage.scheduling.integrity import check_requests
+from zipage.scheduling.plan import Chunk, Preemption, StepPlan, Swap
+from zipage.scheduling.prefix_lookup import PrefixLookup
+from zipage.scheduling.query_slots import QuerySlots
 from zipage.scheduling.request import Request, Status
+from zipage.scheduling.triggers import TRIGGERS
 
 AGE = attrgetter("number")
-
-GROWTH = 128
-"""Entries of each running request for which room is kept when another is admitted. With less, more are admitted that
-must soon leave again, to be computed anew; with more, the pool stands empty (`tests/benchmarks/growth.py`).
-"""
-
-
-class CachedPrefix(NamedTuple):
-    """The beginning of a text that is in the cache already.
-
-    Attributes:
-        shared: full blocks to share, and `prefix_ids` at their ends.
-        num_cached: tokens that they hold together with the copy of `tail`.
-        tail: a sibling's last prompt block, not full, to copy; or None.
-    """
-
-    shared: list[int]
-    prefix_ids: list[int]
-    num_cached: int
-    tail: int | None
 
 
 class Scheduler:
@@ -50,7 +35,7 @@ class Scheduler:
     Without its blocks or row it waits until its token is known, for then its text is computed again from the host's.
 
     **Memory.** A prompt is admitted only when the pool holds all of it at once and keeps blocks free for the next
-    `growth` entries of each that runs, unless its compression comes before. A decode that finds no free block takes
+    `headroom` entries of each that runs, unless its compression comes before. A decode that finds no free block takes
     those of a younger request: of the youngest without a query slot, else of the youngest. The victim's text is
     computed again when it returns; after its first compression that is impossible, so it is *paused*: its entries go to
     host memory and come back unchanged.
@@ -75,7 +60,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enable_chunked_prefill: bool = True,
-        growth: int = GROWTH,
+        headroom: int = HEADROOM,
         num_query_slots: int = 0,
         trigger: str = "block_full",
         scheduling: str = "hybrid",
@@ -84,16 +69,16 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_chunked_prefill = enable_chunked_prefill
-        self.growth = growth
-        self.num_query_slots = num_query_slots
-        self.constrained = scheduling == "constrained"
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.compressions = CompressionScheduler(pool, trigger)
+        self.trigger = TRIGGERS[trigger](pool)
+        self.compressions = CompressionScheduler(pool, self.trigger)
+        self.slots = QuerySlots(num_query_slots, constrained=scheduling == "constrained")
+        self.prefixes = PrefixLookup(pool, self.trigger)
+        self.headroom = Headroom(pool, self.trigger, self.prefixes, headroom)
         self.num_pauses = self.num_resumes = 0
         self._numbers = count()
         self._rows = list(range(max_num_seqs - 1, -1, -1))
-        self._slots = list(range(num_query_slots - 1, -1, -1))
 
     def add(self, request: Request) -> None:
         request.number = next(self._numbers)
@@ -103,10 +88,6 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self.waiting or self.running)
 
-    @property
-    def query_slots_used(self) -> int:
-        return self.num_query_slots - len(self._slots)
-
     # Compressions
 
     def order_compressions(self) -> list[CompressionOrder]:
@@ -115,45 +96,28 @@ class Scheduler:
         After `advance`, so that a compression is launched behind the step that filled the last block and its request
         misses none; where a step is empty, without.
         """
-        return self.compressions.order(self.running, self._num_short() if self.compressions.by_pressure else 0)
+        return self.compressions.order(self.running, self._num_short)
 
-    def complete(self, order: CompressionOrder, kept_blocks: Sequence[int] | None = None) -> None:
+    def complete(self, number: int, kept_blocks: Sequence[int] | None = None) -> Compressed:
         """Book a compression that is done; see `CompressionScheduler.complete`."""
-        self.compressions.complete(order, kept_blocks)
-        request = order.request
-        if request.finish_reason is not None:
-            self._finish([request], request.finish_time)
+        done = self.compressions.complete(number, kept_blocks)
+        if done.request.finish_reason is not None:
+            self._finish([done.request], done.request.finish_time)
+        return done
 
-    def fail_compression(self, order: CompressionOrder, error: str, now: float = 0.0) -> list[Request]:
+    def fail_compression(self, number: int, error: str, now: float = 0.0) -> list[Request]:
         """End the request of a compression that came to nothing; `error` says why.
 
         Returns:
             The request, unless it had ended before.
         """
-        self.compressions.fail(order)
-        request = order.request
+        request = self.compressions.fail(number)
         if request.finish_reason is not None:
             self._finish([request], request.finish_time)
             return []
         request.error = error
         self.finish([request], "error", now)
         return [request]
-
-    def _assign_slots(self) -> None:
-        for request in self.running:
-            if not self._slots:
-                return
-            if request.query_slot < 0 and self._uses_slot(request):
-                self._give_slot(request)
-
-    def _uses_slot(self, request: Request) -> bool:
-        rule = request.rule
-        return rule is not None and (rule.window > 0 or self.constrained)
-
-    def _give_slot(self, request: Request) -> None:
-        request.query_slot = self._slots.pop()
-        request.has_held_slot = True
-        request.queries_from = request.num_computed
 
     def _num_short(self) -> int:
         """Blocks that decodes at a block's end and the head of the queue want beyond the free ones."""
@@ -165,42 +129,15 @@ class Scheduler:
             for request in self.running
         )
         if self.waiting and len(self.running) < self.max_num_seqs:
-            wanted += self._num_wanted(self.waiting[0]) + self._room_to_grow()
+            wanted += self.headroom.wanted_by(self.waiting[0]) + self.headroom.of_all(self.running)
         return wanted - self.pool.num_free
-
-    def _room_to_grow(self) -> int:
-        return sum(map(self._growth_of, self.running))
-
-    def _growth_of(self, request: Request) -> int:
-        """Blocks that a running request lacks for its next `growth` entries, as far as no compression comes before."""
-        rule = request.rule
-        if rule is not None and self.compressions.by_pressure:
-            return 0
-        length = min(request.num_tokens + self.growth, request.max_total_tokens - 1)
-        blocks = -(-(request.cache_len + length - request.num_computed) // self.pool.block_size)
-        if rule is not None:
-            blocks = min(blocks, rule.max_blocks)
-        return max(0, blocks - len(request.block_ids))
-
-    def _num_wanted(self, request: Request) -> int:
-        """Blocks that the return or admission of a request takes from the free ones."""
-        if request.status is Status.PAUSED:
-            shared = self._unchanged_blocks(request)
-            total = len(request.block_ids) + self._next_block(request)
-        else:
-            prefix = self._find_prefix(request)
-            if prefix is None:
-                return 0
-            shared = prefix.shared
-            total = -(-self._num_to_compute(request) // self.pool.block_size)
-        return total - sum(self.pool.ref_counts[block] > 0 for block in shared)
 
     # Planning
 
     def schedule(self, now: float = 0.0) -> StepPlan:
         """Plan one step and take the blocks it needs. `now` (seconds) stamps requests scheduled for the first time."""
         plan = StepPlan()
-        self._assign_slots()
+        self.slots.assign(self.running)
         unfinished, may_admit = self._schedule_decodes(plan)
         budget = self.max_num_batched_tokens - len(plan.decodes)
         for request in unfinished:
@@ -233,10 +170,10 @@ class Scheduler:
                 continue
             is_full = request.cache_len == len(request.block_ids) * size
             if request.rule is not None:
-                if is_full and not self.compressions.by_pressure and self.compressions.is_due(request):
+                if is_full and self.trigger.is_due(request):
                     self._make_room(plan, request, reserved, to_compress=True)
                     if request.status is Status.RUNNING:
-                        reserved += self.compressions.num_fresh(request)
+                        reserved += num_fresh_blocks(request, pool)
                         may_admit = False
                         plan.num_stalled += 1
                     continue
@@ -258,17 +195,13 @@ class Scheduler:
 
     def _must_stall(self, request: Request, is_full: bool) -> bool:
         """Whether the next entry of a request without a query slot is of the window of its next compression."""
-        return not self._may_run_without_slot(request, request.cache_len, len(request.block_ids) + is_full)
+        return self.trigger.is_in_window(request, request.cache_len, len(request.block_ids) + is_full)
 
-    def _may_enter_without_slot(self, request: Request, num_entries: int, num_blocks: int) -> bool:
-        if not self._uses_slot(request):
+    def _may_enter(self, request: Request, num_entries: int, num_blocks: int) -> bool:
+        """Whether there is a query slot for the request, or it can do without one for now."""
+        if self.slots.num_free or not self.slots.wanted_by(request):
             return True
-        return not self.constrained and self._may_run_without_slot(request, num_entries, num_blocks)
-
-    def _may_run_without_slot(self, request: Request, num_entries: int, num_blocks: int) -> bool:
-        if self.compressions.by_pressure or num_blocks < request.rule.max_blocks:
-            return True
-        return num_blocks * self.pool.block_size - num_entries > request.rule.window
+        return not self.slots.constrained and not self.trigger.is_in_window(request, num_entries, num_blocks)
 
     def _make_room(self, plan: StepPlan, request: Request, reserved: int, to_compress: bool = False) -> bool:
         """Free a block, or those of a compression, beside the `reserved` ones, at the cost of younger requests.
@@ -279,7 +212,8 @@ class Scheduler:
             Whether they are free now. If not, a compression under way or a request at its end will return some, or
             `request` was the youngest itself and has left.
         """
-        while self.pool.num_free < reserved + (self.compressions.num_fresh(request) if to_compress else 1):
+        pool = self.pool
+        while pool.num_free < reserved + (num_fresh_blocks(request, pool) if to_compress else 1):
             if self.compressions.in_flight or any(other.has_all_tokens for other in self.running):
                 return False
             victim = self._find_victim(request)
@@ -300,20 +234,8 @@ class Scheduler:
                 youngest = youngest or other
         return youngest
 
-    def _num_to_compute(self, request: Request) -> int:
-        """Entries of a request's known text before its first compression.
-
-        Of a text that is computed again, the token that came after a compression fell due, or after the pool was full,
-        is computed after it.
-        """
-        if request.rule is None:
-            return request.num_tokens
-        if self.compressions.by_pressure:
-            return min(request.num_tokens, self.pool.num_blocks * self.pool.block_size)
-        return min(request.num_tokens, self.compressions.first_event(request))
-
     def _add_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
-        remaining = self._num_to_compute(request) - request.num_computed
+        remaining = self.prefixes.num_to_compute(request) - request.num_computed
         num_tokens = min(remaining, budget)
         plan.prefills.append(Chunk(request, num_tokens))
         if request.num_computed + num_tokens == request.num_tokens:
@@ -321,9 +243,9 @@ class Scheduler:
         return num_tokens
 
     def _admit(self, plan: StepPlan, budget: int, now: float) -> None:
-        self._assign_slots()
+        self.slots.assign(self.running)
         held_back = []
-        room = self._room_to_grow() if self.waiting else 0
+        room = self.headroom.of_all(self.running) if self.waiting else 0
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             if request.num_pending:
@@ -331,17 +253,17 @@ class Scheduler:
             if request.status is Status.PAUSED:
                 if not self._resume(plan, request, room):
                     break
-                room += self._growth_of(request)
+                room += self.headroom.of(request)
                 continue
-            prefix = self._find_prefix(request)
+            prefix = self.prefixes.find(request)
             if prefix is None:
                 held_back.append(self.waiting.popleft())
                 continue
-            num_entries = self._num_to_compute(request)
+            num_entries = self.prefixes.num_to_compute(request)
             num_blocks = -(-num_entries // self.pool.block_size)
             if num_entries - prefix.num_cached > budget and not self.enable_chunked_prefill:
                 break
-            if not self._slots and not self._may_enter_without_slot(request, num_entries, num_blocks):
+            if not self._may_enter(request, num_entries, num_blocks):
                 break
             blocks = self.pool.allocate(num_blocks - len(prefix.shared), prefix.shared, room)
             if blocks is None:
@@ -349,15 +271,14 @@ class Scheduler:
             self._enter(request, blocks)
             request.num_computed = request.cache_len = prefix.num_cached
             request.prefix_ids = prefix.prefix_ids
-            if self._slots and self._uses_slot(request):
-                self._give_slot(request)
+            self.slots.offer(request)
             if request.first_scheduled is None:
                 request.first_scheduled = now
                 request.cached_tokens = min(prefix.num_cached, request.num_prompt_tokens)
             if prefix.tail is not None:
                 plan.copies.append((prefix.tail, blocks[len(prefix.shared)]))
             budget -= self._add_chunk(plan, request, budget)
-            room += self._growth_of(request)
+            room += self.headroom.of(request)
         self.waiting.extendleft(reversed(held_back))
 
     def _enter(self, request: Request, blocks: list[int]) -> None:
@@ -369,51 +290,6 @@ class Scheduler:
         request.num_table_written = 0
         request.block_ids = blocks
         request.note_blocks()
-
-    def _find_prefix(self, request: Request) -> CachedPrefix | None:
-        """What of a request's text the cache holds, or None while a sibling still computes the prompt that both share.
-
-        At least one token is left to compute, since the step needs its logits, and as many as the window of the
-        request's first compression may reach back to, since it needs their queries.
-        """
-        size = self.pool.block_size
-        donor = None
-        pending = False
-        for sibling in request.siblings:
-            if sibling is not request and sibling.status in (Status.RUNNING, Status.COMPRESSING):
-                if sibling.num_computed >= sibling.num_prompt_tokens:
-                    donor = sibling
-                    if donor.rounds == 0 and donor.status is Status.RUNNING:
-                        break
-                else:
-                    pending = True
-        if pending and donor is None:
-            return None
-        limit = self._num_to_compute(request) - 1
-        if request.rule is not None and request.rule.window:
-            limit = max(0, min(limit, self._earliest_event(request) - request.rule.window))
-        shared, prefix_ids = self.pool.find_prefix(request.token_ids, limit // size)
-        if donor is None:
-            return CachedPrefix(shared, prefix_ids, len(shared) * size, None)
-        num_cached = min(limit, request.num_prompt_tokens - 1)
-        tail = None
-        is_whole = donor.rounds == 0 and donor.status is Status.RUNNING
-        full = num_cached // size
-        if not is_whole:
-            full = min(full, donor.rule.pinned_blocks)
-        elif num_cached == request.num_prompt_tokens - 1 and num_cached % size:
-            tail = donor.block_ids[full]
-        if tail is None:
-            num_cached = full * size
-        if len(shared) * size >= num_cached:
-            return CachedPrefix(shared, prefix_ids, len(shared) * size, None)
-        return CachedPrefix(donor.block_ids[:full], donor.prefix_ids[:full], num_cached, tail)
-
-    def _earliest_event(self, request: Request) -> int:
-        """Fewest entries at which a request's first compression can come."""
-        if self.compressions.by_pressure:
-            return max(request.rule.keep + 1, request.num_tokens)
-        return self.compressions.first_event(request)
 
     # Preemption, pause and return
 
@@ -450,49 +326,27 @@ class Scheduler:
         """Give the head of the queue, which is paused, its blocks and slot back, with room for its next token and
         `room` blocks for the others.
         """
-        if request.queries_saved and not self._slots:
+        if request.queries_saved and not self.slots.num_free:
             return False
-        shared = self._unchanged_blocks(request)
-        blocks = self.pool.allocate(len(request.block_ids) - len(shared), shared, self._next_block(request) + room)
+        shared = self.prefixes.unchanged_blocks(request)
+        num_fresh, reserve = len(request.block_ids) - len(shared), self.headroom.next_block(request) + room
+        blocks = self.pool.allocate(num_fresh, shared, reserve)
         if blocks is None:
             return False
         self._enter(request, blocks)
         del request.prefix_ids[len(shared) :]
-        if request.queries_saved:
-            request.query_slot = self._slots.pop()
+        self.slots.give_back(request)
         plan.resumed.append(Swap(request, blocks, len(shared), request.query_slot))
-        if request.query_slot < 0 and self._slots and self._uses_slot(request):
-            self._give_slot(request)
+        self.slots.offer(request)
         self.num_resumes += 1
         return True
-
-    def _next_block(self, request: Request) -> int:
-        """Blocks that a paused request needs for its next token beside those it had, unless it is compressed first."""
-        held = len(request.block_ids)
-        if request.cache_len < held * self.pool.block_size:
-            return 0
-        if self.compressions.by_pressure:
-            return int(held < self.pool.num_blocks)
-        return int(request.rule is None or held < request.rule.max_blocks)
-
-    def _unchanged_blocks(self, request: Request) -> list[int]:
-        """Leading blocks of a paused request that still hold what they held: an id of a prefix is never used again."""
-        blocks, prefix_ids = self.pool.find_prefix(request.token_ids, len(request.prefix_ids))
-        same = 0
-        for place, (block, prefix_id) in enumerate(zip(blocks, prefix_ids, strict=True)):
-            if (block, prefix_id) != (request.block_ids[place], request.prefix_ids[place]):
-                break
-            same += 1
-        return blocks[:same]
 
     def _release(self, request: Request) -> None:
         self.pool.free(request.block_ids)
         self._rows.append(request.row)
         request.row = -1
         request.block_ids = []
-        if request.query_slot >= 0:
-            self._slots.append(request.query_slot)
-            request.query_slot = -1
+        self.slots.take_back(request)
 
     # After the step
 
@@ -505,7 +359,7 @@ class Scheduler:
             request.num_computed += num_tokens
             request.cache_len += num_tokens
             if self.pool.enable_prefix_caching:
-                self._register(request)
+                self.prefixes.register(request)
         for place, request in enumerate(plan.sampled):
             request.await_token(place)
 
@@ -531,7 +385,7 @@ class Scheduler:
                 continue
             request.take_token(token)
             if indexed and request.cache_len // size > len(request.prefix_ids) and request.status is Status.RUNNING:
-                self._register(request)
+                self.prefixes.register(request)
             if request.first_token_time is None:
                 request.first_token_time = now
             if token in request.stop_ids:
@@ -545,18 +399,6 @@ class Scheduler:
         if finished:
             self._finish(finished, now)
         return finished
-
-    def _register(self, request: Request) -> None:
-        """Tell the prefix index of full blocks whose tokens are known. Entries after an eviction are of no prefix."""
-        if request.rounds:
-            return
-        size = self.pool.block_size
-        prefix_ids = request.prefix_ids
-        num_known = request.num_tokens - request.num_pending
-        for i in range(len(prefix_ids), min(request.cache_len, num_known) // size):
-            tokens = request.token_ids[i * size : (i + 1) * size]
-            parent_id = prefix_ids[-1] if prefix_ids else ROOT
-            prefix_ids.append(self.pool.register(request.block_ids[i], parent_id, tokens))
 
     def finish(self, requests: Sequence[Request], reason: FinishReason, now: float = 0.0) -> None:
         """End requests that `update` did not end: a stop string was seen, or the caller withdrew them."""
@@ -587,35 +429,8 @@ class Scheduler:
         Raises:
             RuntimeError: an invariant is broken; the message says which.
         """
-        in_flight = self.compressions.in_flight
-        self.pool.check_integrity([r.block_ids for r in self.running] + [order.fresh for order in in_flight])
-        self.compressions.check_integrity()
-        for request in self.running:
-            self._check_request(request)
+        check_requests(self.running, self.compressions)
         rows = [request.row for request in self.running]
         if sorted(rows + self._rows) != list(range(self.max_num_seqs)):
             raise RuntimeError("batch rows leaked or were handed out twice")
-        slots = [request.query_slot for request in self.running if request.query_slot >= 0]
-        if sorted(slots + self._slots) != list(range(self.num_query_slots)):
-            raise RuntimeError("query slots leaked or were handed out twice")
-
-    def _check_request(self, request: Request) -> None:
-        size, rule = self.pool.block_size, request.rule
-        if not request.cache_len <= len(request.block_ids) * size:
-            raise RuntimeError(f"{request}: more entries than its blocks hold")
-        num_expected = request.num_tokens + (request.finish_reason is not None)  # it may end a step late
-        if not request.cache_len <= request.num_computed < num_expected:
-            raise RuntimeError(f"{request}: its lengths are out of order")
-        if (request.cache_len < request.num_computed) != (request.rounds > 0):
-            raise RuntimeError(f"{request}: entries were lost")
-        writable = request.block_ids[request.cache_len // size :]
-        if any(self.pool.ref_counts[block] != 1 for block in writable):
-            raise RuntimeError(f"{request}: a block it will write into is shared")
-        if rule is None or self.compressions.by_pressure:
-            return
-        most = self.compressions.first_event(request) if request.rounds == 0 else rule.budget.peak
-        if request.cache_len > most:
-            raise RuntimeError(f"{request}: more entries than its budget allows ({most})")
-        compacted = request.block_ids[rule.pinned_blocks :] if request.rounds and not rule.drops_blocks else []
-        if any(map(self.pool.is_indexed, compacted)):
-            raise RuntimeError(f"{request}: the prefix index finds a block that was compacted")
+        self.slots.check_integrity(self.running)

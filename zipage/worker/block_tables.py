@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zipage.scheduling.request import Request
-from zipage.worker.transfer import to_device
+from zipage.transfer import to_device
 
 
 class BlockTables:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from zipage.eviction.protection import must_mask
 from zipage.models.spec import ModelSpec
-from zipage.scheduling.plan import CompressionOrder
+from zipage.scheduling.compression_order import CompressionOrder
+from zipage.transfer import to_device
 from zipage.worker.compressor import LAUNCH_ENTRIES
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_event import PagedEvent
-from zipage.worker.transfer import to_device
 
 SEED_STEP = 0xD1342543DE82EF95
 """Between the samples of a prompt. Odd, so that each gets a seed of its own, and not what lies between the engine's own
@@ -88,6 +88,7 @@ class CompressionBatch:
             seeds=self._seeds,
             rounds=self._rounds,
             prompt_lens=self._prompt_lens,
+            scales=tuple(layer.scale for layer in spec.attention),
             k_cache=cache.k,
             v_cache=cache.v,
             block_tables=tables,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from zipage.models.spec import ModelSpec
-from zipage.scheduling.plan import CompressionOrder
+from zipage.scheduling.compression_order import CompressionOrder
 from zipage.worker.compression_batch import CompressionBatch, batches
 from zipage.worker.compressor import PartlyCompressed, choose, compress
 from zipage.worker.kv_cache import KVCache
@@ -48,7 +48,7 @@ class CompressionRunner:
     Synchronous, a compression is queued on the current stream before `submit` returns, and the next `poll` hands it out
     without waiting for the GPU: whatever is queued after it finds the survivors in place. Asynchronous on CUDA, one
     worker thread queues it on a stream of its own, and `poll` hands it out once the GPU is through with it; until then
-    its request must sit out, keep its blocks, and be changed by nobody. On a CPU both compute in `submit`; there, an
+    its request must sit out, keep its blocks, and not be changed. On a CPU both compute in `submit`; there, an
     asynchronous one is not handed out by the first `poll` after it, so that its request sits out a step too.
 
     A batch that fails before anything was moved is computed again request by request, so that what one request or the

@@ -57,7 +57,7 @@ class StepGraphs:
     pool would grow with each.
 
     Args:
-        decoder, cache, scale: as in `PagedAttention`; queries are stored where the cache has query slots.
+        decoder, cache: of the engine; queries are stored where the cache has query slots.
         tables: of all requests.
         sampled: int64 [max_num_seqs], the tokens of the step before.
         stream: `capture_stream` of the device; None on a CPU, where nothing is captured.
@@ -70,14 +70,12 @@ class StepGraphs:
         self,
         decoder: Decoder,
         cache: KVCache,
-        scale: float,
         tables: BlockTables,
         sampled: Tensor,
         stream: torch.cuda.Stream | None,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
-        self._scale = scale
         self._tables = tables
         self._sampled = sampled
         self._stream = stream
@@ -122,7 +120,7 @@ class StepGraphs:
             store_positions(positions.int(), self._cache.positions, shared(slots, heads, layers))
         attention = PagedAttention(
             self._cache,
-            self._scale,
+            self._decoder.spec.attention,
             slots=slots,
             query_indices=None if self._cache.queries is None else queries,
             num_decodes=inputs.shape[1],
@@ -147,7 +145,7 @@ class StepGraphs:
         inputs = self.inputs(None, size).to(self._cache.k.device)
         self.warm_up(inputs)
         graph = torch.cuda.CUDAGraph()
-        # Another thread may be launching a compression meanwhile, which is no part of this.
+        # Another thread may be launching a compression meanwhile, which is not part of this.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             hidden = self.forward(inputs)
         self._pool = graph.pool()

@@ -1,87 +1,14 @@
-"""Memory for keys and values and what is kept beside them: how much, and the tensors."""
+"""The tensors of keys and values, and of what is kept beside them."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from zipage.config import EngineConfig
 from zipage.models.spec import ModelSpec
 
-if TYPE_CHECKING:
-    from zipage.eviction.policy import Policy
-
-GIB = 1024**3
-DEFAULT_CPU_BYTES = GIB
 NOWHERE = -7
 """The position of a slot that holds no entry, where slots are poisoned."""
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """What the engine reserves, in bytes unless said otherwise.
-
-    Attributes:
-        num_blocks: KV blocks in the pool.
-        block_size: tokens in a block.
-        block_bytes: one block over all layers: keys, values and what is kept of each entry beside them.
-        weight_bytes: the model's parameters.
-        activation_bytes: measured peak of a full step above the weights; 0 on a CPU, where none is measured.
-        num_query_slots: M, requests whose latest queries are kept, or that may run at once under constrained
-            scheduling.
-        query_slot_bytes: m_q, one query slot over all layers; 0 where the policy reads no queries.
-        max_blocks_per_request: N_max, blocks a request decodes in at most; 0 under full KV, which has no such bound.
-    """
-
-    num_blocks: int
-    block_size: int
-    block_bytes: int
-    weight_bytes: int
-    activation_bytes: int
-    num_query_slots: int = 0
-    query_slot_bytes: int = 0
-    max_blocks_per_request: int = 0
-
-    @property
-    def cache_bytes(self) -> int:
-        return self.num_blocks * self.block_bytes
-
-    @property
-    def query_bytes(self) -> int:
-        return self.num_query_slots * self.query_slot_bytes
-
-    @property
-    def num_slots(self) -> int:
-        return self.num_blocks * self.block_size
-
-    def __str__(self) -> str:
-        text = (
-            f"weights {self.weight_bytes / GIB:.2f} GiB, activations {self.activation_bytes / GIB:.2f} GiB, "
-            f"KV cache {self.cache_bytes / GIB:.2f} GiB = {self.num_blocks} blocks of {self.block_size} tokens "
-            f"({self.block_bytes / 2**20:.2f} MiB each; {self.num_slots} tokens)"
-        )
-        if self.num_query_slots:
-            text += (
-                f", {self.num_query_slots} query slots of {self.query_slot_bytes / 2**20:.2f} MiB, "
-                f"at most {self.max_blocks_per_request} blocks a request"
-            )
-        return text
-
-
-def block_bytes(
-    spec: ModelSpec, block_size: int, dtype: torch.dtype, *, positions: bool = False, scores: bool = False
-) -> int:
-    """Bytes of one block over all layers: `L * H * b * (2 * d * itemsize + 4 * (positions + scores))`."""
-    entry_bytes = 2 * spec.head_dim * dtype.itemsize + 4 * (positions + scores)
-    return spec.num_layers * spec.num_kv_heads * block_size * entry_bytes
-
-
-def query_slot_bytes(spec: ModelSpec, window: int, dtype: torch.dtype) -> int:
-    """Bytes of the latest `window` queries of a request over all layers: `L * w * Hq * d * itemsize`."""
-    return spec.num_layers * window * spec.num_heads * spec.head_dim * dtype.itemsize
 
 
 class KVCache:
@@ -146,78 +73,3 @@ class KVCache:
         """Overwrite the queries of `slot` with NaN, in every layer."""
         if self.queries is not None:
             self.queries[:, slot] = float("nan")
-
-
-def plan_memory(
-    config: EngineConfig,
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    weight_bytes: int,
-    activation_bytes: int = 0,
-    free_bytes: int | None = None,
-    *,
-    policy: Policy | None = None,
-    max_blocks: int | None = None,
-    max_model_len: int | None = None,
-) -> MemoryPlan:
-    """Size the pool, and under an evicting policy the query slots beside it.
-
-    Of the bytes available, M query slots take m_q each, and the blocks, m_kv each, the rest. M is as large as leaves
-    N_max blocks to each of M requests, which then run to their end without waiting for one another (Zipage, arXiv
-    2603.08743):
-
-        M = min(max_num_seqs, floor(available / (m_kv * N_max + m_q)))
-        num_blocks = floor((available - M * m_q) / m_kv)
-
-    With `config.num_blocks`, M = min(max_num_seqs, max(1, floor(num_blocks / N_max))).
-
-    Args:
-        weight_bytes, activation_bytes: as in `MemoryPlan`.
-        free_bytes: what CUDA leaves the cache; None on a CPU.
-        policy: of the engine; None or one that never evicts plans for full KV.
-        max_blocks: N_max of the engine's budget; with `max_model_len` required of a policy that evicts.
-        max_model_len: longest request, in tokens: it bounds N_max too.
-
-    Raises:
-        ValueError: there is no room for one block, or for one request under an evicting policy; the message says what
-            would make room.
-    """
-    num_blocks = config.num_blocks
-    available = config.kv_cache_memory_bytes
-    if available is None:
-        available = DEFAULT_CPU_BYTES if free_bytes is None else free_bytes
-    if policy is None or not policy.evicts:
-        size = block_bytes(spec, config.block_size, dtype)
-        if num_blocks is None:
-            num_blocks = available // size
-        if num_blocks < 1:
-            raise ValueError(
-                f"no room for a KV block of {size} bytes: raise gpu_memory_utilization or kv_cache_memory_bytes, "
-                "or lower block_size or max_num_batched_tokens"
-            )
-        return MemoryPlan(num_blocks, config.block_size, size, weight_bytes, activation_bytes)
-
-    size = block_bytes(spec, config.block_size, dtype, positions=True, scores=policy.state)
-    slot_size = query_slot_bytes(spec, policy.num_queries, dtype)
-    most = min(max_blocks, -(-max_model_len // config.block_size))
-    if num_blocks is None:
-        num_query_slots = min(config.max_num_seqs, available // (size * most + slot_size))
-        num_blocks = (available - num_query_slots * slot_size) // size
-    else:
-        num_query_slots = min(config.max_num_seqs, max(1, num_blocks // most))
-    if num_query_slots < 1:
-        raise ValueError(
-            f"no room for one request: {most} KV blocks of {size} bytes and {slot_size} bytes of queries exceed "
-            f"{max(available, 0)} bytes: raise gpu_memory_utilization or kv_cache_memory_bytes, or lower "
-            "budget_tokens, max_model_len, block_size or max_num_batched_tokens"
-        )
-    return MemoryPlan(
-        num_blocks,
-        config.block_size,
-        size,
-        weight_bytes,
-        activation_bytes,
-        num_query_slots,
-        slot_size,
-        most,
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,22 +13,18 @@ from torch import Tensor
 from kernels.cache_view import shared
 from kernels.copy_blocks import copy_blocks
 from kernels.store_positions import store_positions
-from zipage.eviction.rule import EvictionRule
 from zipage.models.decoder import Decoder
 from zipage.models.spec import ModelSpec
-from zipage.sampling_params import SamplingParams
-from zipage.scheduling.plan import CompressionOrder, StepPlan
+from zipage.scheduling.plan import StepPlan
 from zipage.scheduling.request import Request
+from zipage.transfer import to_device
 from zipage.worker.block_tables import BlockTables
-from zipage.worker.compression_runner import CompressionRunner
-from zipage.worker.compressor import LAUNCH_ENTRIES
 from zipage.worker.cuda_graph import StepGraphs, capture_stream, known_tokens
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_attention import PagedAttention
-from zipage.worker.sampler import Sampler
+from zipage.worker.sampler import Logprobs, Sampler
 from zipage.worker.swap import restore, save
 from zipage.worker.token_batch import TokenBatch
-from zipage.worker.transfer import to_device
 
 
 @dataclass(slots=True)
@@ -40,7 +35,7 @@ class StepResult:
     """
 
     token_ids: list[int]
-    logprobs: list[float] | None
+    logprobs: Logprobs | None
     device_time: float
 
 
@@ -49,7 +44,7 @@ class Launch:
     """A step under way: what it samples, on the host once the last of `events` has passed."""
 
     tokens: Tensor | None
-    logprobs: Tensor | None
+    logprobs: Logprobs | None
     device_time: float
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
@@ -60,7 +55,7 @@ class Launch:
             end.synchronize()
             self.device_time = begin.elapsed_time(end) / 1000
         tokens = [] if self.tokens is None else self.tokens.tolist()
-        return StepResult(tokens, None if self.logprobs is None else self.logprobs.tolist(), self.device_time)
+        return StepResult(tokens, self.logprobs, self.device_time)
 
 
 class ModelRunner:
@@ -93,7 +88,6 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         self._capture_stream = capture_stream(device) if device.type == "cuda" else None
         self.sampler = Sampler(max_num_seqs, spec.vocab_size, device)
-        self.scale = spec.head_dim**-0.5
         self.cache: KVCache | None = None
         self._tables: BlockTables | None = None
         self._sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
@@ -107,14 +101,16 @@ class ModelRunner:
     def attach(self, cache: KVCache) -> None:
         """Use `cache` from now on."""
         self.cache = cache
-        self._tables = self._block_tables(cache)
+        self._tables = self.block_tables(cache)
         if self.device.type == "cuda" and not self.enforce_eager:
-            self._graphs = self._step_graphs(cache, self._tables)
+            self._graphs = self.step_graphs(cache, self._tables)
 
-    def _step_graphs(self, cache: KVCache, tables: BlockTables) -> StepGraphs:
-        return StepGraphs(self.decoder, cache, self.scale, tables, self._sampled, self._capture_stream)
+    def step_graphs(self, cache: KVCache, tables: BlockTables) -> StepGraphs:
+        """Graphs over `cache`, none captured yet."""
+        return StepGraphs(self.decoder, cache, tables, self._sampled, self._capture_stream)
 
-    def _block_tables(self, cache: KVCache) -> BlockTables:
+    def block_tables(self, cache: KVCache) -> BlockTables:
+        """Tables of all rows, none written yet."""
         return BlockTables(self.max_num_seqs, -(-self.max_model_len // cache.block_size), cache.block_size, self.device)
 
     @torch.inference_mode()
@@ -159,7 +155,10 @@ class ModelRunner:
         if events is None:
             return Launch(tokens, logprobs, time.perf_counter() - start)
         # Copied from here, so that nothing queued behind the step is waited for.
-        tokens, logprobs = (None if x is None else x.to("cpu", non_blocking=True) for x in (tokens, logprobs))
+        if tokens is not None:
+            tokens = tokens.to("cpu", non_blocking=True)
+        if logprobs is not None:
+            logprobs = Logprobs(*(x.to("cpu", non_blocking=True) for x in logprobs))
         events[1].record()
         return Launch(tokens, logprobs, 0.0, events)
 
@@ -211,7 +210,7 @@ class ModelRunner:
     def _run_eagerly(self, plan: StepPlan, batch: TokenBatch) -> Tensor:
         """Hidden states [n, width], every kernel launched from here; prompts take prefill attention."""
         num_decodes = len(plan.decodes)
-        attention = PagedAttention(self.cache, self.scale, slots=None, num_decodes=num_decodes)
+        attention = PagedAttention(self.cache, self.spec.attention, slots=None, num_decodes=num_decodes)
         if num_decodes:
             lens = batch.lens[:num_decodes]
             attention.decode_lens = self._tensor(lens, np.int32)
@@ -254,110 +253,3 @@ class ModelRunner:
 
     def _tensor(self, values: list | np.ndarray, dtype: type | None = None) -> Tensor:
         return to_device(values, self.device, dtype)
-
-    @torch.inference_mode()
-    def measure_peak(
-        self,
-        num_tokens: int,
-        block_size: int,
-        dtype: torch.dtype,
-        *,
-        rule: EvictionRule | None = None,
-        asynchronous: bool = False,
-        layer_stride: int | None = None,
-    ) -> int:
-        """Bytes that a step takes at most above what is allocated now (CUDA), caches not counted.
-
-        Runs the largest step and, where requests are compressed, the largest compression, each on a small cache of its
-        own.
-
-        Args:
-            num_tokens: of the step.
-            rule: of compressions; None for full KV.
-            asynchronous: a compression runs beside a step, so that both peaks may fall together.
-            layer_stride: layers of one launch of a compression, as in `compress`.
-
-        Raises:
-            RuntimeError: the largest compression failed.
-        """
-        num_blocks = -(-min(num_tokens, self.max_model_len) // block_size)
-        cache = KVCache(self.spec, num_blocks, block_size, dtype, self.device)
-        peak = self._peak_of(lambda: self._run_largest_step(cache, num_tokens))
-        if not self.enforce_eager:
-            # Graphs keep what they allocate, beside what other steps do; the largest needs most, and all share it.
-            graphs = self._step_graphs(cache, self._block_tables(cache))
-            inputs = graphs.inputs(None, graphs.most).to(self.device)
-            peak += self._peak_of(lambda: graphs.warm_up(inputs)) + graphs.kept_bytes
-            del graphs, inputs
-        del cache
-        if rule is not None:
-            options = {"positions": True, "scores": rule.policy.state, "num_query_slots": 1, "window": rule.window}
-            cache = KVCache(self.spec, rule.max_blocks, block_size, dtype, self.device, **options)
-            longest = -(-self.max_model_len // block_size)
-            most = max(1, LAUNCH_ENTRIES // (self.spec.num_kv_heads * longest * block_size))
-            compression = self._peak_of(lambda: self._run_compression(cache, rule, layer_stride, longest, most))
-            # The shape of most compressions to come, so that its kernels are compiled before requests wait for them.
-            self._run_compression(cache, rule, layer_stride, rule.max_blocks, 1)
-            del cache
-            peak = peak + compression if asynchronous else max(peak, compression)
-        torch.cuda.empty_cache()
-        return peak
-
-    def _peak_of(self, run: Callable[[], None]) -> int:
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        run()
-        torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device) - before
-
-    def _run_largest_step(self, cache: KVCache, num_tokens: int) -> None:
-        """Prompts of `num_tokens` tokens in all, as many rows sampled as the batch may have, with every option on."""
-        length = min(num_tokens, self.max_model_len)
-        chunks = [length] * (num_tokens // length) + [num_tokens % length] * bool(num_tokens % length)
-        entries = np.concatenate([np.arange(n) for n in chunks])
-        attention = PagedAttention(
-            cache,
-            self.scale,
-            slots=self._tensor(entries, np.int64),
-            prefill_tables=self._tensor(np.tile(np.arange(cache.k.shape[1]), (len(chunks), 1)), np.int32),
-            prefill_lens=self._tensor(chunks, np.int32),
-            cu_seqlens=self._tensor(np.cumsum([0, *chunks]), np.int32),
-            max_seqlen=length,
-        )
-        tokens = self._tensor(np.zeros(num_tokens), np.int64)
-        hidden = self.decoder(tokens, self._tensor(entries, np.int64), attention)
-        rows = min(self.max_num_seqs, num_tokens)
-        params = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=True)
-        requests = [Request("peak", [0], params, max_total_tokens=2) for _ in range(rows)]
-        # Rows of two kinds are drawn apart, which takes a copy of their logits.
-        requests[0].params = SamplingParams(temperature=0.7)
-        for row, request in enumerate(requests):
-            request.row = row
-        sampler = Sampler(self.max_num_seqs, self.spec.vocab_size, self.device)
-        sampler.sample(self.decoder.logits(hidden[:rows]), requests)
-
-    def _run_compression(
-        self, cache: KVCache, rule: EvictionRule, layer_stride: int | None, num_blocks: int, num_requests: int
-    ) -> None:
-        """Compress requests of `num_blocks` blocks in one batch.
-
-        All read the cache's last block wherever they read and write the same zeros into the others: what a compression
-        allocates depends on its shapes alone.
-        """
-        for x in (*cache.entry_tensors, *([] if cache.queries is None else [cache.queries])):
-            x.zero_()
-        num_entries = num_blocks * cache.block_size
-        new_ids = list(range(rule.max_blocks - 1))
-        orders = []
-        for _ in range(num_requests):
-            request = Request("peak", [0], SamplingParams(), max_total_tokens=2, rule=rule)
-            request.num_computed = request.cache_len = num_entries
-            request.query_slot = 0
-            orders.append(CompressionOrder(request, [len(new_ids)] * num_blocks, new_ids, new_ids))
-        runner = CompressionRunner(cache, self.spec, asynchronous=False, layer_stride=layer_stride, trace=False)
-        runner.submit(orders)
-        for result in runner.poll(wait=True):
-            if result.error is not None:
-                raise RuntimeError(f"the largest compression could not be measured: {result.error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ from kernels.paged_prefill import paged_prefill
 from kernels.pieces import Pieces
 from kernels.store_kv import store_kv
 from kernels.store_step import store_step
+from zipage.models.attention import AttentionSpec
 from zipage.worker.kv_cache import KVCache
 
 
@@ -25,7 +27,7 @@ class PagedAttention:
 
     Attributes:
         cache: the paged keys and values.
-        scale: factor on the logits.
+        layers: attention of each layer.
         slots: int64 [T], where each token's entry goes; the same in every layer.
         query_indices: int64 [T], where each token's queries go (`store_step`); None where nobody keeps any.
         num_decodes: leading tokens that are decodes, one request each.
@@ -36,7 +38,7 @@ class PagedAttention:
     """
 
     cache: KVCache
-    scale: float
+    layers: Sequence[AttentionSpec]
     slots: Tensor
     query_indices: Tensor | None = None
     num_decodes: int = 0
@@ -47,17 +49,16 @@ class PagedAttention:
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
     _slots: Tensor | None = field(init=False, default=None)
-    """Of each KV head. All heads have the same, as they have tables and lengths: seen so in the first layer."""
     _decodes: tuple[Tensor, Tensor] | None = field(init=False, default=None)
     _prefills: tuple[Tensor, Tensor] | None = field(init=False, default=None)
     _pieces: Pieces | None = field(init=False, default=None)
+    """Slots, (tables, lengths) and the decodes' pieces as kernels take them, made at the first call for all layers."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, d], k and v [T, H, d], after rotary -> [T, Hq, d]."""
-        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        heads = k_cache.shape[1]
-        if layer == 0:
-            self._slots = shared(self.slots, heads)
+        k_cache, v_cache, scale = self.cache.k[layer], self.cache.v[layer], self.layers[layer].scale
+        if self._slots is None:
+            self._share(k_cache, v_cache)
         if self.query_indices is None:
             store_kv(k, v, k_cache, v_cache, self._slots)
         else:
@@ -65,14 +66,18 @@ class PagedAttention:
         parts = []
         n = self.num_decodes
         if n:
-            if layer == 0:
-                self._decodes = shared(self.decode_tables, heads), shared(self.decode_lens, heads)
-                self._pieces = decode_pieces(CacheView(k_cache, v_cache, *self._decodes))
-            view = CacheView(k_cache, v_cache, *self._decodes)
-            parts.append(paged_decode(q[:n], view, self.scale, self._pieces))
+            parts.append(paged_decode(q[:n], CacheView(k_cache, v_cache, *self._decodes), scale, self._pieces))
         if self.max_seqlen:
-            if layer == 0:
-                self._prefills = shared(self.prefill_tables, heads), shared(self.prefill_lens, heads)
             view = CacheView(k_cache, v_cache, *self._prefills)
-            parts.append(paged_prefill(q[n:], view, self.cu_seqlens, self.max_seqlen, self.scale))
+            parts.append(paged_prefill(q[n:], view, self.cu_seqlens, self.max_seqlen, scale))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _share(self, k_cache: Tensor, v_cache: Tensor) -> None:
+        """All KV heads have the same slots, tables and lengths."""
+        heads = k_cache.shape[1]
+        self._slots = shared(self.slots, heads)
+        if self.num_decodes:
+            self._decodes = shared(self.decode_tables, heads), shared(self.decode_lens, heads)
+            self._pieces = decode_pieces(CacheView(k_cache, v_cache, *self._decodes))
+        if self.max_seqlen:
+            self._prefills = shared(self.prefill_tables, heads), shared(self.prefill_lens, heads)

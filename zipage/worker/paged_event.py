@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -27,6 +26,7 @@ class PagedEvent(Event):
     Nothing here writes to the cache: blocks may be shared by requests of this launch and by others.
 
     Attributes:
+        scales: of the attention logits, one a layer of this launch.
         k_cache, v_cache: [L, num_blocks, H, b, d], the layers of this launch.
         block_tables: int32 [R, max_blocks]; never read past ceil(n / b).
         q_cache: [L, num_query_slots, w_cache, Hq, d] of k_cache's dtype, w_cache >= window: a slot is a ring, with the
@@ -36,6 +36,7 @@ class PagedEvent(Event):
         state_cache: float32 [L, num_blocks, H, b], what the policy stored for each entry. None for one without state.
     """
 
+    scales: tuple[float, ...]
     k_cache: Tensor
     v_cache: Tensor
     block_tables: Tensor
@@ -64,6 +65,7 @@ class PagedEvent(Event):
             self,
             num_layers=last - first,
             layer_offset=self.layer_offset + first,
+            scales=self.scales[first:last],
             k_cache=self.k_cache[first:last],
             v_cache=self.v_cache[first:last],
             q_cache=None if self.q_cache is None else self.q_cache[first:last],
@@ -86,13 +88,16 @@ class PagedEvent(Event):
         group: Literal["max", "mean"] = "max",
         window: Literal["mean", "sum", "max"] = "mean",
     ) -> Tensor:
+        if len({*self.scales}) > 1:  # a launch has one scale
+            layers = [self.of_layers(i, i + 1).attention(softmax, group, window) for i in range(self.num_layers)]
+            return torch.cat(layers)
         q_cache, query_slots, window_ends = self._window_queries
         return attention_score(
             q_cache,
             self.view,
             query_slots,
             window_ends,
-            1 / math.sqrt(self.head_dim),
+            self.scales[0],
             softmax=softmax,
             # The kernel reduces the logits by `group` there; here it is the maximum, whatever `group` says.
             group="max" if softmax == "group_cut" else group,

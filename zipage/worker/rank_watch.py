@@ -1,4 +1,4 @@
-"""Ranks that are no numbers: found on the device, and told once the host can know without waiting for it."""
+"""NaN ranks: found on the device, reported once the host can read the count without waiting."""
 
 from __future__ import annotations
 

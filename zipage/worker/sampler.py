@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.sample_from_logits import invert, sample_from_logits
+from zipage.counters import uniform_rows
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.request import Request
-from zipage.worker.transfer import to_device
+from zipage.transfer import to_device
+from zipage.worker.logit_edits import banned_tokens, output_penalties
 
 
-def uniform(seeds: np.ndarray, samples: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One uniform number in (0, 1) per row, a function of (seed, sample index, token index) alone.
+class Logprobs(NamedTuple):
+    """Of a batch of N tokens, under the raw logits.
 
-    Counter-based (the SplitMix64 finaliser over the mixed counters; Steele et al., OOPSLA 2014), so a request draws the
-    same numbers whatever else is in its batch, however often it was preempted, and on every device.
-
-    Args:
-        seeds, samples, positions: int64 [N].
-
-    Returns:
-        float64 [N].
+    Attributes:
+        chosen: float32 [N], of the tokens drawn; `ranks` int64 [N] theirs, 1 for the most likely.
+        top, top_ids: float32 and int64 [N, K], of the most likely tokens in order; K is the most that any row asks for.
     """
-    golden = np.uint64(0x9E3779B97F4A7C15)
 
-    def mix(x: np.ndarray) -> np.ndarray:
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-    with np.errstate(over="ignore"):
-        state = mix(seeds.astype(np.uint64) + golden)
-        state = mix(state + golden * (samples.astype(np.uint64) + np.uint64(1)))
-        state = mix(state + golden * (positions.astype(np.uint64) + np.uint64(1)))
-    return ((state >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    chosen: Tensor
+    ranks: Tensor
+    top: Tensor
+    top_ids: Tensor
 
 
 class Sampler:
@@ -55,20 +46,20 @@ class Sampler:
         self._seen: Tensor | None = None
         self._owners: list[tuple[Request, int] | None] = [None] * max_num_seqs
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> tuple[Tensor, Tensor | None]:
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> tuple[Tensor, Logprobs | None]:
         """Pick one token per row.
 
         Args:
             logits: [N, vocab], any float type; row i belongs to `requests[i]`.
 
         Returns:
-            Tokens, int64 [N], -1 for a row with NaN or +inf, or without a finite logit; and float32 [N] their
-            log-probabilities under the raw logits, or None where no request asks for any.
+            Tokens, int64 [N], -1 for a row with NaN or +inf, or without a finite logit; and log-probabilities,
+            or None where no request asks for any.
         """
         params = [request.params for request in requests]
-        raw = logits if any(p.logprobs for p in params) else None
-        if any(p.repetition_penalty != 1.0 for p in params):
-            logits = self._penalise(logits.float(), requests)
+        raw = logits if any(p.logprobs is not None for p in params) else None
+        if any(p.edits_logits for p in params):
+            logits = self._edit(logits, requests)
         if all(p.temperature == 0 for p in params):
             tokens = _where_finite(*logits.max(dim=-1))
         else:
@@ -76,15 +67,18 @@ class Sampler:
         if raw is None:
             return tokens, None
         logprobs = raw.log_softmax(dim=-1, dtype=torch.float32)
-        return tokens, logprobs.gather(1, tokens.clamp(min=0)[:, None]).squeeze(1)
+        chosen = logprobs.gather(1, tokens.clamp(min=0)[:, None])
+        ranks = 1 + (logprobs > chosen).sum(dim=-1)
+        most = min(max(p.logprobs or 0 for p in params), self._shape[1])
+        return tokens, Logprobs(chosen.squeeze(1), ranks, *logprobs.topk(most, dim=-1))
 
     def _column(self, values: list, dtype: type = np.float32) -> Tensor:
         return to_device(values, self._device, dtype)[:, None]
 
     def _draw(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
-        """Rows are drawn by what they themselves ask for, so that nobody's tokens depend on the neighbours' options."""
+        """Rows are drawn by what they themselves ask for, so that no tokens depend on the neighbours' options."""
         temperature = self._column([request.params.temperature for request in requests])
-        numbers = uniform(
+        numbers = uniform_rows(
             np.array([request.seed for request in requests], dtype=np.int64),
             np.array([request.index for request in requests], dtype=np.int64),
             np.array([request.num_output_tokens for request in requests], dtype=np.int64),
@@ -134,6 +128,25 @@ class Sampler:
         if any(min_p):
             probs = probs.masked_fill(probs < self._column(min_p) * probs.amax(dim=-1, keepdim=True), 0.0)
         return probs
+
+    def _edit(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
+        """float32 [N, vocab]; in the order of vLLM: bans, biases, repetition, presence and frequency."""
+        logits = logits.to(torch.float32, copy=True)
+        editing = [(row, request) for row, request in enumerate(requests) if request.params.edits_logits]
+        self._add(logits, ((row, dict.fromkeys(banned_tokens(r), -torch.inf)) for row, r in editing))
+        self._add(logits, ((row, r.params.logit_bias or {}) for row, r in editing))
+        if any(r.params.repetition_penalty != 1.0 for _, r in editing):
+            logits = self._penalise(logits, requests)
+        self._add(logits, ((row, output_penalties(r)) for row, r in editing))
+        return logits
+
+    def _add(self, logits: Tensor, edits: Iterable[tuple[int, dict[int, float]]]) -> None:
+        """Add values to tokens' logits, by row."""
+        flat = [(row, token, value) for row, values in edits for token, value in values.items()]
+        if flat:
+            rows, tokens, values = zip(*flat)
+            places = to_device(rows, self._device, np.int64), to_device(tokens, self._device, np.int64)
+            logits.index_put_(places, to_device(values, self._device, np.float32), accumulate=True)
 
     def _penalise(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
         if self._seen is None:

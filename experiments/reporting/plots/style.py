@@ -62,19 +62,24 @@ def run_names(runs: pd.DataFrame, budget: bool = True, apart: Sequence[str] = ()
     names = runs.apply(label, axis=1).astype(str)
     if budget:
         names += budget_texts(runs, full="").map(lambda text: f", {text}" if text else "")
-    options = [name for name in told_apart(runs) if name != REPETITION and name not in apart and not asks(name)]
+    told = told_apart(runs)
+    options = [name for name in told if name != REPETITION and name not in apart and not asks(name)]
     texts = readable_options(runs, options)
-    for _, alike in texts.groupby([*_asked(runs), names]) if len(runs) else ():
+    for _, alike in texts.groupby([*_asked(runs, told), names]) if len(runs) else ():
         for option in options if len(alike) > 1 else ():
             if alike[option].nunique() > 1:
                 names.loc[alike.index] += f", {option.rpartition('.')[2]} " + alike[option]
     return names
 
 
-def _asked(runs: pd.DataFrame) -> list[pd.Series]:
-    """Keys that are equal for runs of the same model that were asked the same problems in the same way."""
+def _asked(runs: pd.DataFrame, told: Sequence[str]) -> list[pd.Series]:
+    """Keys that are equal for runs of the same model that were asked the same problems in the same way.
+
+    Args:
+        told: the `told_apart` of the runs.
+    """
     data = runs.reindex(columns=["provenance.data"]).iloc[:, 0].astype(object).map(readable).rename("data")
-    texts = readable_options(runs, [name for name in told_apart(runs) if asks(name)])
+    texts = readable_options(runs, [name for name in told if asks(name)])
     return [runs["workload.name"].map(str), runs["model.name"].map(str), *(texts[name] for name in texts), data]
 
 
@@ -216,7 +221,7 @@ def by_workload(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     several = runs["model.name"].nunique() > 1
     found = []
     for (workload, model), part in runs.groupby(["workload.name", "model.name"], sort=True):
-        keys = [key for key in _asked(part)[2:] if key.nunique() > 1]
+        keys = [key for key in _asked(part, told_apart(part))[2:] if key.nunique() > 1]
         title = f"{workload} ({model})" if several else str(workload)
         if len(keys) > 1 and keys[-1].name == "data" and _decided(keys[-1], keys[:-1]):
             keys.pop()

@@ -123,7 +123,7 @@ def cache_over_tokens(requests: pd.DataFrame, events: pd.DataFrame, prompt_id: s
 def decoding_rate(steps: pd.DataFrame) -> Line:
     """Middles of equal slices of time, and the tokens a second that were decoded in each.
 
-    A step decodes evenly from its begin to its end, so that a slice's edge inside it is no jump.
+    A step decodes evenly from its begin to its end, so that a slice's edge inside it is not a jump.
     """
     ends = steps["time"].to_numpy(float)
     begins = np.maximum(ends - steps["step_time"].to_numpy(float), np.concatenate([[0.0], ends[:-1]]))

@@ -9,7 +9,8 @@ import pytest
 from experiments import records
 from experiments.analysis.anatomy import divergences, facts_held, first_difference, held
 from experiments.graders import get_grader
-from experiments.records import outcomes
+from experiments.records import schemas
+from experiments.running import outcomes
 from experiments.running.prompts import Prompt
 from experiments.workloads import chained_arithmetic
 from zipage import CompletionOutput, EventStats, RequestMetrics, RequestOutput
@@ -102,8 +103,8 @@ def traced(tmp_path):
         workload = {"name": "chained_arithmetic", "generator": "chained_arithmetic", "seed": 3, "options": OPTIONS}
         records.write_config(staging, {"workload": workload})
         records.write_json(staging / records.PROVENANCE, {})
-        outcomes.write_rows(staging / records.REQUESTS, requests, outcomes.REQUEST_SCHEMA)
-        outcomes.write_rows(staging / records.EVENTS, outcomes.event_rows([event], 0.0), outcomes.EVENT_SCHEMA)
+        schemas.write_rows(staging / records.REQUESTS, requests, schemas.REQUEST_SCHEMA)
+        schemas.write_rows(staging / records.EVENTS, outcomes.event_rows([event], 0.0), schemas.EVENT_SCHEMA)
         records.publish(staging, folder, {})
     return folder, problems, stated, needed
 

@@ -15,7 +15,7 @@ from experiments.analysis import baselines
 from experiments.analysis.comparison import DERIVED, RECORDED, compare
 from experiments.analysis.statistics import clustered_mean, non_inferiority, paired_difference
 from experiments.records import load_requests, load_runs
-from experiments.records.outcomes import REQUEST_SCHEMA, write_rows
+from experiments.records.schemas import REQUEST_SCHEMA, write_rows
 from experiments.reporting.tables import comparison_table
 
 FULL, ZIPAGE = {"name": "full"}, {"name": "zipage", "budget_tokens": 512}

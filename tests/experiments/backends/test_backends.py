@@ -127,7 +127,9 @@ def test_transformers_refuses_what_it_has_not(model, options, line):
     ("prompt", "options", "line"),
     [
         ([5] * 64, {}, "the prompt has 64 tokens, the model reads 64"),
-        ([5], {"logprobs": True}, "sampling.logprobs=True"),
+        ([5], {"logprobs": True}, "sampling.logprobs=1"),
+        ([5], {"logprobs": 0}, "sampling.logprobs=0"),
+        ([5], {"bad_words": ["x"]}, "sampling.bad_words"),
         ([5], {"stop": ("a",)}, "sampling.stop"),
         ([5], {"budget_tokens": 64}, "keeps full KV"),
     ],

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from experiments.config.arms import FOLDER, check_multirun, expand, read_sweep, split_command_line, sweep_path
-from experiments.config.schema import load_experiment, to_dict
+from experiments.config.compose import load_experiment
+from experiments.config.schema import to_dict
 from experiments.errors import UsageError
 from experiments.paths import CONF
 

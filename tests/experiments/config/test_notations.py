@@ -9,6 +9,17 @@ from experiments.graders.boxed import last_boxes
 from experiments.graders.code import same_output
 
 NUMBERS = [
+    # What a number is counted in belongs to it; a remark beside it does not.
+    ("The answer is $18k.", "18000", 1),
+    ("\\boxed{18 \\text{ million}}", "18000000", 1),
+    ("They sold 1.5 million tickets", "1500000", 1),
+    ("They sold 18 million tickets", "18", 0),
+    ("3 hundred", "300", 1),
+    ("答案是18万", "180000", 1),
+    ("18 kg", "18", 1),
+    ("18 millionaires", "18", 1),
+    ("\\boxed{18 \\text{ (rounded to 2 digits)}}", "18", 1),
+    ("\\boxed{18 (19)}", "18", 0),
     # Fractions and mixed numbers.
     ("\\boxed{3\\frac{1}{2}}", "3.5", 1),
     ("\\boxed{3\\frac{1}{2}}", "15.5", 0),

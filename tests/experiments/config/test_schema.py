@@ -8,17 +8,9 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from experiments import run
-from experiments.config.schema import (
-    FIXED,
-    HOMES,
-    EngineOptions,
-    Experiment,
-    engine_options,
-    is_list_of_texts,
-    is_text,
-    load_experiment,
-    to_dict,
-)
+from experiments.config.compose import load_experiment
+from experiments.config.known import is_list_of_texts, is_text
+from experiments.config.schema import FIXED, HOMES, UNRECORDED, EngineOptions, Experiment, engine_options, to_dict
 from experiments.errors import UsageError
 from experiments.paths import CONF
 from experiments.records import flatten
@@ -129,7 +121,7 @@ def test_every_engine_option_can_be_set_and_arrives():
 
 def test_sampling_options_are_those_of_the_engine():
     experiment = load_experiment(["sampling.stop=[x]"])
-    assert set(vars(experiment.sampling)) == set(SamplingParams.names())
+    assert set(vars(experiment.sampling)) == set(SamplingParams.names()) - set(UNRECORDED)
     params = SamplingParams(**vars(experiment.sampling))
     assert params.stop == ("x",)
     assert params.temperature == 0
@@ -177,7 +169,9 @@ def test_every_text_field_is_known_as_one():
         "backend",
         "results_dir",
     } <= texts
-    assert {"sampling.stop", "tracking.tags", "scenario.loads"} == {name for name in texts if is_list_of_texts(name)}
+    assert {"sampling.stop", "sampling.bad_words", "tracking.tags", "scenario.loads"} == {
+        name for name in texts if is_list_of_texts(name)
+    }
     assert not texts & {"seed", "limit", "engine.block_size", "sampling.temperature", "engine.enforce_eager"}
     strings = {name for name, value in flatten(to_dict(load_experiment())).items() if isinstance(value, str)}
     assert strings - texts == set()

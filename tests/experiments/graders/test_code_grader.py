@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments.errors import UsageError
@@ -126,6 +127,46 @@ class TestPrograms:
         assert score(answer, gold) == 1
 
     @pytest.mark.parametrize(
+        ("returned", "check"),
+        [
+            ("(y for y in [x, x])", "list(f(2)) == [2, 2]"),
+            ("map(str, [x])", "list(f(2)) == ['2']"),
+            ("{1: x}.keys()", "set(f(2)) == {1}"),
+            ("{1: x}.values()", "sum(f(2)) == 2"),
+            ("{1: x}.items()", "dict(f(2)) == {1: 2}"),
+            ("__import__('numpy').array([[x, 1.5]])", "(f(2) == [[2, 1.5]]).all() and f(2).shape == (1, 2)"),
+        ],
+    )
+    def test_iterators_views_and_arrays_arrive(self, returned, check):
+        gold = {"setup": "", "entry_point": "f", "test": f"def check(f):\n    assert {check}\n"}
+        assert score(f"def f(x):\n    return {returned}", json.dumps(gold)) == 1
+
+    @pytest.mark.parametrize(
+        ("argument", "program", "after"),
+        [
+            ("[2, 1]", "x.sort()", "[1, 2]"),
+            ("[[1], [2]]", "x[1].append(x.pop(0))", "[[2, [1]]]"),
+            ("{1: 2}", "x[3] = x.pop(1)", "{3: 2}"),
+            ("{1}", "x.clear()", "set()"),
+            ("bytearray(b'ab')", "x.reverse()", "b'ba'"),
+        ],
+    )
+    def test_what_is_done_to_an_argument_in_place_arrives(self, argument, program, after):
+        test = f"def check(f):\n    a = {argument}\n    f(a)\n    assert a == {after}\n"
+        gold = json.dumps({"setup": "", "entry_point": "f", "test": test})
+        assert score(f"def f(x):\n    {program}", gold) == 1
+        assert score("def f(x):\n    pass", gold) == 0
+
+    @pytest.mark.parametrize(
+        ("program", "check"), [("def f(g): return g(2)", "f(abs) == 2"), ("def f(g): return object()", "f(2)")]
+    )
+    def test_what_can_not_be_exchanged_is_a_fault_of_the_grader(self, program, check):
+        gold = {"setup": "", "entry_point": "f", "test": f"def check(f):\n    assert {check}\n"}
+        graded = grade(get_grader("code", allow_code_execution=True), program, json.dumps(gold))
+        assert graded.score == 0
+        assert "what is not a plain value" in graded.error
+
+    @pytest.mark.parametrize(
         ("value", "wanted"),
         [
             ("__import__('collections').namedtuple('Pair', 'a b')(1, 2)", "(1, 2)"),
@@ -231,7 +272,7 @@ class TestHostilePrograms:
         "body",
         [
             "class Same(int):\n        __eq__ = lambda self, other: True\n    return Same()",
-            "import pickle\n    class Evil:\n        def __reduce__(self): return (print, ('x',))\n    return Evil()",
+            "class Evil(int):\n        def __reduce__(self): return (print, ('x',))\n    return Evil()",
             "import os\n    os.write(3, b'\\x80\\x04.' * 1000)\n    return 3",
             "import os\n    os.close(3)",
             "import sys\n    frame = sys._getframe()\n    while frame.f_back: frame = frame.f_back\n"
@@ -244,13 +285,17 @@ class TestHostilePrograms:
             *(
                 f"{CHANNEL}\n    channel.write(({line!r} + bytes([10])) * 3)\n    channel.flush()"
                 for line in (
-                    b'[true, {"Counter": [["__eq__", 1]]}]',
-                    b'[true, {"object": []}]',
-                    b'[true, {"__class__": "int"}]',
-                    b'[true, {"int": "3", "float": "0"}]',
-                    b'[true, {"Decimal": "sNaN"}]',
-                    b"[true, NaN]",
-                    b'[false, "SystemExit"]',
+                    b'[true, {"Counter": [["__eq__", 1]]}, []]',
+                    b'[true, {"object": []}, []]',
+                    b"[true, 3]",
+                    b'[true, {"ndarray": ["O", [3]]}, []]',
+                    b'[true, {"iterator": 3}, []]',
+                    b"[true, 4, 3]",
+                    b'[true, {"__class__": "int"}, []]',
+                    b'[true, {"int": "3", "float": "0"}, []]',
+                    b'[true, {"Decimal": "sNaN"}, []]',
+                    b"[true, NaN, []]",
+                    b'[false, "SystemExit", []]',
                     b"3",
                     b"[" * 100_000,
                 )
@@ -304,8 +349,10 @@ for address in (("127.0.0.1", 9), ("8.8.8.8", 53)):
         print(error.strerror)
 print([name for name in sys.path if "site-packages" in name])
 """
+        given = [Path(path).resolve() for path in (sys.executable, sys.base_prefix, np.__file__)]
+        python = sorted({path.parts[2] for path in given if path.is_relative_to("/tmp")})  # where it is installed there
         assert self.see(program).splitlines() == [
-            "['HOME', 'LC_CTYPE', 'OMP_NUM_THREADS'] /tmp [] False False",
+            f"['HOME', 'LC_CTYPE', 'OMP_NUM_THREADS'] /tmp {python} False False",
             "False False 1",
             "Read-only file system",
             "Read-only file system",

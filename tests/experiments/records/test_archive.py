@@ -10,8 +10,8 @@ import pytest
 
 from experiments import archive
 from experiments.analysis.comparison import compare
+from experiments.analysis.samples import read_samples
 from experiments.records import EVENTS, HASHES, METRICS, REQUESTS, STEPS, damage, load_requests, load_runs, load_steps
-from experiments.records.samples import read_samples
 
 
 @pytest.fixture

@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from experiments import records
 from experiments.analysis.metrics import cache_bytes, inter_token_latency
-from experiments.config.schema import Experiment, load_experiment, to_dict
+from experiments.config.compose import load_experiment
+from experiments.config.schema import Experiment, WorkloadConfig, to_dict
 from experiments.errors import RunError, UsageError
 from experiments.paths import ROOT
-from experiments.records import outcomes
+from experiments.records import content, ids, schemas
+from experiments.running import outcomes
+from experiments.running.job import Job
+from experiments.workloads import load_problems
 from tests.experiments import made_runs
 from zipage import EventStats
 
@@ -29,7 +35,7 @@ def make_run(folder: Path, name: str, accuracy: float = 0.5) -> Path:
         groups = {"model": {"name": "m"}, "workload": {"name": "w"}, "policy": {"name": "full", "protection": "none"}}
         records.write_config(staging, groups | {"limit": 3, "note": "1e-3"})
         records.write_json(staging / records.PROVENANCE, {"code": {"commit": "abc"}})
-        outcomes.write_rows(staging / records.REQUESTS, [], outcomes.REQUEST_SCHEMA)
+        schemas.write_rows(staging / records.REQUESTS, [], schemas.REQUEST_SCHEMA)
         records.publish(staging, folder / name, {"accuracy": accuracy, "ttft": {"p50": None}})
     return folder / name
 
@@ -43,7 +49,7 @@ def identify(*options: str, **replace: str) -> str:
 
 class TestRunId:
     def test_reads_well(self):
-        assert records.re.fullmatch(r"tiny-word_problems-full-[0-9a-f]{12}", identify())
+        assert re.fullmatch(r"tiny-word_problems-full-[0-9a-f]{12}", identify())
 
     def test_what_changes_no_number_changes_no_id(self):
         base = identify()
@@ -81,7 +87,7 @@ class TestRunId:
         config = to_dict(load_experiment())
         config["model"]["name"] = "tiny"
         before = records.run_id(config, model="m", data="d", device="cpu")
-        monkeypatch.setattr(records, "_LATER", records._LATER | {"engine.new": False, "new": None})
+        monkeypatch.setattr(ids, "LATER", ids.LATER | {"engine.new": False, "new": None})
 
         def with_new(inside: object, outside: object) -> str:
             later = config | {"engine": config["engine"] | {"new": inside}, "new": outside}
@@ -96,7 +102,7 @@ COMMITTED = sorted(
     for path in (ROOT / "results" / "records").rglob("config.yaml")
     if (path.parent / "requests.parquet").exists()
 )
-HINT = "an option came, went or has another default: see records._LATER"
+HINT = "an option came, went or has another default: see records.ids.LATER"
 
 
 def test_committed_records_keep_their_ids():
@@ -113,10 +119,53 @@ def test_committed_records_keep_their_ids():
         for option, value in records.flatten(today).items():
             group, _, name = option.rpartition(".")
             if group in Experiment.__dataclass_fields__:
-                config[group].setdefault(name, records._LATER.get(option, value))
+                config[group].setdefault(name, ids.LATER.get(option, value))
             elif not group:
-                config.setdefault(name, records._LATER.get(option, value))
+                config.setdefault(name, ids.LATER.get(option, value))
         assert records.run_id(config, **parts) == run.name, HINT
+
+
+def test_committed_benchmarks_keep_their_ids():
+    """Their folders were renamed by hand, so the ids that they had stand here."""
+    found = {}
+    for rows in (ROOT / "results" / "records").rglob(records.ROWS):
+        config, origin = records.read_config(rows.parent), json.loads((rows.parent / records.PROVENANCE).read_text())
+        (device,) = origin["hardware"]["gpus"]
+        name = config["scenario"]["name"]
+        found[rows.parent.name] = records.benchmark_id(name, config, inputs=origin["inputs"], device=device)
+    assert found == BENCHMARK_IDS
+
+
+BENCHMARK_IDS = {
+    "engine_bench_ample_h100": "engine_bench-18d45a725dc7",
+    "engine_bench_ample_pressure_h100": "engine_bench-a1754cf876dc",
+    "engine_bench_ample_vllm_h100": "engine_bench-b3be7621d49a",
+    "engine_bench_factorial_before_h100": "engine_bench-c06b9ef9f1de",
+    "engine_bench_factorial_h100": "engine_bench-c06b9ef9f1de",
+    "after1": "engine_bench-9ea209842596",
+    "after2": "engine_bench-9ea209842596",
+    "before1": "engine_bench-9ea209842596",
+    "before2": "engine_bench-9ea209842596",
+    "engine_bench_long_h100": "engine_bench-32ad7d2726bb",
+    "engine_bench_pressure_h100": "engine_bench-df396adc5e5c",
+    "engine_bench_short_256_h100": "engine_bench-528d8db6cb7e",
+    "engine_bench_short_h100": "engine_bench-830ba3a1f855",
+    "kernels_scenario_h100": "kernels-ff324622f983",
+}
+
+
+def test_the_questions_of_committed_records_are_still_drawn():
+    """Each generated workload gives the content whose hash its records have."""
+    hashes: dict[str, set[str]] = {}
+    for run in COMMITTED:
+        config, origin = records.read_config(run), json.loads((run / records.PROVENANCE).read_text())
+        hashes.setdefault(json.dumps([config["workload"], config["limit"]]), set()).add(origin["data"])
+    assert len(hashes) > 10
+    for key, recorded in hashes.items():
+        options, limit = json.loads(key)
+        experiment = replace(Experiment(), workload=WorkloadConfig(**options), limit=limit)
+        problems = load_problems(experiment.workload, limit)
+        assert recorded == {Job(experiment, factory=None, problems=problems, model=None).data}, options
 
 
 def test_committed_records_are_read():
@@ -234,7 +283,7 @@ class TestReading:
         ],
     )
     def test_config_is_what_yaml_says(self, text):
-        assert records._parse_config(text) == records.yaml.load(text, Loader=records._Loader)
+        assert content.parse_config(text) == yaml.load(text, Loader=content._Loader)
 
     def test_incomplete_runs_are_counted_and_left_out(self, tmp_path, caplog):
         make_run(tmp_path, "whole")
@@ -317,14 +366,14 @@ class TestReading:
         events = [
             EventStats(kind=kind, time=10.0 + i, kept_positions=positions, **counts, **sizes)
             for i, (kind, positions) in enumerate(zip(kinds, kept, strict=True))
-        ] * outcomes._ROW_GROUP
+        ] * schemas._ROW_GROUP
         run = make_run(tmp_path, "run")
-        outcomes.write_rows(run / records.EVENTS, outcomes.event_rows(events, start=10.0), outcomes.EVENT_SCHEMA)
+        schemas.write_rows(run / records.EVENTS, outcomes.event_rows(events, start=10.0), schemas.EVENT_SCHEMA)
         frame = records.load_events(records.load_runs(tmp_path).iloc[0])
-        assert frame["kind"].tolist() == [*kinds] * outcomes._ROW_GROUP
-        assert frame["time"].tolist() == [0.0, 1.0, 2.0] * outcomes._ROW_GROUP
+        assert frame["kind"].tolist() == [*kinds] * schemas._ROW_GROUP
+        assert frame["time"].tolist() == [0.0, 1.0, 2.0] * schemas._ROW_GROUP
         assert set(frame["prompt_id"]) == {"p"}
-        for positions, expected in zip(frame["kept_positions"], kept * outcomes._ROW_GROUP, strict=True):
+        for positions, expected in zip(frame["kept_positions"], kept * schemas._ROW_GROUP, strict=True):
             if expected is None:
                 assert positions is None
             else:

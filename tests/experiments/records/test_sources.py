@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config.schema import load_experiment
+from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.records import load_runs, sources
 

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from experiments.backends import BACKENDS
-from experiments.config.schema import load_experiment, to_dict
+from experiments.config.compose import load_experiment
+from experiments.config.schema import to_dict
 from experiments.errors import UsageError
 from experiments.paths import CONF
 from experiments.records import flatten

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -52,21 +53,45 @@ def cells(text: str) -> list[list[str]]:
     return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("</tr>")]
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
+def make_runs(folder: Path) -> Path:
     """Full KV and two policies with everything that a picture can show, but a map of loads and pools."""
     facts = [([50, 200], [True, i % 3 == 0]) for i in range(20)]
     kept = np.arange(12).reshape(1, 2, 6)
     events = [{"round": 0, "num_tokens": 20, "kept_positions": kept}]
-    make_run(tmp_path / "runs", "a-full", facts=facts)
-    make_run(tmp_path / "runs", "b-zipage", "zipage", 64, facts=facts, events=events)
-    make_run(tmp_path / "runs", "c-random", "random_attention", 64, "prompt", grades=[1.0, 0, 0, 0] * 5, facts=facts)
-    return tmp_path / "runs"
+    make_run(folder, "a-full", facts=facts)
+    make_run(folder, "b-zipage", "zipage", 64, facts=facts, events=events)
+    make_run(folder, "c-random", "random_attention", 64, "prompt", grades=[1.0, 0, 0, 0] * 5, facts=facts)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return make_runs(tmp_path / "runs")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_dots() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr("experiments.reporting.page.DPI", 30)
+        yield
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> tuple[pd.DataFrame, str]:
+    """The runs, and their page at a margin of 2.5 points."""
+    runs = load_runs(make_runs(tmp_path_factory.mktemp("drawn") / "runs"))
+    return runs, page(runs, 0.025)
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """The page without its pictures, for what is not about them."""
+    monkeypatch.setattr("experiments.reporting.page._pictures", lambda runs, compared: iter(()))
 
 
 class TestPage:
-    def test_every_picture_that_applies_is_there_and_the_others_are_named(self, folder):
-        read = Reader(page(load_runs(folder)))
+    def test_every_picture_that_applies_is_there_and_the_others_are_named(self, drawn):
+        read = Reader(drawn[1])
         pictures = read.attributes("img")
         assert [picture["alt"] for picture in pictures] == [
             "Accuracy against budget",
@@ -83,8 +108,8 @@ class TestPage:
         assert "Where eviction pays: the runs hold no values of engine.num_blocks" in read.text
         assert not read.open, "every tag is closed"
 
-    def test_it_needs_nothing_beside_itself(self, folder):
-        text = page(load_runs(folder))
+    def test_it_needs_nothing_beside_itself(self, drawn):
+        text = drawn[1]
         read = Reader(text)
         loads = [value for _, attributes in read.tags for name, value in attributes.items() if name in ("src", "href")]
         assert loads
@@ -93,8 +118,8 @@ class TestPage:
         assert "url(" not in text
         assert "@import" not in text
 
-    def test_it_fits_a_phone(self, folder):
-        text = page(load_runs(folder))
+    def test_it_fits_a_phone(self, drawn):
+        text = drawn[1]
         assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in Reader(text).attributes("meta")
         assert text.count("<table>") + text.count("<img") == text.count('<div class="wide">')
 
@@ -108,11 +133,11 @@ class TestPage:
         read = Reader(text)
         assert read.text.count(HOSTILE) >= 4, "in the title, the heading, the table and the provenance"
 
-    def test_the_table_holds_intervals_and_verdicts(self, folder):
-        runs = load_runs(folder)
-        heading, *rows = cells(page(runs))
+    def test_the_table_holds_intervals_and_verdicts(self, drawn):
+        runs, text = drawn
+        heading, *rows = cells(text)
         rows = [dict(zip(heading, row, strict=True)) for row in rows if row]
-        compared = compare(runs).set_index("run")
+        compared = compare(runs, margin=0.025).set_index("run")
         assert [row["policy"] for row in rows] == ["full KV", "random + prompt", "zipage"]
         low, high = 100 * compared.loc["c-random", ["accuracy.low", "accuracy.high"]].astype(float)
         assert rows[1]["accuracy (%) [95 %]"] == f"25.0 [{low:.1f}, {high:.1f}]"
@@ -184,11 +209,12 @@ class TestTables:
 
 
 class TestCommandLine:
+    @pytest.mark.usefixtures("undrawn")
     def test_files_are_written_beside_the_table(self, folder, tmp_path, capsys):
         html, tables = tmp_path / "out" / "page.html", tmp_path / "tables"
         assert report.main([str(folder), "--html", str(html), "--tables", str(tables), "--title", "Mine & yours"]) == 0
         out = capsys.readouterr().out.splitlines()
-        assert out[0].split("|")[1].strip() == "run"
+        assert any(line.startswith("| run ") for line in out)
         assert out[-1] == f"page: {html}"
         assert "<h1>Mine &amp; yours</h1>" in html.read_text()
         assert sorted(path.name for path in tables.iterdir()) == ["comparison.csv", "comparison.md", "comparison.tex"]
@@ -199,6 +225,7 @@ class TestCommandLine:
         assert report.main([str(folder)]) == 0
         assert sorted(tmp_path.rglob("*")) == before
 
+    @pytest.mark.usefixtures("undrawn")
     @pytest.mark.parametrize("option", ["--html", "--tables"])
     def test_an_unwritable_place_costs_one_line(self, option, folder, tmp_path, capsys):
         (tmp_path / "file").write_text("kept")
@@ -209,13 +236,14 @@ class TestCommandLine:
         assert "can't be written: " in error
         assert (tmp_path / "file").read_text() == "kept"
 
+    @pytest.mark.usefixtures("undrawn")
     def test_a_folder_in_the_place_of_the_page(self, folder, tmp_path, capsys):
         assert report.main([str(folder), "--html", str(tmp_path)]) == 2
         assert capsys.readouterr().err == f"{tmp_path}: can't be written: Is a directory\n"
 
 
-def test_the_margin_is_told_as_given(folder):
-    assert "at a margin of 2.5 points" in page(load_runs(folder), 0.025)
+def test_the_margin_is_told_as_given(drawn):
+    assert "at a margin of 2.5 points" in drawn[1]
 
 
 def test_a_record_without_its_samples_costs_the_pictures_that_need_them(folder):

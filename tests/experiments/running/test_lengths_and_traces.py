@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from experiments import archive, regrade
-from experiments.config.schema import load_experiment
+from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.records import HASHES, load_requests, load_runs
 from experiments.running.job import sampling_params

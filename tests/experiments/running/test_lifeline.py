@@ -18,7 +18,7 @@ from experiments.run import main
 from tests.experiments.fake_engine import fake_backend
 from tests.experiments.running.test_run import CHILD
 
-WORKER = "import sys; from experiments import worker; from tests.experiments.fake_engine import fake_backend;"
+WORKER = "import sys; from experiments.running import worker; from tests.experiments.fake_engine import fake_backend;"
 WORKER += "sys.exit(worker.main(fake_backend(step_seconds=10)))"
 sys.exit(main(fake_backend(), [sys.executable, "-c", CHILD, "10"], [sys.executable, "-c", WORKER]))
 """
@@ -32,7 +32,7 @@ run_child(sys.argv[1:], lambda: "")
 STUBBORN = """
 import os, signal, sys, time
 from pathlib import Path
-from experiments import lifeline
+from experiments.running import lifeline
 
 lifeline.GRACE = 0.2
 signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config.schema import ModelConfig, WorkloadConfig, load_experiment
+from experiments.config.compose import load_experiment
+from experiments.config.schema import ModelConfig, WorkloadConfig
 from experiments.errors import UsageError
 from experiments.running import models
 from experiments.workloads.sources import read_hub

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from collections import Counter
@@ -11,7 +13,10 @@ import pandas as pd
 import pytest
 
 from experiments import run
+from experiments.config.compose import load_experiment
 from experiments.records import load_runs
+from experiments.running import job
+from experiments.running import sweep as sweep_module
 from experiments.running.child import Worker
 from tests.experiments.fake_engine import fake_backend
 from tests.experiments.running.test_run import ROOT
@@ -34,7 +39,7 @@ for line in sys.stdin:
 WORKER = """
 import os, sys
 from pathlib import Path
-from experiments import worker
+from experiments.running import worker
 from tests.experiments.fake_engine import FakeLLM
 
 class Counted(FakeLLM):
@@ -157,7 +162,7 @@ def test_other_engines_have_processes_of_their_own(share, capsys):
 
 
 def test_a_real_sweep_shares_the_shipped_model(tmp_path, monkeypatch, capsys):
-    """A policy and full KV: the same answers as in processes of their own."""
+    """A policy and full KV: the same answers as of arms that load it for themselves."""
     sweep = tmp_path / "tiny.yaml"
     sweep.write_text(
         """
@@ -167,6 +172,15 @@ arms: [{policy: full}, {policy: zipage, policy.budget_tokens: 64, policy.protect
 """
     )
     monkeypatch.chdir(ROOT)
+
+    def run_child(command, progress) -> tuple[int, str]:
+        """An arm that loads the model for itself; here, to start no process."""
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            job.run(load_experiment(command[len(sweep_module.RUN) :]))
+        return 0, output.getvalue()
+
+    monkeypatch.setattr(sweep_module, "run_child", run_child)
     found = []
     for more in ([], ["+share_model=true"]):
         folder = tmp_path / f"runs{len(more)}"

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from experiments.config.schema import load_experiment
+from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.workloads import load_problems
 from experiments.workloads.chained_arithmetic import LINE_TOKENS, NAMES, generate, where_lost

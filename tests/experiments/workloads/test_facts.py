@@ -6,7 +6,8 @@ import pytest
 
 from experiments.analysis.metrics import summarise
 from experiments.graders import get_grader
-from experiments.records.outcomes import REQUEST_SCHEMA, request_rows, write_rows
+from experiments.records.schemas import REQUEST_SCHEMA, write_rows
+from experiments.running.outcomes import request_rows
 from experiments.running.prompts import Prompt
 from experiments.workloads.problem import Fact, Problem
 from zipage import CompletionOutput, RequestMetrics, RequestOutput

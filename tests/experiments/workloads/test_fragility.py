@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from experiments.config.schema import load_experiment
+from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.graders import get_grader, grade
 from experiments.workloads import load_problems

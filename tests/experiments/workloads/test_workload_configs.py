@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config.schema import load_experiment
+from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.graders import GRADERS
 from experiments.workloads import exams, load_problems
@@ -171,7 +171,7 @@ def test_a_data_file_can_change_nothing(tmp_path):
     state = b"ccollections\nCounter\nN}X\x06\x00\x00\x00forgedX\x03\x00\x00\x00yess\x86b0"
     pickled = b"\x80\x02" + state + pickle.dumps(json.dumps([]), protocol=0)
     item = CONTEST | {"private_test_cases": base64.b64encode(zlib.compress(pickled)).decode()}
-    with pytest.raises(UsageError, match=r"item 0 can't be read \(collections\.Counter is no text\)"):
+    with pytest.raises(UsageError, match=r"item 0 can't be read \(collections\.Counter is not text\)"):
         load("workload=livecodebench_generation", f"workload.path={write(tmp_path / 'q.jsonl', item)}")
     assert not hasattr(Counter, "forged")
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.config.schema import load_experiment
+from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.workloads import load_problems
 from experiments.workloads.word_problems import KINDS, generate
@@ -183,8 +183,8 @@ class TestFiles:
         [
             ("q.jsonl", b'{"question": "1"}\n', "workload.answer=answer: item 0 has no such field; it has question"),
             ("q.jsonl", b'{"answer": "1"}\n', "workload.question=question: item 0 has no such field; it has answer"),
-            ("q.jsonl", b'{"question": "1", "answer": 2}\n{oops\n', "{path}: line 2 is no JSON"),
-            ("q.jsonl", b"[1, 2]\n", "{path}: line 1 is no JSON object"),
+            ("q.jsonl", b'{"question": "1", "answer": 2}\n{oops\n', "{path}: line 2 is not valid JSON"),
+            ("q.jsonl", b"[1, 2]\n", "{path}: line 1 is not a JSON object"),
             ("q.jsonl", b"\xff\xfe", "{path}: 'utf-8' codec"),
             ("q.jsonl", b"\n", "workload jsonl holds no problem"),
             ("q.jsonl.gz", b"plain", "{path}: Not a gzipped file"),

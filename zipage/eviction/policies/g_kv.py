@@ -19,7 +19,7 @@ class GKV(Policy):
 
     `a = A_max / max A_max`; both maxima are over j < n-w of a KV head. What is stored is the score before redundancy;
     entries of the window store none and come back at the next event as new. The scores start at the first event; so do
-    those of the published code, but for one mode, its H2O baseline (sums without decay), which seeds them at prefill.
+    those of the published code, except its H2O mode (sums without decay), which seeds them at prefill.
 
     Attributes:
         window: w.

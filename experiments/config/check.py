@@ -1,0 +1,58 @@
+"""Conditions on the options of a run that their types do not say."""
+
+from __future__ import annotations
+
+import math
+import re
+from operator import attrgetter
+
+from experiments.config.schema import Experiment, engine_options
+from experiments.errors import UsageError
+from zipage import EngineConfig, SamplingParams
+
+SOURCES = ("path", "generator", "hub_id", "parts")
+WANDB_PROJECT = re.compile(r"[^/\\#?%:]{1,128}")
+FORCE = ("false", "stale", "true")
+ARRIVALS = ("all_at_once", "poisson", "trace")
+KINDS = ("serve", "kernels", "engine_bench")
+
+
+def check(experiment: Experiment) -> None:
+    """Raise a UsageError that names the first option that is out of range, and what it must be."""
+    model, workload, scenario, tracking = (
+        getattr(experiment, g) for g in ("model", "workload", "scenario", "tracking")
+    )
+    threads, limit = experiment.hardware.threads, experiment.limit
+    poisson, rate = scenario.arrival == "poisson", scenario.rate
+    serve, repeats = scenario.kind == "serve", scenario.repeats
+    for option, ok, what in (
+        ("model.path", model.path or model.wheel, "given: a folder, a hub id or a GGUF file"),
+        ("workload.path", any(getattr(workload, name) for name in SOURCES), "given: a file of questions"),
+        ("force", experiment.force in FORCE, " or ".join(FORCE)),
+        ("limit", limit is None or limit >= 1, "at least 1, or null for all"),
+        ("workload.template", "{question}" in workload.template, "a text that holds {question}"),
+        ("scenario.arrival", scenario.arrival in ARRIVALS, " or ".join(ARRIVALS)),
+        ("scenario.kind", scenario.kind in KINDS, " or ".join(KINDS)),
+        ("scenario.loads", not (serve and scenario.loads), "left out: only scenario=engine_bench has loads"),
+        ("scenario.options", not (serve and scenario.options), "left out: only scenario=kernels has options"),
+        ("scenario.repeats", not (serve and repeats), "left out: only benchmarks repeat; take sampling.n or seed=0,1"),
+        ("scenario.repeats", serve or (repeats is not None and repeats >= 1), "at least 1"),
+        ("scenario.path", scenario.arrival != "trace" or scenario.path, "given: a file of arrival times"),
+        ("scenario.rate", not poisson or (rate is not None and 0 < rate < math.inf), "arrivals a second, above 0"),
+        ("tracking.backend", tracking.backend in ("none", "wandb"), "none or wandb"),
+        ("tracking.mode", tracking.mode in ("offline", "online"), "offline or online"),
+        ("tracking.project", WANDB_PROJECT.fullmatch(tracking.project), f"of wandb's form, {WANDB_PROJECT.pattern}"),
+        ("tracking.group", tracking.group is None or 1 <= len(tracking.group) <= 128, "1 to 128 characters, or null"),
+        ("tracking.tags", all(1 <= len(tag) <= 64 for tag in tracking.tags), "tags of 1 to 64 characters"),
+        ("hardware.threads", threads is None or threads >= 1, "at least 1, or null for torch's choice"),
+    ):
+        if not ok:
+            raise UsageError(f"{option}={attrgetter(option)(experiment)!r}: must be {what}")
+    for group, cls, options in (
+        ("engine", EngineConfig, engine_options(experiment, model.path or str(model.member))),
+        ("sampling", SamplingParams, vars(experiment.sampling)),
+    ):
+        try:
+            cls(**options)
+        except ValueError as error:
+            raise UsageError(f"{group}: {error}") from error

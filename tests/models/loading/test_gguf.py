@@ -1,0 +1,144 @@
+"""GGUF files of tiny models against transformers with the same dequantized weights."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+
+from tests.models.dense import dense_attention
+from tests.models.loading.gguf_writer import write_gguf
+from tests.models.tiny import LENGTH, ROPE, make_model, reference_logits, token_ids
+from zipage.models.loading.gguf_file import GgufFile
+from zipage.models.loading.gguf_model import gguf_spec
+from zipage.models.loading.loader import load_model
+
+
+def check_logits(path, model, weights):
+    model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    expected = reference_logits(model, token_ids())
+    decoder = load_model(str(path), device="cpu").decoder
+    actual = decoder.logits(decoder(token_ids(), torch.arange(LENGTH), dense_attention))
+    assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "quantization"),
+    [
+        ("Llama", {"tie_word_embeddings": True}, Type.Q4_1),
+        ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}, Type.F32),
+        ("Llama", {}, Type.F16),
+        ("Qwen2", {}, Type.Q8_0),
+        ("Qwen2", {"tie_word_embeddings": True}, Type.BF16),
+        ("Qwen3", {"head_dim": 32}, Type.Q8_0),
+    ],
+)
+def test_logits_equal_transformers(family, options, quantization, tmp_path):
+    model = make_model(family, **options)
+    path = tmp_path / "model.gguf"
+    check_logits(path, model, write_gguf(path, model, quantization))
+
+
+def test_llama3_scaling_comes_as_a_tensor(tmp_path):
+    model = make_model("Llama", rope_parameters=ROPE["llama3"])
+    plain = make_model("Llama", rope_parameters=ROPE["default"] | {"rope_theta": ROPE["llama3"]["rope_theta"]})
+    factors = (plain.model.rotary_emb.inv_freq / model.model.rotary_emb.inv_freq).numpy()
+    path = tmp_path / "model.gguf"
+    weights = write_gguf(path, model, Type.F32, extra_tensors={"rope_freqs.weight": factors})
+    check_logits(path, model, weights)
+
+
+@pytest.mark.parametrize(
+    ("rope", "keys"),
+    [
+        ("linear", {"type": "linear", "factor": 4.0}),
+        ("yarn", {"type": "yarn", "factor": 4.0, "original_context_length": 32}),
+    ],
+)
+def test_scaling_by_metadata(rope, keys, tmp_path):
+    model = make_model("Qwen2", rope_parameters=ROPE[rope])
+    path = tmp_path / "model.gguf"
+    metadata = {f"qwen2.rope.scaling.{key}": value for key, value in keys.items()}
+    check_logits(path, model, write_gguf(path, model, Type.F32, metadata))
+
+
+def test_spec_and_dummy(tmp_path):
+    model = make_model("Qwen2", tie_word_embeddings=True)
+    path = tmp_path / "model.gguf"
+    metadata = {
+        "tokenizer.ggml.tokens": ["a", "b", "c", "<|im_end|>", "<|eot_id|>", "d"],
+        "tokenizer.ggml.eot_token_id": 5,
+        "tokenizer.chat_template": "<|im_start|>{{ messages }}<|im_end|>",
+    }
+    write_gguf(path, model, Type.Q8_0, metadata)
+    spec = gguf_spec(GgufFile(path))
+    assert (spec.architecture, spec.num_layers, spec.vocab_size, spec.tie_embeddings) == ("qwen2", 3, 160, True)
+    assert spec.eos_token_ids == (2, 3, 5)
+    assert spec.dtype is torch.bfloat16
+    assert load_model(str(path), load_format="dummy", device="cpu").spec == spec
+
+
+def test_missing_and_left_over_tensors(tmp_path):
+    path = tmp_path / "model.gguf"
+    extra = {"blk.0.attn_sinks.weight": np.zeros(4, dtype=np.float32)}
+    write_gguf(path, make_model("Llama"), Type.F32, extra_tensors=extra, leave_out="blk.1.ffn_up.weight")
+    with pytest.raises(ValueError, match=r"missing: model\.layers\.1\.mlp\.up_proj.*left over: blk\.0\.attn_sinks"):
+        load_model(str(path), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"llama.attention.sliding_window": 16}, r"llama\.attention\.sliding_window is not supported"),
+        ({"llama.expert_count": 8}, r"llama\.expert_count is not supported"),
+        ({"llama.rope.dimension_count": 8}, r"llama\.rope\.dimension_count is 8, not the head dimension 16"),
+        ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type='longrope'"),
+        ({"split.count": 2}, "one part of a split GGUF"),
+    ],
+)
+def test_metadata_that_is_not_supported(metadata, message, tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, make_model("Llama"), Type.F32, metadata)
+    with pytest.raises(ValueError, match=message):
+        load_model(str(path), device="cpu")
+
+
+def test_an_architecture_that_is_not_supported(tmp_path):
+    path = tmp_path / "model.gguf"
+    model = make_model("Llama")
+    model.config.model_type = "gemma"
+    write_gguf(path, model, Type.F32)
+    with pytest.raises(ValueError, match=r"model\.gguf: unknown architecture 'gemma'"):
+        load_model(str(path), device="cpu")
+
+
+def test_broken_files(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, make_model("Llama"), Type.Q8_0)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1000])
+    with pytest.raises(ValueError, match=r"ends before tensor \S+ does"):
+        load_model(str(path), device="cpu")
+    for length in (4, 20, 300, 1000):
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match="broken GGUF header"):
+            GgufFile(path)
+    path.write_bytes(data[:4] + b"\x00\x00\x00\x03" + data[8:])
+    with pytest.raises(ValueError, match="version 50331648 or big-endian"):
+        GgufFile(path)
+    path.write_bytes(b"PK" + data[2:])
+    with pytest.raises(ValueError, match="is no GGUF file"):
+        GgufFile(path)
+
+
+def test_without_the_package_gguf_only_quantized_files_fail(tmp_path, monkeypatch):
+    plain, quantized = tmp_path / "plain.gguf", tmp_path / "quantized.gguf"
+    write_gguf(plain, make_model("Llama"), Type.F16)
+    write_gguf(quantized, make_model("Llama"), Type.Q8_0)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "gguf"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    load_model(str(plain), device="cpu")
+    with pytest.raises(ImportError, match=r"quantized\.gguf is quantized, which takes the package gguf: pip install"):
+        load_model(str(quantized), device="cpu")

@@ -1,0 +1,61 @@
+"""When a request is compressed next, as each trigger answers it."""
+
+import pytest
+
+from tests.scheduling.fabricated import make_request, make_rule
+from zipage.scheduling.block_pool import BlockPool
+from zipage.scheduling.request import Status
+from zipage.scheduling.triggers import TRIGGERS, BlockFull
+
+
+def held(name="a", prompt=6, entries=8, compressed=0, window=0):
+    """A running request of N_max 3 blocks of 4, with that many entries."""
+    request = make_request(name, prompt, 100, make_rule(3, 4, window=window))
+    request.status = Status.RUNNING
+    request.block_ids = list(range(-(-entries // 4)))
+    request.cache_len, request.num_computed = entries, entries + 10 * compressed
+    request.token_ids.extend([5] * (request.num_computed + 1 - request.num_tokens))
+    request.rounds = compressed
+    return request
+
+
+@pytest.fixture(params=TRIGGERS)
+def trigger(request):
+    return TRIGGERS[request.param](BlockPool(20, 4))
+
+
+@pytest.mark.parametrize(
+    ("request_", "block_full", "pressure"),
+    [
+        (held(prompt=6, entries=8), (12, 12), (80, 9)),
+        (held(prompt=21, entries=24), (24, 24), (80, 25)),
+        (held(prompt=21, entries=12, compressed=1), (12, 12), (80, 23)),
+    ],
+    ids=["short prompt", "long prompt", "compressed"],
+)
+def test_entries_at_the_next_compression(trigger, request_, block_full, pressure):
+    expected = block_full if isinstance(trigger, BlockFull) else pressure
+    assert (trigger.most_entries(request_), trigger.fewest_entries(request_)) == expected
+
+
+def test_a_request_is_due_when_its_budget_is_full_and_under_pressure_when_blocks_lack():
+    block_full, pressure = (TRIGGERS[name](BlockPool(20, 4)) for name in ("block_full", "pressure"))
+    inside, full, over = held("a", entries=8), held("b", entries=12), held("c", prompt=21, entries=24)
+    running = [inside, full, over]
+    assert [block_full.is_due(request) for request in running] == [False, True, True]
+    assert block_full.choose(running, (), lambda: 0) == [full, over]
+    assert not any(map(pressure.is_due, running))
+    for num_short, expected in ((0, []), (1, [over]), (4, [over]), (5, [over, full])):
+        assert pressure.choose(running, (), lambda short=num_short: short) == expected
+    assert block_full.blocks_to_expect(inside) == 3
+    assert pressure.blocks_to_expect(inside) == 0
+
+
+def test_the_window_of_the_next_compression():
+    """The last two of twelve entries."""
+    block_full, pressure = (TRIGGERS[name](BlockPool(20, 4)) for name in ("block_full", "pressure"))
+    request = held(window=2)
+    assert [block_full.is_in_window(request, n, -(-(n + 1) // 4)) for n in (6, 8, 9, 10, 11)] == [False] * 3 + [
+        True
+    ] * 2
+    assert not pressure.is_in_window(request, 11, 3)

@@ -1,0 +1,51 @@
+"""The largest step and the largest compression, whose memory is measured on CUDA; here they run on a CPU."""
+
+import pytest
+import torch
+
+from tests.tiny_models import save_tiny_model
+from zipage.eviction import registry
+from zipage.eviction.budget import Budget
+from zipage.eviction.rule import EvictionRule
+from zipage.models.loading.loader import load_model
+from zipage.worker.kv_cache import KVCache
+from zipage.worker.model_runner import ModelRunner
+from zipage.worker.peak import run_compression, run_largest_step
+
+SIZE = 16
+RULE = EvictionRule(registry.make("snapkv", {"window": 4}), Budget(4, SIZE))
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = save_tiny_model("qwen3", tmp_path_factory.mktemp("model"))
+    return load_model(str(folder), device="cpu")
+
+
+def make_cache(loaded, **options) -> KVCache:
+    return KVCache(loaded.spec, 5, SIZE, torch.float32, torch.device("cpu"), **options)
+
+
+@torch.inference_mode()
+def test_the_largest_step_has_as_many_tokens_as_a_step_may(loaded, monkeypatch):
+    runner = ModelRunner(loaded.decoder, loaded.spec, torch.device("cpu"), max_num_seqs=4, max_model_len=80)
+    seen = []
+    monkeypatch.setattr(loaded.decoder, "logits", lambda hidden: seen.append(len(hidden)) or torch.zeros(4, 300))
+    cache = make_cache(loaded)
+    cache.poison(slice(None))
+    run_largest_step(runner, cache, 200)
+    assert seen == [4]
+    assert not cache.k.isnan().any(), "a request as long as the model allows fills every slot"
+
+
+def test_a_compression_that_can_not_be_measured_is_an_error(loaded, monkeypatch):
+    """Its share of the memory would be unknown, and every compression to come would fail like it."""
+
+    def no_memory(self, event):
+        raise torch.OutOfMemoryError("no memory left")
+
+    cache = make_cache(loaded, positions=True, scores=True, num_query_slots=1, window=4)
+    run_compression(cache, loaded.spec, RULE, None, 4, 2)
+    monkeypatch.setattr(type(RULE.policy), "rank", no_memory)
+    with pytest.raises(RuntimeError, match="policy 'snapkv' failed: OutOfMemoryError: no memory left"):
+        run_compression(cache, loaded.spec, RULE, None, 4, 2)

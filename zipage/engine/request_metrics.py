@@ -1,0 +1,31 @@
+"""What a finished request has to tell of itself."""
+
+from __future__ import annotations
+
+from zipage.scheduling.request import Request
+from zipage.stats import RequestMetrics
+
+
+def request_metrics(request: Request) -> RequestMetrics:
+    """The record of one finished sample."""
+    num_output = request.num_output_tokens
+    first, last = request.first_token_time, request.finish_time
+    metrics = RequestMetrics(
+        arrival=request.arrival,
+        prompt_tokens=request.num_prompt_tokens,
+        output_tokens=num_output,
+        cached_tokens=request.cached_tokens,
+        preemptions=request.num_preemptions,
+        pauses=request.num_pauses,
+        compressions=request.rounds,
+        peak_blocks=request.peak_blocks,
+        query_slot=request.has_held_slot,
+    )
+    if request.first_scheduled is not None:
+        metrics.queued = request.first_scheduled - request.arrival
+    if first is not None:
+        metrics.ttft = first - request.arrival
+    if num_output > 1:
+        metrics.tpot = (last - first) / (num_output - 1)
+    metrics.e2e = last - request.arrival
+    return metrics

@@ -1,0 +1,215 @@
+"""A model in a GGUF file: its spec, and its weights under their Hugging Face names."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zipage.models.loading.gguf_file import GgufFile
+from zipage.models.loading.hf_config import hf_config, spec_from_config
+from zipage.models.registry import find_family
+from zipage.models.spec import ModelSpec
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+# Ends of a turn in the chat templates of these families; a file's own end-of-sequence id may be another token.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+
+_TOP = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+# Keys under the architecture's name that are read below, or that change no result.
+_KNOWN_KEYS = frozenset(
+    {
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.layer_norm_rms_epsilon",
+        "attention.value_length",
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "rope.scaling.factor",
+        "rope.scaling.finetuned",
+        "rope.scaling.original_context_length",
+        "rope.scaling.type",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+        "tensor_data_layout",
+        "vocab_size",
+    }
+)
+
+
+def gguf_spec(file: GgufFile) -> ModelSpec:
+    """Read the spec from metadata and header.
+
+    Biases and tied embeddings are what the file holds tensors for. Llama 3's frequency scaling is a tensor too, of one
+    divisor for each frequency. `dtype` is bfloat16, whatever the file's own types.
+
+    Raises:
+        ValueError: the architecture is unknown, a key is missing, or a key would change results and is not supported.
+    """
+    architecture = file.metadata.get("general.architecture")
+    try:
+        find_family(architecture)
+        spec = spec_from_config(hf_config(_config(file, architecture)), gguf_eos_token_ids(file))
+    except ValueError as error:
+        named = str(error).startswith(str(file.path))
+        raise error if named else ValueError(f"{file.path}: {error}") from error
+    inv_freq = torch.tensor(spec.inv_freq)
+    if ROPE_FACTORS in file.tensors:
+        factors = file.read(ROPE_FACTORS).float()
+        if factors.shape != inv_freq.shape:
+            raise ValueError(f"{file.path}: {ROPE_FACTORS} has {factors.numel()} values, not {inv_freq.numel()}")
+        inv_freq = inv_freq / factors
+    try:
+        return dataclasses.replace(
+            spec,
+            inv_freq=tuple(inv_freq.tolist()),
+            qkv_bias="blk.0.attn_q.bias" in file.tensors,
+            output_bias="blk.0.attn_output.bias" in file.tensors,
+            mlp_bias="blk.0.ffn_down.bias" in file.tensors,
+            dtype=torch.bfloat16,
+        )
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {ROPE_FACTORS}: {error}") from error
+
+
+def gguf_eos_token_ids(file: GgufFile) -> set[int]:
+    """The file's end-of-sequence and end-of-turn ids, and the turn ends that its chat template writes."""
+    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
+    ids = {file.get(f"tokenizer.ggml.{key}", int) for key in keys} - {None}
+    template = file.get("tokenizer.chat_template", str, "")
+    tokens = file.get("tokenizer.ggml.tokens", [str], [])
+    return ids | {tokens.index(end) for end in TURN_ENDS if end in template and end in tokens}
+
+
+class GgufWeights:
+    """A GGUF file's tensors by their Hugging Face names; a tensor without one keeps its own.
+
+    Attributes:
+        shapes: name -> shape of every tensor but the rotary divisors, which belong to the spec.
+
+    Raises:
+        ImportError, ValueError: see `GgufFile.check_layout`.
+    """
+
+    def __init__(self, file: GgufFile, spec: ModelSpec) -> None:
+        file.check_layout()
+        self._file = file
+        self._spec = spec
+        self._gguf_names = {_hf_name(name): name for name in file.tensors if name != ROPE_FACTORS}
+        self.shapes = {name: file.tensors[gguf_name].shape for name, gguf_name in self._gguf_names.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU, as `GgufFile.read` gives it, its rows in Hugging Face's order."""
+        tensor = self._file.read(self._gguf_names[name])
+        if find_family(self._spec.architecture).gguf_rotary_pairs:
+            if ".q_proj." in name:
+                return _halves(tensor, self._spec.num_heads)
+            if ".k_proj." in name:
+                return _halves(tensor, self._spec.num_kv_heads)
+        return tensor
+
+
+def _halves(tensor: Tensor, num_heads: int) -> Tensor:
+    """Undo llama.cpp's order of rotary pairs within a head: (0, 1), (2, 3) ... -> (i, i + head_dim / 2)."""
+    pairs = tensor.view(num_heads, -1, 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
+def _hf_name(name: str) -> str:
+    stem, dot, suffix = name.rpartition(".")
+    if stem in _TOP:
+        return _TOP[stem] + dot + suffix
+    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    if layer and layer[2] in _LAYER:
+        return f"model.layers.{layer[1]}.{_LAYER[layer[2]]}.{suffix}"
+    return name
+
+
+def _config(file: GgufFile, architecture: str) -> dict[str, Any]:
+    """What a `config.json` of this model would say."""
+    prefix = f"{architecture}."
+    values = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    unused = sorted(key for key in values.keys() - _KNOWN_KEYS if values[key])
+    if unused:
+        raise ValueError(f"GGUF key {', '.join(prefix + key for key in unused)} is not supported")
+
+    def required(key: str, kind: type = int) -> Any:
+        if key not in values:
+            raise ValueError(f"GGUF key {prefix}{key} is missing")
+        return optional(key, None, kind)
+
+    def optional(key: str, default: Any, kind: type = int) -> Any:
+        return file.get(prefix + key, kind, default)
+
+    if "token_embd.weight" not in file.tensors:
+        raise ValueError("tensor token_embd.weight is missing")
+    width, num_heads = required("embedding_length"), required("attention.head_count")
+    if num_heads < 1:
+        raise ValueError(f"GGUF key {prefix}attention.head_count is {num_heads}: must be at least 1")
+    head_dim = optional("attention.key_length", width // num_heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if optional(key, head_dim) != head_dim:
+            raise ValueError(f"GGUF key {prefix}{key} is {values[key]}, not the head dimension {head_dim}")
+    return {
+        "model_type": architecture,
+        "architectures": [find_family(architecture).checkpoint_class],
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "hidden_size": width,
+        "intermediate_size": required("feed_forward_length"),
+        "num_hidden_layers": required("block_count"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": optional("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": required("context_length"),
+        "rms_norm_eps": required("attention.layer_norm_rms_epsilon", float),
+        "rope_parameters": _rope_parameters(optional),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "eos_token_id": file.get("tokenizer.ggml.eos_token_id", int),
+    }
+
+
+def _rope_parameters(optional: Callable[[str, Any, type], Any]) -> dict[str, Any]:
+    parameters = {"rope_type": "default", "rope_theta": optional("rope.freq_base", 10000.0, float)}
+    factor = optional("rope.scaling.factor", None, float)
+    rope_type = optional("rope.scaling.type", "none" if factor is None else "linear", str)
+    if rope_type == "none":
+        return parameters
+    if rope_type not in ("linear", "yarn"):
+        raise ValueError(f"rope.scaling.type={rope_type!r} is not supported; supported: none, linear, yarn")
+    parameters |= {"rope_type": rope_type, "factor": factor}
+    if rope_type == "yarn":
+        scaling = {
+            "original_max_position_embeddings": optional("rope.scaling.original_context_length", None, int),
+            "beta_fast": optional("rope.scaling.yarn_beta_fast", None, float),
+            "beta_slow": optional("rope.scaling.yarn_beta_slow", None, float),
+        }
+        parameters |= {name: value for name, value in scaling.items() if value is not None}
+    return parameters

@@ -1,0 +1,115 @@
+"""From a model's name to a `Decoder` with its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from zipage.models.decoder import Decoder
+from zipage.models.loading.gguf_file import GgufFile
+from zipage.models.loading.gguf_model import GgufWeights, gguf_spec
+from zipage.models.loading.hf_config import read_spec
+from zipage.models.loading.locate import CONFIG, WEIGHTS, locate_model
+from zipage.models.loading.safetensors_folder import SafetensorsFolder
+from zipage.models.loading.weights import EMBEDDING, LM_HEAD, Weights, check_before_allocating, fill, fill_random
+from zipage.models.registry import find_family
+from zipage.models.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder with its weights, and what it is."""
+
+    decoder: Decoder
+    spec: ModelSpec
+
+
+def load_model(
+    model: str, *, load_format: str = "auto", dtype: str = "auto", device: str = "auto", seed: int = 0
+) -> LoadedModel:
+    """Build a model and fill it.
+
+    Tensors are read one at a time, cast and moved, so the model is never in memory twice.
+
+    Args:
+        model: folder with `config.json` and safetensors, hub id, or GGUF file.
+        load_format: "auto" reads weights; "dummy" draws them from `seed` and needs the config alone.
+        dtype: "float32", "float16", "bfloat16", or "auto": on CUDA the config's, failing that the first tensor's,
+            bfloat16 for GGUF and where there is neither; on a CPU float32.
+        device: "auto" (CUDA where there is one), or a torch device.
+        seed: of dummy weights.
+
+    Raises:
+        FileNotFoundError: the model, its config, its weights or a shard is missing.
+        ValueError: the architecture or an option of it is not supported; a file is broken; a tensor is missing, left
+            over, present twice or of another shape; `dtype` is unknown; there is no such device.
+        ImportError: a quantized GGUF file, and the package `gguf` is absent.
+    """
+    torch_device = resolve_device(device)
+    dummy = load_format == "dummy"
+    path = locate_model(model, CONFIG if dummy else WEIGHTS)
+    weights: Weights | None = None
+    if path.is_file():
+        file = GgufFile(path)
+        spec = gguf_spec(file)
+        weights = None if dummy else GgufWeights(file, spec)
+    else:
+        spec = read_spec(path)
+        if not dummy:
+            weights = SafetensorsFolder(path, torch_device)
+            spec = dataclasses.replace(spec, dtype=spec.dtype or weights.dtype)
+    if weights is not None:
+        spec = _checked_tying(spec, weights)
+    torch_dtype = resolve_dtype(dtype, spec, torch_device)
+    check_before_allocating(spec, torch_dtype, torch_device, weights, str(path))
+    decoder = find_family(spec.architecture).decoder(spec, torch_dtype, torch_device)
+    if weights is None:
+        fill_random(decoder, seed)
+    else:
+        fill(decoder, weights, str(path))
+    return LoadedModel(decoder, spec)
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn `EngineConfig.device` into a device. Raises ValueError where it does not exist."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        result = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: must be auto, cpu, cuda or cuda:N") from error
+    if result.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device={device!r}: torch {torch.__version__} sees no CUDA device; pass device='cpu'")
+        result = torch.device("cuda", torch.cuda.current_device() if result.index is None else result.index)
+        if result.index >= torch.cuda.device_count():
+            raise ValueError(f"device={device!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return result
+
+
+def resolve_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """Turn `EngineConfig.dtype` into a dtype; see `load_model`. Raises ValueError for an unknown one."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else spec.dtype or torch.bfloat16
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r}: must be auto, float32, float16 or bfloat16")
+    return getattr(torch, dtype)
+
+
+def _checked_tying(spec: ModelSpec, weights: Weights) -> ModelSpec:
+    """Untie embeddings that the config calls tied and the weights hold twice with different values.
+
+    As transformers does: then the config is wrong, not the weights.
+    """
+    if not spec.tie_embeddings or not {EMBEDDING, LM_HEAD} <= weights.shapes.keys():
+        return spec
+    same_shape = weights.shapes[EMBEDDING] == weights.shapes[LM_HEAD]
+    if same_shape and torch.equal(weights.read(EMBEDDING), weights.read(LM_HEAD)):
+        return spec
+    logger.warning("config says tie_word_embeddings, but %s differs from %s: not tied", LM_HEAD, EMBEDDING)
+    return dataclasses.replace(spec, tie_embeddings=False)

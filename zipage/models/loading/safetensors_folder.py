@@ -1,0 +1,98 @@
+"""The weights of a Hugging Face model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from zipage.models.loading.hf_config import read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class SafetensorsFolder:
+    """Tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+
+    Only headers are read until `read`.
+
+    Args:
+        folder: holds the files.
+        device: where `read` puts tensors.
+
+    Attributes:
+        shapes: name -> shape, of every tensor, shard by shard.
+
+    Raises:
+        FileNotFoundError: there are no weights, or a shard is missing.
+        ValueError: a file is broken, a tensor lies in two shards, a shard lacks a tensor that the index puts there, the
+            index names a file elsewhere, or a tensor is no float.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._shards: dict[str, safe_open] = {}
+        self._shard_of: dict[str, str] = {}
+        weight_map = self._weight_map()
+        for shard in sorted({*weight_map.values()}) or [SINGLE]:
+            self._open(shard, device)
+        for name, shard in weight_map.items():
+            if self._shard_of.get(name) != shard:
+                raise ValueError(f"{folder / INDEX} puts {name} in {shard}, which does not hold it")
+        if not self.shapes:
+            raise ValueError(f"{folder / SINGLE} holds no tensors: download it again")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor."""
+        return next(iter(self._dtypes.values()))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in the file's dtype."""
+        return self._shards[self._shard_of[name]].get_tensor(name)
+
+    def _weight_map(self) -> dict[str, str]:
+        """Tensor name -> shard, as the index has it; empty for a single file, which comes first where both exist."""
+        if (self.folder / SINGLE).is_file():
+            return {}
+        index = self.folder / INDEX
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError(f"{index} has no weight_map")
+            for shard in weight_map.values():
+                if not isinstance(shard, str) or Path(shard).name != shard:
+                    raise ValueError(f"{index} names {shard!r}: must be the name of a file beside it")
+            return weight_map
+        found = sorted(file.name for pattern in ("*.safetensors", "*.bin") for file in self.folder.glob(pattern))
+        hint = f" ({', '.join(found[:4])} there cannot be used)" if found else ""
+        raise FileNotFoundError(
+            f"{self.folder} has neither {SINGLE} nor {INDEX}{hint}: add the weights, or pass load_format='dummy'"
+        )
+
+    def _open(self, shard: str, device: torch.device) -> None:
+        path = self.folder / shard
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, though {INDEX} names it: download the model again")
+        try:
+            file = safe_open(path, framework="pt", device=str(device))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is no complete safetensors file ({error}): download it again") from error
+        self._shards[shard] = file
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            if name in self._shard_of:
+                raise ValueError(f"{self.folder}: tensor {name} lies in two shards, {self._shard_of[name]} and {shard}")
+            tensor = file.get_slice(name)
+            stored = tensor.get_dtype()
+            if stored not in DTYPES:
+                raise ValueError(f"{path}: tensor {name} is {stored}; supported: {', '.join(DTYPES)}")
+            self._shard_of[name] = shard
+            self._dtypes[name] = DTYPES[stored]
+            self.shapes[name] = tuple(tensor.get_shape())

@@ -1,0 +1,118 @@
+"""Tensors by name into a decoder, each once; or drawn at random."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zipage.models.decoder import Decoder
+from zipage.models.registry import find_family
+from zipage.models.spec import ModelSpec
+
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# Buffers that old checkpoints carry and that follow from the config.
+HARMLESS_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+
+
+class Weights(Protocol):
+    """Tensors by their Hugging Face names."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def check_before_allocating(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, weights: Weights | None, source: str
+) -> None:
+    """See that a spec tells the truth about its weights, or, where they are to be drawn, that they fit this machine.
+
+    Args:
+        weights: None where they are to be drawn.
+        source: what errors call the model.
+
+    Raises:
+        ValueError: the weights are others (see `fill`), or too large for the host's memory.
+    """
+    layers = 1 if weights is None else spec.num_layers
+    if weights is not None and layers > len(weights.shapes):
+        raise ValueError(f"{source}: num_layers={layers}, but there are {len(weights.shapes)} tensors")
+    try:
+        family = find_family(spec.architecture)
+        cut = dataclasses.replace(spec, attention=spec.attention[:layers])
+        decoder = family.decoder(cut, dtype, torch.device("meta"))
+    except RuntimeError as error:  # no tensor can be as large
+        raise ValueError(f"{source}: the sizes of its config overflow ({error})") from error
+    if weights is not None:
+        _names_to_read(decoder, weights, source)
+    elif device.type == "cpu":
+        layer, total = (sum(p.nbytes for p in module.parameters()) for module in (decoder.layers, decoder))
+        needed, memory = total + layer * (spec.num_layers - 1), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory:
+            raise ValueError(f"{source}: the model takes {needed >> 30:,} GiB, this machine has {memory >> 30:,} GiB")
+
+
+def fill(decoder: Decoder, weights: Weights, source: str) -> None:
+    """Copy each tensor into its place, each place once.
+
+    `lm_head.weight` is passed over where embeddings are tied: `load_model` has seen that it equals the embedding.
+
+    Args:
+        source: what errors call the weights.
+
+    Raises:
+        ValueError: tensors are missing, left over or of another shape; the message names them. Nothing was read then.
+    """
+    views = decoder.weight_views()
+    for name in _names_to_read(decoder, weights, source):
+        views[name].copy_(weights.read(name))
+
+
+def _names_to_read(decoder: Decoder, weights: Weights, source: str) -> list[str]:
+    views = decoder.weight_views()
+    passed_over = (*HARMLESS_SUFFIXES, LM_HEAD) if decoder.spec.tie_embeddings else HARMLESS_SUFFIXES
+    names = [name for name in weights.shapes if not name.endswith(passed_over)]
+    missing = [name for name in views if name not in weights.shapes]
+    left_over = [name for name in names if name not in views]
+    misshapen = [
+        f"{name} is {list(weights.shapes[name])}, not {list(views[name].shape)}"
+        for name in names
+        if name in views and weights.shapes[name] != tuple(views[name].shape)
+    ]
+    problems = [
+        f"{what}: {_first(found)}"
+        for what, found in (("missing", missing), ("left over", left_over), ("wrong shape", misshapen))
+        if found
+    ]
+    if problems:
+        raise ValueError(f"{source} does not hold the tensors that its config describes: {'; '.join(problems)}")
+    return names
+
+
+@torch.no_grad()
+def fill_random(decoder: Decoder, seed: int) -> None:
+    """Draw weights on the decoder's device: the same on every call with one device type, dtype and seed.
+
+    Matrices have variance 1 / fan-in, so that each sublayer adds about unit variance to the residual stream, which
+    keeps activations finite in every dtype however deep the model. Norms are 1, biases small.
+    """
+    generator = torch.Generator(decoder.device).manual_seed(seed)
+    for name, parameter in decoder.named_parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+        elif name.endswith("bias"):
+            parameter.normal_(0.0, 0.02, generator=generator)
+        else:
+            parameter.fill_(1.0)
+
+
+def _first(names: Iterable[str], limit: int = 5) -> str:
+    names = list(names)
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

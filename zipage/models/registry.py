@@ -1,0 +1,35 @@
+"""The families of models that can be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from zipage.models.families.llama import LLAMA
+from zipage.models.families.qwen2 import QWEN2
+from zipage.models.families.qwen3 import QWEN3
+from zipage.models.family import Family
+from zipage.models.fields import FIELDS, is_texts, shown
+
+FAMILIES = {family.name: family for family in (LLAMA, QWEN2, QWEN3)}
+
+
+def find_family(name: Any, classes: Iterable[str] | None = None) -> Family:
+    """The family of a model.
+
+    Args:
+        name: `model_type` of its `config.json`, or `general.architecture` of its GGUF file.
+        classes: `architectures` of its `config.json`.
+
+    Raises:
+        ValueError: there is no such family, or its checkpoints are of another class; the message names both.
+    """
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(f"unknown architecture {shown(name)}; supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    if classes is not None and not is_texts(classes):
+        raise ValueError(f"architectures={shown(classes)}: must be {FIELDS['architectures'][1]}")
+    if classes and family.checkpoint_class not in classes:
+        supported = ", ".join(each.checkpoint_class for each in FAMILIES.values())
+        raise ValueError(f"unknown architecture {', '.join(classes)}; supported: {supported}")
+    return family

@@ -1,0 +1,51 @@
+"""A compression as the scheduler has it: of a live request, into which blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from zipage.scheduling.block_pool import BlockPool
+from zipage.scheduling.request import Request
+
+
+@dataclass(slots=True, eq=False)
+class CompressionOrder:
+    """One request to compress to its budget.
+
+    Attributes:
+        number: of the order; never used again.
+        request: with `rule`, `cache_len` (n), `num_computed` (where the window ends), `rounds` (t) and `query_slot` as
+            they are until the order is completed.
+        block_ids: its block table, the sources.
+        new_ids: the table afterwards, k / b blocks. Those from `rule.pinned_blocks` on are private and take the
+            survivors; those before it stay as they are. Empty where whole blocks are dropped: what stays is known
+            once the scores are.
+        fresh: blocks of `new_ids` that are not in `block_ids`.
+    """
+
+    number: int
+    request: Request
+    block_ids: list[int]
+    new_ids: list[int]
+    fresh: list[int]
+
+
+class Compressed(NamedTuple):
+    """What a compression changed. `round` counts the request's compressions before it."""
+
+    request: Request
+    round: int
+    entries_before: int
+    entries_after: int
+    blocks_before: int
+    blocks_after: int
+
+
+def num_fresh_blocks(request: Request, pool: BlockPool) -> int:
+    """Blocks that a compression of the request takes from the pool, since it may not write to shared ones."""
+    rule = request.rule
+    if rule.drops_blocks:
+        return 0
+    written = request.block_ids[rule.pinned_blocks : rule.max_blocks - 1]
+    return sum(pool.ref_counts[block] > 1 for block in written)

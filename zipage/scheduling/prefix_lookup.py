@@ -1,0 +1,103 @@
+"""What of a request's text the cache holds already, and what the prefix index is told of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from zipage.scheduling.block_pool import ROOT, BlockPool
+from zipage.scheduling.request import Request, Status
+from zipage.scheduling.triggers import Trigger
+
+
+class CachedPrefix(NamedTuple):
+    """The beginning of a text that is in the cache already.
+
+    Attributes:
+        shared: full blocks to share, and `prefix_ids` at their ends.
+        num_cached: tokens that they hold together with the copy of `tail`.
+        tail: a sibling's last prompt block, not full, to copy; or None.
+    """
+
+    shared: list[int]
+    prefix_ids: list[int]
+    num_cached: int
+    tail: int | None
+
+
+class PrefixLookup:
+    """Finds blocks to share in the pool's prefix index and among a request's siblings."""
+
+    def __init__(self, pool: BlockPool, trigger: Trigger) -> None:
+        self.pool = pool
+        self.trigger = trigger
+
+    def num_to_compute(self, request: Request) -> int:
+        """Entries of a request's known text before its first compression.
+
+        Of a text that is computed again, the token that came after a compression fell due, or after the pool was full,
+        is computed after it.
+        """
+        if request.rule is None:
+            return request.num_tokens
+        return min(request.num_tokens, self.trigger.most_entries(request))
+
+    def find(self, request: Request) -> CachedPrefix | None:
+        """What of a request's text the cache holds, or None while a sibling still computes the prompt that both share.
+
+        At least one token is left to compute, since the step needs its logits, and as many as the window of the
+        request's first compression may reach back to, since it needs their queries.
+        """
+        size = self.pool.block_size
+        donor = None
+        pending = False
+        for sibling in request.siblings:
+            if sibling is not request and sibling.status in (Status.RUNNING, Status.COMPRESSING):
+                if sibling.num_computed >= sibling.num_prompt_tokens:
+                    donor = sibling
+                    if donor.rounds == 0 and donor.status is Status.RUNNING:
+                        break
+                else:
+                    pending = True
+        if pending and donor is None:
+            return None
+        limit = self.num_to_compute(request) - 1
+        if request.rule is not None and request.rule.window:
+            limit = max(0, min(limit, self.trigger.fewest_entries(request) - request.rule.window))
+        shared, prefix_ids = self.pool.find_prefix(request.token_ids, limit // size)
+        if donor is None:
+            return CachedPrefix(shared, prefix_ids, len(shared) * size, None)
+        num_cached = min(limit, request.num_prompt_tokens - 1)
+        tail = None
+        is_whole = donor.rounds == 0 and donor.status is Status.RUNNING
+        full = num_cached // size
+        if not is_whole:
+            full = min(full, donor.rule.pinned_blocks)
+        elif num_cached == request.num_prompt_tokens - 1 and num_cached % size:
+            tail = donor.block_ids[full]
+        if tail is None:
+            num_cached = full * size
+        if len(shared) * size >= num_cached:
+            return CachedPrefix(shared, prefix_ids, len(shared) * size, None)
+        return CachedPrefix(donor.block_ids[:full], donor.prefix_ids[:full], num_cached, tail)
+
+    def unchanged_blocks(self, request: Request) -> list[int]:
+        """Leading blocks of a paused request that still hold what they held: an id of a prefix is never used again."""
+        blocks, prefix_ids = self.pool.find_prefix(request.token_ids, len(request.prefix_ids))
+        same = 0
+        for place, (block, prefix_id) in enumerate(zip(blocks, prefix_ids, strict=True)):
+            if (block, prefix_id) != (request.block_ids[place], request.prefix_ids[place]):
+                break
+            same += 1
+        return blocks[:same]
+
+    def register(self, request: Request) -> None:
+        """Tell the prefix index of full blocks whose tokens are known. Entries after an eviction are of no prefix."""
+        if request.rounds:
+            return
+        size = self.pool.block_size
+        prefix_ids = request.prefix_ids
+        num_known = request.num_tokens - request.num_pending
+        for i in range(len(prefix_ids), min(request.cache_len, num_known) // size):
+            tokens = request.token_ids[i * size : (i + 1) * size]
+            parent_id = prefix_ids[-1] if prefix_ids else ROOT
+            prefix_ids.append(self.pool.register(request.block_ids[i], parent_id, tokens))

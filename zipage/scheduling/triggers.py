@@ -1,0 +1,137 @@
+"""When a bounded request is compressed next. Nobody else knows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+
+from zipage.scheduling.block_pool import BlockPool
+from zipage.scheduling.compression_order import CompressionOrder, num_fresh_blocks
+from zipage.scheduling.query_slots import has_window
+from zipage.scheduling.request import Request, Status
+
+
+class Trigger(ABC):
+    """Answers for requests with a rule. Entries are counted as in `Request.cache_len`."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self.pool = pool
+
+    @abstractmethod
+    def choose(
+        self, running: Sequence[Request], in_flight: Collection[CompressionOrder], num_short: Callable[[], int]
+    ) -> list[Request]:
+        """Whom to compress now.
+
+        Args:
+            running: oldest first.
+            in_flight: compressions under way.
+            num_short: counts the blocks that the pool lacks.
+        """
+
+    @abstractmethod
+    def is_due(self, request: Request) -> bool:
+        """Whether a request whose last block is full must be compressed before its next entry."""
+
+    @abstractmethod
+    def most_entries(self, request: Request) -> int:
+        """Entries that the request holds at most when its next compression comes."""
+
+    @abstractmethod
+    def fewest_entries(self, request: Request) -> int:
+        """Entries that the request holds at least when its next compression comes."""
+
+    @abstractmethod
+    def blocks_to_expect(self, request: Request) -> int:
+        """Blocks up to which the table of a running request will grow, so that room should be kept for it."""
+
+    @abstractmethod
+    def is_in_window(self, request: Request, num_entries: int, num_blocks: int) -> bool:
+        """Whether the next compression reads the query of the entry after `num_entries`, in a table of `num_blocks`."""
+
+
+class BlockFull(Trigger):
+    """As soon as no further entry fits without a block beyond N_max."""
+
+    def choose(
+        self, running: Sequence[Request], in_flight: Collection[CompressionOrder], num_short: Callable[[], int]
+    ) -> list[Request]:
+        size = self.pool.block_size
+        full = [r for r in running if r.rule is not None and r.cache_len == len(r.block_ids) * size]
+        return [r for r in full if r.status is Status.RUNNING and self.is_due(r) and not r.has_all_tokens]
+
+    def is_due(self, request: Request) -> bool:
+        return len(request.block_ids) >= request.rule.max_blocks
+
+    def most_entries(self, request: Request) -> int:
+        size, blocks = self.pool.block_size, request.rule.max_blocks
+        if request.rounds == 0:
+            # A long prompt is computed whole.
+            blocks = max(blocks, -(-request.num_prompt_tokens // size))
+        return blocks * size
+
+    def fewest_entries(self, request: Request) -> int:
+        return self.most_entries(request)
+
+    def blocks_to_expect(self, request: Request) -> int:
+        return request.rule.max_blocks
+
+    def is_in_window(self, request: Request, num_entries: int, num_blocks: int) -> bool:
+        if num_blocks < request.rule.max_blocks:
+            return False
+        return num_blocks * self.pool.block_size - num_entries <= request.rule.window
+
+
+class Pressure(Trigger):
+    """When the pool lacks blocks: those who are most over their budget first, as many as it takes."""
+
+    def choose(
+        self, running: Sequence[Request], in_flight: Collection[CompressionOrder], num_short: Callable[[], int]
+    ) -> list[Request]:
+        num_missing = num_short()
+        num_missing -= sum(len(order.block_ids) - order.request.rule.max_blocks + 1 for order in in_flight)
+        if num_missing <= 0:
+            return []
+        able = [request for request in running if self._is_able(request)]
+        able.sort(key=lambda request: request.rule.keep - request.cache_len)
+        chosen = []
+        for request in able:
+            gain = len(request.block_ids) - (request.rule.max_blocks - 1) - num_fresh_blocks(request, self.pool)
+            if gain > 0:
+                chosen.append(request)
+                num_missing -= gain
+                if num_missing <= 0:
+                    break
+        return chosen
+
+    def _is_able(self, request: Request) -> bool:
+        """Whether an event of this request would evict something now, and could."""
+        rule = request.rule
+        return (
+            rule is not None
+            and request.status is Status.RUNNING
+            and request.num_tokens - request.num_computed <= 1
+            and not request.has_all_tokens
+            and request.cache_len > rule.keep
+            and request.cache_len % rule.policy.page == 0
+            and has_window(request)
+        )
+
+    def is_due(self, request: Request) -> bool:
+        return False
+
+    def most_entries(self, request: Request) -> int:
+        return self.pool.num_blocks * self.pool.block_size
+
+    def fewest_entries(self, request: Request) -> int:
+        return max(request.rule.keep + 1, request.num_tokens)
+
+    def blocks_to_expect(self, request: Request) -> int:
+        return 0
+
+    def is_in_window(self, request: Request, num_entries: int, num_blocks: int) -> bool:
+        return False
+
+
+TRIGGERS: dict[str, type[Trigger]] = {"block_full": BlockFull, "pressure": Pressure}
+"""By the name of the option."""

@@ -1,0 +1,136 @@
+"""What a step and a compression take at most, measured before the caches are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+
+from zipage.eviction.rule import EvictionRule
+from zipage.models.spec import ModelSpec
+from zipage.sampling_params import MOST_LOGPROBS, SamplingParams
+from zipage.scheduling.compression_order import CompressionOrder
+from zipage.scheduling.request import Request
+from zipage.transfer import to_device
+from zipage.worker.compression_runner import CompressionRunner
+from zipage.worker.compressor import LAUNCH_ENTRIES
+from zipage.worker.kv_cache import KVCache
+from zipage.worker.model_runner import ModelRunner
+from zipage.worker.paged_attention import PagedAttention
+from zipage.worker.sampler import Sampler
+
+
+@torch.inference_mode()
+def measure_peak(
+    runner: ModelRunner,
+    num_tokens: int,
+    block_size: int,
+    dtype: torch.dtype,
+    *,
+    rule: EvictionRule | None = None,
+    asynchronous: bool = False,
+    layer_stride: int | None = None,
+) -> int:
+    """Bytes that a step takes at most above what is allocated now (CUDA), caches not counted.
+
+    Runs the largest step and, where requests are compressed, the largest compression, each on a small cache of its
+    own.
+
+    Args:
+        num_tokens: of the step.
+        rule: of compressions; None for full KV.
+        asynchronous: a compression runs beside a step, so that both peaks may fall together.
+        layer_stride: layers of one launch of a compression, as in `compress`.
+
+    Raises:
+        RuntimeError: the largest compression failed.
+    """
+    num_blocks = -(-min(num_tokens, runner.max_model_len) // block_size)
+    cache = KVCache(runner.spec, num_blocks, block_size, dtype, runner.device)
+    peak = _peak_of(runner.device, lambda: run_largest_step(runner, cache, num_tokens))
+    if not runner.enforce_eager:
+        # Graphs keep what they allocate, beside what other steps do; the largest needs most, and all share it.
+        graphs = runner.step_graphs(cache, runner.block_tables(cache))
+        inputs = graphs.inputs(None, graphs.most).to(runner.device)
+        peak += _peak_of(runner.device, lambda: graphs.warm_up(inputs)) + graphs.kept_bytes
+        del graphs, inputs
+    del cache
+    if rule is not None:
+        options = {"positions": True, "scores": rule.policy.state, "num_query_slots": 1, "window": rule.window}
+        cache = KVCache(runner.spec, rule.max_blocks, block_size, dtype, runner.device, **options)
+        longest = -(-runner.max_model_len // block_size)
+        most = max(1, LAUNCH_ENTRIES // (runner.spec.num_kv_heads * longest * block_size))
+        compress = partial(run_compression, cache, runner.spec, rule, layer_stride)
+        compression = _peak_of(runner.device, lambda: compress(longest, most))
+        # The shape of most compressions to come, so that its kernels are compiled before requests wait for them.
+        compress(rule.max_blocks, 1)
+        del cache, compress
+        peak = peak + compression if asynchronous else max(peak, compression)
+    torch.cuda.empty_cache()
+    return peak
+
+
+def _peak_of(device: torch.device, run: Callable[[], None]) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> None:
+    """Prompts of `num_tokens` tokens in all, as many rows sampled as the batch may have, with every option on."""
+    length = min(num_tokens, runner.max_model_len)
+    chunks = [length] * (num_tokens // length) + [num_tokens % length] * bool(num_tokens % length)
+    entries = np.concatenate([np.arange(n) for n in chunks])
+    tensor = partial(to_device, device=runner.device)
+    attention = PagedAttention(
+        cache,
+        runner.spec.attention,
+        slots=tensor(entries, dtype=np.int64),
+        prefill_tables=tensor(np.tile(np.arange(cache.k.shape[1]), (len(chunks), 1)), dtype=np.int32),
+        prefill_lens=tensor(chunks, dtype=np.int32),
+        cu_seqlens=tensor(np.cumsum([0, *chunks]), dtype=np.int32),
+        max_seqlen=length,
+    )
+    tokens = tensor(np.zeros(num_tokens), dtype=np.int64)
+    hidden = runner.decoder(tokens, tensor(entries, dtype=np.int64), attention)
+    rows = min(runner.max_num_seqs, num_tokens)
+    penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.1, "logit_bias": {0: 1.0}}
+    params = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, logprobs=MOST_LOGPROBS, **penalties)
+    requests = [Request("peak", [0], params, max_total_tokens=2) for _ in range(rows)]
+    # Rows of two kinds are drawn apart, which takes a copy of their logits.
+    requests[0].params = SamplingParams(temperature=0.7)
+    for row, request in enumerate(requests):
+        request.row = row
+    sampler = Sampler(runner.max_num_seqs, runner.spec.vocab_size, runner.device)
+    sampler.sample(runner.decoder.logits(hidden[:rows]), requests)
+
+
+def run_compression(
+    cache: KVCache, spec: ModelSpec, rule: EvictionRule, layer_stride: int | None, num_blocks: int, num_requests: int
+) -> None:
+    """Compress requests of `num_blocks` blocks in one batch.
+
+    All read the cache's last block wherever they read and write the same zeros into the others: what a compression
+    allocates depends on its shapes alone.
+    """
+    for x in (*cache.entry_tensors, *([] if cache.queries is None else [cache.queries])):
+        x.zero_()
+    num_entries = num_blocks * cache.block_size
+    new_ids = list(range(rule.max_blocks - 1))
+    orders = []
+    for number in range(num_requests):
+        request = Request("peak", [0], SamplingParams(), max_total_tokens=2, rule=rule)
+        request.num_computed = request.cache_len = num_entries
+        request.query_slot = 0
+        orders.append(CompressionOrder(number, request, [len(new_ids)] * num_blocks, new_ids, new_ids))
+    runner = CompressionRunner(cache, spec, asynchronous=False, layer_stride=layer_stride, trace=False)
+    runner.submit(orders)
+    for result in runner.poll(wait=True):
+        if result.error is not None:
+            raise RuntimeError(f"the largest compression could not be measured: {result.error}")
