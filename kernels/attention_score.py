@@ -134,25 +134,22 @@ def attention_score_torch(
     window: str = "mean",
 ) -> Tensor:
     """`attention_score`, a matrix product for each layer and request."""
-    k_cache, _, block_tables, lens = view
-    queries = q_cache.shape[2]
-    group_size = q_cache.shape[3] // k_cache.shape[2]
+    queries, query_heads, head_dim = q_cache.shape[2:]
+    kv_heads = view.k_cache.shape[2]
+    group_size = query_heads // kv_heads
     out = scores_like(view)
-    slots, lengths = query_slots.tolist(), lens.tolist()
-    rings = (window_ends[:, None] - queries + torch.arange(queries)) % queries
-    hidden = torch.arange(queries) > torch.arange(queries)[:, None]
+    caches, slots = view.k_cache.unbind(), query_slots.tolist()
+    windows = q_cache.view(*q_cache.shape[:3], kv_heads, group_size, head_dim).unbind()
+    order = torch.arange(queries)
+    rings = ((window_ends[:, None] - queries + order) % queries).unbind()
+    hidden = order > order[:, None]
     reduce_group = torch.amax if group == "max" else torch.mean
-    for layer, row, heads in product(range(len(k_cache)), range(lens.shape[1]), view.head_groups()):
-        length = lengths[layer][row][heads.start]
-        if length == 0:
-            continue
+    for layer, row, heads, length, table in view.lines():
         past = length - queries
         scored = length if softmax == "all" else past
-        some = slice(heads.start * group_size, heads.stop * group_size)
-        q = q_cache[layer, slots[row], :, some].index_select(0, rings[row]).unflatten(1, (-1, group_size))
+        q = windows[layer][slots[row], :, heads].index_select(0, rings[row])
         q = (q.float() * scale).permute(1, 2, 0, 3).flatten(1, 2)
-        keys = gather_entries(k_cache[layer], block_tables[layer, row, heads.start], length, heads)
-        keys = keys[:, 0, :scored].float()
+        keys = gather_entries(caches[layer], table, length, heads)[:, 0, :scored].float()
         logits = torch.bmm(q, keys.transpose(1, 2)).view(len(q), group_size, queries, scored)
         if softmax == "all":
             logits[..., past:].masked_fill_(hidden, float("-inf"))

@@ -6,6 +6,7 @@ one copy in memory, reached with a stride of 0 (`shared`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,16 @@ class CacheView(NamedTuple):
         heads = self.lens.shape[-1]
         return [slice(h, h + 1) for h in range(heads)] if self.heads_differ else [slice(0, heads)]
 
+    def lines(self) -> Iterator[tuple[int, int, slice, int, Tensor]]:
+        """What has entries, of all layers: layer, request, heads that share what follows, n, block table."""
+        lengths = self.lens.tolist()
+        for heads in self.head_groups():
+            for layer, tables in enumerate(self.block_tables[:, :, heads.start].unbind()):
+                for row, table in enumerate(tables.unbind()):
+                    length = lengths[layer][row][heads.start]
+                    if length:
+                        yield layer, row, heads, length, table
+
     def by_head(self) -> CacheView:
         """Of one layer: each request and head as a request of its own, in a cache of one KV head."""
         blocks, heads, block_size, head_dim = self.k_cache.shape
@@ -68,13 +79,29 @@ class CacheView(NamedTuple):
 
 def shared(x: Tensor, heads: int, layers: int | None = None) -> Tensor:
     """`x` [R, ...] as [R, H, ...], or as [L, R, H, ...]: the same for every head and layer, not copied."""
-    sizes = x.shape[0], heads, *x.shape[1:]
-    return x.unsqueeze(1).expand(sizes if layers is None else (layers, *sizes))
+    sizes, strides = (x.shape[0], heads, *x.shape[1:]), (x.stride(0), 0, *x.stride()[1:])
+    if layers is not None:
+        sizes, strides = (layers, *sizes), (0, *strides)
+    return x.as_strided(sizes, strides)  # one call of torch, where `unsqueeze` and `expand` are two
 
 
 def once(x: Tensor) -> Tensor:
     """`x` with a single place in each dimension that it is expanded along: the same values, broadcast."""
-    return x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]
+    strides = x.stride()
+    return x.as_strided([size if stride else 1 for size, stride in zip(x.shape, strides)], strides)
+
+
+def groups(x: Tensor, dim: int) -> list[slice]:
+    """What shares the values of `x` along a dimension: all of it where `x` is expanded, or each place alone."""
+    size = x.shape[dim]
+    return [slice(i, i + 1) for i in range(size)] if x.stride(dim) else [slice(0, size)]
+
+
+def look_up(x: Tensor, *index: Tensor) -> Tensor:
+    """`x[index]`, without the dimensions that `x` is expanded along."""
+    own = [dim for dim, stride in enumerate(x.stride()) if stride]
+    some = x.as_strided([x.shape[dim] for dim in own], [x.stride(dim) for dim in own])
+    return some[tuple(index[dim] for dim in own)]
 
 
 def check_view(view: CacheView, all_layers: bool) -> None:
@@ -84,11 +111,11 @@ def check_view(view: CacheView, all_layers: bool) -> None:
         check_all_layers(k_cache, v_cache)
     else:
         check_caches(k_cache, v_cache)
-    lead = tuple(k_cache.shape[:-4])
-    heads = k_cache.shape[-3]
-    check_numbers("lens", lens, torch.int32, (*lead, -1, heads), k_cache.device)
-    requests = lens.shape[-2]
-    check_index("block_tables", block_tables, torch.int32, (*lead, requests, heads, -1), k_cache.device)
+    requests = lens.shape[-2] if lens.dim() > 1 else -1
+    max_blocks = block_tables.shape[-1] if block_tables.dim() else -1
+    lines = *k_cache.shape[:-4], requests, k_cache.shape[-3]
+    check_numbers("lens", lens, torch.int32, lines, k_cache.device)
+    check_index("block_tables", block_tables, torch.int32, (*lines, max_blocks), k_cache.device)
 
 
 def entries_reference(cache: Tensor, table: Tensor, length: int, head: int) -> Tensor:
@@ -108,12 +135,13 @@ def gather_entries(cache: Tensor, table: Tensor, length: int, heads: slice) -> T
         [heads, 1, length, d], a view where one block holds them.
     """
     _, kv_heads, block_size, head_dim = cache.shape
+    count = heads.stop - heads.start
     if length <= block_size:
         return cache[int(table[0]), heads, None, :length]
     blocks = table[: (length + block_size - 1) // block_size].long()
     tiles = cache.view(-1, block_size * head_dim)
     index = blocks * kv_heads + torch.arange(heads.start, heads.stop)[:, None]
-    return tiles.index_select(0, index.view(-1)).view(len(index), 1, -1, head_dim)[:, :, :length]
+    return tiles.index_select(0, index.view(-1)).view(count, 1, -1, head_dim)[:, :, :length]
 
 
 def scores_like(view: CacheView) -> Tensor:

@@ -9,7 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from kernels.cache_view import CacheView, check_view
+from kernels.cache_view import CacheView, check_view, look_up
 from kernels.layout import PAD_SLOT, STATE_DTYPES, check_index, check_state, fail
 
 
@@ -111,10 +111,10 @@ def compact_stable_torch(
     block_size = view.k_cache.shape[3]
     layer, row, head, index = (kept >= 0).nonzero(as_tuple=True)
     source = kept[layer, row, head, index].long()
-    to_block = dst_tables[layer, row, head, index.div(block_size, rounding_mode="floor")].long()
+    to_block = look_up(dst_tables, layer, row, head, index.div(block_size, rounding_mode="floor")).long()
     written = to_block >= 0
     layer, row, head, index, source, to_block = (x[written] for x in (layer, row, head, index, source, to_block))
-    from_block = view.block_tables[layer, row, head, source.div(block_size, rounding_mode="floor")].long()
+    from_block = look_up(view.block_tables, layer, row, head, source.div(block_size, rounding_mode="floor")).long()
     offset = index % block_size
     moved = (from_block != to_block) | (source % block_size != offset)
     reads = layer[moved], from_block[moved], head[moved], source[moved] % block_size

@@ -114,7 +114,7 @@ def check_numbers(
     name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, where: str = "k_cache"
 ) -> None:
     """A length of -1 in `shape` stands for any; strides may be any, 0 too."""
-    if x.dim() != len(shape) or any(n not in (-1, m) for n, m in zip(shape, x.shape)):
+    if x.shape != shape and (x.dim() != len(shape) or any(n not in (-1, m) for n, m in zip(shape, x.shape))):
         fail(name, "shape", tuple(x.shape), f"give [{', '.join('any' if n < 0 else str(n) for n in shape)}]")
     if x.dtype != dtype:
         fail(name, "dtype", x.dtype, f"convert it to {dtype}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.cache_view import CacheView, check_view, entries_reference
-from kernels.layout import check_numbers, check_queries
+from kernels.layout import check_queries, fail
 from kernels.paged_prefill import attend_reference
 from kernels.pieces import Pieces
 
@@ -52,7 +52,8 @@ def _check(q: Tensor, view: CacheView) -> None:
     """Check the arguments of `paged_decode`. Raises ValueError naming the argument, its value and the remedy."""
     check_view(view, all_layers=False)
     check_queries(q, view.k_cache)
-    check_numbers("lens", view.lens, torch.int32, (q.shape[0], view.k_cache.shape[1]), q.device)
+    if view.lens.shape[0] != q.shape[0]:
+        fail("lens", "shape", tuple(view.lens.shape), f"give {q.shape[0]} requests, one for each query")
 
 
 def paged_decode_reference(q: Tensor, view: CacheView, scale: float) -> Tensor:
@@ -78,7 +79,8 @@ def paged_decode_torch(q: Tensor, view: CacheView, scale: float) -> Tensor:
     if view.heads_differ:
         by_head = q.reshape(view.lens.numel(), -1, q.shape[2])
         return paged_decode_torch(by_head, view.by_head(), scale).view(q.shape)
-    k_cache, v_cache, block_tables, cache_lens = view.k_cache, view.v_cache, view.block_tables[:, 0], view.lens[:, 0]
+    k_cache, v_cache = view.k_cache, view.v_cache
+    block_tables, cache_lens = view.block_tables.select(1, 0), view.lens.select(1, 0)
     batch, query_heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1:3]
     out = torch.zeros((batch, query_heads, head_dim), dtype=q.dtype)

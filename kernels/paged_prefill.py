@@ -83,14 +83,14 @@ def paged_prefill_torch(q: Tensor, view: CacheView, cu_seqlens: Tensor, max_seql
     bounds = cu_seqlens.tolist()
     for heads in view.head_groups():
         some = slice(heads.start * group, heads.stop * group)
-        for row, length in enumerate(lens[:, heads.start].tolist()):
+        tables = block_tables.select(1, heads.start).unbind()
+        for row, length in enumerate(lens.select(1, heads.start).tolist()):
             begin, end = bounds[row], bounds[row + 1]
             if begin == end:
                 continue
             # The KV heads are the batch and the query heads of each are the heads: K and V need no repeating.
             queries = q[begin:end, some].view(end - begin, -1, group, head_dim).permute(1, 2, 0, 3)
-            table = block_tables[row, heads.start]
-            keys, values = (gather_entries(x, table, length, heads) for x in (k_cache, v_cache))
+            keys, values = (gather_entries(x, tables[row], length, heads) for x in (k_cache, v_cache))
             attended = _causal(queries, keys, values, scale)
             out[begin:end, some] = attended.permute(2, 0, 1, 3).reshape(end - begin, -1, head_dim)
     return out

@@ -83,21 +83,20 @@ def _unexcused_reference(keys: Tensor, threshold: float) -> Tensor:
 def redundancy_torch(view: CacheView, *, tau: float, threshold: float = 0.5, chunk: int | None = None) -> Tensor:
     """`redundancy`, the runs of a request together as far as their cosines stay small."""
     out = scores_like(view)
-    lengths = view.lens.tolist()
-    for layer, row, heads in product(range(len(view.k_cache)), range(view.lens.shape[1]), view.head_groups()):
-        length = lengths[layer][row][heads.start]
-        if length == 0:
-            continue
+    caches = view.k_cache.unbind()
+    divisors = {}
+    for layer, row, heads, length, table in view.lines():
         run = min(chunk or length, length)
-        compared = torch.full((length,), run)
-        compared[length // run * run :] = length % run
-        table = view.block_tables[layer, row, heads.start]
-        keys = gather_entries(view.k_cache[layer], table, length, heads)[:, 0].float()
+        if length not in divisors:
+            compared = torch.full((length,), run)
+            compared[length // run * run :] = length % run
+            divisors[length] = tau * compared
+        keys = gather_entries(caches[layer], table, length, heads)[:, 0].float()
         keys = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-6)
         runs = torch.nn.functional.pad(keys, (0, 0, 0, -length % run)).view(-1, run, keys.shape[-1])
         pieces = runs.split(max(1, PIECE_BYTES // (4 * run * run)))
         raw = torch.cat([_unexcused_sums(piece, threshold) for piece in pieces]).view(keys.shape[0], -1)
-        out[layer, row, heads, :length] = (raw[:, :length] / (tau * compared)).softmax(dim=-1)
+        out[layer, row, heads, :length] = (raw[:, :length] / divisors[length]).softmax(dim=-1)
     return out
 
 

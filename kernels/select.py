@@ -62,13 +62,14 @@ def select_reference(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, m
 def select_torch(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
     """`select`, as the largest of integers that order slots by (must, score, slot) and are all different."""
     width = scores.shape[3]
+    lens = once(lens)[..., None]
     bits = scores.masked_fill(scores == 0, 0).view(torch.int32)
     order = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).long()
     order = torch.where(once(must), 1 << 32, order)
     slots = torch.arange(width)
-    order = (order * width + slots).masked_fill(slots >= once(lens)[..., None], torch.iinfo(torch.int64).min)
+    order = (order * width + slots).masked_fill(slots >= lens, torch.iinfo(torch.int64).min)
     best = order.topk(max_keep, dim=-1).indices
-    count = torch.minimum(once(keep), once(lens))[..., None]
+    count = torch.minimum(once(keep)[..., None], lens)
     best = best.masked_fill(torch.arange(max_keep) >= count, width).sort(dim=-1).values
     return best.masked_fill(best == width, -1).int()
 

@@ -9,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from kernels.cache_view import once
 from kernels.layout import PAD_SLOT, check_caches, check_numbers, check_values, fail
 
 
@@ -58,12 +59,12 @@ def store_kv_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, s
 
 def store_kv_torch(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """`store_kv`, all tokens at once."""
-    heads = torch.arange(k_cache.shape[1])
-    stored = slots >= 0
-    if not stored.all():
-        k, v, slots, heads = k[stored], v[stored], slots[stored], stored.nonzero()[:, 1]
-    blocks = slots.div(k_cache.shape[2], rounding_mode="floor")
-    index = blocks, heads, slots - blocks * k_cache.shape[2]
+    own, heads = once(slots), torch.arange(k_cache.shape[1])
+    if not (own >= 0).all():
+        stored = slots >= 0
+        k, v, own, heads = k[stored], v[stored], slots[stored], stored.nonzero()[:, 1]
+    blocks = own.div(k_cache.shape[2], rounding_mode="floor")
+    index = blocks, heads, own - blocks * k_cache.shape[2]
     k_cache.index_put_(index, k)
     v_cache.index_put_(index, v)
 

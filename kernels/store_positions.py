@@ -9,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from kernels.cache_view import groups
 from kernels.layout import BLOCK_SIZES, PAD_SLOT, check_index, check_numbers, check_state, fail
 
 
@@ -52,11 +53,14 @@ def store_positions_reference(positions: Tensor, state: Tensor, slots: Tensor) -
 
 
 def store_positions_torch(positions: Tensor, state: Tensor, slots: Tensor) -> None:
-    """`store_positions`, all tokens at once."""
-    layer, token, head = (slots >= 0).nonzero(as_tuple=True)
-    slots = slots[layer, token, head]
-    blocks = slots.div(state.shape[3], rounding_mode="floor")
-    state.index_put_((layer, blocks, head, slots - blocks * state.shape[3]), positions[token])
+    """`store_positions`, all tokens, and the layers and heads that share slots, at once."""
+    for layers, heads in product(groups(slots, 0), groups(slots, 2)):
+        own, values = slots[layers.start, :, heads.start], positions
+        stored = own >= 0
+        if not stored.all():
+            own, values = own[stored], values[stored]
+        blocks = own.div(state.shape[3], rounding_mode="floor")
+        state[layers, blocks, heads, own - blocks * state.shape[3]] = values.view(-1, 1, 1)
 
 
 @cache
