@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.cache_view import CacheView, once, shared
+from kernels.cache_view import CacheView, groups, look_up, once, shared
 from kernels.paged_decode import paged_decode_reference
 from tests.kernels.paged import make_paged
 
@@ -33,6 +33,29 @@ def test_layers_of_a_view():
     for one, many in zip(view.layer(2), view.layers(1, 3)):
         assert torch.equal(one, many[1])
     assert torch.equal(view.layer(2).lens, lens[2])
+
+
+def test_lines_are_of_the_heads_that_share_them():
+    caches = torch.zeros(2, 2, 5, 3, 16, 8)
+    lines = [line[:4] for line in CacheView.shared(*caches, TABLES, torch.tensor([40, 0])).lines()]
+    assert lines == [(0, 0, slice(0, 3), 40), (1, 0, slice(0, 3), 40)]
+    lens = torch.arange(12, dtype=torch.int32).view(2, 2, 3)
+    found = {}
+    for layer, row, heads, length, table in CacheView(*caches, shared(TABLES, 3, 2), lens).lines():
+        assert torch.equal(table, TABLES[row])
+        found[layer, row, heads.start] = length
+    assert found == {(i // 6, i // 3 % 2, i % 3): i for i in range(1, 12)}
+
+
+def test_what_is_expanded_is_one_group_and_looked_up_alike():
+    x = torch.arange(6).view(2, 3)
+    expanded = shared(x, 4, 5)
+    assert [groups(expanded, dim) for dim in (0, 2)] == [[slice(0, 5)], [slice(0, 4)]]
+    assert groups(expanded, 1) == [slice(0, 1), slice(1, 2)]
+    index = torch.tensor([4, 1]), torch.tensor([1, 0]), torch.tensor([3, 3]), torch.tensor([2, 0])
+    for each in (expanded, expanded.contiguous(), expanded[:, 1:][..., 1:]):
+        places = [i % size for i, size in zip(index, each.shape)]
+        assert torch.equal(look_up(each, *places), each[tuple(places)])
 
 
 def test_one_head_never_differs():
