@@ -25,6 +25,8 @@ from experiments.errors import RunError, UsageError
 from experiments.paths import CONF
 from experiments.running import job, lifeline, sweep
 
+DRY_RUN = "--dry-run"
+
 
 def main(
     backends: Mapping[str, BackendFactory] = BACKENDS,
@@ -51,9 +53,13 @@ def main(
     # Makes Hydra raise what it would print over many lines.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
-        sweeps, arguments = split_command_line(sys.argv[1:])
+        given = [argument for argument in sys.argv[1:] if argument != DRY_RUN]
+        dry_run = len(given) < len(sys.argv) - 1
+        sweeps, arguments = split_command_line(given)
         if sweeps:
-            return sweep.run(sweeps, arguments, backends, child, worker)
+            return sweep.run(sweeps, arguments, backends, child, worker, dry_run)
+        if dry_run:
+            raise UsageError(f"{DRY_RUN}: prints the plan of a +sweep=NAME; --cfg job shows the options of one run")
         check_multirun(arguments)
         sys.argv[1:] = [
             argument if argument.startswith("-") else as_written(argument, is_text) for argument in arguments

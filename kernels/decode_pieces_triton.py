@@ -92,7 +92,7 @@ def cut_requests(lens: Tensor, bound: int, tile: int, wanted: int | None = None)
         wanted: pieces aimed at, of all requests. None: as many as fill the GPU a few times over.
 
     Returns:
-        At most `wanted` pieces and one more for each request; none is shorter than MIN_PIECE but for a request that is.
+        At most `wanted` pieces and one more for each request; none is shorter than MIN_PIECE unless its request is.
     """
     batch, kv_heads = lens.shape
     if wanted is None:

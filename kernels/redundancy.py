@@ -27,7 +27,7 @@ def redundancy(view: CacheView, *, tau: float, threshold: float = 0.5, chunk: in
         view: any range of layers. V is not read.
         tau: temperature.
         threshold: cosine above which a key is a near-duplicate.
-        chunk: keys are compared within aligned runs of so many slots, a power of two from 16, the last one partial;
+        chunk: keys are compared within aligned runs of this many slots, a power of two from 16, the last one partial;
             None: with all.
 
     Returns:

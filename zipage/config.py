@@ -42,7 +42,7 @@ EVICTION_DEFAULTS = {
     "layer_stride": None,
     "trace_positions": False,
 }
-"""Options that mean nothing under policy "full", and the values that ask for nothing."""
+"""Options without effect under policy "full", and their defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,8 @@ class EngineConfig:
         policy, policy_options: the eviction policy, by its registered name or as "package.module:Class", and its
             options.
         budget_tokens: KV budget of a request, per layer and KV head, rounded up to whole blocks; needed by every policy
-            but "full". This option and those below it up to `debug` have no effect under policy "full", which is said
-            in a warning where one is set.
+            but "full". This option and those below it up to `debug` have no effect under policy "full"; setting
+            one there logs a warning.
         protection: leading entries that always stay: "none", "sink:N", "prompt".
         recent_tokens: latest entries that always stay.
         trigger: "block_full": a request is compressed when its last block is full and it owns its budget and one block
@@ -87,7 +87,7 @@ class EngineConfig:
             step that filled the block and the next, and the request misses none.
         layer_stride: layers compressed in one launch; None takes as many as a bound on memory allows.
         trace_positions: hand the positions that each head keeps to `LLM.event_listeners`; slow.
-        debug: check every invariant after every step and fill what nobody may read with NaN; slow.
+        debug: check every invariant after every step and fill memory that must not be read with NaN; slow.
 
     Raises:
         ValueError: a value is of the wrong type or outside its range; the message names the field, the value and the

@@ -19,10 +19,10 @@ def read_yaml(path: Path, *, texts: bool = False) -> Any:
     """A YAML file as plain data. A key that is there twice is an error, as in every config file.
 
     Args:
-        texts: leave each value as it is written, a text.
+        texts: leave each value as the text that was written.
 
     Raises:
-        UsageError: the file is no YAML, or too large (see `check_yaml_size`).
+        UsageError: the file is not valid YAML, or too large (see `check_yaml_size`).
     """
     try:
         check_yaml_size(path)

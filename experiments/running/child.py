@@ -12,7 +12,6 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 
@@ -27,11 +26,11 @@ GRACE = 30.0
 """Seconds that an interrupted process has to clean up."""
 
 
-def run_child(command: Sequence[str], progress: Callable[[], str]) -> tuple[int, str]:
+def run_child(command: Sequence[str], tick: Callable[[], object]) -> tuple[int, str]:
     """Run a command to its end.
 
     Args:
-        progress: gives the line that a terminal shows meanwhile.
+        tick: called about once a second meanwhile.
 
     Returns:
         The exit code, negative for the signal that killed it, and what it printed.
@@ -45,7 +44,7 @@ def run_child(command: Sequence[str], progress: Callable[[], str]) -> tuple[int,
         # In a group of its own, so that a terminal's Ctrl-C reaches it once, from here.
         process = Child(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
-            code = _wait(process, progress)
+            code = _wait(process, tick)
         except BaseException:
             _stop(process)
             raise
@@ -86,7 +85,7 @@ class Worker:
     def ended(self) -> bool:
         return self._process.poll() is not None
 
-    def run(self, task: Sequence[str], progress: Callable[[], str]) -> tuple[int, str]:
+    def run(self, task: Sequence[str], tick: Callable[[], object]) -> tuple[int, str]:
         """Do a task. Arguments, returns and raises as `run_child`; any exit code but 0 ends the process too."""
         # Not a seek: the process writes at the file's own place.
         begin = os.fstat(self._output.fileno()).st_size
@@ -95,13 +94,11 @@ class Worker:
                 self._process.stdin.write(json.dumps(list(task)).encode() + b"\n")
                 self._process.stdin.flush()
             while not select.select([self._told], [], [], 1)[0]:
-                _show(progress)
+                tick()
             code = 0 if self._told.readline() else self._process.wait()
         except BaseException:
             _stop(self._process)
             raise
-        finally:
-            _clear()
         size = os.fstat(self._output.fileno()).st_size - begin
         output = os.pread(self._output.fileno(), size, begin).decode(errors="replace")
         return code, output
@@ -141,26 +138,12 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _wait(process: subprocess.Popen[bytes], progress: Callable[[], str]) -> int:
+def _wait(process: subprocess.Popen[bytes], tick: Callable[[], object]) -> int:
     while True:
         try:
             return process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            _show(progress)
-        finally:
-            if process.returncode is not None:
-                _clear()
-
-
-def _show(progress: Callable[[], str]) -> None:
-    if sys.stdout.isatty():
-        # Whatever is printed next takes the line's place.
-        print(f"{progress()}\033[K\r", end="", flush=True)
-
-
-def _clear() -> None:
-    if sys.stdout.isatty():
-        print("\033[K", end="", flush=True)
+            tick()
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -1,6 +1,8 @@
 """Orders of compressions over an engine's cache, against the simulation, alone and in batches."""
 
+import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from kernels.cache_view import shared
+from kernels.compact_stable import compact_stable
 from kernels.store_kv import store_kv
 from kernels.store_positions import store_positions
 from kernels.store_step import store_step
@@ -23,7 +26,7 @@ from zipage.eviction.rule import EvictionRule
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.compression_order import CompressionOrder
 from zipage.scheduling.request import Request
-from zipage.worker import compression_batch
+from zipage.worker import compression_batch, compressor
 from zipage.worker.compression_runner import CompressionResult, CompressionRunner
 from zipage.worker.kv_cache import KVCache
 
@@ -60,6 +63,7 @@ class Serving:
     asynchronous: bool = False
     trace: bool = False
     layer_stride: int | None = None
+    debug: bool = False
     all_tokens: dict[Request, Tokens] = field(default_factory=dict)
     simulations: dict[Request, Simulation] = field(default_factory=dict)
 
@@ -70,7 +74,12 @@ class Serving:
         self.cache.poison_queries(slice(None))
         self.free = torch.randperm(100).tolist()
         self.runner = CompressionRunner(
-            self.cache, SPEC, asynchronous=self.asynchronous, layer_stride=self.layer_stride, trace=self.trace
+            self.cache,
+            SPEC,
+            asynchronous=self.asynchronous,
+            layer_stride=self.layer_stride,
+            trace=self.trace,
+            debug=self.debug,
         )
 
     def add(self, case: str, seed: int, prompt_len: int = 40, index: int = 0) -> Request:
@@ -312,22 +321,190 @@ def test_a_failure_is_a_result_and_the_others_go_on(asynchronous, device):
     assert serving.runner.in_flight == 0
 
 
+class Stored(Broken):
+    """Ranks by a state that grows with every compression."""
+
+    state = True
+
+    def rank(self, event):
+        scores = super().rank(event) + event.stored
+        event.store(-scores)
+        return scores
+
+
+def submit(serving: Serving, policy: Policy, lens: Sequence[int] = (96, 80, 96)) -> list[Request]:
+    """Requests of `lens` entries and prompts of 21, 22, ... tokens, submitted together."""
+    requests = []
+    for number, n in enumerate(lens, 1):
+        request = serving.add("random", number, prompt_len=20 + number)
+        request.rule = EvictionRule(policy, BUDGET)
+        serving.grow(request, n)
+        requests.append(request)
+    serving.runner.submit([serving.order(request) for request in requests])
+    return requests
+
+
+def check_alone(serving: Serving, request: Request, kind: type[Broken], entries: int) -> None:
+    """The request's entries, and their states, are those of a compression without neighbours or failures."""
+    alone = Serving(serving.device)
+    twin = alone.add("random", 0, prompt_len=request.num_prompt_tokens)
+    alone.all_tokens[twin] = serving.all_tokens[request]
+    twin.rule = EvictionRule(kind(lambda event: False), BUDGET)
+    alone.grow(twin, entries)
+    alone.compress([twin])
+    for have, want in zip(serving.entries(request), alone.entries(twin), strict=True):
+        assert torch.equal(have, want)
+    if twin.rule.policy.state:
+        scores = [s.cache.scores[:, r.block_ids] for s, r in ((serving, request), (alone, twin))]
+        assert torch.equal(*scores)
+
+
+@on_every_device
+@either_way
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("kind", [Broken, Stored])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_batch_that_is_too_much_goes_on_one_by_one(layer, kind, debug, asynchronous, device):
+    """From the layer that was not moved: a second move of the layers before it would move the survivors again."""
+    serving = Serving(device, asynchronous, layer_stride=1, debug=debug)
+    requests = submit(serving, kind(lambda event: event.num_requests > 1 and event.layer_offset == layer))
+    results = serving.runner.poll(wait=True)
+    assert [result.order.request for result in results] == requests
+    assert [result.error for result in results] == [None] * 3
+    assert serving.runner.in_flight == 0
+    for result, entries in zip(results, (96, 80, 96), strict=True):
+        serving.apply(result)
+        check_alone(serving, result.order.request, kind, entries)
+
+
 @on_every_device
 @either_way
 @pytest.mark.parametrize("layer", [0, 1])
-def test_only_what_nothing_was_moved_of_is_computed_again(asynchronous, device, layer):
-    """A batch that is too much in layer 0 goes on one by one; in layer 1, those of layer 0 have moved already."""
+@pytest.mark.parametrize("stride", [1, 2])
+def test_who_is_at_fault_fails_alone_in_any_layer(stride, layer, asynchronous, device):
+    serving = Serving(device, asynchronous, layer_stride=stride)
+    submit(serving, Broken(lambda event: 22 in event.prompt_lens and event.layer_offset == layer // stride))
+    first, failed, last = serving.runner.poll(wait=True)
+    assert failed.error == BROKEN
+    for result in (first, last):
+        assert result.error is None
+        serving.apply(result)
+        check_alone(serving, result.order.request, Broken, 96)
+
+
+@on_every_device
+@either_way
+@pytest.mark.parametrize("call", [0, 1])
+def test_a_move_that_fails_costs_all_whose_entries_it_moved(monkeypatch, call, asynchronous, device):
+    """Nobody knows what it left behind, in whichever layer."""
+    calls = []
+
+    def compact(*args):
+        calls.append(args)
+        if len(calls) == call + 1:
+            raise RuntimeError("the device is gone")
+        compact_stable(*args)
+
+    monkeypatch.setattr(compressor, "compact_stable", compact)
     serving = Serving(device, asynchronous, layer_stride=1)
-    requests = [serving.add("random", 1), serving.add("random", 2), serving.add("random", 3)]
-    policy = Broken(lambda event: event.num_requests > 1 and event.layer_offset == layer)
-    for request in requests:
-        request.rule = EvictionRule(policy, BUDGET)
-        serving.grow(request, 96)
-    serving.runner.submit([serving.order(request) for request in requests])
-    results = serving.runner.poll(wait=True)
-    assert [result.order.request for result in results] == requests
-    assert [result.error for result in results] == [None if layer == 0 else BROKEN] * 3
+    submit(serving, Broken(lambda event: False))
+    message = "a compression under policy 'broken' failed: RuntimeError: the device is gone"
+    assert [result.error for result in serving.runner.poll(wait=True)] == [message] * 3
+    assert len(calls) == call + 1
     assert serving.runner.in_flight == 0
+
+
+@either_way
+def test_a_failure_behind_the_moves_moves_nothing_again(monkeypatch, asynchronous):
+    serving = Serving(asynchronous=asynchronous, trace=True)
+    positions, calls = serving.runner._positions, []
+
+    def fails_once(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory left")
+        return positions(*args)
+
+    monkeypatch.setattr(serving.runner, "_positions", fails_once)
+    submit(serving, Broken(lambda event: False))
+    for result, entries in zip(serving.runner.poll(wait=True), (96, 80, 96), strict=True):
+        assert result.error is None
+        serving.apply(result)
+        check_alone(serving, result.order.request, Broken, entries)
+        assert np.array_equal(result.kept_positions, serving.entries(result.order.request)[2].numpy())
+
+
+def test_who_goes_on_alone_finds_the_memory_of_the_batch_free_and_takes_little():
+    tensors, launches = [], []
+
+    class Holds(Broken):
+        """Has a dense copy at hand where it fails."""
+
+        def rank(self, event):
+            dense = event.keys()
+            if event.num_requests > 1:
+                tensors.append(weakref.ref(dense))
+                raise torch.OutOfMemoryError
+            launches.append((event.layer_offset, event.num_layers, tensors[0]()))
+            return -dense.norm(dim=-1)
+
+    serving = Serving()
+    submit(serving, Holds())
+    assert [result.error for result in serving.runner.poll(wait=True)] == [None] * 3
+    assert launches == [(0, 1, None), (1, 1, None)] * 3
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_what_is_no_error_of_the_computation_is_passed_on(in_thread):
+    def leaves(event):
+        raise SystemExit
+
+    def run():
+        submit(serving, Broken(leaves))
+        serving.runner.poll(wait=True)
+
+    serving = Serving()
+    if in_thread:
+        serving.runner._executor = ThreadPoolExecutor(1)
+    with pytest.raises(SystemExit):
+        run()
+    serving.runner.close()
+
+
+class Misranks(Broken):
+    """Ranks an entry of the request with a prompt of 22 tokens NaN, in one layer."""
+
+    def __init__(self, layer, fails=lambda event: False):
+        super().__init__(fails)
+        self.layer = layer
+
+    def rank(self, event):
+        scores = super().rank(event)
+        if 22 in event.prompt_lens and event.layer_offset <= self.layer < event.layer_offset + event.num_layers:
+            scores[self.layer - event.layer_offset, list(event.prompt_lens).index(22), 1, 5] = float("nan")
+        return scores
+
+
+@on_every_device
+@either_way
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("fails_in", [None, 0, 1])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_rank_that_is_no_number_costs_nobody_else(layer, fails_in, debug, asynchronous, device):
+    """Nor is it forgotten where the batch fails in a later layer."""
+    serving = Serving(device, asynchronous, layer_stride=1, debug=debug)
+    submit(serving, Misranks(layer, lambda event: event.num_requests > 1 and event.layer_offset == fails_in))
+    first, misranked, last = serving.runner.poll(wait=True)
+    serving.runner.ranks.poll(wait=True)
+    if debug:
+        assert misranked.error.startswith("policy 'broken' ranked entries NaN")
+    else:
+        assert misranked.error is None
+        assert serving.runner.ranks.num_failed == 1
+    for result in (first, last):
+        assert result.error is None
+        serving.apply(result)
+        check_alone(serving, result.order.request, Broken, 96)
 
 
 def test_what_a_policy_needs_is_there():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -113,7 +113,7 @@ class EngineCore:
         return self._take_deltas()
 
     def stop(self, request_id: str, index: int) -> RequestMetrics:
-        """End a sample in whose text a stop string was seen."""
+        """End a sample in whose text a stop string was seen, or which has none."""
         request = next(r for r in self._samples[request_id] if r.index == index)
         self.scheduler.finish([request], "stop", time.perf_counter())
         self._forget(request)
@@ -183,8 +183,11 @@ class EngineCore:
         begin = time.perf_counter()
         plan = self._plan(begin)
         if plan is not None and not plan.is_empty:
-            self.runner.move(plan)
+            lost = self.runner.move(plan)
             self.telemetry.record_moves(plan)
+            for request, error in lost.items():
+                self.scheduler.fail(request, error, time.perf_counter())
+            self._end(lost)
             if self.debug:
                 self.debug.before(plan)
             launch = self.runner.launch(plan)
@@ -279,7 +282,7 @@ class EngineCore:
 
     # Deltas
 
-    def _end(self, finished: Sequence[Request]) -> None:
+    def _end(self, finished: Iterable[Request]) -> None:
         """The last deltas of requests that have ended."""
         for request in finished:
             tokens, logprobs = request.take_new()

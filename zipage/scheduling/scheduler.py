@@ -115,9 +115,13 @@ class Scheduler:
         if request.finish_reason is not None:
             self._finish([request], request.finish_time)
             return []
+        self.fail(request, error, now)
+        return [request]
+
+    def fail(self, request: Request, error: str, now: float = 0.0) -> None:
+        """End a request whose entries are lost; `error` says why."""
         request.error = error
         self.finish([request], "error", now)
-        return [request]
 
     def _num_short(self) -> int:
         """Blocks that decodes at a block's end and the head of the queue want beyond the free ones."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +28,8 @@ from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.sampler import Logprobs, Sampler
 from zipage.worker.swap import restore, save
 from zipage.worker.token_batch import TokenBatch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -56,6 +61,17 @@ class Launch:
             self.device_time = begin.elapsed_time(end) / 1000
         tokens = [] if self.tokens is None else self.tokens.tolist()
         return StepResult(tokens, self.logprobs, self.device_time)
+
+
+@contextmanager
+def _noted(lost: dict[Request, str], request: Request, direction: str) -> Iterator[None]:
+    """Around the copy of one request's entries: if it fails, say so in `lost`."""
+    try:
+        yield
+    except Exception as error:
+        logger.exception("the entries of %r could not be copied %s host memory", request, direction)
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        lost[request] = f"its entries could not be copied {direction} host memory: {reason}"
 
 
 class ModelRunner:
@@ -114,15 +130,24 @@ class ModelRunner:
         return BlockTables(self.max_num_seqs, -(-self.max_model_len // cache.block_size), cache.block_size, self.device)
 
     @torch.inference_mode()
-    def move(self, plan: StepPlan) -> None:
-        """Copy blocks as a step demands: pauses first, since resumed requests, and any other, may get their blocks."""
+    def move(self, plan: StepPlan) -> dict[Request, str]:
+        """Copy blocks as a step demands: pauses first, since resumed requests, and any other, may get their blocks.
+
+        Returns:
+            Requests whose entries were lost on the way to host memory or back, and one line each that says why.
+        """
+        lost: dict[Request, str] = {}
         for request, block_ids, _, query_slot in plan.paused:
-            request.host_copy = save(self.cache, block_ids, query_slot)
+            with _noted(lost, request, "to"):
+                request.host_copy = save(self.cache, block_ids, query_slot)
         for request, block_ids, num_shared, query_slot in plan.resumed:
-            restore(self.cache, request.host_copy, block_ids, num_shared, query_slot)
+            if request not in lost:
+                with _noted(lost, request, "from"):
+                    restore(self.cache, request.host_copy, block_ids, num_shared, query_slot)
             request.host_copy = None
         if plan.copies:
             self._copy_blocks(plan.copies)
+        return lost
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         src, dst = (self._tensor(ids) for ids in np.array(copies, dtype=np.int64).T)

@@ -64,7 +64,7 @@ def test_faults_are_one_line(run, results, tmp_path, capsys):
     for arguments, line in (
         ([str(results), "--to", str(tmp_path / "file" / "copies")], "can't be written"),
         ([str(tmp_path / "nowhere"), "--to", str(tmp_path / "copies")], "no such folder of runs"),
-        ([str(tmp_path / "file"), "--to", str(tmp_path / "copies")], "no record of a sweep"),
+        ([str(tmp_path / "file"), "--to", str(tmp_path / "copies")], "not the record of a sweep"),
     ):
         assert archive.main(arguments) == 2
         error = capsys.readouterr().err
