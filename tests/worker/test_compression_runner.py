@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.cache_view import shared
 from kernels.compact_stable import compact_stable
 from kernels.store_kv import store_kv
 from kernels.store_positions import store_positions
@@ -117,14 +118,15 @@ class Serving:
         places[:-WINDOW] = -1
         slots, places = slots.to(self.device), places.to(self.device)
         tokens, cache = self.all_tokens[request], self.cache
+        each = shared(slots, SPEC.num_kv_heads)
         for layer in range(SPEC.num_layers):
             k, v = (x[layer][:, new].transpose(0, 1).contiguous().to(self.device) for x in (tokens.keys, tokens.values))
             if request.rule.window:
                 q = tokens.queries[layer, new].to(self.device)
-                store_step(k, v, q, cache.k[layer], cache.v[layer], cache.queries[layer], slots, places)
+                store_step(k, v, q, cache.k[layer], cache.v[layer], cache.queries[layer], each, places)
             else:
-                store_kv(k, v, cache.k[layer], cache.v[layer], slots)
-        store_positions(new.int().to(self.device), cache.positions, slots)
+                store_kv(k, v, cache.k[layer], cache.v[layer], each)
+        store_positions(new.int().to(self.device), cache.positions, shared(slots, SPEC.num_kv_heads, SPEC.num_layers))
         request.num_computed += len(new)
         request.cache_len = n
 

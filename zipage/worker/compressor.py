@@ -106,7 +106,7 @@ def compress(
             choice = choose(policy, launch, max_keep)
             moved, updates = _states_to_move(policy, launch, [state[first:last] for state in states])
             untouched = None
-            compact_stable(launch.k_cache, launch.v_cache, moved, choice.kept, launch.block_tables, dst_tables, updates)
+            compact_stable(launch.view, moved, choice.kept, launch.shared(dst_tables), updates)
             untouched = last
             choices.append(choice)
         kept, failed = zip(*choices, strict=True)
@@ -119,11 +119,12 @@ def compress(
 
 def choose(policy: Policy, event: PagedEvent, max_keep: int) -> Choice:
     """What shall stay, written nowhere; K is min(max_keep, N)."""
-    # A policy that works in place spoils a copy, not what the engine goes by.
+    # A policy that works in place changes copies only.
     seen = replace(event, must=event.must.clone(), lens=event.lens.clone(), keep=event.keep.clone())
     scores = policy.score(seen).contiguous()
     event.new_state = seen.new_state
-    kept = select(scores, event.must, event.lens, event.keep, min(max_keep, event.num_slots))
+    must, keep = event.shared(event.must), event.shared(event.keep)
+    kept = select(scores, must, event.view.lens, keep, min(max_keep, event.num_slots))
     highest = scores.amax(dim=(0, 2))  # NaN where one is
     return Choice(kept, highest.masked_fill(event.must, 0).isnan().any(dim=-1))
 

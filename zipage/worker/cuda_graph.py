@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.cache_view import shared
 from kernels.store_positions import store_positions
 from zipage.models.decoder import Decoder
 from zipage.worker.block_tables import BlockTables
@@ -115,7 +116,8 @@ class StepGraphs:
         """
         token_ids, places, positions, slots, queries, rows, lens = inputs
         if self._cache.positions is not None:
-            store_positions(positions.int(), self._cache.positions, slots)
+            layers, _, heads, _ = self._cache.positions.shape
+            store_positions(positions.int(), self._cache.positions, shared(slots, heads, layers))
         attention = PagedAttention(
             self._cache,
             self._decoder.spec.attention,

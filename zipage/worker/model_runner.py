@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.cache_view import shared
 from kernels.copy_blocks import copy_blocks
 from kernels.store_positions import store_positions
 from zipage.models.decoder import Decoder
@@ -255,7 +256,8 @@ class ModelRunner:
         if batch.places.max() >= 0:
             token_ids = known_tokens(token_ids, places, self._sampled)
         if self.cache.positions is not None:
-            store_positions(positions.int(), self.cache.positions, attention.slots)
+            layers, _, heads, _ = self.cache.positions.shape
+            store_positions(positions.int(), self.cache.positions, shared(attention.slots, heads, layers))
         return self.decoder(token_ids, positions, attention)
 
     def _query_indices(self, requests: list[Request], positions: np.ndarray) -> np.ndarray:
