@@ -139,7 +139,7 @@ class Serving:
             self.free.insert(0, block)
         request.block_ids = list(kept)
         request.cache_len = request.rule.keep
-        request.rounds += 1
+        request.num_compressions += 1
 
     def compress(self, requests: Sequence[Request]) -> list[CompressionResult]:
         self.runner.submit([self.order(request) for request in requests])
@@ -253,9 +253,9 @@ def test_a_request_may_change_once_it_was_submitted(device):
     request = serving.add("zipage", 1)
     serving.grow(request, 96)
     serving.runner.submit([serving.order(request)])
-    request.rounds, request.query_slot, request.num_computed = 7, 3, 1000
+    request.num_compressions, request.query_slot, request.num_computed = 7, 3, 1000
     (result,) = serving.runner.poll(wait=True)
-    request.rounds = 0
+    request.num_compressions = 0
     serving.apply(result)
     serving.check(request, 96)
 

@@ -15,8 +15,7 @@ class CompressionOrder:
 
     Attributes:
         number: of the order; never used again.
-        request: with `rule`, `cache_len` (n), `num_computed` (where the window ends), `rounds` (t) and `query_slot` as
-            they are until the order is completed.
+        request: its lengths, `num_compressions` and `query_slot` stay as they are until the order is completed.
         block_ids: its block table, the sources.
         new_ids: the table afterwards, k / b blocks. Those from `rule.pinned_blocks` on are private and take the
             survivors; those before it stay as they are. Empty where whole blocks are dropped: what stays is known
@@ -32,7 +31,7 @@ class CompressionOrder:
 
 
 class Compressed(NamedTuple):
-    """What a compression changed. `round` counts the request's compressions before it."""
+    """What a compression changed. `round` counts the request's compressions before it; `block_ids` is its table now."""
 
     request: Request
     round: int
@@ -40,6 +39,7 @@ class Compressed(NamedTuple):
     entries_after: int
     blocks_before: int
     blocks_after: int
+    block_ids: list[int]
 
 
 def num_fresh_blocks(request: Request, pool: BlockPool) -> int:

@@ -62,15 +62,14 @@ class CompressionScheduler:
                     new_ids[place] = taken.pop(0)
                 else:
                     pool.forget(block)
-        request.note_blocks(len(fresh))
+        request.note_fresh(len(fresh))
         order = CompressionOrder(next(self._numbers), request, request.block_ids, new_ids, fresh)
-        request.status = Status.COMPRESSING
         self.in_flight[order.number] = order
         self.num_ordered += 1
         return order
 
     def complete(self, number: int, kept_blocks: Sequence[int] | None = None) -> Compressed:
-        """Book a compression whose survivors lie where they shall, and put the request back into the batch.
+        """Book a compression whose survivors lie where they shall; its request may go on with what is returned.
 
         Args:
             number: of the order.
@@ -88,18 +87,14 @@ class CompressionScheduler:
             new_ids = [order.block_ids[place] for place in kept_blocks]
         staying = set(new_ids)
         self.pool.free([block for block in order.block_ids if block not in staying])
-        done = Compressed(request, request.rounds, request.cache_len, rule.keep, len(order.block_ids), len(new_ids))
+        lens, sizes = (request.cache_len, rule.keep), (len(order.block_ids), len(new_ids))
+        done = Compressed(request, request.num_compressions, *lens, *sizes, new_ids)
         self.num_applied += 1
         self.num_bound += done.round == 0
         self.entries_evicted += done.entries_before - done.entries_after
         self.entries_kept += done.entries_after
         self.blocks_returned += done.blocks_before - done.blocks_after
-        request.block_ids = new_ids
-        request.num_table_written = 0
-        request.cache_len = rule.keep
-        request.rounds += 1
-        del request.prefix_ids[rule.pinned_blocks :]
-        request.status = Status.RUNNING
+        request.num_compressions += 1
         return done
 
     def fail(self, number: int) -> Request:
@@ -107,7 +102,6 @@ class CompressionScheduler:
         order = self._take(number)
         self.pool.free(order.fresh)
         self.num_failed += 1
-        order.request.status = Status.RUNNING
         return order.request
 
     def _take(self, number: int) -> CompressionOrder:

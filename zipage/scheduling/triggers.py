@@ -65,7 +65,7 @@ class BlockFull(Trigger):
 
     def most_entries(self, request: Request) -> int:
         size, blocks = self.pool.block_size, request.rule.max_blocks
-        if request.rounds == 0:
+        if request.num_compressions == 0:
             # A long prompt is computed whole.
             blocks = max(blocks, -(-request.num_prompt_tokens // size))
         return blocks * size

@@ -56,7 +56,9 @@ class CompressionBatch:
         self.tables = [list(order.new_ids) for order in orders]
         self._recent = rules[0].recent
         self._pinned = [rule.pinned_blocks for rule in rules]
-        carried = [rule.keep if request.rounds and self.policy.state else 0 for rule, request in zip(rules, requests)]
+        carried = [
+            rule.keep if request.num_compressions and self.policy.state else 0 for rule, request in zip(rules, requests)
+        ]
         self._numbers = (
             [request.cache_len for request in requests],
             self.keep,
@@ -66,7 +68,7 @@ class CompressionBatch:
             [request.num_computed for request in requests],
         )
         self._seeds = [(request.seed + request.index * SEED_STEP) % 2**63 for request in requests]
-        self._rounds = [request.rounds for request in requests]
+        self._rounds = [request.num_compressions for request in requests]
         self._prompt_lens = [request.num_prompt_tokens for request in requests]
 
     def event(self, cache: KVCache, spec: ModelSpec) -> PagedEvent:

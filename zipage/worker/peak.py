@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from functools import partial
 
@@ -12,6 +13,7 @@ from zipage.eviction.rule import EvictionRule
 from zipage.models.spec import ModelSpec
 from zipage.sampling_params import MOST_LOGPROBS, SamplingParams
 from zipage.scheduling.compression_order import CompressionOrder
+from zipage.scheduling.plan import RowStart
 from zipage.scheduling.request import Request
 from zipage.transfer import to_device
 from zipage.worker.compression_runner import CompressionRunner
@@ -101,14 +103,14 @@ def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> No
     hidden = runner.decoder(tokens, tensor(entries, dtype=np.int64), attention)
     rows = min(runner.max_num_seqs, num_tokens)
     penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.1, "logit_bias": {0: 1.0}}
-    params = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, logprobs=MOST_LOGPROBS, **penalties)
-    requests = [Request("peak", [0], params, max_total_tokens=2) for _ in range(rows)]
-    # Rows of two kinds are drawn apart, which takes a copy of their logits.
-    requests[0].params = SamplingParams(temperature=0.7)
-    for row, request in enumerate(requests):
-        request.row = row
+    every_option = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, logprobs=MOST_LOGPROBS, **penalties)
     sampler = Sampler(runner.max_num_seqs, runner.spec.vocab_size, runner.device)
-    sampler.sample(runner.decoder.logits(hidden[:rows]), requests)
+    for row in range(rows):
+        # Rows of two kinds are drawn apart, which takes a copy of their logits.
+        params = every_option if row else SamplingParams(temperature=0.7)
+        sampler.begin(RowStart(row, params, num_prompt_tokens=1, token_ids=array("i", [0])))
+    ones = np.ones(rows, dtype=np.int64)
+    sampler.sample(runner.decoder.logits(hidden[:rows]), np.arange(rows), ones, ones)
 
 
 def run_compression(
