@@ -11,7 +11,7 @@ from zipage.eviction.rule import EvictionRule
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.batch import Batch
 from zipage.scheduling.block_pool import ROOT, BlockPool
-from zipage.scheduling.compression_order import CompressionOrder
+from zipage.scheduling.compression import Compression
 from zipage.scheduling.plan import Restore, Save
 from zipage.scheduling.planner import plan_step
 from zipage.scheduling.request import Request, Status
@@ -107,7 +107,7 @@ def survivors(request: Request, n: int, rounds: int) -> list[int]:
 
 @dataclass(eq=False)
 class _Flight:
-    order: CompressionOrder
+    order: Compression
     steps_left: int
     write_in: int
     kept_blocks: list[int] | None = None
@@ -385,7 +385,7 @@ class FabricatedModel:
 
     # Compressions
 
-    def _begin(self, order: CompressionOrder) -> _Flight:
+    def _begin(self, order: Compression) -> _Flight:
         request, rule, size = order.request, order.request.rule, self.size
         n = request.cache_len
         shadow = self.shadow(request)

@@ -5,7 +5,7 @@ import pytest
 from tests.scheduling.fabricated import FabricatedModel, make_request, make_rule, make_samples, make_scheduler
 from tests.scheduling.simulate_scheduler import missing, simulate
 from zipage.scheduling.batch import Batch
-from zipage.scheduling.compression_order import num_fresh_blocks
+from zipage.scheduling.compression import num_fresh_blocks
 from zipage.scheduling.request import Status
 
 

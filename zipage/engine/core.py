@@ -17,7 +17,7 @@ from zipage.engine.telemetry import Telemetry
 from zipage.outputs import FinishReason, Logprob
 from zipage.scheduling.batch import Batch
 from zipage.scheduling.plan import StepPlan
-from zipage.scheduling.planner import plan_step
+from zipage.scheduling.planner import plan_compression, plan_step
 from zipage.scheduling.request import Request
 from zipage.scheduling.scheduler import Scheduler
 from zipage.stats import RequestMetrics
@@ -243,9 +243,9 @@ class EngineCore:
 
     def _compress(self) -> None:
         """Begin the compressions that are due. Synchronous ones are in place for whatever is launched after them."""
-        orders = self.scheduler.order_compressions()
-        if orders:
-            self.compressor.submit(orders)
+        compressions = self.scheduler.order_compressions()
+        if compressions:
+            self.compressor.submit([plan_compression(compression) for compression in compressions])
             if not self._async_compression:
                 self._complete(self.compressor.poll(wait=True))
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from zipage.scheduling.batch import Batch
-from zipage.scheduling.compression_order import Compressed
+from zipage.scheduling.compression import Compressed
 from zipage.scheduling.request import Request
 from zipage.scheduling.scheduler import Scheduler
 from zipage.stats import EngineStats, EventStats, StepStats

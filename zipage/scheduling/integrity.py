@@ -14,7 +14,7 @@ def check_requests(running: Sequence[Request], compressions: CompressionSchedule
     Raises:
         RuntimeError: an invariant is broken; the message says which.
     """
-    fresh = [order.fresh for order in compressions.in_flight.values()]
+    fresh = [compression.fresh for compression in compressions.in_flight.values()]
     compressions.pool.check_integrity([request.block_ids for request in running] + fresh)
     compressions.check_integrity()
     for request in running:

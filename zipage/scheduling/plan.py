@@ -1,4 +1,4 @@
-"""What the worker is told of a step: arrays, ids and block numbers, so that several processes can be told the same.
+"""What the worker is told: arrays, ids and block numbers, so that several processes can be told the same.
 
 Nothing here refers to a live request, and all of it can be pickled.
 """
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from zipage.eviction.rule import EvictionRule
 from zipage.sampling_params import SamplingParams
 
 
@@ -106,3 +107,34 @@ class StepPlan:
     token_rows: np.ndarray = field(default_factory=_none)
     samples: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
     token_ids: np.ndarray = field(default_factory=_none)
+
+
+class CompressionOrder(NamedTuple):
+    """One request to compress to its budget.
+
+    Attributes:
+        number: of the order; never used again.
+        rule: the request's.
+        block_ids: its block table, the sources.
+        new_ids: the table afterwards, k / b blocks. Those from `rule.pinned_blocks` on are private and take the
+            survivors; those before it stay as they are. Empty where whole blocks are dropped: what stays is known
+            once the scores are.
+        num_entries: n, entries that it holds.
+        window_end: its logical length: the last query of the window is that of position `window_end - 1`.
+        query_slot: where the window's queries are, or -1.
+        num_compressions: t, before this one.
+        num_prompt_tokens: P.
+        seed, index: what is random is a function of these and of t.
+    """
+
+    number: int
+    rule: EvictionRule
+    block_ids: list[int]
+    new_ids: list[int]
+    num_entries: int
+    window_end: int
+    query_slot: int = -1
+    num_compressions: int = 0
+    num_prompt_tokens: int = 1
+    seed: int = 0
+    index: int = 0

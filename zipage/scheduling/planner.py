@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from zipage.scheduling.batch import Batch
-from zipage.scheduling.plan import Restore, RowStart, Save, StepPlan, TableGrowth
+from zipage.scheduling.compression import Compression
+from zipage.scheduling.plan import CompressionOrder, Restore, RowStart, Save, StepPlan, TableGrowth
 from zipage.scheduling.request import Request
 
 
@@ -42,6 +43,24 @@ def plan_step(batch: Batch, drops: Sequence[int] = ()) -> StepPlan:
         token_rows=_column([request.token_row if request.num_pending else -1 for request in requests]),
         samples=samples,
         token_ids=np.concatenate(token_ids),
+    )
+
+
+def plan_compression(compression: Compression) -> CompressionOrder:
+    """What the worker is told of a compression."""
+    request = compression.request
+    return CompressionOrder(
+        compression.number,
+        request.rule,
+        list(compression.block_ids),
+        list(compression.new_ids),
+        num_entries=request.cache_len,
+        window_end=request.num_computed,
+        query_slot=request.query_slot,
+        num_compressions=request.num_compressions,
+        num_prompt_tokens=request.num_prompt_tokens,
+        seed=request.seed,
+        index=request.index,
     )
 
 

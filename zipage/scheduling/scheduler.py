@@ -11,7 +11,7 @@ from operator import attrgetter
 from zipage.outputs import FinishReason
 from zipage.scheduling.batch import Batch, Chunk, Preemption, Swap
 from zipage.scheduling.block_pool import BlockPool
-from zipage.scheduling.compression_order import Compressed, CompressionOrder, num_fresh_blocks
+from zipage.scheduling.compression import Compressed, Compression, num_fresh_blocks
 from zipage.scheduling.compression_scheduler import CompressionScheduler
 from zipage.scheduling.headroom import HEADROOM, Headroom
 from zipage.scheduling.integrity import check_requests
@@ -91,16 +91,16 @@ class Scheduler:
 
     # Compressions
 
-    def order_compressions(self) -> list[CompressionOrder]:
+    def order_compressions(self) -> list[Compression]:
         """Take the requests that are due for a compression out of the batch.
 
         After `advance`, so that a compression is launched behind the step that filled the last block and its request
         misses none; where a step is empty, without.
         """
-        orders = self.compressions.order(self.running, self._num_short)
-        for order in orders:
-            order.request.status = Status.COMPRESSING
-        return orders
+        begun = self.compressions.order(self.running, self._num_short)
+        for compression in begun:
+            compression.request.status = Status.COMPRESSING
+        return begun
 
     def complete(self, number: int, kept_blocks: Sequence[int] | None = None) -> Compressed:
         """Book a compression that is done; see `CompressionScheduler.complete`."""

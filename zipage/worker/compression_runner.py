@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from zipage.models.spec import ModelSpec
-from zipage.scheduling.compression_order import CompressionOrder
+from zipage.scheduling.plan import CompressionOrder
 from zipage.worker.compression_batch import CompressionBatch, batches
 from zipage.worker.compressor import PartlyCompressed, choose, compress
 from zipage.worker.kv_cache import KVCache
@@ -86,7 +86,7 @@ class CompressionRunner:
             self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compression")
 
     def submit(self, orders: Sequence[CompressionOrder]) -> None:
-        """Begin to compress. The requests are read before this returns.
+        """Begin to compress.
 
         Raises:
             RuntimeError: a request does not meet what its policy needs (`CompressionBatch`).

@@ -12,9 +12,7 @@ import torch
 from zipage.eviction.rule import EvictionRule
 from zipage.models.spec import ModelSpec
 from zipage.sampling_params import MOST_LOGPROBS, SamplingParams
-from zipage.scheduling.compression_order import CompressionOrder
-from zipage.scheduling.plan import RowStart
-from zipage.scheduling.request import Request
+from zipage.scheduling.plan import CompressionOrder, RowStart
 from zipage.transfer import to_device
 from zipage.worker.compression_runner import CompressionRunner
 from zipage.worker.compressor import LAUNCH_ENTRIES
@@ -125,12 +123,11 @@ def run_compression(
         x.zero_()
     num_entries = num_blocks * cache.block_size
     new_ids = list(range(rule.max_blocks - 1))
-    orders = []
-    for number in range(num_requests):
-        request = Request("peak", [0], SamplingParams(), max_total_tokens=2, rule=rule)
-        request.num_computed = request.cache_len = num_entries
-        request.query_slot = 0
-        orders.append(CompressionOrder(number, request, [len(new_ids)] * num_blocks, new_ids, new_ids))
+    tables = [len(new_ids)] * num_blocks, new_ids
+    orders = [
+        CompressionOrder(number, rule, *tables, num_entries=num_entries, window_end=num_entries, query_slot=0)
+        for number in range(num_requests)
+    ]
     runner = CompressionRunner(cache, spec, asynchronous=False, layer_stride=layer_stride, trace=False)
     runner.submit(orders)
     for result in runner.poll(wait=True):
