@@ -6,6 +6,7 @@ import signal
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -153,15 +154,16 @@ def test_a_stream_ends_with_the_error(folder):
 
 def spoil_logits(llm, monkeypatch, prompt_len: int, after: int, value: float) -> None:
     """From its output token `after` on, the logits of the request of this prompt length hold `value`."""
-    sample = llm._core.runner.sampler.sample
+    sampler = llm._core.runner.sampler
+    sample = sampler.sample
 
-    def spoilt(logits, requests):
-        for row, request in enumerate(requests):
-            if request.num_prompt_tokens == prompt_len and request.num_output_tokens >= after:
-                logits[row, 7] = value
-        return sample(logits, requests)
+    def spoilt(logits, rows, lens, token_ids):
+        num_prompt = sampler.rows.of(rows)["num_prompt_tokens"]
+        for place in np.flatnonzero((num_prompt == prompt_len) & (lens - num_prompt >= after)):
+            logits[place, 7] = value
+        return sample(logits, rows, lens, token_ids)
 
-    monkeypatch.setattr(llm._core.runner.sampler, "sample", spoilt)
+    monkeypatch.setattr(sampler, "sample", spoilt)
 
 
 SAMPLED = [

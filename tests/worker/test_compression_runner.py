@@ -25,7 +25,9 @@ from zipage.eviction.policy import Policy
 from zipage.eviction.protection import Protection
 from zipage.eviction.rule import EvictionRule
 from zipage.sampling_params import SamplingParams
-from zipage.scheduling.compression_order import CompressionOrder
+from zipage.scheduling.compression import Compression
+from zipage.scheduling.plan import CompressionOrder
+from zipage.scheduling.planner import plan_compression
 from zipage.scheduling.request import Request
 from zipage.worker import compression_batch, compressor
 from zipage.worker.compression_runner import CompressionResult, CompressionRunner
@@ -67,6 +69,7 @@ class Serving:
     debug: bool = False
     all_tokens: dict[Request, Tokens] = field(default_factory=dict)
     simulations: dict[Request, Simulation] = field(default_factory=dict)
+    ordered: dict[int, Request] = field(default_factory=dict)
 
     def __post_init__(self):
         options = {"positions": True, "scores": True, "num_query_slots": 8, "window": WINDOW}
@@ -132,17 +135,20 @@ class Serving:
 
     def order(self, request: Request) -> CompressionOrder:
         """Into fresh blocks; those of protected entries alone stay."""
-        rule = request.rule
-        if rule.drops_blocks:
-            return CompressionOrder(next(NUMBERS), request, request.block_ids, [], [])
-        fresh = [self.free.pop() for _ in range(BUDGET.max_blocks - 1 - rule.pinned_blocks)]
-        return CompressionOrder(
-            next(NUMBERS), request, request.block_ids, request.block_ids[: rule.pinned_blocks] + fresh, fresh
-        )
+        rule, number = request.rule, next(NUMBERS)
+        self.ordered[number] = request
+        fresh, new_ids = [], []
+        if not rule.drops_blocks:
+            fresh = [self.free.pop() for _ in range(BUDGET.max_blocks - 1 - rule.pinned_blocks)]
+            new_ids = request.block_ids[: rule.pinned_blocks] + fresh
+        return plan_compression(Compression(number, request, request.block_ids, new_ids, fresh))
+
+    def request_of(self, result: CompressionResult) -> Request:
+        return self.ordered[result.order.number]
 
     def apply(self, result: CompressionResult) -> None:
         """Give the request its new table; what it left is poisoned."""
-        order, request = result.order, result.order.request
+        order, request = result.order, self.request_of(result)
         kept = order.new_ids
         if request.rule.drops_blocks:
             kept = [order.block_ids[page] for page in result.kept_pages]
@@ -151,7 +157,7 @@ class Serving:
             self.free.insert(0, block)
         request.block_ids = list(kept)
         request.cache_len = request.rule.keep
-        request.rounds += 1
+        request.num_compressions += 1
 
     def compress(self, requests: Sequence[Request]) -> list[CompressionResult]:
         self.runner.submit([self.order(request) for request in requests])
@@ -201,9 +207,9 @@ def test_policies_may_be_mixed_in_one_submission(asynchronous, device):
         for request in requests:
             serving.grow(request, 96)
         results = serving.compress(requests)
-        assert {result.order.request for result in results} == set(requests)
+        assert {serving.request_of(result) for result in results} == set(requests)
         for result in results:
-            assert (result.kept_pages is None) == (not result.order.request.rule.drops_blocks)
+            assert (result.kept_pages is None) == (not result.order.rule.drops_blocks)
             assert result.kept_positions is None
             assert result.seconds > 0
         for request in requests:
@@ -218,7 +224,7 @@ def test_orders_are_launched_in_bounded_batches(monkeypatch):
     for request in requests:
         serving.grow(request, 96)
     orders = [serving.order(request) for request in requests]
-    sizes = [[o.request for o in b.orders] for b in compression_batch.batches(orders, SPEC, BLOCK_SIZE)]
+    sizes = [[serving.ordered[o.number] for o in b.orders] for b in compression_batch.batches(orders, SPEC, BLOCK_SIZE)]
     zipage = requests[0], requests[2], requests[3]
     assert sizes == [[zipage[0], zipage[1]], [zipage[2]], [requests[1]]]
     monkeypatch.setattr(compression_batch, "LAUNCH_ENTRIES", 1)
@@ -252,7 +258,7 @@ def test_results_wait_to_be_polled(asynchronous):
     assert serving.runner.in_flight == 2
     if asynchronous:
         assert serving.runner.poll() == [], "a request sits out a step"
-    assert [result.order.request for result in serving.runner.poll()] == [first, second]
+    assert [serving.request_of(result) for result in serving.runner.poll()] == [first, second]
     assert serving.runner.in_flight == 0
     assert serving.runner.poll(wait=True) == []
     serving.runner.submit([])
@@ -265,9 +271,9 @@ def test_a_request_may_change_once_it_was_submitted(device):
     request = serving.add("zipage", 1)
     serving.grow(request, 96)
     serving.runner.submit([serving.order(request)])
-    request.rounds, request.query_slot, request.num_computed = 7, 3, 1000
+    request.num_compressions, request.query_slot, request.num_computed = 7, 3, 1000
     (result,) = serving.runner.poll(wait=True)
-    request.rounds = 0
+    request.num_compressions = 0
     serving.apply(result)
     serving.check(request, 96)
 
@@ -285,7 +291,7 @@ def test_traces_tell_the_positions_that_stay(case, device):
             assert kept.dtype == np.int32
             assert kept.shape == (2, 2, 64)
             assert (np.diff(kept) > 0).all()
-            assert np.array_equal(kept, serving.entries(result.order.request)[2].numpy())
+            assert np.array_equal(kept, serving.entries(serving.request_of(result))[2].numpy())
 
 
 class Broken(Policy):
@@ -318,7 +324,7 @@ def test_a_failure_is_a_result_and_the_others_go_on(asynchronous, device):
         serving.grow(request, 96)
     serving.runner.submit([serving.order(bad), serving.order(good)])
     failed, done = serving.runner.poll(wait=True)
-    assert (failed.order.request, failed.error) == (bad, BROKEN)
+    assert (serving.request_of(failed), failed.error) == (bad, BROKEN)
     assert done.error is None
     serving.apply(done)
     serving.check(good, 96)
@@ -373,12 +379,12 @@ def test_a_batch_that_is_too_much_goes_on_one_by_one(layer, kind, debug, asynchr
     serving = Serving(device, asynchronous, layer_stride=1, debug=debug)
     requests = submit(serving, kind(lambda event: event.num_requests > 1 and event.layer_offset == layer))
     results = serving.runner.poll(wait=True)
-    assert [result.order.request for result in results] == requests
+    assert [serving.request_of(result) for result in results] == requests
     assert [result.error for result in results] == [None] * 3
     assert serving.runner.in_flight == 0
     for result, entries in zip(results, (96, 80, 96), strict=True):
         serving.apply(result)
-        check_alone(serving, result.order.request, kind, entries)
+        check_alone(serving, serving.request_of(result), kind, entries)
 
 
 class InPlace(Random):
@@ -414,7 +420,7 @@ def test_who_is_at_fault_fails_alone_in_any_layer(stride, layer, asynchronous, d
     for result in (first, last):
         assert result.error is None
         serving.apply(result)
-        check_alone(serving, result.order.request, Broken, 96)
+        check_alone(serving, serving.request_of(result), Broken, 96)
 
 
 @on_every_device
@@ -455,8 +461,8 @@ def test_a_failure_behind_the_moves_moves_nothing_again(monkeypatch, asynchronou
     for result, entries in zip(serving.runner.poll(wait=True), (96, 80, 96), strict=True):
         assert result.error is None
         serving.apply(result)
-        check_alone(serving, result.order.request, Broken, entries)
-        assert np.array_equal(result.kept_positions, serving.entries(result.order.request)[2].numpy())
+        check_alone(serving, serving.request_of(result), Broken, entries)
+        assert np.array_equal(result.kept_positions, serving.entries(serving.request_of(result))[2].numpy())
 
 
 def test_who_goes_on_alone_finds_the_memory_of_the_batch_free_and_takes_little():
@@ -529,7 +535,7 @@ def test_a_rank_that_is_no_number_costs_nobody_else(layer, fails_in, debug, asyn
     for result in (first, last):
         assert result.error is None
         serving.apply(result)
-        check_alone(serving, result.order.request, Broken, 96)
+        check_alone(serving, serving.request_of(result), Broken, 96)
 
 
 def test_what_a_policy_needs_is_there():

@@ -76,43 +76,43 @@ class Request:
         "first_token_time",
         "follow",
         "has_held_slot",
-        "host_copy",
         "index",
         "limit_reason",
         "logprobs",
         "max_total_tokens",
+        "num_blocks_told",
+        "num_compressions",
         "num_computed",
         "num_pauses",
         "num_pending",
         "num_preemptions",
         "num_prompt_tokens",
-        "num_table_written",
         "num_taken",
         "number",
-        "params",
         "peak_blocks",
-        "place",
         "prefix_ids",
         "queries_from",
         "queries_saved",
         "query_slot",
         "request_id",
-        "rounds",
         "row",
         "rule",
+        "sampling_params",
         "seed",
         "siblings",
         "status",
         "stop_ids",
         "stop_reason",
         "token_ids",
+        "token_row",
+        "window",
     )
 
     def __init__(
         self,
         request_id: str,
         prompt_token_ids: Sequence[int],
-        params: SamplingParams,
+        sampling_params: SamplingParams,
         *,
         index: int = 0,
         seed: int = 0,
@@ -125,21 +125,22 @@ class Request:
     ) -> None:
         self.request_id = request_id
         self.index = index
-        self.params = params
+        self.sampling_params = sampling_params
         self.seed = seed
         self.stop_ids = stop_ids
         self.bad_words = bad_words
         self.max_total_tokens = max_total_tokens
         self.limit_reason = limit_reason
         self.rule = rule
+        self.window = 0 if rule is None else rule.window
         self.number = -1
         self.siblings: list[Request] = [self]
 
         self.token_ids = array("i", prompt_token_ids)
         self.num_pending = 0
-        self.place = -1
+        self.token_row = -1
         self.num_prompt_tokens = len(prompt_token_ids)
-        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.logprobs: list[dict[int, Logprob]] | None = None if sampling_params.logprobs is None else []
 
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
@@ -152,13 +153,12 @@ class Request:
         self.cache_len = 0
         self.block_ids: list[int] = []
         self.row = -1
-        self.num_table_written = 0
+        self.num_blocks_told = 0
         self.prefix_ids: list[int] = []
-        self.rounds = 0
+        self.num_compressions = 0
         self.query_slot = -1
         self.queries_from = 0
         self.queries_saved = False
-        self.host_copy: object | None = None
 
         self.arrival = arrival
         self.first_scheduled: float | None = None
@@ -190,17 +190,33 @@ class Request:
         """Its length is reached, though the last token may be pending: nothing more is computed for it."""
         return len(self.token_ids) >= self.max_total_tokens
 
-    def note_blocks(self, num_fresh: int = 0) -> None:
-        """Its table grew, or a compression took `num_fresh` blocks beside it."""
-        held = len(self.block_ids) + num_fresh
+    def hold(self, block_ids: list[int]) -> None:
+        """Its table is `block_ids` from now on."""
+        self.block_ids = block_ids
+        self.num_blocks_told = 0
+        self.note_fresh(0)
+
+    def grow(self, block_ids: list[int]) -> None:
+        """Its table gains blocks."""
+        self.block_ids += block_ids
+        self.note_fresh(0)
+
+    def note_fresh(self, num_blocks: int) -> None:
+        """A compression takes so many blocks beside its table."""
+        held = len(self.block_ids) + num_blocks
         if held > self.peak_blocks:
             self.peak_blocks = held
 
-    def await_token(self, place: int) -> None:
-        """A step that will give the next token is under way; `place` is the request's among those that get one."""
+    def take_growth(self) -> tuple[int, list[int]]:
+        """What its table has gained since the last time: from which place on, and the blocks."""
+        first, self.num_blocks_told = self.num_blocks_told, len(self.block_ids)
+        return first, self.block_ids[first:]
+
+    def await_token(self, token_row: int) -> None:
+        """A step that will give the next token is under way; `token_row` is where among those that it samples."""
         self.token_ids.append(PENDING)
         self.num_pending += 1
-        self.place = place
+        self.token_row = token_row
 
     def take_token(self, token: int) -> None:
         """The oldest pending token is known."""
@@ -217,5 +233,5 @@ class Request:
         return (
             f"Request({self.request_id}/{self.index}, {self.status.value}, tokens={self.num_tokens}, "
             f"computed={self.num_computed}, cached={self.cache_len}, blocks={len(self.block_ids)}, "
-            f"rounds={self.rounds})"
+            f"compressions={self.num_compressions})"
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 from zipage.eviction.fault import described, files_of, place_in, relative
 from zipage.eviction.policy import Policy
 from zipage.models.spec import ModelSpec
-from zipage.scheduling.compression_order import CompressionOrder
+from zipage.scheduling.plan import CompressionOrder
 from zipage.worker.compression_batch import CompressionBatch, batches
 from zipage.worker.compressor import PartlyCompressed, choose, compress
 from zipage.worker.kv_cache import KVCache
@@ -94,7 +94,7 @@ class CompressionRunner:
             self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compression")
 
     def submit(self, orders: Sequence[CompressionOrder]) -> None:
-        """Begin to compress. The requests are read before this returns.
+        """Begin to compress.
 
         Raises:
             RuntimeError: a request does not meet what its policy needs (`CompressionBatch`).

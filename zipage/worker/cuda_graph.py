@@ -32,9 +32,9 @@ def batch_sizes(largest: int) -> list[int]:
     return [size for size in sizes if size < largest] + [largest]
 
 
-def known_tokens(token_ids: Tensor, places: Tensor, sampled: Tensor) -> Tensor:
-    """int64 [T]: `token_ids`, and tokens of `sampled` where `places` is not -1."""
-    return torch.where(places < 0, token_ids, sampled[places.clamp(min=0)])
+def known_tokens(token_ids: Tensor, token_rows: Tensor, sampled: Tensor) -> Tensor:
+    """int64 [T]: `token_ids`, and tokens of `sampled` where `token_rows` is not -1."""
+    return torch.where(token_rows < 0, token_ids, sampled[token_rows.clamp(min=0)])
 
 
 @cache
@@ -114,7 +114,7 @@ class StepGraphs:
         """The captured computation: hidden states [size, width]. Logits are left out, since each graph would keep its
         own, hundreds of megabytes in all.
         """
-        token_ids, places, positions, slots, queries, rows, lens = inputs
+        token_ids, token_rows, positions, slots, queries, rows, lens = inputs
         if self._cache.positions is not None:
             layers, _, heads, _ = self._cache.positions.shape
             store_positions(positions.int(), self._cache.positions, shared(slots, heads, layers))
@@ -127,7 +127,7 @@ class StepGraphs:
             decode_tables=self._tables.device.index_select(0, rows),
             decode_lens=lens.int(),
         )
-        return self._decoder(known_tokens(token_ids, places, self._sampled), positions, attention)
+        return self._decoder(known_tokens(token_ids, token_rows, self._sampled), positions, attention)
 
     @property
     def kept_bytes(self) -> int:
