@@ -1,7 +1,7 @@
-import zipage  # noqa: F401  (before torch, whichever module is run: see `zipage/threads.py`)
-
 import sys
 from types import TracebackType
+
+import zipage  # noqa: F401  (before torch, whichever module is run: see `zipage/threads.py`)
 
 
 def _say_interrupted(
