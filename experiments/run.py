@@ -47,11 +47,12 @@ def main(
 def _main(backends: Mapping[str, BackendFactory], child: Sequence[str], worker: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     codes: list[int] = []
+    said: set[str] = set()
     several = False
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def entry(config: DictConfig) -> None:
-        codes.append(_run(config, backends))
+        codes.append(_run(config, backends, said))
 
     if not CONF.is_dir():
         return _fail(f"no folder {CONF}: run from a clone, installed with `pip install -e .`", 2)
@@ -90,19 +91,27 @@ def _recorded(done: int, several: bool) -> str:
     return f"{runs} recorded, and the same command goes on"
 
 
-def _run(config: DictConfig, backends: Mapping[str, BackendFactory]) -> int:
+def _run(config: DictConfig, backends: Mapping[str, BackendFactory], said: set[str]) -> int:
     def act() -> None:
         experiment = build(config)
         (job if experiment.scenario.kind == "serve" else bench).run(experiment, backends)
 
-    return exit_code(act)
+    return exit_code(act, said)
 
 
-def exit_code(act: Callable[[], object]) -> int:
-    """Do a run, and say in a line how it failed if it did: 0 done, 1 it failed, 2 wrong usage."""
+def exit_code(act: Callable[[], object], said: set[str] | None = None) -> int:
+    """Do a run, and say in a line how it failed if it did: 0 done, 1 it failed, 2 wrong usage.
+
+    Args:
+        said: lines of wrong usage that were said before, of other runs of the same command; they are not said again.
+    """
     try:
         act()
     except UsageError as error:
+        said = set() if said is None else said
+        if str(error) in said:
+            return 2
+        said.add(str(error))
         return _fail(error, 2)
     except RunError as error:
         return _fail(error, 1)

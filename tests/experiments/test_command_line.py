@@ -35,7 +35,7 @@ MISTYPED = {
     "+sweeps=demo": "sweeps: unknown option; did you mean +sweep?",
     "sweeps=demo": "sweeps: unknown option; did you mean +sweep?",
     "+share_models=true": "share_models: unknown option; did you mean +share_model?",
-    "+share_model=true -m policy=full": "share_model: unknown option; it goes with +sweep=NAME",
+    "+share_model=true -m policy=full,zipage": "share_model: unknown option; it goes with +sweep=NAME",
     "++engine.blok_size=16": "engine.blok_size: unknown option; did you mean engine.block_size?",
     "engine.block-size=16": "engine.block-size: unknown option; did you mean engine.block_size?",
     "policy=zippage": "policy=zippage: no such choice; did you mean zipage? (choices: ",

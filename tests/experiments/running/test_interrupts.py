@@ -121,3 +121,12 @@ def test_a_reader_that_has_left_is_no_error(launch, results):
             [sys.executable, "-c", code, str(results)], cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, check=False
         )
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize(("argument", "said"), [("-m", "error: interrupted: nothing was run\n"), ("x.py", "Traceback")])
+def test_ctrl_c_while_a_command_is_imported(argument, said):
+    """Python calls itself `-m` while it looks for the module to run."""
+    code = f"import sys; sys.argv = [{argument!r}]; import experiments; raise KeyboardInterrupt"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGINT
+    assert ended.stderr.startswith(said)
