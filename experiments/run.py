@@ -84,7 +84,7 @@ def _main(backends: Mapping[str, BackendFactory], child: Sequence[str], worker: 
 
 
 def _recorded(done: int, several: bool) -> str:
-    """What there is of the runs of an interrupted command, of which so many were done."""
+    """What an interrupted command recorded; `done` of its runs were finished."""
     if not several:
         return "the run is recorded" if done else "nothing was recorded"
     runs = {0: "no run is", 1: "1 run is"}.get(done, f"{done} runs are")

@@ -135,10 +135,10 @@ class LLM:
         """Withdraw a prompt with all its samples; its output, as far as it came, is marked "abort".
 
         Returns:
-            Whether the request was still unfinished; False for an id that nobody has.
+            Whether the request was still unfinished; False for an unknown id.
 
         Raises:
-            ValueError: the id is no text.
+            ValueError: the id is not text.
         """
         request_id = checked("request_id", request_id, str)
         if not self._outputs.is_unfinished(request_id):

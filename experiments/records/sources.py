@@ -160,8 +160,7 @@ def _policy(name: str, policy: type) -> dict[str, str]:
     found = _files(tuple(modules), ("zipage", "kernels", *{module.partition(".")[0] for module in modules}))
     if policy.__module__ not in found:
         raise ValueError(
-            f"the source of {policy.__qualname__} is in no file, so that nobody could tell a run before an edit from "
-            "one after it: put it into a module"
+            f"the source of {policy.__qualname__} is in no file, so an edit would go unnoticed: put it into a module"
         )
     return found
 
@@ -256,6 +255,6 @@ def _data(file: Path) -> Iterator[tuple[str, Path]]:
 
 def _named(text: str, *folders: Path) -> list[Path]:
     """The file that a text names in the first of the folders that has it, if any does."""
-    with contextlib.suppress(OSError, ValueError, RuntimeError):  # too long for a name; not one; ~ of nobody
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # too long for a name; not one; ~ of an unknown user
         return [path for folder in folders if (path := folder / Path(text).expanduser()).is_file()][:1]
     return []

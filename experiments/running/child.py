@@ -132,7 +132,7 @@ def reason_of(code: int, output: str) -> str:
     if said and POINTS_BACK in said[-1]:
         causes = [found[0] for line in lines if POINTS_BACK not in line and (found := CAUSE.search(line))]
         said += causes[-1:]
-    return printable(said[-1]) if said else f"ended with exit code {code} and no word"
+    return printable(said[-1]) if said else f"ended with exit code {code} and no output"
 
 
 def _signal_name(number: int) -> str:

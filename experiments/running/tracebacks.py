@@ -12,7 +12,7 @@ from pathlib import Path
 def kept_in(path: Path) -> Iterator[None]:
     """Write the tracebacks of logged errors to `path`, which is there only if there were any.
 
-    Their lines are shown as ever, but for those that the error of a request tells too (`in_output`).
+    Their lines are shown as before, except those that a request's error repeats (`in_output`).
     """
 
     def keep(record: logging.LogRecord) -> bool:

@@ -32,7 +32,7 @@ def files_of(policy: type) -> list[str]:
 
 
 def relative(file: str, line: int) -> str:
-    """A line of a file, whose path is told from the working folder where it lies in it."""
+    """A line of a file; the path is relative to the working folder where the file lies in it."""
     path = os.path.relpath(file)
     return f"{file if path.startswith(os.pardir) else path}, line {line}"
 

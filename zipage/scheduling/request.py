@@ -51,7 +51,7 @@ class Request:
         has_held_slot: it was given a query slot at some time.
         peak_blocks: the most blocks it held at once: its table, and what a compression took beside it.
         queries_saved: a paused request's queries went with its entries, so it returns to a query slot.
-        host_copy: what the runner kept of a paused request; nobody else looks inside.
+        host_copy: what the runner kept of a paused request; only the runner reads it.
         prefix_ids: prefix id at the end of each leading block that the prefix index was told of.
         row: the request's row in the runner's batch tensors while it runs, else -1.
         num_table_written: leading entries of `block_ids` already in the runner's row.
@@ -202,7 +202,7 @@ class Request:
         self.note_fresh(0)
 
     def note_fresh(self, num_blocks: int) -> None:
-        """A compression takes so many blocks beside its table."""
+        """Blocks that a compression takes besides its table."""
         held = len(self.block_ids) + num_blocks
         if held > self.peak_blocks:
             self.peak_blocks = held

@@ -59,7 +59,7 @@ class CompressionRunner:
 
     A batch that fails goes on request by request, from the first layer that was not moved, with as little memory as can
     be: what one request or the size of the batch brought about costs no other. Only where a move itself fails, and
-    nobody knows what it left behind, do all requests of the batch fail.
+    what it left behind is unknown, do all requests of the batch fail.
 
     Args:
         cache: with positions, and with scores and queries where a policy asks for them.

@@ -23,7 +23,7 @@ class PartlyCompressed(RuntimeError):
 
     Attributes:
         first_layer: the layers before it are compressed, those from it on untouched. None where a move itself failed:
-            nobody knows what its layers hold, and the entries are of no use any more.
+            what its layers hold is unknown, and the entries are of no use any more.
     """
 
     def __init__(self, first_layer: int | None, failed: Sequence[Tensor]) -> None:
@@ -84,7 +84,7 @@ def compress(
     Raises:
         ValueError: arguments do not go together.
         PartlyCompressed: the policy or a kernel failed after survivors had been moved, or while they were. An exception
-            from before that comes as it is.
+            from before that is raised unchanged.
     """
     if event.window != policy.num_queries:
         raise ValueError(f"event.window={event.window}: {policy.name} reads {policy.num_queries} queries")

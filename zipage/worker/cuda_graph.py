@@ -101,10 +101,10 @@ class StepGraphs:
         return hidden[: len(batch)]
 
     def inputs(self, batch: TokenBatch | None, size: int) -> Tensor:
-        """What a graph reads, int64 [7, size] on the host: the fields of `TokenBatch`, padded with rows of nobody."""
+        """What a graph reads, int64 [7, size] on the host: the fields of `TokenBatch`, padded with the empty row."""
         packed = np.zeros((7, size), dtype=np.int64)
         packed[[1, 3, 4]] = -1
-        packed[5] = self._tables.nobody
+        packed[5] = self._tables.empty_row
         if batch is not None:
             for line, field in zip(packed, fields(TokenBatch), strict=True):
                 line[: len(batch)] = getattr(batch, field.name)

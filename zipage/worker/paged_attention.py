@@ -29,7 +29,7 @@ class PagedAttention:
         cache: the paged keys and values.
         layers: attention of each layer.
         slots: int64 [T], where each token's entry goes; the same in every layer.
-        query_indices: int64 [T], where each token's queries go (`store_step`); None where nobody keeps any.
+        query_indices: int64 [T], where each token's queries go (`store_step`); None where no request keeps any.
         num_decodes: leading tokens that are decodes, one request each.
         decode_tables, prefill_tables: int32 [B, max blocks of the part].
         decode_lens, prefill_lens: int32 [B], entries of each request with this step's included.

@@ -536,7 +536,7 @@ def test_children_that_die_are_one_line_each(arguments, tmp_path, results, capsy
     assert capsys.readouterr().err.splitlines() == [
         "error: arm 1 of 6: seed=1: killed by SIGKILL (did the memory run out?)",
         "error: arm 2 of 6: seed=2: killed by SIGSEGV",
-        "error: arm 3 of 6: seed=3: ended with exit code 9 and no word",
+        "error: arm 3 of 6: seed=3: ended with exit code 9 and no output",
         "error: arm 4 of 6: seed=4: ended without the record that it was to make: "
         "did what it reads change since the sweep began?",
         "error: arm 5 of 6: seed=5: this",
