@@ -56,7 +56,7 @@ def _refuse_dashes(argument: str) -> None:
 
 def _check_form(override: str, after: str, flags: Sequence[str]) -> None:
     if override.startswith("="):
-        raise UsageError(f"{override}: names no option; write option=value")
+        raise UsageError(f"{override}: names no option; write OPTION=VALUE")
     if "=" in override or override.startswith("~"):
         return
     if override in known_keys():
@@ -66,5 +66,5 @@ def _check_form(override: str, after: str, flags: Sequence[str]) -> None:
     elif close := closest(override, [flag.lstrip("-") for flag in flags]):
         remedy = f"did you mean --{close}?"
     else:
-        remedy = "write option=value"
+        remedy = "write OPTION=VALUE"
     raise UsageError(f"{override}: has no value; {remedy}")
