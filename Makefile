@@ -22,9 +22,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(RUN) -m experiments.run +sweep=demo +share_model=true hardware=cpu
-	$(RUN) -m experiments.report results/runs/sweeps/demo-*.json --html results/runs/demo.html --title "Zipage demo" > /dev/null
-	@echo "with intervals, verdicts and pictures: results/runs/demo.html"
+	@$(RUN) -m experiments.run +sweep=demo +share_model=true hardware=cpu
+	@$(RUN) -m experiments.report results/runs/sweeps/demo-*.json --html results/runs/demo.html --title "Zipage demo" > /dev/null
+	@echo "page: results/runs/demo.html"
 
 test: setup lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto

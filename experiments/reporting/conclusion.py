@@ -50,7 +50,7 @@ def conclusions(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> lis
         best = [_best(part, "_kept") for _, part in graded.groupby(["model.name", "workload.name"])]
         lines = [(run, _answers(run)) for run in best]
     else:
-        same = beside[_same_load(beside, base) & beside["_speed"].notna()]
+        same = beside[beside["accuracy"].isna() & _same_load(beside, base) & beside["_speed"].notna()]
         best = [_best(part, "_speed") for _, part in same.groupby(["model.name", "workload.name"])]
         lines = [(run, f"{run['_speed']:.2f} x full KV's tokens/s{_memory(run)}{_load(table, run)}") for run in best]
     told = [name for name in ("model.name", "workload.name") if len({run[name] for run in best}) > 1]

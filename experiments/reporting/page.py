@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,12 @@ import pandas as pd
 
 from experiments.analysis.comparison import compare
 from experiments.config.notes import notes_on
-from experiments.config.options import budget_texts, held_budgets
-from experiments.records import EVENTS, load_events
-from experiments.reporting import plots
-from experiments.reporting.plots.style import MOST_LINES, label, run_names
+from experiments.config.options import budget_texts, in_order
+from experiments.reporting.conclusion import conclusions
+from experiments.reporting.pictures import pictures
+from experiments.reporting.plots.style import run_names
 from experiments.reporting.published import beside
-from experiments.reporting.tables import comparison_table
+from experiments.reporting.tables import by_load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,15 +25,25 @@ if TYPE_CHECKING:
 DPI = 160
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem }
-body { color: #1a1a1a; background: #fff }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 1rem }
+body { color: #1a1a1a; background: #fff; overflow-wrap: anywhere }
 h1 { font-size: 1.6rem; margin: .5rem 0 } h2 { font-size: 1.2rem; margin: 2rem 0 .3rem }
-p { max-width: 46rem } .note { border-left: 4px solid #D55E00; padding: .2rem .8rem; background: #fdf3ec }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right } th { background: #f4f4f4 }
+h3 { font-size: 1rem; margin: 1rem 0 .3rem } p { max-width: 46rem }
+.conclusion { font-size: 1.2rem; font-weight: 600; margin: .6rem 0 }
+.note { border-left: 4px solid #D55E00; padding: .2rem .8rem; margin: .5rem 0; background: #fdf3ec; font-size: .9rem }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right }
+th { background: #f4f4f4; vertical-align: bottom; overflow-wrap: normal; max-width: 7rem } td { white-space: nowrap }
 td.text, th.text { text-align: left } img { max-width: 100%; height: auto }
-@media (max-width: 48rem) { .wide img { max-width: none } }
-.left { color: #666 }
+details p { margin: .3rem 0 } .left { color: #666 }
+@media (max-width: 48rem) {
+  .wide img { max-width: none }
+  table, tbody, tr { display: block } thead { display: none }
+  tr { border: 1px solid #ccc; border-radius: .4rem; margin: 0 0 .8rem; padding: .3rem .6rem }
+  td, td.text { display: flex; justify-content: space-between; gap: 1rem; white-space: normal; text-align: right }
+  td { border-bottom: 1px solid #eee; padding: .15rem 0 } td:last-child { border-bottom: 0 }
+  td::before { content: attr(data-label); color: #555; text-align: left; flex: none }
+}
 """
 
 TEXTS = ("row", "model", "workload", "policy", "verdict", "run", "commit", "diff", "device", "versions", "command")
@@ -53,7 +63,11 @@ def page(
     """
     compared = compare(runs, margin)
     parts = [f"<h1>{escape(title)}</h1>", *_summary(runs, compared)]
-    parts += ["<h2>Comparison</h2>", _explained(margin), _table(comparison_table(compared))]
+    parts.append("<h2>Comparison</h2>")
+    loads = by_load(compared)
+    for name, table in loads:
+        parts += [f"<h3>{escape(name)}</h3>"] * (len(loads) > 1) + [_table(table)]
+    parts.append(_explained(margin))
     if published is not None:
         parts.append(f"<h2>Beside published figures: {escape(published['title'])}</h2>")
         parts.append(
@@ -62,7 +76,7 @@ def page(
         )
         parts.append(_table(beside(runs, compared, published)))
     left_out = []
-    for heading, help_text, draw in _pictures(runs, compared):
+    for heading, help_text, draw in pictures(runs, compared):
         try:
             figure = draw()
         except (ValueError, OSError) as error:  # OSError: a record without one of its files
@@ -72,92 +86,12 @@ def page(
     if left_out:
         items = "".join(f"<li>{escape(line)}</li>" for line in left_out)
         parts.append(f'<h2>Left out</h2><ul class="left">{items}</ul>')
-    parts += ["<h2>Where the numbers come from</h2>", _table(provenance_table(runs))]
+    parts += ["<h2>Where the numbers come from</h2>", _table(provenance_table(in_order(runs)))]
     view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head = f'<meta charset="utf-8">{view}<title>{escape(title)}</title>'
     return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n' + (
         "\n".join(parts) + "\n</body></html>\n"
     )
-
-
-def _pictures(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
-    """Heading, how to read it, and the picture."""
-    yield (
-        "Accuracy against budget",
-        "Bars are 95 % intervals over problems. The black line is full KV with its interval; whole lines protect the "
-        "prompt, broken ones do not. Where intervals of two policies overlap, look at the paired differences above.",
-        lambda: plots.accuracy_by_budget(runs, compared),
-    )
-    labels, budgets = runs.apply(label, axis=1), held_budgets(runs)
-    if labels.nunique() > MOST_LINES or budgets.nunique() == 1:
-        yield (
-            "Accuracy by policy",
-            "A row a policy, a point with its 95 % interval a run; the point is filled where the prompt is protected. "
-            "The black line is full KV with its interval.",
-            lambda: plots.accuracy_by_policy(runs, compared),
-        )
-    yield (
-        "Facts against distance",
-        "What answers still knew of the values that their thoughts needed late, by how far back each was stated. A "
-        "policy that keeps what it needs stays level; one that forgets with time falls.",
-        lambda: plots.facts_by_distance(runs),
-    )
-    yield (
-        "Accuracy against throughput",
-        "Up and to the right is better; a line joins the runs of a policy that no other of it beats in both. Runs of "
-        "different machines, or beside other load, can't be compared here.",
-        lambda: plots.accuracy_by_throughput(runs, compared),
-    )
-    yield (
-        "Throughput over time",
-        "Full KV comes in waves where memory is short; a bounded cache holds its level. Of one policy, the darker line "
-        "has the greater budget.",
-        lambda: plots.throughput_over_time(runs),
-    )
-    yield (
-        "Concurrency over time",
-        "Requests that decode together, and those that wait for room.",
-        lambda: plots.concurrency_over_time(runs),
-    )
-    yield ("Blocks over time", "How full the pool was.", lambda: plots.blocks_over_time(runs))
-    yield (
-        "Latency",
-        "Share of the samples that had reached each point within a time.",
-        lambda: plots.latency_cdfs(runs),
-    )
-    yield (
-        "Output length",
-        "Evicted thoughts that lose their way grow longer, which flatters tokens per second. Boxes are quartiles over "
-        "problems, whiskers 5 and 95 %.",
-        lambda: plots.length_inflation(runs, compared),
-    )
-    yield (
-        "Where eviction pays",
-        "Throughput over that of full KV for each load and pool; above 1 eviction is faster.",
-        lambda: plots.crossover_map(runs),
-    )
-    yield (
-        "What each head kept",
-        "Each row is a KV head, each column a token of the prompt and the thought; bright tokens survived many "
-        "compressions.",
-        lambda: _first_trace(runs),
-    )
-
-
-def _first_trace(runs: pd.DataFrame) -> Figure:
-    """The sample with the most compressions in the first run that traced positions."""
-    from pathlib import Path
-
-    for _, run in runs.iterrows():
-        if (Path(run["path"]) / EVENTS).exists():
-            events = load_events(run)
-            traced = events[events["kept_positions"].notna()]
-            if len(traced):
-                counts = traced.groupby(["prompt_id", "sample_index"]).size()
-                figure = plots.kept_positions(events, *counts.idxmax())
-                figure.suptitle(label(run), fontsize=10)
-                return figure
-    raise ValueError("the runs hold no traced positions (run one with engine.trace_positions=true)")
 
 
 def _summary(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[str]:
@@ -166,6 +100,8 @@ def _summary(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[str]:
         for frame in (runs["model.name"], runs["workload.name"], compared["device"])
     )
     yield f"<p>{len(runs)} runs: {escape(models)} on {escape(workloads)}; {escape(devices)}.</p>"
+    for line in conclusions(runs, compared):
+        yield f'<p class="conclusion">{escape(line)}.</p>'
     for line in warnings(runs, compared):
         yield f'<p class="note">{escape(line)}</p>'
 
@@ -221,17 +157,19 @@ def provenance_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _explained(margin: float) -> str:
     return (
-        "<p>Accuracy is the mean over samples with a 95 % interval that resamples problems. Differences are paired by "
-        "problem. KV MiB is the most that one sample's cache held, scores, positions and query slot included. "
-        "Random + prompt is the control of the same budget, or, beside it, of as many bytes and up to 5 % more. The "
-        f"verdict is about non-inferiority to full KV at a margin of {100 * margin:g} points. Right answers per "
-        "GPU-hour leave loading out.</p>"
+        "<details open><summary>How to read the table</summary><p>Accuracy is the mean over samples with a 95 % "
+        "interval that resamples problems. Differences are paired by problem. KV MiB is the most that one sample's "
+        "cache held, scores, positions and query slot included. Random + prompt is the control of the same budget, or, "
+        "beside it, of as many bytes and up to 5 % more. The verdict is about non-inferiority to full KV at a margin "
+        f"of {100 * margin:g} points. Right answers per GPU-hour leave loading out. Pool is engine.num_blocks, batch "
+        "is engine.max_num_seqs.</p></details>"
     )
 
 
 def _table(table: pd.DataFrame) -> str:
     def cell(tag: str, name: str, text: object) -> str:
         kind = ' class="text"' if name in TEXTS else ""
+        kind += f' data-label="{escape(name)}"' if tag == "td" else ""
         return f"<{tag}{kind}>{escape(str(text))}</{tag}>"
 
     head = "".join(cell("th", name, name) for name in table.columns)

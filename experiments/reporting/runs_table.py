@@ -104,7 +104,7 @@ def _narrow(columns: dict[str, Column], cells: dict[str, list[str]]) -> str:
     if above:
         text = _wrapped(f"all runs: {', '.join(above)}") + "\n" + text
     if below:
-        text += "\n" + _wrapped(f"--wide also shows {', '.join(below)}")
+        text += "\n" + _wrapped(f"experiments.report --wide also shows {', '.join(below)}")
     return text
 
 
@@ -119,7 +119,7 @@ def sweep_table(path: Path, wide: bool = False) -> str:
     """The finished runs of a sweep, given by its file.
 
     Raises:
-        UsageError: the file is no record of a sweep.
+        UsageError: the file is not the record of a sweep.
     """
     runs = load_runs(path)
     return "no finished run" if runs.empty else with_notes(runs, wide)

@@ -12,9 +12,10 @@ from experiments.config.options import (
     GROUPS,
     SHOWN,
     budget_texts,
-    held_budgets,
+    in_order,
     label,
     readable_options,
+    short_names,
     varied_options,
 )
 from experiments.reporting.markdown import markdown
@@ -55,14 +56,14 @@ COLUMNS: dict[str, Cell] = {
     "workload": _text("workload.name"),
     "policy": label,
     "budget": _text("budget.text"),
-    "KV MiB": lambda row: "-" if pd.isna(row["kv_bytes.max"]) else f"{row['kv_bytes.max'] / 2**20:,.2f}",
-    "problems": _number("problems", "{:,.0f}"),
     "accuracy (%) [95 %]": _accuracy,
+    "tokens/s": _number("output_tokens_per_second", "{:,.0f}"),
+    "KV MiB": lambda row: "-" if pd.isna(row["kv_bytes.max"]) else f"{row['kv_bytes.max'] / 2**20:,.2f}",
     "less full KV": _difference("full"),
     "verdict": _text("full.verdict"),
     "less random + prompt": _difference("random"),
     AS_MANY_BYTES: _difference("bytes"),
-    "tokens/s": _number("output_tokens_per_second", "{:,.0f}"),
+    "problems": _number("problems", "{:,.0f}"),
     "right answers/GPU-hour": _number("correct_per_gpu_hour", "{:,.0f}"),
     "mean output": _number("output_length.mean", "{:,.0f}"),
     "length / full KV": _number("output_length.inflation", "{:.2f}"),
@@ -80,12 +81,8 @@ def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
     """
     options = [name for name in compared if name.partition(".")[0] in GROUPS and name not in SHOWN]
     shown = readable_options(compared, options)
-    keyed = compared.assign(
-        _label=compared.apply(label, axis=1),
-        _full=compared["policy.name"] != "full",
-        **{"budget.text": budget_texts(compared), "_budget": held_budgets(compared)},
-    )
-    order = keyed.sort_values(["workload.name", "model.name", "_full", "_label", "_budget"])
+    keyed = compared.assign(**{"budget.text": budget_texts(compared)})
+    order = in_order(keyed)
     rows = [[cell(row) for cell in COLUMNS.values()] for _, row in order.iterrows()]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     if (table[AS_MANY_BYTES] == "-").all():
@@ -98,6 +95,26 @@ def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
     if compared["model.name"].nunique() > 1:
         table.insert(0, "model", order["model.name"].tolist())
     return table
+
+
+def by_load(compared: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """`comparison_table` cut by model and workload, each with a title, in short names.
+
+    Each part has only the columns that say something there: a load without accuracy has none of accuracy, and the
+    options in which its own rows differ.
+    """
+    several = compared["model.name"].nunique() > 1
+    parts = []
+    for (workload, model), part in compared.groupby(["workload.name", "model.name"], sort=True):
+        table = comparison_table(part)
+        options = [name for name in table if (name.partition(".")[0] in GROUPS and "." in name) or name in GROUPS]
+        options = [name for name in options if name not in COLUMNS]
+        blank = [name for name in table if (table[name] == "-").all() and name not in ("policy", "budget")]
+        same = [name for name in options if table[name].nunique() == 1]
+        table = table.drop(columns=[*{*blank, *same, *({"workload", "model"} & set(table))}])
+        names = short_names(name for name in options if name in table)
+        parts.append((f"{workload} ({model})" if several else str(workload), table.rename(columns=names)))
+    return parts
 
 
 def by_option(

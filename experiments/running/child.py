@@ -12,26 +12,29 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 
 from experiments.running.lifeline import Child
+from experiments.running.plan_text import printable
 
 POINTS_BACK = "root cause above"
 """In an error whose cause another process printed before."""
 
 CAUSE = re.compile(r"\b\w*(?:Error|Exception): .+")
 
+COLOURS = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+"""What tells a terminal how to show text."""
+
 GRACE = 30.0
 """Seconds that an interrupted process has to clean up."""
 
 
-def run_child(command: Sequence[str], progress: Callable[[], str]) -> tuple[int, str]:
+def run_child(command: Sequence[str], tick: Callable[[], object]) -> tuple[int, str]:
     """Run a command to its end.
 
     Args:
-        progress: gives the line that a terminal shows meanwhile.
+        tick: called about once a second meanwhile.
 
     Returns:
         The exit code, negative for the signal that killed it, and what it printed.
@@ -45,7 +48,7 @@ def run_child(command: Sequence[str], progress: Callable[[], str]) -> tuple[int,
         # In a group of its own, so that a terminal's Ctrl-C reaches it once, from here.
         process = Child(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
-            code = _wait(process, progress)
+            code = _wait(process, tick)
         except BaseException:
             _stop(process)
             raise
@@ -86,7 +89,7 @@ class Worker:
     def ended(self) -> bool:
         return self._process.poll() is not None
 
-    def run(self, task: Sequence[str], progress: Callable[[], str]) -> tuple[int, str]:
+    def run(self, task: Sequence[str], tick: Callable[[], object]) -> tuple[int, str]:
         """Do a task. Arguments, returns and raises as `run_child`; any exit code but 0 ends the process too."""
         # Not a seek: the process writes at the file's own place.
         begin = os.fstat(self._output.fileno()).st_size
@@ -95,13 +98,11 @@ class Worker:
                 self._process.stdin.write(json.dumps(list(task)).encode() + b"\n")
                 self._process.stdin.flush()
             while not select.select([self._told], [], [], 1)[0]:
-                _show(progress)
+                tick()
             code = 0 if self._told.readline() else self._process.wait()
         except BaseException:
             _stop(self._process)
             raise
-        finally:
-            _clear()
         size = os.fstat(self._output.fileno()).st_size - begin
         output = os.pread(self._output.fileno(), size, begin).decode(errors="replace")
         return code, output
@@ -126,12 +127,12 @@ def reason_of(code: int, output: str) -> str:
         return f"killed by {_signal_name(-code)}" + " (did the memory run out?)" * (code == -signal.SIGKILL)
     if code == 0:
         return "ended without the record that it was to make: did what it reads change since the sweep began?"
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    lines = [line.strip() for line in COLOURS.sub("", output).splitlines() if line.strip()]
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines
     if said and POINTS_BACK in said[-1]:
         causes = [found[0] for line in lines if POINTS_BACK not in line and (found := CAUSE.search(line))]
         said += causes[-1:]
-    return said[-1] if said else f"ended with exit code {code} and no word"
+    return printable(said[-1]) if said else f"ended with exit code {code} and no output"
 
 
 def _signal_name(number: int) -> str:
@@ -141,26 +142,12 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _wait(process: subprocess.Popen[bytes], progress: Callable[[], str]) -> int:
+def _wait(process: subprocess.Popen[bytes], tick: Callable[[], object]) -> int:
     while True:
         try:
             return process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            _show(progress)
-        finally:
-            if process.returncode is not None:
-                _clear()
-
-
-def _show(progress: Callable[[], str]) -> None:
-    if sys.stdout.isatty():
-        # Whatever is printed next takes the line's place.
-        print(f"{progress()}\033[K\r", end="", flush=True)
-
-
-def _clear() -> None:
-    if sys.stdout.isatty():
-        print("\033[K", end="", flush=True)
+            tick()
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -7,20 +7,20 @@ that was, goes on when it is started again. Its processes end with it, also when
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from operator import attrgetter
 from pathlib import Path
 from statistics import mean
+from textwrap import fill
 from typing import Any
 
 from experiments import records
 from experiments.backends import BackendFactory
+from experiments.command_line import INTERRUPTED
 from experiments.config.arms import Arm, expand
 from experiments.config.compose import load_experiment
 from experiments.config.notes import notes_before
@@ -31,6 +31,8 @@ from experiments.reporting.runs_table import sweep_table
 from experiments.running import job
 from experiments.running.child import Worker, reason_of, run_child
 from experiments.running.models import find_model
+from experiments.running.plan_text import WIDTH, arm_names, plan_lines
+from experiments.running.progress import Progress, clock, columns
 from experiments.workloads import load_problems
 
 RUN = (sys.executable, "-m", "experiments.run")
@@ -43,7 +45,7 @@ ALIKE = ("model.name", "workload.name", "limit", "sampling.n", "sampling.max_tok
 
 def run(
     names: Sequence[str], arguments: Sequence[str], backends: Mapping[str, BackendFactory], child: Sequence[str] = RUN,
-    worker: Sequence[str] = WORKER,
+    worker: Sequence[str] = WORKER, dry_run: bool = False,
 ) -> int:  # fmt: skip
     """Run the arms of the joined sweeps that are not done yet, and print the table of all.
 
@@ -52,6 +54,7 @@ def run(
         arguments: overrides for every arm, and `+share_model=true`.
         child: the command that makes one run of the overrides after it.
         worker: the command of an `experiments.running.child.Worker` that makes one after another.
+        dry_run: print the plan and stop.
 
     Returns:
         The exit code: 0 all arms are done, 1 some failed, 130 interrupted.
@@ -60,16 +63,21 @@ def run(
         UsageError: the sweep can't be done as asked; nothing was run.
     """
     shares, arguments = _asks_to_share(arguments)
-    arms = plan(names, arguments, backends)
-    sweep = Sweep("+".join(Path(name).stem for name in names), arms, child, worker if shares else None)
-    sweep.write()
-    with _stop_signals():
-        try:
-            return sweep.run()
-        except KeyboardInterrupt:
-            print("\nerror: interrupted; finished arms are kept, and the same command goes on", file=sys.stderr)
-            return 130
-        finally:
+    sweep = None
+    try:
+        arms = plan(names, arguments, backends)
+        sweep = Sweep("+".join(Path(name).stem for name in names), arms, child, worker if shares else None)
+        if dry_run:
+            sweep.print_plan()
+            return 0
+        sweep.write()
+        return sweep.run()
+    except KeyboardInterrupt:
+        got = "nothing was run" if sweep is None else f"{sweep.done} of {counted(arms)} recorded"
+        print(f"\nerror: interrupted: {got}, and the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        if sweep is not None:
             sweep.close()
 
 
@@ -148,7 +156,10 @@ class Sweep:
         """The process that holds a model, and what arms must have in common to run there."""
         digest = records.content_hash([arm.folder.name for arm in arms])
         self.path = arms[0].folder.parent / records.SWEEPS / f"{records.shortened(name)}-{digest[:12]}.json"
-        self.shared = [option for option in arms[0].overrides if all(option in arm.overrides for arm in arms)]
+        self.names = dict(zip([arm.folder for arm in arms], arm_names([arm.overrides for arm in arms]), strict=True))
+        """What sets each arm apart from the others."""
+        self.done = 0
+        """Arms that are recorded."""
         self.started = time.monotonic()
         self.seconds: dict[tuple[Any, ...], list[float]] = {}
         """Seconds that runs of each kind have taken."""
@@ -164,29 +175,42 @@ class Sweep:
 
     def run(self) -> int:
         """Returns the exit code."""
-        waiting = self._print_plan()
-        failures: list[str] = []
-        for number, arm in enumerate(self.arms, 1):
-            if arm not in waiting:
-                continue
-            waiting.remove(arm)
-            title = f"arm {number} of {len(self.arms)}: {self._own(arm)}"
-            print(title, flush=True)
-            begin = time.monotonic()
-            reason = self._run_arm(arm, begin, waiting)
-            seconds = time.monotonic() - begin
-            if reason is None:
-                self.seconds.setdefault(arm.kind, []).append(seconds)
-            else:
-                failures.append(f"{title}: {reason}")
-            print(f"  {f'failed: {reason}' if reason else 'done'}; {self._progress(begin, waiting)}", flush=True)
-        print("\n" + sweep_table(self.path), flush=True)
-        print(f"sweep: {self.path}", flush=True)
-        for failure in failures:
-            print(f"error: {failure}", file=sys.stderr)
+        waiting = self.print_plan()
+        failures = 0
+        progress = Progress(len(self.arms))
+        try:
+            for number, arm in enumerate(self.arms, 1):
+                if arm not in waiting:
+                    continue
+                waiting.remove(arm)
+                title = f"arm {number} of {len(self.arms)}: {self.names[arm.folder]}"
+                begin = time.monotonic()
+
+                def show(arm: PlannedRun = arm, title: str = title, begin: float = begin) -> None:
+                    done = len(self.arms) - len(waiting) - 1
+                    left = self._seconds_left(waiting, arm, time.monotonic() - begin)
+                    progress.show(title, done, len(self.arms), time.monotonic() - self.started, left)
+
+                reason = self._run_arm(arm, show)
+                seconds = time.monotonic() - begin
+                if reason is None:
+                    self.done += 1
+                    self.seconds.setdefault(arm.kind, []).append(seconds)
+                else:
+                    failures += 1
+                    progress.say(f"error: {title}: {reason}", error=True)
+                outcome = "failed" if reason else _figures(arm.folder)
+                progress.say(f"{title}: {outcome}; {clock(seconds)}, {self._to_go(waiting)}")
+        finally:
+            progress.close()
+        print(f"\nsweep: {self.path}\n{sweep_table(self.path)}", flush=True)
+        if failures:
+            print(
+                f"{failures} of {counted(self.arms)} failed: see the errors above, and RUN.log beside the sweep's file"
+            )
         return int(bool(failures))
 
-    def _print_plan(self) -> list[PlannedRun]:
+    def print_plan(self) -> list[PlannedRun]:
         """Print what there is to do. Returns the arms that must be run."""
         kinds = {arm.kind for arm in self.arms}
         for run in records.load_runs(self.path.parents[1]).to_dict("records"):
@@ -195,23 +219,22 @@ class Sweep:
             if kind in kinds and seconds > 0:  # neither absent nor NaN
                 self.seconds.setdefault(kind, []).append(seconds)
         waiting = [arm for arm in self.arms if arm.waits]
-        done = len(self.arms) - len(waiting)
-        print(f"sweep {self.name}: {len(self.arms)} arms, {done} done, {self._to_go(waiting)}")
-        print(f"  all arms: {' '.join(self.shared) or '-'}")
-        for number, arm in enumerate(self.arms, 1):
-            state = "" if arm.standing.state == "missing" else arm.standing.state
-            print(f"  {number:3} {state:7} {self._own(arm)}", flush=True)
+        self.done = len(self.arms) - len(waiting)
+        width = min(WIDTH, (columns() or WIDTH + 1) - 1)
+        print(fill(f"sweep {self.name}: {counted(self.arms)}, {self.done} done, {self._to_go(waiting)}", width))
+        states = ["" if arm.standing.state == "missing" else arm.standing.state for arm in self.arms]
+        print(*plan_lines([arm.overrides for arm in self.arms], states, width), sep="\n", flush=True)
         reasons = Counter((arm.standing.state, arm.standing.reason) for arm in self.arms if arm.standing.reason)
         for (state, reason), count in reasons.items():
-            print(f"  {count} {state}: {reason}; force=stale runs such arms again", flush=True)
+            print(fill(f"  {count} {state}: {reason}; force=stale runs such arms again", width), flush=True)
         for note in dict.fromkeys(note for arm in self.arms for note in arm.notes):
-            print(f"note: {note}", flush=True)
+            print(fill(f"note: {note}", width, subsequent_indent="  ", break_on_hyphens=False), flush=True)
         return waiting
 
-    def _run_arm(self, arm: PlannedRun, begin: float, waiting: Sequence[PlannedRun]) -> str | None:
+    def _run_arm(self, arm: PlannedRun, tick: Callable[[], object]) -> str | None:
         """Run one arm. Returns None when it is done, else why not, in one line."""
         try:
-            code, output = self._carry_out(arm, lambda: f"  {self._progress(begin, waiting)}")
+            code, output = self._carry_out(arm, tick)
         except OSError as error:
             return one_line(error)
         log = self.path.with_name(f"{arm.folder.name}.log")
@@ -222,16 +245,16 @@ class Sweep:
             log.write_text(output, encoding="utf-8")
         return reason_of(code, output)
 
-    def _carry_out(self, arm: PlannedRun, progress: Callable[[], str]) -> tuple[int, str]:
+    def _carry_out(self, arm: PlannedRun, tick: Callable[[], object]) -> tuple[int, str]:
         """The exit code and output of the arm, in a process of its own or in the one that holds its model."""
         overrides = [*arm.overrides, *self._group(arm)]
         if self._working and (self._working[0] != arm.shared or self._working[1].ended):
             self.close()  # before another takes memory
         if self.worker is None or arm.shared is None:
-            return run_child([*self.child, *overrides], progress)
+            return run_child([*self.child, *overrides], tick)
         if self._working is None:
             self._working = arm.shared, Worker(self.worker)
-        return self._working[1].run(overrides, progress)
+        return self._working[1].run(overrides, tick)
 
     def close(self) -> None:
         """End the process that holds a model, if there is one."""
@@ -244,36 +267,36 @@ class Sweep:
         tracking = arm.experiment.tracking
         return [f"tracking.group={self.path.stem}"] if tracking.backend == "wandb" and tracking.group is None else []
 
-    def _own(self, arm: PlannedRun) -> str:
-        """What sets the arm apart from the others."""
-        return " ".join(option for option in arm.overrides if option not in self.shared) or "-"
-
-    def _progress(self, begin: float, waiting: Sequence[PlannedRun]) -> str:
-        now = time.monotonic()
-        return f"arm {_clock(now - begin)}, sweep {_clock(now - self.started)}, {self._to_go(waiting)}"
-
     def _to_go(self, waiting: Sequence[PlannedRun]) -> str:
-        """The time that `waiting` arms will take, by those of their kind, or else by all that are known."""
+        """How many arms wait, and for how long where that is known."""
         if not waiting:
             return "nothing to go"
+        left = self._seconds_left(waiting)
+        return f"{len(waiting)} to go" + ("" if left is None else f", about {clock(left)}")
+
+    def _seconds_left(
+        self, waiting: Sequence[PlannedRun], running: PlannedRun | None = None, spent: float = 0.0
+    ) -> float | None:
+        """The time that arms will take, by those of their kind, or else by all that are known; None: none is."""
         known = [seconds for kind in self.seconds.values() for seconds in kind]
         if not known:
-            return f"{len(waiting)} to go, for a time that the first will tell"
-        return f"{len(waiting)} to go, about {_clock(sum(mean(self.seconds.get(a.kind, known)) for a in waiting))}"
+            return None
+        takes = [mean(self.seconds.get(arm.kind, known)) for arm in (*waiting, *([running] if running else ()))]
+        return sum(takes[: len(waiting)]) + (max(0.0, takes[-1] - spent) if running else 0.0)
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[None]:
-    """A request to end, or a closed terminal, stops a sweep like Ctrl-C."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler == signal.SIG_DFL:  # under nohup, SIGHUP is ignored
-            signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def counted(arms: Sequence[PlannedRun]) -> str:
+    return "1 arm" if len(arms) == 1 else f"{len(arms)} arms"
+
+
+def _figures(folder: Path) -> str:
+    """The summary of a finished arm: its accuracy, where it was graded, and its tokens/s."""
+    runs = records.load_runs(folder).reindex(columns=["accuracy", "output_tokens_per_second"]).astype(float)
+    found = []
+    for accuracy, rate in runs.itertuples(index=False):
+        found += [f"{accuracy:.1%} right"] if accuracy == accuracy else []  # no NaN
+        found += [f"{rate:,.1f} tokens/s"] if rate == rate else []
+    return ", ".join(found) or "done"
 
 
 def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -287,7 +310,3 @@ def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
         return answers[key]
 
     return remembered
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

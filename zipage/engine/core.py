@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -115,7 +115,7 @@ class EngineCore:
         return self._take_deltas()
 
     def stop(self, request_id: str, index: int) -> RequestMetrics:
-        """End a sample in whose text a stop string was seen."""
+        """End a sample in whose text a stop string was seen, or which has none."""
         request = next(r for r in self._samples[request_id] if r.index == index)
         self.scheduler.finish([request], "stop", time.perf_counter())
         self._forget(request)
@@ -186,8 +186,10 @@ class EngineCore:
         batch = self._schedule(begin)
         if batch is not None and not batch.is_empty:
             plan = plan_step(batch, self.scheduler.take_dropped())
-            self.runner.move(plan)
+            lost = self.runner.move(plan)
             self.telemetry.record_moves(batch)
+            if lost:
+                self._end_lost(batch, lost)
             if self.debug:
                 self.debug.before(batch)
             launch = self.runner.launch(plan)
@@ -200,6 +202,13 @@ class EngineCore:
                 self._end_step()
         self._drain()
         return self._take_deltas()
+
+    def _end_lost(self, batch: Batch, lost: Mapping[int, str]) -> None:
+        """End the requests whose entries were lost on the way to host memory or back; `lost`: number -> why."""
+        moved = {swap.request.number: swap.request for swap in (*batch.paused, *batch.resumed)}
+        for number, error in lost.items():
+            self.scheduler.fail(moved[number], error, time.perf_counter())
+        self._end([moved[number] for number in lost])
 
     def _may_overlap(self, batch: Batch) -> bool:
         """Whether the next step may be launched before the host knows this one's tokens."""
@@ -283,7 +292,7 @@ class EngineCore:
 
     # Deltas
 
-    def _end(self, finished: Sequence[Request]) -> None:
+    def _end(self, finished: Iterable[Request]) -> None:
         """The last deltas of requests that have ended."""
         for request in finished:
             tokens, logprobs = request.take_new()

@@ -1,4 +1,4 @@
-"""Who runs in a step: what the scheduler decides and the engine books. The worker is told `plan_step` of it."""
+"""Who runs in a step: what the scheduler decides and the engine books. The worker gets `plan_step` of it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Batch:
         prefills: chunks of prompts (and of texts that are recomputed after a preemption).
         preempted: requests that lost their blocks to this step; their text is computed again.
         sampled: requests that get a token from this step: `decodes`, then prefills that reach the end of their text.
-        num_stalled: running requests that could decode but for a query slot or a block, and sit this step out.
+        num_stalled: running requests that could decode if they had a query slot or a block; they wait.
     """
 
     paused: list[Swap] = field(default_factory=list)

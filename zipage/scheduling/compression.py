@@ -1,6 +1,4 @@
-"""A compression as the scheduler has it: of a live request, into which blocks. The worker is told `plan_compression` of
-it.
-"""
+"""A compression as the scheduler has it: of a live request, into which blocks."""
 
 from __future__ import annotations
 

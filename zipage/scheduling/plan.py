@@ -1,4 +1,4 @@
-"""What the worker is told: arrays, ids and block numbers, so that several processes can be told the same.
+"""What the worker gets: arrays, ids and block numbers, so that several processes can get the same.
 
 Nothing here refers to a live request, and all of it can be pickled.
 """
@@ -75,7 +75,7 @@ class StepPlan:
     """One step: blocks are moved, rows and tables are brought up to date, then n requests compute T tokens.
 
     Attributes:
-        drops: numbers of requests whose saved blocks nobody will ask for.
+        drops: numbers of requests whose saved blocks are not needed any more.
         saves, restores: blocks of requests that are paused and resumed; saves come first, since others, resumed ones
             among them, get their blocks.
         copies: (source, destination) blocks to copy after that.

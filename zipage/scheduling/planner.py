@@ -1,4 +1,4 @@
-"""From live requests to the plain data that the worker is told."""
+"""From live requests to the plain data that the worker gets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zipage.scheduling.request import Request
 
 
 def plan_step(batch: Batch, drops: Sequence[int] = ()) -> StepPlan:
-    """The plan of a batch, before it is advanced. What it tells of block tables is taken as told.
+    """The plan of a batch, before it is advanced. Growth of block tables counts as sent once it is in a plan.
 
     Args:
         drops: numbers of paused requests that have ended.
@@ -47,7 +47,7 @@ def plan_step(batch: Batch, drops: Sequence[int] = ()) -> StepPlan:
 
 
 def plan_compression(compression: Compression) -> CompressionOrder:
-    """What the worker is told of a compression."""
+    """What the worker gets of a compression."""
     request = compression.request
     return CompressionOrder(
         compression.number,

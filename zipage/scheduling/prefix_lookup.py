@@ -1,4 +1,4 @@
-"""What of a request's text the cache holds already, and what the prefix index is told of it."""
+"""Finds the part of a request's text that the cache holds already, and registers its blocks in the prefix index."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ class Request:
         self.note_fresh(0)
 
     def note_fresh(self, num_blocks: int) -> None:
-        """A compression takes so many blocks beside its table."""
+        """Blocks that a compression takes besides its table."""
         held = len(self.block_ids) + num_blocks
         if held > self.peak_blocks:
             self.peak_blocks = held

@@ -34,23 +34,7 @@ class Scheduler:
     whose value is still pending. If that token turns out to end it, what the next step computes for it is dropped.
     Without its blocks or row it waits until its token is known, for then its text is computed again from the host's.
 
-    **Memory.** A prompt is admitted only when the pool holds all of it at once and keeps blocks free for the next
-    `headroom` entries of each that runs, unless its compression comes before. A decode that finds no free block takes
-    those of a younger request: of the youngest without a query slot, else of the youngest. The victim's text is
-    computed again when it returns; after its first compression that is impossible, so it is *paused*: its entries go to
-    host memory and come back unchanged.
-
-    **Query slots.** Policies that score by attention need the latest `w` queries of a request, which only one with a
-    query slot stores. `hybrid`: others run too, as long as they own fewer than N_max blocks or their last block has
-    more than `w` entries free; there they stall until they get a slot. `constrained`: nobody with a bound runs without
-    a slot. Slots go to the oldest running request that lacks one.
-
-    **No request starves.** Age is the order in which requests were added. The queue is in order of age and nobody
-    overtakes its head (only samples that wait for a sibling to finish the prompt they share are passed over); nobody
-    loses blocks to a younger request; and a request alone in the pool fits, because longer ones are refused or capped
-    when they are added. So the oldest request, once it runs, runs to its end: it takes blocks from all others and waits
-    for a slot or a compression at most until those who hold one end or give it up. Before it runs, nobody is admitted,
-    so the pool drains to it.
+    docs/scheduling.md has the rules: who gets memory and query slots, and why no request starves.
     """
 
     def __init__(
@@ -125,9 +109,13 @@ class Scheduler:
         if request.finish_reason is not None:
             self._finish([request], request.finish_time)
             return []
+        self.fail(request, error, now)
+        return [request]
+
+    def fail(self, request: Request, error: str, now: float = 0.0) -> None:
+        """End a request whose entries are lost; `error` says why."""
         request.error = error
         self.finish([request], "error", now)
-        return [request]
 
     def _num_short(self) -> int:
         """Blocks that decodes at a block's end and the head of the queue want beyond the free ones."""

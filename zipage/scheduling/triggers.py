@@ -1,4 +1,4 @@
-"""When a bounded request is compressed next. Nobody else knows."""
+"""When a bounded request is compressed next. Only this module answers that."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Trigger(ABC):
     def choose(
         self, running: Sequence[Request], in_flight: Collection[Compression], num_short: Callable[[], int]
     ) -> list[Request]:
-        """Whom to compress now.
+        """Which requests to compress now.
 
         Args:
             running: oldest first.

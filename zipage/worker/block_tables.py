@@ -18,7 +18,7 @@ class BlockTables:
     A row is read up to the request's entries and no further, so what a former owner left behind them does not matter.
 
     Args:
-        num_rows: most requests at a time. Row `num_rows` belongs to nobody.
+        num_rows: most requests at a time. Row `num_rows` belongs to no request.
         num_columns: blocks of the longest request.
         block_size: tokens in a block.
 
@@ -34,7 +34,7 @@ class BlockTables:
         self.device = on_host if device.type == "cpu" else on_host.to(device)
 
     @property
-    def nobody(self) -> int:
+    def empty_row(self) -> int:
         """The row that belongs to no request."""
         return len(self._host) - 1
 

@@ -119,7 +119,7 @@ def batches(orders: Iterable[CompressionOrder], spec: ModelSpec, block_size: int
 
 
 def _rectangle(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Tables of different lengths as one, -1 past each; nobody reads there."""
+    """Tables of different lengths as one, -1 past each, which is never read."""
     table = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int32)
     for line, row in zip(table, rows, strict=True):
         line[: len(row)] = row

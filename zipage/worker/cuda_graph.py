@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.cache_view import shared
 from kernels.store_positions import store_positions
 from zipage.models.decoder import Decoder
 from zipage.worker.block_tables import BlockTables
@@ -100,10 +101,10 @@ class StepGraphs:
         return hidden[: len(batch)]
 
     def inputs(self, batch: TokenBatch | None, size: int) -> Tensor:
-        """What a graph reads, int64 [7, size] on the host: the fields of `TokenBatch`, padded with rows of nobody."""
+        """What a graph reads, int64 [7, size] on the host: the fields of `TokenBatch`, padded with the empty row."""
         packed = np.zeros((7, size), dtype=np.int64)
         packed[[1, 3, 4]] = -1
-        packed[5] = self._tables.nobody
+        packed[5] = self._tables.empty_row
         if batch is not None:
             for line, field in zip(packed, fields(TokenBatch), strict=True):
                 line[: len(batch)] = getattr(batch, field.name)
@@ -115,7 +116,8 @@ class StepGraphs:
         """
         token_ids, token_rows, positions, slots, queries, rows, lens = inputs
         if self._cache.positions is not None:
-            store_positions(positions.int(), self._cache.positions, slots)
+            layers, _, heads, _ = self._cache.positions.shape
+            store_positions(positions.int(), self._cache.positions, shared(slots, heads, layers))
         attention = PagedAttention(
             self._cache,
             self._decoder.spec.attention,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.cache_view import shared
 from kernels.copy_blocks import copy_blocks
 from kernels.store_positions import store_positions
 from zipage.models.decoder import Decoder
@@ -23,6 +27,8 @@ from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.sampler import Logprobs, Sampler
 from zipage.worker.swap import HostCopy, restore, save
 from zipage.worker.token_batch import TokenBatch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -54,6 +60,17 @@ class Launch:
             self.device_time = begin.elapsed_time(end) / 1000
         tokens = [] if self.tokens is None else self.tokens.tolist()
         return StepResult(tokens, self.logprobs, self.device_time)
+
+
+@contextmanager
+def _noted(lost: dict[int, str], number: int, direction: str) -> Iterator[None]:
+    """Around the copy of one request's entries: if it fails, say so in `lost`."""
+    try:
+        yield
+    except Exception as error:
+        logger.exception("the entries of request %d could not be copied %s host memory", number, direction)
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        lost[number] = f"its entries could not be copied {direction} host memory: {reason}"
 
 
 class ModelRunner:
@@ -114,16 +131,26 @@ class ModelRunner:
         return BlockTables(self.max_num_seqs, -(-self.max_model_len // cache.block_size), cache.block_size, self.device)
 
     @torch.inference_mode()
-    def move(self, plan: StepPlan) -> None:
-        """Copy blocks as a step demands: saves first, since restored requests, and any other, may get their blocks."""
+    def move(self, plan: StepPlan) -> dict[int, str]:
+        """Copy blocks as a step demands: saves first, since restored requests, and any other, may get their blocks.
+
+        Returns:
+            Numbers of requests whose entries were lost on the way to host memory or back, and one line each that says
+            why.
+        """
+        copies, lost = self._host_copies, {}
         for number in plan.drops:
-            del self._host_copies[number]
+            copies.pop(number, None)  # there is none where the save failed
         for number, block_ids, query_slot in plan.saves:
-            self._host_copies[number] = save(self.cache, block_ids, query_slot)
+            with _noted(lost, number, "to"):
+                copies[number] = save(self.cache, block_ids, query_slot)
         for number, block_ids, num_shared, query_slot in plan.restores:
-            restore(self.cache, self._host_copies.pop(number), block_ids, num_shared, query_slot)
+            if number not in lost:
+                with _noted(lost, number, "from"):
+                    restore(self.cache, copies.pop(number), block_ids, num_shared, query_slot)
         if plan.copies:
             self._copy_blocks(plan.copies)
+        return lost
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         src, dst = (self._tensor(ids) for ids in np.array(copies, dtype=np.int64).T)
@@ -212,7 +239,8 @@ class ModelRunner:
         if batch.token_rows.max() >= 0:
             token_ids = known_tokens(token_ids, token_rows, self._sampled)
         if self.cache.positions is not None:
-            store_positions(positions.int(), self.cache.positions, attention.slots)
+            layers, _, heads, _ = self.cache.positions.shape
+            store_positions(positions.int(), self.cache.positions, shared(attention.slots, heads, layers))
         return self.decoder(token_ids, positions, attention)
 
     def _tensor(self, values: list | np.ndarray, dtype: type | None = None) -> Tensor:

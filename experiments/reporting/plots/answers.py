@@ -106,6 +106,8 @@ def length_inflation(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -
     for index, row in table.iterrows():
         ratio = (_lengths(row["path"]) / _lengths(paths[row["full.run"]])).replace(np.inf, np.nan).dropna()
         ratios[index] = ratio.to_numpy()
+    table = table[[np.any(ratios[i] != 1) for i in table.index]]  # where lengths are given, none differs
+    require(len(table), "answer that is longer or shorter than that of full KV")
     parts = by_workload(table)
     most = max(len(part) for _, part in parts)
     figure, axes = panels([title for title, _ in parts], (7.5 if len(parts) == 1 else 4.9, 1.2 + 0.24 * most), 2)

@@ -11,7 +11,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.config.options import asks, budget_texts, held_budgets, label, readable, readable_options, told_apart
+from experiments.config.options import (
+    asks,
+    budget_texts,
+    held_budgets,
+    label,
+    readable,
+    readable_options,
+    short_names,
+    told_apart,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,11 +73,11 @@ def run_names(runs: pd.DataFrame, budget: bool = True, apart: Sequence[str] = ()
         names += budget_texts(runs, full="").map(lambda text: f", {text}" if text else "")
     told = told_apart(runs)
     options = [name for name in told if name != REPETITION and name not in apart and not asks(name)]
-    texts = readable_options(runs, options)
+    texts, short = readable_options(runs, options), short_names(options)
     for _, alike in texts.groupby([*_asked(runs, told), names]) if len(runs) else ():
         for option in options if len(alike) > 1 else ():
             if alike[option].nunique() > 1:
-                names.loc[alike.index] += f", {option.rpartition('.')[2]} " + alike[option]
+                names.loc[alike.index] += f", {short[option]} " + alike[option]
     return names
 
 
@@ -129,14 +138,20 @@ def rank(name: str) -> tuple[int, str]:
 
 
 def line_looks(runs: pd.DataFrame) -> list[dict[str, object]]:
-    """Colour, line and marker of each run's line; of several of one label, the greater budget is the darker."""
+    """Colour, line and marker of each run's line; of several of one label, each has a marker of its own, and
+    the greater budget is the darker."""
     labels = runs.apply(label, axis=1).tolist()
     order = list(zip(held_budgets(runs).fillna(0), range(len(runs))))
     looks = []
     for place, name in zip(order, labels, strict=True):
         alike = [other for other, its in zip(order, labels) if its == name]
-        shade = 1.0 if len(alike) == 1 else 0.35 + 0.65 * sorted(alike).index(place) / (len(alike) - 1)
-        looks.append(look(name) | {"linewidth": 1.0 + 0.6 * shade, "alpha": shade, "markersize": 4})
+        number, first = sorted(alike).index(place), look(name)["marker"]
+        shade = 1.0 if len(alike) == 1 else 0.4 + 0.6 * number / (len(alike) - 1)
+        own = {"linewidth": 1.0 + 0.6 * shade, "alpha": shade, "markersize": 4}
+        if len(alike) > 1:
+            start = MARKERS.index(first) if first in MARKERS else 0
+            own["marker"] = MARKERS[(start + number) % len(MARKERS)]
+        looks.append(look(name) | own)
     return looks
 
 
@@ -203,7 +218,7 @@ def _without_colour(handle: object) -> Line2D:
     filled = line.get_markerfacecolor() != "white"
     return Line2D(
         [], [], color="#444444", linestyle=line.get_linestyle(), linewidth=line.get_linewidth(), alpha=line.get_alpha(),
-        marker="o", markersize=4, markerfacecolor="#444444" if filled else "white",
+        marker=line.get_marker(), markersize=4, markerfacecolor="#444444" if filled else "white",
     )  # fmt: skip
 
 

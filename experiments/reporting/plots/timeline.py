@@ -142,6 +142,9 @@ def _over_time(runs: pd.DataFrame, kinds: list[tuple[Callable[[pd.DataFrame], Li
             lines[index] = [values(steps) for values, _ in kinds]
     runs = runs.loc[list(lines)]
     require(len(runs), "steps (an archived copy may have left them out)")
+    shown = [kind for kind in range(len(kinds)) if any(np.any(line[kind][1] > 0) for line in lines.values())]
+    require(shown, f"{kinds[0][1]} above zero")
+    kinds, lines = [kinds[kind] for kind in shown], {i: [line[k] for k in shown] for i, line in lines.items()}
     parts = split(runs, run_names(runs))
     titles = [part.title for part in parts for _ in kinds]
     figure, axes = panels(titles, columns=None if len(kinds) == 1 else 2 if len(parts) < 3 else 4)

@@ -464,3 +464,21 @@ class TestStyle:
         looks = dict(zip(sums["run"], style.line_looks(sums), strict=True))
         assert looks["b-zip-64"]["alpha"] < looks["c-zip-128"]["alpha"] == 1
         assert looks["a-full"]["alpha"] == 1
+
+
+def test_lines_of_one_policy_are_told_apart_without_shades(tmp_path):
+    for budget in range(64, 64 + 16 * 8, 16):
+        make_run(tmp_path, f"b{budget}", "zipage", budget, "prompt")
+        make_run(tmp_path, f"f{budget}", options={"engine.num_blocks": budget})
+    looks = style.line_looks(load_runs(tmp_path))
+    seen = [(look["color"], look["marker"], look["linestyle"]) for look in looks]
+    assert len(set(seen)) == len(seen) == 16
+
+
+def test_pictures_with_nothing_to_show_are_left_out(tmp_path):
+    make_run(tmp_path, "a")
+    make_run(tmp_path, "b", "zipage", 64)
+    runs = load_runs(tmp_path)
+    with pytest.raises(ValueError, match="answer that is longer or shorter"):
+        plots.length_inflation(runs)
+    assert [axis.get_ylabel() for axis in plots.concurrency_over_time(runs).axes] == ["running requests"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,11 +14,15 @@ import pytest
 
 from experiments import report
 from experiments.analysis.comparison import compare
+from experiments.paths import ROOT
 from experiments.records import load_runs
+from experiments.reporting.conclusion import conclusions
 from experiments.reporting.page import page, warnings
-from experiments.reporting.tables import comparison_table, to_latex, to_markdown, write_tables
+from experiments.reporting.tables import by_load, comparison_table, to_latex, to_markdown, write_tables
 from tests.experiments.made_runs import make_run
+from tests.page_in_browser import chromium, faults
 
+RECORDS = ROOT / "results" / "records"
 HOSTILE = "<script>alert('a')</script> & 100% of a_b"
 VOID = {"meta", "img", "br"}
 
@@ -50,7 +55,7 @@ class Reader(HTMLParser):
 def cells(text: str) -> list[list[str]]:
     """The first table of a page."""
     table = text[text.index("<table>") : text.index("</table>")]
-    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("</tr>")]
+    return [re.findall(r"<t[hd](?: [^>]*)?>(.*?)</t[hd]>", row) for row in table.split("</tr>")]
 
 
 def make_runs(folder: Path) -> Path:
@@ -60,7 +65,8 @@ def make_runs(folder: Path) -> Path:
     events = [{"round": 0, "num_tokens": 20, "kept_positions": kept}]
     make_run(folder, "a-full", facts=facts)
     make_run(folder, "b-zipage", "zipage", 64, facts=facts, events=events)
-    make_run(folder, "c-random", "random_attention", 64, "prompt", grades=[1.0, 0, 0, 0] * 5, facts=facts)
+    grades = [1.0, 0, 0, 0] * 5
+    make_run(folder, "c-random", "random_attention", 64, "prompt", grades=grades, facts=facts, lengths=[120] * 20)
     return folder
 
 
@@ -86,7 +92,7 @@ def drawn(tmp_path_factory) -> tuple[pd.DataFrame, str]:
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
     """The page without its pictures, for what is not about them."""
-    monkeypatch.setattr("experiments.reporting.page._pictures", lambda runs, compared: iter(()))
+    monkeypatch.setattr("experiments.reporting.page.pictures", lambda runs, compared: iter(()))
 
 
 class TestPage:
@@ -151,6 +157,57 @@ class TestPage:
         (folder / "b-zipage" / "events.parquet").unlink()
         text = page(runs.drop(columns=gone))
         assert "What each head kept: the runs hold no traced positions" in text
+
+    def test_one_plain_conclusion_stands_before_the_warnings(self, folder):
+        runs = load_runs(folder)
+        text = page(runs)
+        (line,) = conclusions(runs)
+        assert text.count('class="conclusion"') == 1
+        assert text.index(escape(line)) < text.index('class="note"') < text.index("<table>")
+
+    def test_no_conclusion_without_a_baseline(self, folder):
+        assert 'class="conclusion"' not in page(load_runs([folder / "b-zipage"]))
+
+    def test_cells_carry_their_headings_for_cards(self, folder):
+        text = page(load_runs(folder))
+        headings = cells(text)[0]
+        labels = [attributes["data-label"] for attributes in Reader(text).attributes("td")]
+        assert labels[: len(headings)] == headings
+        assert "<script" not in text
+
+    def test_a_load_without_accuracy_says_what_differs_and_has_no_empty_column(self):
+        runs = load_runs(RECORDS / "demo_reasoner")
+        tables = dict(by_load(compare(runs)))
+        assert list(tables) == ["chained_arithmetic", "lengths"]
+        lengths = tables["lengths"]
+        assert {"pool", "batch", "tokens/s"} <= set(lengths)
+        assert not any("accuracy" in name or "verdict" in name for name in lengths)
+        assert not lengths.duplicated(["policy", "pool", "batch"]).any()
+        assert not {"pool", "batch"} & set(tables["chained_arithmetic"]), "they are the same in all its rows"
+        for table in tables.values():
+            assert table["policy"].tolist() == sorted(table["policy"], key=lambda name: (name != "full KV", name))
+            assert list(table).index("tokens/s") <= 5
+
+    def test_rows_are_ordered_full_first_then_by_policy_and_budget(self):
+        runs = load_runs(RECORDS / "demo_reasoner").sample(frac=1, random_state=2)
+        rows = [
+            (row["policy"], row["budget"]) for _, row in dict(by_load(compare(runs)))["chained_arithmetic"].iterrows()
+        ]
+        evicting = [(policy, budget) for policy in ("random + prompt", "zipage + prompt") for budget in ("192", "320")]
+        assert rows == [("full KV", "-"), *evicting]
+
+    @pytest.mark.skipif(chromium() is None, reason="no Chromium in PATH")
+    def test_it_is_laid_out_for_a_desk_and_a_phone(self, folder):
+        assert faults(page(load_runs(folder)), chromium()) == []
+        assert faults(page(load_runs(RECORDS / "demo_reasoner")), chromium()) == []
+
+    @pytest.mark.skipif(chromium() is None, reason="no Chromium in PATH")
+    def test_the_browser_sees_what_is_wrong(self):
+        table = (
+            "<table><thead><tr><th>tokens/s</th></tr></thead><tbody><tr><td data-label=x>1</td></tr></tbody></table>"
+        )
+        text = f'<body><p style="width:2000px">wide</p><div class="wide">{table}</div></body>'
+        assert len(faults(text, chromium())) >= 5
 
 
 class TestWarnings:

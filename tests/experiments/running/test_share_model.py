@@ -137,7 +137,7 @@ def test_a_failure_costs_its_arm_and_the_next_has_a_new_process(share, results, 
     code, loads = share("axes: {policy: zipage, policy.budget_tokens: [64, 48, 80, 96], engine.block_size: 16}")
     assert code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: arm 2 of 4: policy.budget_tokens=48: the engine failed after 2 steps: RuntimeError")
+    assert line.startswith("error: arm 2 of 4: budget=48: the engine failed after 2 steps: RuntimeError")
     assert sorted(loads.values()) == [2, 2, 3], "two arms a process, and three of the four came to their end"
     assert sorted(load_runs(results)["policy.budget_tokens"]) == [64, 80, 96]
 

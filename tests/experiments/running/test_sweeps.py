@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from experiments import report, run
+from experiments.config.arms import expand
 from experiments.config.compose import load_experiment
 from experiments.records import load_runs
 from experiments.running import job
 from experiments.running.child import reason_of, run_child
+from experiments.running.plan_text import arm_names, plan_lines
+from experiments.running.progress import Progress
+from experiments.running.sweep import Sweep
 from tests.experiments.fake_engine import fake_backend
 from tests.experiments.running.test_run import ROOT, wait_for
 
@@ -110,25 +120,159 @@ def test_plan_then_arms_then_table(launch_sweep, small, results, capsys):
     out = capsys.readouterr().out
     plan, rest = out.split("arm 1 of 5", 1)
     lines = plan.splitlines()
-    assert lines[0] == "sweep small: 5 arms, 0 done, 5 to go, for a time that the first will tell"
-    assert lines[1].startswith("  all arms: engine.block_size=16 model=hf ")
-    assert [" ".join(line.split()) for line in lines[2:]] == [
-        "1 policy=full",
-        "2 policy=zipage policy.budget_tokens=48",
-        "3 policy=zipage policy.budget_tokens=64",
-        "4 policy=random policy.budget_tokens=48",
-        "5 policy=random policy.budget_tokens=64",
+    assert lines[0] == "sweep small: 5 arms, 0 done, 5 to go"
+    assert " ".join(plan.split()).partition("all arms: ")[2].startswith("block_size=16 model=hf path=")
+    assert [" ".join(line.split()) for line in lines[-5:]] == [
+        "1 full",
+        "2 zipage budget=48",
+        "3 zipage budget=64",
+        "4 random budget=48",
+        "5 random budget=64",
     ]
-    assert rest.count("\n  done; arm 0:0") == 5
-    assert rest.count(" to go, about 0:0") == 4
-    assert "nothing to go" in rest
     runs = load_runs(sweep_file(results))
+    arms = [line for line in out.splitlines() if line.startswith("arm ")]
+    assert len(arms) == 5
+    for number, (line, (_, row)) in enumerate(zip(arms, runs.iterrows(), strict=True), 1):
+        assert line.startswith(f"arm {number} of 5: ")
+        assert f": {row['accuracy']:.1%} right, {row['output_tokens_per_second']:,.1f} tokens/s; 0:00:0" in line
+        assert line.endswith("nothing to go") if number == 5 else f"{5 - number} to go, about 0:00:0" in line
     assert list(runs["policy.name"]) == ["full", "zipage", "zipage", "random", "random"]
     assert set(runs["limit"]) == {3}, "the command line holds for every arm and wins"
-    table = rest[rest.index("| run ") :].splitlines()
-    rows = [line for line in table if line.startswith("|")][2:]
+    below = rest[rest.index("\n\n") + 2 :].splitlines()
+    assert below[0] == f"sweep: {sweep_file(results)}"
+    rows = [line for line in below if line.startswith("|")][2:]
     assert {row.split("|")[1].strip() for row in rows} == {run.rpartition("-")[2][:8] for run in runs["run"]}
-    assert f"sweep: {sweep_file(results)}" in table
+    assert below[-1].startswith("|"), "no conclusion where full KV has no right answer"
+    assert max(len(line) for line in lines) <= 100
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", out), "a file has no control characters"
+
+
+def test_dry_run_prints_the_plan_and_stops(launch_sweep, small, results, capsys):
+    assert launch_sweep(small, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("sweep small: 5 arms, 0 done, 5 to go\n")
+    assert "zipage budget=48" in out
+    assert launch_sweep.ran == []
+    assert not list(results.glob("sweeps/*"))
+    launch_sweep(small)
+    capsys.readouterr()
+    assert launch_sweep(small, "--dry-run", "policy.budget_tokens=32,48,64") == 0
+    assert "7 arms, 5 done, 2 to go, about 0:00:0" in capsys.readouterr().out
+
+
+def test_dry_run_of_a_single_run_is_refused(launch_sweep, capsys):
+    assert launch_sweep("--dry-run") == 2
+    assert capsys.readouterr().err.startswith("error: --dry-run: ")
+
+
+@pytest.mark.parametrize("width", [100, 60])
+@pytest.mark.parametrize("count", [1, 200])
+def test_a_plan_of_any_size_fits(width, count):
+    arms = [("model.path=/a/long/path" + "/x" * 90, f"seed={n}", "sampling.stop=['\n\x1b[31m']") for n in range(count)]
+    lines = plan_lines(arms, ["stale"] * count, width)
+    assert max(map(len, lines)) <= width
+    text = "".join(lines)
+    assert text.isprintable(), "no control characters"
+    assert "\\n\\x1b" in text
+    assert all(name.isprintable() for name in arm_names(arms))
+    assert sum(line.split()[1:2] == ["stale"] for line in lines) == count
+
+
+@contextlib.contextmanager
+def terminal(monkeypatch, width):
+    """The output of this process on a terminal; gives what was shown."""
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    shown = []
+    with os.fdopen(child, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        yield shown
+        stdout.flush()
+        shown.append(os.read(parent, 1 << 16).decode())
+    os.close(parent)
+
+
+@pytest.mark.parametrize("width", [100, 60])
+def test_a_plan_and_its_progress_fit_the_terminal(launch_sweep, small, monkeypatch, width):
+    with terminal(monkeypatch, width) as shown:
+        assert launch_sweep(small, "--dry-run", "tracking.tags=[" + ",".join(f"tag{n}" for n in range(40)) + "]") == 0
+        progress = Progress(5)
+        progress.show("arm 1 of 5: /a/long/path" + "/x" * 40, 0, 5, 1.0, 59.0)
+        progress.close()
+    parts = [part for part in re.split(r"[\r\n]+", re.sub(r"\x1b\[\w", "", shown[0])) if part]
+    assert max(map(len, parts)) <= width
+    assert any("..., 0:00:59 left |" in part for part in parts), "the time is not cut off"
+
+
+@pytest.mark.parametrize("sweep", ["demo", "reasoner", "granularity", "budget", "paper_table1", "concurrency"])
+def test_plans_of_shipped_sweeps_fit_and_tell_arms_apart(sweep):
+    arms = expand([sweep], ["results_dir=" + "/a/long/path" * 10, "model.path=" + "x" * 150])
+    lines = plan_lines(arms, ["done"] * len(arms))
+    assert max(map(len, lines)) <= 100
+    text = " ".join(" ".join(lines).split())
+    assert text.count("results_dir") == 1, "what all share is said once"
+    numbers = [line.split()[0] for line in lines if re.match(r" +\d+ done ", line)]
+    assert sorted(map(int, numbers)) == list(range(1, len(arms) + 1))
+    assert len(set(arm_names(arms))) == len(arms)
+
+
+def test_what_a_group_of_arms_shares_is_said_once():
+    chains = ("policy=full", "workload=a", "workload.options.steps=12")
+    arms = [
+        chains,
+        *(("policy=x", *chains[1:], "policy.protection=prompt", f"policy.budget_tokens={n}") for n in (1, 2)),
+    ]
+    arms += [("policy=full", "workload=b", "engine.num_blocks=16")]
+    text = "\n".join(plan_lines(arms, [""] * 4))
+    for once in ("steps=12", "protection=prompt", "pool=16", "workload"):
+        assert text.count(once) == (once != "workload"), once
+    assert [line.split() for line in text.splitlines() if "budget" in line] == [
+        ["2", "x", "budget=1"],
+        ["3", "x", "budget=2"],
+    ]
+
+
+def test_time_left_counts_the_running_arm_down(launch_sweep, small, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Progress, "show", lambda self, *told: seen.append(told))
+    launch_sweep(small)
+    assert seen == [], "no arm took a second"
+    arm = SimpleNamespace(kind="a", folder=Path("r/x"), overrides=())
+    sweep = Sweep("s", [arm], [])
+    assert sweep._seconds_left([arm], arm, 3.0) is None
+    sweep.seconds = {"a": [10.0]}
+    assert [sweep._seconds_left([arm], arm, spent) for spent in (0, 3, 30)] == [20, 17, 10]
+
+
+TERMINAL = """
+import sys, time
+from experiments.running.progress import Progress
+
+progress = Progress(3)
+for second in range(3):
+    progress.show("arm 1 of 3: zipage budget=48", 0, 3, second, None if second == 0 else 60 - second)
+progress.say("arm 1 of 3: done")
+progress.close()
+"""
+
+
+def test_progress_is_one_line_of_a_terminal_and_nothing_in_a_file():
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", TERMINAL], cwd=ROOT, stdout=child)
+    os.close(child)
+    shown = b""
+    with contextlib.suppress(OSError):
+        while data := os.read(parent, 4096):
+            shown += data
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "arm 1 of 3: zipage budget=48, 0:00:00, time left unknown" in text
+    assert text.index("0:00:59 left") < text.index("0:00:58 left")
+    assert text.count("\n") == 1, "the bar never scrolls"
+    assert max(len(part) for part in re.split(r"[\r\n]", re.sub(r"\x1b\[\w", "", text))) <= 100
+    whole = subprocess.run([sys.executable, "-c", TERMINAL], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert whole.stdout == "arm 1 of 3: done\n"
 
 
 def test_what_is_hardly_meant_is_said_in_the_plan_and_below_the_table(launch_sweep, tmp_path, capsys):
@@ -136,6 +280,7 @@ def test_what_is_hardly_meant_is_said_in_the_plan_and_below_the_table(launch_swe
     path.write_text("axes: {policy: streaming, policy.budget_tokens: [100, 240, 256], sampling.n: [2, 3]}")
     assert launch_sweep(f"+sweep={path}") == 0
     plan, _, table = capsys.readouterr().out.partition("\n\n")
+    table = " ".join(table.split())
     notes = [line for line in plan.splitlines() if line.startswith("note: ")]
     assert [note.partition(":")[2].partition("=")[0] for note in notes] == [" policy.budget_tokens"] + [
         " sampling.n"
@@ -210,7 +355,7 @@ def test_file_that_is_no_sweep_is_one_line(tmp_path, capsys, content):
     path.write_text(content)
     assert report.main([str(path)]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"{path}: is no record of a sweep (")
+    assert err.startswith(f"{path}: is not the record of a sweep (")
     assert err.count("\n") == 1
 
 
@@ -261,12 +406,14 @@ def test_failed_arms_cost_themselves_only(launch_sweep, small, results, capsys):
     captured = capsys.readouterr()
     memory, device = captured.err.splitlines()
     assert memory.startswith(
-        "error: arm 2 of 5: policy=zipage policy.budget_tokens=48: the engine failed after 2 steps: "
+        "error: arm 2 of 5: zipage budget=48: the engine failed after 2 steps: "
         "MemoryError: CUDA out of memory: tried to allocate 2 GiB"
     )
-    assert device.startswith("error: arm 3 of 5: policy=zipage policy.budget_tokens=64: the engine failed after")
+    assert device.startswith("error: arm 3 of 5: zipage budget=64: the engine failed after")
     assert len(launch_sweep.ran) == 5
     assert list(load_runs(sweep_file(results))["policy.name"]) == ["full", "random", "random"]
+    assert captured.out.count("out of memory") == 0, "what went wrong is said once"
+    assert "2 of 5 arms failed: see the errors above" in captured.out
     assert len(list((results / "sweeps").glob("*.log"))) == 2
     assert launch_sweep(small) == 0
     assert len(launch_sweep.ran) == 2
@@ -315,7 +462,7 @@ def test_damaged_record_costs_itself_only(launch_sweep, small, results, capsys, 
     assert launch_sweep(small) == 1
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
-    assert line.startswith("error: arm 2 of 5: policy=zipage policy.budget_tokens=48: ")
+    assert line.startswith("error: arm 2 of 5: zipage budget=48: ")
     assert f"{broken}: its record is damaged (" in line
     assert line.endswith("); force=stale replaces it")
     assert "5 arms, 4 done, 1 to go" in captured.out
@@ -335,19 +482,20 @@ def test_arms_that_other_code_made_are_stale(launch_sweep, small, results, capsy
     capsys.readouterr()
     assert launch_sweep(small) == 0
     plan = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert plan[2:8] == [
-        "1 done policy=full",
-        "2 stale policy=zipage policy.budget_tokens=48",
-        "3 stale policy=zipage policy.budget_tokens=64",
-        "4 done policy=random policy.budget_tokens=48",
-        "5 done policy=random policy.budget_tokens=64",
+    first = plan.index("1 done full")
+    assert plan[first : first + 6] == [
+        "1 done full",
+        "2 stale zipage budget=48",
+        "3 stale zipage budget=64",
+        "4 done random budget=48",
+        "5 done random budget=64",
         "2 stale: the policy has changed since; force=stale runs such arms again",
     ]
     assert launch_sweep.ran == []
     assert launch_sweep(small, "policy.budget_tokens=48", "force=stale") == 0
     assert len(launch_sweep.ran) == 1
     assert launch_sweep(small) == 0
-    assert "note: these rows were made by 2 versions of the policy zipage" in capsys.readouterr().out
+    assert "note: these rows were made by 2 versions of the policy zipage" in " ".join(capsys.readouterr().out.split())
     assert launch_sweep(small, "force=stale") == 0
     assert len(launch_sweep.ran) == 1
     out = capsys.readouterr().out
@@ -388,7 +536,7 @@ def test_children_that_die_are_one_line_each(arguments, tmp_path, results, capsy
     assert capsys.readouterr().err.splitlines() == [
         "error: arm 1 of 6: seed=1: killed by SIGKILL (did the memory run out?)",
         "error: arm 2 of 6: seed=2: killed by SIGSEGV",
-        "error: arm 3 of 6: seed=3: ended with exit code 9 and no word",
+        "error: arm 3 of 6: seed=3: ended with exit code 9 and no output",
         "error: arm 4 of 6: seed=4: ended without the record that it was to make: "
         "did what it reads change since the sweep began?",
         "error: arm 5 of 6: seed=5: this",
@@ -404,7 +552,7 @@ def test_command_that_is_none_is_one_line(arguments, small, capsys, monkeypatch)
     assert run.main(fake_backend(), child=["/no/such/python"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5
-    assert lines[0].startswith("error: arm 1 of 5: policy=full: FileNotFoundError: ")
+    assert lines[0].startswith("error: arm 1 of 5: full: FileNotFoundError: ")
 
 
 def test_reason_is_the_last_error_line():
@@ -416,6 +564,7 @@ def test_reason_is_the_last_error_line():
     )
     assert reason_of(1, "error: E: See root cause above.") == "E: See root cause above."
     assert reason_of(-signal.SIGTERM, "error: x") == "killed by SIGTERM"
+    assert reason_of(1, "\x1b[1;31merror: no\x07 budget\x1b[0m\r\n") == r"no\x07 budget"
     assert reason_of(-40, "") == "killed by signal 40"
 
 
@@ -443,7 +592,7 @@ def test_interrupt_stops_child_and_sweep(arguments, small, results, number):
     parent.send_signal(number)
     err = parent.communicate(timeout=20)[1]
     assert parent.returncode == 130
-    assert err == "\nerror: interrupted; finished arms are kept, and the same command goes on\n"
+    assert err == "\nerror: interrupted: 0 of 5 arms recorded, and the same command goes on\n"
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
     assert sorted(path.name for path in results.iterdir()) == [".locks", "sweeps"], "the child cleaned up"

@@ -1,0 +1,95 @@
+"""The pictures of the page, each with how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from experiments.config.options import held_budgets, label
+from experiments.records import EVENTS, load_events
+from experiments.reporting import plots
+from experiments.reporting.plots.style import MOST_LINES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def pictures(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
+    """Heading, how to read it, and the picture."""
+    yield (
+        "Accuracy against budget",
+        "Bars are 95 % intervals over problems. The black line is full KV with its interval; whole lines protect the "
+        "prompt, broken ones do not. Where intervals of two policies overlap, look at the paired differences above.",
+        lambda: plots.accuracy_by_budget(runs, compared),
+    )
+    labels, budgets = runs.apply(label, axis=1), held_budgets(runs)
+    if labels.nunique() > MOST_LINES or budgets.nunique() == 1:
+        yield (
+            "Accuracy by policy",
+            "A row a policy, a point with its 95 % interval a run; the point is filled where the prompt is protected. "
+            "The black line is full KV with its interval.",
+            lambda: plots.accuracy_by_policy(runs, compared),
+        )
+    yield (
+        "Facts against distance",
+        "What answers still knew of the values that their thoughts needed late, by how far back each was stated. A "
+        "policy that keeps what it needs stays level; one that forgets with time falls.",
+        lambda: plots.facts_by_distance(runs),
+    )
+    yield (
+        "Accuracy against throughput",
+        "Up and to the right is better; a line joins the runs of a policy that no other of it beats in both. Runs of "
+        "different machines, or beside other load, can't be compared here.",
+        lambda: plots.accuracy_by_throughput(runs, compared),
+    )
+    yield (
+        "Throughput over time",
+        "Full KV comes in waves where memory is short; a bounded cache holds its level. Of one policy, the darker line "
+        "has the greater budget; markers tell them apart.",
+        lambda: plots.throughput_over_time(runs),
+    )
+    yield (
+        "Concurrency over time",
+        "Requests that decode together, and those that wait for room.",
+        lambda: plots.concurrency_over_time(runs),
+    )
+    yield ("Blocks over time", "How full the pool was.", lambda: plots.blocks_over_time(runs))
+    yield (
+        "Latency",
+        "Share of the samples that had reached each point within a time.",
+        lambda: plots.latency_cdfs(runs),
+    )
+    yield (
+        "Output length",
+        "Evicted thoughts that lose their way grow longer, which flatters tokens per second. Boxes are quartiles over "
+        "problems, whiskers 5 and 95 %.",
+        lambda: plots.length_inflation(runs, compared),
+    )
+    yield (
+        "Where eviction pays",
+        "Throughput over that of full KV for each load and pool; above 1 eviction is faster.",
+        lambda: plots.crossover_map(runs),
+    )
+    yield (
+        "What each head kept",
+        "Each row is a KV head, each column a token of the prompt and the thought; bright tokens survived many "
+        "compressions.",
+        lambda: _first_trace(runs),
+    )
+
+
+def _first_trace(runs: pd.DataFrame) -> Figure:
+    """The sample with the most compressions in the first run that traced positions."""
+    for _, run in runs.iterrows():
+        if (Path(run["path"]) / EVENTS).exists():
+            events = load_events(run)
+            traced = events[events["kept_positions"].notna()]
+            if len(traced):
+                counts = traced.groupby(["prompt_id", "sample_index"]).size()
+                figure = plots.kept_positions(events, *counts.idxmax())
+                figure.suptitle(label(run), fontsize=10)
+                return figure
+    raise ValueError("the runs hold no traced positions (run one with engine.trace_positions=true)")
