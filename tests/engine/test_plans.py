@@ -72,7 +72,7 @@ def record(llm: LLM) -> tuple[list[tuple[str, bytes]], list[list[int]]]:
 
     def moved(plan):
         told.append(("move", pickle.dumps(plan)))
-        move(plan)
+        return move(plan)
 
     def launched(plan):
         told.append(("launch", pickle.dumps(plan)))

@@ -34,33 +34,55 @@ class Request:
     Two lengths that must never be mixed up: `num_tokens` is logical (prompt and output; sets the rotary position of the
     next token), `cache_len` is physical (entries held in the request's blocks; sets the slot of the next entry).
 
-    Attributes:
-        request_id: of the prompt; samples of one prompt share it and differ in `index`.
-        token_ids: prompt followed by output, as C ints, whose bytes are the prefix index's keys. The last `num_pending`
-            are `PENDING`.
-        num_pending: tokens of steps under way, whose values the host does not know yet.
-        place: where the newest pending token lies among those of its step.
+    Each field has one writer, after the constructor has set what is known by then. Anybody may read.
+
+    By `InputProcessor`:
+        request_id, index: of the prompt, and which of its samples this is.
+        siblings: all samples of this prompt, this one included; they share the prompt's blocks.
+        sampling_params, seed, stop_ids: what is asked for; `stop_ids` end the request.
+        bad_words: tokens of texts that may not come.
+        num_prompt_tokens: the length of the prompt.
+        max_total_tokens, limit_reason: logical length at which the request ends, and why.
+        rule, window: what bounds the cache, None for full KV; w, latest queries that its compressions read.
+        arrival: host clock at which it was added.
+        follow: its tokens are wanted one by one, not only at its end.
+
+    By `Scheduler`:
+        number: age; the scheduler counts requests as they are added.
+        status: where the request is.
+        row: its row in the worker's batch while it runs, else -1.
         num_computed: logical tokens whose keys and values were computed; the next position to run.
         cache_len: entries in the cache. Equal to `num_computed` as long as nothing was evicted.
-        block_ids: the block table. Of a paused request: the one it had.
-        number: age; the scheduler counts requests as they are added.
-        rule: what bounds the cache; None for full KV.
-        rounds: compressions so far. After the first, entries are no longer a prefix of the text.
+        queries_saved: a paused request's queries went with its entries, so it returns to a query slot.
+        finish_reason, stop_reason: why it ended, and by which token.
+        error: one line that says what ended the request, where its finish reason is "error".
+        first_scheduled, first_token_time, finish_time: host clock.
+        cached_tokens: prompt tokens that the cache held when the request was first scheduled.
+        num_preemptions, num_pauses: how often each happened.
+
+    By `CompressionScheduler`:
+        num_compressions: so far. After the first, entries are no longer a prefix of the text.
+
+    By `QuerySlots`:
         query_slot: where its latest queries are kept, or -1.
         queries_from: logical position from which on they are.
         has_held_slot: it was given a query slot at some time.
-        peak_blocks: the most blocks it held at once: its table, and what a compression took beside it.
-        queries_saved: a paused request's queries went with its entries, so it returns to a query slot.
-        host_copy: what the runner kept of a paused request; only the runner reads it.
+
+    By `PrefixLookup`:
         prefix_ids: prefix id at the end of each leading block that the prefix index was told of.
-        row: the request's row in the runner's batch tensors while it runs, else -1.
-        num_table_written: leading entries of `block_ids` already in the runner's row.
-        siblings: all samples of this prompt, this one included; they share the prompt's blocks.
-        max_total_tokens: logical length at which the request ends, and `limit_reason` why.
-        error: one line that says what ended the request, where its finish reason is "error".
-        bad_words: tokens of texts that may not come.
-        follow: its tokens are wanted one by one, not only at its end.
+
+    By `EngineCore`:
+        logprobs: of each output token, by token id; None where none are asked for.
+
+    By `Request`, in methods that others call:
+        token_ids: prompt followed by output, as C ints, whose bytes are the prefix index's keys. The last `num_pending`
+            are `PENDING`.
+        num_pending: tokens of steps under way, whose values the host does not know yet.
+        token_row: where the newest pending token lies among those that its step samples.
         num_taken: output tokens that `take_new` has given.
+        block_ids: the block table. Of a paused request: the one it had.
+        num_blocks_told: leading blocks of the table that the worker knows of.
+        peak_blocks: the most blocks it held at once: its table, and what a compression took beside it.
     """
 
     __slots__ = (

@@ -207,9 +207,10 @@ class ModelRunner:
         return self.decoder.logits(hidden)
 
     def _sample(self, plan: StepPlan, logits: Tensor) -> tuple[Tensor, Logprobs | None]:
-        sampled = plan.samples
-        lens = (plan.positions + plan.counts)[sampled]
-        return self.sampler.sample(logits, plan.rows[sampled], lens, plan.token_ids[self._last_places(plan)])
+        rows, lens, token_ids = plan.rows, plan.positions + plan.counts, plan.token_ids
+        if len(rows) > plan.num_decodes:
+            rows, lens, token_ids = rows[plan.samples], lens[plan.samples], token_ids[self._last_places(plan)]
+        return self.sampler.sample(logits, rows, lens, token_ids)
 
     @staticmethod
     def _last_places(plan: StepPlan) -> np.ndarray:

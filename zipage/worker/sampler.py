@@ -113,7 +113,7 @@ class Sampler:
                 return ways[way](logits, u, options)
             if len(places):
                 rows = to_device(places, self._device)
-                tokens[rows] = ways[way](logits[rows], u[rows], options[places])
+                tokens[rows] = ways[way](logits[rows], u[rows], options.take(places))
         return tokens
 
     def _draw_from_all(self, logits: Tensor, u: Tensor, options: np.ndarray) -> Tensor:

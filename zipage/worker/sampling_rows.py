@@ -68,7 +68,7 @@ class SamplingRows:
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """`OPTIONS` [N] of `rows`, int64 [N]."""
-        return self._options[rows]
+        return self._options.take(rows)  # indexing copies a record field by field
 
     def extend(self, rows: Sequence[int], lens: Sequence[int], token_ids: Sequence[int]) -> None:
         """Rows whose texts are kept have `lens` tokens now, the last of them `token_ids`.

@@ -54,5 +54,7 @@ class TokenBatch:
             token_rows, rows = np.repeat(token_rows, counts), np.repeat(rows, counts)
             positions, entries = np.repeat(positions, counts) + done, np.repeat(entries, counts) + done
             query_slots = np.where(left <= window, np.repeat(query_slots, counts), -1)
-        queries = np.where(query_slots >= 0, query_slots * window + positions % max(window, 1), -1)
+        queries = query_slots  # -1, unless there are any
+        if window:
+            queries = np.where(query_slots >= 0, query_slots * window + positions % window, -1)
         return cls(plan.token_ids, token_rows, positions, tables.slots(rows, entries), queries, rows, entries + 1)
