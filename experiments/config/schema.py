@@ -183,7 +183,7 @@ class ScenarioConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Who else is told about the run.
+    """Where the run is reported besides its record.
 
     Attributes:
         backend: "none" or "wandb".

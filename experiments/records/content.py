@@ -57,6 +57,8 @@ def check_files(folder: Path, *, whole: bool) -> None:
 
     hashes = read_metrics(folder)[1]
     for name, digest in (hashes or {}).items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing")
         if name != METRICS and (whole or not name.endswith(".parquet")) and file_hash(folder / name) != digest:
             raise ValueError(f"{name} is not as it was written")
     if (folder / ROWS).exists():

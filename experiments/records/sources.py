@@ -160,8 +160,7 @@ def _policy(name: str, policy: type) -> dict[str, str]:
     found = _files(tuple(modules), ("zipage", "kernels", *{module.partition(".")[0] for module in modules}))
     if policy.__module__ not in found:
         raise ValueError(
-            f"the source of {policy.__qualname__} is in no file, so that nobody could tell a run before an edit from "
-            "one after it: put it into a module"
+            f"the source of {policy.__qualname__} is in no file, so an edit would go unnoticed: put it into a module"
         )
     return found
 
@@ -223,7 +222,11 @@ def _is_own(package: str) -> bool:
 def _imports(name: str, file: Path) -> Iterator[str]:
     """What a module imports anywhere in its text; for `from a import b` both a and a.b, which may be a module."""
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    try:
+        tree = ast.parse(file.read_bytes())
+    except SyntaxError:  # a module that nothing has imported yet
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -252,6 +255,6 @@ def _data(file: Path) -> Iterator[tuple[str, Path]]:
 
 def _named(text: str, *folders: Path) -> list[Path]:
     """The file that a text names in the first of the folders that has it, if any does."""
-    with contextlib.suppress(OSError, ValueError, RuntimeError):  # too long for a name; not one; ~ of nobody
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # too long for a name; not one; ~ of an unknown user
         return [path for folder in folders if (path := folder / Path(text).expanduser()).is_file()][:1]
     return []

@@ -54,7 +54,7 @@ def cache_dir() -> Path:
 
 
 def model_name(config: ModelConfig) -> str:
-    return config.name or Path(str(config.path)).resolve().name
+    return config.name or Path(os.path.realpath(str(config.path))).name
 
 
 def find_model(config: ModelConfig) -> LocalModel:

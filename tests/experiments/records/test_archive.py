@@ -23,7 +23,7 @@ def run(launch, results):
 def test_a_copy_tells_the_same_without_the_texts(run, results, tmp_path, capsys):
     copies = tmp_path / "copies"
     assert archive.main([str(results), "--to", str(copies)]) == 0
-    assert "1 runs copied" in capsys.readouterr().out
+    assert "1 run copied" in capsys.readouterr().out
     copy = load_runs(copies).iloc[0]
     pd.testing.assert_series_equal(copy.drop("path"), run.drop("path"), check_names=False)
     whole, kept = load_requests(run), load_requests(copy)
@@ -64,7 +64,7 @@ def test_faults_are_one_line(run, results, tmp_path, capsys):
     for arguments, line in (
         ([str(results), "--to", str(tmp_path / "file" / "copies")], "can't be written"),
         ([str(tmp_path / "nowhere"), "--to", str(tmp_path / "copies")], "no such folder of runs"),
-        ([str(tmp_path / "file"), "--to", str(tmp_path / "copies")], "no record of a sweep"),
+        ([str(tmp_path / "file"), "--to", str(tmp_path / "copies")], "not the record of a sweep"),
     ):
         assert archive.main(arguments) == 2
         error = capsys.readouterr().err
@@ -82,7 +82,7 @@ def test_a_damaged_run_costs_the_others_nothing(run, launch, results, tmp_path, 
     (results / run["run"] / REQUESTS).write_bytes(b"no parquet")
     capsys.readouterr()
     assert archive.main([str(results), "--to", str(tmp_path / "copies")]) == 0
-    assert "1 runs copied" in capsys.readouterr().out
+    assert "1 run copied" in capsys.readouterr().out
     assert damage(Path(load_runs(tmp_path / "copies")["path"][0])) is None
 
 
