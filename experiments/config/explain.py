@@ -9,7 +9,7 @@ from pathlib import Path
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from experiments.config.known import BESIDE, known_keys
+from experiments.config.known import BESIDE, groups, known_keys
 from experiments.config.schema import FIXED, HOMES, PolicyConfig
 from zipage import closest
 
@@ -62,8 +62,23 @@ def unknown(key: str) -> str:
         )
     if key in BESIDE:
         return f"{key}: unknown option; it goes with +sweep=NAME"
-    known = sorted({*known_keys(), *BESIDE})
-    by_option = {name.rpartition(".")[2]: name for name in known}
-    close = closest(key, known) or by_option.get(closest(option or key, by_option))
-    hint = f"did you mean {'+' * (close in BESIDE)}{close}?" if close else "`--cfg job` lists all options"
-    return f"{key}: unknown option; {hint}"
+    meant = " or ".join("+" * (name in BESIDE) + name for name in _meant(key))
+    return f"{key}: unknown option; " + (f"did you mean {meant}?" if meant else "`--cfg job` lists all options")
+
+
+def _meant(key: str) -> list[str]:
+    """The known options that may be meant: in the group that is named, else those of exactly that name elsewhere.
+
+    Groups and names are compared each for itself: options are no more alike for being in the same group.
+    """
+    known: dict[str, list[str]] = {}
+    for name in sorted({*known_keys(), *BESIDE}):
+        known.setdefault(name.rpartition(".")[2], []).append(name)
+    group, _, option = key.rpartition(".")
+    if group:
+        near = f"{closest(group, groups())}."
+        inside = [last for last, names in known.items() if any(name.startswith(near) for name in names)]
+        close = closest(option, inside)
+        return known.get(option, []) if close is None else [near + close]
+    found = known.get(closest(option, known), [])
+    return [name for name in found if "." not in name] or found
