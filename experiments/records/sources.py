@@ -193,7 +193,9 @@ def _inside(name: str, packages: Iterable[str]) -> bool:
 
 def _source(name: str) -> Path | None:
     """The file of a module; None where there is none of that name, or it is not Python source."""
-    module = sys.modules.get(name)
+    module, parent = sys.modules.get(name), name.rpartition(".")[0]
+    if module is None and parent and (above := _source(parent)) is not None and above.name != "__init__.py":
+        return None  # what a module defines; asking Python would run the module, and import torch and transformers
     try:
         spec = getattr(module, "__spec__", None) or importlib.util.find_spec(name)
     except (ImportError, AttributeError, ValueError):  # a script has no spec

@@ -664,7 +664,8 @@ def test_name_of_many_joined_sweeps_is_short_enough_for_wandb(launch_sweep, tmp_
         ([], None),
     ],
 )
-def test_runs_in_wandb_are_grouped_by_their_sweep(launch_sweep, tmp_path, results, more, group):
+def test_runs_in_wandb_are_grouped_by_their_sweep(launch_sweep, tmp_path, results, more, group, monkeypatch):
+    monkeypatch.setattr("experiments.running.tracking.pictures", dict)
     (tmp_path / "own.yaml").write_text("axes: {seed: [0, 1]}")
     assert launch_sweep(f"+sweep={tmp_path}/own.yaml", "limit=2", *more) == 0
     assert len(load_runs(results)) == 2
