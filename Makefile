@@ -26,8 +26,9 @@ demo: setup
 	@$(RUN) -m experiments.report results/runs/sweeps/demo-*.json --html results/runs/demo.html --title "Zipage demo" > /dev/null
 	@echo "page: results/runs/demo.html"
 
+# Each worker gets tests that follow each other, which share what a module's fixtures have made
 test: setup lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal
 
 # GPU_ARGS: --full, --commit COMMIT where this is no git checkout
 gpu:

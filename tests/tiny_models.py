@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -17,11 +18,11 @@ FAMILIES = {
 }
 
 
-def save_tiny_model(family: str, folder: Path) -> Path:
-    """A model folder without a tokenizer; contexts of 1,024 tokens, no end token."""
+def save_tiny_model(family: str, folder: Path, **more: Any) -> Path:
+    """A model folder without a tokenizer; contexts of 1,024 tokens, no end token; `more` options of its config."""
     name, options = FAMILIES[family]
     shape = {"vocab_size": VOCAB, "max_position_embeddings": 1024, "eos_token_id": None}
-    make_model(name, gain=2.0, **options, **shape).save_pretrained(folder)
+    make_model(name, gain=2.0, **(options | shape | more)).save_pretrained(folder)
     return folder
 
 

@@ -23,6 +23,7 @@ from zipage.checks import (
 )
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
+from zipage.eviction.fault import named
 from zipage.eviction.protection import Protection
 from zipage.eviction.rule import EvictionRule
 from zipage.unsupported import LLM_OPTIONS, ONE_DEVICE, drop_unsupported
@@ -145,15 +146,19 @@ class EngineConfig:
         protection = Protection.parse(self.protection)
         if self.policy == "full":
             self._require("policy_options", not self.policy_options, "empty: policy 'full' has no options")
-            idle = [name for name, default in EVICTION_DEFAULTS.items() if getattr(self, name) != default]
-            if idle:
-                logger.warning("policy 'full' never evicts: %s without effect", ", ".join(idle))
             return
         policy = self.make_policy()
         if policy is None:
             return
         self._require("budget_tokens", self.budget_tokens is not None, f"given with policy {self.policy!r}")
-        Budget.from_tokens(self.budget_tokens, self.block_size).check(policy, protection, self.recent_tokens)
+        with named(self.policy, "used"):
+            Budget.from_tokens(self.budget_tokens, self.block_size).check(policy, protection, self.recent_tokens)
+
+    def warn_of_idle(self) -> None:
+        """Log which options were set and mean nothing under full KV."""
+        idle = [name for name, default in EVICTION_DEFAULTS.items() if getattr(self, name) != default]
+        if self.policy == "full" and idle:
+            logger.warning("policy 'full' never evicts: %s without effect", ", ".join(idle))
 
     def make_policy(self) -> Policy | None:
         """The eviction policy; None for full KV.

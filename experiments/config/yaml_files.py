@@ -29,6 +29,9 @@ def read_yaml(path: Path, *, texts: bool = False) -> Any:
         if texts:
             return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
         return OmegaConf.to_container(OmegaConf.load(path))
+    except yaml.scanner.ScannerError as error:
+        hint = "; YAML is indented with spaces, not tabs" * ("'\\t'" in str(error.problem))
+        raise UsageError(f"{path}: {' '.join(str(error).split())}{hint}") from error
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.errors import UsageError, one_line
 from experiments.paths import RESULTS
-from experiments.records.content import check_files, is_complete, read_run, run_folder
+from experiments.records.content import check_files, is_complete, read_run, run_folder, table_path
 from experiments.records.files import CONFIG, EVENTS, METRICS, PARTIAL, REQUESTS, ROWS, STEPS, TRACKING
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def find_runs(paths: str | Path | Iterable[str | Path] | None = None) -> tuple[l
         if not path.is_dir():
             raise UsageError(f"{path}: no such folder of runs")
         for where, folders, files in os.walk(path):
-            if CONFIG in files or where.endswith(PARTIAL):
+            if {CONFIG, METRICS} & {*files} or where.endswith(PARTIAL):
                 folders.clear()
                 whole = METRICS in files and not where.endswith(PARTIAL)
                 complete += [Path(where)] * whole
@@ -112,7 +112,11 @@ def load_rows(run: str | Path) -> pd.DataFrame:
 
 
 def load_requests(run: str | Path | pd.Series) -> pd.DataFrame:
-    """One row for each sample of a run, given as its folder or as a row of `load_runs()`."""
+    """One row for each sample of a run, given as its folder or as a row of `load_runs()`.
+
+    Raises:
+        OSError, ValueError: the table can't be read, or is not as it was written.
+    """
     return _read_table(run, REQUESTS)
 
 
@@ -140,4 +144,4 @@ def load_events(run: str | Path | pd.Series) -> pd.DataFrame:
 def _read_table(run: str | Path | pd.Series, name: str) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.read_parquet(run_folder(run) / name)
+    return pd.read_parquet(table_path(run_folder(run), name))

@@ -9,11 +9,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.hydra import Hydra
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig
 
 from experiments import run
 from experiments.config import compose as composing
-from experiments.paths import ROOT
+from experiments.paths import CONF, ROOT
 from experiments.records import sources
 from tests.experiments.fake_engine import fake_backend
 from zipage.eviction import registry
@@ -39,6 +42,25 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _compose_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tests plan the same arms again and again, each of which takes Hydra a tenth of a second."""
     monkeypatch.setattr(composing, "compose", lambda name, overrides: deepcopy(_composed(name, tuple(overrides))))
+
+
+@pytest.fixture(autouse=True)
+def _hydra_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra reads the files of `conf` for each run, and composes it twice, first to see whether the config names
+    another mode than the command line, which ours never does.
+    """
+
+    def load_config(source: FileConfigSource, config_path: str) -> ConfigResult:
+        load = _read if source.path == str(CONF) else _read.__wrapped__
+        return deepcopy(load(source.provider, source.path, config_path))
+
+    monkeypatch.setattr(FileConfigSource, "load_config", load_config)
+    monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
+
+
+@cache
+def _read(provider: str, folder: str, path: str, load=FileConfigSource.load_config) -> ConfigResult:
+    return load(FileConfigSource(provider, folder), path)
 
 
 @cache
@@ -87,6 +109,12 @@ def other_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None
         for cached in caches:
             cached.cache_clear()
 
+    monkeypatch.setattr(sources, "_imports", _imports)  # of files that are not really edited
     yield other_code
     for cached in caches:
         cached.cache_clear()
+
+
+@cache
+def _imports(name: str, file: Path, imports=sources._imports) -> list[str]:
+    return [*imports(name, file)]

@@ -14,6 +14,7 @@ from zipage.config import EngineConfig
 from zipage.eviction import registry
 from zipage.eviction.policy import Policy
 from zipage.eviction.rule import EvictionRule
+from zipage.models.loading.tokenizer import is_tokenizer_error
 from zipage.outputs import FinishReason
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.request import Request
@@ -220,7 +221,9 @@ class InputProcessor:
                 f"the prompt's character {error.start} is {prompt[error.start]!r}, a lone surrogate: "
                 "leave it out, or decode its source bytes again"
             ) from error
-        except Exception as error:  # tokenizers raises bare Exception
+        except BaseException as error:
+            if not is_tokenizer_error(error):
+                raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"the tokenizer cannot encode the prompt ({reason})") from error
         bad = next((token for token in token_ids if token >= self._vocab_size), None)

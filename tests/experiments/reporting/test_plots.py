@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -51,18 +53,24 @@ def right(count: int, of: int = 40) -> list[float]:
     return [1.0] * count + [0.0] * (of - count)
 
 
-@pytest.fixture
-def runs(tmp_path) -> pd.DataFrame:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
     """Two workloads; in the first, two policies at two budgets and one that never bound."""
-    make_run(tmp_path, "a-full", grades=right(30))
-    make_run(tmp_path, "b-zip-64", "zipage", 64, grades=right(10), lengths=[150] * 40, seconds=4)
-    make_run(tmp_path, "c-zip-128", "zipage", 128, grades=right(25), lengths=[110] * 40, seconds=5)
-    make_run(tmp_path, "d-rnd-64", "random", 64, "prompt", grades=right(15), seconds=3)
-    make_run(tmp_path, "e-rnd-128", "random", 128, "prompt", grades=right(12), seconds=6)
+    folder = tmp_path_factory.mktemp("runs")
+    make_run(folder, "a-full", grades=right(30))
+    make_run(folder, "b-zip-64", "zipage", 64, grades=right(10), lengths=[150] * 40, seconds=4)
+    make_run(folder, "c-zip-128", "zipage", 128, grades=right(25), lengths=[110] * 40, seconds=5)
+    make_run(folder, "d-rnd-64", "random", 64, "prompt", grades=right(15), seconds=3)
+    make_run(folder, "e-rnd-128", "random", 128, "prompt", grades=right(12), seconds=6)
     other = {"workload.name": "traces"}
-    make_run(tmp_path, "f-full", grades=right(40), options=other)
-    make_run(tmp_path, "g-zip-64", "zipage", 64, grades=right(20), options=other)
-    return load_runs(tmp_path)
+    make_run(folder, "f-full", grades=right(40), options=other)
+    make_run(folder, "g-zip-64", "zipage", 64, grades=right(20), options=other)
+    return folder
+
+
+@pytest.fixture
+def runs(made) -> pd.DataFrame:
+    return load_runs(made)
 
 
 class TestAccuracyByBudget:

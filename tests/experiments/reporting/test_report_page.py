@@ -158,6 +158,7 @@ class TestPage:
         text = page(runs.drop(columns=gone))
         assert "What each head kept: the runs hold no traced positions" in text
 
+    @pytest.mark.usefixtures("undrawn")
     def test_one_plain_conclusion_stands_before_the_warnings(self, folder):
         runs = load_runs(folder)
         text = page(runs)
@@ -165,11 +166,12 @@ class TestPage:
         assert text.count('class="conclusion"') == 1
         assert text.index(escape(line)) < text.index('class="note"') < text.index("<table>")
 
+    @pytest.mark.usefixtures("undrawn")
     def test_no_conclusion_without_a_baseline(self, folder):
         assert 'class="conclusion"' not in page(load_runs([folder / "b-zipage"]))
 
-    def test_cells_carry_their_headings_for_cards(self, folder):
-        text = page(load_runs(folder))
+    def test_cells_carry_their_headings_for_cards(self, drawn):
+        text = drawn[1]
         headings = cells(text)[0]
         labels = [attributes["data-label"] for attributes in Reader(text).attributes("td")]
         assert labels[: len(headings)] == headings
@@ -197,8 +199,8 @@ class TestPage:
         assert rows == [("full KV", "-"), *evicting]
 
     @pytest.mark.skipif(chromium() is None, reason="no Chromium in PATH")
-    def test_it_is_laid_out_for_a_desk_and_a_phone(self, folder):
-        assert faults(page(load_runs(folder)), chromium()) == []
+    def test_it_is_laid_out_for_a_desk_and_a_phone(self, drawn):
+        assert faults(drawn[1], chromium()) == []
         assert faults(page(load_runs(RECORDS / "demo_reasoner")), chromium()) == []
 
     @pytest.mark.skipif(chromium() is None, reason="no Chromium in PATH")
