@@ -224,11 +224,7 @@ def _is_own(package: str) -> bool:
 def _imports(name: str, file: Path) -> Iterator[str]:
     """What a module imports anywhere in its text; for `from a import b` both a and a.b, which may be a module."""
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    try:
-        tree = ast.parse(file.read_bytes())
-    except SyntaxError:  # a module that nothing has imported yet
-        return
-    for node in ast.walk(tree):
+    for node in _nodes(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -248,9 +244,15 @@ def _called(call: ast.Call) -> str:
     return getattr(call.func, "attr", None) or getattr(call.func, "id", "")
 
 
+def _nodes(file: Path) -> Iterator[ast.AST]:
+    """All of a module's text; nothing of one that can't be read as Python, which nothing has imported then."""
+    with contextlib.suppress(SyntaxError):
+        yield from ast.walk(ast.parse(file.read_bytes()))
+
+
 def _data(file: Path) -> Iterator[tuple[str, Path]]:
     """The files that texts in a module name, beside it or from the current folder."""
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    for node in _nodes(file):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield from ((node.value, path) for path in _named(node.value, file.parent, Path.cwd()))
 

@@ -184,7 +184,7 @@ class TestRegrade:
         assert set(pd.read_parquet(file)["run"]) == {kept}
         assert len(err.splitlines()) == 2
         assert f"error: {kept}: the record has no output: it is a copy without texts" in err
-        assert f"error: {code}: workload.grader=code: would run the Python programs" in err
+        assert f"error: {code}: --grader code: would run the Python programs" in err
         assert "--allow-code-execution allows it" in err
         assert f"{damaged}: skipped, its record is damaged" in caplog.text
 
@@ -199,7 +199,7 @@ class TestRegrade:
     @pytest.mark.parametrize(
         ("more", "line"),
         [
-            (["--grader", "mind"], "workload.grader=mind: must be one of"),
+            (["--grader", "mind"], "--grader mind: must be one of"),
             (["--write", "x.csv"], "--write x.csv: must be a .parquet file"),
         ],
     )
@@ -220,5 +220,5 @@ def test_code_without_consent_starts_nothing(launch, results, tmp_path, capsys):
     path.write_text(json.dumps(item) + "\n")
     assert launch("workload=humaneval", f"workload.path={path}", fail_at=0) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: workload.grader=code: would run the Python programs in the model's answers")
+    assert err.startswith("error: --grader code: would run the Python programs in the model's answers")
     assert err.count("\n") == 1
