@@ -7,9 +7,9 @@ are asked for: they are nearly all of a record's size.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from experiments import records
 from experiments.analysis.samples import read_samples
+from experiments.command_line import Parser, stoppable
 from experiments.errors import RunError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def archive(run: Path, folder: Path, steps: bool = False, events: bool = False, 
         UsageError: the copy can't be written, or would replace the run itself.
     """
     target = folder / run.name
-    if target.resolve() == run.resolve():
+    if os.path.realpath(target) == os.path.realpath(run):
         raise UsageError(f"--to {folder}: holds {run.name} itself; give another folder")
     try:
         with records.claim(target) as staging:
@@ -67,8 +68,9 @@ def archive(run: Path, folder: Path, steps: bool = False, events: bool = False, 
     return target
 
 
+@stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiments.archive", description="Copy finished runs without the texts of their samples."
     )
     parser.add_argument("runs", nargs="+", help="run folders, or folders of them")
@@ -89,12 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 left_out += 1
         if not runs:
             raise UsageError("no finished and undamaged run in what was given")
-        for run in runs:
-            archive(run, options.to, options.steps, options.events, options.texts)
+        for number, run in enumerate(runs):
+            try:
+                archive(run, options.to, options.steps, options.events, options.texts)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"{number} of {len(runs)} runs copied to {options.to}") from None
     except (UsageError, RunError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(runs)} runs copied to {options.to}" + f"; {left_out} incomplete or damaged left out" * bool(left_out))
+    copied = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    print(f"{copied} copied to {options.to}" + f"; {left_out} incomplete or damaged left out" * bool(left_out))
     return 0
 
 

@@ -6,7 +6,6 @@ number of new tokens each. `transformers` gets only the first few of the prompts
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.backends import BACKENDS, Backend, get_backend
+from experiments.command_line import Parser, stoppable
 from experiments.config.compose import load_experiment
 from experiments.config.schema import Experiment, engine_options, to_dict
 from experiments.errors import UsageError
@@ -127,8 +127,9 @@ def _load_transformers(path: Path) -> Any:
     return model
 
 
+@stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench_transformers", description=__doc__)
+    parser = Parser(prog="python -m experiments.bench_transformers", description=__doc__)
     parser.add_argument("options", nargs="*", help="as for experiments.run, such as model=smollm2 hardware.threads=2")
     parser.add_argument("--batch", type=int, default=32, help="requests the engine serves together (32)")
     parser.add_argument("--alone", type=int, default=4, help="requests transformers answers one by one (4)")

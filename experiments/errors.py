@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UsageError(Exception):
     """What was asked can't be done as asked; the line names the option and the remedy. Exit code 2."""
@@ -9,6 +12,19 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """The run began and failed. Exit code 1."""
+
+
+class LateInterrupt(KeyboardInterrupt):
+    """Ctrl-C after the run's record was written, or where it was there already."""
+
+
+@contextmanager
+def after_record() -> Iterator[None]:
+    """Around what follows a record. Raises LateInterrupt for a KeyboardInterrupt."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise LateInterrupt from interrupt
 
 
 def one_line(error: BaseException) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.analysis.metrics import accuracy
+from experiments.command_line import Parser, stoppable
 from experiments.errors import UsageError, one_line
 from experiments.graders import get_grader, grade
 from experiments.records import load_requests, load_runs
@@ -60,9 +62,10 @@ def regrade(run: pd.Series, grader: str | None = None, allow_code_execution: boo
     return pd.DataFrame(rows).astype({"old_grade": "float64", "grade": "float64"} | texts)
 
 
+@stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns its exit code: 0 all runs were graded, 1 some were not, 2 wrong usage."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiments.regrade", description="Grade the recorded answers of finished runs again."
     )
     parser.add_argument("runs", nargs="+", help="run folders, or folders of them")
@@ -103,14 +106,26 @@ def _main(options: argparse.Namespace) -> int:
         print(line + (f"; {len(faults)} could not be graded, the first: {faults.iloc[0]}" if len(faults) else ""))
         tables.append(table)
     if target is not None and tables:
-        pd.concat(tables, ignore_index=True).to_parquet(target, index=False)
+        _write(pd.concat(tables, ignore_index=True), target)
         print(f"written: {target}")
     return int(len(tables) < len(runs))
 
 
+def _write(grades: pd.DataFrame, target: Path) -> None:
+    """Write the file whole or not at all. Raises UsageError where it can't be written."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        grades.to_parquet(temporary, index=False)
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"--write {target}: can't be written: {os.strerror(error.errno or 0)}") from error
+
+
 def _said(error: UsageError) -> str:
-    """The line as it reads for this command, which has its own way to allow code."""
-    return str(error).replace("workload.allow_code_execution=true", "--allow-code-execution")
+    """The line as it reads for this command, which has flags for these options."""
+    line = str(error).replace("workload.allow_code_execution=true", "--allow-code-execution")
+    return line.replace("workload.grader=", "--grader ")
 
 
 def _percent(grades: pd.Series) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.command_line import Parser, stoppable
 from experiments.errors import UsageError
 from experiments.records import load_runs
 from experiments.reporting.published import read_published
@@ -19,10 +20,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.report", description="Print the table of finished runs."
-    )
+    parser = Parser(prog="python -m experiments.report", description="Print the table of finished runs.")
     parser.add_argument(
         "runs", nargs="*", help="run folders, folders of them, or files of sweeps (default: results/runs)"
     )

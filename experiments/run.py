@@ -16,16 +16,16 @@ from omegaconf import DictConfig
 
 from experiments import bench
 from experiments.backends import BACKENDS, BackendFactory
+from experiments.command_line import INTERRUPTED, stop_signals
 from experiments.config.arms import check_multirun, split_command_line
 from experiments.config.compose import build, register
 from experiments.config.explain import explain
+from experiments.config.flags import DRY_RUN, arranged
 from experiments.config.known import is_text
 from experiments.config.overrides import as_written
-from experiments.errors import RunError, UsageError
+from experiments.errors import LateInterrupt, RunError, UsageError
 from experiments.paths import CONF
 from experiments.running import job, lifeline, sweep
-
-DRY_RUN = "--dry-run"
 
 
 def main(
@@ -40,12 +40,19 @@ def main(
         worker: the command that makes one after another (`experiments.running.worker`).
     """
     lifeline.watch()
+    with stop_signals():
+        return _main(backends, child, worker)
+
+
+def _main(backends: Mapping[str, BackendFactory], child: Sequence[str], worker: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    codes = []
+    codes: list[int] = []
+    said: set[str] = set()
+    several = False
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def entry(config: DictConfig) -> None:
-        codes.append(_run(config, backends))
+        codes.append(_run(config, backends, said))
 
     if not CONF.is_dir():
         return _fail(f"no folder {CONF}: run from a clone, installed with `pip install -e .`", 2)
@@ -53,20 +60,22 @@ def main(
     # Makes Hydra raise what it would print over many lines.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
-        given = [argument for argument in sys.argv[1:] if argument != DRY_RUN]
-        dry_run = len(given) < len(sys.argv) - 1
+        typed = arranged(sys.argv[1:])
+        given = [argument for argument in typed if argument != DRY_RUN]
+        dry_run = len(given) < len(typed)
         sweeps, arguments = split_command_line(given)
         if sweeps:
             return sweep.run(sweeps, arguments, backends, child, worker, dry_run)
         if dry_run:
             raise UsageError(f"{DRY_RUN}: prints the plan of a +sweep=NAME; --cfg job shows the options of one run")
-        check_multirun(arguments)
+        several = check_multirun(arguments)
         sys.argv[1:] = [
             argument if argument.startswith("-") else as_written(argument, is_text) for argument in arguments
         ]
         entry()
-    except KeyboardInterrupt:
-        return _fail("interrupted: nothing was recorded", 130)
+    except KeyboardInterrupt as interrupt:
+        done = codes.count(0) + isinstance(interrupt, LateInterrupt)
+        return _fail(f"interrupted: {_recorded(done, several)}", INTERRUPTED)
     except UsageError as error:
         return _fail(error, 2)
     except Exception as error:
@@ -74,19 +83,35 @@ def main(
     return max(codes, default=0)
 
 
-def _run(config: DictConfig, backends: Mapping[str, BackendFactory]) -> int:
+def _recorded(done: int, several: bool) -> str:
+    """What an interrupted command recorded; `done` of its runs were finished."""
+    if not several:
+        return "the run is recorded" if done else "nothing was recorded"
+    runs = {0: "no run is", 1: "1 run is"}.get(done, f"{done} runs are")
+    return f"{runs} recorded, and the same command goes on"
+
+
+def _run(config: DictConfig, backends: Mapping[str, BackendFactory], said: set[str]) -> int:
     def act() -> None:
         experiment = build(config)
         (job if experiment.scenario.kind == "serve" else bench).run(experiment, backends)
 
-    return exit_code(act)
+    return exit_code(act, said)
 
 
-def exit_code(act: Callable[[], object]) -> int:
-    """Do a run, and say in a line how it failed if it did: 0 done, 1 it failed, 2 wrong usage."""
+def exit_code(act: Callable[[], object], said: set[str] | None = None) -> int:
+    """Do a run, and say in a line how it failed if it did: 0 done, 1 it failed, 2 wrong usage.
+
+    Args:
+        said: lines of wrong usage that were said before, of other runs of the same command; they are not said again.
+    """
     try:
         act()
     except UsageError as error:
+        said = set() if said is None else said
+        if str(error) in said:
+            return 2
+        said.add(str(error))
         return _fail(error, 2)
     except RunError as error:
         return _fail(error, 1)

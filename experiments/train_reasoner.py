@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from experiments.command_line import Parser, stoppable
 from experiments.paths import REASONER
 from experiments.reasoner.training import TrainingOptions, train
 
 
+@stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
-    parser = argparse.ArgumentParser(prog="python -m experiments.train_reasoner", description=__doc__)
+    parser = Parser(prog="python -m experiments.train_reasoner", description=__doc__)
     parser.add_argument("--out", type=Path, default=REASONER, help="folder of the model (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     for option in fields(TrainingOptions):

@@ -9,19 +9,17 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from kernels.entries import entries_reference, gather_entries, scores_like
-from kernels.layout import check_all_layers, check_choice, check_index, check_like, check_requests, fail
+from kernels.cache_view import CacheView, check_view, entries_reference, gather_entries, scores_like
+from kernels.layout import check_choice, check_index, check_like, fail
 
 REDUCTIONS = {"max": torch.amax, "mean": torch.mean, "sum": torch.sum}
 
 
 def attention_score(
     q_cache: Tensor,
-    k_cache: Tensor,
+    view: CacheView,
     query_slots: Tensor,
     window_ends: Tensor,
-    block_tables: Tensor,
-    lens: Tensor,
     scale: float,
     *,
     softmax: str = "all",
@@ -36,11 +34,9 @@ def attention_score(
 
     Args:
         q_cache: [L, num_query_slots, w, Hq, d], each layer contiguous, of k_cache's dtype; Hq a multiple of H.
-        k_cache: [L, num_blocks, H, b, d], any range of layers; float32, float16 or bfloat16.
+        view: any range of layers; lengths n are at least w, or 0 for what is left out. V is not read.
         query_slots: int32 [R].
         window_ends: int32 [R]; the last query of the window is that of logical position end - 1, and end >= w.
-        block_tables: int32 [R, max_blocks]; never read past ceil(n / b).
-        lens: int32 [R], n: at least w, or 0 for a row that is left out.
         scale: of the logits, before the softmax.
         softmax: "all": over the entries that a query sees, itself included; "cut": over the entries before the
             window; "group_cut": the same of the logits reduced by `group`, one softmax a KV head.
@@ -53,30 +49,27 @@ def attention_score(
     Raises:
         ValueError: an argument's shape, dtype, device, layout or value is not as above.
     """
-    _check(
-        q_cache, k_cache, query_slots, window_ends, block_tables, lens, softmax, group, window
-    )  # fmt: skip
-    args = q_cache, k_cache, query_slots, window_ends, block_tables, lens, scale
+    _check(q_cache, view, query_slots, window_ends, softmax, group, window)
+    args = q_cache, view, query_slots, window_ends, scale
     kinds = {"softmax": softmax, "group": group, "window": window}
-    if k_cache.is_cuda:
-        with torch.cuda.device(k_cache.device):
+    if q_cache.is_cuda:
+        with torch.cuda.device(q_cache.device):
             return _triton()(*args, **kinds)
     return attention_score_torch(*args, **kinds)
 
 
 def _check(
     q_cache: Tensor,
-    k_cache: Tensor,
+    view: CacheView,
     query_slots: Tensor,
     window_ends: Tensor,
-    block_tables: Tensor,
-    lens: Tensor,
     softmax: str,
     group: str,
     window: str,
 ) -> None:
     """Check the arguments of `attention_score`. Raises ValueError naming the argument, its value and the remedy."""
-    check_all_layers(k_cache, k_cache)
+    check_view(view, all_layers=True)
+    k_cache = view.k_cache
     layers, _, heads, _, head_dim = k_cache.shape
     shape = tuple(q_cache.shape)
     if q_cache.dim() != 5 or shape[0] != layers or shape[4] != head_dim or 0 in shape[2:] or shape[3] % heads:
@@ -84,9 +77,9 @@ def _check(
     check_like("q_cache", q_cache, k_cache)
     if not q_cache[0].is_contiguous():
         fail("q_cache", "stride", q_cache.stride(), "make each layer contiguous")
-    check_requests(block_tables, lens, k_cache.device)
-    check_index("query_slots", query_slots, torch.int32, tuple(lens.shape), k_cache.device)
-    check_index("window_ends", window_ends, torch.int32, tuple(lens.shape), k_cache.device)
+    requests = view.lens.shape[1]
+    check_index("query_slots", query_slots, torch.int32, (requests,), k_cache.device)
+    check_index("window_ends", window_ends, torch.int32, (requests,), k_cache.device)
     check_choice("softmax", softmax, ("all", "cut", "group_cut"))
     check_choice("group", group, ("max", "mean"))
     check_choice("window", window, ("mean", "sum", "max"))
@@ -94,11 +87,9 @@ def _check(
 
 def attention_score_reference(
     q_cache: Tensor,
-    k_cache: Tensor,
+    view: CacheView,
     query_slots: Tensor,
     window_ends: Tensor,
-    block_tables: Tensor,
-    lens: Tensor,
     scale: float,
     *,
     softmax: str = "all",
@@ -106,38 +97,36 @@ def attention_score_reference(
     window: str = "mean",
 ) -> Tensor:
     """`attention_score`, layer by layer and request by request."""
-    layers, _, kv_heads, block_size, _ = k_cache.shape
-    width = q_cache.shape[2]
+    window_size, query_heads = q_cache.shape[2:4]
+    group_size = query_heads // view.k_cache.shape[2]
     reduce_group, reduce_window = REDUCTIONS[group], REDUCTIONS[window]
-    out = torch.full((layers, len(lens), kv_heads, block_tables.shape[1] * block_size), float("-inf"))
-    for layer, row in product(range(layers), range(len(lens))):
-        length = int(lens[row])
+    out = scores_like(view).cpu()
+    for layer, row, head in product(*map(range, view.lens.shape)):
+        length = int(view.lens[layer, row, head])
         if length == 0:
             continue
-        places = (int(window_ends[row]) - width + torch.arange(width)) % width
-        queries = q_cache[layer, int(query_slots[row])].cpu()[places].float()
-        queries = queries.view(width, kv_heads, -1, queries.shape[-1])
-        keys = entries_reference(k_cache[layer], block_tables[row], length).cpu()
-        logits = torch.einsum("qhgd,hjd->hgqj", queries, keys) * scale
-        past = length - width
+        places = (int(window_ends[row]) - window_size + torch.arange(window_size)) % window_size
+        heads = slice(head * group_size, (head + 1) * group_size)
+        queries = q_cache[layer, int(query_slots[row]), :, heads].cpu()[places].float()
+        keys = entries_reference(view.k_cache[layer], view.block_tables[layer, row, head], length, head).cpu()
+        logits = torch.einsum("qgd,jd->gqj", queries, keys) * scale
+        past = length - window_size
         if softmax == "all":
-            hidden = torch.arange(length) > past + torch.arange(width)[:, None]
-            weights = reduce_group(logits.masked_fill(hidden, float("-inf")).softmax(dim=-1), 1)
+            hidden = torch.arange(length) > past + torch.arange(window_size)[:, None]
+            weights = reduce_group(logits.masked_fill(hidden, float("-inf")).softmax(dim=-1), 0)
         elif softmax == "cut":
-            weights = reduce_group(logits[..., :past].softmax(dim=-1), 1)
+            weights = reduce_group(logits[..., :past].softmax(dim=-1), 0)
         else:
-            weights = reduce_group(logits[..., :past], 1).softmax(dim=-1)
-        out[layer, row, :, : weights.shape[-1]] = reduce_window(weights, 1)
-    return out.to(k_cache.device)
+            weights = reduce_group(logits[..., :past], 0).softmax(dim=-1)
+        out[layer, row, head, : weights.shape[-1]] = reduce_window(weights, 0)
+    return out.to(view.k_cache.device)
 
 
 def attention_score_torch(
     q_cache: Tensor,
-    k_cache: Tensor,
+    view: CacheView,
     query_slots: Tensor,
     window_ends: Tensor,
-    block_tables: Tensor,
-    lens: Tensor,
     scale: float,
     *,
     softmax: str = "all",
@@ -145,33 +134,33 @@ def attention_score_torch(
     window: str = "mean",
 ) -> Tensor:
     """`attention_score`, a matrix product for each layer and request."""
-    layers, _, kv_heads, _, head_dim = k_cache.shape
-    queries, query_heads = q_cache.shape[2:4]
-    out = scores_like(k_cache, block_tables)
-    ends, slots = window_ends.tolist(), query_slots.tolist()
+    queries, query_heads, head_dim = q_cache.shape[2:]
+    kv_heads = view.k_cache.shape[2]
+    group_size = query_heads // kv_heads
+    out = scores_like(view)
+    caches, slots = view.k_cache.unbind(), query_slots.tolist()
+    windows = q_cache.view(*q_cache.shape[:3], kv_heads, group_size, head_dim).unbind()
+    order = torch.arange(queries)
+    rings = ((window_ends[:, None] - queries + order) % queries).unbind()
+    hidden = order > order[:, None]
     reduce_group = torch.amax if group == "max" else torch.mean
-    for row, length in enumerate(lens.tolist()):
-        if length == 0:
-            continue
+    for layer, row, heads, length, table in view.lines():
         past = length - queries
         scored = length if softmax == "all" else past
-        ring = torch.arange(ends[row] - queries, ends[row]) % queries
-        hidden = torch.arange(past, length) > torch.arange(past, length)[:, None]
-        for layer in range(layers):
-            q = q_cache[layer, slots[row]].index_select(0, ring).view(queries, kv_heads, -1, head_dim)
-            q = (q.float() * scale).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
-            keys = gather_entries(k_cache[layer], block_tables[row], length)[:, 0, :scored].float()
-            logits = torch.bmm(q, keys.transpose(1, 2)).view(kv_heads, query_heads // kv_heads, queries, scored)
-            if softmax == "all":
-                logits[..., past:].masked_fill_(hidden, float("-inf"))
-            if softmax == "group_cut":
-                weights = reduce_group(logits, 1).softmax(dim=-1)
-            else:
-                weights = reduce_group(logits.softmax(dim=-1), 1)
-            if window == "max":
-                out[layer, row, :, :scored] = weights.amax(dim=1)
-            else:
-                out[layer, row, :, :scored] = weights.sum(dim=1) / (queries if window == "mean" else 1)
+        q = windows[layer][slots[row], :, heads].index_select(0, rings[row])
+        q = (q.float() * scale).permute(1, 2, 0, 3).flatten(1, 2)
+        keys = gather_entries(caches[layer], table, length, heads)[:, 0, :scored].float()
+        logits = torch.bmm(q, keys.transpose(1, 2)).view(len(q), group_size, queries, scored)
+        if softmax == "all":
+            logits[..., past:].masked_fill_(hidden, float("-inf"))
+        if softmax == "group_cut":
+            weights = reduce_group(logits, 1).softmax(dim=-1)
+        else:
+            weights = reduce_group(logits.softmax(dim=-1), 1)
+        if window == "max":
+            out[layer, row, heads, :scored] = weights.amax(dim=1)
+        else:
+            out[layer, row, heads, :scored] = weights.sum(dim=1) / (queries if window == "mean" else 1)
     return out
 
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cache_view import CacheView
 from kernels.tiles import LOG2_E, decode_tile, load_blocks, load_keys, multiprocessors, padded_dim
 
 PROGRAMS_PER_SM = 8
@@ -23,6 +24,9 @@ MIN_SPLIT = 128
 
 MAX_ROWS = 128
 """Rows (query, query head) of a program; a longer window is taken in chunks. 32 in float32, without tensor cores."""
+
+POINTERS = ("slots_ptr", "ends_ptr", "table_ptr", "lens_ptr")
+NUMBERS = ("num_splits", "per_split", "lens_layer_stride", "lens_row_stride", "lens_head_stride")
 
 
 @triton.jit
@@ -106,7 +110,7 @@ def _tile_logits(
     return tl.where(entries[None, :] < limits[:, None], logits, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["slots_ptr", "ends_ptr", "table_ptr", "lens_ptr", "num_splits", "per_split"])
+@triton.jit(do_not_specialize=[*POINTERS, *NUMBERS])
 def _log_sums(
     q_ptr,
     k_ptr,
@@ -126,7 +130,12 @@ def _log_sums(
     layer_stride,
     block_stride,
     head_stride,
-    table_stride,
+    table_layer_stride,
+    table_row_stride,
+    table_head_stride,
+    lens_layer_stride,
+    lens_row_stride,
+    lens_head_stride,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
@@ -145,7 +154,7 @@ def _log_sums(
     row = pair // HEADS
     head = pair % HEADS
     layer = tl.program_id(2).to(tl.int64)
-    length = tl.load(lens_ptr + row)
+    length = tl.load(lens_ptr + layer * lens_layer_stride + row * lens_row_stride + head * lens_head_stride)
     first_query = chunk * (ROWS // GROUP_PAD)
 
     slot = tl.load(slots_ptr + row).to(tl.int64)
@@ -155,7 +164,7 @@ def _log_sums(
     )
     limits = _softmax_limits(first_query, group, window, length - window, GROUP_PAD, ROWS, SOFTMAXES, CUT)
     k_head = k_ptr + layer * layer_stride + head * head_stride
-    table = table_ptr + row.to(tl.int64) * table_stride
+    table = table_ptr + layer * table_layer_stride + row.to(tl.int64) * table_row_stride + head * table_head_stride
 
     running = tl.full([SOFTMAXES], float("-inf"), tl.float32)
     total = tl.zeros([SOFTMAXES], tl.float32)
@@ -181,7 +190,7 @@ def _log_sums(
     tl.store(sums_ptr + place * num_splits + split, log_sum)
 
 
-@triton.jit(do_not_specialize=["slots_ptr", "ends_ptr", "table_ptr", "lens_ptr", "num_splits", "per_split", "chunk"])
+@triton.jit(do_not_specialize=[*POINTERS, *NUMBERS, "chunk"])
 def _reduce_weights(
     q_ptr,
     k_ptr,
@@ -205,7 +214,12 @@ def _reduce_weights(
     layer_stride,
     block_stride,
     head_stride,
-    table_stride,
+    table_layer_stride,
+    table_row_stride,
+    table_head_stride,
+    lens_layer_stride,
+    lens_row_stride,
+    lens_head_stride,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
@@ -230,7 +244,7 @@ def _reduce_weights(
     row = pair // HEADS
     head = pair % HEADS
     layer = tl.program_id(2).to(tl.int64)
-    length = tl.load(lens_ptr + row)
+    length = tl.load(lens_ptr + layer * lens_layer_stride + row * lens_row_stride + head * lens_head_stride)
     first_query = chunk * (ROWS // GROUP_PAD)
     index = layer * tl.num_programs(1) + pair
 
@@ -254,7 +268,7 @@ def _reduce_weights(
     )
     limits = _softmax_limits(first_query, group, window, length - window, GROUP_PAD, ROWS, SOFTMAXES, CUT)
     k_head = k_ptr + layer * layer_stride + head * head_stride
-    table = table_ptr + row.to(tl.int64) * table_stride
+    table = table_ptr + layer * table_layer_stride + row.to(tl.int64) * table_row_stride + head * table_head_stride
     out_row = out_ptr + index * width
     scored = length - window if CUT else length
 
@@ -299,11 +313,9 @@ def _reduce_weights(
 
 def attention_score_triton(
     q_cache: Tensor,
-    k_cache: Tensor,
+    view: CacheView,
     query_slots: Tensor,
     window_ends: Tensor,
-    block_tables: Tensor,
-    lens: Tensor,
     scale: float,
     *,
     softmax: str = "all",
@@ -314,21 +326,12 @@ def attention_score_triton(
     """`attention_score` in two launches, and one more for each further chunk of a long window.
 
     Args:
-        q_cache: [L, num_query_slots, w, Hq, d], of k_cache's dtype.
-        k_cache: [L, num_blocks, H, b, d].
-        query_slots, window_ends: int32 [R].
-        block_tables: int32 [R, max_blocks].
-        lens: int32 [R].
-        scale: of the logits.
-        softmax, group, window: as in `attention_score`.
-        num_splits: of a request along its entries; None: enough to fill the GPU.
-
-    Returns:
-        float32 [L, R, H, max_blocks * b].
+        num_splits: of a request along its entries; None: enough to fill the GPU. The others as in `attention_score`.
     """
+    k_cache, _, block_tables, lens = view
     layers, _, kv_heads, block_size, head_dim = k_cache.shape
     queries, query_heads = q_cache.shape[2:4]
-    requests, width = lens.shape[0], block_tables.shape[1] * block_size
+    requests, width = lens.shape[1], view.width
     out = torch.empty((layers, requests, kv_heads, width), dtype=torch.float32, device=k_cache.device)
     if out.numel() == 0:
         return out
@@ -349,7 +352,8 @@ def attention_score_triton(
     num_splits = triton.cdiv(tiles, per_split)
     sums = torch.empty((layers * pairs, chunks, softmaxes, num_splits), dtype=torch.float32, device=k_cache.device)
     inputs = q_cache, k_cache, query_slots, window_ends, block_tables, lens, sums
-    strides = *q_cache.stride()[:3], *k_cache.stride()[:3], block_tables.stride(0)
+    tables = *block_tables.stride()[:3], *lens.stride()
+    strides = *q_cache.stride()[:3], *k_cache.stride()[:3], *tables
     shape = {
         "HEADS": kv_heads, "HEAD_DIM": head_dim, "DIM_PAD": padded_dim(head_dim), "BLOCK_SIZE": block_size,
         "GROUP_PAD": group_pad, "ROWS": rows, "SOFTMAXES": softmaxes, "GROUP_MEAN": group == "mean",

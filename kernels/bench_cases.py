@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.attention_score import attention_score, attention_score_reference
 from kernels.bench_shapes import WINDOW, KernelShapes
+from kernels.cache_view import CacheView, shared
 from kernels.compact_stable import compact_stable, compact_stable_reference
 from kernels.decode_pieces import decode_pieces
 from kernels.paged_decode import paged_decode, paged_decode_reference
@@ -66,16 +67,17 @@ def _decode(shapes: KernelShapes, device: torch.device, context: int, block_size
     k_cache, v_cache, tables, lens = _paged(shapes, device, shapes.batch, longest, block_size)
     if spread:
         lens = torch.linspace(1, longest, shapes.batch, device=device).int()
-    pieces = decode_pieces(lens, k_cache, tables.shape[1])
+    view = CacheView.shared(k_cache, v_cache, tables, lens)
+    pieces = decode_pieces(view)
     q = torch.randn(shapes.batch, shapes.query_heads, shapes.head_dim, device=device, dtype=k_cache.dtype)
     scale = shapes.head_dim**-0.5
 
     def run() -> Tensor:
-        return paged_decode(q, k_cache, v_cache, tables, lens, scale, pieces)
+        return paged_decode(q, view, scale, pieces)
 
     def gate() -> tuple[float, float]:
-        host = _slice(k_cache, v_cache, tables[-GATED:])
-        expected = paged_decode_reference(q[-GATED:].cpu().float(), *host, lens[-GATED:].cpu(), scale)
+        host = CacheView.shared(*_slice(k_cache, v_cache, tables[-GATED:]), lens[-GATED:].cpu())
+        expected = paged_decode_reference(q[-GATED:].cpu().float(), host, scale)
         return _row_error(run()[-GATED:], expected), ATTENTION_BOUNDS[q.dtype]
 
     entries = int(lens.sum())
@@ -95,16 +97,15 @@ def _prefill(shapes: KernelShapes, device: torch.device, block_size: int) -> Cas
     k_cache, v_cache, tables, lens = _paged(shapes, device, count, length, block_size)
     q = torch.randn(count * length, shapes.query_heads, shapes.head_dim, device=device, dtype=k_cache.dtype)
     bounds = torch.arange(count + 1, dtype=torch.int32, device=device) * length
+    view = CacheView.shared(k_cache, v_cache, tables, lens)
     scale = shapes.head_dim**-0.5
 
     def run() -> Tensor:
-        return paged_prefill(q, k_cache, v_cache, tables, bounds, lens, length, scale)
+        return paged_prefill(q, view, bounds, length, scale)
 
     def gate() -> tuple[float, float]:
-        host = _slice(k_cache, v_cache, tables[:1])
-        expected = paged_prefill_reference(
-            q[:length].cpu().float(), *host, bounds[:2].cpu(), lens[:1].cpu(), length, scale
-        )
+        host = CacheView.shared(*_slice(k_cache, v_cache, tables[:1]), lens[:1].cpu())
+        expected = paged_prefill_reference(q[:length].cpu().float(), host, bounds[:2].cpu(), length, scale)
         return _row_error(run()[:length], expected), ATTENTION_BOUNDS[q.dtype]
 
     entries = count * length * shapes.kv_heads * shapes.head_dim
@@ -128,13 +129,13 @@ def _store(shapes: KernelShapes, device: torch.device, block_size: int) -> Case:
     slots = torch.randperm(blocks * block_size, device=device)[:tokens]
 
     def run() -> None:
-        store_kv(k, v, *caches, slots)
+        store_kv(k, v, *caches, shared(slots, shapes.kv_heads))
 
     def gate() -> tuple[float, float]:
         run()
         some = slots[: 32 * GATED].cpu()
         expected = [torch.zeros(cache.shape, dtype=dtype) for cache in caches]
-        store_kv_reference(k[: len(some)].cpu(), v[: len(some)].cpu(), *expected, some)
+        store_kv_reference(k[: len(some)].cpu(), v[: len(some)].cpu(), *expected, shared(some, shapes.kv_heads))
         block, offset = some // block_size, some % block_size
         found = [cache.cpu()[block, :, offset] for cache in caches]
         return max(_differing(a, b[block, :, offset]) for a, b in zip(found, expected)), 0.0
@@ -155,17 +156,21 @@ def _compression(shapes: KernelShapes, device: torch.device) -> Iterator[Case]:
     keys, line = pairs * shapes.entries * shapes.head_dim * k_cache.itemsize, pairs * shapes.entries * 4
     shape = f"{count} x {shapes.entries:,} -> {shapes.budget:,}, {layers} layers, block {size}"
     scale, tau = shapes.head_dim**-0.5, 0.4
-    host_tables, host_lens = tables.cpu(), lens.cpu()
+    view = CacheView.shared(k_cache, v_cache, tables, lens)
+
+    def host_view(*caches: Tensor) -> CacheView:
+        """The first layer's, on the host; its keys in float32, or other caches."""
+        keys = k_cache[:1].cpu().float()
+        return CacheView.shared(*(caches or (keys, keys)), tables.cpu(), lens.cpu())
 
     q_cache = torch.randn(layers, count, WINDOW, shapes.query_heads, shapes.head_dim, device=device).to(k_cache.dtype)
     slots, ends = torch.arange(count, dtype=torch.int32, device=device), lens.clone()
 
-    def score(depth: slice = slice(None)) -> Tensor:
-        return attention_score(q_cache[depth], k_cache[depth], slots, ends, tables, lens, scale)
+    def score() -> Tensor:
+        return attention_score(q_cache, view, slots, ends, scale)
 
     def score_gate() -> tuple[float, float]:
-        first = q_cache[:1].cpu().float(), k_cache[:1].cpu().float()
-        expected = attention_score_reference(*first, slots.cpu(), ends.cpu(), host_tables, host_lens, scale)
+        expected = attention_score_reference(q_cache[:1].cpu().float(), host_view(), slots.cpu(), ends.cpu(), scale)
         return _score_error(score()[:1], expected), SCORE_BOUND
 
     flops = 2 * layers * count * WINDOW * shapes.query_heads * shapes.entries * shapes.head_dim
@@ -173,11 +178,11 @@ def _compression(shapes: KernelShapes, device: torch.device) -> Iterator[Case]:
 
     chunk = shapes.redundancy_chunk
 
-    def repeat(depth: slice = slice(None)) -> Tensor:
-        return redundancy(k_cache[depth], tables, lens, tau=tau, chunk=chunk)
+    def repeat() -> Tensor:
+        return redundancy(view, tau=tau, chunk=chunk)
 
     def repeat_gate() -> tuple[float, float]:
-        expected = redundancy_reference(k_cache[:1].cpu().float(), host_tables, host_lens, tau=tau, chunk=chunk)
+        expected = redundancy_reference(host_view(), tau=tau, chunk=chunk)
         return _score_error(repeat()[:1], expected), SCORE_BOUND
 
     flops = 2 * pairs * shapes.entries * chunk * shapes.head_dim
@@ -188,21 +193,21 @@ def _compression(shapes: KernelShapes, device: torch.device) -> Iterator[Case]:
     must = torch.zeros(count, shapes.entries, dtype=torch.bool, device=device)
     must[:, -WINDOW:] = True
     keep = torch.full_like(lens, shapes.budget)
-    kept = select(scores, must, lens, keep, shapes.budget)
+    kept = select(scores, shared(must, heads, layers), view.lens, shared(keep, heads, layers), shapes.budget)
     new_tables = tables[:, : shapes.budget // size].contiguous()
     # Survivors that move, each read and written once in K and in V.
     shifted = int((kept != torch.arange(shapes.budget, device=device)).sum())
     entry = 2 * shapes.head_dim * k_cache.itemsize
 
     def stable() -> None:
-        compact_stable(k_cache, v_cache, [], kept, tables, new_tables)
+        compact_stable(view, [], kept, shared(new_tables, heads, layers))
 
     def stable_gate() -> tuple[float, float]:
         moved = k_cache[:1].clone(), v_cache[:1].clone()
         expected = tuple(cache.to("cpu", copy=True) for cache in moved)
         first = kept[:1].contiguous()
-        compact_stable(*moved, [], first, tables, new_tables)
-        compact_stable_reference(*expected, [], first.cpu(), host_tables, new_tables.cpu())
+        compact_stable(CacheView.shared(*moved, tables, lens), [], first, shared(new_tables, heads, 1))
+        compact_stable_reference(host_view(*expected), [], first.cpu(), shared(new_tables.cpu(), heads, 1))
         return max(_differing(a.cpu(), b) for a, b in zip(moved, expected)), 0.0
 
     yield Case("compact_stable", shape, stable, stable_gate, read=shifted * entry, written=shifted * entry)

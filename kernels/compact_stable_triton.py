@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cache_view import CacheView
+
 ENTRIES = 128
 """Entries that a program moves at a time."""
 
@@ -23,8 +25,13 @@ SLICE_BYTES = 128
 
 STATE_ENTRIES = 1024
 
+POINTERS = ("kept_ptr", "table_ptr", "dst_ptr")
+TABLE_STRIDES = ("table_layer_stride", "table_row_stride", "table_head_stride")
+DST_STRIDES = ("dst_layer_stride", "dst_row_stride", "dst_head_stride")
+NUMBERS = ("max_keep", "steps", *TABLE_STRIDES, *DST_STRIDES)
 
-@triton.jit(do_not_specialize=["kept_ptr", "table_ptr", "dst_ptr", "max_keep", "steps", "table_stride", "dst_stride"])
+
+@triton.jit(do_not_specialize=[*POINTERS, *NUMBERS])
 def _move_entries(
     k_ptr,
     v_ptr,
@@ -36,8 +43,12 @@ def _move_entries(
     layer_stride,
     block_stride,
     head_stride,
-    table_stride,
-    dst_stride,
+    table_layer_stride,
+    table_row_stride,
+    table_head_stride,
+    dst_layer_stride,
+    dst_row_stride,
+    dst_head_stride,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -52,15 +63,18 @@ def _move_entries(
     dims = tl.program_id(0) * DIMS + tl.arange(0, DIMS)
     pair = tl.program_id(1)
     row = (pair // HEADS).to(tl.int64)
+    head = pair % HEADS
     layer = tl.program_id(2).to(tl.int64)
-    column = layer * layer_stride + (pair % HEADS) * head_stride
+    column = layer * layer_stride + head * head_stride
+    table = table_ptr + layer * table_layer_stride + row * table_row_stride + head * table_head_stride
+    dst = dst_ptr + layer * dst_layer_stride + row * dst_row_stride + head * dst_head_stride
     kept_row = kept_ptr + (layer * tl.num_programs(1) + pair) * max_keep
     for step in range(0, steps):
         index = step * ENTRIES + tl.arange(0, ENTRIES)
         source = tl.load(kept_row + index, mask=index < max_keep, other=-1)
         held = source >= 0
-        from_block = tl.load(table_ptr + row * table_stride + source // BLOCK_SIZE, mask=held, other=0)
-        to_block = tl.load(dst_ptr + row * dst_stride + index // BLOCK_SIZE, mask=held, other=-1)
+        from_block = tl.load(table + source // BLOCK_SIZE, mask=held, other=0)
+        to_block = tl.load(dst + index // BLOCK_SIZE, mask=held, other=-1)
         moved = (to_block >= 0) & ((from_block != to_block) | (source % BLOCK_SIZE != index % BLOCK_SIZE))
         read = column + from_block.to(tl.int64) * block_stride + source % BLOCK_SIZE * HEAD_DIM
         write = column + to_block.to(tl.int64) * block_stride + index % BLOCK_SIZE * HEAD_DIM
@@ -72,7 +86,7 @@ def _move_entries(
         tl.store(v_ptr + write[:, None] + dims[None, :], v, mask=mask)
 
 
-@triton.jit(do_not_specialize=["kept_ptr", "table_ptr", "dst_ptr", "max_keep", "steps", "table_stride", "dst_stride"])
+@triton.jit(do_not_specialize=[*POINTERS, *NUMBERS])
 def _move_states(
     state_ptr,
     update_ptr,
@@ -83,8 +97,12 @@ def _move_states(
     steps,
     layer_stride,
     width,
-    table_stride,
-    dst_stride,
+    table_layer_stride,
+    table_row_stride,
+    table_head_stride,
+    dst_layer_stride,
+    dst_row_stride,
+    dst_head_stride,
     HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     UPDATED: tl.constexpr,
@@ -95,16 +113,19 @@ def _move_states(
     row = (pair // HEADS).to(tl.int64)
     layer = tl.program_id(1).to(tl.int64)
     line = layer * tl.num_programs(0) + pair
-    column = state_ptr + layer * layer_stride + (pair % HEADS) * BLOCK_SIZE
+    head = pair % HEADS
+    column = state_ptr + layer * layer_stride + head * BLOCK_SIZE
+    table = table_ptr + layer * table_layer_stride + row * table_row_stride + head * table_head_stride
+    dst = dst_ptr + layer * dst_layer_stride + row * dst_row_stride + head * dst_head_stride
     for step in range(0, steps):
         index = step * ENTRIES + tl.arange(0, ENTRIES)
         source = tl.load(kept_ptr + line * max_keep + index, mask=index < max_keep, other=-1)
         held = source >= 0
-        to_block = tl.load(dst_ptr + row * dst_stride + index // BLOCK_SIZE, mask=held, other=-1)
+        to_block = tl.load(dst + index // BLOCK_SIZE, mask=held, other=-1)
         if UPDATED:
             value = tl.load(update_ptr + line * width + source, mask=held, other=0)
         else:
-            from_block = tl.load(table_ptr + row * table_stride + source // BLOCK_SIZE, mask=held, other=0)
+            from_block = tl.load(table + source // BLOCK_SIZE, mask=held, other=0)
             read = from_block.to(tl.int64) * (HEADS * BLOCK_SIZE) + source % BLOCK_SIZE
             value = tl.load(column + read, mask=held, other=0)
         tl.debug_barrier()
@@ -113,30 +134,20 @@ def _move_states(
 
 
 def compact_stable_triton(
-    k_cache: Tensor,
-    v_cache: Tensor,
+    view: CacheView,
     states: Sequence[Tensor],
     kept: Tensor,
-    block_tables: Tensor,
     dst_tables: Tensor,
     updates: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """`compact_stable` in one launch, and one more for each state.
-
-    Args:
-        k_cache, v_cache: [L, num_blocks, H, b, d], of the same strides; written in place.
-        states: tensors [L, num_blocks, H, b] of four-byte elements; written in place.
-        kept: int32 [L, R, H, max_keep], ascending, then -1.
-        block_tables: int32 [R, max_blocks].
-        dst_tables: int32 [R, dst_blocks]; -1: nothing is written.
-        updates: for each state None or [L, R, H, N] of its dtype.
-    """
+    """`compact_stable` in one launch, and one more for each state; `kept` ascends, then -1."""
+    k_cache, v_cache, block_tables, _ = view
     layers, requests, heads, max_keep = kept.shape
     if kept.numel() == 0:
         return
     block_size, head_dim = k_cache.shape[3:]
     dims = min(SLICE_BYTES // k_cache.element_size(), triton.next_power_of_2(head_dim))
-    tables = block_tables.stride(0), dst_tables.stride(0)
+    tables = *block_tables.stride()[:3], *dst_tables.stride()[:3]
     _move_entries[(triton.cdiv(head_dim, dims), requests * heads, layers)](
         k_cache, v_cache, kept, block_tables, dst_tables, max_keep, triton.cdiv(max_keep, ENTRIES),
         *k_cache.stride()[:3], *tables,

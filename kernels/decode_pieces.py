@@ -6,26 +6,24 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from torch import Tensor
 
+from kernels.cache_view import CacheView
 from kernels.pieces import Pieces
 
 
-def decode_pieces(cache_lens: Tensor, k_cache: Tensor, max_blocks: int) -> Pieces | None:
+def decode_pieces(view: CacheView) -> Pieces | None:
     """How `paged_decode` cuts the requests of a step, to be given to it in every layer.
 
     Args:
-        cache_lens: int32 [B].
-        k_cache: [num_blocks, H, b, d], of any layer.
-        max_blocks: columns of the block tables.
+        view: of any one layer: its lengths, and the room of its block tables, are those of all.
 
     Returns:
         The pieces; None on a CPU, which cuts nothing.
     """
-    if not k_cache.is_cuda:
+    if not view.lens.is_cuda:
         return None
-    with torch.cuda.device(k_cache.device):
-        return _triton()(cache_lens, k_cache, max_blocks)
+    with torch.cuda.device(view.lens.device):
+        return _triton()(view)
 
 
 @cache

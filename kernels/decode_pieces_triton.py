@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cache_view import CacheView
 from kernels.pieces import Pieces
 from kernels.tiles import decode_tile, multiprocessors
 
@@ -28,7 +29,16 @@ CELLS = 8192
 """Pieces times requests that one program compares."""
 
 
-@triton.jit(do_not_specialize=["lens_ptr", "batch", "num_pieces", "wanted"])
+@triton.jit
+def _longest(lens_ptr, rows, inside, row_stride, head_stride, LENGTHS: tl.constexpr):
+    """The largest of each request's LENGTHS lengths, 0 of no request."""
+    longest = tl.load(lens_ptr + rows * row_stride, mask=inside, other=0)
+    for head in range(1, LENGTHS):
+        longest = tl.maximum(longest, tl.load(lens_ptr + rows * row_stride + head * head_stride, mask=inside, other=0))
+    return longest
+
+
+@triton.jit(do_not_specialize=["lens_ptr", "batch", "num_pieces", "wanted", "head_stride"])
 def _cut(
     lens_ptr,
     ranges_ptr,
@@ -37,7 +47,10 @@ def _cut(
     batch,
     num_pieces,
     wanted,
+    row_stride,
+    head_stride,
     KV_HEADS: tl.constexpr,
+    LENGTHS: tl.constexpr,
     TILE: tl.constexpr,
     MIN_TILES: tl.constexpr,
     BATCH_PAD: tl.constexpr,
@@ -45,7 +58,7 @@ def _cut(
 ):
     """PIECES pieces. Every program counts those of all requests anew."""
     rows = tl.arange(0, BATCH_PAD)
-    tiles = tl.cdiv(tl.load(lens_ptr + rows, mask=rows < batch, other=0), TILE)
+    tiles = tl.cdiv(_longest(lens_ptr, rows, rows < batch, row_stride, head_stride, LENGTHS), TILE)
     most = tl.maximum(tl.cdiv(tl.sum(tiles, 0), wanted), MIN_TILES)
     each = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, most), 1))
     counts = tl.where(rows < batch, tl.maximum(tl.cdiv(tiles, tl.maximum(each, 1)), 1), 0)
@@ -55,7 +68,7 @@ def _cut(
     before = ends[None, :] <= piece[:, None]
     row = tl.sum(before.to(tl.int32), 1)
     held = row < batch
-    mine = tl.cdiv(tl.load(lens_ptr + row, mask=held, other=0), TILE)
+    mine = tl.cdiv(_longest(lens_ptr, row, held, row_stride, head_stride, LENGTHS), TILE)
     size = tl.cdiv(mine, tl.maximum(tl.cdiv(mine, most), 1))
     first = (piece - tl.sum(tl.where(before, counts[None, :], 0), 1)) * size
     inside = piece < num_pieces
@@ -69,45 +82,37 @@ def _cut(
             tl.store(arrived_ptr + rows * KV_HEADS + head, 0, mask=rows < batch)
 
 
-def cut_requests(cache_lens: Tensor, bound: int, kv_heads: int, tile: int, wanted: int | None = None) -> Pieces:
+def cut_requests(lens: Tensor, bound: int, tile: int, wanted: int | None = None) -> Pieces:
     """Cut requests into pieces of whole tiles, those of one request of about the same length.
 
     Args:
-        cache_lens: int32 [B].
+        lens: int32 [B, H]; a request is cut as its longest head is.
         bound: entries that no request exceeds.
-        kv_heads: programs that each piece takes.
         tile: entries of a tile.
         wanted: pieces aimed at, of all requests. None: as many as fill the GPU a few times over.
 
     Returns:
-        At most `wanted` pieces and one more for each request; none is shorter than MIN_PIECE but for a request that is.
+        At most `wanted` pieces and one more for each request; none is shorter than MIN_PIECE unless its request is.
     """
-    batch = len(cache_lens)
+    batch, kv_heads = lens.shape
     if wanted is None:
-        wanted = max(1, WAVES * PROGRAMS_PER_SM * multiprocessors(cache_lens.device) // kv_heads)
+        wanted = max(1, WAVES * PROGRAMS_PER_SM * multiprocessors(lens.device) // kv_heads)
     min_tiles = max(1, MIN_PIECE // tile)
     num_pieces = min(wanted + batch, batch * max(1, triton.cdiv(triton.cdiv(bound, tile), min_tiles)))
-    ranges = torch.empty((3, num_pieces), dtype=torch.int32, device=cache_lens.device)
-    starts = torch.empty(batch + 1, dtype=torch.int32, device=cache_lens.device)
-    arrived = torch.empty((batch, kv_heads), dtype=torch.int32, device=cache_lens.device)
+    ranges = torch.empty((3, num_pieces), dtype=torch.int32, device=lens.device)
+    starts = torch.empty(batch + 1, dtype=torch.int32, device=lens.device)
+    arrived = torch.empty((batch, kv_heads), dtype=torch.int32, device=lens.device)
     batch_pad = triton.next_power_of_2(max(batch, 2))
     each = max(2, CELLS // batch_pad)
     _cut[(max(1, triton.cdiv(num_pieces, each)),)](
-        cache_lens, ranges, starts, arrived, batch, num_pieces, wanted,
-        KV_HEADS=kv_heads, TILE=tile, MIN_TILES=min_tiles, BATCH_PAD=batch_pad, PIECES=each, num_warps=4,
+        lens, ranges, starts, arrived, batch, num_pieces, wanted, *lens.stride(),
+        KV_HEADS=kv_heads, LENGTHS=kv_heads if lens.stride(1) else 1,
+        TILE=tile, MIN_TILES=min_tiles, BATCH_PAD=batch_pad, PIECES=each, num_warps=4,
     )  # fmt: skip
     return Pieces(ranges, starts, arrived)
 
 
-def decode_pieces_triton(cache_lens: Tensor, k_cache: Tensor, max_blocks: int, wanted: int | None = None) -> Pieces:
-    """Cut the requests of a step, the same for all layers.
-
-    Args:
-        cache_lens: int32 [B].
-        k_cache: [num_blocks, H, b, d], of any layer.
-        max_blocks: columns of the block tables.
-        wanted: as in `cut_requests`.
-    """
-    kv_heads, block_size, head_dim = k_cache.shape[1:]
-    tile = decode_tile(head_dim, k_cache.element_size())["TILE"]
-    return cut_requests(cache_lens, max_blocks * block_size, kv_heads, tile, wanted)
+def decode_pieces_triton(view: CacheView, wanted: int | None = None) -> Pieces:
+    """`decode_pieces` in one launch; `wanted` as in `cut_requests`."""
+    tile = decode_tile(view.k_cache.shape[-1], view.k_cache.element_size())["TILE"]
+    return cut_requests(view.lens, view.width, tile, wanted)

@@ -49,11 +49,6 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...], dtypes: tuple,
         fail(name, "stride", state.stride(), "give at least one layer, each contiguous")
 
 
-def check_requests(block_tables: Tensor, lens: Tensor, device: torch.device, where: str = "k_cache") -> None:
-    check_index("lens", lens, torch.int32, (-1,), device, where)
-    check_tables(block_tables, lens.shape[0], device, where)
-
-
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         fail(name, "value", repr(value), f"use one of {', '.join(choices)}")
@@ -106,24 +101,25 @@ def check_like(name: str, x: Tensor, cache: Tensor, where: str = "k_cache") -> N
         fail(name, "device", x.device, f"move it to {cache.device}, where {where} is")
 
 
-def check_tables(block_tables: Tensor, batch: int, device: torch.device, where: str = "k_cache") -> tuple[int, int]:
-    width = block_tables.shape[1] if block_tables.dim() == 2 else -1
-    check_index("block_tables", block_tables, torch.int32, (batch, width), device, where)
-    return tuple(block_tables.shape)
-
-
 def check_index(
     name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, where: str = "k_cache"
 ) -> None:
-    """A length of -1 in `shape` stands for any."""
-    if x.dim() != len(shape) or any(n not in (-1, m) for n, m in zip(shape, x.shape)):
+    """As `check_numbers`, and the last dimension is contiguous."""
+    check_numbers(name, x, dtype, shape, device, where)
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        fail(name, "stride", x.stride(), "make its last dimension contiguous")
+
+
+def check_numbers(
+    name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, where: str = "k_cache"
+) -> None:
+    """A length of -1 in `shape` stands for any; strides may be any, 0 too."""
+    if x.shape != shape and (x.dim() != len(shape) or any(n not in (-1, m) for n, m in zip(shape, x.shape))):
         fail(name, "shape", tuple(x.shape), f"give [{', '.join('any' if n < 0 else str(n) for n in shape)}]")
     if x.dtype != dtype:
         fail(name, "dtype", x.dtype, f"convert it to {dtype}")
     if x.device != device:
         fail(name, "device", x.device, f"move it to {device}, where {where} is")
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        fail(name, "stride", x.stride(), "make its last dimension contiguous")
 
 
 def fail(name: str, what: str, value: object, remedy: str) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from kernels.entries import entries_reference
-from kernels.layout import check_caches, check_index, check_queries, check_tables
+from kernels.cache_view import CacheView, check_view, entries_reference
+from kernels.layout import check_queries, fail
 from kernels.paged_prefill import attend_reference
 from kernels.pieces import Pieces
 
@@ -25,22 +26,12 @@ PIECE_BYTES = 2 << 20
 """K copied at a time: still in the caches when it is multiplied, and worth the calls."""
 
 
-def paged_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    cache_lens: Tensor,
-    scale: float,
-    pieces: Pieces | None = None,
-) -> Tensor:
+def paged_decode(q: Tensor, view: CacheView, scale: float, pieces: Pieces | None = None) -> Tensor:
     """Attention of one query a request over its entries.
 
     Args:
         q: [B, Hq, d], last dimension contiguous, of the caches' dtype; Hq a multiple of H.
-        k_cache, v_cache: [num_blocks, H, b, d], one layer; float32, float16 or bfloat16.
-        block_tables: int32 [B, max_blocks]; never read past ceil(cache_len / b).
-        cache_lens: int32 [B], the current token's entry included; 0 gives zeros.
+        view: one layer. Lengths count the current token's entry; 0 gives zeros.
         scale: of the scores, before the softmax.
         pieces: `decode_pieces` of these lengths, caches and tables; None: they are made here.
 
@@ -50,43 +41,46 @@ def paged_decode(
     Raises:
         ValueError: an argument's shape, dtype, device or layout is not as above.
     """
-    _check(q, k_cache, v_cache, block_tables, cache_lens)
+    _check(q, view)
     if q.is_cuda:
         with torch.cuda.device(q.device):
-            return _triton()(q, k_cache, v_cache, block_tables, cache_lens, scale, pieces)
-    return paged_decode_torch(q, k_cache, v_cache, block_tables, cache_lens, scale)
+            return _triton()(q, view, scale, pieces)
+    return paged_decode_torch(q, view, scale)
 
 
-def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, cache_lens: Tensor) -> None:
+def _check(q: Tensor, view: CacheView) -> None:
     """Check the arguments of `paged_decode`. Raises ValueError naming the argument, its value and the remedy."""
-    check_caches(k_cache, v_cache)
-    check_queries(q, k_cache)
-    check_tables(block_tables, q.shape[0], k_cache.device)
-    check_index("cache_lens", cache_lens, torch.int32, (q.shape[0],), k_cache.device)
+    check_view(view, all_layers=False)
+    check_queries(q, view.k_cache)
+    if view.lens.shape[0] != q.shape[0]:
+        fail("lens", "shape", tuple(view.lens.shape), f"give {q.shape[0]} requests, one for each query")
 
 
-def paged_decode_reference(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, cache_lens: Tensor, scale: float
-) -> Tensor:
-    """`paged_decode`, request by request."""
+def paged_decode_reference(q: Tensor, view: CacheView, scale: float) -> Tensor:
+    """`paged_decode`, request by request and head by head."""
     out = torch.zeros_like(q)
-    for row, length in enumerate(cache_lens.tolist()):
+    group = q.shape[1] // view.k_cache.shape[1]
+    for row, head in product(*map(range, view.lens.shape)):
+        length, table = int(view.lens[row, head]), view.block_tables[row, head]
         if length == 0:
             continue
-        keys = entries_reference(k_cache, block_tables[row], length)
-        values = entries_reference(v_cache, block_tables[row], length)
-        out[row] = attend_reference(q[row : row + 1], keys, values, scale, first_limit=length)[0]
+        keys, values = (entries_reference(x, table, length, head) for x in (view.k_cache, view.v_cache))
+        heads = slice(head * group, (head + 1) * group)
+        out[row, heads] = attend_reference(q[row : row + 1, heads], keys, values, scale, first_limit=length)[0]
     return out
 
 
-def paged_decode_torch(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, cache_lens: Tensor, scale: float
-) -> Tensor:
+def paged_decode_torch(q: Tensor, view: CacheView, scale: float) -> Tensor:
     """`paged_decode`, in pieces of requests of about the same length, longest first.
 
     A request's spans are taken with the last, partly filled one first, so that it sits in one place for all; the
     order of entries means nothing to attention.
     """
+    if view.heads_differ:
+        by_head = q.reshape(view.lens.numel(), -1, q.shape[2])
+        return paged_decode_torch(by_head, view.by_head(), scale).view(q.shape)
+    k_cache, v_cache = view.k_cache, view.v_cache
+    block_tables, cache_lens = view.block_tables.select(1, 0), view.lens.select(1, 0)
     batch, query_heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1:3]
     out = torch.zeros((batch, query_heads, head_dim), dtype=q.dtype)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cache_view import CacheView
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.pieces import Pieces
 from kernels.tiles import LOG2_E, attend_tile, decode_tile, load_blocks, padded_dim
@@ -18,7 +19,7 @@ CHUNK_ELEMENTS = 4096
 """Elements of pieces that a program combines at a time."""
 
 POINTERS = ("table_ptr", "lens_ptr", "ranges_ptr", "starts_ptr", "arrived_ptr", "max_ptr", "sum_ptr")
-NUMBERS = ("num_pieces", "group", "table_stride")
+NUMBERS = ("num_pieces", "group", "table_row_stride", "table_head_stride", "lens_row_stride", "lens_head_stride")
 
 
 @triton.jit
@@ -80,7 +81,10 @@ def _attend_pieces(
     q_head_stride,
     block_stride,
     head_stride,
-    table_stride,
+    table_row_stride,
+    table_head_stride,
+    lens_row_stride,
+    lens_head_stride,
     GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
@@ -97,9 +101,11 @@ def _attend_pieces(
     row = tl.load(ranges_ptr + piece).to(tl.int64)
     first = tl.load(ranges_ptr + num_pieces + piece)
     last = tl.load(ranges_ptr + 2 * num_pieces + piece)
-    if row < 0:
+    length = tl.load(lens_ptr + tl.maximum(row, 0) * lens_row_stride + head * lens_head_stride)
+    # No piece, or one of which this head has nothing, being shorter than the longest one.
+    if (row < 0) | ((first > 0) & (first * TILE >= length)):
         return
-    length = tl.load(lens_ptr + row)
+    last = tl.minimum(last, tl.cdiv(length, TILE))
 
     member = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, DIM_PAD)
@@ -110,7 +116,7 @@ def _attend_pieces(
     limits = tl.zeros([GROUP_PAD], tl.int32) + length
     k_head = k_ptr + head * head_stride
     v_head = v_ptr + head * head_stride
-    table = table_ptr + row * table_stride
+    table = table_ptr + row * table_row_stride + head * table_head_stride
 
     acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
     row_max = tl.full([GROUP_PAD], float("-inf"), tl.float32)
@@ -135,7 +141,8 @@ def _attend_pieces(
         tl.store(max_ptr + part, row_max, mask=member < group)
         tl.store(sum_ptr + part, row_sum, mask=member < group)
         begin = tl.load(starts_ptr + row)
-        end = tl.load(starts_ptr + row + 1)
+        size = tl.where(first == 0, last, first // tl.maximum((piece - begin).to(tl.int32), 1))
+        end = begin + tl.cdiv(tl.cdiv(length, TILE), size)
         arrived = arrived_ptr + row * tl.num_programs(1) + head
         # All threads' stores come before the count, and the count before the loads of whoever finds it full.
         tl.debug_barrier()
@@ -152,35 +159,16 @@ def _attend_pieces(
             tl.store(arrived, 0)  # for the next layer
 
 
-def paged_decode_triton(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    cache_lens: Tensor,
-    scale: float,
-    pieces: Pieces | None = None,
-) -> Tensor:
-    """`paged_decode` in one launch.
-
-    Args:
-        q: [B, Hq, d], last dimension contiguous.
-        k_cache, v_cache: [num_blocks, H, b, d], one layer, of q's dtype.
-        block_tables: int32 [B, max_blocks].
-        cache_lens: int32 [B].
-        scale: of the scores.
-        pieces: `decode_pieces_triton` of these lengths and caches; None cuts them here.
-
-    Returns:
-        [B, Hq, d], contiguous, q's dtype.
-    """
+def paged_decode_triton(q: Tensor, view: CacheView, scale: float, pieces: Pieces | None = None) -> Tensor:
+    """`paged_decode` in one launch; without `pieces`, one more cuts them here."""
+    k_cache, v_cache, block_tables, lens = view
     batch, query_heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1:3]
     out = torch.empty((batch, query_heads, head_dim), dtype=q.dtype, device=q.device)
     if batch == 0:
         return out
     if pieces is None:
-        pieces = decode_pieces_triton(cache_lens, k_cache, block_tables.shape[1])
+        pieces = decode_pieces_triton(view)
     options = decode_tile(head_dim, q.element_size())
     dim_pad, group = padded_dim(head_dim), query_heads // kv_heads
     num_pieces = pieces.ranges.shape[1]
@@ -189,9 +177,9 @@ def paged_decode_triton(
 
     group_tile = triton.next_power_of_2(group)
     _attend_pieces[(num_pieces, kv_heads)](
-        q, k_cache, v_cache, block_tables, cache_lens, *pieces, out, acc, maxima, sums,
+        q, k_cache, v_cache, block_tables, lens, *pieces, out, acc, maxima, sums,
         scale * LOG2_E, num_pieces, group,
-        q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), block_tables.stride(0),
+        *q.stride()[:2], *k_cache.stride()[:2], *block_tables.stride()[:2], *lens.stride(),
         GROUP_PAD=max(16, group_tile), HEAD_DIM=head_dim, DIM_PAD=dim_pad, BLOCK_SIZE=block_size,
         GROUP=group_tile, CHUNK=max(1, CHUNK_ELEMENTS // (group_tile * dim_pad)), **options,
     )  # fmt: skip

@@ -4,36 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.entries import entries_reference, gather_entries
-from kernels.layout import check_caches, check_index, check_queries, check_tables, fail
+from kernels.cache_view import CacheView, check_view, entries_reference, gather_entries
+from kernels.layout import check_index, check_queries, fail
 
 MASKED_QUERIES = 512
 """Queries whose causal mask is built at a time."""
 
 
-def paged_prefill(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    cu_seqlens: Tensor,
-    cache_lens: Tensor,
-    max_seqlen: int,
-    scale: float,
-) -> Tensor:
+def paged_prefill(q: Tensor, view: CacheView, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
     """Causal attention of each request's new queries, which are its last entries, over all its entries.
 
     Args:
         q: [T, Hq, d], requests one after the other, last dimension contiguous, of the caches' dtype.
-        k_cache, v_cache: [num_blocks, H, b, d], one layer; float32, float16 or bfloat16.
-        block_tables: int32 [B, max_blocks]; never read past ceil(cache_len / b).
+        view: one layer. Lengths count the chunk: query i of n sees entries 0 .. length - n + i of its head.
         cu_seqlens: int32 [B + 1]; request r's queries are q[cu_seqlens[r] : cu_seqlens[r + 1]].
-        cache_lens: int32 [B], the chunk included. Query i of n sees entries 0 .. cache_len - n + i.
         max_seqlen: queries of the longest request.
         scale: of the scores, before the softmax.
 
@@ -43,93 +33,66 @@ def paged_prefill(
     Raises:
         ValueError: an argument's shape, dtype, device or layout is not as above.
     """
-    _check(q, k_cache, v_cache, block_tables, cu_seqlens, cache_lens, max_seqlen)
+    _check(q, view, cu_seqlens, max_seqlen)
     if q.is_cuda:
         with torch.cuda.device(q.device):
-            return _triton()(q, k_cache, v_cache, block_tables, cu_seqlens, cache_lens, max_seqlen, scale)
-    return paged_prefill_torch(q, k_cache, v_cache, block_tables, cu_seqlens, cache_lens, max_seqlen, scale)
+            return _triton()(q, view, cu_seqlens, max_seqlen, scale)
+    return paged_prefill_torch(q, view, cu_seqlens, max_seqlen, scale)
 
 
-def _check(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    cu_seqlens: Tensor,
-    cache_lens: Tensor,
-    max_seqlen: int,
-) -> None:
+def _check(q: Tensor, view: CacheView, cu_seqlens: Tensor, max_seqlen: int) -> None:
     """Check the arguments of `paged_prefill`. Raises ValueError naming the argument, its value and the remedy."""
-    check_caches(k_cache, v_cache)
-    check_queries(q, k_cache)
-    check_index("cache_lens", cache_lens, torch.int32, (-1,), k_cache.device)
-    batch = cache_lens.shape[0]
-    check_index("cu_seqlens", cu_seqlens, torch.int32, (batch + 1,), k_cache.device)
-    check_tables(block_tables, batch, k_cache.device)
+    check_view(view, all_layers=False)
+    check_queries(q, view.k_cache)
+    check_index("cu_seqlens", cu_seqlens, torch.int32, (view.lens.shape[0] + 1,), q.device)
     if not isinstance(max_seqlen, int) or not 0 <= max_seqlen <= q.shape[0]:
         fail("max_seqlen", "value", max_seqlen, f"give the longest request's queries, an int up to {q.shape[0]}")
 
 
-def paged_prefill_reference(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    cu_seqlens: Tensor,
-    cache_lens: Tensor,
-    max_seqlen: int,
-    scale: float,
-) -> Tensor:
-    """`paged_prefill`, request by request."""
+def paged_prefill_reference(q: Tensor, view: CacheView, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    """`paged_prefill`, request by request and head by head."""
     out = torch.zeros_like(q)
     bounds = cu_seqlens.tolist()
-    for row, length in enumerate(cache_lens.tolist()):
+    group = q.shape[1] // view.k_cache.shape[1]
+    for row, head in product(*map(range, view.lens.shape)):
+        length, table = int(view.lens[row, head]), view.block_tables[row, head]
         begin, end = bounds[row], bounds[row + 1]
         if begin == end:
             continue
-        keys = entries_reference(k_cache, block_tables[row], length)
-        values = entries_reference(v_cache, block_tables[row], length)
-        out[begin:end] = attend_reference(q[begin:end], keys, values, scale, first_limit=length - (end - begin) + 1)
+        keys, values = (entries_reference(x, table, length, head) for x in (view.k_cache, view.v_cache))
+        heads, first_limit = slice(head * group, (head + 1) * group), length - (end - begin) + 1
+        out[begin:end, heads] = attend_reference(q[begin:end, heads], keys, values, scale, first_limit)
     return out
 
 
 def attend_reference(q: Tensor, keys: Tensor, values: Tensor, scale: float, first_limit: int) -> Tensor:
-    """q [n, Hq, d]; keys, values [H, c, d]. Query i sees the first `first_limit + i` entries. Returns [n, Hq, d]."""
-    queries, query_heads, _ = q.shape
-    group = query_heads // keys.shape[0]
-    keys = keys.repeat_interleave(group, dim=0)
-    values = values.repeat_interleave(group, dim=0)
-    scores = q.float().transpose(0, 1) @ keys.transpose(1, 2) * scale
-    limits = first_limit + torch.arange(queries, device=q.device)
-    hidden = torch.arange(keys.shape[1], device=q.device) >= limits[:, None]
+    """q [n, G, d]; keys, values [c, d]. Query i sees the first `first_limit + i` entries. Returns [n, G, d]."""
+    scores = q.float().transpose(0, 1) @ keys.T * scale
+    limits = first_limit + torch.arange(len(q), device=q.device)
+    hidden = torch.arange(len(keys), device=q.device) >= limits[:, None]
     weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
     return (weights @ values).transpose(0, 1).to(q.dtype)
 
 
-def paged_prefill_torch(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    cu_seqlens: Tensor,
-    cache_lens: Tensor,
-    max_seqlen: int,
-    scale: float,
-) -> Tensor:
+def paged_prefill_torch(q: Tensor, view: CacheView, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
     """`paged_prefill`, request by request through PyTorch's fused attention."""
+    k_cache, v_cache, block_tables, lens = view
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     out = torch.zeros(q.shape, dtype=q.dtype)
+    group = q.shape[1] // kv_heads
     bounds = cu_seqlens.tolist()
-    for row, length in enumerate(cache_lens.tolist()):
-        begin, end = bounds[row], bounds[row + 1]
-        if begin == end:
-            continue
-        # The KV heads are the batch and the query heads of each are the heads: K and V need no repeating.
-        queries = q[begin:end].view(end - begin, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-        keys = gather_entries(k_cache, block_tables[row], length)
-        values = gather_entries(v_cache, block_tables[row], length)
-        heads = _causal(queries, keys, values, scale)
-        out[begin:end] = heads.permute(2, 0, 1, 3).reshape(end - begin, -1, head_dim)
+    for heads in view.head_groups():
+        some = slice(heads.start * group, heads.stop * group)
+        tables = block_tables.select(1, heads.start).unbind()
+        for row, length in enumerate(lens.select(1, heads.start).tolist()):
+            begin, end = bounds[row], bounds[row + 1]
+            if begin == end:
+                continue
+            # The KV heads are the batch and the query heads of each are the heads: K and V need no repeating.
+            queries = q[begin:end, some].view(end - begin, -1, group, head_dim).permute(1, 2, 0, 3)
+            keys, values = (gather_entries(x, tables[row], length, heads) for x in (k_cache, v_cache))
+            attended = _causal(queries, keys, values, scale)
+            out[begin:end, some] = attended.permute(2, 0, 1, 3).reshape(end - begin, -1, head_dim)
     return out
 
 

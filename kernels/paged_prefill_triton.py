@@ -12,13 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cache_view import CacheView
 from kernels.tiles import LOG2_E, attend_tile, load_blocks, padded_dim
 
 LARGE_SHARED_MEMORY = 200 * 1024
 """Bytes that a program may use on Hopper (227 KB) and its successors; the A100 has 163 KB, desktop GPUs 99 KB."""
 
 
-@triton.jit(do_not_specialize=["table_ptr", "starts_ptr", "lens_ptr", "group", "table_stride"])
+POINTERS = ("table_ptr", "starts_ptr", "lens_ptr")
+NUMBERS = ("group", "table_row_stride", "table_head_stride", "lens_row_stride", "lens_head_stride")
+
+
+@triton.jit(do_not_specialize=[*POINTERS, *NUMBERS])
 def _attend_chunks(
     q_ptr,
     k_ptr,
@@ -33,7 +38,10 @@ def _attend_chunks(
     q_head_stride,
     block_stride,
     head_stride,
-    table_stride,
+    table_row_stride,
+    table_head_stride,
+    lens_row_stride,
+    lens_head_stride,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -48,7 +56,8 @@ def _attend_chunks(
     first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES  # the longest work starts first
     if first_query >= queries:
         return
-    length = tl.load(lens_ptr + row)
+    kv_head = head // group
+    length = tl.load(lens_ptr + row * lens_row_stride + kv_head * lens_head_stride)
     past = length - queries
 
     index = first_query + tl.arange(0, QUERIES)
@@ -58,9 +67,9 @@ def _attend_chunks(
     q_ptrs = q_ptr + token[:, None] * q_row_stride + head * q_head_stride + dims[None, :]
     q = tl.load(q_ptrs, mask=inside, other=0.0)
     limits = past + index + 1
-    k_head = k_ptr + (head // group) * head_stride
-    v_head = v_ptr + (head // group) * head_stride
-    table = table_ptr + row * table_stride
+    k_head = k_ptr + kv_head * head_stride
+    v_head = v_ptr + kv_head * head_stride
+    table = table_ptr + row * table_row_stride + kv_head * table_head_stride
 
     acc = tl.zeros([QUERIES, DIM_PAD], tl.float32)
     row_max = tl.full([QUERIES], float("-inf"), tl.float32)
@@ -115,41 +124,20 @@ def _large_shared_memory(device: torch.device) -> bool:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= LARGE_SHARED_MEMORY
 
 
-def paged_prefill_triton(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    cu_seqlens: Tensor,
-    cache_lens: Tensor,
-    max_seqlen: int,
-    scale: float,
-) -> Tensor:
-    """`paged_prefill` in one launch.
-
-    Args:
-        q: [T, Hq, d], last dimension contiguous.
-        k_cache, v_cache: [num_blocks, H, b, d], one layer, of q's dtype.
-        block_tables: int32 [B, max_blocks].
-        cu_seqlens: int32 [B + 1].
-        cache_lens: int32 [B], at least the request's queries.
-        max_seqlen: queries of the longest request; rows past it are left unwritten.
-        scale: of the scores.
-
-    Returns:
-        [T, Hq, d], contiguous, q's dtype.
-    """
+def paged_prefill_triton(q: Tensor, view: CacheView, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    """`paged_prefill` in one launch; rows of a request past `max_seqlen` are left unwritten."""
+    k_cache, v_cache, block_tables, lens = view
     tokens, query_heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1:3]
-    batch = cache_lens.shape[0]
+    batch = lens.shape[0]
     out = torch.empty((tokens, query_heads, head_dim), dtype=q.dtype, device=q.device)
     if max_seqlen == 0 or batch == 0:
         return out
     options = tile_config(head_dim, q.element_size(), _large_shared_memory(q.device))
     _attend_chunks[(triton.cdiv(max_seqlen, options["QUERIES"]), batch, query_heads)](
-        q, k_cache, v_cache, block_tables, cu_seqlens, cache_lens, out,
+        q, k_cache, v_cache, block_tables, cu_seqlens, lens, out,
         scale * LOG2_E, query_heads // kv_heads,
-        q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), block_tables.stride(0),
+        *q.stride()[:2], *k_cache.stride()[:2], *block_tables.stride()[:2], *lens.stride(),
         HEAD_DIM=head_dim, DIM_PAD=padded_dim(head_dim), BLOCK_SIZE=block_size,
         **options,
     )  # fmt: skip

@@ -12,7 +12,8 @@ class Pieces(NamedTuple):
 
     Attributes:
         ranges: int32 [3, P], of each piece its request (-1: no piece), its first tile and the tile after its last. The
-            pieces of a request stand side by side, in order; one without entries has an empty piece.
+            pieces of a request stand side by side, in order, all but the last of the same length; one without entries
+            has an empty piece. All heads of a request are cut alike, as its longest one.
         starts: int32 [B + 1], each request's first piece, and the number of pieces.
         arrived: int32 [B, H], zeros: how many pieces of a request and KV head are computed, while they are.
     """

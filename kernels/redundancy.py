@@ -9,16 +9,14 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from kernels.entries import entries_reference, gather_entries, scores_like
-from kernels.layout import check_all_layers, check_requests, fail
+from kernels.cache_view import CacheView, check_view, entries_reference, gather_entries, scores_like
+from kernels.layout import fail
 
 PIECE_BYTES = 2 << 20
-"""K copied at a time: still in the caches when it is multiplied, and worth the calls."""
+"""Cosines made at a time: still in the processor's cache when they are summed, and worth the calls."""
 
 
-def redundancy(
-    k_cache: Tensor, block_tables: Tensor, lens: Tensor, *, tau: float, threshold: float = 0.5, chunk: int | None = None
-) -> Tensor:
+def redundancy(view: CacheView, *, tau: float, threshold: float = 0.5, chunk: int | None = None) -> Tensor:
     """How much each key repeats others (R-KV, arXiv 2505.24133; in chunks: Zipage, arXiv 2603.08743).
 
     With c(m, j) the cosine of two keys and c(j, j) = 0, last(j) is the highest slot m with c(m, j) > threshold, and
@@ -26,12 +24,10 @@ def redundancy(
     of raw / (tau * keys compared).
 
     Args:
-        k_cache: [L, num_blocks, H, b, d], any range of layers; float32, float16 or bfloat16.
-        block_tables: int32 [R, max_blocks]; never read past ceil(n / b).
-        lens: int32 [R], n.
+        view: any range of layers. V is not read.
         tau: temperature.
         threshold: cosine above which a key is a near-duplicate.
-        chunk: keys are compared within aligned runs of so many slots, a power of two from 16, the last one partial;
+        chunk: keys are compared within aligned runs of this many slots, a power of two from 16, the last one partial;
             None: with all.
 
     Returns:
@@ -40,74 +36,67 @@ def redundancy(
     Raises:
         ValueError: an argument's shape, dtype, device, layout or value is not as above.
     """
-    _check(k_cache, block_tables, lens, tau, chunk)
+    _check(view, tau, chunk)
     kinds = {"tau": tau, "threshold": threshold, "chunk": chunk}
-    if k_cache.is_cuda:
-        with torch.cuda.device(k_cache.device):
-            return _triton()(k_cache, block_tables, lens, **kinds)
-    return redundancy_torch(k_cache, block_tables, lens, **kinds)
+    if view.lens.is_cuda:
+        with torch.cuda.device(view.lens.device):
+            return _triton()(view, **kinds)
+    return redundancy_torch(view, **kinds)
 
 
-def _check(k_cache: Tensor, block_tables: Tensor, lens: Tensor, tau: float, chunk: int | None) -> None:
+def _check(view: CacheView, tau: float, chunk: int | None) -> None:
     """Check the arguments of `redundancy`. Raises ValueError naming the argument, its value and the remedy."""
-    check_all_layers(k_cache, k_cache)
-    check_requests(block_tables, lens, k_cache.device)
+    check_view(view, all_layers=True)
     if not tau > 0:
         fail("tau", "value", tau, "give a temperature above 0")
     if chunk is not None and (chunk < 16 or chunk & (chunk - 1)):
         fail("chunk", "value", chunk, "give a power of two from 16, or None for the whole request")
 
 
-def redundancy_reference(
-    k_cache: Tensor, block_tables: Tensor, lens: Tensor, *, tau: float, threshold: float = 0.5, chunk: int | None = None
-) -> Tensor:
-    """`redundancy`, layer by layer and request by request."""
-    layers, _, kv_heads, block_size, _ = k_cache.shape
-    out = torch.full((layers, len(lens), kv_heads, block_tables.shape[1] * block_size), float("-inf"))
-    for layer, row in product(range(layers), range(len(lens))):
-        length = int(lens[row])
+def redundancy_reference(view: CacheView, *, tau: float, threshold: float = 0.5, chunk: int | None = None) -> Tensor:
+    """`redundancy`, layer by layer, request by request and head by head."""
+    out = scores_like(view).cpu()
+    for layer, row, head in product(*map(range, view.lens.shape)):
+        length = int(view.lens[layer, row, head])
         if length == 0:
             continue
-        keys = entries_reference(k_cache[layer], block_tables[row], length).cpu()
+        keys = entries_reference(view.k_cache[layer], view.block_tables[layer, row, head], length, head).cpu()
         keys = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-        runs = keys.split(length if chunk is None else chunk, dim=1)
-        logits = [_unexcused_reference(run, threshold) / (tau * run.shape[1]) for run in runs]
-        out[layer, row, :, :length] = torch.cat(logits, dim=1).softmax(dim=-1)
-    return out.to(k_cache.device)
+        runs = keys.split(length if chunk is None else chunk)
+        logits = [_unexcused_reference(run, threshold) / (tau * len(run)) for run in runs]
+        out[layer, row, head, :length] = torch.cat(logits).softmax(dim=-1)
+    return out.to(view.k_cache.device)
 
 
 def _unexcused_reference(keys: Tensor, threshold: float) -> Tensor:
-    """raw of each of the normalised keys [H, n, d]: [H, n]."""
-    heads, length, _ = keys.shape
-    cosine = keys @ keys.transpose(1, 2)
-    cosine.diagonal(dim1=1, dim2=2).zero_()
-    raw = cosine.sum(dim=2)
-    for head, j in product(range(heads), range(length)):
-        duplicates = (cosine[head, :, j] > threshold).nonzero()
+    """raw of each of the normalised keys [n, d]: [n]."""
+    cosine = (keys @ keys.T).fill_diagonal_(0)
+    raw = cosine.sum(dim=1)
+    for j in range(len(keys)):
+        duplicates = (cosine[:, j] > threshold).nonzero()
         if len(duplicates):
             last = int(duplicates.max())
-            raw[head, last] -= cosine[head, last, j]
+            raw[last] -= cosine[last, j]
     return raw
 
 
-def redundancy_torch(
-    k_cache: Tensor, block_tables: Tensor, lens: Tensor, *, tau: float, threshold: float = 0.5, chunk: int | None = None
-) -> Tensor:
+def redundancy_torch(view: CacheView, *, tau: float, threshold: float = 0.5, chunk: int | None = None) -> Tensor:
     """`redundancy`, the runs of a request together as far as their cosines stay small."""
-    out = scores_like(k_cache, block_tables)
-    for row, length in enumerate(lens.tolist()):
-        if length == 0:
-            continue
+    out = scores_like(view)
+    caches = view.k_cache.unbind()
+    divisors = {}
+    for layer, row, heads, length, table in view.lines():
         run = min(chunk or length, length)
-        compared = torch.full((length,), run)
-        compared[length // run * run :] = length % run
-        for layer in range(k_cache.shape[0]):
-            keys = gather_entries(k_cache[layer], block_tables[row], length)[:, 0].float()
-            keys = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-            runs = torch.nn.functional.pad(keys, (0, 0, 0, -length % run)).view(-1, run, keys.shape[-1])
-            pieces = runs.split(max(1, PIECE_BYTES // (4 * run * run)))
-            raw = torch.cat([_unexcused_sums(piece, threshold) for piece in pieces]).view(keys.shape[0], -1)
-            out[layer, row, :, :length] = (raw[:, :length] / (tau * compared)).softmax(dim=-1)
+        if length not in divisors:
+            compared = torch.full((length,), run)
+            compared[length // run * run :] = length % run
+            divisors[length] = tau * compared
+        keys = gather_entries(caches[layer], table, length, heads)[:, 0].float()
+        keys = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        runs = torch.nn.functional.pad(keys, (0, 0, 0, -length % run)).view(-1, run, keys.shape[-1])
+        pieces = runs.split(max(1, PIECE_BYTES // (4 * run * run)))
+        raw = torch.cat([_unexcused_sums(piece, threshold) for piece in pieces]).view(keys.shape[0], -1)
+        out[layer, row, heads, :length] = (raw[:, :length] / divisors[length]).softmax(dim=-1)
     return out
 
 

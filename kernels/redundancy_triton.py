@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cache_view import CacheView
 from kernels.tiles import load_blocks, load_keys, padded_dim
 
 CHUNK_BYTES = 64 * 1024
@@ -20,6 +21,8 @@ CHUNK_BYTES = 64 * 1024
 
 MAX_CHUNK = 256
 SOFTMAX_TILE = 4096
+
+LENS_STRIDES = ("lens_layer_stride", "lens_row_stride", "lens_head_stride")
 
 
 @triton.jit
@@ -37,7 +40,7 @@ def _cosines(k_rows, norms_rows, rows, k_columns, norms_columns, columns):
     return tl.where(rows[:, None] == columns[None, :], 0.0, products)
 
 
-@triton.jit(do_not_specialize=["table_ptr", "lens_ptr"])
+@triton.jit(do_not_specialize=["table_ptr", "lens_ptr", *LENS_STRIDES])
 def _chunk_sums(
     k_ptr,
     table_ptr,
@@ -49,7 +52,12 @@ def _chunk_sums(
     layer_stride,
     block_stride,
     head_stride,
-    table_stride,
+    table_layer_stride,
+    table_row_stride,
+    table_head_stride,
+    lens_layer_stride,
+    lens_row_stride,
+    lens_head_stride,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
@@ -62,11 +70,12 @@ def _chunk_sums(
     pair = tl.program_id(1)
     row = pair // HEADS
     layer = tl.program_id(2).to(tl.int64)
-    length = tl.load(lens_ptr + row)
+    head = pair % HEADS
+    length = tl.load(lens_ptr + layer * lens_layer_stride + row * lens_row_stride + head * lens_head_stride)
     if start >= length:
         return
-    k_head = k_ptr + layer * layer_stride + (pair % HEADS) * head_stride
-    table = table_ptr + row.to(tl.int64) * table_stride
+    k_head = k_ptr + layer * layer_stride + head * head_stride
+    table = table_ptr + layer * table_layer_stride + row.to(tl.int64) * table_row_stride + head * table_head_stride
 
     blocks = load_blocks(table, start, length, BLOCK_SIZE, CHUNK)
     k = load_keys(k_head, blocks, block_stride, start, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, CHUNK)
@@ -97,7 +106,7 @@ def _compared(start, length, CHUNK: tl.constexpr):
         return start * 0, length
 
 
-@triton.jit(do_not_specialize=["table_ptr", "lens_ptr", "sum_ptr", "last_ptr", "excused_ptr"])
+@triton.jit(do_not_specialize=["table_ptr", "lens_ptr", "sum_ptr", "last_ptr", "excused_ptr", *LENS_STRIDES])
 def _row_sums(
     k_ptr,
     table_ptr,
@@ -110,7 +119,12 @@ def _row_sums(
     layer_stride,
     block_stride,
     head_stride,
-    table_stride,
+    table_layer_stride,
+    table_row_stride,
+    table_head_stride,
+    lens_layer_stride,
+    lens_row_stride,
+    lens_head_stride,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
@@ -124,11 +138,12 @@ def _row_sums(
     pair = tl.program_id(1)
     row = pair // HEADS
     layer = tl.program_id(2).to(tl.int64)
-    length = tl.load(lens_ptr + row)
+    head = pair % HEADS
+    length = tl.load(lens_ptr + layer * lens_layer_stride + row * lens_row_stride + head * lens_head_stride)
     if start >= length:
         return
-    k_head = k_ptr + layer * layer_stride + (pair % HEADS) * head_stride
-    table = table_ptr + row.to(tl.int64) * table_stride
+    k_head = k_ptr + layer * layer_stride + head * head_stride
+    table = table_ptr + layer * table_layer_stride + row.to(tl.int64) * table_row_stride + head * table_head_stride
 
     row_blocks = load_blocks(table, start, length, BLOCK_SIZE, ROWS)
     k_rows = load_keys(k_head, row_blocks, block_stride, start, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, ROWS)
@@ -157,7 +172,7 @@ def _row_sums(
     tl.store(excused_ptr + place, excused, mask=held)
 
 
-@triton.jit(do_not_specialize=["lens_ptr", "last_ptr", "excused_ptr"])
+@triton.jit(do_not_specialize=["lens_ptr", "last_ptr", "excused_ptr", *LENS_STRIDES])
 def _take_off_excused(
     sum_ptr,
     last_ptr,
@@ -165,6 +180,9 @@ def _take_off_excused(
     lens_ptr,
     tau,
     width,
+    lens_layer_stride,
+    lens_row_stride,
+    lens_head_stride,
     HEADS: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -173,10 +191,13 @@ def _take_off_excused(
     """One layer, request, KV head and tile of keys: raw / (tau * keys compared), in the sums' place."""
     start = tl.program_id(0) * ROWS
     pair = tl.program_id(1)
-    length = tl.load(lens_ptr + pair // HEADS)
+    row = pair // HEADS
+    head = pair % HEADS
+    layer = tl.program_id(2).to(tl.int64)
+    length = tl.load(lens_ptr + layer * lens_layer_stride + row * lens_row_stride + head * lens_head_stride)
     if start >= length:
         return
-    base = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + pair) * width
+    base = (layer * tl.num_programs(1) + pair) * width
     rows = start + tl.arange(0, ROWS)
     raw = tl.load(sum_ptr + base + rows, mask=rows < length, other=0.0)
     begin, end = _compared(start, length, CHUNK)
@@ -188,57 +209,55 @@ def _take_off_excused(
     tl.store(sum_ptr + base + rows, raw / (tau * (end - begin).to(tl.float32)), mask=rows < length)
 
 
-@triton.jit(do_not_specialize=["lens_ptr"])
-def _softmax_rows(x_ptr, lens_ptr, width, HEADS: tl.constexpr, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["lens_ptr", *LENS_STRIDES])
+def _softmax_rows(
+    x_ptr,
+    lens_ptr,
+    width,
+    lens_layer_stride,
+    lens_row_stride,
+    lens_head_stride,
+    HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """One layer, request and KV head: the softmax of its first n numbers, in place, and -inf in the others."""
     pair = tl.program_id(0)
-    length = tl.load(lens_ptr + pair // HEADS)
-    row = x_ptr + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + pair) * width
+    row = pair // HEADS
+    head = pair % HEADS
+    layer = tl.program_id(1).to(tl.int64)
+    length = tl.load(lens_ptr + layer * lens_layer_stride + row * lens_row_stride + head * lens_head_stride)
+    line = x_ptr + (layer * tl.num_programs(0) + pair) * width
     highest = float("-inf")
     total = 0.0
     for start in range(0, length, TILE):
         index = start + tl.arange(0, TILE)
-        x = tl.load(row + index, mask=index < length, other=float("-inf"))
+        x = tl.load(line + index, mask=index < length, other=float("-inf"))
         new = tl.maximum(highest, tl.max(x, 0))
         total = total * tl.exp(highest - new) + tl.sum(tl.exp(x - new), 0)
         highest = new
     for start in range(0, width, TILE):
         index = start + tl.arange(0, TILE)
-        x = tl.load(row + index, mask=index < length, other=0.0)
+        x = tl.load(line + index, mask=index < length, other=0.0)
         value = tl.where(index < length, tl.exp(x - highest) / total, float("-inf"))
-        tl.store(row + index, value, mask=index < width)
+        tl.store(line + index, value, mask=index < width)
 
 
 def redundancy_triton(
-    k_cache: Tensor,
-    block_tables: Tensor,
-    lens: Tensor,
-    *,
-    tau: float,
-    threshold: float = 0.5,
-    chunk: int | None = None,
-    fused: bool = True,
+    view: CacheView, *, tau: float, threshold: float = 0.5, chunk: int | None = None, fused: bool = True
 ) -> Tensor:
     """`redundancy` in two launches for chunks that a program holds, in three for larger sets.
 
     Args:
-        k_cache: [L, num_blocks, H, b, d].
-        block_tables: int32 [R, max_blocks].
-        lens: int32 [R].
-        tau, threshold: as in `redundancy`.
-        chunk: a power of two from 16; None: the whole request.
-        fused: False takes the way of larger sets for every chunk.
-
-    Returns:
-        float32 [L, R, H, max_blocks * b].
+        fused: False takes the way of larger sets for every chunk. The others as in `redundancy`.
     """
+    k_cache, _, block_tables, lens = view
     layers, _, kv_heads, block_size, head_dim = k_cache.shape
-    requests, width = lens.shape[0], block_tables.shape[1] * block_size
+    requests, width = lens.shape[1], view.width
     out = torch.empty((layers, requests, kv_heads, width), dtype=torch.float32, device=k_cache.device)
     if out.numel() == 0:
         return out
     pairs, dim_pad = requests * kv_heads, padded_dim(head_dim)
-    strides = *k_cache.stride()[:3], block_tables.stride(0)
+    strides = *k_cache.stride()[:3], *block_tables.stride()[:3], *lens.stride()
     shape = {"HEADS": kv_heads, "HEAD_DIM": head_dim, "DIM_PAD": dim_pad, "BLOCK_SIZE": block_size}
     wide = k_cache.element_size() == 4
     most = CHUNK_BYTES // (2 if wide else 1)
@@ -258,10 +277,16 @@ def redundancy_triton(
             **shape, CHUNK=chunk or 0, ROWS=rows, TILE=tile, num_warps=4, num_stages=2,
         )  # fmt: skip
         _take_off_excused[grid](
-            out, last, excused, lens, tau, width,
+            out, last, excused, lens, tau, width, *lens.stride(),
             HEADS=kv_heads, CHUNK=chunk or 0, ROWS=rows, TILE=tile, num_warps=4,
         )  # fmt: skip
     _softmax_rows[(pairs, layers)](
-        out, lens, width, HEADS=kv_heads, TILE=min(SOFTMAX_TILE, triton.next_power_of_2(width)), num_warps=8
+        out,
+        lens,
+        width,
+        *lens.stride(),
+        HEADS=kv_heads,
+        TILE=min(SOFTMAX_TILE, triton.next_power_of_2(width)),
+        num_warps=8,
     )
     return out

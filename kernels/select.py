@@ -9,7 +9,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from kernels.layout import PAD_SLOT, check_index, check_scores, fail
+from kernels.cache_view import once
+from kernels.layout import PAD_SLOT, check_index, check_numbers, check_scores, fail
 
 
 def select(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
@@ -17,9 +18,10 @@ def select(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: i
 
     Args:
         scores: float32 [L, R, H, N], contiguous, no NaN in a request's n entries; those past n are never used.
-        must: bool [R, N] or [L, R, H, N], last dimension contiguous; at most keep[r] of a request's n entries.
-        lens: int32 [R], n.
-        keep: int32 [R], up to max_keep; all n entries survive where n is smaller.
+        must: bool [L, R, H, N], last dimension contiguous; at most `keep` of a request's n entries.
+        lens: int32 [L, R, H], n; with strides of 0 where layers or heads share them, as in a `CacheView`, and so may
+            `must` and `keep`.
+        keep: int32 [L, R, H], up to max_keep; all n entries survive where n is smaller.
         max_keep: of all requests, up to N.
 
     Returns:
@@ -37,41 +39,37 @@ def select(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: i
 
 def _check(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> None:
     """Check the arguments of `select`. Raises ValueError naming the argument, its value and the remedy."""
-    layers, requests, heads, width = check_scores(scores)
-    shape = (requests, width) if must.dim() == 2 else (layers, requests, heads, width)
-    check_index("must", must, torch.bool, shape, scores.device, "scores")
-    check_index("lens", lens, torch.int32, (requests,), scores.device, "scores")
-    check_index("keep", keep, torch.int32, (requests,), scores.device, "scores")
+    *shape, width = check_scores(scores)
+    check_index("must", must, torch.bool, (*shape, width), scores.device, "scores")
+    check_numbers("lens", lens, torch.int32, tuple(shape), scores.device, "scores")
+    check_numbers("keep", keep, torch.int32, tuple(shape), scores.device, "scores")
     if not isinstance(max_keep, int) or not 0 <= max_keep <= width:
         fail("max_keep", "value", max_keep, f"give the most that a request keeps, an int up to {width}")
 
 
 def select_reference(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
     """`select`, sorting each line."""
-    layers, requests, heads, _ = scores.shape
-    must = must.expand(layers, heads, -1, -1).transpose(1, 2) if must.dim() == 2 else must
-    kept = torch.full((layers, requests, heads, max_keep), PAD_SLOT, dtype=torch.int32)
-    for row in range(requests):
-        length = int(lens[row])
-        count = min(int(keep[row]), length)
-        for layer, head in product(range(layers), range(heads)):
-            required, values = must[layer, row, head].tolist(), scores[layer, row, head].tolist()
-            best = sorted(range(length), key=lambda j: (required[j], values[j], j), reverse=True)
-            kept[layer, row, head, :count] = torch.tensor(sorted(best[:count]), dtype=torch.int32)
+    kept = torch.full((*scores.shape[:3], max_keep), PAD_SLOT, dtype=torch.int32)
+    for line in product(*map(range, lens.shape)):
+        length = int(lens[line])
+        count = min(int(keep[line]), length)
+        required, values = must[line].tolist(), scores[line].tolist()
+        best = sorted(range(length), key=lambda j: (required[j], values[j], j), reverse=True)
+        kept[line][:count] = torch.tensor(sorted(best[:count]), dtype=torch.int32)
     return kept.to(scores.device)
 
 
 def select_torch(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
     """`select`, as the largest of integers that order slots by (must, score, slot) and are all different."""
     width = scores.shape[3]
-    must = must[:, None] if must.dim() == 2 else must
+    lens = once(lens)[..., None]
     bits = scores.masked_fill(scores == 0, 0).view(torch.int32)
     order = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).long()
-    order = torch.where(must, 1 << 32, order)
+    order = torch.where(once(must), 1 << 32, order)
     slots = torch.arange(width)
-    order = (order * width + slots).masked_fill(slots >= lens[:, None, None], torch.iinfo(torch.int64).min)
+    order = (order * width + slots).masked_fill(slots >= lens, torch.iinfo(torch.int64).min)
     best = order.topk(max_keep, dim=-1).indices
-    count = torch.minimum(keep, lens)[:, None, None]
+    count = torch.minimum(once(keep)[..., None], lens)
     best = best.masked_fill(torch.arange(max_keep) >= count, width).sort(dim=-1).values
     return best.masked_fill(best == width, -1).int()
 

@@ -33,6 +33,12 @@ def _select_rows(
     must_layer_stride,
     must_row_stride,
     must_head_stride,
+    lens_layer_stride,
+    lens_row_stride,
+    lens_head_stride,
+    keep_layer_stride,
+    keep_row_stride,
+    keep_head_stride,
     HEADS: tl.constexpr,
     WIDTH_PAD: tl.constexpr,
 ):
@@ -40,13 +46,15 @@ def _select_rows(
     pair = tl.program_id(0)
     row = pair // HEADS
     layer = tl.program_id(1).to(tl.int64)
-    length = tl.load(lens_ptr + row)
-    count = tl.minimum(tl.load(keep_ptr + row), length)
+    head = pair % HEADS
+    length = tl.load(lens_ptr + layer * lens_layer_stride + row * lens_row_stride + head * lens_head_stride)
+    most = tl.load(keep_ptr + layer * keep_layer_stride + row * keep_row_stride + head * keep_head_stride)
+    count = tl.minimum(most, length)
     line = layer * tl.num_programs(0) + pair
     slot = tl.arange(0, WIDTH_PAD)
     held = slot < length
     scores = tl.load(scores_ptr + line * width + slot, mask=held, other=0.0)
-    must_line = must_ptr + layer * must_layer_stride + row * must_row_stride + (pair % HEADS) * must_head_stride
+    must_line = must_ptr + layer * must_layer_stride + row * must_row_stride + head * must_head_stride
     must = tl.load(must_line + slot, mask=held, other=0) != 0
 
     least = -2147483648
@@ -76,8 +84,8 @@ def select_triton(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_
 
     Args:
         scores: float32 [L, R, H, N], contiguous.
-        must: bool [R, N] or [L, R, H, N], last dimension contiguous.
-        lens, keep: int32 [R].
+        must: bool [L, R, H, N], last dimension contiguous.
+        lens, keep: int32 [L, R, H], of any strides.
         max_keep: up to N.
 
     Returns:
@@ -87,7 +95,7 @@ def select_triton(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_
     kept = torch.empty((layers, requests, heads, max_keep), dtype=torch.int32, device=scores.device)
     if kept.numel() == 0:
         return kept
-    strides = must.stride()[:3] if must.dim() == 4 else (0, must.stride(0), 0)
+    strides = *must.stride()[:3], *lens.stride(), *keep.stride()
     width_pad = triton.next_power_of_2(width)
     _select_rows[(requests * heads, layers)](
         scores, must.view(torch.uint8), lens, keep, kept, width, max_keep, *strides,

@@ -52,6 +52,9 @@ def _store_step(
     q_head_stride,
     block_stride,
     head_stride,
+    slots_token_stride,
+    slots_head_stride,
+    SLOTS_APART: tl.constexpr,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEADS_TILE: tl.constexpr,
@@ -65,9 +68,9 @@ def _store_step(
     tile = tl.program_id(1)
     if tile < KV_TILES:
         store_entries(
-            token, tile, tl.load(slots_ptr + token), k_ptr, v_ptr, k_cache_ptr, v_cache_ptr,
+            token, tile, slots_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr,
             k_token_stride, k_head_stride, v_token_stride, v_head_stride, block_stride, head_stride,
-            KV_HEADS, HEADS_TILE, HEAD_DIM, DIM_PAD, BLOCK_SIZE,
+            slots_token_stride, slots_head_stride, SLOTS_APART, KV_HEADS, HEADS_TILE, HEAD_DIM, DIM_PAD, BLOCK_SIZE,
         )  # fmt: skip
     else:
         _store_query_rows(
@@ -92,7 +95,7 @@ def store_step_triton(
         k, v: [T, H, d]; q: [T, Hq, d]; last dimension contiguous.
         k_cache, v_cache: [num_blocks, H, b, d], one layer; written in place.
         q_cache: [num_query_slots, w, Hq, d], one layer; written in place.
-        slots, indices: int64 [T]; -1 stores nothing. Two tokens never share a slot or a place.
+        slots: int64 [T, H]; indices: int64 [T]; -1 stores nothing.
     """
     tokens, kv_heads, head_dim = k.shape
     query_heads = q.shape[1]
@@ -103,8 +106,8 @@ def store_step_triton(
     kv_tiles = triton.cdiv(kv_heads, heads_tile)
     _store_step[(tokens, kv_tiles + triton.cdiv(query_heads, heads_tile))](
         k, v, q, k_cache, v_cache, q_cache, slots, indices,
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1), q.stride(0), q.stride(1),
-        k_cache.stride(0), k_cache.stride(1),
+        *k.stride()[:2], *v.stride()[:2], *q.stride()[:2], *k_cache.stride()[:2], *slots.stride(),
+        SLOTS_APART=kv_heads > 1 and slots.stride(1) != 0,
         Q_HEADS=query_heads, KV_HEADS=kv_heads, HEADS_TILE=heads_tile, KV_TILES=kv_tiles,
         HEAD_DIM=head_dim, DIM_PAD=dim_pad, BLOCK_SIZE=k_cache.shape[2], num_warps=4,
     )  # fmt: skip

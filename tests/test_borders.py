@@ -187,3 +187,13 @@ def test_scheduling_runs_without_torch():
         "import zipage.scheduling.scheduler, zipage.config, zipage.sampling_params"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_the_worker_knows_plans_alone_of_scheduling():
+    """And a plan knows of no live request, so that it can be sent to a worker in another process."""
+    for path in modules("zipage/worker"):
+        for module, names in imports(path):
+            for target in {module, *(f"{module}.{name}" for name in names)} - {"zipage.scheduling"}:
+                if inside(target, ["zipage.scheduling"]):
+                    assert inside(target, ["zipage.scheduling.plan"]), f"{path} imports {target}"
+    assert not [m for m, _ in imports(ROOT / "zipage/scheduling/plan.py") if inside(m, ["zipage.scheduling"])]

@@ -29,6 +29,7 @@ DOCUMENTS = [
 FOLDERS = ("conf", "docs", "examples", "experiments", "kernels", "models", "notebooks", "results", "tests", "zipage")
 
 NO_OPTIONS = {
+    "OPTION",  # the form of an override
     # arguments of the public functions that raise them
     *(
         "request_id",

@@ -78,12 +78,12 @@ def type_hints(cls: type) -> dict[str, Any]:
 def checked(name: str, value: Any, hint: Any) -> Any:
     """`value` in the type of `hint`: numpy's scalars as Python's, integers for floats as floats, lists as tuples.
 
-    A bool is no number and a number no bool. Integers have at most 64 bits, floats are finite in float32.
+    A bool is not a number, and a number is not a bool. Integers have at most 64 bits, floats are finite in float32.
 
     Args:
         name: of the option, for the message.
         hint: bool, int, float, str, a class, Literal, tuple[X, ...], Mapping[str, X], a union, or Annotated[X, Rule];
-            what has another form is taken as it is.
+            a value of another form is taken unchanged.
 
     Raises:
         ValueError: it is of another type or breaks a rule; the message names the option, the value and the rule.

@@ -23,6 +23,7 @@ from zipage.checks import (
 )
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
+from zipage.eviction.fault import named
 from zipage.eviction.protection import Protection
 from zipage.eviction.rule import EvictionRule
 from zipage.unsupported import LLM_OPTIONS, ONE_DEVICE, drop_unsupported
@@ -42,7 +43,7 @@ EVICTION_DEFAULTS = {
     "layer_stride": None,
     "trace_positions": False,
 }
-"""Options that mean nothing under policy "full", and the values that ask for nothing."""
+"""Options without effect under policy "full", and their defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,8 @@ class EngineConfig:
         policy, policy_options: the eviction policy, by its registered name or as "package.module:Class", and its
             options.
         budget_tokens: KV budget of a request, per layer and KV head, rounded up to whole blocks; needed by every policy
-            but "full". This option and those below it up to `debug` have no effect under policy "full", which is said
-            in a warning where one is set.
+            but "full". This option and those below it up to `debug` have no effect under policy "full"; setting
+            one there logs a warning.
         protection: leading entries that always stay: "none", "sink:N", "prompt".
         recent_tokens: latest entries that always stay.
         trigger: "block_full": a request is compressed when its last block is full and it owns its budget and one block
@@ -87,7 +88,7 @@ class EngineConfig:
             step that filled the block and the next, and the request misses none.
         layer_stride: layers compressed in one launch; None takes as many as a bound on memory allows.
         trace_positions: hand the positions that each head keeps to `LLM.event_listeners`; slow.
-        debug: check every invariant after every step and fill what nobody may read with NaN; slow.
+        debug: check every invariant after every step and fill memory that must not be read with NaN; slow.
 
     Raises:
         ValueError: a value is of the wrong type or outside its range; the message names the field, the value and the
@@ -145,15 +146,19 @@ class EngineConfig:
         protection = Protection.parse(self.protection)
         if self.policy == "full":
             self._require("policy_options", not self.policy_options, "empty: policy 'full' has no options")
-            idle = [name for name, default in EVICTION_DEFAULTS.items() if getattr(self, name) != default]
-            if idle:
-                logger.warning("policy 'full' never evicts: %s without effect", ", ".join(idle))
             return
         policy = self.make_policy()
         if policy is None:
             return
         self._require("budget_tokens", self.budget_tokens is not None, f"given with policy {self.policy!r}")
-        Budget.from_tokens(self.budget_tokens, self.block_size).check(policy, protection, self.recent_tokens)
+        with named(self.policy, "used"):
+            Budget.from_tokens(self.budget_tokens, self.block_size).check(policy, protection, self.recent_tokens)
+
+    def warn_of_idle(self) -> None:
+        """Log which options were set and mean nothing under full KV."""
+        idle = [name for name, default in EVICTION_DEFAULTS.items() if getattr(self, name) != default]
+        if self.policy == "full" and idle:
+            logger.warning("policy 'full' never evicts: %s without effect", ", ".join(idle))
 
     def make_policy(self) -> Policy | None:
         """The eviction policy; None for full KV.

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from zipage.checks import check_names, checked
+from zipage.checks import Text, check_names, checked
 from zipage.config import EngineConfig
 from zipage.engine.core import on_device
 from zipage.engine.input_processor import Message, Prompt, Tokens, as_conversations, as_prompts, text_of
@@ -50,6 +50,7 @@ class LLM:
 
     def __init__(self, model: str | PathLike[str], **options: Any) -> None:
         self.config = EngineConfig.from_kwargs(model=model, **options)
+        self.config.warn_of_idle()
         with on_device(resolve_device(self.config.device)):
             engine = start(self.config)
         self._core = engine.core
@@ -107,13 +108,13 @@ class LLM:
     ) -> PendingPrompt:
         self._core.check_alive()
         params = checked("sampling_params", params, SamplingParams | None) or SamplingParams()
-        request_id = checked("request_id", request_id, str | None)
+        request_id = checked("request_id", request_id, Text | None)
         if request_id is None:
             request_id = self._free_id(number)
         elif self._outputs.knows(request_id):
             raise ValueError(f"request_id={request_id!r}: already in use")
         follow = self._outputs.follows(params, stream)
-        text, token_ids = tokenize(prompt)
+        text, token_ids = _read(prompt, tokenize)
         samples = self._inputs.samples(token_ids, params, request_id, number, follow)
         first = samples[0]
         pending = self._outputs.add(request_id, text, first.token_ids, params, stream)
@@ -134,8 +135,12 @@ class LLM:
         """Withdraw a prompt with all its samples; its output, as far as it came, is marked "abort".
 
         Returns:
-            Whether the request was still unfinished.
+            Whether the request was still unfinished; False for an unknown id.
+
+        Raises:
+            ValueError: the id is not text.
         """
+        request_id = checked("request_id", request_id, str)
         if not self._outputs.is_unfinished(request_id):
             return False
         with self._whole():
@@ -354,6 +359,17 @@ def _one_of_two(sampling_params: Any, params: Any) -> Any:
     if sampling_params is not None and params is not None:
         raise ValueError("sampling_params and params are two names for the same: give one of them")
     return params if sampling_params is None else sampling_params
+
+
+def _read(prompt: Any, tokenize: Callable[[Any], Tokens]) -> Tokens:
+    """A prompt's tokens. Raises ValueError, whatever its own methods raise."""
+    try:
+        return tokenize(prompt)
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"the prompt cannot be read ({reason})") from error
 
 
 def _refuse(where: str, options: Mapping[str, Any]) -> None:

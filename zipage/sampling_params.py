@@ -52,7 +52,7 @@ class SamplingParams:
         frequency_penalty: subtracted from the logit of a token as often as the output has it, in [-2, 2].
         logit_bias: added to the logits of tokens, by token id, in [-100, 100].
         bad_words: texts that are not generated: the token that would complete one is banned. Several, or None.
-        min_tokens: before so many new tokens, no token that would end the request is drawn, and no stop string counts.
+        min_tokens: until this many new tokens, no token that would end the request is drawn, and no stop string counts.
         seed: makes the samples of this request a function of (seed, sample index, token index) alone, whatever else is
             in the batch. None derives one from the engine's seed and the request's number.
         stop: generation ends where one of these strings appears; the text ends before it. A string, several, or None.

@@ -28,7 +28,7 @@ PREFERRED = ("engine.", "scenario.", "hardware.", "provenance.code.")
 """Of several baselines, the one that differs in the fewest of these is taken, and of those the latest."""
 
 BYTES = ("kv_bytes.mean", 1.05)
-"""A control of as many bytes: of the runs that hold at least those of this column, up to so many times as many."""
+"""A control of as many bytes holds at least this run's bytes, and at most this many times as many."""
 
 _POLICY, _BUDGET = "sampling.policy", "sampling.budget_tokens"
 """Options of a request that stand before the run's policy and budget."""

@@ -34,16 +34,17 @@ def summarise(
         memory: the engine's memory plan; None where it tells none.
 
     Returns:
-        `accuracy` is the mean grade over all samples, refused prompts included (pass@1; None where
-        nothing is graded), `facts_known` the share of the facts that problems name and answers knew (None where they
-        name none). Times are in seconds; a
-        figure that no sample gives is None. `budget_bound_share` is the share of the answered samples that were
-        compressed (None where the policy never evicts); `budget_never_bound` says that the policy evicts and none was,
-        so that the run equals full KV. `entries_evicted` are per layer and KV head. `loop_rate` is the share of the
-        answered samples that end in a loop. `itl` is the time between two tokens of a sample, over all tokens: the time
-        from one engine step to the next, counted once for each sample that decodes in it. `blocks_held` is the most
-        blocks that an answered sample held at once, as the engine counted them, and `kv_bytes` what these took in
-        bytes: keys and values with scores and positions, and its query slot if it held one.
+        `accuracy` is the mean grade over all samples, refused prompts included (pass@1; None where nothing is graded),
+        `place_accuracy` that of the answered samples at each place of a chain of questions (None for single questions),
+        `facts_known` the share of the facts that problems name and answers knew (None where they name none).
+        Times are in seconds; a figure that no sample gives is None. `budget_bound_share` is the share of the answered
+        samples that were compressed (None where the policy never evicts); `budget_never_bound` says that the policy
+        evicts and none was, so that the run equals full KV. `entries_evicted` are per layer and KV head. `loop_rate` is
+        the share of the answered samples that end in a loop. `itl` is the time between two tokens of a sample, over all
+        tokens: the time from one engine step to the next, counted once for each sample that decodes in it.
+        `blocks_held` is the most blocks that an answered sample held at once, as the engine counted them, and
+        `kv_bytes` what these took in bytes: keys and values with scores and positions, and its query slot if it held
+        one.
     """
     answered = [row for row in requests if row.get("error") is None]
     compressed = sum(bool(row.get("compressions")) for row in answered)
@@ -51,6 +52,7 @@ def summarise(
     prompt_tokens = sum(row["prompt_tokens"] for row in requests if row["sample_index"] == 0)
     return {
         "accuracy": accuracy([row["grade"] for row in requests]),
+        "place_accuracy": place_accuracy([row.get("place_grades") for row in requests]),
         "facts_known": accuracy([known for row in requests for known in row.get("facts_known") or ()]),
         "prompts": len({row["prompt_id"] for row in requests}),
         "samples": len(requests),
@@ -107,6 +109,12 @@ def cache_bytes(row: Mapping[str, Any], memory: Mapping[str, Any] | None) -> int
     if blocks is None or memory is None or "block_bytes" not in memory:
         return None
     return blocks * memory["block_bytes"] + bool(row.get("query_slot")) * memory["query_slot_bytes"]
+
+
+def place_accuracy(grades: Sequence[Sequence[float] | None]) -> list[float] | None:
+    """The mean grade at each place of chains of one length; None where no sample has such grades."""
+    graded = [row for row in grades if row is not None]
+    return np.mean(graded, axis=0).tolist() if graded else None
 
 
 def accuracy(grades: Sequence[float | None]) -> float | None:

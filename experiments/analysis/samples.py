@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from experiments.analysis.loops import loop_rate
-from experiments.records import REQUESTS
+from experiments.records import REQUESTS, table_path
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ def read_samples(folder: Path, *, ttft: float | None = None, tpot: float | None 
         loops: read the tokens too, for `loop_rate`.
 
     Raises:
-        OSError, ValueError: the record can't be read.
+        OSError, ValueError: the record can't be read, or is not as it was written.
     """
-    file = pq.ParquetFile(folder / REQUESTS)
+    file = pq.ParquetFile(table_path(folder, REQUESTS))
     loops = loops and "output_token_ids" in file.schema_arrow.names  # an archived copy has no tokens
     names = ["prompt_id", "grade", "ttft", "tpot", *(["error", "output_token_ids"] if loops else [])]
-    table = file.read(columns=names, use_threads=False)
-    encoded = table["prompt_id"].combine_chunks().dictionary_encode()
+    rows = file.read(columns=names, use_threads=False)
+    encoded = rows["prompt_id"].combine_chunks().dictionary_encode()
     problems, places = _ascending(tuple(encoded.dictionary.to_pylist()))
     codes = places[encoded.indices.to_numpy()]
-    grades, first, pace = (table[name].to_numpy() for name in ("grade", "ttft", "tpot"))
+    grades, first, pace = (rows[name].to_numpy() for name in ("grade", "ttft", "tpot"))
     graded = ~np.isnan(grades)
     kept = graded if ttft is None else graded & (first <= ttft)
     kept = kept if tpot is None else kept & ~(pace > tpot)
@@ -64,7 +64,7 @@ def read_samples(folder: Path, *, ttft: float | None = None, tpot: float | None 
     if not sizes.all():
         problems = tuple(problem for problem, size in zip(problems, sizes, strict=True) if size)
         sums, sizes = sums[sizes > 0], sizes[sizes > 0]
-    return Samples(problems, sums, sizes, float(grades[kept].sum()), _loop_rate(table) if loops else None)
+    return Samples(problems, sums, sizes, float(grades[kept].sum()), _loop_rate(rows) if loops else None)
 
 
 @lru_cache(maxsize=64)

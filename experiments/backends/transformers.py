@@ -1,4 +1,4 @@
-"""`backend=transformers`: `generate` on a batch that stays as it is until its last answer ends. The naive baseline."""
+"""`backend=transformers`: `generate` on a fixed batch, which lasts until its last answer ends. The naive baseline."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from experiments.bench.kind import Bench
 from experiments.bench.tables import markdown
 from experiments.config.compose import load_experiment
 from experiments.config.schema import Experiment, to_dict
-from experiments.errors import RunError, UsageError
+from experiments.errors import RunError, UsageError, after_record
 from experiments.records import provenance, sources
 
 ALWAYS = ("hardware.", "scenario.repeats", "results_dir", "force")
@@ -53,10 +53,11 @@ def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKEND
     if standing.state == "damaged" and experiment.force == "false":
         raise UsageError(f"{folder}: its record is damaged ({standing.reason}); force=stale replaces it")
     if standing.is_kept(experiment.force):
-        print("already done; force=true runs it again")
-        _show(folder)
-        if standing.state == "stale":
-            print(f"note: this benchmark is stale: {standing.reason}; force=stale runs it again", flush=True)
+        with after_record():
+            print("already done; force=true runs it again")
+            _show(folder)
+            if standing.state == "stale":
+                print(f"note: this benchmark is stale: {standing.reason}; force=stale runs it again", flush=True)
         return folder
     with records.claim(folder) as staging:
         if experiment.hardware.threads is not None:
@@ -77,7 +78,8 @@ def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKEND
         refused = sum(row["refused"] is not None for row in rows)
         metrics = {"rows": len(rows), "refused": refused, "seconds": time.perf_counter() - begin} | common
         records.publish(staging, folder, metrics)
-    _show(folder)
+    with after_record():
+        _show(folder)
     if refused:
         raise RunError(f"{refused} of {len(rows)} rows were refused: see {folder / records.ROWS}")
     return folder

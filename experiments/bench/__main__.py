@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from experiments import records
 from experiments.bench.tables import markdown
+from experiments.command_line import Parser, stoppable
 from experiments.errors import UsageError
 
 
+@stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench", description="Show finished benchmarks.")
+    parser = Parser(prog="python -m experiments.bench", description="Show finished benchmarks.")
     parser.add_argument("records", nargs="+", help="folders of scenario=kernels or scenario=engine_bench")
     parser.add_argument("--picture", metavar="FILE", help="draw one record's share of the roofline (PNG, SVG or PDF)")
     parser.add_argument("--against", metavar="ARM", help="add ratios of engines to this one, with 95 %% intervals")

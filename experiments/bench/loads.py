@@ -24,13 +24,13 @@ class Load:
 
     Attributes:
         lengths: options of the workload `lengths`: count, prompt_tokens, output_tokens, distribution, ...
-        arms: by name, options of `EngineConfig`, and `backend` (default zipage), and `staggered`: so many requests
+        arms: by name, options of `EngineConfig`, and `backend` (default zipage), and `staggered`: this many requests
             begin as if a part of their outputs were there, parts spread evenly from nothing to all: with prompts of as
             many entries as they would hold, and outputs as much shorter.
         engine: options of `EngineConfig` for all arms.
         temperature: of sampling.
         warmup_tokens: tokens of each output in the run before those that are timed: as many as it takes to compress.
-        window_steps: None: each repeat answers all requests. Else: one run, in which each repeat is so many steps,
+        window_steps: None: each repeat answers all requests. Else: one run, in which each repeat is this many steps,
             once the queue is empty or the pool full; as many before them are not timed.
     """
 

@@ -13,6 +13,7 @@ An arm is a list of overrides, as `python -m experiments.run` takes them. Values
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -28,6 +29,7 @@ from zipage import closest
 
 FOLDER = CONF / "sweep"
 KEYS = ("axes", "arms")
+OPTION = re.compile(r"[A-Za-z_][\w./@-]*")
 OWN_VALUES = "a number, a text, true, false or null, or a list of these"
 
 OWNED = {"model": "model.", "policy": "policy.options.", "workload": "workload.options."}
@@ -44,20 +46,19 @@ def split_command_line(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     Without a sweep, or beside a flag such as `--help` or `--cfg`, the command is Hydra's: no names, and all of it.
     """
     given = [argument for argument in arguments if argument not in ("-m", "--multirun")]
-    asked = [argument for argument in given if argument.startswith(("+sweep=", "sweep="))]
+    asked = [argument for argument in given if argument.lstrip("+").startswith("sweep=")]
     if not asked or any(argument.startswith("-") for argument in given):
         return [], list(arguments)
-    names = [name.strip() for argument in asked for name in _names(argument)]
+    names = [name for argument in asked for name in _names(argument)]
     return names, [argument for argument in given if argument not in asked]
 
 
 def _names(argument: str) -> list[str]:
     value = argument.partition("=")[2].strip()
-    if value.startswith("[") and value.endswith("]"):
-        return value[1:-1].split(",")
-    if not value or "," in value:
+    names = [name.strip() for name in value[1:-1].split(",")] if value[:1] + value[-1:] == "[]" else [value]
+    if not all(names) or (names == [value] and "," in value):
         raise UsageError(f"{argument}: must be one sweep, or several joined as +sweep=[a,b]")
-    return [value]
+    return names
 
 
 def sweep_path(name: str) -> Path:
@@ -65,10 +66,12 @@ def sweep_path(name: str) -> Path:
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
     if path.is_file():
         return path
+    if name.endswith(".yaml"):
+        raise UsageError(f"sweep={name}: no such sweep: there is no such file")
     choices = sorted(file.stem for file in FOLDER.glob("*.yaml"))
     close = closest(name, choices)
-    hint = f"did you mean {close}? " if close else ""
-    raise UsageError(f"sweep={name}: no such sweep; {hint}(choices: {', '.join(choices)}, or a path to FILE.yaml)")
+    hint = f"; did you mean {close}?" if close else ""
+    raise UsageError(f"sweep={name}: no such sweep{hint} (choices: {', '.join(choices)}, or a path to FILE.yaml)")
 
 
 def expand(names: Sequence[str], arguments: Sequence[str] = ()) -> list[Arm]:
@@ -99,10 +102,12 @@ def _joined(block: Block, later: Block) -> Block:
     return {option: values for option, values in block.items() if not option.startswith(lost)} | later
 
 
-def check_multirun(arguments: Sequence[str]) -> None:
-    """Raise UsageError where the command line asks Hydra (`-m`) for more than `MOST_ARMS` runs."""
-    if {"-m", "--multirun"} & {*arguments}:
+def check_multirun(arguments: Sequence[str]) -> bool:
+    """Whether the command line asks Hydra for several runs (`-m`). Raises UsageError for more than `MOST_ARMS`."""
+    asked = bool({"-m", "--multirun"} & {*arguments})
+    if asked:
         _check_count(["-m"], count_arms([a for a in arguments if "=" in a and not a.startswith("-")]))
+    return asked
 
 
 def _check_count(names: Sequence[str], count: int) -> None:
@@ -148,6 +153,8 @@ def _block(path: Path, where: str, block: Any, written: Any) -> Block:
     overrides: Block = {}
     for option, values in block.items():
         name, texts = str(option).lstrip("+"), written.get(str(option), values)  # YAML's merges are not in it
+        if not OPTION.fullmatch(name):
+            raise UsageError(f"{_shown(path)}: {where}: {option!r} is no option; its name begins with a letter")
         pairs = zip(_list(path, option, values), _list(path, option, texts), strict=True)
         overrides[name] = [f"{option}={_text(path, name, value, text)}" for value, text in pairs]
     return overrides

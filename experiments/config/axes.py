@@ -23,7 +23,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, list[str]]:
     """Overrides by the option that each sets: "seed=0,1" gives {"seed": ["seed=0", "seed=1"]}.
 
     Raises:
-        UsageError: an argument is no override.
+        UsageError: an argument is not an override.
     """
     try:
         written = [as_written(argument, is_text) for argument in arguments]
@@ -37,7 +37,7 @@ def count_arms(arguments: Sequence[str]) -> int:
     """How many runs Hydra's own sweep (`-m`) makes of overrides, where a glob counts as one.
 
     Raises:
-        UsageError: an argument is no override.
+        UsageError: an argument is not an override.
     """
     try:
         parsed = OverridesParser.create().parse_overrides(list(arguments))

@@ -28,6 +28,7 @@ def check(experiment: Experiment) -> None:
     for option, ok, what in (
         ("model.path", model.path or model.wheel, "given: a folder, a hub id or a GGUF file"),
         ("workload.path", any(getattr(workload, name) for name in SOURCES), "given: a file of questions"),
+        ("results_dir", experiment.results_dir, "given: a folder"),
         ("force", experiment.force in FORCE, " or ".join(FORCE)),
         ("limit", limit is None or limit >= 1, "at least 1, or null for all"),
         ("workload.template", "{question}" in workload.template, "a text that holds {question}"),

@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.config import config_files
 from experiments.config.check import check
 from experiments.config.explain import explain, unknown
 from experiments.config.known import groups, is_text, known_keys
@@ -23,7 +24,8 @@ from experiments.paths import CONF
 
 @cache
 def register() -> None:
-    """Give Hydra the schema under the name that `conf/config.yaml` lists first."""
+    """Give Hydra the schema under the name that `conf/config.yaml` lists first, and its way to read files."""
+    config_files.use()
     schema = OmegaConf.structured(Experiment)
     # OmegaConf makes the config of a frozen dataclass read-only; here only the dataclass it ends in is.
     OmegaConf.set_readonly(schema, None)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
+from pathlib import Path
 
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from experiments.config.known import known_keys
+from experiments.config.known import BESIDE, groups, known_keys
 from experiments.config.schema import FIXED, HOMES, PolicyConfig
 from zipage import closest
+
+MULTIRUN = ".multirun"
+"""Folder in `results_dir` where Hydra writes what `-m` was asked for (`conf/config.yaml`)."""
 
 
 def explain(error: Exception) -> str:
@@ -17,8 +22,10 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         close = closest(choice, error.options)
-        hint = f"did you mean {close}? " if close else ""
-        return f"{group}={choice}: no such choice; {hint}(choices: {', '.join(error.options)})"
+        hint = f"; did you mean {close}?" if close else ""
+        return f"{group}={choice}: no such choice{hint} (choices: {', '.join(error.options)})"
+    if isinstance(error, OSError) and Path(str(error.filename)).name == MULTIRUN:
+        return f"results_dir={Path(error.filename).parent}: can't be written: {error.strerror}"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
@@ -27,7 +34,19 @@ def explain(error: Exception) -> str:
             return f"{cause.full_key}: {str(cause).splitlines()[0]}"
         cause = cause.__cause__
     text = " ".join(str(error).partition("See https")[0].split())
-    return f"{error.override}: {text}" if isinstance(error, OverrideParseException) else text
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {text}"
+    return _reworded(text) if isinstance(error, HydraException) else text
+
+
+def _reworded(text: str) -> str:
+    """What Hydra says, as it reads for this command line."""
+    if found := re.match(r"Ambiguous value for argument '(([^=]*)=(.*?))' 1\. To use", text):
+        override, option, values = found.groups()
+        return f"{override}: several values; -m makes a run of each, {option}=[{values}] is a list"
+    if found := re.fullmatch(r"Could not delete from config\. '(\S+)' does not exist\.", text):
+        return f"~{found[1]}: has no value to take away" if found[1] in known_keys() else f"~{unknown(found[1])}"
+    return text
 
 
 def unknown(key: str) -> str:
@@ -41,8 +60,25 @@ def unknown(key: str) -> str:
         return (
             f"{key}: unknown option; an option of the policy itself is policy.options.{option}, the others are {names}"
         )
-    known = sorted(known_keys())
-    by_option = {name.rpartition(".")[2]: name for name in known}
-    close = closest(key, known) or by_option.get(closest(option or key, by_option))
-    hint = f"did you mean {close}?" if close else "`--cfg job` lists all options"
-    return f"{key}: unknown option; {hint}"
+    if key in BESIDE:
+        return f"{key}: unknown option; it goes with +sweep=NAME"
+    meant = " or ".join("+" * (name in BESIDE) + name for name in _meant(key))
+    return f"{key}: unknown option; " + (f"did you mean {meant}?" if meant else "`--cfg job` lists all options")
+
+
+def _meant(key: str) -> list[str]:
+    """The known options that may be meant: in the group that is named, else those of exactly that name elsewhere.
+
+    Groups and names are compared each for itself: options are no more alike for being in the same group.
+    """
+    known: dict[str, list[str]] = {}
+    for name in sorted({*known_keys(), *BESIDE}):
+        known.setdefault(name.rpartition(".")[2], []).append(name)
+    group, _, option = key.rpartition(".")
+    if group:
+        near = f"{closest(group, groups())}."
+        inside = [last for last, names in known.items() if any(name.startswith(near) for name in names)]
+        close = closest(option, inside)
+        return known.get(option, []) if close is None else [near + close]
+    found = known.get(closest(option, known), [])
+    return [name for name in found if "." not in name] or found

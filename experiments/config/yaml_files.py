@@ -19,16 +19,19 @@ def read_yaml(path: Path, *, texts: bool = False) -> Any:
     """A YAML file as plain data. A key that is there twice is an error, as in every config file.
 
     Args:
-        texts: leave each value as it is written, a text.
+        texts: leave each value as the text that was written.
 
     Raises:
-        UsageError: the file is no YAML, or too large (see `check_yaml_size`).
+        UsageError: the file is not valid YAML, or too large (see `check_yaml_size`).
     """
     try:
         check_yaml_size(path)
         if texts:
             return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
         return OmegaConf.to_container(OmegaConf.load(path))
+    except yaml.scanner.ScannerError as error:
+        hint = "; YAML is indented with spaces, not tabs" * ("'\\t'" in str(error.problem))
+        raise UsageError(f"{path}: {' '.join(str(error).split())}{hint}") from error
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
 

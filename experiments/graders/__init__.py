@@ -14,11 +14,19 @@ __all__ = ["GRADERS", "Grade", "Grader", "get_grader", "grade"]
 
 @dataclass(frozen=True)
 class Grade:
-    """The score of one answer in [0, 1], its final answer as the grader read it, and any fault of the grader."""
+    """The grade of one answer.
+
+    Attributes:
+        score: in [0, 1]; the mean over the places of a chain of questions.
+        extracted: the final answer as the grader read it.
+        error: a fault of the grader.
+        places: the score at each place of a chain; None for a single question.
+    """
 
     score: float | None
     extracted: str | None = None
     error: str | None = None
+    places: list[float] | None = None
 
 
 def get_grader(name: str, allow_code_execution: bool = False) -> Grader:
@@ -55,4 +63,6 @@ def grade(grader: Grader, answer: str, gold: str) -> Grade:
         return Grade(0.0, error=str(error))
     except Exception as error:
         return Grade(0.0, error=one_line(error))
+    if isinstance(score, list):
+        return Grade(sum(score) / len(score), extracted, places=score)
     return Grade(score, extracted)

@@ -14,7 +14,10 @@ _GAP = 80
 """Characters that two boxes of a set may lie apart."""
 
 _MARK = re.compile(
-    r"\\(?:boxed|fbox)\b|####|\banswer\b(?:\s+\w+){0,3}?\s*(?:\bis\b|[:：=])|答案\s*(?:是|为|為|[:：=])", re.IGNORECASE
+    r"\\(?:boxed|fbox)\b|####"
+    r"|\banswer\b(?:(?:\s+\w+){0,3}?\s*(?:\bis\b(?!\s+(?:not|either|neither|between)\b)|[:：=])|[\"'*]+\s?[:：=])"
+    r"|答案\s*(?:是|为|為|[:：=])",
+    re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"\n|(?<!\\)[.!?](?:\s|$)|[。！？]")
 

@@ -15,11 +15,11 @@ def grade_f1(answer: str, gold: str) -> tuple[float, str | None]:
     `gold` holds one right answer a line; the best match counts.
 
     Raises:
-        ValueError: the gold holds no word.
+        ValueError: the gold has no words.
     """
     golds = [found for line in gold.splitlines() if (found := words(line))]
     if not golds:
-        raise ValueError(f"the gold {gold!r} holds no word")
+        raise ValueError(f"the gold {gold!r} has no words")
     said = words(answer)
     return max(_f1(said, expected) for expected in golds), " ".join(said) or None
 

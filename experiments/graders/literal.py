@@ -31,7 +31,7 @@ def grade_literal(answer: str, gold: str) -> tuple[float, str | None]:
 def _value(text: str) -> tuple[Any] | None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # about the model's text, to nobody
+            warnings.simplefilter("ignore", SyntaxWarning)  # about the model's text
             return (ast.literal_eval(text.strip()),)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None

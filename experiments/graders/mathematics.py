@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from experiments.graders.boxed import announced, last_boxes
-from experiments.graders.number import numeral_with_base, only_number
+from experiments.graders.number import holds_several, numeral_with_base, only_number
 
 MAX_CHARACTERS = 2000
 """Of the longest expression that is parsed, and of the end of an answer in which one is looked for."""
@@ -99,6 +99,8 @@ def _equal(found: _Expression, expected: _Expression) -> bool:
         return given == asked or (asked is not None and digits == asked[0]) or (number == wanted is not None)
     if number is not None and wanted is not None:
         return round(number, PLACES) == round(wanted, PLACES)
+    if wanted is not None and holds_several(found.text):
+        return False
     return bool(found.parsed) and verify(expected.parsed, found.parsed, timeout_seconds=None, raise_on_error=True)
 
 

@@ -50,6 +50,7 @@ _REMARK = re.compile(r"\s*\((?=[^()]*[A-Za-z]{3})[^()]*\)[\s.]*$")
 
 _CHOICE = re.compile(r"\([A-J]\)|(?<![A-Za-z])[A-J][.):]")
 _WORD = re.compile(r"[-/]?([^\W\d_]+)(?:\^\{?[-+]?\d\}?)?(?:[-/'.][^\W\d_]+(?:\^\{?[-+]?\d\}?)?)*")
+_SPOKEN = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2}|(?<=\s)[hms](?=\s)")
 _CALL = re.compile(rf"[{LETTER}]\(")
 _ALGEBRA = re.compile(r"[-+*/^_\\|<>≤≥≠∈∪±!√∞\[\]\d]")
 _UNIT = re.compile(r"[mgshlLK]|[ckm]m|[km]g|m[lL]|mi|ft|in|th|st|nd|rd|am|pm")
@@ -113,6 +114,14 @@ def only_number(text: str, words: bool = True) -> Fraction | None:
     if found and (not words or any(map(_may_be_variables, found))):
         return None
     return values.pop()
+
+
+def holds_several(text: str) -> bool:
+    """Whether words stand between numbers: "2 hours 30 minutes" is neither 2 nor 30."""
+    text = plain_text(text)
+    ends = [numeral.end() for numeral in _numerals(text)]
+    starts = [numeral.start() for numeral in _numerals(text)]
+    return any(_SPOKEN.search(text, end, start) for end, start in zip(ends, starts[1:], strict=False))
 
 
 def numeral_with_base(text: str) -> tuple[str, int] | None:

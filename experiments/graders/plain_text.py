@@ -13,7 +13,7 @@ LETTER = "A-Za-zÀ-ÖØ-öø-ɏͰ-ϿЀ-ӿ"
 _CHARACTERS = str.maketrans(
     {code: code - 0xFEE0 for code in range(0xFF10, 0xFF1A)}
     | dict(zip("−–‐‑－×⋅∙·＊÷⁄／＋（）％．：＝≈", "-----*****///+()%.:==", strict=True))
-    | dict.fromkeys("\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000°", " ")
+    | dict.fromkeys("\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " ")
     | dict.fromkeys("\u200b\u2060\ufeff")
     | {"，": ", ", "、": ", ", "’": "'"}
 )
@@ -61,13 +61,16 @@ def _star(found: re.Match[str]) -> str:
     return found[0] if product else ""
 
 
+_DEGREE = r"\^?\s?\{?\s?\\(?:circ|degree)(?![A-Za-z])\s?\}?"
+_STYLE = r"(?:display|text|script)style|tiny|small|normalsize|[lL]arge|LARGE|[hH]uge|bf|rm"
 _OPERAND_ENDS = re.compile(r"[0-9A-Za-z)}]")
 _OPERAND_BEGINS = re.compile(r"[0-9A-Za-z({\\$.-]")
 _REPLACEMENTS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r",\s*\\!\s*|\{,\}"), ","),
-    (re.compile(r"\\!|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])"), ""),
+    (re.compile(rf"(?:°|{_DEGREE})[\s~]*(?:\\(?:mathrm|text|rm)\s*\{{?\s*)?[CFK](?![A-Za-z])\s*\}}?"), " "),
+    (re.compile(rf"\\!|\\(?:left|right|[bB]igg?[lr]?|limits|{_STYLE})(?![A-Za-z])"), ""),
     (re.compile(r"\\\\(?![A-Za-z])"), "\n"),
-    (re.compile(r"\\[,;:> ()\[\]]|~|\\q?quad(?![A-Za-z])|\^?\s?\{?\s?\\(?:circ|degree)(?![A-Za-z])\s?\}?"), " "),
+    (re.compile(rf"\\[,;:> ()\[\]]|[~°]|\\q?quad(?![A-Za-z])|{_DEGREE}"), " "),
     (re.compile(r"\\(?=[$%#&£])"), ""),
     (re.compile(rf"{_TEXT}(\s*\^\s*\{{?[-+]?\d\}}?)?"), _words),
     (re.compile(rf"{_TEXT}(\s*\^\s*\{{?[-+]?\d\}}?)?"), _words),  # one within the other

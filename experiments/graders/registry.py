@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from experiments.graders.chain import grade_chain
 from experiments.graders.code import grade_code
 from experiments.graders.exact import grade_exact
 from experiments.graders.f1 import grade_f1
@@ -15,8 +16,11 @@ from experiments.graders.ungraded import grade_none
 
 
 class Grader(Protocol):
-    def __call__(self, answer: str, gold: str) -> tuple[float | None, str | None]:
-        """The score in [0, 1], and what was taken for the final answer; None for either where there is none."""
+    def __call__(self, answer: str, gold: str) -> tuple[float | list[float] | None, str | None]:
+        """The score in [0, 1], and what was taken for the final answer; None for either where there is none.
+
+        The score of a chain of questions is a list with the score of each.
+        """
 
 
 GRADERS: dict[str, Grader] = {
@@ -27,5 +31,6 @@ GRADERS: dict[str, Grader] = {
     "f1": grade_f1,
     "literal": grade_literal,
     "code": grade_code,
+    "chain": grade_chain,
     "none": grade_none,
 }

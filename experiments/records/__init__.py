@@ -1,6 +1,6 @@
 """Records of runs: their names (`ids`), how they are written (`store`), and how they are read (`content`, `load`)."""
 
-from experiments.records.content import damage, flatten, is_complete, read_config
+from experiments.records.content import damage, flatten, is_complete, read_config, table_path
 from experiments.records.files import (
     CONFIG,
     EVENTS,
@@ -47,6 +47,7 @@ __all__ = [
     "read_sweep",
     "run_id",
     "shortened",
+    "table_path",
     "write_config",
     "write_json",
 ]

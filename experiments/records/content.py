@@ -57,6 +57,8 @@ def check_files(folder: Path, *, whole: bool) -> None:
 
     hashes = read_metrics(folder)[1]
     for name, digest in (hashes or {}).items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing")
         if name != METRICS and (whole or not name.endswith(".parquet")) and file_hash(folder / name) != digest:
             raise ValueError(f"{name} is not as it was written")
     if (folder / ROWS).exists():
@@ -66,6 +68,20 @@ def check_files(folder: Path, *, whole: bool) -> None:
         with pq.ParquetFile(folder / name) as file:
             for _ in file.iter_batches() if whole and hashes is None else ():
                 pass
+
+
+def table_path(folder: Path, name: str) -> Path:
+    """The file of a table of a record, about to be read.
+
+    Raises:
+        ValueError, OSError: it is not as it was written, or the metrics that say so are not.
+    """
+    path = folder / name
+    if is_complete(folder):
+        digest = (read_metrics(folder)[1] or {}).get(name)
+        if digest is not None and file_hash(path) != digest:
+            raise ValueError(f"{name} is not as it was written")
+    return path
 
 
 def read_config(run: str | Path | pd.Series) -> dict[str, Any]:

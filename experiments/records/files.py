@@ -4,7 +4,7 @@ from __future__ import annotations
 
 METRICS, CONFIG, PROVENANCE = "metrics.json", "config.yaml", "provenance.json"
 ROWS = "rows.json"
-"""Of a benchmark, in the place of the three below."""
+"""Of a benchmark, instead of the three below."""
 REQUESTS, STEPS, EVENTS = "requests.parquet", "steps.parquet", "events.parquet"
 TRACEBACK = "traceback.txt"
 HASHES = "files"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-_IN_DATA = ("name", "path", "parts", "tests", "allow_code_execution")
+_IN_DATA = ("name", "path", "file", "parts", "tests", "allow_code_execution")
 """Options of model and workload that say where content lies or how it is read: the content is hashed itself."""
 
 _NOT_SERVED = ("path", "kind", "loads", "repeats", "options")
@@ -18,6 +18,7 @@ _NOT_SERVED = ("path", "kind", "loads", "repeats", "options")
 benchmarks."""
 
 LATER: dict[str, Any] = {
+    "workload.chain": None,
     "engine.async_scheduling": False,
     "sampling.presence_penalty": 0.0,
     "sampling.frequency_penalty": 0.0,
@@ -52,15 +53,15 @@ def run_id(
 ) -> str:
     """A readable prefix and a hash of everything that decides what a run measures.
 
-    That is the config without tracking and without what only says where things lie, and in their place the content of
-    the model, the content of the data and the name of the device. The code that comes with Zipage is no part of it: its
-    hash is recorded, and `force` repeats a run after a change.
+    The config goes in without `tracking` and without paths. Instead of paths, the hash covers the content of the model,
+    the content of the data and the name of the device. Zipage's own code is not part of it: a hash of that is recorded
+    apart, and `force` repeats a run after a change.
 
     Args:
         config: the resolved config as plain data.
         model, data: content hashes.
         device: name of the accelerator, or "cpu".
-        files: sha256 of what else of the user's own the run reads, by name.
+        files: sha256 of the user's other files that the run reads, by name.
     """
     deciding = as_before(config)
     for key in ("tracking", "results_dir", "force"):
@@ -105,5 +106,5 @@ def _readable(names: Iterable[str]) -> str:
 
 
 def shortened(name: str, most: int = LONGEST) -> str:
-    """The beginning of a name, of at most so many bytes."""
+    """A name cut to at most this many bytes."""
     return os.fsencode(name)[:most].decode(errors="ignore")

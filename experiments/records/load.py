@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.errors import UsageError, one_line
 from experiments.paths import RESULTS
-from experiments.records.content import check_files, is_complete, read_run, run_folder
+from experiments.records.content import check_files, is_complete, read_run, run_folder, table_path
 from experiments.records.files import CONFIG, EVENTS, METRICS, PARTIAL, REQUESTS, ROWS, STEPS, TRACKING
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def find_runs(paths: str | Path | Iterable[str | Path] | None = None) -> tuple[l
         if not path.is_dir():
             raise UsageError(f"{path}: no such folder of runs")
         for where, folders, files in os.walk(path):
-            if CONFIG in files or where.endswith(PARTIAL):
+            if {CONFIG, METRICS} & {*files} or where.endswith(PARTIAL):
                 folders.clear()
                 whole = METRICS in files and not where.endswith(PARTIAL)
                 complete += [Path(where)] * whole
@@ -52,7 +52,7 @@ def read_sweep(path: Path) -> list[dict[str, Any]]:
     """The arms of a sweep: of each its "overrides" and the name of its "run".
 
     Raises:
-        UsageError: the file can't be read, or is no sweep's.
+        UsageError: the file can't be read, or is not a sweep's.
     """
     try:
         arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
@@ -61,7 +61,7 @@ def read_sweep(path: Path) -> list[dict[str, Any]]:
         reason = "no list of arms"
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = one_line(error)
-    raise UsageError(f"{path}: is no record of a sweep ({reason})")
+    raise UsageError(f"{path}: is not the record of a sweep ({reason})")
 
 
 def load_runs(paths: str | Path | Iterable[str | Path] | None = None) -> pd.DataFrame:
@@ -101,7 +101,7 @@ def load_rows(run: str | Path) -> pd.DataFrame:
     """One row for each line of a benchmark, given as its folder.
 
     Raises:
-        UsageError: the folder is no benchmark's, or can't be read.
+        UsageError: the folder is not a benchmark's, or can't be read.
     """
     import pandas as pd
 
@@ -112,7 +112,11 @@ def load_rows(run: str | Path) -> pd.DataFrame:
 
 
 def load_requests(run: str | Path | pd.Series) -> pd.DataFrame:
-    """One row for each sample of a run, given as its folder or as a row of `load_runs()`."""
+    """One row for each sample of a run, given as its folder or as a row of `load_runs()`.
+
+    Raises:
+        OSError, ValueError: the table can't be read, or is not as it was written.
+    """
     return _read_table(run, REQUESTS)
 
 
@@ -140,4 +144,4 @@ def load_events(run: str | Path | pd.Series) -> pd.DataFrame:
 def _read_table(run: str | Path | pd.Series, name: str) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.read_parquet(run_folder(run) / name)
+    return pd.read_parquet(table_path(run_folder(run), name))

@@ -49,6 +49,7 @@ REQUEST_SCHEMA = pa.schema(
         ("facts_known", pa.list_(pa.bool_())),
         ("extracted", pa.string()),
         ("grade", pa.float64()),
+        ("place_grades", pa.list_(pa.float64())),
         ("grader_error", pa.string()),
         ("finish_reason", pa.string()),
         ("stop_reason", pa.string()),
@@ -57,6 +58,8 @@ REQUEST_SCHEMA = pa.schema(
     ]
 )
 """Columns of `requests.parquet`: `grade` is in [0, 1] or null, `arrival` in seconds from the start of the run.
+
+`place_grades` are the grades at each place of a chain of questions, whose mean is `grade`; null for single questions.
 
 `fact_distances` and `facts_known` have one element for each fact that the problem names: how far back it was stated, in
 characters, and whether the answer knew it. They are null where a problem names none.

@@ -2,12 +2,15 @@
 
 Three parts: the **engine** (of the run's backend, and what puts its questions and sums up its answers), the **policy**
 beside it, and the **grader**. Shipped code is not part of a run's id, so a record outlives a commit; where a part has
-changed since, the record is stale. The source of a user's own policy is part of the id: an edit makes another run.
+changed since, the record is stale. The source of a user's own policy is part of the id: an edit makes another run. So
+are the modules that it imports and the files that it, or its options, name in full; a name that it computes as it runs
+is not known here.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import json
 import site
@@ -21,7 +24,7 @@ from pathlib import Path
 from experiments.config.schema import Experiment
 from experiments.errors import UsageError
 from experiments.graders import GRADERS
-from experiments.records import PROVENANCE, content_hash, damage, file_hash, is_complete
+from experiments.records import PROVENANCE, content_hash, damage, file_hash, flatten, is_complete
 from experiments.sandbox import HERE
 from zipage import find_policy
 
@@ -54,7 +57,7 @@ def hashes(experiment: Experiment) -> dict[str, str]:
 
 
 def own_policies(experiment: Experiment) -> dict[str, str]:
-    """Module -> sha256, of the policies that do not come with Zipage and what they import of that kind.
+    """Module -> sha256, of the policies that do not come with Zipage, what they import of that kind, and their data.
 
     Raises:
         UsageError: there is no such policy.
@@ -139,21 +142,34 @@ def _policies(experiment: Experiment) -> dict[str, str]:
             found |= {} if name is None else _policy(name, find_policy(name))
         except ValueError as error:
             raise UsageError(f"{option}={name}: {error}") from error
+    if own(found):
+        texts = (value for value in flatten(experiment.policy.options).values() if isinstance(value, str))
+        found |= {f"policy.options/{text}": file_hash(path) for text in texts for path in _named(text, Path.cwd())}
     return found
 
 
 @lru_cache
 def _policy(name: str, policy: type) -> dict[str, str]:
-    """Of the place where it is named, of its class and of all that these derive from."""
+    """Of the place where it is named, of its class and of all that these derive from.
+
+    Raises:
+        ValueError: it is in no file, such as one of a notebook.
+    """
     modules = {name.partition(":")[0]} if ":" in name else set()
     modules |= {base.__module__ for base in policy.__mro__}
-    return _files(tuple(modules), ("zipage", "kernels", *{module.partition(".")[0] for module in modules}))
+    found = _files(tuple(modules), ("zipage", "kernels", *{module.partition(".")[0] for module in modules}))
+    if policy.__module__ not in found:
+        raise ValueError(
+            f"the source of {policy.__qualname__} is in no file, so an edit would go unnoticed: put it into a module"
+        )
+    return found
 
 
 def _files(modules: Iterable[str], packages: tuple[str, ...]) -> dict[str, str]:
     """Module -> sha256 of its file, of these modules and what they import, directly or not.
 
     Imports are followed into `packages`, and into whatever is neither shipped nor installed: code of the user's own.
+    Of that, the packages around a module count too, and the data files that it names.
     """
     found: dict[str, str] = {}
     waiting = [*modules]
@@ -165,6 +181,9 @@ def _files(modules: Iterable[str], packages: tuple[str, ...]) -> dict[str, str]:
         if file is not None:
             found[name] = file_hash(file)
             waiting += _imports(name, file)
+        if not _inside(name, SHIPPED):
+            waiting += [name.rpartition(".")[0]] if "." in name else []
+            found |= {} if file is None else {f"{name}/{text}": file_hash(path) for text, path in _data(file)}
     return found
 
 
@@ -179,16 +198,17 @@ def _source(name: str) -> Path | None:
         return None  # what a module defines; asking Python would run the module, and import torch and transformers
     try:
         spec = getattr(module, "__spec__", None) or importlib.util.find_spec(name)
-    except (ImportError, AttributeError, ValueError):
-        return None
-    file = Path(spec.origin) if spec is not None and spec.origin else None
+    except (ImportError, AttributeError, ValueError):  # a script has no spec
+        spec = None
+    origin = getattr(module, "__file__", None) if spec is None else spec.origin
+    file = Path(origin) if origin else None
     return file if file is not None and file.suffix == ".py" and file.is_file() else None
 
 
 @lru_cache
 def _is_own(package: str) -> bool:
     """Whether a package is neither shipped nor installed nor Python's."""
-    if package in SHIPPED or package in sys.stdlib_module_names:
+    if package in SHIPPED:
         return False
     try:
         spec = importlib.util.find_spec(package)
@@ -204,7 +224,11 @@ def _is_own(package: str) -> bool:
 def _imports(name: str, file: Path) -> Iterator[str]:
     """What a module imports anywhere in its text; for `from a import b` both a and a.b, which may be a module."""
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    try:
+        tree = ast.parse(file.read_bytes())
+    except SyntaxError:  # a module that nothing has imported yet
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -212,3 +236,27 @@ def _imports(name: str, file: Path) -> Iterator[str]:
             base = ".".join([*above, *([node.module] if node.module else [])])
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and _called(node) in ("import_module", "__import__"):
+            for argument in node.args[:1]:
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                    with contextlib.suppress(ImportError):  # above the topmost package
+                        yield importlib.util.resolve_name(argument.value, package)
+
+
+def _called(call: ast.Call) -> str:
+    """The last part of the name of what is called."""
+    return getattr(call.func, "attr", None) or getattr(call.func, "id", "")
+
+
+def _data(file: Path) -> Iterator[tuple[str, Path]]:
+    """The files that texts in a module name, beside it or from the current folder."""
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from ((node.value, path) for path in _named(node.value, file.parent, Path.cwd()))
+
+
+def _named(text: str, *folders: Path) -> list[Path]:
+    """The file that a text names in the first of the folders that has it, if any does."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # too long for a name; not one; ~ of an unknown user
+        return [path for folder in folders if (path := folder / Path(text).expanduser()).is_file()][:1]
+    return []

@@ -119,7 +119,7 @@ def sweep_table(path: Path, wide: bool = False) -> str:
     """The finished runs of a sweep, given by its file.
 
     Raises:
-        UsageError: the file is no record of a sweep.
+        UsageError: the file is not the record of a sweep.
     """
     runs = load_runs(path)
     return "no finished run" if runs.empty else with_notes(runs, wide)

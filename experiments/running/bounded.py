@@ -80,6 +80,7 @@ def _work(
 ) -> None:  # fmt: skip
     gc.disable()  # what this process would collect may belong to a device
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent, which ends this process
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]

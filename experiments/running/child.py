@@ -16,11 +16,15 @@ import tempfile
 from collections.abc import Callable, Sequence
 
 from experiments.running.lifeline import Child
+from experiments.running.plan_text import printable
 
 POINTS_BACK = "root cause above"
 """In an error whose cause another process printed before."""
 
 CAUSE = re.compile(r"\b\w*(?:Error|Exception): .+")
+
+COLOURS = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+"""What tells a terminal how to show text."""
 
 GRACE = 30.0
 """Seconds that an interrupted process has to clean up."""
@@ -123,12 +127,12 @@ def reason_of(code: int, output: str) -> str:
         return f"killed by {_signal_name(-code)}" + " (did the memory run out?)" * (code == -signal.SIGKILL)
     if code == 0:
         return "ended without the record that it was to make: did what it reads change since the sweep began?"
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    lines = [line.strip() for line in COLOURS.sub("", output).splitlines() if line.strip()]
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines
     if said and POINTS_BACK in said[-1]:
         causes = [found[0] for line in lines if POINTS_BACK not in line and (found := CAUSE.search(line))]
         said += causes[-1:]
-    return said[-1] if said else f"ended with exit code {code} and no word"
+    return printable(said[-1]) if said else f"ended with exit code {code} and no output"
 
 
 def _signal_name(number: int) -> str:

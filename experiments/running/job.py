@@ -16,11 +16,11 @@ from experiments.analysis.metrics import summarise
 from experiments.backends import BACKENDS, Backend, BackendFactory, get_backend
 from experiments.config.notes import notes_before
 from experiments.config.schema import Experiment, ModelConfig, WorkloadConfig, engine_options, to_dict
-from experiments.errors import RunError, UsageError, one_line
+from experiments.errors import RunError, UsageError, after_record, one_line
 from experiments.graders import Grader, get_grader
 from experiments.records import provenance, schemas, sources
 from experiments.reporting.runs_table import never_bound, runs_table
-from experiments.running import outcomes
+from experiments.running import outcomes, tracebacks
 from experiments.running.models import LocalModel, find_model, model_name
 from experiments.running.prompts import Prompt, PromptRenderer
 from experiments.running.scenarios import Served, TimedRequest, arrival_times, serve
@@ -56,7 +56,8 @@ def carry_out(job: Job) -> Path:
         if job.is_done():
             return _found(job)  # made by another process while this one waited
         records.publish(staging, folder, job.record(staging))
-    _show(records.load_runs(folder))
+    with after_record():
+        _show(records.load_runs(folder))
     return folder
 
 
@@ -99,10 +100,11 @@ def _show(runs: pd.DataFrame) -> None:
 
 
 def _found(job: Job) -> Path:
-    print("already done; force=true runs it again")
-    _show(records.load_runs(job.folder))
-    if job.standing.state == "stale":
-        print(f"note: this run is stale: {job.standing.reason}; force=stale runs it again", flush=True)
+    with after_record():
+        print("already done; force=true runs it again")
+        _show(records.load_runs(job.folder))
+        if job.standing.state == "stale":
+            print(f"note: this run is stale: {job.standing.reason}; force=stale runs it again", flush=True)
     return job.folder
 
 
@@ -180,9 +182,10 @@ class Job:
             backend.step_listeners += [steps.append, tracker.log_step]
             events: list[EventStats] = []
             backend.event_listeners.append(events.append)
-            served = self._serve(backend, prompts, steps, staging)
+            with tracebacks.kept_in(staging / records.TRACEBACK):
+                served = self._serve(backend, prompts, steps, staging)
 
-            request_rows = self._grade(prompts, served)
+            request_rows = self._grade(prompts, served, staging / records.TRACEBACK)
             step_rows = outcomes.step_rows(steps, served.start)
             event_rows = outcomes.event_rows(events, served.start)
             evicts = self.experiment.policy.name != "full"
@@ -237,8 +240,11 @@ class Job:
                 served.outputs[problem.id] = RequestOutput(problem.id, None, [], [], metrics, error=problem.error)
         return served
 
-    def _grade(self, prompts: list[Prompt], served: Served) -> list[dict[str, Any]]:
+    def _grade(self, prompts: list[Prompt], served: Served, trace: Path) -> list[dict[str, Any]]:
         """The graded rows; says in a line what was refused or could not be graded.
+
+        Args:
+            trace: file of the tracebacks of errors, if there were any.
 
         Raises:
             RunError: not one sample was answered.
@@ -254,7 +260,9 @@ class Job:
             first = f"the first is {faults[0]['prompt_id']}: {faults[0][column]}"
             line = f"{len(faults)} of {len(rows)} samples {what}; {first}"
             if column == "error" and len(faults) == len(rows):
-                raise RunError(line)
+                raise RunError(line + f" (nothing was recorded; traceback: {trace})" * trace.exists())
+            if column == "error" and trace.exists():
+                line += f" (traceback: {self.folder / trace.name})"
             print(line, flush=True)
         return rows
 

@@ -27,6 +27,8 @@ PICKLED = (".bin", ".pt", ".pth")
 SMALL = (".json", ".jinja", ".model", ".txt")
 INDEX = ".index.json"
 """How the files end that say which weights lie in which file."""
+TEMPLATES = "additional_chat_templates/*.jinja"
+"""Chat templates that a tokenizer reads beside `chat_template.jinja`."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def cache_dir() -> Path:
 
 
 def model_name(config: ModelConfig) -> str:
-    return config.name or Path(str(config.path)).resolve().name
+    return config.name or Path(os.path.realpath(str(config.path))).name
 
 
 def find_model(config: ModelConfig) -> LocalModel:
@@ -70,37 +72,53 @@ def find_model(config: ModelConfig) -> LocalModel:
     if not path.exists():
         path = _from_hub(config)
     if path.is_file():
-        return LocalModel(path, {path.name: file_hash(path)})
+        found = file_hash(path)
+        if config.sha256 is not None and found != config.sha256:
+            raise UsageError(
+                f"model.path={config.path}: {path} has sha256 {found[:16]}..., expected {config.sha256[:16]}...: "
+                "fetch it again, or take it as another model with model=gguf"
+            )
+        return LocalModel(path, {path.name: found})
     if not (path / "config.json").is_file():
         raise UsageError(f"model.path={config.path}: the folder holds no config.json")
-    wanted = SMALL if config.load_format == "dummy" else SMALL + _weights(path)
-    files = sorted(file for file in path.iterdir() if file.suffix in wanted and file.is_file())
-    return LocalModel(path, {file.name: file_hash(file) for file in files})
+    wanted = {file for file in path.iterdir() if file.suffix in SMALL} | {*path.glob(TEMPLATES)}
+    if config.load_format != "dummy":
+        wanted |= _weights(path)
+    files = sorted(file for file in wanted if file.is_file())
+    return LocalModel(path, {file.relative_to(path).as_posix(): file_hash(file) for file in files})
 
 
-def _weights(folder: Path) -> tuple[str, ...]:
-    """How the files end that hold the folder's weights.
+def _weights(folder: Path) -> set[Path]:
+    """The files that may hold the folder's weights: those that end like weights, and those that an index names.
 
     Raises:
         UsageError: an index names a file outside the folder: it would be read and not be hashed.
     """
+    suffixes = WEIGHTS if any(file.suffix in WEIGHTS for file in folder.iterdir()) else PICKLED
+    found = {file for file in folder.iterdir() if file.suffix in suffixes}
     for index in sorted(folder.glob(f"*{INDEX}")):
         with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):  # broken: the engine says how
             for file in json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values():
-                if isinstance(file, str) and Path(file).name != file:
+                if not isinstance(file, str):
+                    continue
+                if Path(file).name != file:
                     raise UsageError(f"{index} names {file!r}: must be the name of a file beside it")
-    return WEIGHTS if any(file.suffix in WEIGHTS for file in folder.iterdir()) else PICKLED
+                if index.name.endswith(f"{WEIGHTS[0]}{INDEX}") or suffixes is PICKLED:
+                    found.add(folder / file)
+    return found
 
 
 def _from_hub(config: ModelConfig) -> Path:
     name = str(config.path)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise UsageError(f"model.path={name}: no such file or folder")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     patterns = [f"*{suffix}" for suffix in (*SMALL, *WEIGHTS)]
     try:
         with quiet():
+            if config.file is not None:
+                return Path(hf_hub_download(name, config.file, revision=config.revision))
             return Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

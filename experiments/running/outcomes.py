@@ -41,6 +41,7 @@ def request_rows(
             "output_token_ids": sample.token_ids,
             "extracted": graded.extracted,
             "grade": graded.score,
+            "place_grades": graded.places,
             "grader_error": graded.error,
             "finish_reason": sample.finish_reason,
             "error": sample.error,

@@ -17,22 +17,23 @@ HEADS = ("model", "workload")
 Options = dict[str, str]
 
 
-def plan_lines(arms: Sequence[Sequence[str]], states: Sequence[str]) -> list[str]:
-    """The plan, in lines of at most `WIDTH` columns.
+def plan_lines(arms: Sequence[Sequence[str]], states: Sequence[str], width: int = WIDTH) -> list[str]:
+    """The plan, in lines of at most `width` columns.
 
     Args:
         arms: overrides of each arm.
         states: what stands before each, such as "done"; "" where it is still to be run.
     """
-    plan = _Plan(arms)
-    lines = _wrapped("  all arms: ", plan.said(plan.common))
+    plan, digits = _Plan(arms), max(3, len(str(len(arms))))
+    lines = _wrapped("  all arms: ", plan.said(plan.common), width)
     for group in plan.groups:
         if group.heading:
             own = plan.said(_without(group.shared, [*plan.common, *HEADS]))
-            lines += _wrapped(f"  {group.heading}", "" if own == "-" else f": {own}")
+            lines += _wrapped(f"  {group.heading}", "" if own == "-" else f": {own}", width)
         if group.evicting:
-            lines += _wrapped("  those that evict: ", plan.said(group.evicting))
-        lines += [line for n in group.arms for line in _wrapped(f"  {n + 1:3} {states[n]:7} ", plan.said(plan.rest[n]))]
+            lines += _wrapped("  those that evict: ", plan.said(group.evicting), width)
+        for n in group.arms:
+            lines += _wrapped(f"  {n + 1:{digits}} {states[n]:7} ", plan.said(plan.rest[n]), width)
     return lines
 
 
@@ -87,7 +88,12 @@ class _Plan:
 
 def _options(arm: Sequence[str]) -> Options:
     pairs = (override.lstrip("+").partition("=") for override in arm)
-    return {name: value.strip("\"'") for name, _, value in pairs}
+    return {name: printable(value.strip("\"'")) for name, _, value in pairs}
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters as Python writes them, such as `\n`."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _shared(arms: Sequence[Options]) -> Options:
@@ -103,5 +109,5 @@ def _full(arm: Options) -> bool:
     return arm.get("policy.name", arm.get("policy", "full")) == "full"
 
 
-def _wrapped(head: str, text: str) -> list[str]:
-    return textwrap.wrap(head + text, WIDTH, subsequent_indent=" " * 6, break_on_hyphens=False, drop_whitespace=True)
+def _wrapped(head: str, text: str, width: int) -> list[str]:
+    return textwrap.wrap(head + text, width, subsequent_indent=" " * 6, break_on_hyphens=False, drop_whitespace=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import timedelta
 
@@ -32,16 +33,25 @@ class Progress:
         self._bar.total = max(spent + left, 1e-9) if known else of
         self._bar.n = min(spent if known else done, self._bar.total)
         time = f"{clock(left)} left" if known else f"{clock(spent)}, time left unknown"
-        self._bar.set_description_str(f"{arm[:60]}, {time}", refresh=False)
+        room = max(10, min(60, (columns() or 80) - len(time) - 10))
+        self._bar.set_description_str(f"{arm if len(arm) <= room else f'{arm[: room - 3]}...'}, {time}", refresh=False)
         self._bar.refresh()
 
-    def say(self, line: str) -> None:
-        """Print a line above the bar."""
+    def say(self, line: str, *, error: bool = False) -> None:
+        """Print a line above the bar, to the standard error where it is one."""
         self._bar.clear()
-        print(line, flush=True)
+        print(line, file=sys.stderr if error else sys.stdout, flush=True)
 
     def close(self) -> None:
         self._bar.close()
+
+
+def columns() -> int | None:
+    """Width of the terminal that the output goes to; None: it goes to a file."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or None
+    except (OSError, ValueError):
+        return None
 
 
 def clock(seconds: float) -> str:

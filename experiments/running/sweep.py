@@ -7,11 +7,10 @@ that was, goes on when it is started again. Its processes end with it, also when
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 from experiments import records
 from experiments.backends import BackendFactory
+from experiments.command_line import INTERRUPTED
 from experiments.config.arms import Arm, expand
 from experiments.config.compose import load_experiment
 from experiments.config.notes import notes_before
@@ -32,7 +32,7 @@ from experiments.running import job
 from experiments.running.child import Worker, reason_of, run_child
 from experiments.running.models import find_model
 from experiments.running.plan_text import WIDTH, arm_names, plan_lines
-from experiments.running.progress import Progress, clock
+from experiments.running.progress import Progress, clock, columns
 from experiments.workloads import load_problems
 
 RUN = (sys.executable, "-m", "experiments.run")
@@ -63,19 +63,21 @@ def run(
         UsageError: the sweep can't be done as asked; nothing was run.
     """
     shares, arguments = _asks_to_share(arguments)
-    arms = plan(names, arguments, backends)
-    sweep = Sweep("+".join(Path(name).stem for name in names), arms, child, worker if shares else None)
-    if dry_run:
-        sweep.print_plan()
-        return 0
-    sweep.write()
-    with _stop_signals():
-        try:
-            return sweep.run()
-        except KeyboardInterrupt:
-            print("\nerror: interrupted; finished arms are kept, and the same command goes on", file=sys.stderr)
-            return 130
-        finally:
+    sweep = None
+    try:
+        arms = plan(names, arguments, backends)
+        sweep = Sweep("+".join(Path(name).stem for name in names), arms, child, worker if shares else None)
+        if dry_run:
+            sweep.print_plan()
+            return 0
+        sweep.write()
+        return sweep.run()
+    except KeyboardInterrupt:
+        got = "nothing was run" if sweep is None else f"{sweep.done} of {counted(arms)} recorded"
+        print(f"\nerror: interrupted: {got}, and the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        if sweep is not None:
             sweep.close()
 
 
@@ -156,6 +158,8 @@ class Sweep:
         self.path = arms[0].folder.parent / records.SWEEPS / f"{records.shortened(name)}-{digest[:12]}.json"
         self.names = dict(zip([arm.folder for arm in arms], arm_names([arm.overrides for arm in arms]), strict=True))
         """What sets each arm apart from the others."""
+        self.done = 0
+        """Arms that are recorded."""
         self.started = time.monotonic()
         self.seconds: dict[tuple[Any, ...], list[float]] = {}
         """Seconds that runs of each kind have taken."""
@@ -172,7 +176,7 @@ class Sweep:
     def run(self) -> int:
         """Returns the exit code."""
         waiting = self.print_plan()
-        failures: list[str] = []
+        failures = 0
         progress = Progress(len(self.arms))
         try:
             for number, arm in enumerate(self.arms, 1):
@@ -190,16 +194,20 @@ class Sweep:
                 reason = self._run_arm(arm, show)
                 seconds = time.monotonic() - begin
                 if reason is None:
+                    self.done += 1
                     self.seconds.setdefault(arm.kind, []).append(seconds)
                 else:
-                    failures.append(f"{title}: {reason}")
-                outcome = f"failed: {reason}" if reason else _figures(arm.folder)
+                    failures += 1
+                    progress.say(f"error: {title}: {reason}", error=True)
+                outcome = "failed" if reason else _figures(arm.folder)
                 progress.say(f"{title}: {outcome}; {clock(seconds)}, {self._to_go(waiting)}")
         finally:
             progress.close()
         print(f"\nsweep: {self.path}\n{sweep_table(self.path)}", flush=True)
-        for failure in failures:
-            print(f"error: {failure}", file=sys.stderr)
+        if failures:
+            print(
+                f"{failures} of {counted(self.arms)} failed: see the errors above, and RUN.log beside the sweep's file"
+            )
         return int(bool(failures))
 
     def print_plan(self) -> list[PlannedRun]:
@@ -211,15 +219,16 @@ class Sweep:
             if kind in kinds and seconds > 0:  # neither absent nor NaN
                 self.seconds.setdefault(kind, []).append(seconds)
         waiting = [arm for arm in self.arms if arm.waits]
-        done = len(self.arms) - len(waiting)
-        print(f"sweep {self.name}: {len(self.arms)} arms, {done} done, {self._to_go(waiting)}")
+        self.done = len(self.arms) - len(waiting)
+        width = min(WIDTH, (columns() or WIDTH + 1) - 1)
+        print(fill(f"sweep {self.name}: {counted(self.arms)}, {self.done} done, {self._to_go(waiting)}", width))
         states = ["" if arm.standing.state == "missing" else arm.standing.state for arm in self.arms]
-        print(*plan_lines([arm.overrides for arm in self.arms], states), sep="\n", flush=True)
+        print(*plan_lines([arm.overrides for arm in self.arms], states, width), sep="\n", flush=True)
         reasons = Counter((arm.standing.state, arm.standing.reason) for arm in self.arms if arm.standing.reason)
         for (state, reason), count in reasons.items():
-            print(fill(f"  {count} {state}: {reason}; force=stale runs such arms again", WIDTH), flush=True)
+            print(fill(f"  {count} {state}: {reason}; force=stale runs such arms again", width), flush=True)
         for note in dict.fromkeys(note for arm in self.arms for note in arm.notes):
-            print(fill(f"note: {note}", WIDTH, subsequent_indent="  ", break_on_hyphens=False), flush=True)
+            print(fill(f"note: {note}", width, subsequent_indent="  ", break_on_hyphens=False), flush=True)
         return waiting
 
     def _run_arm(self, arm: PlannedRun, tick: Callable[[], object]) -> str | None:
@@ -276,28 +285,18 @@ class Sweep:
         return sum(takes[: len(waiting)]) + (max(0.0, takes[-1] - spent) if running else 0.0)
 
 
+def counted(arms: Sequence[PlannedRun]) -> str:
+    return "1 arm" if len(arms) == 1 else f"{len(arms)} arms"
+
+
 def _figures(folder: Path) -> str:
-    """What a finished arm is told by: its accuracy, where it was graded, and its tokens/s."""
+    """The summary of a finished arm: its accuracy, where it was graded, and its tokens/s."""
     runs = records.load_runs(folder).reindex(columns=["accuracy", "output_tokens_per_second"]).astype(float)
     found = []
     for accuracy, rate in runs.itertuples(index=False):
         found += [f"{accuracy:.1%} right"] if accuracy == accuracy else []  # no NaN
         found += [f"{rate:,.1f} tokens/s"] if rate == rate else []
     return ", ".join(found) or "done"
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[None]:
-    """A request to end, or a closed terminal, stops a sweep like Ctrl-C."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler == signal.SIG_DFL:  # under nohup, SIGHUP is ignored
-            signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def remembered(function: Callable[..., Any]) -> Callable[..., Any]:

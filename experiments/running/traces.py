@@ -13,7 +13,7 @@ COLUMN = "arrival"
 
 
 def unread_columns(name: str) -> list[str]:
-    """Columns of a trace, in order, that nobody reads: all but the arrival. None where the file can't be read."""
+    """Columns of a trace, in order, that are not read: all except the arrival. None where the file can't be read."""
     path = Path(name).expanduser()
     try:
         with path.open(encoding="utf-8", newline="") as file:

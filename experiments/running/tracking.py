@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -65,7 +66,8 @@ class NullTracker:
 
 
 class WandbTracker:
-    """Tells wandb, offline or online. Its first fault is printed in one line and ends the telling, never the run.
+    """Tells wandb, offline or online. Its first fault is printed in one line and ends the telling, never the run; what
+    wandb knows of the run by then is closed with the metrics all the same.
 
     Online without a key goes offline; `wandb sync` sends it later.
 
@@ -78,6 +80,7 @@ class WandbTracker:
 
     def __init__(self, config: TrackingConfig, run_id: str, options: Mapping[str, Any], folder: Path) -> None:
         self._run: Any = None
+        self._failed = False
         self._options = options
         self._attempt(lambda: self._start(config, run_id, options, folder))
 
@@ -107,11 +110,11 @@ class WandbTracker:
         self._run.define_metric("step/*", step_metric="step/time")
 
     def log_step(self, step: StepStats) -> None:
-        if self._run is not None:
+        if self._tells:
             self._attempt(lambda: self._run.log({f"step/{key}": value for key, value in asdict(step).items()}))
 
     def log_record(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-        if self._run is not None:
+        if self._tells:
             self._attempt(lambda: self._send_record(folder, rows))
 
     def _send_record(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -123,7 +126,7 @@ class WandbTracker:
         self._run.log({"answers": table})
         for name, draw in pictures().items():
             self._run.log({f"pictures/{name}": wandb.Image(_drawn(draw(self._as_row(folder))))})
-        artifact = wandb.Artifact(f"record-{self._run.id}", type="record")
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "_", f"record-{self._run.id}", flags=re.ASCII), type="record")
         for path in sorted(folder.iterdir()):
             if path.is_file() and path.suffix in (".yaml", ".json", ".parquet"):
                 artifact.add_file(str(path), policy="immutable", skip_cache=True)
@@ -141,12 +144,17 @@ class WandbTracker:
         if self._run is not None:
             self._attempt(lambda: self._run.finish(exit_code=0 if metrics is not None else 1))
 
+    @property
+    def _tells(self) -> bool:
+        return self._run is not None and not self._failed
+
     def _attempt(self, action: Callable[[], None]) -> None:
         try:
             action()
         except Exception as error:
-            print(f"tracking: wandb failed and is left out from here on ({one_line(error)})", flush=True)
-            self._run = None
+            if not self._failed:
+                print(f"tracking: wandb failed and is left out from here on ({one_line(error)})", flush=True)
+            self._failed = True
 
 
 def _drawn(figure: Figure) -> Image.Image:

@@ -1,4 +1,4 @@
-"""A place to run programs that nobody has read. Linux on x86_64 and aarch64 only.
+"""Runs programs that no one has reviewed. Linux on x86_64 and aarch64 only.
 
 Each program runs in namespaces of its own (mount, PID, network, IPC, host name; a user namespace too, unless this runs
 as root, where it runs as a user number of its own instead):

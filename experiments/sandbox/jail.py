@@ -84,7 +84,7 @@ class ControlGroup:
 
 
 def watch(pid: int, lifeline: int, seconds: float) -> int:
-    """Wait for the program, and give its exit code; kill it after `seconds`, or when nobody waits for it any longer."""
+    """Wait for the program, and give its exit code; kill it after `seconds`, or when its caller is gone."""
     done = os.pidfd_open(pid)
     ready, _, _ = select.select([done, lifeline], [], [], seconds)
     if done in ready:

@@ -30,7 +30,7 @@ def receive(channel: IO[bytes]) -> Any:
 
     Raises:
         EOFError: there is none.
-        ValueError, TypeError, LookupError: what was sent is no plain value.
+        ValueError, TypeError, LookupError: what was sent is not a plain value.
     """
     line = channel.readline()
     if not line.endswith(b"\n"):

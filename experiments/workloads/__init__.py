@@ -12,8 +12,9 @@ from typing import Any
 from experiments.config.schema import WorkloadConfig
 from experiments.errors import UsageError
 from experiments.workloads import chained_arithmetic, fragility, lengths, program_trace, reasoning_gym, word_problems
+from experiments.workloads.chains import chain
 from experiments.workloads.exams import exam
-from experiments.workloads.gold import gold_answer
+from experiments.workloads.gold import gold_answer, unfit
 from experiments.workloads.problem import Problem
 from experiments.workloads.sources import read_file, read_hub
 
@@ -34,13 +35,15 @@ GENERATORS: dict[str, Callable[..., Iterable[Problem]]] = {
 def load_problems(config: WorkloadConfig, limit: int | None = None) -> list[Problem]:
     """The first `limit` problems of a workload (None: all).
 
-    An item that can't be asked (a field is missing or null, its tests can't be read, a text is not valid Unicode) is a
-    problem with its `error`; the others are not affected.
+    An item that can't be asked (a field is missing, null or no text or number, its tests can't be read, a text is not
+    valid Unicode) is a problem with its `error`; the others are not affected.
 
     Raises:
         UsageError: the source can't be read, an option of the generator is wrong, or no item can be asked.
     """
-    if config.parts and config.path is None:
+    if config.chain is not None:
+        problems = chain(load_problems(replace(config, chain=None)), config.chain, config.seed)[:limit]
+    elif config.parts and config.path is None:
         problems = _mix(config)[:limit]
     elif config.generator is not None and config.path is None:
         problems = _generate(config)[:limit]
@@ -97,10 +100,9 @@ def _item(row: Mapping[str, Any], number: int, config: WorkloadConfig) -> Proble
                 raise UsageError(f"the {name} of item {number} holds half a surrogate pair, which is not a character")
         return problem
     except UsageError as error:
-        name = number if config.id is None else row.get(config.id)
-        return Problem(
-            _unicode(f"item {number}" if name is None else str(name)), question="", gold="", error=_unicode(str(error))
-        )
+        name = str(number) if config.id is None else row.get(config.id)
+        is_name = unfit(name) is None and str(name) == _unicode(str(name))
+        return Problem(str(name) if is_name else f"item {number}", question="", gold="", error=_unicode(str(error)))
 
 
 def _unicode(text: str) -> str:
@@ -114,12 +116,15 @@ def _problem(row: Mapping[str, Any], number: int, config: WorkloadConfig) -> Pro
         for name in names:
             if name not in row:
                 raise UsageError(f"workload.{option}={name}: item {number} has no such field; it has {', '.join(row)}")
-            if row[name] is None:
-                raise UsageError(f"workload.{option}={name}: is null in item {number}")
+            if reason := unfit(row[name]):
+                raise UsageError(f"workload.{option}={name}: is {reason} in item {number}")
     if config.tests is not None:
         gold: str | None = exam(row, number, config)
     else:
-        gold = gold_answer(row, config.answer, config.solution)
+        try:
+            gold = gold_answer(row, config.answer, config.solution)
+        except ValueError as error:
+            raise UsageError(f"workload.answer={config.answer}: is {error} in item {number}") from error
     if gold is None and config.answer in row and config.grader == "none":
         gold = ""
     if gold is None and config.answer in row:

@@ -10,7 +10,7 @@ Every line of the question defines the next name, from the one before or from on
     p=o+117|o+204  the first of these that is even, else the last: those tried before are dead ends
     Find p.
 
-The solution takes line by line, each with the values that it needs, so that thought is local but for the few side
+The solution takes line by line, each with the values that it needs, so that thought is local except for the few side
 quantities: `o=l-m l:655 m:620 655-620=035 o:035`. A side quantity that is stated once and needed far behind must
 survive in the cache until then; that is what these problems measure. One lost fact loses the answer, so facts are few,
 their distances are known, and each is graded by itself as well.
@@ -52,7 +52,7 @@ def generate(
         steps: lines of a chain, 8 to 96; a line takes about 32 tokens of thought.
         recalls: side quantities that a later line needs.
         distance: the least and greatest distance between the line that states a side quantity and the one that needs
-            it, in tokens of thought; drawn evenly in lines of 32 tokens, which lines reach but for some 5 % (with
+            it, in tokens of thought; drawn evenly in lines of 32 tokens, which about 95 % of lines reach (with
             dead ends they are longer). Each fact of a problem has its exact distance, from where it was stated last.
         stated_once: share of the recalled quantities that are not stated again in between, in [0, 1].
         restatements: how often each of the others is stated again.

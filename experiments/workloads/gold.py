@@ -7,6 +7,8 @@ from typing import Any
 
 from experiments.graders.boxed import last_boxed
 
+NULL = "null"
+
 
 def gold_answer(row: Mapping[str, Any], answer: str, solution: str | None = None) -> str | None:
     """The last \\boxed{} of the field `solution` where there is one, else the field `answer`.
@@ -16,14 +18,29 @@ def gold_answer(row: Mapping[str, Any], answer: str, solution: str | None = None
 
     Returns:
         The gold, or None where the item has neither or both are null.
+
+    Raises:
+        ValueError: the answer can't stand as text; says what it is.
     """
     worked = row.get(solution) if solution is not None else None
     boxed = None if worked is None else last_boxed(str(worked))
     if boxed is not None:
         return boxed
     found = row.get(answer)
+    golds = [gold for gold in (found if isinstance(found, list) else [found]) if unfit(gold) != NULL]
+    for gold in golds:
+        if reason := unfit(gold):
+            raise ValueError(reason)
     if isinstance(found, list):
-        return "\n".join(" ".join(str(gold).split()) for gold in found if gold is not None) or None
-    if found is None:
+        return "\n".join(" ".join(str(gold).split()) for gold in golds) or None
+    if not golds:
         return None
     return str(found).rpartition("####")[2].strip()
+
+
+def unfit(value: Any) -> str | None:
+    """Why a value can't stand as text: a list, a mapping or bytes would stand there as Python writes them."""
+    if value is None or value != value:  # NaN, which data frames put for what is not there
+        return NULL
+    kinds = {list: "a list", Mapping: "a mapping", bytes: "bytes"}
+    return next((f"{what}, not a text or number," for kind, what in kinds.items() if isinstance(value, kind)), None)

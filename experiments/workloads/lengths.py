@@ -79,14 +79,14 @@ def _draw(random: Random, median: int, sigma: float, longest: int) -> int:
 def _recorded(run: str | None, count: int) -> list[tuple[int, int]]:
     import pyarrow.parquet
 
-    from experiments.records import REQUESTS
+    from experiments.records import REQUESTS, table_path
 
     if run is None:
         raise ValueError("run=None: must be given with distribution=recorded: the folder of a finished run")
     try:
         columns = ["prompt_tokens", "output_tokens"]
-        rows = pyarrow.parquet.read_table(Path(run).expanduser() / REQUESTS, columns=columns).to_pylist()
-    except OSError as error:
+        rows = pyarrow.parquet.read_table(table_path(Path(run).expanduser(), REQUESTS), columns=columns).to_pylist()
+    except (OSError, ValueError) as error:
         raise ValueError(f"run={run}: its {REQUESTS} can't be read ({' '.join(str(error).split())[:200]})") from error
     lengths = [(row["prompt_tokens"], row["output_tokens"]) for row in rows if row["output_tokens"]]
     if len(lengths) < count:

@@ -41,7 +41,7 @@ class Problem:
         gold: the right answer.
         kind: of a generated problem, or its part of a mix.
         history: earlier turns, each what was asked and what was answered.
-        prompt_tokens: where given, the prompt is the question's first so many tokens, without template.
+        prompt_tokens: where given, the prompt is this many of the question's first tokens, without template.
         output_tokens: where given, takes the place of `sampling.max_tokens`.
         solution: the whole thought that leads to the gold, where the generator knows it.
         difficulty: what the generator was asked for, in words.

@@ -32,14 +32,14 @@ def read_file(name: str) -> Rows:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
                 return [_item(line, number) for number, line in enumerate(file, start=1) if line.strip()]
     except (OSError, EOFError, ValueError) as error:
-        raise UsageError(f"workload.path={name}: {error}") from error
+        raise UsageError(f"workload.path={name}: {' '.join(str(error).split())[:200]}") from error
     raise UsageError(f"workload.path={name}: must end in .jsonl, .jsonl.gz or .parquet")
 
 
 def _item(line: str, number: int) -> dict[str, Any]:
     try:
         item = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"line {number} is not valid JSON ({error})") from error
     if not isinstance(item, dict):
         raise ValueError(f"line {number} is not a JSON object")

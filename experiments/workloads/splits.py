@@ -15,7 +15,7 @@ from experiments.workloads.problem import Problem
 HELD_OUT = "held_out"
 TRAIN = "train"
 SHARE = 8
-"""One problem in so many is held out."""
+"""One problem in this many is held out."""
 
 
 def split_of(problem: Problem) -> str:

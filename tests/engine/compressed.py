@@ -10,8 +10,9 @@ import torch
 
 from tests.eviction.cases import Case
 from zipage import LLM, EventStats, RequestOutput, SamplingParams
+from zipage.scheduling.batch import Batch
 from zipage.scheduling.headroom import HEADROOM
-from zipage.scheduling.plan import StepPlan
+from zipage.scheduling.planner import plan_step
 from zipage.scheduling.request import Status
 
 UNBOUNDED = 100_000
@@ -67,10 +68,10 @@ def pause_now_and_then(llm: LLM, share: float = 0.2, seed: int = 0) -> None:
     def pause(_step) -> None:
         running = [request for request in scheduler.running if request.status is Status.RUNNING]
         if running and rng.random() < share:
-            plan = StepPlan()
-            scheduler.pause(rng.choice(running), plan)
-            llm._core.runner.move(plan)
-            llm._core.telemetry.record_moves(plan)
+            batch = Batch()
+            scheduler.pause(rng.choice(running), batch)
+            llm._core.runner.move(plan_step(batch))
+            llm._core.telemetry.record_moves(batch)
 
     llm.step_listeners.append(pause)
 

@@ -64,7 +64,7 @@ def test_samples_keep_one_protected_prompt(folder):
 
     def look(_step) -> None:
         running = [request for request in llm._core.scheduler.running if request.status is Status.RUNNING]
-        if len(running) == 4 and all(request.rounds > 1 for request in running):
+        if len(running) == 4 and all(request.num_compressions > 1 for request in running):
             heads.add(tuple(tuple(request.block_ids[:3]) for request in running))
 
     llm.step_listeners.append(look)

@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from tests.engine.test_detokenizer import byte_fallback
@@ -71,6 +73,16 @@ def test_params_may_differ_per_prompt(llm):
         llm.generate([[1, 2]] * 3, params[:2], use_tqdm=False)
 
 
+class Unreadable(Sequence):
+    """Token ids that can't be had."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        raise OSError("the disk is gone")
+
+
 BAD_PROMPTS = {
     "empty": ([], "empty"),
     "too long for the model": ([1] * 1024, "max_model_len=1024"),
@@ -78,6 +90,8 @@ BAD_PROMPTS = {
     "negative": ([-1], "outside the vocabulary"),
     "no prompt at all": (None, "a prompt is text or a list of token ids"),
     "nested": (["a", 1], "a prompt is text or a list of token ids"),
+    "no dimension": (np.array(3), "the prompt cannot be read (TypeError: iteration over a 0-d array)"),
+    "unreadable": (Unreadable(), "the prompt cannot be read (OSError: the disk is gone)"),
 }
 
 
@@ -331,6 +345,19 @@ def test_abort_leaves_the_others_alone(llm):
     assert done[first].outputs[0].token_ids == expected
     assert done[second].outputs[0].finish_reason == "abort"
     assert len(done[second].outputs[0].token_ids) == 11
+
+
+@pytest.mark.parametrize("request_id", [[], ["mine"], None, 5, b"mine"])
+def test_an_abort_takes_one_id(llm, request_id):
+    with pytest.raises(ValueError, match=r"request_id=.*: must be a text"):
+        llm.abort(request_id)
+
+
+@pytest.mark.parametrize("request_id", ["", 5, ["mine"]])
+def test_a_request_id_is_a_text(llm, request_id):
+    with pytest.raises(ValueError, match=r"request_id=.*: must be a text"):
+        llm.add_request([1, 2, 3], GREEDY, request_id=request_id)
+    assert not llm.has_unfinished_requests()
 
 
 def test_generate_does_not_swallow_what_others_queued(llm):

@@ -6,6 +6,7 @@ import signal
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,9 @@ from tests.engine.compressed import greedy, make_llm, random_prompts, record_eve
 from tests.eviction.cases import Case
 from tests.tiny_models import VOCAB, save_tiny_model, save_tiny_tokenizer
 from zipage import SamplingParams
+from zipage.engine.detokenizer import Detokenizer
 from zipage.eviction.policy import Policy
+from zipage.worker import model_runner
 
 PROMPTS = random_prompts((5, 33, 17, 40), VOCAB)
 
@@ -54,6 +57,7 @@ def test_a_compression_that_raises_ends_its_request_alone(folder, asynchronous, 
     assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error", "length", "length"]
     (failed,) = outputs[1].outputs
     message = "a compression under policy 'fails_for_long_prompts' failed: OutOfMemoryError: no memory left"
+    message += f" (tests/engine/test_failures.py, line {FailsForLongPrompts.rank.__code__.co_firstlineno + 2})"
     assert failed.error == outputs[1].error == message
     assert 0 < len(failed.token_ids) < 100
     others = [output for output in outputs if output.error is None]
@@ -65,6 +69,70 @@ def test_a_compression_that_raises_ends_its_request_alone(folder, asynchronous, 
     assert stats.compressions_ordered == stats.compressions_applied + stats.compressions_failed
     again = llm.generate(PROMPTS[:1], greedy(100), use_tqdm=False)
     assert tokens_of(again) == tokens_of(others[:1])
+
+
+ALIGNED = random_prompts((40, 40, 40, 40), VOCAB)
+"""Compressed in one batch, after 40 and 56 tokens; the second one's seed is 7."""
+ALIGNED_PARAMS = [greedy(66, seed=7 if i == 1 else i + 100) for i in range(4)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faulty(Policy):
+    """Ranks by the length of the keys and a state; at fault where `fault` says so, in the layers from `layer` on."""
+
+    name: ClassVar[str] = "faulty"
+    variant: ClassVar[str] = "fails"
+    paper: ClassVar[str] = ""
+    fault: str = "none"
+    layer: int = 0
+
+    @property
+    def state(self):
+        return True
+
+    def rank(self, event):
+        scores = event.key_norms() + event.stored
+        event.store(scores.clamp(min=0))
+        at_fault = [seed == 7 and rounds == 1 for seed, rounds in zip(event.seeds, event.rounds)]
+        if event.layer_offset >= self.layer:
+            if (self.fault == "raises" and any(at_fault)) or (self.fault == "batch" and event.num_requests > 1):
+                raise torch.OutOfMemoryError("no memory left")
+            if self.fault == "NaN":
+                scores[:, at_fault, 1, 20] = float("nan")
+        return scores
+
+
+@pytest.fixture(scope="module")
+def tokens_alone(folder):
+    """Of `ALIGNED`, each alone in an engine without a fault."""
+    llm = make_llm(folder, Case(f"{__name__}:Faulty"))
+    return [tokens_of(llm.generate([prompt], greedy(66), use_tqdm=False))[0] for prompt in ALIGNED]
+
+
+@every_loop
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["in the step", "beside"])
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("fault", ["raises", "NaN", "batch"])
+def test_what_fails_in_the_last_layer_of_a_batch_costs_no_neighbour(
+    folder, tokens_alone, fault, debug, asynchronous, overlaps
+):
+    case = Case(f"{__name__}:Faulty", {"fault": fault, "layer": 2})
+    options = {"async_compression": asynchronous, "async_scheduling": overlaps, "debug": debug, "layer_stride": 1}
+    llm = make_llm(folder, case, **options)
+    outputs = llm.generate(ALIGNED, ALIGNED_PARAMS, use_tqdm=False)
+    at_fault = outputs.pop(1)
+    assert tokens_of(outputs) == [tokens_alone[i] for i in (0, 2, 3)]
+    stats = llm.stats
+    if fault == "raises" or (fault == "NaN" and debug):
+        assert ("no memory left" if fault == "raises" else "ranked entries NaN") in at_fault.error
+        assert at_fault.outputs[0].token_ids == tokens_alone[1][: len(at_fault.outputs[0].token_ids)]
+        assert (stats.compressions_failed, stats.compressions_misranked) == (1, 0)
+    else:
+        assert at_fault.error is None
+        assert at_fault.outputs[0].token_ids[:56] == tokens_alone[1][:56], "chance decides only what follows a NaN"
+        assert (stats.compressions_failed, stats.compressions_misranked) == (0, fault == "NaN")
+    assert stats.compressions_ordered == stats.compressions_applied + stats.compressions_failed
+    assert stats.blocks_used == stats.query_slots_used == stats.num_compressing == 0
 
 
 def test_a_prompt_fails_once_however_many_samples_fail(folder):
@@ -79,22 +147,23 @@ def test_a_stream_ends_with_the_error(folder):
     llm = make_llm(folder, FAILS)
     events = list(llm.stream(PROMPTS[1], greedy(100)))
     assert events[-1].finish_reason == "error"
-    assert events[-1].error.endswith("no memory left")
+    assert events[-1].error.partition(" (")[0].endswith("no memory left")
     assert events[-1].token_id is None
     assert all(event.error is None for event in events[:-1])
 
 
 def spoil_logits(llm, monkeypatch, prompt_len: int, after: int, value: float) -> None:
     """From its output token `after` on, the logits of the request of this prompt length hold `value`."""
-    sample = llm._core.runner.sampler.sample
+    sampler = llm._core.runner.sampler
+    sample = sampler.sample
 
-    def spoilt(logits, requests):
-        for row, request in enumerate(requests):
-            if request.num_prompt_tokens == prompt_len and request.num_output_tokens >= after:
-                logits[row, 7] = value
-        return sample(logits, requests)
+    def spoilt(logits, rows, lens, token_ids):
+        num_prompt = sampler.rows.of(rows)["num_prompt_tokens"]
+        for place in np.flatnonzero((num_prompt == prompt_len) & (lens - num_prompt >= after)):
+            logits[place, 7] = value
+        return sample(logits, rows, lens, token_ids)
 
-    monkeypatch.setattr(llm._core.runner.sampler, "sample", spoilt)
+    monkeypatch.setattr(sampler, "sample", spoilt)
 
 
 SAMPLED = [
@@ -134,6 +203,82 @@ def test_a_prompt_whose_first_logits_are_not_finite_has_no_token(folder, monkeyp
     assert output.outputs[0].token_ids == []
     assert output.metrics.ttft is None
     assert "output token 0" in output.error
+
+
+@every_loop
+@pytest.mark.parametrize("way", ["save", "restore"])
+def test_a_pause_that_fails_ends_its_request_alone(folder, monkeypatch, way, overlaps):
+    """No host memory for the entries, or none to be had back."""
+    options = {"num_blocks": 24, "headroom": 0, "async_scheduling": overlaps}
+    prompts = random_prompts((5, 33, 17, 40, 21, 60), VOCAB)
+    params = [greedy(100, seed=i) for i in range(len(prompts))]
+    expected = make_llm(folder, Case("random"), **options).generate(prompts, params, use_tqdm=False)
+    llm = make_llm(folder, Case("random"), **options)
+    events = record_events(llm)
+    function, calls = getattr(model_runner, way), []
+
+    def fails_once(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no memory left")
+        return function(*args)
+
+    monkeypatch.setattr(model_runner, way, fails_once)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    first = next(e.request_id for e in events if e.kind == ("pause" if way == "save" else "resume"))
+    (failed,) = (output for output in outputs if output.error is not None)
+    assert failed.request_id == first
+    direction = "to" if way == "save" else "from"
+    assert failed.error == f"its entries could not be copied {direction} host memory: OutOfMemoryError: no memory left"
+    for output, whole in zip(outputs, expected, strict=True):
+        tokens = output.outputs[0].token_ids
+        assert tokens == whole.outputs[0].token_ids[: len(tokens) if output is failed else None]
+    assert llm.stats.blocks_used == llm.stats.query_slots_used == 0
+    assert not llm.has_unfinished_requests()
+    monkeypatch.undo()
+    assert tokens_of(llm.generate(prompts, params, use_tqdm=False)) == tokens_of(expected)
+
+
+class PanicException(BaseException):
+    """As pyo3 has it, where the Rust of tokenizers panics."""
+
+
+@every_loop
+@pytest.mark.parametrize("error", [ValueError("Invalid prefix"), PanicException("Invalid prefix")], ids=repr)
+@pytest.mark.parametrize("options", [{}, {"stop": ["no such text"]}, {"logprobs": 1}], ids=str)
+def test_tokens_that_cannot_be_spelled_end_their_request_alone(folder, monkeypatch, options, error, overlaps):
+    params = [greedy(30, **(options if i == 2 else {})) for i in range(4)]
+    llm = make_llm(folder, None, async_scheduling=overlaps, skip_tokenizer_init=False)
+    expected = llm.generate(PROMPTS, params, use_tqdm=False)
+    others = {token for i in (0, 1, 3) for token in expected[i].outputs[0].token_ids}
+    bad = next(token for token in expected[2].outputs[0].token_ids[5:-5] if token not in others)
+
+    def decode(token_ids, **options):
+        if bad in token_ids:
+            raise error
+        return spell(token_ids, **options)
+
+    def add(detokenizer, token_id):
+        if token_id == bad:
+            raise error
+        return look_at(detokenizer, token_id)
+
+    tokenizer = llm.get_tokenizer()
+    spell, look_at = tokenizer.decode, Detokenizer.add
+    monkeypatch.setattr(tokenizer, "decode", decode)
+    monkeypatch.setattr(Detokenizer, "add", add)
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    (failed,) = outputs[2].outputs
+    assert failed.finish_reason == "error"
+    assert failed.error == outputs[2].error == f"its tokens cannot be spelled: {type(error).__name__}: Invalid prefix"
+    assert failed.token_ids == expected[2].outputs[0].token_ids[: len(failed.token_ids)]
+    assert failed.metrics is not None
+    for i in (0, 1, 3):
+        assert outputs[i].error is None
+        assert outputs[i].outputs[0].text == expected[i].outputs[0].text
+    assert (llm.stats.requests_failed, llm.stats.requests_finished) == (1, 7)
+    assert llm.stats.blocks_used == 0
+    assert not llm.has_unfinished_requests()
 
 
 @every_loop

@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kernels.attention_score import attention_score, attention_score_reference
 from kernels.attention_score_triton import attention_score_triton
+from kernels.cache_view import CacheView, once, shared
 from kernels.compact_stable import compact_stable, compact_stable_reference, compact_stable_torch
 from kernels.compact_stable_triton import compact_stable_triton
 from kernels.redundancy import redundancy, redundancy_reference
@@ -35,7 +36,7 @@ from kernels.select import select, select_reference
 from kernels.select_triton import select_triton
 from kernels.store_positions import store_positions_reference
 from kernels.store_positions_triton import store_positions_triton
-from tests.gpu.check_kernels import DEVICE, DRY, Checks, make_paged, milliseconds, provenance, time_copy
+from tests.gpu.check_kernels import DEVICE, DRY, QUARTERS, Checks, make_paged, milliseconds, provenance, time_copy
 
 LAYERS, HEADS = 2, 2
 BOUND = 1e-4
@@ -61,33 +62,60 @@ if DRY:
     LENS = (16, 90, 0)
 
 
-@dataclass(frozen=True)
-class Event:
-    k_cache: Tensor
-    v_cache: Tensor
-    block_tables: Tensor
-    lens: Tensor
-
-    def upcast(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        caches = self.k_cache.cpu().float(), self.v_cache.cpu().float()
-        return *caches, self.block_tables.cpu(), self.lens.cpu()
-
-
 def make_event(
     lens: tuple[int, ...], block_size: int, head_dim: int, dtype, layers: int = LAYERS, heads: int = HEADS
-) -> Event:
+) -> CacheView:
     """`make_paged` with layers, and near-duplicates among each longer request's keys."""
     paged = make_paged(lens, block_size, layers * heads, head_dim, dtype)
     caches = (x.unflatten(1, (layers, heads)).transpose(0, 1).contiguous() for x in (paged.k_cache, paged.v_cache))
-    k_cache, v_cache = caches
-    tables = paged.block_tables.cpu()
-    for row, length in enumerate(lens):
+    view = CacheView.shared(*caches, paged.block_tables, paged.cache_lens)
+    add_duplicates(view)
+    return view
+
+
+def make_apart(lens: tuple[int, ...], block_size: int, head_dim: int, dtype, window: int = 1) -> CacheView:
+    """As `make_event`, but each layer and head has blocks of its own and some quarters of a request's entries.
+
+    None of them, or at least `window`.
+    """
+    shape = LAYERS, len(lens), HEADS
+    some = []
+    for layer, row, head in product(*map(range, shape)):
+        quarters = QUARTERS[(row + 2 * head + 3 * layer) % len(QUARTERS)]
+        some.append(0 if quarters == 0 or lens[row] == 0 else max(window, lens[row] * quarters // 4))
+    paged = make_paged(tuple(some), block_size, LAYERS * HEADS, head_dim, dtype)
+    caches = (x.unflatten(1, (LAYERS, HEADS)).transpose(0, 1).contiguous() for x in (paged.k_cache, paged.v_cache))
+    view = CacheView(*caches, paged.block_tables.view(*shape, -1), paged.cache_lens.view(shape))
+    # What other layers and heads hold in the blocks of one is NaN too.
+    for layer, head in product(range(LAYERS), range(HEADS)):
+        others = torch.ones(LAYERS, len(lens), HEADS, dtype=torch.bool, device=DEVICE)
+        others[layer, :, head] = False
+        blocks = view.block_tables[others].flatten()
+        blocks = blocks[blocks < view.k_cache.shape[1]].long()
+        for cache in (view.k_cache, view.v_cache):
+            cache[layer, blocks, head] = float("nan")
+    add_duplicates(view)
+    return view
+
+
+def add_duplicates(view: CacheView) -> None:
+    """Make a few keys of each request near-duplicates of each other."""
+    block_size, head_dim = view.k_cache.shape[3:]
+    lens, tables = once(view.lens).cpu(), once(view.block_tables).cpu()
+    for line in product(*map(range, lens.shape)):
+        layer, _, head = (i if n > 1 else slice(None) for i, n in zip(line, lens.shape))
+        length = int(lens[line])
         slots = [slot for slot in (3, 9, 40, 300, length - 1) if 0 <= slot < length]
-        direction = torch.randn(layers, heads, head_dim, device=DEVICE)
+        keys = view.k_cache[layer, :, head] if isinstance(layer, int) else view.k_cache.transpose(1, 2)
+        direction = torch.randn(*keys.shape[:-3], head_dim, device=DEVICE)
         for i, slot in enumerate(slots):
             key = (i + 1) * direction + 0.05 * torch.randn_like(direction)
-            k_cache[:, int(tables[row, slot // block_size]), :, slot % block_size] = key.to(dtype)
-    return Event(k_cache, v_cache, paged.block_tables, paged.cache_lens)
+            keys[..., int(tables[line][slot // block_size]), slot % block_size, :] = key.to(keys.dtype)
+
+
+def host_of(view: CacheView) -> CacheView:
+    """For the reference: float32, on the host."""
+    return CacheView(view.k_cache.cpu().float(), view.v_cache.cpu().float(), view.block_tables.cpu(), view.lens.cpu())
 
 
 def difference(out: Tensor, expected: Tensor) -> float:
@@ -111,108 +139,116 @@ def ints(values, device=DEVICE) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def window_queries(event: Event, window: int, query_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def window_queries(event: CacheView, window: int, query_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """(query cache, slots, ends), slots that no request has NaN."""
-    requests, (layers, *_, head_dim) = len(event.lens), event.k_cache.shape
+    requests, (layers, *_, head_dim) = event.lens.shape[1], event.k_cache.shape
     q_cache = torch.randn(layers, requests + 2, window, query_heads, head_dim, device=DEVICE).to(event.k_cache.dtype)
     order = torch.randperm(requests + 2, device=DEVICE)
     q_cache[:, order[requests:]] = float("nan")
-    return q_cache, order[:requests].int(), event.lens + 7 * torch.arange(requests, device=DEVICE).int()
+    ends = event.lens.amax((0, 2)).clamp(min=window) + 7 * torch.arange(requests, device=DEVICE)
+    return q_cache, order[:requests].int(), ends.int()
 
 
 def check_scores(checks: Checks, shapes: list[tuple]) -> None:
     for number, (name, head_dim, block_size, group, window) in enumerate(shapes):
         dtype = getattr(torch, name)
         lens = tuple(n if n == 0 or n >= window else window for n in LENS)
-        event = make_event(lens, block_size, head_dim, dtype)
-        k_ref, _, tables_ref, lens_ref = event.upcast()
-        case = {"head_dim": head_dim, "block_size": block_size, "group": group, "window": window}
+        shape = lens, block_size, head_dim, dtype
+        for apart, event in ((False, make_event(*shape)), (True, make_apart(*shape, window))):
+            host = host_of(event)
+            case = {"head_dim": head_dim, "block_size": block_size, "group": group, "window": window, "apart": apart}
 
-        q_cache, slots, ends = window_queries(event, window, HEADS * group)
-        names = list(KINDS)
-        host = q_cache.cpu().float(), k_ref, slots.cpu(), ends.cpu(), tables_ref, lens_ref
-        for kind in ("zipage", names[1 + number % (len(names) - 1)]):
-            scale = 2 * head_dim**-0.5
-            args = q_cache, event.k_cache, slots, ends, event.block_tables, event.lens, scale
-            expected = attention_score_reference(*host, scale, **KINDS[kind])
-            for splits in (None, 4):
-                out = attention_score_triton(*args, **KINDS[kind], num_splits=splits)
-                checks.add("attention_score", name, difference(out, expected), BOUND, kind=kind, splits=splits, **case)
+            q_cache, slots, ends = window_queries(event, window, HEADS * group)
+            names = list(KINDS)
+            for kind in ("zipage", names[1 + number % (len(names) - 1)]):
+                scale = 2 * head_dim**-0.5
+                args = q_cache.cpu().float(), host, slots.cpu(), ends.cpu(), scale
+                expected = attention_score_reference(*args, **KINDS[kind])
+                for splits in (None, 4):
+                    args = q_cache, event, slots, ends, scale
+                    out = attention_score_triton(*args, **KINDS[kind], num_splits=splits)
+                    value = difference(out, expected)
+                    checks.add("attention_score", name, value, BOUND, kind=kind, splits=splits, **case)
 
-        for chunk, way in ((256, True), (64, True), (256, False), (None, True)):
-            if number % 2 and chunk == 64:
-                continue
-            out = redundancy_triton(event.k_cache, event.block_tables, event.lens, tau=0.05, chunk=chunk, fused=way)
-            expected = redundancy_reference(k_ref, tables_ref, lens_ref, tau=0.05, chunk=chunk)
-            checks.add("redundancy", name, difference(out, expected), BOUND, chunk=chunk, fused=way, **case)
+            for chunk, way in ((256, True), (64, True), (256, False), (None, True)):
+                if number % 2 and chunk == 64:
+                    continue
+                out = redundancy_triton(event, tau=0.05, chunk=chunk, fused=way)
+                expected = redundancy_reference(host, tau=0.05, chunk=chunk)
+                checks.add("redundancy", name, difference(out, expected), BOUND, chunk=chunk, fused=way, **case)
 
 
 def check_selection(checks: Checks) -> None:
     for width in (256, 2304) if not DRY else (64,):
         lens, keep = (width, width - 37, 0, width // 2), (width * 8 // 9, 40, 16, width)
-        for ties in (False, True):
+        for ties, apart in product((False, True), (False, True)):
             scores = torch.randn(LAYERS, 4, HEADS, width, device=DEVICE)
             scores = scores.mul(4).round() if ties else scores
-            must = torch.zeros(4, width, dtype=torch.bool, device=DEVICE)
-            for row, length in enumerate(lens):
-                must[row, max(0, length - 16) : length] = True
-            args = scores, must, ints(lens), ints(keep)
+            held, most = (shared(ints(x), HEADS, LAYERS) for x in (lens, keep))
+            if apart:
+                held, most = ((x * torch.rand(x.shape, device=DEVICE)).int() for x in (held, most))
+            slots = torch.arange(width, device=DEVICE)
+            # The last entries of each head, no more than stay of it.
+            must = (slots < held[..., None]) & (slots >= (held - most.clamp(max=16))[..., None])
+            args = scores, must, held, most
             expected = select_reference(*(x.cpu() for x in args), width)
             out = select_triton(*args, width)
-            checks.add("select", "float32", differing(out.float(), expected.float()), 0.0, width=width, ties=ties)
+            case = {"width": width, "ties": ties, "apart": apart}
+            checks.add("select", "float32", differing(out.float(), expected.float()), 0.0, **case)
 
 
-def random_kept(lens: tuple[int, ...], keep: tuple[int, ...], width: int, layers: int, heads: int) -> Tensor:
-    scores = torch.rand(layers, len(lens), heads, width, device=DEVICE)
-    must = torch.zeros(len(lens), width, dtype=torch.bool, device=DEVICE)
-    return select(scores, must, ints(lens), ints(keep), max(keep))
+def random_kept(lens: Tensor, keep: Tensor, width: int, max_keep: int) -> Tensor:
+    """Up to keep [L, R, H] of lens [L, R, H] slots."""
+    scores = torch.rand(*lens.shape, width, device=DEVICE)
+    return select(scores, torch.zeros_like(scores, dtype=torch.bool), lens, keep, max_keep)
 
 
 def check_moves(checks: Checks, shapes: list[tuple]) -> None:
     """Stores and moves are exact."""
     for name, head_dim, block_size, _, _ in shapes:
         dtype = getattr(torch, name)
-        case = {"head_dim": head_dim, "block_size": block_size}
         lens = tuple(-(-n // block_size) * block_size for n in LENS)
-        keep = tuple(n * 3 // 4 for n in lens)
-        event = make_event(lens, block_size, head_dim, dtype)
-        width = event.block_tables.shape[1] * block_size
-        states = [
-            torch.randint(0, 99999, event.k_cache.shape[:4], dtype=torch.int32, device=DEVICE),
-            torch.rand(event.k_cache.shape[:4], device=DEVICE),
-        ]
-        update = torch.rand(LAYERS, len(lens), HEADS, width, device=DEVICE)
-        kept = random_kept(lens, keep, width, LAYERS, HEADS)
-        expected = [x.cpu().clone() for x in (event.k_cache, event.v_cache, *states)]
-        tables = event.block_tables, event.block_tables
-        compact_stable_triton(event.k_cache, event.v_cache, states, kept, *tables, updates=[None, update])
-        host = *expected[:2], expected[2:], kept.cpu(), *(x.cpu() for x in tables)
-        compact_stable_reference(*host, updates=[None, update.cpu()])
-        moved = zip((event.k_cache, event.v_cache, *states), expected)
-        checks.add("compact_stable", name, max(differing(x, y) for x, y in moved), 0.0, **case)
+        shape = lens, block_size, head_dim, dtype
+        for apart, event in ((False, make_event(*shape)), (True, make_apart(*shape))):
+            states = [
+                torch.randint(0, 99999, event.k_cache.shape[:4], dtype=torch.int32, device=DEVICE),
+                torch.rand(event.k_cache.shape[:4], device=DEVICE),
+            ]
+            updates = [None, torch.rand(*event.lens.shape, event.width, device=DEVICE)]
+            kept = random_kept(event.lens, event.lens * 3 // 4, event.width, max(lens) * 3 // 4)
+            written = event.k_cache, event.v_cache, *states
+            expected = [x.cpu().clone() for x in written]
+            compact_stable_triton(event, states, kept, event.block_tables, updates)
+            host = CacheView(*expected[:2], event.block_tables.cpu(), event.lens.cpu())
+            host_updates = [None, updates[1].cpu()]
+            compact_stable_reference(host, expected[2:], kept.cpu(), host.block_tables, host_updates)
+            value = max(differing(x, y) for x, y in zip(written, expected))
+            case = {"head_dim": head_dim, "block_size": block_size, "apart": apart}
+            checks.add("compact_stable", name, value, 0.0, **case)
 
     state = torch.zeros(5, 9, 8, 16, dtype=torch.int32, device=DEVICE)
     slots = torch.randperm(9 * 16, device=DEVICE)[:100]
     slots[::7] = -1
     positions, expected = torch.arange(100, dtype=torch.int32, device=DEVICE), state.cpu()
-    store_positions_triton(positions, state[1:4], slots)
-    store_positions_reference(positions.cpu(), expected[1:4], slots.cpu())
-    checks.add("store_positions", "int32", differing(state.float(), expected.float()), 0.0)
+    apart = torch.stack([slots.roll(7 * i) for i in range(3 * 8)], dim=1).view(100, 3, 8).transpose(0, 1)
+    for each in (shared(slots, 8, 3), apart):
+        store_positions_triton(positions, state[1:4], each)
+        store_positions_reference(positions.cpu(), expected[1:4], each.cpu())
+        checks.add("store_positions", "int32", differing(state.float(), expected.float()), 0.0)
 
 
 def check_in_place(checks: Checks) -> None:
     """Stable in-place moves at full size, several times: a race between a read and a write would show."""
     for requests in (1, 8):
         event = make_event((2304,) * requests, 256, 128, torch.bfloat16, layers=36 if requests == 1 else 4, heads=8)
-        layers = event.k_cache.shape[0]
         for draw in range(5):
-            kept = random_kept((2304,) * requests, (2048,) * requests, 2304, layers, 8)
+            kept = random_kept(event.lens, torch.full_like(event.lens, 2048), event.width, 2048)
             state = torch.rand(event.k_cache.shape[:4], device=DEVICE)
             expected = event.k_cache.clone(), event.v_cache.clone(), state.clone()
             # The CPU path reads all before it writes any, on any device.
-            args = kept, event.block_tables, event.block_tables[:, :8].contiguous()
-            compact_stable_torch(*expected[:2], [expected[2]], *args)
-            compact_stable(event.k_cache, event.v_cache, [state], *args)
+            dst = event.block_tables[..., :8]
+            compact_stable_torch(CacheView(*expected[:2], *event[2:]), [expected[2]], kept, dst)
+            compact_stable(event, [state], kept, dst)
             value = max(differing(x, y) for x, y in zip((event.k_cache, event.v_cache, state), expected))
             checks.add("compact_stable", "bfloat16", value, 0.0, in_place=True, requests=requests, draw=draw)
 
@@ -224,21 +260,21 @@ def check_large_addresses(checks: Checks) -> None:
     for cache in (k_cache, v_cache):
         cache[:, -2:].normal_()
     tables, lens = ints([[blocks - 1, blocks - 2]]), ints([500])
-    small, small_tables = (k_cache[:, -2:].cpu().float(), v_cache[:, -2:].cpu().float()), ints([[1, 0]], "cpu")
+    view = CacheView.shared(k_cache, v_cache, tables, lens)
+    small = CacheView.shared(*(x[:, -2:].cpu().float() for x in view[:2]), ints([[1, 0]], "cpu"), lens.cpu())
     q_cache = torch.randn(1, 1, 16, 4, 128, device=DEVICE, dtype=torch.bfloat16)
     args = ints([0]), ints([500])
-    out = attention_score(q_cache, k_cache, *args, tables, lens, 0.1)
-    host = q_cache.cpu().float(), small[0], *(x.cpu() for x in args), small_tables, lens.cpu(), 0.1
-    value = difference(out, attention_score_reference(*host))
+    out = attention_score(q_cache, view, *args, 0.1)
+    value = difference(out, attention_score_reference(q_cache.cpu().float(), small, *(x.cpu() for x in args), 0.1))
     checks.add("attention_score", "bfloat16", value, BOUND, elements=k_cache.numel())
     for chunk in (256, None):
-        out = redundancy(k_cache, tables, lens, tau=0.1, chunk=chunk)
-        expected = redundancy_reference(small[0], small_tables, lens.cpu(), tau=0.1, chunk=chunk)
+        out = redundancy(view, tau=0.1, chunk=chunk)
+        expected = redundancy_reference(small, tau=0.1, chunk=chunk)
         checks.add("redundancy", "bfloat16", difference(out, expected), BOUND, elements=k_cache.numel(), chunk=chunk)
-    kept = random_kept((500,), (256,), 512, 1, 1)
-    compact_stable(k_cache, v_cache, [], kept, tables, tables)
-    compact_stable_reference(*small, [], kept.cpu(), small_tables, small_tables)
-    value = max(differing(k_cache[:, -2:].float(), small[0]), differing(v_cache[:, -2:].float(), small[1]))
+    kept = random_kept(view.lens, view.lens - 244, 512, 256)
+    compact_stable(view, [], kept, view.block_tables)
+    compact_stable_reference(small, [], kept.cpu(), small.block_tables)
+    value = max(differing(x[:, -2:].float(), y) for x, y in zip(view[:2], small))
     checks.add("compact_stable", "bfloat16", value, 0.0, elements=k_cache.numel())
 
 
@@ -249,25 +285,33 @@ class Timing:
 
     def __init__(self, requests: int) -> None:
         self.requests = requests
-        lens, keep = (self.length,) * requests, (self.budget,) * requests
-        event = make_event(lens, self.block_size, self.head_dim, torch.bfloat16, self.layers, self.heads)
-        self.k_cache, self.v_cache, self.lens = event.k_cache, event.v_cache, event.lens
-        self.tables = event.block_tables[:, : self.length // self.block_size].contiguous()
-        self.dst = self.tables[:, : self.budget // self.block_size].contiguous()
+        event = make_event(
+            (self.length,) * requests, self.block_size, self.head_dim, torch.bfloat16, self.layers, self.heads
+        )
+        self.tables = event.block_tables[0, :, 0, : self.length // self.block_size].contiguous()
+        self.view = event._replace(block_tables=self.shared(self.tables))
+        self.dst = self.shared(self.tables[:, : self.budget // self.block_size].contiguous())
         self.queries = window_queries(event, self.window, 32)
         self.positions = torch.zeros(event.k_cache.shape[:4], dtype=torch.int32, device=DEVICE)
         self.stored = torch.rand(event.k_cache.shape[:4], device=DEVICE)
-        self.keep, self.must = ints(keep), torch.zeros(requests, self.length, dtype=torch.bool, device=DEVICE)
-        self.must[:, -self.window :] = True
+        must = torch.zeros(requests, self.length, dtype=torch.bool, device=DEVICE)
+        must[:, -self.window :] = True
+        self.keep, self.must = self.shared(ints((self.budget,) * requests)), self.shared(must)
         self.scores = torch.rand(self.layers, requests, self.heads, self.length, device=DEVICE)
         self.kept = self.select(self.scores)
 
+    def shared(self, x: Tensor) -> Tensor:
+        return shared(x, self.heads, self.layers)
+
     def score(self, layers=slice(None)) -> Tensor:
         q_cache, slots, ends = self.queries
-        return attention_score(q_cache[layers], self.k_cache[layers], slots, ends, self.tables, self.lens, 0.09)
+        return attention_score(q_cache[layers], self.view_of(layers), slots, ends, 0.09)
+
+    def view_of(self, layers: slice) -> CacheView:
+        return CacheView(*(x[layers] for x in self.view))
 
     def redundancy(self, chunk: int | None, layers=slice(None)) -> Tensor:
-        return redundancy(self.k_cache[layers], self.tables, self.lens, tau=0.4, chunk=chunk)
+        return redundancy(self.view_of(layers), tau=0.4, chunk=chunk)
 
     def fold(self, scores: Tensor, layers=slice(None)) -> Tensor:
         """As `Event.stored` and the policy do, all entries carrying a score."""
@@ -275,13 +319,13 @@ class Timing:
         return torch.maximum(scores, 0.8 * stored)
 
     def select(self, scores: Tensor) -> Tensor:
-        return select(scores, self.must, self.lens, self.keep, self.budget)
+        layers = slice(len(scores))  # all alike
+        return select(scores, self.must[layers], self.view.lens[layers], self.keep[layers], self.budget)
 
     def compact(self, kept: Tensor, update: Tensor | None = None, layers=slice(None)) -> None:
         states = [self.positions[layers]] + ([] if update is None else [self.stored[layers]])
         updates = [None] + ([] if update is None else [update])
-        caches = self.k_cache[layers], self.v_cache[layers]
-        compact_stable(*caches, states, kept, self.tables, self.dst, updates)
+        compact_stable(self.view_of(layers), states, kept, self.dst[layers], updates)
 
     def zipage(self, stride: int = 36) -> None:
         for first in range(0, self.layers, stride):

@@ -38,6 +38,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.add_rms_norm import add_rms_norm_reference, add_rms_norm_torch
 from kernels.add_rms_norm_triton import add_rms_norm_triton
+from kernels.cache_view import CacheView, shared
 from kernels.copy_blocks import copy_blocks_reference
 from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
@@ -95,12 +96,8 @@ class Paged:
     block_tables: Tensor
     cache_lens: Tensor
 
-    def tuple(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.k_cache, self.v_cache, self.block_tables, self.cache_lens
-
-    def upcast(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For the reference: float32 entries, and tables on the host, which it reads one by one."""
-        return self.k_cache.float(), self.v_cache.float(), self.block_tables.cpu(), self.cache_lens.cpu()
+    def view(self) -> CacheView:
+        return CacheView.shared(self.k_cache, self.v_cache, self.block_tables, self.cache_lens)
 
 
 def make_paged(contexts: tuple[int, ...], block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Paged:
@@ -120,6 +117,29 @@ def make_paged(contexts: tuple[int, ...], block_size: int, kv_heads: int, head_d
         torch.randn(shape, device=DEVICE, dtype=dtype).masked_fill_(unused, float("nan")) for _ in range(2)
     )
     return Paged(k_cache, v_cache, tables.to(DEVICE), torch.tensor(contexts, dtype=torch.int32, device=DEVICE))
+
+
+QUARTERS = 4, 1, 3, 0, 2
+
+
+def make_apart(contexts: tuple[int, ...], block_size: int, kv_heads: int, head_dim: int, dtype) -> CacheView:
+    """As `make_paged`, but each head of a request has blocks of its own, and some quarters of the context."""
+    lens = tuple(n * QUARTERS[(row + 2 * head) % 5] // 4 for row, n in enumerate(contexts) for head in range(kv_heads))
+    paged = make_paged(lens, block_size, kv_heads, head_dim, dtype)
+    # What the other heads hold in a head's blocks is NaN too.
+    shape = len(contexts), kv_heads
+    tables = paged.block_tables.view(*shape, -1)
+    for head in range(kv_heads):
+        others = tables[:, torch.arange(kv_heads, device=DEVICE) != head].flatten()
+        others = others[others < len(paged.k_cache)].long()
+        for cache in (paged.k_cache, paged.v_cache):
+            cache[others, head] = float("nan")
+    return CacheView(paged.k_cache, paged.v_cache, tables, paged.cache_lens.view(shape))
+
+
+def upcast(view: CacheView) -> CacheView:
+    """For the reference: float32 entries, and tables on the host, which it reads one by one."""
+    return CacheView(view.k_cache.float(), view.v_cache.float(), view.block_tables.cpu(), view.lens.cpu())
 
 
 def fused(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
@@ -176,36 +196,40 @@ def check_attention(checks: Checks, grid: Grid) -> None:
     for name, head_dim, block_size, group, contexts in grid.combine(*factors):
         dtype, bound, scale = getattr(torch, name), BOUNDS[name], head_dim**-0.5
         case = {"head_dim": head_dim, "block_size": block_size, "group": group, "contexts": list(contexts)}
-        paged = make_paged(contexts, block_size, KV_HEADS, head_dim, dtype)
-        k_cache, v_cache, tables, lens = paged.tuple()
-        k_ref, v_ref, tables_ref, lens_ref = paged.upcast()
+        shape = contexts, block_size, KV_HEADS, head_dim, dtype
+        for apart, view in ((False, make_paged(*shape).view()), (True, make_apart(*shape))):
+            ref = upcast(view)
+            q = fused(len(contexts), KV_HEADS * group, head_dim, dtype)
+            expected = paged_decode_reference(q.float(), ref, scale)
+            for wanted in (1, None, 200):
+                out = paged_decode_triton(q, view, scale, decode_pieces_triton(view, wanted))
+                checks.add("paged_decode", name, error(out, expected), bound, wanted=wanted, apart=apart, **case)
 
-        q = fused(len(contexts), KV_HEADS * group, head_dim, dtype)
-        expected = paged_decode_reference(q.float(), k_ref, v_ref, tables_ref, lens_ref, scale)
-        for wanted in (1, None, 200):
-            pieces = decode_pieces_triton(lens, k_cache, tables.shape[1], wanted)
-            out = paged_decode_triton(q, k_cache, v_cache, tables, lens, scale, pieces)
-            checks.add("paged_decode", name, error(out, expected), bound, wanted=wanted, **case)
-
-        for chunk in ("whole", "part"):
-            queries = [n if chunk == "whole" else -(-n // 3) for n in contexts]
-            bounds = torch.tensor([0, *accumulate(queries)], dtype=torch.int32)
-            q = fused(sum(queries), KV_HEADS * group, head_dim, dtype)
-            args = max(queries), scale
-            expected = paged_prefill_reference(q.float(), k_ref, v_ref, tables_ref, bounds, lens_ref, *args)
-            out = paged_prefill_triton(q, k_cache, v_cache, tables, bounds.to(DEVICE), lens, *args)
-            checks.add("paged_prefill", name, error(out, expected), bound, chunk=chunk, **case)
+            for chunk in ("whole", "part"):
+                shortest = view.lens.amin(1).tolist()
+                queries = [n if chunk == "whole" else -(-n // 3) for n in shortest]
+                bounds = torch.tensor([0, *accumulate(queries)], dtype=torch.int32)
+                if max(queries) == 0:
+                    continue
+                q = fused(sum(queries), KV_HEADS * group, head_dim, dtype)
+                expected = paged_prefill_reference(q.float(), ref, bounds, max(queries), scale)
+                out = paged_prefill_triton(q, view, bounds.to(DEVICE), max(queries), scale)
+                checks.add("paged_prefill", name, error(out, expected), bound, chunk=chunk, apart=apart, **case)
 
 
 def check_writes(checks: Checks, grid: Grid) -> None:
     """Stores and copies are exact: an error is the share of elements that differ."""
     kv_heads = (2, 8) if DRY else (2, 8, 20)
-    for name, head_dim, block_size, heads in grid.combine(grid.dtypes, grid.head_dims, grid.block_sizes, kv_heads):
+    cases = enumerate(grid.combine(grid.dtypes, grid.head_dims, grid.block_sizes, kv_heads))
+    for number, (name, head_dim, block_size, heads) in cases:
         dtype = getattr(torch, name)
         case = {"head_dim": head_dim, "block_size": block_size, "kv_heads": heads}
         caches = torch.full((2, 3, 9, heads, block_size, head_dim), float("nan"), device=DEVICE, dtype=dtype)
         slots = torch.randperm(9 * block_size, device=DEVICE)[:40]
         slots[::7] = -1
+        # As the engine has them, and in every other case each head's own.
+        slots = shared(slots, heads) if number % 2 else torch.stack([slots.roll(7 * h) for h in range(heads)], dim=1)
+        case["slots_apart"] = number % 2 == 0
         k, v = (fused(40, heads, head_dim, dtype) for _ in range(2))
         expected = caches.clone()
         store_kv_triton(k, v, caches[0, 1], caches[1, 1], slots)
@@ -287,37 +311,38 @@ def check_large_addresses(checks: Checks) -> None:
     cache = torch.empty(blocks, 1, 256, 128, dtype=torch.bfloat16, device=DEVICE)
     cache[0].fill_(float("nan"))
     k = fused(100, 1, 128, torch.bfloat16)
-    store_kv_triton(k, k, cache, cache, (blocks - 1) * 256 + torch.arange(100, device=DEVICE))
+    store_kv_triton(k, k, cache, cache, (blocks - 1) * 256 + torch.arange(100, device=DEVICE)[:, None])
     tables = torch.tensor([[blocks - 1]], dtype=torch.int32, device=DEVICE)
     lens = torch.tensor([100], dtype=torch.int32, device=DEVICE)
     bounds = torch.tensor([0, 100], dtype=torch.int32, device=DEVICE)
     q = fused(100, 4, 128, torch.bfloat16)
     last = torch.zeros(1, 1, 256, 128, device=DEVICE)
     last[0, 0, :100] = k[:, 0].float()
-    host = last, last, torch.zeros(1, 1, dtype=torch.int32)
-    out = paged_decode_triton(q[:1], cache, cache, tables, lens, 0.1)
-    expected = paged_decode_reference(q[:1].float(), *host, lens.cpu(), 0.1)
+    view = CacheView.shared(cache, cache, tables, lens)
+    host = CacheView.shared(last, last, torch.zeros(1, 1, dtype=torch.int32), lens.cpu())
+    out = paged_decode_triton(q[:1], view, 0.1)
+    expected = paged_decode_reference(q[:1].float(), host, 0.1)
     checks.add("paged_decode", "bfloat16", error(out, expected), BOUNDS["bfloat16"], elements=cache.numel())
-    out = paged_prefill_triton(q, cache, cache, tables, bounds, lens, 100, 0.1)
-    expected = paged_prefill_reference(q.float(), *host, bounds.cpu(), lens.cpu(), 100, 0.1)
+    out = paged_prefill_triton(q, view, bounds, 100, 0.1)
+    expected = paged_prefill_reference(q.float(), host, bounds.cpu(), 100, 0.1)
     checks.add("paged_prefill", "bfloat16", error(out, expected), BOUNDS["bfloat16"], elements=cache.numel())
 
 
 def check_graph(checks: Checks) -> None:
     """A captured decode follows lengths and tables that change between replays."""
     paged = make_paged((3000, 700, 64), 64, KV_HEADS, 128, torch.bfloat16)
-    k_cache, v_cache, tables, lens = paged.tuple()
+    view = paged.view()
     q = fused(3, KV_HEADS * 4, 128, torch.bfloat16)
-    args = q, k_cache, v_cache, tables, lens, 0.1
+    args = q, view, 0.1
     paged_decode(*args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = paged_decode(*args)
     for contexts in ((3000, 700, 64), (65, 0, 1), (2999, 129, 33)):
-        lens.copy_(torch.tensor(contexts, dtype=torch.int32))
+        paged.cache_lens.copy_(torch.tensor(contexts, dtype=torch.int32))
         q.normal_()
         graph.replay()
-        expected = paged_decode_reference(q.float(), k_cache.float(), v_cache.float(), tables.cpu(), lens.cpu(), 0.1)
+        expected = paged_decode_reference(q.float(), upcast(view), 0.1)
         value = error(out, expected)
         checks.add("paged_decode", "bfloat16", value, BOUNDS["bfloat16"], graph=True, contexts=list(contexts))
 
@@ -326,17 +351,16 @@ def check_combining(checks: Checks, replays: int = 300, layers: int = 24) -> Non
     """Pieces combined over and over, the layers of a graph in the same memory: any that came too late, or of the layer
     before, would change a bit from one replay to another, or all from what uncut requests give.
     """
-    paged = make_paged(range(1, 4000, 83), 16, 8, 128, torch.bfloat16)
-    k_cache, v_cache, tables, lens = paged.tuple()
-    queries = [fused(len(lens), 32, 128, torch.bfloat16) for _ in range(layers)]
-    whole = decode_pieces_triton(lens, k_cache, tables.shape[1], 1)
-    expected = [paged_decode_triton(q, k_cache, v_cache, tables, lens, 0.1, whole) for q in queries]
+    view = make_paged(range(1, 4000, 83), 16, 8, 128, torch.bfloat16).view()
+    queries = [fused(len(view.lens), 32, 128, torch.bfloat16) for _ in range(layers)]
+    whole = decode_pieces_triton(view, 1)
+    expected = [paged_decode_triton(q, view, 0.1, whole) for q in queries]
     for wanted in (50, 100, 400):
-        paged_decode_triton(queries[0], k_cache, v_cache, tables, lens, 0.1)
+        paged_decode_triton(queries[0], view, 0.1)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            pieces = decode_pieces_triton(lens, k_cache, tables.shape[1], wanted)
-            outs = [paged_decode_triton(q, k_cache, v_cache, tables, lens, 0.1, pieces) for q in queries]
+            pieces = decode_pieces_triton(view, wanted)
+            outs = [paged_decode_triton(q, view, 0.1, pieces) for q in queries]
         graph.replay()
         first = torch.stack(outs).clone()
         changed = torch.zeros((), device=DEVICE, dtype=torch.int64)
@@ -398,10 +422,11 @@ def time_decode(bandwidth: float) -> list[dict[str, Any]]:
     rows = []
     for batch, context in ((64, 2048), (64, 16384), (2, 32768)):
         for block_size in (16, 256):
-            k_cache, v_cache, tables, lens = make_paged((context,) * batch, block_size, 8, 128, torch.bfloat16).tuple()
+            paged = make_paged((context,) * batch, block_size, 8, 128, torch.bfloat16)
             q = torch.randn(batch, 32, 128, device=DEVICE, dtype=torch.bfloat16)
-            tables = tables[:, : context // block_size].contiguous()
-            elapsed = milliseconds(lambda args=(q, k_cache, v_cache, tables, lens, 0.09): paged_decode_triton(*args))
+            tables = paged.block_tables[:, : context // block_size].contiguous()
+            view = replace(paged, block_tables=tables).view()
+            elapsed = milliseconds(lambda args=(q, view, 0.09): paged_decode_triton(*args))
             moved = 2 * batch * context * 8 * 128 * 2
             rows.append(
                 {"batch": batch, "context": context, "block_size": block_size, "ms": elapsed,
@@ -418,8 +443,8 @@ def time_prefill() -> list[dict[str, Any]]:
     q = torch.randn(batch * length, heads, head_dim, device=DEVICE, dtype=torch.bfloat16)
     rows = []
     for block_size in (16, 256):
-        paged = make_paged((length,) * batch, block_size, kv_heads, head_dim, torch.bfloat16).tuple()
-        args = q, *paged[:3], bounds, paged[3], length, 0.09
+        view = make_paged((length,) * batch, block_size, kv_heads, head_dim, torch.bfloat16).view()
+        args = q, view, bounds, length, 0.09
         elapsed = milliseconds(lambda args=args: paged_prefill_triton(*args))
         rows.append({"what": f"paged_prefill, block {block_size}", "ms": elapsed})
     dense = q.view(batch, length, heads, head_dim).transpose(1, 2).contiguous()
@@ -471,7 +496,7 @@ def time_layer_ops(bandwidth: float) -> list[dict[str, Any]]:
         rings = torch.empty(-(-tokens // 16), 16, heads, head_dim, **options)
         places = torch.randperm(tokens, device=DEVICE)
 
-        args = k, v, q, *caches, rings, places, places
+        args = k, v, q, *caches, rings, shared(places, kv_heads), places
         add("store_step", tokens, 2 * qkv.nbytes, partial(store_step_triton, *args), partial(store_apart, *args))
 
     for tokens in (1, 256):

@@ -72,13 +72,14 @@ def check_requests(folder: Path, device: str) -> list[dict]:
 
 def poison(llm: LLM, request_id: str, after: int) -> None:
     """From its output token number `after` on, the logits of a request are NaN."""
-    runner, decoder = llm._core.runner, llm._core.runner.decoder
-    launch, logits_of = runner.launch, decoder.logits
+    scheduler, decoder = llm._core.scheduler, llm._core.runner.decoder
+    schedule, logits_of = scheduler.schedule, decoder.logits
     sampled = []
 
-    def launched(plan):
-        sampled[:] = plan.sampled
-        return launch(plan)
+    def scheduled(now):
+        batch = schedule(now)
+        sampled[:] = batch.sampled
+        return batch
 
     def poisoned(hidden):
         logits = logits_of(hidden)
@@ -87,7 +88,7 @@ def poison(llm: LLM, request_id: str, after: int) -> None:
             logits[rows] = float("nan")
         return logits
 
-    runner.launch = launched
+    scheduler.schedule = scheduled
     decoder.logits = poisoned
 
 

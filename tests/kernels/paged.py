@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import accumulate
 
 import pytest
 import torch
 from torch import Tensor
+
+from kernels.cache_view import CacheView
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -31,39 +33,38 @@ def device_of(backend: str) -> str:
     return DEVICE if backend == "triton" else "cpu"
 
 
-@dataclass(frozen=True)
-class Paged:
-    k_cache: Tensor
-    v_cache: Tensor
-    block_tables: Tensor
-    cache_lens: Tensor
-
-    def upcast(self) -> Paged:
-        """The same numbers on the CPU in float32, for the reference."""
-        return Paged(
-            self.k_cache.cpu().float(), self.v_cache.cpu().float(), self.block_tables.cpu(), self.cache_lens.cpu()
-        )
-
-    def tuple(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.k_cache, self.v_cache, self.block_tables, self.cache_lens
+def upcast(view: CacheView) -> CacheView:
+    """The same numbers on the CPU in float32, for the reference."""
+    return CacheView(view.k_cache.cpu().float(), view.v_cache.cpu().float(), view.block_tables.cpu(), view.lens.cpu())
 
 
-def make_paged(contexts: list[int], block_size: int, kv_heads: int, head_dim: int, dtype, device="cpu") -> Paged:
-    """Random entries in shuffled blocks. Every other slot is NaN, block 0 among them, and tables end in garbage."""
-    counts = [-(-n // block_size) for n in contexts]
+def make_paged(
+    contexts: Sequence[int | tuple[int, ...]], block_size: int, kv_heads: int, head_dim: int, dtype, device="cpu"
+) -> CacheView:
+    """Random entries in shuffled blocks. Every other slot is NaN, block 0 among them, and tables end in garbage.
+
+    Args:
+        contexts: of each request, the same for all heads; or of each of its heads, which then have blocks of their own.
+    """
+    apart = any(isinstance(context, tuple) for context in contexts)
+    lens = [n for context in contexts for n in context] if apart else contexts
+    counts = [-(-n // block_size) for n in lens]
     total = sum(counts) + 3
     ids = iter((torch.randperm(total - 1) + 1).tolist())
-    tables = torch.full((len(contexts), max(counts) + 2), GARBAGE, dtype=torch.int32)
-    held = torch.zeros(total, block_size, dtype=torch.bool)
-    for row, (count, context) in enumerate(zip(counts, contexts)):
+    tables = torch.full((len(lens), max(counts) + 2), GARBAGE, dtype=torch.int32)
+    held = torch.zeros(total, kv_heads, block_size, dtype=torch.bool)
+    for row, (count, n) in enumerate(zip(counts, lens)):
+        heads = row % kv_heads if apart else slice(None)
         for column in range(count):
             block = next(ids)
             tables[row, column] = block
-            held[block, : context - column * block_size] = True
-    caches = torch.randn(2, total, kv_heads, block_size, head_dim).masked_fill(~held[:, None, :, None], float("nan"))
+            held[block, heads, : n - column * block_size] = True
+    caches = torch.randn(2, total, kv_heads, block_size, head_dim).masked_fill(~held[..., None], float("nan"))
     k_cache, v_cache = caches.to(device, dtype)
-    lens = torch.tensor(contexts, dtype=torch.int32, device=device)
-    return Paged(k_cache, v_cache, tables.to(device), lens)
+    tables, lens = tables.to(device), torch.tensor(lens, dtype=torch.int32, device=device)
+    if apart:
+        return CacheView(k_cache, v_cache, tables.view(-1, kv_heads, tables.shape[1]), lens.view(-1, kv_heads))
+    return CacheView.shared(k_cache, v_cache, tables, lens)
 
 
 def fused(tokens: int, heads: int, head_dim: int, dtype, device="cpu") -> Tensor:

@@ -4,6 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from kernels.cache_view import shared
 from kernels.decode_pieces_triton import MIN_PIECE, cut_requests
 from tests.kernels.paged import DEVICE
 
@@ -18,13 +19,17 @@ def lengths(kind: str, batch: int) -> list[int]:
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("tile", [16, 64, 128])
 @pytest.mark.parametrize(("batch", "wanted"), [(1, 1), (1, 198), (3, 7), (44, 198), (300, 40)])
+@pytest.mark.parametrize("heads", ["shared", "apart"])
 @pytest.mark.parametrize("kind", ["equal", "varied"])
-def test_pieces_cover_each_request_once(kind, batch, wanted, tile):
+def test_pieces_cover_each_request_once(kind, heads, batch, wanted, tile):
     lens = lengths(kind, batch)
     tiles = [-(-n // tile) for n in lens]
-    ranges, starts, arrived = cut_requests(
-        torch.tensor(lens, dtype=torch.int32, device=DEVICE), max(lens), kv_heads=2, tile=tile, wanted=wanted
-    )
+    longest = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+    # Of heads that differ, the longest one is cut; which that is differs too.
+    by_head = torch.stack((longest, longest // 3), dim=1)
+    by_head[::2] = by_head[::2].flip(1)
+    by_head = shared(longest, 2) if heads == "shared" else by_head
+    ranges, starts, arrived = cut_requests(by_head, max(lens), tile=tile, wanted=wanted)
     assert arrived.tolist() == [[0, 0]] * batch
     assert ranges.shape[1] <= wanted + batch
     starts, ranges = starts.tolist(), ranges.T.tolist()
@@ -43,6 +48,6 @@ def test_pieces_cover_each_request_once(kind, batch, wanted, tile):
 
 
 def test_the_bound_of_the_tables_limits_the_pieces():
-    lens = torch.tensor([100, 40], dtype=torch.int32, device=DEVICE)
-    assert cut_requests(lens, 256, kv_heads=8, tile=64, wanted=198).ranges.shape == (3, 4)
-    assert cut_requests(lens[:0], 256, kv_heads=8, tile=64).ranges.shape == (3, 0)
+    lens = shared(torch.tensor([100, 40], dtype=torch.int32, device=DEVICE), 8)
+    assert cut_requests(lens, 256, tile=64, wanted=198).ranges.shape == (3, 4)
+    assert cut_requests(lens[:0], 256, tile=64).ranges.shape == (3, 0)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from kernels.attention_score import attention_score, attention_score_reference
+from kernels.cache_view import shared
 from kernels.compact_stable import compact_stable
 from kernels.paged_decode import paged_decode, paged_decode_reference
 from kernels.paged_prefill import paged_prefill, paged_prefill_reference
@@ -15,13 +16,14 @@ from kernels.store_kv import store_kv, store_kv_reference
 from kernels.store_positions import store_positions
 from kernels.store_step import store_step
 from tests.kernels.events import difference, make_event
-from tests.kernels.paged import BOUNDS, DEVICE, error, make_paged, starts
+from tests.kernels.paged import BOUNDS, DEVICE, error, make_paged, starts, upcast
 
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
 from kernels.add_rms_norm import add_rms_norm
+from kernels.cache_view import CacheView
 from kernels.compact_stable import compact_stable
 from kernels.copy_blocks import copy_blocks
 from kernels.paged_decode import paged_decode
@@ -34,16 +36,19 @@ from kernels.silu_mul import silu_mul
 from kernels.store_kv import store_kv
 from kernels.store_step import store_step
 cache, tables, lens = torch.randn(2, 1, 16, 32), torch.ones(1, 1).int(), torch.full((1,), 5).int()
-store_kv(torch.randn(1, 1, 32), torch.randn(1, 1, 32), cache, cache, torch.tensor([20]))
-paged_decode(torch.randn(1, 1, 32), cache, cache, tables, lens, 1.0)
-paged_prefill(torch.randn(1, 1, 32), cache, cache, tables, torch.tensor([0, 1]).int(), lens, 1, 1.0)
+store_kv(torch.randn(1, 1, 32), torch.randn(1, 1, 32), cache, cache, torch.tensor([[20]]))
+view = CacheView.shared(cache, cache, tables, lens)
+layers = CacheView.shared(cache[None], cache[None], tables, lens)
+paged_decode(torch.randn(1, 1, 32), view, 1.0)
+paged_prefill(torch.randn(1, 1, 32), view, torch.tensor([0, 1]).int(), 1, 1.0)
 copy_blocks(cache[None], cache[None], torch.tensor([0]), torch.tensor([1]))
-scores = redundancy(cache[None], tables, lens, tau=0.4)
-kept = select(scores, torch.zeros(1, 16, dtype=torch.bool), lens, lens - 1, 4)
-compact_stable(cache[None], cache[None], [], kept, tables, tables)
+scores = redundancy(layers, tau=0.4)
+must, keep = torch.zeros(1, 1, 1, 16, dtype=torch.bool), layers.lens - 1
+kept = select(scores, must, layers.lens, keep, 4)
+compact_stable(layers, [], kept, layers.block_tables)
 normed = add_rms_norm(torch.randn(1, 128), torch.randn(1, 128), torch.ones(128), 1e-6)
 q, k, v = qk_norm_rope(normed, None, None, 1e-6, torch.ones(1, 1, 32), torch.zeros(1, 1, 16), 2, 1)
-store_step(k, v, q, cache, cache, torch.randn(1, 4, 2, 32), torch.tensor([20]), torch.tensor([3]))
+store_step(k, v, q, cache, cache, torch.randn(1, 4, 2, 32), torch.tensor([[20]]), torch.tensor([3]))
 sample_from_logits(silu_mul(normed), torch.ones(1), torch.full((1,), 0.5, dtype=torch.float64))
 """
 
@@ -55,20 +60,22 @@ def test_runs_on_a_cpu_without_triton():
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
 def test_a_step_of_a_layer(device):
     """Store the new entries, then prefill one request, then decode it, all through the engine's entry points."""
-    k_cache, v_cache, tables, lens = make_paged([40], 16, 2, 64, torch.float32, device).tuple()
+    view = make_paged([40], 16, 2, 64, torch.float32, device)
+    k_cache, v_cache, tables = view.k_cache, view.v_cache, view.block_tables[:, 0]
     bounds = starts([10], device)
     slots = (tables[0, [1, 2]].long()[:, None] * 16 + torch.arange(16, device=device)).flatten()[14:24]
     k, v, q = torch.randn(10, 2, 64), torch.randn(10, 2, 64), torch.randn(10, 6, 64)
     k_ref, v_ref = k_cache.cpu().clone(), v_cache.cpu().clone()
+    slots = shared(slots, 2)
     store_kv(k.to(device), v.to(device), k_cache, v_cache, slots)
     store_kv_reference(k, v, k_ref, v_ref, slots.cpu())
     torch.testing.assert_close(k_cache.cpu(), k_ref, rtol=0, atol=0, equal_nan=True)
 
-    host = k_ref, v_ref, tables.cpu()
-    out = paged_prefill(q.to(device), k_cache, v_cache, tables, bounds, lens, 10, 0.1)
-    assert error(out, paged_prefill_reference(q, *host, bounds.cpu(), lens.cpu(), 10, 0.1)) < BOUNDS[torch.float32]
-    out = paged_decode(q[:1].to(device), k_cache, v_cache, tables, lens, 0.1)
-    assert error(out, paged_decode_reference(q[:1], *host, lens.cpu(), 0.1)) < BOUNDS[torch.float32]
+    host = upcast(view)
+    out = paged_prefill(q.to(device), view, bounds, 10, 0.1)
+    assert error(out, paged_prefill_reference(q, host, bounds.cpu(), 10, 0.1)) < BOUNDS[torch.float32]
+    out = paged_decode(q[:1].to(device), view, 0.1)
+    assert error(out, paged_decode_reference(q[:1], host, 0.1)) < BOUNDS[torch.float32]
 
 
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
@@ -77,34 +84,34 @@ def test_a_compression_of_some_layers(device):
     event = make_event([75], 16, 2, 2, 32, torch.float32, device)
     positions = torch.full(event.k_cache.shape[:4], -1, dtype=torch.int32, device=device)
     stored = torch.zeros(event.k_cache.shape[:4], device=device)
-    tables, lens = event.block_tables, event.lens
+    tables = event.view.block_tables[0, :, 0]
     slots = (tables[0, :5].long()[:, None] * 16 + torch.arange(16, device=device)).flatten()[:75]
-    store_positions(torch.arange(75, dtype=torch.int32, device=device), positions, slots)
+    store_positions(torch.arange(75, dtype=torch.int32, device=device), positions, shared(slots, 2, 2))
     q_cache = torch.zeros(2, 3, 16, 6, 32, device=device)
     for layer, k_layer, v_layer in zip(q_cache, event.k_cache, event.v_cache):
         (k, v), q = torch.randn(2, 16, 2, 32, device=device), torch.randn(16, 6, 32, device=device)
         places = 16 + (59 + torch.arange(16, device=device)) % 16
-        store_step(k, v, q, k_layer, v_layer, layer, slots[59:], places)
+        store_step(k, v, q, k_layer, v_layer, layer, shared(slots[59:], 2), places)
     one, keep = torch.ones(1, dtype=torch.int32, device=device), torch.full((1,), 32, dtype=torch.int32, device=device)
     must = torch.zeros(1, event.width, dtype=torch.bool, device=device)
     must[:, 59:75] = True
 
-    def choose(attention_score, pool_scores, redundancy, select, q_cache, k_cache, tables, lens, one, must, keep):
-        score = attention_score(q_cache, k_cache, one, lens, tables, lens, 0.2)
-        pooled = pool_scores(score, lens, 5, "max", lens)
-        pooled = 0.2 * pooled - 0.8 * redundancy(k_cache, tables, lens, tau=0.4, chunk=16)
-        return score, select(pooled, must, lens, keep, 32)
+    def choose(attention_score, pool_scores, redundancy, select, q_cache, view, one, must, keep):
+        score = attention_score(q_cache, view, one, 75 * one, 0.2)
+        pooled = pool_scores(score, view.lens, 5, "max", view.lens)
+        pooled = 0.2 * pooled - 0.8 * redundancy(view, tau=0.4, chunk=16)
+        return score, select(pooled, event.shared(must), view.lens, event.shared(keep), 32)
 
-    args = q_cache, event.k_cache, tables, lens, one, must, keep
-    score, kept = choose(attention_score, pool_scores, redundancy, select, *args)
+    args = one, must, keep
+    score, kept = choose(attention_score, pool_scores, redundancy, select, q_cache, event.view, *args)
     references = attention_score_reference, pool_scores_reference, redundancy_reference, select_reference
-    expected_score, expected = choose(*references, *(x.cpu() for x in args))
+    expected_score, expected = choose(*references, q_cache.cpu(), upcast(event.view), *(x.cpu() for x in args))
     assert difference(score, expected_score) < 5e-6
     assert torch.equal(kept.cpu(), expected)
 
     survivors = [x.cpu().clone() for x in (event.k_cache, event.v_cache)]
     states, updates = [positions, stored], [None, score]
-    compact_stable(event.k_cache, event.v_cache, states, kept, tables, tables[:, :2], updates)
+    compact_stable(event.view, states, kept, event.view.block_tables[..., :2], updates)
     blocks = tables[0, :2].long()
     held = positions[:, blocks].transpose(1, 2).flatten(2).cpu()
     assert torch.equal(held, expected[:, 0])

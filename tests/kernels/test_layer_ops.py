@@ -5,6 +5,7 @@ import torch
 
 from kernels.add_rms_norm import add_rms_norm_reference, add_rms_norm_torch
 from kernels.add_rms_norm_triton import add_rms_norm_triton
+from kernels.cache_view import shared
 from kernels.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_torch
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
 from kernels.silu_mul import silu_mul_reference, silu_mul_torch
@@ -149,14 +150,16 @@ def test_rotary_turns_pairs_of_halves():
         pytest.param(16, 2, 4, 96, [], [], id="no-tokens"),
     ],
 )
-def test_store_step(backend, dtype, block_size, kv_heads, heads, head_dim, slots, indices):
+@pytest.mark.parametrize("apart", [False, True], ids=["shared", "apart"])
+def test_store_step(backend, dtype, apart, block_size, kv_heads, heads, head_dim, slots, indices):
     device = device_of(backend)
     k, v, q = (fused(len(slots), n, head_dim, dtype, device) for n in (kv_heads, kv_heads, heads))
     caches = torch.full((2, 3, 5, kv_heads, block_size, head_dim), float("nan"), dtype=dtype, device=device)
     queries = torch.full((3, 4, 5, heads, head_dim), float("nan"), dtype=dtype, device=device)
     expected, expected_queries = caches.clone(), queries.clone()
-    places = torch.tensor([slots, indices], dtype=torch.int64, device=device)
-    STORE[backend](k, v, q, caches[0, 1], caches[1, 1], queries[1], *places)
-    store_step_reference(k, v, q, expected[0, 1], expected[1, 1], expected_queries[1], *places)
+    slots, indices = torch.tensor([slots, indices], dtype=torch.int64, device=device)
+    slots = torch.stack([slots.roll(h) for h in range(kv_heads)], dim=1) if apart else shared(slots, kv_heads)
+    STORE[backend](k, v, q, caches[0, 1], caches[1, 1], queries[1], slots, indices)
+    store_step_reference(k, v, q, expected[0, 1], expected[1, 1], expected_queries[1], slots, indices)
     torch.testing.assert_close(caches, expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(queries, expected_queries, rtol=0, atol=0, equal_nan=True)

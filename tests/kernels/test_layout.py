@@ -1,10 +1,13 @@
 """A wrong argument is named, with its value and what to do."""
 
+import inspect
+
 import pytest
 import torch
 
 from kernels.add_rms_norm import add_rms_norm
 from kernels.attention_score import attention_score
+from kernels.cache_view import CacheView, shared
 from kernels.compact_stable import compact_stable
 from kernels.copy_blocks import copy_blocks
 from kernels.paged_decode import paged_decode
@@ -26,15 +29,9 @@ def caches(layers=(), block_size=16, head_dim=64, dtype=torch.float32):
 
 def decode_arguments() -> dict:
     k_cache, v_cache = caches()
-    tables, lens = torch.zeros(3, 2, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
-    return {
-        "q": torch.randn(3, 6, 64),
-        "k_cache": k_cache,
-        "v_cache": v_cache,
-        "block_tables": tables,
-        "cache_lens": lens,
-        "scale": 0.1,
-    }
+    tables, lens = torch.zeros(3, 5, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
+    view = CacheView.shared(k_cache, v_cache, tables, lens)
+    return {"q": torch.randn(3, 6, 64), **view._asdict(), "scale": 0.1}
 
 
 def prefill_arguments() -> dict:
@@ -45,7 +42,7 @@ def prefill_arguments() -> dict:
 def store_arguments() -> dict:
     k_cache, v_cache = caches()
     k, v = torch.randn(2, 3, 2, 64)
-    return {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slots": torch.arange(3)}
+    return {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slots": shared(torch.arange(3), 2)}
 
 
 def copy_arguments() -> dict:
@@ -54,8 +51,9 @@ def copy_arguments() -> dict:
 
 
 def event_arguments() -> dict:
+    k_cache = torch.randn(3, 4, 2, 16, 32)
     tables, lens = torch.tensor([[1, 2], [3, 0]], dtype=torch.int32), torch.tensor([20, 16], dtype=torch.int32)
-    return {"k_cache": torch.randn(3, 4, 2, 16, 32), "block_tables": tables, "lens": lens}
+    return CacheView.shared(k_cache, k_cache.clone(), tables, lens)._asdict()
 
 
 def score_arguments() -> dict:
@@ -73,25 +71,24 @@ def line_arguments() -> dict:
 
 
 def pool_arguments() -> dict:
-    return {**line_arguments(), "width": 5, "kind": "max", "limit": torch.ones(2, dtype=torch.int32)}
+    return {**line_arguments(), "width": 5, "kind": "max", "limit": torch.ones(3, 2, 2, dtype=torch.int32)}
 
 
 def select_arguments() -> dict:
     must, keep = torch.zeros(2, 32, dtype=torch.bool), torch.full((2,), 16, dtype=torch.int32)
-    return {**line_arguments(), "must": must, "keep": keep, "max_keep": 16}
+    return {**line_arguments(), "must": shared(must, 2, 3), "keep": shared(keep, 2, 3), "max_keep": 16}
 
 
 def stable_arguments() -> dict:
     event = event_arguments()
-    del event["lens"]
     kept = torch.arange(16, dtype=torch.int32).expand(3, 2, 2, 16).contiguous()
-    caches = {"v_cache": event["k_cache"].clone(), "states": [torch.zeros(3, 4, 2, 16)]}
-    return {**event, **caches, "kept": kept, "dst_tables": event["block_tables"][:, :1]}
+    dst_tables = event["block_tables"][..., :1]
+    return {**event, "states": [torch.zeros(3, 4, 2, 16)], "kept": kept, "dst_tables": dst_tables}
 
 
 def store_positions_arguments() -> dict:
     state = torch.zeros(3, 4, 2, 16, dtype=torch.int32)
-    return {"positions": torch.arange(3, dtype=torch.int32), "state": state, "slots": torch.arange(3)}
+    return {"positions": torch.arange(3, dtype=torch.int32), "state": state, "slots": shared(torch.arange(3), 2, 3)}
 
 
 def store_step_arguments() -> dict:
@@ -144,9 +141,17 @@ VALID = {
 }
 
 
+def call(kernel, arguments: dict) -> None:
+    """Fields of a view are given beside the other arguments."""
+    if "view" in inspect.signature(kernel).parameters:
+        view = CacheView(*(arguments.pop(name) for name in CacheView._fields))
+        arguments["view"] = view
+    kernel(**arguments)
+
+
 @pytest.mark.parametrize("kernel", VALID, ids=lambda kernel: kernel.__name__)
 def test_valid_arguments_pass(kernel):
-    kernel(**VALID[kernel]())
+    call(kernel, VALID[kernel]())
 
 
 WRONG = [
@@ -167,24 +172,24 @@ WRONG = [
     ),
     (paged_decode, {"v_cache": torch.zeros(5, 2, 16, 64)}, r"v_cache has shape \(5, 2, 16, 64\)"),
     (paged_decode, {"v_cache": torch.zeros(4, 2, 16, 64).half()}, r"v_cache has dtype torch.float16"),
-    (paged_decode, {"block_tables": torch.zeros(3, 2)}, r"block_tables has dtype .* torch.int32"),
+    (paged_decode, {"block_tables": torch.zeros(3, 2, 5)}, r"block_tables has dtype .* torch.int32"),
     (
         paged_decode,
-        {"block_tables": torch.zeros(2, 2).int()},
-        r"block_tables has shape \(2, 2\): give \[3, 2\]",
+        {"block_tables": torch.zeros(2, 2, 5).int()},
+        r"block_tables has shape \(2, 2, 5\): give \[3, 2, 5\]",
     ),
-    (paged_decode, {"block_tables": torch.zeros(3).int()}, r"block_tables has shape \(3,\): give \[3, any\]"),
-    (paged_decode, {"block_tables": torch.zeros(2, 3).int().T}, r"block_tables has stride"),
-    (paged_decode, {"cache_lens": torch.ones(3).long()}, r"cache_lens has dtype torch.int64"),
-    (paged_decode, {"cache_lens": torch.ones(4).int()}, r"cache_lens has shape \(4,\): give \[3\]"),
+    (paged_decode, {"block_tables": torch.zeros(3, 5).int()}, r"block_tables has shape \(3, 5\): give \[3, 2, 5\]"),
+    (paged_decode, {"block_tables": torch.zeros(3, 5, 2).int().mT}, r"block_tables has stride"),
+    (paged_decode, {"lens": torch.ones(3, 2).long()}, r"lens has dtype torch.int64"),
+    (paged_decode, {"lens": torch.ones(3, 3).int()}, r"lens has shape \(3, 3\): give \[3, 2\]"),
     (paged_prefill, {"cu_seqlens": torch.zeros(3).int()}, r"cu_seqlens has shape \(3,\): give \[4\]"),
-    (paged_prefill, {"cache_lens": torch.ones(3, 1).int()}, r"cache_lens has shape \(3, 1\): give \[any\]"),
+    (paged_prefill, {"lens": torch.ones(3).int()}, r"lens has shape \(3,\): give \[any, 2\]"),
     (paged_prefill, {"max_seqlen": 4}, r"max_seqlen has value 4: .* up to 3"),
     (paged_prefill, {"max_seqlen": torch.tensor(1)}, r"max_seqlen has value 1: give .* an int"),
     (store_kv, {"k": torch.randn(3, 4, 64)}, r"k has shape \(3, 4, 64\): give \[tokens, 2, 64\]"),
     (store_kv, {"v": torch.randn(2, 2, 64)}, r"v has shape \(2, 2, 64\): give 3 tokens"),
-    (store_kv, {"slots": torch.arange(3).int()}, r"slots has dtype torch.int32: convert it to torch.int64"),
-    (store_kv, {"slots": torch.arange(4)}, r"slots has shape \(4,\): give \[3\]"),
+    (store_kv, {"slots": torch.zeros(3, 2).int()}, r"slots has dtype torch.int32: convert it to torch.int64"),
+    (store_kv, {"slots": torch.arange(3)}, r"slots has shape \(3,\): give \[3, 2\]"),
     (copy_blocks, {"k_cache": torch.zeros(4, 2, 16, 64)}, r"k_cache has shape .* all layers"),
     (copy_blocks, {"v_cache": torch.zeros(2, 4, 2, 16, 64)}, r"v_cache has shape \(2, 4, 2, 16, 64\)"),
     (copy_blocks, {"dst": torch.arange(2)}, r"dst has shape \(2,\): give \[1\]"),
@@ -197,8 +202,8 @@ WRONG = [
     (store_positions, {"positions": torch.arange(3)}, r"positions has dtype torch.int64"),
     (store_positions, {"state": torch.zeros(3, 4, 2, 16)}, r"state has dtype .* use torch.int32"),
     (store_positions, {"state": torch.zeros(4, 2, 16).int()}, r"state has shape"),
-    (store_positions, {"slots": torch.arange(4)}, r"slots has shape \(4,\): give \[3\]"),
-    (store_step, {"slots": torch.arange(4)}, r"slots has shape \(4,\): give \[3\]"),
+    (store_positions, {"slots": torch.zeros(3, 2).long()}, r"slots has shape \(3, 2\): give \[3, 3, 2\]"),
+    (store_step, {"slots": torch.zeros(4, 2).long()}, r"slots has shape \(4, 2\): give \[3, 2\]"),
     (store_step, {"indices": torch.arange(3).int()}, r"indices has dtype torch.int32"),
     (store_step, {"q_cache": torch.zeros(2, 8, 6, 64).half()}, r"q_cache has dtype .* as k_cache is"),
     (
@@ -236,7 +241,11 @@ WRONG = [
     (attention_score, {"q_cache": torch.randn(2, 2, 8, 6, 32)}, r"q_cache has shape .* give \[3, slots"),
     (attention_score, {"q_cache": torch.randn(3, 2, 8, 6, 32).half()}, r"q_cache has dtype torch.float16"),
     (attention_score, {"k_cache": torch.randn(4, 2, 16, 32)}, r"k_cache has shape .* all layers"),
-    (attention_score, {"lens": torch.ones(3).int()}, r"block_tables has shape \(2, 2\): give \[3, 2\]"),
+    (
+        attention_score,
+        {"lens": torch.ones(3, 3, 2).int()},
+        r"block_tables has shape \(3, 2, 2, 2\): give \[3, 3, 2, 2\]",
+    ),
     (attention_score, {"window_ends": torch.ones(2)}, r"window_ends has dtype torch.float32"),
     (attention_score, {"query_slots": torch.ones(3).int()}, r"query_slots has shape \(3,\): give \[2\]"),
     (attention_score, {"softmax": "none"}, r"softmax has value 'none': use one of all, cut, group_cut"),
@@ -247,20 +256,20 @@ WRONG = [
     (redundancy, {"tau": 0.0}, r"tau has value 0.0: give a temperature above 0"),
     (pool_scores, {"width": 4}, r"width has value 4: give an odd number"),
     (pool_scores, {"kind": "sum"}, r"kind has value 'sum': use one of max, avg"),
-    (pool_scores, {"limit": torch.ones(3).int()}, r"limit has shape \(3,\): give \[2\]"),
+    (pool_scores, {"limit": torch.ones(2).int()}, r"limit has shape \(2,\): give \[3, 2, 2\]"),
     (
         select,
         {"scores": torch.randn(2, 2, 32)},
         r"scores has shape .* give \[layers, requests, heads, slots\]",
     ),
     (select, {"scores": torch.randn(3, 2, 32, 2).mT}, r"scores has stride .* make it contiguous"),
-    (select, {"must": torch.zeros(2, 32)}, r"must has dtype torch.float32: convert it to torch.bool"),
-    (select, {"must": torch.zeros(2, 31).bool()}, r"must has shape \(2, 31\): give \[2, 32\]"),
+    (select, {"must": torch.zeros(3, 2, 2, 32)}, r"must has dtype torch.float32: convert it to torch.bool"),
+    (select, {"must": torch.zeros(2, 32).bool()}, r"must has shape \(2, 32\): give \[3, 2, 2, 32\]"),
     (select, {"must": torch.zeros(2, 2, 32).bool()}, r"must has shape .* give \[3, 2, 2, 32\]"),
     (select, {"max_keep": 33}, r"max_keep has value 33: .* up to 32"),
-    (select, {"keep": torch.ones(2).long()}, r"keep has dtype torch.int64"),
+    (select, {"keep": torch.ones(3, 2, 2).long()}, r"keep has dtype torch.int64"),
     (compact_stable, {"kept": torch.zeros(3, 2, 2, 17).int()}, r"kept has shape .* up to 16 entries"),
-    (compact_stable, {"dst_tables": torch.zeros(1, 1).int()}, r"dst_tables has shape .* give \[2, any\]"),
+    (compact_stable, {"dst_tables": torch.zeros(2, 1).int()}, r"dst_tables has shape .* give \[3, 2, 2, any\]"),
     (compact_stable, {"states": [torch.zeros(3, 4, 2, 16).half()]}, r"states\[0\] has dtype torch.float16"),
     (compact_stable, {"states": [torch.zeros(3, 5, 2, 16)]}, r"states\[0\] has shape .* \[3, 4, 2, 16\]"),
     (compact_stable, {"updates": []}, r"updates has length 0: give 1"),
@@ -276,4 +285,4 @@ WRONG = [
 )
 def test_wrong_argument_is_named(kernel, wrong, message):
     with pytest.raises(ValueError, match=message):
-        kernel(**{**VALID[kernel](), **wrong})
+        call(kernel, {**VALID[kernel](), **wrong})

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
+from kernels.cache_view import CacheView
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.paged_decode import paged_decode_reference, paged_decode_torch
 from kernels.paged_decode_triton import paged_decode_triton
-from tests.kernels.paged import BACKENDS, BOUNDS, DEVICE, device_of, error, fused, make_paged
+from tests.kernels.paged import BACKENDS, BOUNDS, DEVICE, device_of, error, fused, make_paged, upcast
 
 CASES = [  # contexts, block size, KV heads, group, head_dim
     pytest.param([1], 16, 2, 3, 64, id="c1-b16-g3-d64"),
@@ -16,17 +17,24 @@ CASES = [  # contexts, block size, KV heads, group, head_dim
     pytest.param([128, 64, 16], 64, 1, 1, 32, id="full-tiles-b64-mha-d32"),
     pytest.param([70], 16, 1, 20, 256, id="c70-b16-g20-d256"),
     pytest.param([0, 0], 16, 1, 3, 64, id="empty-b16-g3-d64"),
+    pytest.param([(257, 0), (63, 130), (0, 0), (1, 16)], 16, 2, 3, 80, id="apart-b16-g3-d80"),
+    pytest.param([(17, 300, 63), (64, 0, 257)], 64, 3, 1, 64, id="apart-b64-mha-d64"),
 ]
+
+
+def cut_to(wanted):
+    """Decode attention of requests cut into about so many pieces."""
+    return lambda q, view, scale: paged_decode_triton(q, view, scale, decode_pieces_triton(view, wanted))
 
 
 def check(attend, contexts, block_size, kv_heads, group, head_dim, dtype, device):
     paged = make_paged(contexts, block_size, kv_heads, head_dim, dtype, device)
     q = fused(len(contexts), kv_heads * group, head_dim, dtype, device)
     scale = head_dim**-0.5
-    out = attend(q, *paged.tuple(), scale)
+    out = attend(q, paged, scale)
     assert out.shape == q.shape
     assert out.dtype == dtype
-    expected = paged_decode_reference(q.cpu().float(), *paged.upcast().tuple(), scale)
+    expected = paged_decode_reference(q.cpu().float(), upcast(paged), scale)
     assert error(out, expected) < BOUNDS[dtype]
 
 
@@ -44,12 +52,27 @@ def test_decode(backend, dtype, contexts, block_size, kv_heads, group, head_dim)
 def test_cutting_changes_nothing(wanted, block_size):
     """With 20 pieces of one request the combining loop goes round twice."""
     contexts = [2500, 0] if wanted == 40 else [400, 0, 1, 129, 700]
+    check(cut_to(wanted), contexts, block_size, 1, 3, 64, torch.float32, DEVICE)
 
-    def attend(q, k_cache, v_cache, tables, lens, scale):
-        pieces = decode_pieces_triton(lens, k_cache, tables.shape[1], wanted)
-        return paged_decode_triton(q, k_cache, v_cache, tables, lens, scale, pieces)
 
-    check(attend, contexts, block_size, 1, 3, 64, torch.float32, DEVICE)
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("wanted", [6, 40])
+@pytest.mark.parametrize("block_size", [16, 256])
+def test_heads_of_a_request_take_only_their_own_pieces(wanted, block_size):
+    """Of a request's pieces, cut as its longest head, a head has all, or some, or one, or none."""
+    contexts = [(700, 0, 300), (20, 640, 129), (0, 1, 0), (384, 256, 400)]
+    check(cut_to(wanted), contexts, block_size, 3, 2, 64, torch.float32, DEVICE)
+
+
+def test_pieces_are_counted_anew_in_every_layer():
+    """The programs of one layer leave the counts as they found them, with heads of any length."""
+    view = make_paged([(700, 0), (300, 640)], 64, 2, 64, torch.float32, DEVICE)
+    q = torch.randn(2, 4, 64, device=DEVICE)
+    pieces = decode_pieces_triton(view, 12)
+    assert pieces.starts[-1] > 6
+    outs = [paged_decode_triton(q, view, 0.1, pieces) for _ in range(2)]
+    assert torch.equal(*outs)
+    assert pieces.arrived.eq(0).all()
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -58,6 +81,7 @@ def test_torch_pieces_change_nothing(monkeypatch, piece_bytes):
     """Requests one by one, and a few to a piece with the shorter ones padded."""
     monkeypatch.setattr("kernels.paged_decode.PIECE_BYTES", piece_bytes)
     contexts = [5, 300, 0, 16, 17, 48, 1, 299, 33]
+    check(paged_decode_torch, [(n, contexts[-1 - i]) for i, n in enumerate(contexts)], 64, 2, 3, 64, torch.half, "cpu")
     check(paged_decode_torch, contexts, 64, 2, 3, 64, torch.float32, "cpu")
 
 
@@ -65,13 +89,10 @@ def test_large_scores_stay_finite():
     """Scores near 1000 overflow exp2 unless the running maximum is taken off first."""
     paged = make_paged([200], 64, 1, 64, torch.float32, DEVICE)
     q = 40 * torch.randn(1, 3, 64, device=DEVICE)
-    expected = paged_decode_reference(q.cpu(), *paged.upcast().tuple(), 1.0)
-    k_cache, v_cache, tables, lens = paged.tuple()
+    expected = paged_decode_reference(q.cpu(), upcast(paged), 1.0)
     for wanted in (1, 2):
-        pieces = decode_pieces_triton(lens, k_cache, tables.shape[1], wanted)
-        assert error(paged_decode_triton(q, k_cache, v_cache, tables, lens, 1.0, pieces), expected) < 1e-3
-    upcast = paged.upcast().tuple()
-    assert error(paged_decode_torch(q.cpu(), *upcast, 1.0), expected) < 1e-3
+        assert error(cut_to(wanted)(q, paged, 1.0), expected) < 1e-3
+    assert error(paged_decode_torch(q.cpu(), upcast(paged), 1.0), expected) < 1e-3
 
 
 def test_addresses_past_two_to_the_31():
@@ -86,5 +107,6 @@ def test_addresses_past_two_to_the_31():
     lens = torch.tensor([100], dtype=torch.int32, device=DEVICE)
     q = torch.randn(1, 2, 128).to(DEVICE, torch.float16)
     last = cache[-1:].cpu().float()
-    expected = paged_decode_reference(q.cpu().float(), last, last, tables.cpu() * 0, lens.cpu(), 0.1)
-    assert error(paged_decode_triton(q, cache, cache, tables, lens, 0.1), expected) < 1e-3
+    host = CacheView.shared(last, last, tables.cpu() * 0, lens.cpu())
+    expected = paged_decode_reference(q.cpu().float(), host, 0.1)
+    assert error(paged_decode_triton(q, CacheView.shared(cache, cache, tables, lens), 0.1), expected) < 1e-3

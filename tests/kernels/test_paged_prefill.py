@@ -3,7 +3,7 @@ import torch
 
 from kernels.paged_prefill import paged_prefill_reference, paged_prefill_torch
 from kernels.paged_prefill_triton import paged_prefill_triton
-from tests.kernels.paged import BACKENDS, BOUNDS, device_of, error, fused, make_paged, starts
+from tests.kernels.paged import BACKENDS, BOUNDS, device_of, error, fused, make_paged, starts, upcast
 
 ATTEND = {"triton": paged_prefill_triton, "torch": paged_prefill_torch}
 CASES = [  # queries, contexts, block size, KV heads, group, head_dim
@@ -14,6 +14,8 @@ CASES = [  # queries, contexts, block size, KV heads, group, head_dim
     pytest.param([5, 0, 63, 1], [130, 30, 63, 17], 16, 2, 2, 80, id="mixed-chunks-b16-g2-d80"),
     pytest.param([150, 20], [150, 257], 256, 1, 3, 64, id="mixed-chunks-b256-g3-d64"),
     pytest.param([40], [70], 16, 1, 1, 256, id="n40-c70-b16-mha-d256"),
+    pytest.param([5, 0, 63], [(130, 5), (30, 0), (63, 100)], 16, 2, 2, 80, id="apart-chunks-b16-g2-d80"),
+    pytest.param([40, 1], [(150, 40), (1, 257)], 64, 2, 3, 64, id="apart-b64-g3-d64"),
 ]
 
 
@@ -21,13 +23,11 @@ def check(attend, queries, contexts, block_size, kv_heads, group, head_dim, dtyp
     paged = make_paged(contexts, block_size, kv_heads, head_dim, dtype, device)
     q = fused(sum(queries), kv_heads * group, head_dim, dtype, device)
     bounds, scale = starts(queries, device), head_dim**-0.5
-    k_cache, v_cache, tables, lens = paged.tuple()
-    out = attend(q, k_cache, v_cache, tables, bounds, lens, max(queries), scale)
+    out = attend(q, paged, bounds, max(queries), scale)
     assert out.shape == q.shape
     assert out.dtype == dtype
-    k_cache, v_cache, tables, lens = paged.upcast().tuple()
-    args = k_cache, v_cache, tables, bounds.cpu(), lens, max(queries), scale
-    assert error(out, paged_prefill_reference(q.cpu().float(), *args)) < BOUNDS[dtype]
+    expected = paged_prefill_reference(q.cpu().float(), upcast(paged), bounds.cpu(), max(queries), scale)
+    assert error(out, expected) < BOUNDS[dtype]
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -47,18 +47,18 @@ def test_torch_masks_in_parts(monkeypatch):
 def test_chunks_equal_the_whole(backend):
     """A prompt in three chunks gives what it gives at once."""
     device = device_of(backend)
-    k_cache, v_cache, tables, lens = make_paged([100], 16, 1, 64, torch.float32, device).tuple()
+    view = make_paged([100], 16, 1, 64, torch.float32, device)
     q = torch.randn(100, 2, 64, device=device)
-    whole = ATTEND[backend](q, k_cache, v_cache, tables, starts([100], device), lens, 100, 0.125)
+    whole = ATTEND[backend](q, view, starts([100], device), 100, 0.125)
     for first, last in ((0, 16), (16, 59), (59, 100)):
-        bounds, held = starts([last - first], device), torch.full_like(lens, last)
-        part = ATTEND[backend](q[first:last], k_cache, v_cache, tables, bounds, held, last - first, 0.125)
+        bounds, held = starts([last - first], device), view._replace(lens=torch.full_like(view.lens, last))
+        part = ATTEND[backend](q[first:last], held, bounds, last - first, 0.125)
         assert error(part, whole[first:last].cpu()) < BOUNDS[torch.float32]
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_no_queries(backend):
     device = device_of(backend)
-    k_cache, v_cache, tables, lens = make_paged([20], 16, 1, 64, torch.float32, device).tuple()
+    view = make_paged([20], 16, 1, 64, torch.float32, device)
     q = torch.randn(0, 2, 64, device=device)
-    assert ATTEND[backend](q, k_cache, v_cache, tables, starts([0], device), lens, 0, 0.125).shape == (0, 2, 64)
+    assert ATTEND[backend](q, view, starts([0], device), 0, 0.125).shape == (0, 2, 64)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from kernels.cache_view import CacheView, shared
 from kernels.paged_decode import paged_decode_reference
 from kernels.paged_prefill import paged_prefill_reference
 from kernels.store_kv import store_kv_reference
@@ -24,7 +25,7 @@ def page(dense: list[torch.Tensor], block_size: int) -> tuple[torch.Tensor, torc
             free -= 1
             tables[row, column] = free
             part = x[column * block_size : (column + 1) * block_size]
-            store_kv_reference(part, part, cache, cache, free * block_size + torch.arange(len(part)))
+            store_kv_reference(part, part, cache, cache, shared(free * block_size + torch.arange(len(part)), heads))
     return cache, tables
 
 
@@ -43,8 +44,8 @@ def test_decode_is_dense_attention_of_the_last_position(block_size, group):
     contexts = [1, 63, 64, 130]
     keys, values = ([torch.randn(n, 2, 32) for n in contexts] for _ in range(2))
     (k_cache, tables), (v_cache, _) = page(keys, block_size), page(values, block_size)
-    q = torch.randn(4, 2 * group, 32)
-    out = paged_decode_reference(q, k_cache, v_cache, tables, torch.tensor(contexts, dtype=torch.int32), SCALE)
+    q, lens = torch.randn(4, 2 * group, 32), torch.tensor(contexts, dtype=torch.int32)
+    out = paged_decode_reference(q, CacheView.shared(k_cache, v_cache, tables, lens), SCALE)
     expected = torch.cat([dense_attention(q[r : r + 1], keys[r], values[r]) for r in range(4)])
     assert error(out, expected) < 5e-6
 
@@ -58,7 +59,7 @@ def test_prefill_is_dense_causal_attention(block_size, group):
     qs = [torch.randn(n, 2 * group, 32) for n in queries]
     bounds = torch.tensor([0, 1, 64, 74, 203], dtype=torch.int32)
     lens = torch.tensor(contexts, dtype=torch.int32)
-    out = paged_prefill_reference(torch.cat(qs), k_cache, v_cache, tables, bounds, lens, 129, SCALE)
+    out = paged_prefill_reference(torch.cat(qs), CacheView.shared(k_cache, v_cache, tables, lens), bounds, 129, SCALE)
     expected = torch.cat([dense_attention(q, k, v) for q, k, v in zip(qs, keys, values)])
     assert error(out, expected) < 5e-6
 
@@ -66,13 +67,15 @@ def test_prefill_is_dense_causal_attention(block_size, group):
 def test_empty_context_gives_zeros():
     cache = torch.full((1, 1, 16, 32), float("nan"))
     tables, lens = torch.full((1, 1), GARBAGE, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    assert paged_decode_reference(torch.randn(1, 2, 32), cache, cache, tables, lens, SCALE).eq(0).all()
+    assert (
+        paged_decode_reference(torch.randn(1, 2, 32), CacheView.shared(cache, cache, tables, lens), SCALE).eq(0).all()
+    )
 
 
 def test_store_writes_the_named_slots_only():
     k, v = torch.randn(2, 3, 2, 32)
     k_cache, v_cache = torch.zeros(2, 4, 2, 16, 32)
-    store_kv_reference(k, v, k_cache, v_cache, torch.tensor([17, -1, 63]))
+    store_kv_reference(k, v, k_cache, v_cache, shared(torch.tensor([17, -1, 63]), 2))
     expected = torch.zeros(4, 2, 16, 32)
     expected[1, :, 1], expected[3, :, 15] = k[0], k[2]
     assert torch.equal(k_cache, expected)

@@ -1,17 +1,19 @@
 """Attention scores, redundancy and pooling, each against the reference."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
 from kernels.attention_score import attention_score_reference, attention_score_torch
 from kernels.attention_score_triton import attention_score_triton
+from kernels.cache_view import shared
 from kernels.pool_scores import pool_scores, pool_scores_reference
 from kernels.redundancy import redundancy_reference, redundancy_torch
 from kernels.redundancy_triton import redundancy_triton
 from tests.kernels.events import difference, make_event
-from tests.kernels.paged import BACKENDS, DEVICE, device_of
+from tests.kernels.paged import BACKENDS, DEVICE, device_of, upcast
 
 SCORE = {"triton": attention_score_triton, "torch": attention_score_torch, "reference": attention_score_reference}
 REDUNDANCY = {"triton": redundancy_triton, "torch": redundancy_torch, "reference": redundancy_reference}
@@ -31,11 +33,11 @@ KINDS = {
 
 def window_queries(event, window: int, query_heads: int):
     """(query cache, slots, ends): every slot that no request has is NaN."""
-    requests, (layers, *_, head_dim) = len(event.lens), event.k_cache.shape
+    requests, (layers, *_, head_dim) = event.view.lens.shape[1], event.k_cache.shape
     q_cache = torch.full((layers + 2, requests + 3, window, query_heads, head_dim), float("nan"))
     slots = torch.randperm(requests + 3)[:requests]
     q_cache[:, slots] = torch.randn(layers + 2, requests, window, query_heads, head_dim)
-    ends = event.lens.cpu() + 7 * torch.arange(requests)
+    ends = event.view.lens.cpu().amax((0, 2)).clamp(min=window) + 7 * torch.arange(requests)
     device = event.k_cache.device
     q_cache = q_cache.to(device, event.k_cache.dtype)[1:-1]
     return q_cache, slots.int().to(device), ends.int().to(device)
@@ -44,10 +46,9 @@ def window_queries(event, window: int, query_heads: int):
 def check_score(score, event, window, group_size, kind, bound=None):
     q_cache, slots, ends = window_queries(event, window, event.k_cache.shape[2] * group_size)
     scale = 2 * event.k_cache.shape[-1] ** -0.5
-    out = score(q_cache, event.k_cache, slots, ends, event.block_tables, event.lens, scale, **KINDS[kind])
+    out = score(q_cache, event.view, slots, ends, scale, **KINDS[kind])
     assert out.dtype == torch.float32
-    up = event.upcast()
-    host = q_cache.cpu().float(), up.k_cache, slots.cpu(), ends.cpu(), up.block_tables, up.lens, scale
+    host = q_cache.cpu().float(), upcast(event.view), slots.cpu(), ends.cpu(), scale
     expected = attention_score_reference(*host, **KINDS[kind])
     assert difference(out, expected) < (bound or BOUNDS[event.k_cache.dtype])
 
@@ -67,8 +68,10 @@ def check_score(score, event, window, group_size, kind, bound=None):
         pytest.param([80, 20], 64, 1, 1, 5, 32, 1, "vase", id="b64-g5-w1-vase"),
     ],
 )
-def test_attention_score(backend, dtype, lens, block_size, layers, heads, group, head_dim, window, kind):
-    event = make_event(lens, block_size, layers, heads, head_dim, dtype, device_of(backend))
+@pytest.mark.parametrize("apart", [False, True], ids=["shared", "apart"])
+def test_attention_score(backend, dtype, apart, lens, block_size, layers, heads, group, head_dim, window, kind):
+    device, heads = device_of(backend), heads + apart
+    event = make_event(lens, block_size, layers, heads, head_dim, dtype, device, apart=apart, shortest=window)
     check_score(SCORE[backend], event, window, group, kind)
 
 
@@ -87,7 +90,8 @@ def test_splits_change_nothing(num_splits, kind):
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_large_logits_stay_finite(backend):
     event = make_event([60], 16, 1, 1, 64, torch.float32, device_of(backend))
-    check_score(SCORE[backend], replace(event, k_cache=event.k_cache * 100), 16, 2, "zipage", bound=1e-3)
+    event = replace(event, view=event.view._replace(k_cache=event.k_cache * 100))
+    check_score(SCORE[backend], event, 16, 2, "zipage", bound=1e-3)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
@@ -95,7 +99,7 @@ def test_score_properties(backend):
     """What policies.md promises: SnapKV's scores sum to 1; Zipage's to at least 1; a group's order means nothing."""
     event = make_event([70], 16, 1, 1, 32, torch.float32, device_of(backend))
     q_cache, slots, ends = window_queries(event, 16, 4)
-    args = event.k_cache, slots, ends, event.block_tables, event.lens, 1.0
+    args = event.view, slots, ends, 1.0
     snapkv = SCORE[backend](q_cache, *args, **KINDS["snapkv"])[0, 0, 0, :70]
     assert abs(snapkv.sum().item() - 1) < 1e-5
     zipage = SCORE[backend](q_cache, *args, **KINDS["zipage"])
@@ -111,20 +115,20 @@ def test_score_properties(backend):
 def test_layers_and_requests_do_not_depend_on_company(backend):
     event = make_event([64, 23, 48], 64, 3, 1, 16, torch.float32, device_of(backend))
     q_cache, slots, ends = window_queries(event, 8, 4)
-    together = SCORE[backend](q_cache, event.k_cache, slots, ends, event.block_tables, event.lens, 0.3)
-    repeated = REDUNDANCY[backend](event.k_cache, event.block_tables, event.lens, tau=0.4, chunk=32)
+    together = SCORE[backend](q_cache, event.view, slots, ends, 0.3)
+    repeated = REDUNDANCY[backend](event.view, tau=0.4, chunk=32)
     for layer in range(3):
         one = slice(layer, layer + 1)
-        alone = SCORE[backend](q_cache[one], event.k_cache[one], slots, ends, event.block_tables, event.lens, 0.3)
+        alone = SCORE[backend](q_cache[one], event.view.layers(layer, layer + 1), slots, ends, 0.3)
         assert torch.equal(alone, together[one])
-        alone = REDUNDANCY[backend](event.k_cache[one], event.block_tables, event.lens, tau=0.4, chunk=32)
+        alone = REDUNDANCY[backend](event.view.layers(layer, layer + 1), tau=0.4, chunk=32)
         assert torch.equal(alone, repeated[one])
     for row in range(3):
         one = slice(row, row + 1)
-        batch = slots[one], ends[one], event.block_tables[one], event.lens[one]
-        alone = SCORE[backend](q_cache, event.k_cache, *batch, 0.3)
+        view = event.view._replace(block_tables=event.view.block_tables[:, one], lens=event.view.lens[:, one])
+        alone = SCORE[backend](q_cache, view, slots[one], ends[one], 0.3)
         assert difference(alone, together[:, one]) < 1e-6
-        alone = REDUNDANCY[backend](event.k_cache, *batch[2:], tau=0.4, chunk=32)
+        alone = REDUNDANCY[backend](view, tau=0.4, chunk=32)
         assert difference(alone, repeated[:, one]) < 1e-6
 
 
@@ -133,9 +137,11 @@ def cluster(event, slots: list[int], row: int = 0, noise: float = 0.02) -> None:
     block_size, head_dim = event.k_cache.shape[3:]
     direction = torch.randn(event.k_cache.shape[0], event.k_cache.shape[2], head_dim)
     for i, slot in enumerate(slots):
-        block = int(event.block_tables[row, slot // block_size])
         key = (1 + i) * (direction + noise * torch.randn_like(direction))
-        event.k_cache[:, block, :, slot % block_size] = key.to(event.k_cache)
+        for layer, head in product(range(len(key)), range(key.shape[1])):
+            if slot < event.view.lens[layer, row, head]:
+                block = int(event.view.block_tables[layer, row, head, slot // block_size])
+                event.k_cache[layer, block, head, slot % block_size] = key[layer, head].to(event.k_cache)
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -151,14 +157,15 @@ def cluster(event, slots: list[int], row: int = 0, noise: float = 0.02) -> None:
         pytest.param([1, 2], 16, 1, 1, 32, None, id="b16-full-tiny"),
     ],
 )
-def test_redundancy(backend, dtype, lens, block_size, layers, heads, head_dim, chunk):
-    event = make_event(lens, block_size, layers, heads, head_dim, dtype, device_of(backend))
+@pytest.mark.parametrize("apart", [False, True], ids=["shared", "apart"])
+def test_redundancy(backend, dtype, apart, lens, block_size, layers, heads, head_dim, chunk):
+    device, heads = device_of(backend), heads + apart
+    event = make_event(lens, block_size, layers, heads, head_dim, dtype, device, apart=apart)
     if lens[0] > 40:
         cluster(event, [0, 5, 9, 31, 40])
         cluster(event, [lens[0] - 1, 12])
-    out = REDUNDANCY[backend](event.k_cache, event.block_tables, event.lens, tau=0.05, chunk=chunk)
-    up = event.upcast()
-    expected = redundancy_reference(up.k_cache, up.block_tables, up.lens, tau=0.05, chunk=chunk)
+    out = REDUNDANCY[backend](event.view, tau=0.05, chunk=chunk)
+    expected = redundancy_reference(upcast(event.view), tau=0.05, chunk=chunk)
     assert difference(out, expected) < 2e-5
 
 
@@ -168,9 +175,8 @@ def test_triton_chunks_either_way(chunk):
     """Chunks too large for one program take the way of whole requests."""
     event = make_event([75, 130], 16, 1, 1, 32, torch.float32, DEVICE)
     cluster(event, [3, 9, 70, 71, 74])
-    args = event.k_cache, event.block_tables, event.lens
-    split = redundancy_triton(*args, tau=0.1, chunk=chunk, fused=False)
-    assert difference(split, redundancy_triton(*args, tau=0.1, chunk=chunk)) < 5e-6
+    split = redundancy_triton(event.view, tau=0.1, chunk=chunk, fused=False)
+    assert difference(split, redundancy_triton(event.view, tau=0.1, chunk=chunk)) < 5e-6
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
@@ -184,8 +190,8 @@ def test_cluster_sums(backend, chunk, sums, first):
     keys = torch.eye(64)
     keys[slots] = keys[slots[0]].clone()
     for slot in range(64):
-        event.k_cache[0, int(event.block_tables[0, slot // 16]), 0, slot % 16] = keys[slot] * (1 + slot)
-    out = REDUNDANCY[backend](event.k_cache, event.block_tables, event.lens, tau=0.5, chunk=chunk)[0, 0, 0, :64].cpu()
+        event.k_cache[0, int(event.view.block_tables[0, 0, 0, slot // 16]), 0, slot % 16] = keys[slot] * (1 + slot)
+    out = REDUNDANCY[backend](event.view, tau=0.5, chunk=chunk)[0, 0, 0, :64].cpu()
     raw = torch.zeros(64)
     raw[slots] = torch.tensor(sums, dtype=torch.float32)
     torch.testing.assert_close(out, (raw / (0.5 * 64)).softmax(0), rtol=1e-5, atol=0)
@@ -195,43 +201,49 @@ def test_cluster_sums(backend, chunk, sums, first):
 def test_a_chunk_of_a_short_request_is_all_of_it(backend):
     event = make_event([110], 64, 1, 1, 32, torch.float32, device_of(backend))
     cluster(event, [1, 70, 109])
-    args = event.k_cache, event.block_tables, event.lens
-    full = REDUNDANCY[backend](*args, tau=0.4)
-    assert difference(REDUNDANCY[backend](*args, tau=0.4, chunk=256), full) < 2e-6
+    full = REDUNDANCY[backend](event.view, tau=0.4)
+    assert difference(REDUNDANCY[backend](event.view, tau=0.4, chunk=256), full) < 2e-6
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_keys_are_compared_by_direction_only(backend):
     event = make_event([48], 16, 1, 1, 32, torch.float32, device_of(backend))
     cluster(event, [1, 30, 44])
-    args = event.block_tables, event.lens
     scaled = event.k_cache * (0.1 + torch.rand(event.k_cache.shape[:4]).to(event.k_cache)[..., None])
-    one, other = (REDUNDANCY[backend](keys, *args, tau=0.1, chunk=16) for keys in (event.k_cache, scaled))
+    one, other = (
+        REDUNDANCY[backend](view, tau=0.1, chunk=16) for view in (event.view, event.view._replace(k_cache=scaled))
+    )
     assert difference(one, other) < 5e-6
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_keys_of_zero_are_nothing_like_others(backend):
     event = make_event([20], 16, 1, 1, 32, torch.float32, device_of(backend))
-    out = REDUNDANCY[backend](torch.zeros_like(event.k_cache), event.block_tables, event.lens, tau=0.1, chunk=16)
+    out = REDUNDANCY[backend](event.view._replace(k_cache=torch.zeros_like(event.k_cache)), tau=0.1, chunk=16)
     torch.testing.assert_close(out[..., :20].cpu(), torch.full((1, 1, 1, 20), 1 / 20))
 
 
 @pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
 @pytest.mark.parametrize("kind", ["max", "avg"])
 @pytest.mark.parametrize("width", [1, 5, 7])
-def test_pool(device, kind, width):
+@pytest.mark.parametrize("apart", [False, True], ids=["shared", "apart"])
+def test_pool(device, apart, kind, width):
     lens = torch.tensor([40, 3, 0, 25], dtype=torch.int32)
     limit = torch.tensor([32, 3, 5, 100], dtype=torch.int32)
-    scores = torch.randn(2, 4, 3, 48).masked_fill(torch.arange(48) >= lens[:, None, None], float("-inf"))
+    if apart:
+        lens, limit = (x[:, None] * torch.rand(2, 4, 3) for x in (lens, limit))
+        lens, limit = lens.int(), limit.int()
+    else:
+        lens, limit = shared(lens, 3, 2), shared(limit, 3, 2)
+    scores = torch.randn(2, 4, 3, 48).masked_fill(torch.arange(48) >= lens[..., None], float("-inf"))
     out = pool_scores(*(x.to(device) for x in (scores, lens)), width, kind, limit.to(device))
     expected = pool_scores_reference(scores, lens, width, kind, limit)
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_pool_at_the_ends():
-    scores, lens = torch.tensor([5.0, 0, 0, 0, 0, 10, 7]).view(1, 1, 1, 7), torch.tensor([7], dtype=torch.int32)
-    limit = torch.tensor([6], dtype=torch.int32)
+    scores, lens = torch.tensor([5.0, 0, 0, 0, 0, 10, 7]).view(1, 1, 1, 7), torch.tensor([[[7]]], dtype=torch.int32)
+    limit = torch.tensor([[[6]]], dtype=torch.int32)
     out = pool_scores_reference(scores, lens, 5, "avg", limit).flatten().tolist()
     assert out == [1, 1, 1, 2, 2, 2, 7]
     out = pool_scores_reference(scores, lens, 5, "max", limit).flatten().tolist()

@@ -16,17 +16,17 @@ def ints(values, device="cpu"):
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def batch(lens: list[int], width: int, layers=2, heads=3):
+def batch(lens: torch.Tensor, width: int):
     """Scores with many ties, -inf among them, and garbage past n."""
-    scores = torch.randint(-3, 4, (layers, len(lens), heads, width)) * 0.1
+    scores = torch.randint(-3, 4, (*lens.shape, width)) * 0.1
     scores[torch.rand_like(scores) < 0.1] = -INF
-    past = torch.arange(width) >= ints(lens)[:, None, None]
+    past = torch.arange(width) >= lens[..., None]
     return torch.where(past, torch.where(torch.rand_like(scores) < 0.5, INF, float("nan")), scores)
 
 
 def check(backend, scores, must, lens, keep, max_keep):
     device = device_of(backend)
-    args = scores, must, ints(lens), ints(keep)
+    args = scores, must, lens, keep
     kept = SELECT[backend](*(x.to(device) for x in args), max_keep).cpu()
     expected = select_reference(*args, max_keep)
     assert kept.dtype == torch.int32
@@ -44,30 +44,43 @@ def check(backend, scores, must, lens, keep, max_keep):
         pytest.param([30, 20], [0, 20], 32, id="nothing"),
     ],
 )
-@pytest.mark.parametrize("per_head", [False, True], ids=["must-shared", "must-per-head"])
-def test_select(backend, lens, keep, width, per_head):
-    scores = batch(lens, width)
-    shape = scores.shape if per_head else (len(lens), width)
-    must = torch.rand(shape) < 0.2
-    rank = (must & (torch.arange(width) < ints(lens).view(-1, 1, 1) if per_head else must)).cumsum(-1)
-    must &= rank <= (ints(keep).view(-1, 1, 1) if per_head else ints(keep)[:, None])  # past n, must means nothing
-    check(backend, scores, must, lens, keep, max(keep) + (5 if max(keep) + 5 <= width else 0))
+@pytest.mark.parametrize("apart", ["nothing", "lens", "lens, keep and must"])
+def test_select(backend, lens, keep, width, apart):
+    """`apart`: what differs by layer and head. The rest is expanded, with strides of 0."""
+    most = max(keep) + (5 if max(keep) + 5 <= width else 0)
+    shape = 2, len(lens), 3
+    lens, keep = ints(lens)[:, None], ints(keep)[:, None]
+    if apart != "nothing":
+        lens = (lens * torch.rand(shape)).int().maximum(lens.clamp(max=1))
+    if apart == "lens, keep and must":
+        keep = (keep * torch.rand(shape)).int()
+    lens, keep = lens.expand(shape), keep.expand(shape)
+    if apart == "lens, keep and must":
+        must = torch.rand(*shape, width) < 0.2
+    else:
+        must = (torch.rand(len(lens[0]), 1, width) < 0.2).expand(*shape, width)
+    rank = (must & (torch.arange(width) < lens[..., None])).cumsum(-1)
+    # Past n, must means nothing; before it, it names no more than stay, of all heads where they share it.
+    allowed = rank <= keep[..., None]
+    must = must & (allowed if apart == "lens, keep and must" else allowed.all(2, keepdim=True).all(0, keepdim=True))
+    check(backend, batch(lens, width), must, lens, keep, most)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scores_of_every_size_and_sign(backend):
     sizes = torch.randn(2, 1, 2, 200) * 10.0 ** torch.randint(-40, 38, (2, 1, 2, 200))
-    check(backend, sizes, torch.zeros(1, 200, dtype=torch.bool), [190], [77], 77)
+    must = torch.zeros(200, dtype=torch.bool).expand(sizes.shape)
+    check(backend, sizes, must, ints([190]).expand(2, 1, 2), ints([77]).expand(2, 1, 2), 77)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_constant_scores_keep_must_and_the_youngest(backend):
-    must = torch.zeros(1, 32, dtype=torch.bool)
-    must[0, [0, 1, 30]] = True
+    must = torch.zeros(1, 1, 1, 32, dtype=torch.bool)
+    must[..., [0, 1, 30]] = True
     scores = torch.zeros(1, 1, 1, 32)
     scores[..., ::2] = -0.0
     device = device_of(backend)
-    kept = SELECT[backend](scores.to(device), must.to(device), ints([31], device), ints([8], device), 8)
+    kept = SELECT[backend](scores.to(device), must.to(device), ints([[[31]]], device), ints([[[8]]], device), 8)
     assert kept.flatten().tolist() == [0, 1, 25, 26, 27, 28, 29, 30]
 
 
@@ -75,8 +88,8 @@ def test_constant_scores_keep_must_and_the_youngest(backend):
 def test_must_goes_before_infinite_scores(backend):
     scores = torch.full((1, 1, 1, 16), INF)
     scores[..., 2] = -INF
-    must = torch.zeros(1, 16, dtype=torch.bool)
-    must[0, 2] = True
+    must = torch.zeros(1, 1, 1, 16, dtype=torch.bool)
+    must[..., 2] = True
     device = device_of(backend)
-    kept = SELECT[backend](scores.to(device), must.to(device), ints([16], device), ints([3], device), 3)
+    kept = SELECT[backend](scores.to(device), must.to(device), ints([[[16]]], device), ints([[[3]]], device), 3)
     assert kept.flatten().tolist() == [2, 14, 15]

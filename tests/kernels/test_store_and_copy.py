@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels.cache_view import shared
 from kernels.copy_blocks import copy_blocks_reference, copy_blocks_torch
 from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.store_kv import store_kv_reference, store_kv_torch
@@ -34,9 +35,23 @@ def test_store(backend, dtype, block_size, heads, head_dim, slots):
     layers = torch.full((2, 3, 5, heads, block_size, head_dim), float("nan"), dtype=dtype, device=device)
     expected = layers.clone()
     index = torch.tensor(slots, dtype=torch.int64, device=device)
-    STORE[backend](k, v, layers[0, 1], layers[1, 1], index)
-    store_kv_reference(k, v, expected[0, 1], expected[1, 1], index)
-    assert_same(layers, expected)
+    # The heads share their slots; or each has its own, and padding at tokens of its own.
+    apart = torch.stack([index.roll(h) for h in range(heads)], dim=1)
+    for own in (shared(index, heads), apart):
+        STORE[backend](k, v, layers[0, 1], layers[1, 1], own)
+        store_kv_reference(k, v, expected[0, 1], expected[1, 1], own)
+        assert_same(layers, expected)
+        layers.fill_(float("nan"))
+        expected.fill_(float("nan"))
+
+
+def test_reference_stores_each_head_where_it_says():
+    k, v = torch.randn(2, 3, 2, 8)
+    k_cache, v_cache = torch.zeros(2, 2, 2, 16, 8)
+    store_kv_reference(k, v, k_cache, v_cache, torch.tensor([[3, 17], [-1, 0], [31, -1]]))
+    expected = torch.zeros_like(v_cache)
+    expected[0, 0, 3], expected[1, 1, 1], expected[0, 1, 0], expected[1, 0, 15] = v[0, 0], v[0, 1], v[1, 1], v[2, 0]
+    assert torch.equal(v_cache, expected)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)

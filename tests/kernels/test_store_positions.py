@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels.cache_view import shared
 from kernels.store_positions import store_positions_reference, store_positions_torch
 from kernels.store_positions_triton import store_positions_triton
 from kernels.store_step import store_queries_reference
@@ -32,15 +33,19 @@ def test_a_ring_holds_the_last_window():
         pytest.param(16, 2, 0, id="nothing"),
     ],
 )
-def test_store_positions(backend, block_size, heads, tokens):
+@pytest.mark.parametrize("apart", [False, True], ids=["shared", "apart"])
+def test_store_positions(backend, apart, block_size, heads, tokens):
     device = device_of(backend)
     state = torch.full((4, 5, heads, block_size), -7, dtype=torch.int32, device=device)
     slots = torch.randperm(5 * block_size)[:tokens]
     slots[::4] = -1
+    slots = shared(slots, heads, 2)
+    if apart:
+        slots = torch.stack([slots[0, :, 0].roll(i) for i in range(2 * heads)]).view(2, heads, -1).transpose(1, 2)
     positions = torch.randint(0, 1 << 30, (tokens,), dtype=torch.int32)
     expected = state.clone().cpu()
-    for position, slot in zip(positions.tolist(), slots.tolist()):
-        if slot >= 0:
-            expected[1:3, slot // block_size, :, slot % block_size] = position
+    for layer, token, head in (slots >= 0).nonzero().tolist():
+        block, offset = divmod(int(slots[layer, token, head]), block_size)
+        expected[1 + layer, block, head, offset] = positions[token]
     POSITIONS[backend](positions.to(device), state[1:3], slots.to(device))
     assert torch.equal(state.cpu(), expected)

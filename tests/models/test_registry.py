@@ -53,7 +53,7 @@ def test_a_registered_family_is_loaded(tmp_path, monkeypatch):
         ({"soft_cap": 50.0}, r"attention with soft_cap=50.0 \(layer 2\) is not supported"),
         ({"sinks": True}, r"attention with sinks=True \(layer 2\) is not supported"),
         ({"num_kv_heads": 1}, r"layers that differ in num_kv_heads \(1, 2\) are not supported"),
-        ({"num_heads": 3}, "num_heads=3 is no multiple of num_kv_heads=2"),
+        ({"num_heads": 3}, "num_heads=3 is not a multiple of num_kv_heads=2"),
         ({"head_dim": 15}, "head_dim=15: must be even"),
         ({"scale": float("nan")}, "scale=nan: must be a finite number above 0"),
         ({"window": 0}, "window=0: must be an integer, at least 1"),

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from zipage.eviction.budget import Budget
 from zipage.eviction.rule import EvictionRule
 from zipage.sampling_params import SamplingParams
+from zipage.scheduling.batch import Batch
 from zipage.scheduling.block_pool import ROOT, BlockPool
-from zipage.scheduling.compression_order import CompressionOrder
-from zipage.scheduling.plan import StepPlan, Swap
-from zipage.scheduling.request import PENDING, Request, Status
+from zipage.scheduling.compression import Compression
+from zipage.scheduling.plan import Restore, Save
+from zipage.scheduling.planner import plan_step
+from zipage.scheduling.request import Request, Status
 from zipage.scheduling.scheduler import Scheduler
 from zipage.scheduling.triggers import Pressure
 
@@ -105,7 +107,7 @@ def survivors(request: Request, n: int, rounds: int) -> list[int]:
 
 @dataclass(eq=False)
 class _Flight:
-    order: CompressionOrder
+    order: Compression
     steps_left: int
     write_in: int
     kept_blocks: list[int] | None = None
@@ -115,6 +117,8 @@ class _Flight:
 @dataclass
 class FabricatedModel:
     """Stands in for runner, compressor and swap: keeps, per physical slot, what the entry in it was computed from.
+
+    Where a batch and its plan say the same, it goes by the plan, as the worker does.
 
     Whatever a request reads over its block table is compared with its shadow. Blocks that nobody may read any more are
     poisoned, so that a stale, foreign, overwritten or lost entry shows.
@@ -143,9 +147,10 @@ class FabricatedModel:
         self.tables: list[list[int]] = [[0] * pool.num_blocks for _ in range(self.scheduler.max_num_seqs)]
         self.rings: list[dict[int, tuple[int, int]]] = [{} for _ in range(self.scheduler.slots.num_slots)]
         self.shadows: dict[int, Shadow] = {}
+        self.host_copies: dict[int, tuple[list[list[int | None]], dict | None]] = {}
         self.flights: list[_Flight] = []
         self.rng = random.Random(self.seed)
-        self._under_way: tuple[StepPlan, list[int]] | None = None
+        self._under_way: tuple[Batch, list[int]] | None = None
         self._poisoned: set[int] = set()
         self._fresh: list[int] = []
         self._prefix_ends = {ROOT: 0}
@@ -200,10 +205,10 @@ class FabricatedModel:
 
     # A step
 
-    def step(self, eos_share: float = 0.0) -> tuple[StepPlan, list[Request]]:
+    def step(self, eos_share: float = 0.0) -> tuple[Batch, list[Request]]:
         self.poll()
-        plan = self.schedule()
-        return plan, self.execute(plan, eos_share)
+        batch = self.schedule()
+        return batch, self.execute(batch, eos_share)
 
     def poll(self) -> None:
         """Bring on the compressions under way."""
@@ -220,36 +225,49 @@ class FabricatedModel:
                 self._advance(flight)
         return len(orders)
 
-    def execute(self, plan: StepPlan, eos_share: float = 0.0) -> list[Request]:
-        """Carry out a plan and book it. Returns the requests that ended."""
-        for swap in plan.paused:
-            self.save(swap)
-        for preemption in plan.preempted:
+    def execute(self, batch: Batch, eos_share: float = 0.0) -> list[Request]:
+        """Carry out a batch and book it. Returns the requests that ended."""
+        plan = plan_step(batch, self.scheduler.take_dropped())
+        self._drop(plan.drops)
+        for swap, save in zip(batch.paused, plan.saves, strict=True):
+            self.save(swap.request, save)
+        for preemption in batch.preempted:
             self.shadow(preemption.request).forget()
         fresh = set(self._fresh)
         self._poison_fresh()
-        for swap in plan.resumed:
-            self._restore(swap, fresh)
-        for src, dst in plan.copies:
+        for swap, restore in zip(batch.resumed, plan.restores, strict=True):
+            self._restore(swap.request, restore, fresh)
+        for src, dst in batch.copies:
             self._assert_writable(dst)
             self.cells[dst] = self.cells[src].copy()
         self._bind_slots()
-        for request in plan.decodes:
-            if request.num_table_written != len(request.block_ids):
-                self._write_table(request)
-            assert request.num_tokens - request.num_computed == 1
-            self._compute(request, 1)
-        for request, num_tokens in plan.prefills:
-            self._write_table(request)
-            self._compute(request, num_tokens)
-        self.scheduler.advance(plan)
+        for row, first, block_ids in plan.tables:
+            self.tables[row][first : first + len(block_ids)] = block_ids
+        assert [start.row for start in plan.starts] == [request.row for request in batch.entered]
+        assert all(request.num_tokens - request.num_computed == 1 for request in batch.decodes)
+        assert plan.num_decodes == len(batch.decodes)
+        requests = batch.decodes + [chunk.request for chunk in batch.prefills]
+        tokens = plan.token_ids.tolist()
+        columns = (plan.rows, plan.counts, plan.positions, plan.lens, plan.query_slots, plan.token_rows)
+        for request, *numbers in zip(requests, *(column.tolist() for column in columns), strict=True):
+            row, count, position, length, query_slot, token_row = numbers
+            assert (position, length) == (request.num_computed, request.cache_len)
+            known, tokens = tokens[:count], tokens[count:]
+            if token_row >= 0:
+                before, sampled = self._under_way
+                assert before.sampled[token_row] is request
+                known = [sampled[token_row]]
+            self._compute(request, row, known, query_slot)
+        assert not tokens
+        assert [r for r, samples in zip(requests, plan.samples, strict=True) if samples] == batch.sampled
+        self.scheduler.advance(batch)
         if self.orders:
-            changes = self.flights or self._under_way or not plan.is_empty or not self.scheduler.has_unfinished
+            changes = self.flights or self._under_way or not batch.is_empty or not self.scheduler.has_unfinished
             assert self.compress() or changes, "nothing runs, nothing will change"
         rng = self.rng
-        tokens = [EOS if eos_share and rng.random() < eos_share else rng.randrange(10, 1000) for _ in plan.sampled]
+        tokens = [EOS if eos_share and rng.random() < eos_share else rng.randrange(10, 1000) for _ in batch.sampled]
         finished = self.settle()
-        self._under_way = plan, tokens
+        self._under_way = batch, tokens
         if not self.overlaps:
             finished = self.settle()
         self.check()
@@ -259,19 +277,10 @@ class FabricatedModel:
         """Book the tokens of the step under way."""
         if self._under_way is None:
             return []
-        (plan, tokens), self._under_way = self._under_way, None
-        ended = sum(request.finish_reason is not None for request in plan.sampled)
+        (batch, tokens), self._under_way = self._under_way, None
+        ended = sum(request.finish_reason is not None for request in batch.sampled)
         self.events["tokens_dropped"] += ended
-        return self.scheduler.update(plan, tokens)
-
-    def _token(self, request: Request, position: int) -> int:
-        """A request's token, also where its value is on the device alone."""
-        token = request.token_ids[position]
-        if token == PENDING:
-            plan, tokens = self._under_way
-            assert plan.sampled[request.place] is request
-            return tokens[request.place]
-        return token
+        return self.scheduler.update(batch, tokens)
 
     def check(self) -> None:
         scheduler = self.scheduler
@@ -291,12 +300,7 @@ class FabricatedModel:
                 assert request.cache_len <= blocks * self.size, f"{request}: over its bound"
                 assert len(request.block_ids) <= blocks, f"{request}: owns too much"
 
-    def _write_table(self, request: Request) -> None:
-        begin, end = request.num_table_written, len(request.block_ids)
-        self.tables[request.row][begin:end] = request.block_ids[begin:]
-        request.num_table_written = end
-
-    def _compute(self, request: Request, num_tokens: int) -> None:
+    def _compute(self, request: Request, row: int, tokens: list[int], query_slot: int) -> None:
         assert request.status is Status.RUNNING
         shadow = self.shadow(request)
         size, cells = self.size, self.cells
@@ -312,17 +316,16 @@ class FabricatedModel:
             self.events["prefix_hits"] += 1
         assert position == shadow.num_computed, f"{request}: position {position} after {shadow.num_computed}"
         assert n == len(entries), f"{request}: {n} entries, should be {len(entries)}"
-        table = self.tables[request.row]
+        table = self.tables[row]
         seen = self._read(table, n)
         assert seen == entries, f"{request}: reads wrong entries"
-        ring = self.rings[request.query_slot] if request.query_slot >= 0 and request.rule.window else None
+        ring = self.rings[query_slot] if query_slot >= 0 else None
         writable = -1
-        for i in range(num_tokens):
+        for i, token in enumerate(tokens):
             block, offset = table[(n + i) // size], (n + i) % size
             if block != writable:
                 self._assert_writable(block)
                 writable = block
-            token = self._token(request, position + i)
             if shadow.rounds:
                 value = _after_eviction(position + i, token, seen)
             else:
@@ -332,7 +335,7 @@ class FabricatedModel:
             entries.append(value)
             if ring is not None:
                 ring[(position + i) % request.rule.window] = (request.number, position + i)
-        shadow.num_computed += num_tokens
+        shadow.num_computed += len(tokens)
 
     # Query slots
 
@@ -347,25 +350,25 @@ class FabricatedModel:
 
     # Swaps
 
-    def save(self, swap: Swap) -> None:
-        request, shadow = swap.request, self.shadow(swap.request)
-        assert request.host_copy is None, f"{request}: paused twice"
+    def save(self, request: Request, swap: Save) -> None:
+        shadow = self.shadow(request)
+        assert swap.number not in self.host_copies, f"{request}: paused twice"
         assert self._read(swap.block_ids, request.cache_len) == shadow.entries, f"{request}: saves wrong entries"
         ring = None
         if swap.query_slot >= 0:
             ring = self.rings[swap.query_slot].copy() if shadow.slot == swap.query_slot else {}
-        request.host_copy = [self.cells[block].copy() for block in swap.block_ids], ring
+        self.host_copies[swap.number] = [self.cells[block].copy() for block in swap.block_ids], ring
         shadow.slot = -1
 
-    def _restore(self, swap: Swap, fresh: set[int]) -> None:
-        request, shadow = swap.request, self.shadow(swap.request)
-        cells, ring = request.host_copy
+    def _restore(self, request: Request, swap: Restore, fresh: set[int]) -> None:
+        shadow = self.shadow(request)
+        cells, ring = self.host_copies.pop(swap.number)
         assert len(cells) == len(swap.block_ids)
         for place, (block, saved) in enumerate(zip(swap.block_ids, cells)):
             if place < swap.num_shared:
                 assert self.cells[block] == saved, f"{request}: block {block} was to be unchanged"
             else:
-                # A sample admitted by the same plan may share it already: it reads after this.
+                # A sample admitted by the same batch may share it already: it reads after this.
                 assert block in fresh, f"wrote into block {block}"
                 assert not self.pool.is_indexed(block), f"wrote into block {block}"
                 self.cells[block] = saved.copy()
@@ -373,13 +376,16 @@ class FabricatedModel:
         if ring is not None:
             self.rings[swap.query_slot] = ring
             shadow.slot = swap.query_slot
-        request.host_copy = None
         self.events["resumes"] += 1
         self.events["resumes_with_shared_blocks"] += swap.num_shared > 0
 
+    def _drop(self, numbers: list[int]) -> None:
+        for number in numbers:
+            del self.host_copies[number]
+
     # Compressions
 
-    def _begin(self, order: CompressionOrder) -> _Flight:
+    def _begin(self, order: Compression) -> _Flight:
         request, rule, size = order.request, order.request.rule, self.size
         n = request.cache_len
         shadow = self.shadow(request)
@@ -445,7 +451,7 @@ class FabricatedModel:
         assert done.entries_after == len(flight.entries) == done.blocks_after * self.size
         shadow.entries = flight.entries
         shadow.rounds += 1
-        assert request.rounds == shadow.rounds
+        assert request.num_compressions == shadow.rounds
         if request.status is Status.FINISHED:
             self.events["ended_while_compressing"] += 1
             return
@@ -455,48 +461,48 @@ class FabricatedModel:
     def abort(self, request: Request) -> None:
         self.scheduler.finish([request], "abort")
 
-    def pause(self, request: Request, plan: StepPlan | None = None) -> None:
-        """Pause a request that this step doesn't run: with a plan still to be executed, or at once."""
-        self.scheduler.pause(request, plan or (now := StepPlan()))
-        if plan is None:
-            self.save(now.paused[0])
+    def pause(self, request: Request, batch: Batch | None = None) -> None:
+        """Pause a request that this step doesn't run: with a batch still to be executed, or at once."""
+        self.scheduler.pause(request, batch or (now := Batch()))
+        if batch is None:
+            self.save(request, plan_step(now).saves[0])
 
     # Rules of scheduling
 
-    def schedule(self) -> StepPlan:
-        """The scheduler's plan, checked against its rules."""
+    def schedule(self) -> Batch:
+        """The scheduler's batch, checked against its rules."""
         scheduler = self.scheduler
         running = list(scheduler.running)
         if not scheduler.has_unfinished:
             return scheduler.schedule()
         slots = {request.number: request.query_slot for request in running}
         oldest = min((queue[0] for queue in (running, scheduler.waiting) if queue), key=lambda r: r.number)
-        plan = scheduler.schedule()
+        batch = scheduler.schedule()
         events = self.events
-        events["empty"] += plan.is_empty
-        assert plan.num_tokens <= scheduler.max_num_batched_tokens
-        computed = [r.number for r in plan.decodes] + [c.request.number for c in plan.prefills]
+        events["empty"] += batch.is_empty
+        assert batch.num_tokens <= scheduler.max_num_batched_tokens
+        computed = [r.number for r in batch.decodes] + [c.request.number for c in batch.prefills]
         assert len(set(computed)) == len(computed), "a request runs twice in one step"
-        assert all(chunk.num_tokens > 0 for chunk in plan.prefills)
-        left = [swap.request for swap in plan.paused] + [preemption.request for preemption in plan.preempted]
+        assert all(chunk.num_tokens > 0 for chunk in batch.prefills)
+        left = [swap.request for swap in batch.paused] + [preemption.request for preemption in batch.preempted]
         if oldest in left:
             alone = running == [oldest] and isinstance(scheduler.trigger, Pressure)
             assert alone, "the oldest request left for another"
-        assert not any(swap.request in left for swap in plan.resumed), "paused and resumed by one plan"
+        assert not any(swap.request in left for swap in batch.resumed), "paused and resumed by one batch"
         numbers = [request.number for request in scheduler.waiting]
         assert numbers == sorted(numbers), "the queue is out of order"
-        self._check_entered(slots, plan)
-        events["pauses"] += len(plan.paused)
-        events["preemptions"] += len(plan.preempted)
-        events["stalls"] += plan.num_stalled
+        self._check_entered(slots, batch)
+        events["pauses"] += len(batch.paused)
+        events["preemptions"] += len(batch.preempted)
+        events["stalls"] += batch.num_stalled
         events["left_and_returned_at_once"] += sum(request.status is Status.RUNNING for request in left)
-        return plan
+        return batch
 
-    def _check_entered(self, slots: dict[int, int], plan: StepPlan) -> None:
+    def _check_entered(self, slots: dict[int, int], batch: Batch) -> None:
         """Nobody is overtaken, but for samples that wait for their prompt; and slots go to the oldest first."""
         scheduler = self.scheduler
-        entered = [chunk.request for chunk in plan.prefills if chunk.request.number not in slots]
-        resumed = [swap.request for swap in plan.resumed]
+        entered = [chunk.request for chunk in batch.prefills if chunk.request.number not in slots]
+        resumed = [swap.request for swap in batch.resumed]
         for request in scheduler.waiting:
             if any(other.number > request.number for other in entered + resumed):
                 assert any(s.status is Status.RUNNING for s in request.siblings if s is not request), "overtaken"
@@ -506,7 +512,7 @@ class FabricatedModel:
                 if request.query_slot < 0 and request.rule and (request.rule.window or scheduler.slots.constrained):
                     assert request.number > max(with_new_slot), "a slot went past an older request"
 
-    def run(self, max_steps: int = 10_000, eos_share: float = 0.0) -> list[StepPlan]:
+    def run(self, max_steps: int = 10_000, eos_share: float = 0.0) -> list[Batch]:
         plans = []
         while self.scheduler.has_unfinished:
             assert len(plans) < max_steps, "no end in sight"
@@ -522,3 +528,4 @@ class FabricatedModel:
         assert len(scheduler._rows) == scheduler.max_num_seqs
         assert scheduler.slots.num_used == 0
         assert not scheduler.compressions.in_flight
+        self._drop(scheduler.take_dropped())

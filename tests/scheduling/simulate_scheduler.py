@@ -168,6 +168,7 @@ class Simulation:
             assert since_token < LONGEST_WAIT, "no new token for a long time"
         assert all(request.status is Status.FINISHED for request in self.requests)
         model.check_all_returned()
+        assert not model.host_copies, "what was saved of an ended request is kept"
         forced = events["forced_pauses"] + events["aborts"]
         prompts = sum(request.num_prompt_tokens for request in self.requests)
         bound = 100 + 2 * (tokens + prompts) * (1 + model.max_delay) + 150 * forced

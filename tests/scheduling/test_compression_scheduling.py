@@ -4,8 +4,8 @@ import pytest
 
 from tests.scheduling.fabricated import FabricatedModel, make_request, make_rule, make_samples, make_scheduler
 from tests.scheduling.simulate_scheduler import missing, simulate
-from zipage.scheduling.compression_order import num_fresh_blocks
-from zipage.scheduling.plan import StepPlan
+from zipage.scheduling.batch import Batch
+from zipage.scheduling.compression import num_fresh_blocks
 from zipage.scheduling.request import Status
 
 
@@ -180,7 +180,8 @@ def test_a_slot_freed_inside_a_step_goes_past_nobody_older():
     model.step()
     model.step()
     model.pause(old)
-    old.queries_saved, old.host_copy = False, (old.host_copy[0], None)
+    old.queries_saved = False
+    model.host_copies[old.number] = (model.host_copies[old.number][0], None)
     step_until(model, lambda: holder.cache_len == 16)
     assert (old.query_slot, holder.query_slot, old.cache_len) == (-1, 0, 12)
     plan, _ = model.step()
@@ -209,7 +210,7 @@ def test_pressure_compresses_the_most_over_budget_first_and_only_as_many_as_need
     step_until(model, lambda: model.compressed)
     assert [request for request, _, _ in model.compressed] == [requests[1]]
     assert scheduler.pool.num_free > 0
-    assert [request.rounds for request in requests] == [0, 1, 0]
+    assert [request.num_compressions for request in requests] == [0, 1, 0]
     model.run()
     assert all(request.num_preemptions == request.num_pauses == 0 for request in requests)
 
@@ -280,7 +281,7 @@ def test_survivors_leave_shared_blocks_for_private_ones_and_the_references_are_d
     step_until(model, lambda: second.status is Status.RUNNING)
     shared = first.block_ids[:3]
     assert second.block_ids[:3] == shared
-    step_until(model, lambda: first.rounds == 1)
+    step_until(model, lambda: first.num_compressions == 1)
     assert second.block_ids[:3] == shared
     assert not set(shared) & set(first.block_ids)
     assert [scheduler.pool.ref_counts[block] for block in shared] == [1, 1, 1]
@@ -290,7 +291,7 @@ def test_survivors_leave_shared_blocks_for_private_ones_and_the_references_are_d
 
 def test_a_protected_prompt_stays_shared_by_all_samples_and_later_ones_find_it():
     samples, scheduler, model = sharers(n=4, prompt=9, protected=8, max_num_seqs=3)
-    step_until(model, lambda: min(sample.rounds for sample in samples[:3]) == 3)
+    step_until(model, lambda: min(sample.num_compressions for sample in samples[:3]) == 3)
     pinned = samples[0].block_ids[:2]
     assert all(sample.block_ids[:2] == pinned for sample in samples[:3])
     assert [scheduler.pool.ref_counts[block] for block in pinned] == [3, 3]
@@ -307,7 +308,7 @@ def test_a_protected_prompt_stays_shared_by_all_samples_and_later_ones_find_it()
 
 def test_without_index_a_later_sample_shares_the_protected_blocks_of_a_compressed_sibling():
     samples, _, model = sharers(n=2, prompt=13, protected=8, max_num_seqs=1, caching=False, max_tokens=30)
-    step_until(model, lambda: samples[0].rounds == 2)
+    step_until(model, lambda: samples[0].num_compressions == 2)
     model.scheduler.max_num_seqs += 1
     model.scheduler._rows.append(1)
     model.tables.append([0] * 64)
@@ -403,7 +404,7 @@ def test_a_request_preempted_when_due_is_compressed_at_the_same_length(prompt, w
         model.orders = False
         step_until(model, lambda: request.cache_len == due)
         if preempt:
-            scheduler._evict_request(plan := StepPlan(), request)
+            scheduler._evict_request(plan := Batch(), request)
             model.execute(plan)
             assert request.num_tokens == due + 1
         model.orders = True
@@ -435,7 +436,7 @@ def test_after_its_first_compression_a_victim_is_paused_and_comes_back_unchanged
     step_until(model, lambda: request.status is Status.PAUSED)
     assert (request.num_pauses, request.num_preemptions) == (1, 0)
     assert request.query_slot == -1
-    assert request.rounds > 1
+    assert request.num_compressions > 1
     model.run()
     assert scheduler.num_pauses == scheduler.num_resumes == request.num_pauses
     assert full.num_preemptions == 0
@@ -448,7 +449,7 @@ def test_a_paused_request_keeps_its_age_and_regains_a_slot():
     scheduler, model = started(*requests, num_query_slots=3, max_num_seqs=3)
     last = make_request("d", 12, 60, rule)
     scheduler.add(last)
-    step_until(model, lambda: min(request.rounds for request in requests) == 2)
+    step_until(model, lambda: min(request.num_compressions for request in requests) == 2)
     queries_from = requests[1].queries_from
     model.pause(requests[1])
     model.pause(requests[0])
@@ -468,7 +469,7 @@ def test_a_paused_request_waits_for_a_slot():
     rule = make_rule(3, 4, window=4)
     first, second = make_request("a", 12, 20, rule), make_request("b", 4, 20, rule)
     scheduler, model = started(first, second, num_query_slots=1)
-    step_until(model, lambda: first.rounds == 1)
+    step_until(model, lambda: first.num_compressions == 1)
     model.pause(first)
     scheduler.slots.assign(scheduler.running)
     step_until(model, lambda: second.status is Status.FINISHED)
@@ -479,7 +480,7 @@ def test_a_paused_request_waits_for_a_slot():
 def test_a_resumed_request_shares_its_protected_blocks_again():
     samples, _, model = sharers(n=2, prompt=9, protected=8)
     first, second = samples
-    step_until(model, lambda: second.rounds == 2)
+    step_until(model, lambda: second.num_compressions == 2)
     pinned = first.block_ids[:2]
     model.pause(second)
     plan, _ = model.step()
@@ -492,7 +493,7 @@ def test_a_resumed_request_gets_its_protected_entries_back_where_the_blocks_were
     rule = make_rule(4, 4, protected=8)
     request, other = make_request("a", 9, 60, rule), make_request("b", 48, 4)
     scheduler, model = started(request, num_blocks=13)
-    step_until(model, lambda: request.rounds == 2)
+    step_until(model, lambda: request.num_compressions == 2)
     model.pause(request)
     scheduler.waiting.remove(request)
     scheduler.add(other)
@@ -511,7 +512,7 @@ def test_admission_and_return_leave_room_to_grow_to_those_that_no_compression_st
     other = make_request("b", 4, 60, make_rule(3, 4) if bounded else None)
     scheduler, model = started(request, num_blocks=10, headroom=24)
     if paused:
-        step_until(model, lambda: request.rounds == 1)
+        step_until(model, lambda: request.num_compressions == 1)
         model.pause(request)
     scheduler.waiting.remove(request)
     scheduler.add(other)
@@ -534,7 +535,7 @@ def test_alone_a_request_may_use_the_whole_pool(paused):
     request = make_request("a", 16, 20, make_rule(4, 4))
     scheduler, model = started(request, num_blocks=4, headroom=24)
     if paused:
-        step_until(model, lambda: request.rounds == 1 and request.cache_len == 14)
+        step_until(model, lambda: request.num_compressions == 1 and request.cache_len == 14)
         model.pause(request)
     model.run(max_steps=50)
     assert scheduler.num_resumes == paused
@@ -544,7 +545,7 @@ def test_alone_a_request_may_use_the_whole_pool(paused):
 def test_a_request_paused_when_it_fills_the_pool_comes_back(trigger):
     request = make_request("a", 4, 40, make_rule(4, 4, window=4))
     scheduler, model = started(request, num_blocks=4, trigger=trigger)
-    step_until(model, lambda: request.rounds == 1)
+    step_until(model, lambda: request.num_compressions == 1)
     model.orders = False
     step_until(model, lambda: request.cache_len == 16)
     model.pause(request)
@@ -556,11 +557,14 @@ def test_a_request_paused_when_it_fills_the_pool_comes_back(trigger):
 def test_an_abort_while_paused():
     request, other = make_request("a", 12, 60, make_rule(3, 4, window=4)), make_request("b", 12, 20)
     scheduler, model = started(request, other)
-    step_until(model, lambda: request.rounds == 1)
+    step_until(model, lambda: request.num_compressions == 1)
     model.pause(request)
     model.abort(request)
-    assert (request.status, request.finish_reason, request.host_copy) == (Status.FINISHED, "abort", None)
+    assert (request.status, request.finish_reason) == (Status.FINISHED, "abort")
     assert list(scheduler.waiting) == []
+    assert model.host_copies.keys() == {request.number}
+    model.step()
+    assert not model.host_copies, "the next plan says to drop them"
     model.run()
 
 

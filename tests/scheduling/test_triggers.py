@@ -15,7 +15,7 @@ def held(name="a", prompt=6, entries=8, compressed=0, window=0):
     request.block_ids = list(range(-(-entries // 4)))
     request.cache_len, request.num_computed = entries, entries + 10 * compressed
     request.token_ids.extend([5] * (request.num_computed + 1 - request.num_tokens))
-    request.rounds = compressed
+    request.num_compressions = compressed
     return request
 
 

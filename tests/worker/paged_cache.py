@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kernels.cache_view import shared
 from kernels.store_positions import store_positions
 from kernels.store_step import store_step
 from tests.eviction.dense_event import NAN, Tokens
@@ -90,8 +91,10 @@ class PagedCache:
             entries = (x[layer][:, new].transpose(0, 1) for x in (one.tokens.keys, one.tokens.values))
             k, v = (x.contiguous().to(self.device, self.dtype) for x in entries)
             queries = one.tokens.queries[layer, new].to(self.device, self.dtype)
-            store_step(k, v, queries, self.k[layer], self.v[layer], self.q[layer], slots, places)
-        store_positions(new.int().to(self.device), self.positions, slots)
+            caches = self.k[layer], self.v[layer], self.q[layer]
+            store_step(k, v, queries, *caches, shared(slots, k.shape[1]), places)
+        layers, _, heads, _ = self.positions.shape
+        store_positions(new.int().to(self.device), self.positions, shared(slots, heads, layers))
         one.seen += len(new)
         one.n = n
 

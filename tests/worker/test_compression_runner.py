@@ -1,7 +1,9 @@
 """Orders of compressions over an engine's cache, against the simulation, alone and in batches."""
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from itertools import count
 from types import SimpleNamespace
 
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.cache_view import shared
+from kernels.compact_stable import compact_stable
 from kernels.store_kv import store_kv
 from kernels.store_positions import store_positions
 from kernels.store_step import store_step
@@ -16,13 +20,16 @@ from tests.eviction.dense_event import Tokens, make_tokens
 from tests.eviction.dense_simulation import Simulation
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
+from zipage.eviction.policies.random import Random
 from zipage.eviction.policy import Policy
 from zipage.eviction.protection import Protection
 from zipage.eviction.rule import EvictionRule
 from zipage.sampling_params import SamplingParams
-from zipage.scheduling.compression_order import CompressionOrder
+from zipage.scheduling.compression import Compression
+from zipage.scheduling.plan import CompressionOrder
+from zipage.scheduling.planner import plan_compression
 from zipage.scheduling.request import Request
-from zipage.worker import compression_batch
+from zipage.worker import compression_batch, compressor
 from zipage.worker.compression_runner import CompressionResult, CompressionRunner
 from zipage.worker.kv_cache import KVCache
 
@@ -59,8 +66,10 @@ class Serving:
     asynchronous: bool = False
     trace: bool = False
     layer_stride: int | None = None
+    debug: bool = False
     all_tokens: dict[Request, Tokens] = field(default_factory=dict)
     simulations: dict[Request, Simulation] = field(default_factory=dict)
+    ordered: dict[int, Request] = field(default_factory=dict)
 
     def __post_init__(self):
         options = {"positions": True, "scores": True, "num_query_slots": 8, "window": WINDOW}
@@ -69,7 +78,12 @@ class Serving:
         self.cache.poison_queries(slice(None))
         self.free = torch.randperm(100).tolist()
         self.runner = CompressionRunner(
-            self.cache, SPEC, asynchronous=self.asynchronous, layer_stride=self.layer_stride, trace=self.trace
+            self.cache,
+            SPEC,
+            asynchronous=self.asynchronous,
+            layer_stride=self.layer_stride,
+            trace=self.trace,
+            debug=self.debug,
         )
 
     def add(self, case: str, seed: int, prompt_len: int = 40, index: int = 0) -> Request:
@@ -107,30 +121,34 @@ class Serving:
         places[:-WINDOW] = -1
         slots, places = slots.to(self.device), places.to(self.device)
         tokens, cache = self.all_tokens[request], self.cache
+        each = shared(slots, SPEC.num_kv_heads)
         for layer in range(SPEC.num_layers):
             k, v = (x[layer][:, new].transpose(0, 1).contiguous().to(self.device) for x in (tokens.keys, tokens.values))
             if request.rule.window:
                 q = tokens.queries[layer, new].to(self.device)
-                store_step(k, v, q, cache.k[layer], cache.v[layer], cache.queries[layer], slots, places)
+                store_step(k, v, q, cache.k[layer], cache.v[layer], cache.queries[layer], each, places)
             else:
-                store_kv(k, v, cache.k[layer], cache.v[layer], slots)
-        store_positions(new.int().to(self.device), cache.positions, slots)
+                store_kv(k, v, cache.k[layer], cache.v[layer], each)
+        store_positions(new.int().to(self.device), cache.positions, shared(slots, SPEC.num_kv_heads, SPEC.num_layers))
         request.num_computed += len(new)
         request.cache_len = n
 
     def order(self, request: Request) -> CompressionOrder:
         """Into fresh blocks; those of protected entries alone stay."""
-        rule = request.rule
-        if rule.drops_blocks:
-            return CompressionOrder(next(NUMBERS), request, request.block_ids, [], [])
-        fresh = [self.free.pop() for _ in range(BUDGET.max_blocks - 1 - rule.pinned_blocks)]
-        return CompressionOrder(
-            next(NUMBERS), request, request.block_ids, request.block_ids[: rule.pinned_blocks] + fresh, fresh
-        )
+        rule, number = request.rule, next(NUMBERS)
+        self.ordered[number] = request
+        fresh, new_ids = [], []
+        if not rule.drops_blocks:
+            fresh = [self.free.pop() for _ in range(BUDGET.max_blocks - 1 - rule.pinned_blocks)]
+            new_ids = request.block_ids[: rule.pinned_blocks] + fresh
+        return plan_compression(Compression(number, request, request.block_ids, new_ids, fresh))
+
+    def request_of(self, result: CompressionResult) -> Request:
+        return self.ordered[result.order.number]
 
     def apply(self, result: CompressionResult) -> None:
         """Give the request its new table; what it left is poisoned."""
-        order, request = result.order, result.order.request
+        order, request = result.order, self.request_of(result)
         kept = order.new_ids
         if request.rule.drops_blocks:
             kept = [order.block_ids[page] for page in result.kept_pages]
@@ -139,7 +157,7 @@ class Serving:
             self.free.insert(0, block)
         request.block_ids = list(kept)
         request.cache_len = request.rule.keep
-        request.rounds += 1
+        request.num_compressions += 1
 
     def compress(self, requests: Sequence[Request]) -> list[CompressionResult]:
         self.runner.submit([self.order(request) for request in requests])
@@ -189,9 +207,9 @@ def test_policies_may_be_mixed_in_one_submission(asynchronous, device):
         for request in requests:
             serving.grow(request, 96)
         results = serving.compress(requests)
-        assert {result.order.request for result in results} == set(requests)
+        assert {serving.request_of(result) for result in results} == set(requests)
         for result in results:
-            assert (result.kept_pages is None) == (not result.order.request.rule.drops_blocks)
+            assert (result.kept_pages is None) == (not result.order.rule.drops_blocks)
             assert result.kept_positions is None
             assert result.seconds > 0
         for request in requests:
@@ -206,7 +224,7 @@ def test_orders_are_launched_in_bounded_batches(monkeypatch):
     for request in requests:
         serving.grow(request, 96)
     orders = [serving.order(request) for request in requests]
-    sizes = [[o.request for o in b.orders] for b in compression_batch.batches(orders, SPEC, BLOCK_SIZE)]
+    sizes = [[serving.ordered[o.number] for o in b.orders] for b in compression_batch.batches(orders, SPEC, BLOCK_SIZE)]
     zipage = requests[0], requests[2], requests[3]
     assert sizes == [[zipage[0], zipage[1]], [zipage[2]], [requests[1]]]
     monkeypatch.setattr(compression_batch, "LAUNCH_ENTRIES", 1)
@@ -240,7 +258,7 @@ def test_results_wait_to_be_polled(asynchronous):
     assert serving.runner.in_flight == 2
     if asynchronous:
         assert serving.runner.poll() == [], "a request sits out a step"
-    assert [result.order.request for result in serving.runner.poll()] == [first, second]
+    assert [serving.request_of(result) for result in serving.runner.poll()] == [first, second]
     assert serving.runner.in_flight == 0
     assert serving.runner.poll(wait=True) == []
     serving.runner.submit([])
@@ -253,9 +271,9 @@ def test_a_request_may_change_once_it_was_submitted(device):
     request = serving.add("zipage", 1)
     serving.grow(request, 96)
     serving.runner.submit([serving.order(request)])
-    request.rounds, request.query_slot, request.num_computed = 7, 3, 1000
+    request.num_compressions, request.query_slot, request.num_computed = 7, 3, 1000
     (result,) = serving.runner.poll(wait=True)
-    request.rounds = 0
+    request.num_compressions = 0
     serving.apply(result)
     serving.check(request, 96)
 
@@ -273,7 +291,7 @@ def test_traces_tell_the_positions_that_stay(case, device):
             assert kept.dtype == np.int32
             assert kept.shape == (2, 2, 64)
             assert (np.diff(kept) > 0).all()
-            assert np.array_equal(kept, serving.entries(result.order.request)[2].numpy())
+            assert np.array_equal(kept, serving.entries(serving.request_of(result))[2].numpy())
 
 
 class Broken(Policy):
@@ -290,7 +308,10 @@ class Broken(Policy):
         return -event.values().norm(dim=-1)
 
 
-BROKEN = "a compression under policy 'broken' failed: ZeroDivisionError: no score"
+BROKEN = (
+    "a compression under policy 'broken' failed: ZeroDivisionError: no score to divide by "
+    f"(tests/worker/test_compression_runner.py, line {Broken.rank.__code__.co_firstlineno + 2})"
+)
 
 
 @on_every_device
@@ -303,29 +324,218 @@ def test_a_failure_is_a_result_and_the_others_go_on(asynchronous, device):
         serving.grow(request, 96)
     serving.runner.submit([serving.order(bad), serving.order(good)])
     failed, done = serving.runner.poll(wait=True)
-    assert (failed.order.request, failed.error) == (bad, BROKEN)
+    assert (serving.request_of(failed), failed.error) == (bad, BROKEN)
     assert done.error is None
     serving.apply(done)
     serving.check(good, 96)
     assert serving.runner.in_flight == 0
 
 
+class Stored(Broken):
+    """Ranks by a state that grows with every compression."""
+
+    state = True
+
+    def rank(self, event):
+        scores = super().rank(event) + event.stored
+        event.store(-scores)
+        return scores
+
+
+def submit(serving: Serving, policy: Policy, lens: Sequence[int] = (96, 80, 96)) -> list[Request]:
+    """Requests of `lens` entries and prompts of 21, 22, ... tokens, submitted together."""
+    requests = []
+    for number, n in enumerate(lens, 1):
+        request = serving.add("random", number, prompt_len=20 + number)
+        request.rule = EvictionRule(policy, BUDGET)
+        serving.grow(request, n)
+        requests.append(request)
+    serving.runner.submit([serving.order(request) for request in requests])
+    return requests
+
+
+def check_alone(serving: Serving, request: Request, kind: type[Broken], entries: int) -> None:
+    """The request's entries, and their states, are those of a compression without neighbours or failures."""
+    alone = Serving(serving.device)
+    twin = alone.add("random", 0, prompt_len=request.num_prompt_tokens)
+    alone.all_tokens[twin] = serving.all_tokens[request]
+    twin.rule = EvictionRule(kind(lambda event: False), BUDGET)
+    alone.grow(twin, entries)
+    alone.compress([twin])
+    for have, want in zip(serving.entries(request), alone.entries(twin), strict=True):
+        assert torch.equal(have, want)
+    if twin.rule.policy.state:
+        scores = [s.cache.scores[:, r.block_ids] for s, r in ((serving, request), (alone, twin))]
+        assert torch.equal(*scores)
+
+
+@on_every_device
+@either_way
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("kind", [Broken, Stored])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_batch_that_is_too_much_goes_on_one_by_one(layer, kind, debug, asynchronous, device):
+    """From the layer that was not moved: a second move of the layers before it would move the survivors again."""
+    serving = Serving(device, asynchronous, layer_stride=1, debug=debug)
+    requests = submit(serving, kind(lambda event: event.num_requests > 1 and event.layer_offset == layer))
+    results = serving.runner.poll(wait=True)
+    assert [serving.request_of(result) for result in results] == requests
+    assert [result.error for result in results] == [None] * 3
+    assert serving.runner.in_flight == 0
+    for result, entries in zip(results, (96, 80, 96), strict=True):
+        serving.apply(result)
+        check_alone(serving, serving.request_of(result), kind, entries)
+
+
+class InPlace(Random):
+    """Leaves nothing of its event as it was."""
+
+    def rank(self, event):
+        scores = super().rank(event)
+        for given in (event.must, event.lens, event.keep, event.slots):
+            given.zero_()
+        return scores
+
+
+@on_every_device
+@pytest.mark.parametrize("layer_stride", [1, None])
+def test_a_policy_that_changes_its_event_changes_nothing_else(device, layer_stride):
+    serving = Serving(device, layer_stride=layer_stride)
+    request = serving.add("random-prompt", 1)
+    request.rule = replace(request.rule, policy=InPlace())
+    serving.grow(request, 96)
+    serving.compress([request])
+    serving.check(request, 96)
+
+
 @on_every_device
 @either_way
 @pytest.mark.parametrize("layer", [0, 1])
-def test_only_what_nothing_was_moved_of_is_computed_again(asynchronous, device, layer):
-    """A batch that is too much in layer 0 goes on one by one; in layer 1, those of layer 0 have moved already."""
+@pytest.mark.parametrize("stride", [1, 2])
+def test_who_is_at_fault_fails_alone_in_any_layer(stride, layer, asynchronous, device):
+    serving = Serving(device, asynchronous, layer_stride=stride)
+    submit(serving, Broken(lambda event: 22 in event.prompt_lens and event.layer_offset == layer // stride))
+    first, failed, last = serving.runner.poll(wait=True)
+    assert failed.error == BROKEN
+    for result in (first, last):
+        assert result.error is None
+        serving.apply(result)
+        check_alone(serving, serving.request_of(result), Broken, 96)
+
+
+@on_every_device
+@either_way
+@pytest.mark.parametrize("call", [0, 1])
+def test_a_move_that_fails_costs_all_whose_entries_it_moved(monkeypatch, call, asynchronous, device):
+    """Nobody knows what it left behind, in whichever layer."""
+    calls = []
+
+    def compact(*args):
+        calls.append(args)
+        if len(calls) == call + 1:
+            raise RuntimeError("the device is gone")
+        compact_stable(*args)
+
+    monkeypatch.setattr(compressor, "compact_stable", compact)
     serving = Serving(device, asynchronous, layer_stride=1)
-    requests = [serving.add("random", 1), serving.add("random", 2), serving.add("random", 3)]
-    policy = Broken(lambda event: event.num_requests > 1 and event.layer_offset == layer)
-    for request in requests:
-        request.rule = EvictionRule(policy, BUDGET)
-        serving.grow(request, 96)
-    serving.runner.submit([serving.order(request) for request in requests])
-    results = serving.runner.poll(wait=True)
-    assert [result.order.request for result in results] == requests
-    assert [result.error for result in results] == [None if layer == 0 else BROKEN] * 3
+    submit(serving, Broken(lambda event: False))
+    message = "a compression under policy 'broken' failed: RuntimeError: the device is gone"
+    assert [result.error for result in serving.runner.poll(wait=True)] == [message] * 3
+    assert len(calls) == call + 1
     assert serving.runner.in_flight == 0
+
+
+@either_way
+def test_a_failure_behind_the_moves_moves_nothing_again(monkeypatch, asynchronous):
+    serving = Serving(asynchronous=asynchronous, trace=True)
+    positions, calls = serving.runner._positions, []
+
+    def fails_once(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory left")
+        return positions(*args)
+
+    monkeypatch.setattr(serving.runner, "_positions", fails_once)
+    submit(serving, Broken(lambda event: False))
+    for result, entries in zip(serving.runner.poll(wait=True), (96, 80, 96), strict=True):
+        assert result.error is None
+        serving.apply(result)
+        check_alone(serving, serving.request_of(result), Broken, entries)
+        assert np.array_equal(result.kept_positions, serving.entries(serving.request_of(result))[2].numpy())
+
+
+def test_who_goes_on_alone_finds_the_memory_of_the_batch_free_and_takes_little():
+    tensors, launches = [], []
+
+    class Holds(Broken):
+        """Has a dense copy at hand where it fails."""
+
+        def rank(self, event):
+            dense = event.keys()
+            if event.num_requests > 1:
+                tensors.append(weakref.ref(dense))
+                raise torch.OutOfMemoryError
+            launches.append((event.layer_offset, event.num_layers, tensors[0]()))
+            return -dense.norm(dim=-1)
+
+    serving = Serving()
+    submit(serving, Holds())
+    assert [result.error for result in serving.runner.poll(wait=True)] == [None] * 3
+    assert launches == [(0, 1, None), (1, 1, None)] * 3
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_what_is_no_error_of_the_computation_is_passed_on(in_thread):
+    def leaves(event):
+        raise SystemExit
+
+    def run():
+        submit(serving, Broken(leaves))
+        serving.runner.poll(wait=True)
+
+    serving = Serving()
+    if in_thread:
+        serving.runner._executor = ThreadPoolExecutor(1)
+    with pytest.raises(SystemExit):
+        run()
+    serving.runner.close()
+
+
+class Misranks(Broken):
+    """Ranks an entry of the request with a prompt of 22 tokens NaN, in one layer."""
+
+    def __init__(self, layer, fails=lambda event: False):
+        super().__init__(fails)
+        self.layer = layer
+
+    def rank(self, event):
+        scores = super().rank(event)
+        if 22 in event.prompt_lens and event.layer_offset <= self.layer < event.layer_offset + event.num_layers:
+            scores[self.layer - event.layer_offset, list(event.prompt_lens).index(22), 1, 5] = float("nan")
+        return scores
+
+
+@on_every_device
+@either_way
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("fails_in", [None, 0, 1])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_rank_that_is_no_number_costs_nobody_else(layer, fails_in, debug, asynchronous, device):
+    """Nor is it forgotten where the batch fails in a later layer."""
+    serving = Serving(device, asynchronous, layer_stride=1, debug=debug)
+    submit(serving, Misranks(layer, lambda event: event.num_requests > 1 and event.layer_offset == fails_in))
+    first, misranked, last = serving.runner.poll(wait=True)
+    serving.runner.ranks.poll(wait=True)
+    if debug:
+        assert misranked.error.startswith("policy 'broken' ranked entries NaN")
+    else:
+        assert misranked.error is None
+        assert serving.runner.ranks.num_failed == 1
+    for result in (first, last):
+        assert result.error is None
+        serving.apply(result)
+        check_alone(serving, serving.request_of(result), Broken, 96)
 
 
 def test_what_a_policy_needs_is_there():

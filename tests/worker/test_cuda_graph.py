@@ -10,6 +10,7 @@ from tests.engine.compressed import greedy, make_llm, random_prompts, tokens_of
 from tests.eviction.cases import Case
 from tests.tiny_models import VOCAB, save_tiny_model
 from zipage import LLM
+from zipage.scheduling.planner import plan_step
 from zipage.worker.cuda_graph import StepGraphs, batch_sizes, capture_stream
 from zipage.worker.token_batch import TokenBatch
 
@@ -76,7 +77,8 @@ def test_all_graphs_are_captured_on_one_stream_the_largest_first(tmp_path, fake_
     with torch.inference_mode():
         for _ in range(2):
             assert len(graphs.run(batch)) == 3
-        graphs.run(TokenBatch.concatenate([batch] * 4))
+        more = np.zeros(12, dtype=np.int64)
+        graphs.run(TokenBatch(more, more - 1, more, more - 1, more - 1, more, more))
     assert list(graphs._graphs) == [graphs.most, 4, 16]
     made, captured_on = fake_cuda
     assert len(made) == 1
@@ -126,9 +128,10 @@ def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case, new_pr
         llm.step()
     for prompt in random_prompts(new_prompts, VOCAB, seed=1):
         llm.add_request(prompt, greedy(50))
-    plan = scheduler.schedule()
-    assert len(plan.decodes) == 3
-    assert len(plan.prefills) == len(new_prompts)
+    batch = scheduler.schedule()
+    assert len(batch.decodes) == 3
+    assert len(batch.prefills) == len(new_prompts)
+    plan = plan_step(batch)
     cache = runner.cache
     tensors = [*cache.entry_tensors, *([] if cache.queries is None else [cache.queries])]
     state = [x.clone() for x in tensors]
@@ -139,7 +142,7 @@ def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case, new_pr
             x.copy_(before)
         sizes = run_in_graphs(llm)
         logits = runner.forward(plan)
-    assert sizes == [plan.num_tokens]
+    assert sizes == [batch.num_tokens]
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     for x, once in zip(tensors, computed, strict=True):
         torch.testing.assert_close(x, once, rtol=1e-5, atol=1e-5, equal_nan=True)

@@ -10,7 +10,8 @@ from zipage.eviction.budget import Budget
 from zipage.eviction.rule import EvictionRule
 from zipage.models.loading.loader import load_model
 from zipage.sampling_params import SamplingParams
-from zipage.scheduling.plan import Chunk, Preemption, StepPlan, Swap
+from zipage.scheduling.batch import Batch, Chunk, Preemption, Swap
+from zipage.scheduling.planner import plan_step
 from zipage.scheduling.request import Request
 from zipage.worker.kv_cache import NOWHERE, KVCache
 from zipage.worker.model_runner import ModelRunner
@@ -40,20 +41,24 @@ def runner(loaded):
 
 def make_request(row: int, length: int, blocks: list[int], rule=RULE, query_slot=-1) -> Request:
     request = Request(str(row), TEXT[:length], SamplingParams(temperature=0.0), max_total_tokens=256, rule=rule)
-    request.row, request.block_ids, request.query_slot = row, blocks, query_slot
+    request.number = request.row = row
+    request.query_slot = query_slot
+    request.hold(blocks)
     return request
 
 
-def run(runner: ModelRunner, plan: StepPlan) -> None:
-    """Compute a plan and book it, without the sampled token: the text goes on as `TEXT`."""
-    plan.sampled = plan.decodes + [r for r, n in plan.prefills if r.num_computed + n == r.num_tokens]
+def run(runner: ModelRunner, batch: Batch) -> None:
+    """Compute a batch and book it, without the sampled token: the text goes on as `TEXT`."""
+    batch.sampled = batch.decodes + [r for r, n in batch.prefills if r.num_computed + n == r.num_tokens]
+    batch.entered = [chunk.request for chunk in batch.prefills]
+    plan = plan_step(batch)
     runner.move(plan)
     result = runner.launch(plan).wait()
-    assert len(result.token_ids) == len(plan.sampled)
-    for request, num_tokens in [(r, 1) for r in plan.decodes] + plan.prefills:
+    assert len(result.token_ids) == len(batch.sampled)
+    for request, num_tokens in [(r, 1) for r in batch.decodes] + batch.prefills:
         request.num_computed += num_tokens
         request.cache_len += num_tokens
-    for request in plan.sampled:
+    for request in batch.sampled:
         request.token_ids.append(TEXT[request.num_tokens])
 
 
@@ -84,11 +89,11 @@ def test_positions_and_latest_queries_of_every_token_are_kept(runner, loaded):
     second = make_request(1, 41, [5, 1, 9], query_slot=0)
     without = make_request(2, 9, [12])
     windowless = make_request(3, 9, [13], NO_QUERIES, query_slot=1)
-    run(runner, StepPlan(prefills=[Chunk(first, 23), Chunk(second, 17), Chunk(without, 9), Chunk(windowless, 9)]))
+    run(runner, Batch(prefills=[Chunk(first, 23), Chunk(second, 17), Chunk(without, 9), Chunk(windowless, 9)]))
     check_ring(runner, loaded, first)
-    run(runner, StepPlan(decodes=[first, without, windowless], prefills=[Chunk(second, 2)]))
-    run(runner, StepPlan(decodes=[windowless, first, without], prefills=[Chunk(second, 22)]))
-    run(runner, StepPlan(decodes=[second, first]))
+    run(runner, Batch(decodes=[first, without, windowless], prefills=[Chunk(second, 2)]))
+    run(runner, Batch(decodes=[windowless, first, without], prefills=[Chunk(second, 22)]))
+    run(runner, Batch(decodes=[second, first]))
     for request in (first, second):
         check_ring(runner, loaded, request)
     cache = runner.cache
@@ -102,33 +107,34 @@ def test_positions_and_latest_queries_of_every_token_are_kept(runner, loaded):
 
 def test_logical_positions_go_on_where_slots_do_not(runner):
     request = make_request(0, 40, [3, 8, 4], query_slot=0)
-    run(runner, StepPlan(prefills=[Chunk(request, 40)]))
+    run(runner, Batch(prefills=[Chunk(request, 40)]))
     # As after a compression to one block.
-    request.block_ids, request.cache_len, request.num_table_written = [3, 8], 16, 0
-    run(runner, StepPlan(decodes=[request]))
+    request.hold([3, 8])
+    request.cache_len = 16
+    run(runner, Batch(decodes=[request]))
     assert (runner.cache.positions[:, 8, :, 0] == 40).all()
     assert (runner.cache.positions[:, 8, :, 1] == 17).all()
 
 
 def test_without_a_query_slot_nothing_is_stored(runner):
     request = make_request(0, 20, [3, 8])
-    run(runner, StepPlan(prefills=[Chunk(request, 20)]))
+    run(runner, Batch(prefills=[Chunk(request, 20)]))
     assert runner.cache.queries.isnan().all()
 
 
 def test_copies_take_positions_along(runner):
     request = make_request(0, 20, [3, 8])
-    run(runner, StepPlan(prefills=[Chunk(request, 20)]))
+    run(runner, Batch(prefills=[Chunk(request, 20)]))
     other = make_request(1, 20, [3, 6])
     other.num_computed = other.cache_len = 19
-    run(runner, StepPlan(copies=[(8, 6)], prefills=[Chunk(other, 1)]))
+    run(runner, Batch(copies=[(8, 6)], prefills=[Chunk(other, 1)]))
     assert (runner.cache.positions[:, 6, :, :4] == torch.arange(16, 20)).all()
     torch.testing.assert_close(runner.cache.k[:, 6, :, :4], runner.cache.k[:, 8, :, :4], rtol=1e-4, atol=1e-5)
 
 
 def test_a_plan_without_tokens_computes_nothing(runner):
     request = make_request(0, 40, [3, 8, 4])
-    plan = StepPlan(preempted=[Preemption(request, 40, 3)])
+    plan = plan_step(Batch(preempted=[Preemption(request, 40, 3)]))
     runner.move(plan)
     result = runner.launch(plan).wait()
     assert (result.token_ids, result.logprobs) == ([], None)
@@ -136,16 +142,15 @@ def test_a_plan_without_tokens_computes_nothing(runner):
 
 def test_swaps_move_blocks_and_queries(runner):
     request = make_request(0, 40, [3, 8, 4], query_slot=2)
-    run(runner, StepPlan(prefills=[Chunk(request, 40)]))
+    run(runner, Batch(prefills=[Chunk(request, 40)]))
     cache = runner.cache
     expected = [x[:, [3, 8, 4], :, :8].clone() for x in (cache.k, cache.v)]
     queries = cache.queries[:, 2].clone()
-    runner.move(StepPlan(paused=[Swap(request, [3, 8, 4], 0, 2)]))
-    assert request.host_copy is not None
+    runner.move(plan_step(Batch(paused=[Swap(request, [3, 8, 4], 0, 2)])))
     cache.poison(slice(None))
     cache.poison_queries(2)
-    runner.move(StepPlan(resumed=[Swap(request, [1, 0, 11], 0, 1)]))
-    assert request.host_copy is None
+    runner.move(plan_step(Batch(resumed=[Swap(request, [1, 0, 11], 0, 1)])))
+    assert not runner._host_copies
     for x, before in zip((cache.k, cache.v), expected, strict=True):
         assert torch.equal(x[:, [1, 0, 11], :, :8], before)
     assert torch.equal(cache.queries[:, 1], queries)
@@ -153,10 +158,18 @@ def test_swaps_move_blocks_and_queries(runner):
 
 def test_pauses_come_before_resumptions_into_the_same_blocks(runner):
     one, two = make_request(0, 16, [3]), make_request(1, 15, [8])
-    run(runner, StepPlan(prefills=[Chunk(one, 16), Chunk(two, 15)]))
+    run(runner, Batch(prefills=[Chunk(one, 16), Chunk(two, 15)]))
     keys = runner.cache.k[:, 3].clone(), runner.cache.k[:, 8, :, :15].clone()
-    runner.move(StepPlan(paused=[Swap(one, [3], 0, -1)]))
-    runner.move(StepPlan(paused=[Swap(two, [8], 0, -1)], resumed=[Swap(one, [8], 0, -1)]))
+    runner.move(plan_step(Batch(paused=[Swap(one, [3], 0, -1)])))
+    runner.move(plan_step(Batch(paused=[Swap(two, [8], 0, -1)], resumed=[Swap(one, [8], 0, -1)])))
     assert torch.equal(runner.cache.k[:, 8], keys[0])
-    runner.move(StepPlan(resumed=[Swap(two, [3], 0, -1)]))
+    runner.move(plan_step(Batch(resumed=[Swap(two, [3], 0, -1)])))
     assert torch.equal(runner.cache.k[:, 3, :, :15], keys[1])
+
+
+def test_what_was_saved_is_dropped_by_the_number_of_its_request(runner):
+    one, two = make_request(0, 16, [3]), make_request(1, 15, [8])
+    run(runner, Batch(prefills=[Chunk(one, 16), Chunk(two, 15)]))
+    runner.move(plan_step(Batch(paused=[Swap(one, [3], 0, -1), Swap(two, [8], 0, -1)])))
+    runner.move(plan_step(Batch(), drops=[one.number]))
+    assert runner._host_copies.keys() == {two.number}

@@ -1,3 +1,6 @@
+from array import array
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -5,22 +8,45 @@ from scipy.stats import chisquare, kstest
 
 from zipage.counters import uniform_rows as uniform
 from zipage.sampling_params import SamplingParams
-from zipage.scheduling.request import Request
+from zipage.scheduling.plan import RowStart
 from zipage.worker.sampler import Sampler
 
 VOCAB = 50
 
 
-def requests_of(*params: SamplingParams, prompt=(1, 2, 3), seed=7) -> list[Request]:
-    requests = [Request(str(i), list(prompt), p, seed=seed + i, max_total_tokens=100) for i, p in enumerate(params)]
-    for row, request in enumerate(requests):
-        request.row = row
-    return requests
+@dataclass
+class Row:
+    """A request in a row of the batch, and its text."""
+
+    start: RowStart
+    token_ids: array
+
+
+def rows_of(*params: SamplingParams, prompt=(1, 2, 3), seed=7, **options) -> list[Row]:
+    """Requests of one prompt in the rows from 0 on."""
+    text = array("i", prompt)
+    starts = [
+        RowStart(row, p, len(prompt), seed=seed + row, token_ids=text if p.needs_history else None, **options)
+        for row, p in enumerate(params)
+    ]
+    return [Row(start, text[:]) for start in starts]
+
+
+def begun(sampler: Sampler, *params: SamplingParams, **options) -> list[Row]:
+    rows = rows_of(*params, **options)
+    for row in rows:
+        sampler.begin(row.start)
+    return rows
+
+
+def next_tokens(sampler: Sampler, logits: torch.Tensor, rows: list[Row]):
+    numbers = [(row.start.row, len(row.token_ids), row.token_ids[-1]) for row in rows]
+    return sampler.sample(logits, *np.array(numbers, dtype=np.int64).T)
 
 
 def sample(logits, *params, **options):
     sampler = Sampler(len(params), logits.shape[1], logits.device)
-    return sampler.sample(logits, requests_of(*params, **options))
+    return next_tokens(sampler, logits, begun(sampler, *params, **options))
 
 
 def draws(logits: torch.Tensor, params: SamplingParams, count: int) -> np.ndarray:
@@ -96,8 +122,7 @@ def test_a_seed_gives_the_same_token_in_any_batch_and_row():
     params = SamplingParams(temperature=1.0)
     batch, _ = sample(logits, *[params] * 6)
     for i in range(6):
-        alone = requests_of(params, seed=7 + i)
-        token, _ = Sampler(1, VOCAB, logits.device).sample(logits[i : i + 1], alone)
+        token, _ = sample(logits[i : i + 1], params, seed=7 + i)
         assert token.item() == batch[i].item()
 
 
@@ -160,13 +185,12 @@ def test_logits_of_any_float_type_are_read_as_their_float32_values(temperature):
 def test_samples_and_steps_draw_differently():
     logits = torch.zeros(1, 10_000)
     sampler = Sampler(1, 10_000, logits.device)
-    request = requests_of(SamplingParams())[0]
     tokens = set()
     for index in range(5):
-        request.index = index
+        (row,) = begun(sampler, SamplingParams(), index=index)
         for _ in range(5):
-            tokens.add(sampler.sample(logits, [request])[0].item())
-            request.token_ids.append(0)
+            tokens.add(next_tokens(sampler, logits, [row])[0].item())
+            row.token_ids.append(0)
     assert len(tokens) == 25
 
 
@@ -189,15 +213,14 @@ def test_repetition_penalty_as_transformers_defines_it():
     prompt = [3, 4, 5, 6]
     params = [SamplingParams(temperature=0, repetition_penalty=1e6), SamplingParams(temperature=0)]
     sampler = Sampler(2, VOCAB, logits.device)
-    requests = requests_of(*params, prompt=prompt)
+    rows = begun(sampler, *params, prompt=prompt)
     for _ in range(20):
-        ids = torch.tensor([requests[0].token_ids])
+        ids = torch.tensor([rows[0].token_ids])
         expected = RepetitionPenaltyLogitsProcessor(1e6)(ids, logits[:1].clone()).argmax(-1).item()
-        tokens, _ = sampler.sample(logits, requests)
+        tokens, _ = next_tokens(sampler, logits, rows)
         assert tokens.tolist() == [expected, logits[1].argmax().item()]
-        for request, token in zip(requests, tokens.tolist()):
-            request.token_ids.append(token)
-    assert len(set(requests[0].token_ids)) == len(prompt) + 20, "no token came twice"
+        advance(rows, tokens)
+    assert len(set(rows[0].token_ids)) == len(prompt) + 20, "no token came twice"
 
 
 def test_repetition_record_starts_anew_with_each_request_of_a_row():
@@ -205,13 +228,13 @@ def test_repetition_record_starts_anew_with_each_request_of_a_row():
     logits[0, 3], logits[0, 4] = 2.0, 1.0
     sampler = Sampler(1, VOCAB, logits.device)
     params = SamplingParams(temperature=0, repetition_penalty=10.0)
-    assert sampler.sample(logits, requests_of(params, prompt=[3]))[0].item() == 4
-    assert sampler.sample(logits, requests_of(params, prompt=[4]))[0].item() == 3
+    assert next_tokens(sampler, logits, begun(sampler, params, prompt=[3]))[0].item() == 4
+    assert next_tokens(sampler, logits, begun(sampler, params, prompt=[4]))[0].item() == 3
 
 
-def advance(requests, tokens) -> None:
-    for request, token in zip(requests, tokens.tolist(), strict=True):
-        request.token_ids.append(token)
+def advance(rows, tokens) -> None:
+    for row, token in zip(rows, tokens.tolist(), strict=True):
+        row.token_ids.append(token)
 
 
 def test_presence_and_frequency_penalty_count_the_output_alone():
@@ -221,17 +244,17 @@ def test_presence_and_frequency_penalty_count_the_output_alone():
     options = [(0.8, 0.3), (-0.5, 0.0), (0.0, 0.0)]
     params = [SamplingParams(temperature=0, presence_penalty=p, frequency_penalty=f) for p, f in options]
     sampler = Sampler(3, VOCAB, logits.device)
-    requests = requests_of(*params, prompt=raw[0].topk(3).indices.tolist())
+    rows = begun(sampler, *params, prompt=raw[0].topk(3).indices.tolist())
     for _ in range(30):
         expected = []
         for row, (presence, frequency) in enumerate(options):
-            counts = torch.bincount(torch.tensor(requests[row].token_ids[3:], dtype=torch.long), minlength=VOCAB)
+            counts = torch.bincount(torch.tensor(rows[row].token_ids[3:], dtype=torch.long), minlength=VOCAB)
             expected.append((raw[row] - presence * (counts > 0) - frequency * counts).argmax().item())
-        tokens, _ = sampler.sample(logits, requests)
+        tokens, _ = next_tokens(sampler, logits, rows)
         assert tokens.tolist() == expected
-        advance(requests, tokens)
+        advance(rows, tokens)
     assert torch.equal(logits, raw), "the caller's logits are left as they are"
-    assert len(set(requests[0].token_ids[3:])) > 5 > len(set(requests[1].token_ids[3:]))
+    assert len(set(rows[0].token_ids[3:])) > 5 > len(set(rows[1].token_ids[3:]))
 
 
 def test_min_tokens_and_biases_as_transformers_defines_them():
@@ -240,18 +263,17 @@ def test_min_tokens_and_biases_as_transformers_defines_them():
     logits = torch.randn(1, VOCAB)
     best = logits[0].topk(4).indices.tolist()
     params = SamplingParams(temperature=0, min_tokens=5, logit_bias={best[2]: 1.5, best[3]: -3.0})
-    (request,) = requests_of(params)
-    request.stop_ids = frozenset(best[:2])
     sampler = Sampler(1, VOCAB, logits.device)
+    (row,) = begun(sampler, params, stop_ids=frozenset(best[:2]))
     min_new = MinNewTokensLengthLogitsProcessor(3, 5, best[:2], device="cpu")
     bias = SequenceBiasLogitsProcessor([[[token], value] for token, value in params.logit_bias.items()])
     for step in range(8):
-        ids = torch.tensor([request.token_ids.tolist()])
+        ids = torch.tensor([row.token_ids.tolist()])
         expected = bias(ids, min_new(ids, logits.clone())).argmax().item()
-        tokens, _ = sampler.sample(logits, [request])
+        tokens, _ = next_tokens(sampler, logits, [row])
         assert tokens.item() == expected
         assert (expected in best[:2]) <= (step >= 5)
-        advance([request], tokens)
+        advance([row], tokens)
 
 
 def test_bad_words_as_transformers_defines_them():
@@ -259,21 +281,20 @@ def test_bad_words_as_transformers_defines_them():
 
     logits = torch.randn(1, VOCAB)
     best = logits[0].topk(3).indices.tolist()
-    (request,) = requests_of(
-        SamplingParams(temperature=0, bad_words=["told apart by their tokens"]), prompt=[49, best[0]]
-    )
-    request.bad_words = [[best[0], best[0]], [best[1]]]
-    processor = NoBadWordsLogitsProcessor(request.bad_words)
+    bad_words = [[best[0], best[0]], [best[1]]]
+    processor = NoBadWordsLogitsProcessor(bad_words)
     sampler = Sampler(1, VOCAB, logits.device)
+    params = SamplingParams(temperature=0, bad_words=["told apart by their tokens"])
+    (row,) = begun(sampler, params, prompt=[49, best[0]], bad_words=bad_words)
     # The prompt's end is no beginning of a bad word here, as in vLLM; transformers would count it.
-    assert sampler.sample(logits, [request])[0].item() == best[0]
-    request.token_ids.append(best[0])
+    assert next_tokens(sampler, logits, [row])[0].item() == best[0]
+    row.token_ids.append(best[0])
     for _ in range(6):
-        ids = torch.tensor([request.token_ids.tolist()])
-        tokens, _ = sampler.sample(logits, [request])
+        ids = torch.tensor([row.token_ids.tolist()])
+        tokens, _ = next_tokens(sampler, logits, [row])
         assert tokens.item() == processor(ids, logits.clone()).argmax().item()
-        advance([request], tokens)
-    assert set(request.token_ids[3:]) == {best[0], best[2]}
+        advance([row], tokens)
+    assert set(row.token_ids[3:]) == {best[0], best[2]}
 
 
 def test_log_probabilities_are_of_the_raw_logits_whatever_is_edited():
@@ -287,3 +308,12 @@ def test_log_probabilities_are_of_the_raw_logits_whatever_is_edited():
     top = expected.topk(3)
     torch.testing.assert_close(logprobs.top, top.values)
     assert torch.equal(logprobs.top_ids, top.indices)
+
+
+def test_a_text_of_which_tokens_are_missing_is_an_error():
+    logits = torch.zeros(1, VOCAB)
+    sampler = Sampler(1, VOCAB, logits.device)
+    (row,) = begun(sampler, SamplingParams(presence_penalty=1.0))
+    row.token_ids.extend([4, 5])
+    with pytest.raises(RuntimeError, match="4 tokens are known of a text of 5"):
+        next_tokens(sampler, logits, [row])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +15,9 @@ from zipage.engine.interrupts import deferred_interrupts
 from zipage.engine.request_metrics import request_metrics
 from zipage.engine.telemetry import Telemetry
 from zipage.outputs import FinishReason, Logprob
+from zipage.scheduling.batch import Batch
 from zipage.scheduling.plan import StepPlan
+from zipage.scheduling.planner import plan_compression, plan_step
 from zipage.scheduling.request import Request
 from zipage.scheduling.scheduler import Scheduler
 from zipage.stats import RequestMetrics
@@ -53,7 +55,7 @@ class TokenDelta(NamedTuple):
 class _UnderWay:
     """A step that was launched at `begin` (host clock) and not booked yet."""
 
-    plan: StepPlan
+    batch: Batch
     launch: Launch
     begin: float
 
@@ -113,7 +115,7 @@ class EngineCore:
         return self._take_deltas()
 
     def stop(self, request_id: str, index: int) -> RequestMetrics:
-        """End a sample in whose text a stop string was seen."""
+        """End a sample in whose text a stop string was seen, or which has none."""
         request = next(r for r in self._samples[request_id] if r.index == index)
         self.scheduler.finish([request], "stop", time.perf_counter())
         self._forget(request)
@@ -173,7 +175,7 @@ class EngineCore:
 
         What was booked is returned before more is planned, so that a stop string in it ends its request in time.
         """
-        if self._under_way and not self._may_overlap(self._under_way.plan):
+        if self._under_way and not self._may_overlap(self._under_way.batch):
             self._end_step()
             if self._deltas:
                 self._drain()
@@ -181,37 +183,47 @@ class EngineCore:
         if not self.scheduler.has_unfinished:
             return self._take_deltas()
         begin = time.perf_counter()
-        plan = self._plan(begin)
-        if plan is not None and not plan.is_empty:
-            self.runner.move(plan)
-            self.telemetry.record_moves(plan)
+        batch = self._schedule(begin)
+        if batch is not None and not batch.is_empty:
+            plan = plan_step(batch, self.scheduler.take_dropped())
+            lost = self.runner.move(plan)
+            self.telemetry.record_moves(batch)
+            if lost:
+                self._end_lost(batch, lost)
             if self.debug:
-                self.debug.before(plan)
+                self.debug.before(batch)
             launch = self.runner.launch(plan)
-            self.scheduler.advance(plan)
+            self.scheduler.advance(batch)
             self._compress()
             if self._under_way:
                 self._end_step()
-            self._under_way = _UnderWay(plan, launch, begin)
+            self._under_way = _UnderWay(batch, launch, begin)
             if not self.overlaps:
                 self._end_step()
         self._drain()
         return self._take_deltas()
 
-    def _may_overlap(self, plan: StepPlan) -> bool:
-        """Whether the next step may be launched before the host knows this one's tokens."""
-        return not any(request.params.needs_history for request in plan.sampled)
+    def _end_lost(self, batch: Batch, lost: Mapping[int, str]) -> None:
+        """End the requests whose entries were lost on the way to host memory or back; `lost`: number -> why."""
+        moved = {swap.request.number: swap.request for swap in (*batch.paused, *batch.resumed)}
+        for number, error in lost.items():
+            self.scheduler.fail(moved[number], error, time.perf_counter())
+        self._end([moved[number] for number in lost])
 
-    def _plan(self, now: float) -> StepPlan | None:
-        """Complete compressions that are done, then plan a step; waits for the step and the compressions under way
+    def _may_overlap(self, batch: Batch) -> bool:
+        """Whether the next step may be launched before the host knows this one's tokens."""
+        return not any(request.sampling_params.needs_history for request in batch.sampled)
+
+    def _schedule(self, now: float) -> Batch | None:
+        """Complete compressions that are done, then schedule a step; waits for the step and the compressions under way
         where nothing else can run. None where nothing is left to do, or deltas came that may end a request.
         """
         scheduler = self.scheduler
         self._complete(self.compressor.poll())
         while True:
-            plan = scheduler.schedule(now)
-            if not plan.is_empty:
-                return plan
+            batch = scheduler.schedule(now)
+            if not batch.is_empty:
+                return batch
             if not scheduler.has_unfinished:
                 return None
             if self._under_way:
@@ -230,19 +242,19 @@ class EngineCore:
         step, self._under_way = self._under_way, None
         result = step.launch.wait()
         now = time.perf_counter()
-        num_tokens = self._book(step.plan, result, now)
+        num_tokens = self._book(step.batch, result, now)
         if self.debug:
             self.debug.after()
         # With the next step launched already, this one's time is what has passed since the one before it ended.
         begin = max(step.begin, self._step_ended)
-        self.telemetry.record_step(step.plan, num_tokens, begin, result.device_time)
+        self.telemetry.record_step(step.batch, num_tokens, begin, result.device_time)
         self._step_ended = time.perf_counter()
 
     def _compress(self) -> None:
         """Begin the compressions that are due. Synchronous ones are in place for whatever is launched after them."""
-        orders = self.scheduler.order_compressions()
-        if orders:
-            self.compressor.submit(orders)
+        compressions = self.scheduler.order_compressions()
+        if compressions:
+            self.compressor.submit([plan_compression(compression) for compression in compressions])
             if not self._async_compression:
                 self._complete(self.compressor.poll(wait=True))
 
@@ -252,6 +264,7 @@ class EngineCore:
             if self._under_way:
                 self._end_step()
             self._complete(self.compressor.poll(wait=True))
+            self.runner.move(StepPlan(drops=self.scheduler.take_dropped()))
             self.compressor.ranks.poll(wait=True)
 
     def _complete(self, results: Sequence[CompressionResult]) -> None:
@@ -262,15 +275,15 @@ class EngineCore:
             done = self.scheduler.complete(result.order.number, result.kept_pages)
             self.telemetry.record_compression(done, result.seconds, result.kept_positions)
 
-    def _book(self, plan: StepPlan, result: StepResult, now: float) -> int:
+    def _book(self, batch: Batch, result: StepResult, now: float) -> int:
         """Returns how many tokens came of the step: those of requests that had ended before it are dropped."""
         tokens = result.token_ids
-        sampled = [r for r, token in zip(plan.sampled, tokens, strict=True) if r.finish_reason is None and token >= 0]
+        sampled = [r for r, token in zip(batch.sampled, tokens, strict=True) if r.finish_reason is None and token >= 0]
         if result.logprobs is not None:
-            for row, (request, token) in enumerate(zip(plan.sampled, tokens, strict=True)):
+            for row, (request, token) in enumerate(zip(batch.sampled, tokens, strict=True)):
                 if request.logprobs is not None and request.finish_reason is None and token >= 0:
-                    request.logprobs.append(_logprobs(result.logprobs, row, token, request.params.logprobs))
-        finished = self.scheduler.update(plan, tokens, now)
+                    request.logprobs.append(_logprobs(result.logprobs, row, token, request.sampling_params.logprobs))
+        finished = self.scheduler.update(batch, tokens, now)
         for request in sampled:
             if request.follow and request.finish_reason is None:
                 self._deltas.append(TokenDelta(request.request_id, request.index, *request.take_new()))
@@ -279,7 +292,7 @@ class EngineCore:
 
     # Deltas
 
-    def _end(self, finished: Sequence[Request]) -> None:
+    def _end(self, finished: Iterable[Request]) -> None:
         """The last deltas of requests that have ended."""
         for request in finished:
             tokens, logprobs = request.take_new()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 
-from zipage.scheduling.plan import StepPlan
+from zipage.scheduling.batch import Batch
 from zipage.scheduling.scheduler import Scheduler
 from zipage.worker.kv_cache import KVCache
 
@@ -22,10 +22,10 @@ class DebugChecks:
         cache.poison(slice(None))
         cache.poison_queries(slice(None))
 
-    def before(self, plan: StepPlan) -> None:
-        """Poison what the planned requests own but have not written. Blocks were moved as the plan demands."""
+    def before(self, batch: Batch) -> None:
+        """Poison what the requests of a step own but have not written. Blocks were moved as the step demands."""
         size = self._cache.block_size
-        for request in chain(plan.decodes, (chunk.request for chunk in plan.prefills)):
+        for request in chain(batch.decodes, (chunk.request for chunk in batch.prefills)):
             if request.query_slot >= 0 and request.queries_from == request.num_computed:
                 self._cache.poison_queries(request.query_slot)
             first, offset = divmod(request.cache_len, size)

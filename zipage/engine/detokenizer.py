@@ -27,7 +27,7 @@ class Detokenizer:
         stop: stop strings; the text ends before the first one that appears.
         skip_special_tokens: leave special tokens out of the text.
         include_stop: the text ends behind the stop string instead.
-        min_tokens: a stop string that is complete within so many tokens is none.
+        min_tokens: a stop string that is complete within this many tokens does not count.
 
     Attributes:
         stop_reason: the stop string that appeared, or None.

@@ -14,6 +14,7 @@ from zipage.config import EngineConfig
 from zipage.eviction import registry
 from zipage.eviction.policy import Policy
 from zipage.eviction.rule import EvictionRule
+from zipage.models.loading.tokenizer import is_tokenizer_error
 from zipage.outputs import FinishReason
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.request import Request
@@ -217,10 +218,12 @@ class InputProcessor:
             token_ids = self.tokenizer.encode(prompt, **options)
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"the prompt's character {error.start} is {prompt[error.start]!r}, a lone surrogate, which is no text: "
-                "leave it out, or decode the bytes that it came from anew"
+                f"the prompt's character {error.start} is {prompt[error.start]!r}, a lone surrogate: "
+                "leave it out, or decode its source bytes again"
             ) from error
-        except Exception as error:  # tokenizers raises bare Exception
+        except BaseException as error:
+            if not is_tokenizer_error(error):
+                raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"the tokenizer cannot encode the prompt ({reason})") from error
         bad = next((token for token in token_ids if token >= self._vocab_size), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -11,9 +12,12 @@ from transformers import PreTrainedTokenizerFast
 
 from zipage.engine.core import TokenDelta
 from zipage.engine.detokenizer import Detokenizer, decode
+from zipage.models.loading.tokenizer import is_tokenizer_error
 from zipage.outputs import CompletionOutput, Logprob, RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams
 from zipage.stats import EngineStats, RequestMetrics, combine_metrics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -128,34 +132,51 @@ class OutputProcessor:
         """Take what a step did.
 
         Args:
-            stop: ends a sample in whose text a stop string appeared, by request id and index; gives its metrics.
+            stop: ends a sample in whose text a stop string appeared, or whose tokens the tokenizer can't spell, by
+                request id and index; gives its metrics.
         """
         for delta in deltas:
             prompt = self._prompts[delta.request_id]
             sample = prompt.samples[delta.index]
             output = sample.output
             if output.finish_reason is None:
-                self._take(prompt.params, sample, delta)
-                found = self._find_stop(prompt.params, sample, delta)
-                if found is not None:
-                    output.stop_reason = found
-                    if output.finish_reason is None:
-                        output.metrics = stop(delta.request_id, delta.index)
-                    output.finish_reason = "stop"
+                self._take(output, delta)
+                try:
+                    self._read(prompt.params, sample, delta)
+                except BaseException as error:
+                    if not is_tokenizer_error(error):
+                        raise
+                    logger.exception("the tokens of %r cannot be spelled", delta.request_id)
+                    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                    output.error = f"its tokens cannot be spelled: {reason}"
+                    output.finish_reason = "error"
+                    output.text = "" if sample.detokenizer is None else sample.detokenizer.text
+                if output.finish_reason is not None and delta.finish_reason is None:
+                    output.metrics = stop(delta.request_id, delta.index)
                 self._report(prompt, sample, delta)
 
-    def _take(self, params: SamplingParams, sample: _Sample, delta: TokenDelta) -> None:
-        output = sample.output
+    @staticmethod
+    def _take(output: CompletionOutput, delta: TokenDelta) -> None:
         output.token_ids += delta.token_ids
         if delta.logprobs is not None:
-            if self._has_text(params):
-                self._spell(delta.logprobs)
             output.logprobs += delta.logprobs
         if delta.finish_reason is not None:
             output.finish_reason = delta.finish_reason
             output.stop_reason = delta.stop_reason
             output.error = delta.error
             output.metrics = delta.metrics
+
+    def _read(self, params: SamplingParams, sample: _Sample, delta: TokenDelta) -> None:
+        """What a delta's tokens spell; the sample ends where that is a stop string."""
+        output = sample.output
+        if delta.logprobs is not None and self._has_text(params):
+            self._spell(delta.logprobs)
+        found = self._find_stop(params, sample, delta)
+        if found is not None:
+            output.stop_reason = found
+            output.finish_reason = "stop"
+        if output.finish_reason is not None:
+            output.text = self._text(params, sample)
 
     def _spell(self, logprobs: list[dict[int, Logprob]]) -> None:
         for of_token in logprobs:
@@ -176,8 +197,6 @@ class OutputProcessor:
         """Send the sample's event; complete the prompt with its last sample."""
         output, detokenizer = sample.output, sample.detokenizer
         is_finished = output.finish_reason is not None
-        if is_finished:
-            output.text = self._text(prompt.params, sample)
         if prompt.events is not None:
             text = "" if detokenizer is None else detokenizer.take(is_finished)
             token_id = delta.token_ids[-1] if delta.token_ids else None

@@ -17,7 +17,7 @@ def request_metrics(request: Request) -> RequestMetrics:
         cached_tokens=request.cached_tokens,
         preemptions=request.num_preemptions,
         pauses=request.num_pauses,
-        compressions=request.rounds,
+        compressions=request.num_compressions,
         peak_blocks=request.peak_blocks,
         query_slot=request.has_held_slot,
     )

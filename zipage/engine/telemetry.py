@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from zipage.scheduling.compression_order import Compressed
-from zipage.scheduling.plan import StepPlan
+from zipage.scheduling.batch import Batch
+from zipage.scheduling.compression import Compressed
 from zipage.scheduling.request import Request
 from zipage.scheduling.scheduler import Scheduler
 from zipage.stats import EngineStats, EventStats, StepStats
@@ -41,7 +41,7 @@ class Telemetry:
         self.step_listeners: list[Callable[[StepStats], None]] = []
         self.event_listeners: list[Callable[[EventStats], None]] = []
 
-    def record_step(self, plan: StepPlan, num_tokens: int, begin: float, device_time: float) -> None:
+    def record_step(self, batch: Batch, num_tokens: int, begin: float, device_time: float) -> None:
         """A step of `num_tokens` new tokens that began at `begin` (host clock) and has just ended."""
         scheduler, counters = self._scheduler, self.counters
         end = time.perf_counter()
@@ -50,15 +50,15 @@ class Telemetry:
         step = StepStats(
             step=counters.steps,
             time=end,
-            num_decode=len(plan.decodes),
-            num_prefill=len(plan.prefills),
-            prefill_tokens=sum(chunk.num_tokens for chunk in plan.prefills),
-            num_preempted=len(plan.preempted),
-            num_paused=len(plan.paused),
-            num_resumed=len(plan.resumed),
+            num_decode=len(batch.decodes),
+            num_prefill=len(batch.prefills),
+            prefill_tokens=sum(chunk.num_tokens for chunk in batch.prefills),
+            num_preempted=len(batch.preempted),
+            num_paused=len(batch.paused),
+            num_resumed=len(batch.resumed),
             num_compressed=num_applied - self._num_applied,
             num_compressing=len(scheduler.compressions.in_flight),
-            num_stalled=plan.num_stalled,
+            num_stalled=batch.num_stalled,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             query_slots_used=scheduler.slots.num_used,
@@ -72,18 +72,18 @@ class Telemetry:
         self._num_applied = num_applied
         counters.steps += 1
         counters.output_tokens += num_tokens
-        counters.preemptions += len(plan.preempted)
+        counters.preemptions += len(batch.preempted)
         counters.host_time += step.host_time
         counters.device_time += device_time
         self._undelivered.append((self.step_listeners, step))
 
-    def record_moves(self, plan: StepPlan) -> None:
-        """The preemptions, pauses and resumptions of a plan."""
-        for request, num_entries, num_blocks in plan.preempted:
+    def record_moves(self, batch: Batch) -> None:
+        """The preemptions, pauses and resumptions of a batch."""
+        for request, num_entries, num_blocks in batch.preempted:
             self._tell("preempt", request, (num_entries, 0), (num_blocks, 0))
-        for request, block_ids, _, _ in plan.paused:
+        for request, block_ids, _, _ in batch.paused:
             self._tell("pause", request, (request.cache_len, request.cache_len), (len(block_ids), 0))
-        for request, block_ids, _, _ in plan.resumed:
+        for request, block_ids, _, _ in batch.resumed:
             self._tell("resume", request, (request.cache_len, request.cache_len), (0, len(block_ids)))
 
     def record_compression(self, done: Compressed, seconds: float, kept_positions: np.ndarray | None) -> None:
@@ -120,7 +120,7 @@ class Telemetry:
             entries_after=entries[1],
             blocks_before=blocks[0],
             blocks_after=blocks[1],
-            **{"round": request.rounds} | details,
+            **{"round": request.num_compressions} | details,
         )
         self._undelivered.append((self.event_listeners, event))
 

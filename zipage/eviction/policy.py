@@ -111,10 +111,11 @@ class Policy(ABC):
         Raises:
             ValueError: `rank` returned anything but what it must, or a policy with `state` stored none.
         """
+        valid = event.valid
         scores = event.check_scores(self.rank(event), f"{self.name}: rank must return").float().expand(event.shape)
         if self.state and event.new_state is None:
             raise ValueError(f"{self.name}: has state, so rank must hand the new one to event.store")
-        return torch.where(event.valid, scores, float("-inf"))
+        return torch.where(valid, scores, float("-inf"))
 
     def check(self, *, block_size: int, recent: int) -> None:
         """Check the policy against a run's sizes.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from zipage.checks import closest, shown
+from zipage.eviction.fault import named
 
 if TYPE_CHECKING:
     from zipage.eviction.policy import Policy
@@ -58,11 +59,8 @@ def find(name: str) -> type[Policy]:
     module, _, attribute = place.partition(":")
     if not attribute:
         raise ValueError(_unknown(name))
-    try:
+    with named(name, "loaded"):
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # Whatever the module does when it is imported.
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"policy {shown(name)} cannot be loaded: {reason}") from error
     from zipage.eviction.policy import Policy
 
     is_policy = isinstance(found, type) and issubclass(found, Policy) and not inspect.isabstract(found)
@@ -88,4 +86,6 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Policy:
     Raises:
         ValueError: policy or option unknown (the message names the closest), or a value is outside its range.
     """
-    return find(name).from_options(options or {})
+    policy = find(name)
+    with named(name, "built"):
+        return policy.from_options(options or {})

@@ -37,7 +37,7 @@ class AttentionSpec:
         for name in ("num_heads", "num_kv_heads", "head_dim"):
             check_size(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}")
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: must be even")
         if self.window is not None:

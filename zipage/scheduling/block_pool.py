@@ -45,7 +45,7 @@ class BlockPool:
         return len(self._index)
 
     def unindexed_free_blocks(self) -> list[int]:
-        """Free blocks whose contents nobody can ever read."""
+        """Free blocks whose contents are never read again."""
         return [block for block in self._free if self._keys[block] is None]
 
     def allocate(self, num_new: int, shared: Sequence[int] = (), reserve: int = 0) -> list[int] | None:

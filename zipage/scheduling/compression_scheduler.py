@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 
 from zipage.scheduling.block_pool import BlockPool
-from zipage.scheduling.compression_order import Compressed, CompressionOrder, num_fresh_blocks
+from zipage.scheduling.compression import Compressed, Compression, num_fresh_blocks
 from zipage.scheduling.query_slots import has_window
 from zipage.scheduling.request import Request, Status
 from zipage.scheduling.triggers import Trigger
@@ -30,20 +30,20 @@ class CompressionScheduler:
     def __init__(self, pool: BlockPool, trigger: Trigger) -> None:
         self.pool = pool
         self.trigger = trigger
-        self.in_flight: dict[int, CompressionOrder] = {}
+        self.in_flight: dict[int, Compression] = {}
         self.num_ordered = self.num_applied = self.num_failed = 0
         self.entries_evicted = self.entries_kept = 0
         self.blocks_returned = 0
         self.num_bound = 0
         self._numbers = count()
 
-    def order(self, running: Sequence[Request], num_short: Callable[[], int]) -> list[CompressionOrder]:
-        """Take whom the trigger chooses out of the batch; arguments as in `Trigger.choose`."""
+    def order(self, running: Sequence[Request], num_short: Callable[[], int]) -> list[Compression]:
+        """Take the requests that the trigger chooses out of the batch; arguments as in `Trigger.choose`."""
         chosen = self.trigger.choose(running, self.in_flight.values(), num_short)
-        orders = [self._order(request) for request in chosen]
-        return [order for order in orders if order is not None]
+        begun = [self._order(request) for request in chosen]
+        return [compression for compression in begun if compression is not None]
 
-    def _order(self, request: Request) -> CompressionOrder | None:
+    def _order(self, request: Request) -> Compression | None:
         """None where the pool lacks the fresh blocks."""
         if not has_window(request):
             raise RuntimeError(f"{request}: due for a compression without the queries of its window")
@@ -62,59 +62,53 @@ class CompressionScheduler:
                     new_ids[place] = taken.pop(0)
                 else:
                     pool.forget(block)
-        request.note_blocks(len(fresh))
-        order = CompressionOrder(next(self._numbers), request, request.block_ids, new_ids, fresh)
-        request.status = Status.COMPRESSING
-        self.in_flight[order.number] = order
+        request.note_fresh(len(fresh))
+        compression = Compression(next(self._numbers), request, request.block_ids, new_ids, fresh)
+        self.in_flight[compression.number] = compression
         self.num_ordered += 1
-        return order
+        return compression
 
     def complete(self, number: int, kept_blocks: Sequence[int] | None = None) -> Compressed:
-        """Book a compression whose survivors lie where they shall, and put the request back into the batch.
+        """Book a compression whose survivors lie where they shall; its request may go on with what is returned.
 
         Args:
             number: of the order.
-            kept_blocks: places in `order.block_ids` that stay, ascending, where whole blocks are dropped.
+            kept_blocks: places in its `block_ids` that stay, ascending, where whole blocks are dropped.
 
         Raises:
-            RuntimeError: the order is not in flight.
+            RuntimeError: it is not in flight.
         """
-        order = self._take(number)
-        request, rule = order.request, order.request.rule
-        new_ids = order.new_ids
+        compression = self._take(number)
+        request, rule = compression.request, compression.request.rule
+        new_ids = compression.new_ids
         if rule.drops_blocks:
             if kept_blocks is None or len(kept_blocks) != rule.max_blocks - 1:
                 raise RuntimeError(f"{request}: {kept_blocks} blocks kept, {rule.max_blocks - 1} wanted")
-            new_ids = [order.block_ids[place] for place in kept_blocks]
+            new_ids = [compression.block_ids[place] for place in kept_blocks]
         staying = set(new_ids)
-        self.pool.free([block for block in order.block_ids if block not in staying])
-        done = Compressed(request, request.rounds, request.cache_len, rule.keep, len(order.block_ids), len(new_ids))
+        self.pool.free([block for block in compression.block_ids if block not in staying])
+        lens, sizes = (request.cache_len, rule.keep), (len(compression.block_ids), len(new_ids))
+        done = Compressed(request, request.num_compressions, *lens, *sizes, new_ids)
         self.num_applied += 1
         self.num_bound += done.round == 0
         self.entries_evicted += done.entries_before - done.entries_after
         self.entries_kept += done.entries_after
         self.blocks_returned += done.blocks_before - done.blocks_after
-        request.block_ids = new_ids
-        request.num_table_written = 0
-        request.cache_len = rule.keep
-        request.rounds += 1
-        del request.prefix_ids[rule.pinned_blocks :]
-        request.status = Status.RUNNING
+        request.num_compressions += 1
         return done
 
     def fail(self, number: int) -> Request:
         """Book a compression that came to nothing. The request has the blocks it had, whatever they hold by now."""
-        order = self._take(number)
-        self.pool.free(order.fresh)
+        compression = self._take(number)
+        self.pool.free(compression.fresh)
         self.num_failed += 1
-        order.request.status = Status.RUNNING
-        return order.request
+        return compression.request
 
-    def _take(self, number: int) -> CompressionOrder:
-        order = self.in_flight.pop(number, None)
-        if order is None:
+    def _take(self, number: int) -> Compression:
+        compression = self.in_flight.pop(number, None)
+        if compression is None:
             raise RuntimeError(f"compression {number} has ended, and it is not under way")
-        return order
+        return compression
 
     def check_integrity(self) -> None:
         """Check what is in flight (for tests and debug runs).
@@ -127,10 +121,10 @@ class CompressionScheduler:
                 f"{self.num_ordered} compressions ordered, {self.num_applied} applied, {self.num_failed} failed, "
                 f"{len(self.in_flight)} in flight"
             )
-        for order in self.in_flight.values():
-            request = order.request
-            if request.status is not Status.COMPRESSING or request.block_ids is not order.block_ids:
+        for compression in self.in_flight.values():
+            request = compression.request
+            if request.status is not Status.COMPRESSING or request.block_ids is not compression.block_ids:
                 raise RuntimeError(f"{request}: changed while it was being compressed")
-            written = order.new_ids[request.rule.pinned_blocks :]
+            written = compression.new_ids[request.rule.pinned_blocks :]
             if any(self.pool.ref_counts[block] != 1 or self.pool.is_indexed(block) for block in written):
                 raise RuntimeError(f"{request}: a compression writes to a block that others can see")

@@ -14,7 +14,7 @@ def check_requests(running: Sequence[Request], compressions: CompressionSchedule
     Raises:
         RuntimeError: an invariant is broken; the message says which.
     """
-    fresh = [order.fresh for order in compressions.in_flight.values()]
+    fresh = [compression.fresh for compression in compressions.in_flight.values()]
     compressions.pool.check_integrity([request.block_ids for request in running] + fresh)
     compressions.check_integrity()
     for request in running:
@@ -29,7 +29,7 @@ def _check_request(request: Request, compressions: CompressionScheduler) -> None
     num_expected = request.num_tokens + (request.finish_reason is not None)  # it may end a step late
     if not request.cache_len <= request.num_computed < num_expected:
         raise RuntimeError(f"{request}: its lengths are out of order")
-    if (request.cache_len < request.num_computed) != (request.rounds > 0):
+    if (request.cache_len < request.num_computed) != (request.num_compressions > 0):
         raise RuntimeError(f"{request}: entries were lost")
     writable = request.block_ids[request.cache_len // size :]
     if any(pool.ref_counts[block] != 1 for block in writable):
@@ -39,6 +39,6 @@ def _check_request(request: Request, compressions: CompressionScheduler) -> None
     most = trigger.most_entries(request)
     if request.cache_len > most:
         raise RuntimeError(f"{request}: more entries than its budget allows ({most})")
-    compacted = request.block_ids[rule.pinned_blocks :] if request.rounds and not rule.drops_blocks else []
+    compacted = request.block_ids[rule.pinned_blocks :] if request.num_compressions and not rule.drops_blocks else []
     if any(map(pool.is_indexed, compacted)):
         raise RuntimeError(f"{request}: the prefix index finds a block that was compacted")

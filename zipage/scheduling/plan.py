@@ -1,72 +1,140 @@
-"""What the scheduler decides and the runner carries out."""
+"""What the worker gets: arrays, ids and block numbers, so that several processes can get the same.
+
+Nothing here refers to a live request, and all of it can be pickled.
+"""
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from zipage.scheduling.request import Request
+import numpy as np
+
+from zipage.eviction.rule import EvictionRule
+from zipage.sampling_params import SamplingParams
 
 
-class Chunk(NamedTuple):
-    """`num_tokens` tokens of a request's known text to compute, from position `request.num_computed` on."""
+class Save(NamedTuple):
+    """Blocks to copy to host memory under a request's number; with the queries of `query_slot`, unless it is -1."""
 
-    request: Request
-    num_tokens: int
-
-
-class Preemption(NamedTuple):
-    """A request that gave its blocks up before its first compression, and what it held."""
-
-    request: Request
-    num_entries: int
-    num_blocks: int
+    number: int
+    block_ids: list[int]
+    query_slot: int
 
 
-class Swap(NamedTuple):
-    """Blocks of a request to copy to host memory or back.
+class Restore(NamedTuple):
+    """Blocks that take back what was saved under a request's number.
 
     Attributes:
-        block_ids: of the request when it is paused; those it gets when it resumes.
-        num_shared: leading blocks that a resumed request found unchanged, to be left alone.
-        query_slot: whose queries go with the blocks; -1 for none.
+        num_shared: leading blocks that hold the same already, to be left alone.
+        query_slot: takes the queries that were saved; -1 for none.
     """
 
-    request: Request
+    number: int
     block_ids: list[int]
     num_shared: int
     query_slot: int
 
 
-@dataclass(slots=True)
-class StepPlan:
-    """What one step computes, in the order of the fields: pauses, resumptions, copies, then the forward pass.
+class RowStart(NamedTuple):
+    """A request takes a row of the batch: what its tokens are drawn by for as long as it is there.
 
     Attributes:
-        paused: requests that lost their blocks to this step after a compression; the entries go to host memory.
-        resumed: paused requests that come back; they decode from the next step on.
-        copies: (source, destination) blocks to copy before the forward pass.
-        decodes: running requests that compute their one newest token.
-        prefills: chunks of prompts (and of texts that are recomputed after a preemption).
-        preempted: requests that lost their blocks to this step; their text is computed again.
-        sampled: requests that get a token from this step: `decodes`, then prefills that reach the end of their text.
-        num_stalled: running requests that could decode but for a query slot or a block, and sit this step out.
+        seed, index: a draw is a function of these and of the token's number in the output.
+        stop_ids: tokens that end the request.
+        bad_words: tokens of texts that may not come.
+        token_ids: the text so far, C ints, where the options need it (`SamplingParams.needs_history`); else None.
     """
 
-    paused: list[Swap] = field(default_factory=list)
-    resumed: list[Swap] = field(default_factory=list)
+    row: int
+    sampling_params: SamplingParams
+    num_prompt_tokens: int
+    seed: int = 0
+    index: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    bad_words: Sequence[Sequence[int]] = ()
+    token_ids: array | None = None
+
+
+class TableGrowth(NamedTuple):
+    """Blocks that a row's table holds from place `first` on."""
+
+    row: int
+    first: int
+    block_ids: list[int]
+
+
+def _none() -> np.ndarray:
+    return np.zeros(0, dtype=np.int64)
+
+
+@dataclass(slots=True, eq=False)
+class StepPlan:
+    """One step: blocks are moved, rows and tables are brought up to date, then n requests compute T tokens.
+
+    Attributes:
+        drops: numbers of requests whose saved blocks are not needed any more.
+        saves, restores: blocks of requests that are paused and resumed; saves come first, since others, resumed ones
+            among them, get their blocks.
+        copies: (source, destination) blocks to copy after that.
+        starts: rows that requests take.
+        tables: what block tables have gained; of a table that was replaced, all of it.
+        num_decodes: leading requests, which compute one token each; the others compute a chunk of their text.
+        rows: int64 [n], row of each request.
+        counts: int64 [n], tokens that it computes, at least one.
+        positions: int64 [n], logical position of its first token.
+        lens: int64 [n], entries that it holds already.
+        query_slots: int64 [n], where its queries are kept, or -1.
+        token_rows: int64 [n], where its token lies among those that the step before samples; -1 where it is known.
+        samples: bool [n], whether it gets a token. It has then reached the end of its text.
+        token_ids: int64 [T], those of each request in turn; without meaning where `token_rows` is not -1.
+    """
+
+    drops: list[int] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
+    restores: list[Restore] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
-    decodes: list[Request] = field(default_factory=list)
-    prefills: list[Chunk] = field(default_factory=list)
-    preempted: list[Preemption] = field(default_factory=list)
-    sampled: list[Request] = field(default_factory=list)
-    num_stalled: int = 0
+    starts: list[RowStart] = field(default_factory=list)
+    tables: list[TableGrowth] = field(default_factory=list)
+    num_decodes: int = 0
+    rows: np.ndarray = field(default_factory=_none)
+    counts: np.ndarray = field(default_factory=_none)
+    positions: np.ndarray = field(default_factory=_none)
+    lens: np.ndarray = field(default_factory=_none)
+    query_slots: np.ndarray = field(default_factory=_none)
+    token_rows: np.ndarray = field(default_factory=_none)
+    samples: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    token_ids: np.ndarray = field(default_factory=_none)
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.decodes) + sum(chunk.num_tokens for chunk in self.prefills)
 
-    @property
-    def is_empty(self) -> bool:
-        """Nothing changes with this step."""
-        return not (self.decodes or self.prefills or self.paused or self.resumed or self.preempted)
+class CompressionOrder(NamedTuple):
+    """One request to compress to its budget.
+
+    Attributes:
+        number: of the order; never used again.
+        rule: the request's.
+        block_ids: its block table, the sources.
+        new_ids: the table afterwards, k / b blocks. Those from `rule.pinned_blocks` on are private and take the
+            survivors; those before it stay as they are. Empty where whole blocks are dropped: what stays is known
+            once the scores are.
+        num_entries: n, entries that it holds.
+        window_end: its logical length: the last query of the window is that of position `window_end - 1`.
+        query_slot: where the window's queries are, or -1.
+        num_compressions: t, before this one.
+        num_prompt_tokens: P.
+        seed, index: what is random is a function of these and of t.
+    """
+
+    number: int
+    rule: EvictionRule
+    block_ids: list[int]
+    new_ids: list[int]
+    num_entries: int
+    window_end: int
+    query_slot: int = -1
+    num_compressions: int = 0
+    num_prompt_tokens: int = 1
+    seed: int = 0
+    index: int = 0

@@ -1,4 +1,4 @@
-"""What of a request's text the cache holds already, and what the prefix index is told of it."""
+"""Finds the part of a request's text that the cache holds already, and registers its blocks in the prefix index."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class PrefixLookup:
             if sibling is not request and sibling.status in (Status.RUNNING, Status.COMPRESSING):
                 if sibling.num_computed >= sibling.num_prompt_tokens:
                     donor = sibling
-                    if donor.rounds == 0 and donor.status is Status.RUNNING:
+                    if donor.num_compressions == 0 and donor.status is Status.RUNNING:
                         break
                 else:
                     pending = True
@@ -68,7 +68,7 @@ class PrefixLookup:
             return CachedPrefix(shared, prefix_ids, len(shared) * size, None)
         num_cached = min(limit, request.num_prompt_tokens - 1)
         tail = None
-        is_whole = donor.rounds == 0 and donor.status is Status.RUNNING
+        is_whole = donor.num_compressions == 0 and donor.status is Status.RUNNING
         full = num_cached // size
         if not is_whole:
             full = min(full, donor.rule.pinned_blocks)
@@ -90,9 +90,17 @@ class PrefixLookup:
             same += 1
         return blocks[:same]
 
+    def adopt(self, request: Request, prefix: CachedPrefix) -> None:
+        """The request begins with a prefix that was found."""
+        request.prefix_ids = prefix.prefix_ids
+
+    def cut(self, request: Request, num_blocks: int) -> None:
+        """Blocks from `num_blocks` on hold another prefix than the index was told of, or none."""
+        del request.prefix_ids[num_blocks:]
+
     def register(self, request: Request) -> None:
         """Tell the prefix index of full blocks whose tokens are known. Entries after an eviction are of no prefix."""
-        if request.rounds:
+        if request.num_compressions:
             return
         size = self.pool.block_size
         prefix_ids = request.prefix_ids

@@ -34,33 +34,55 @@ class Request:
     Two lengths that must never be mixed up: `num_tokens` is logical (prompt and output; sets the rotary position of the
     next token), `cache_len` is physical (entries held in the request's blocks; sets the slot of the next entry).
 
-    Attributes:
-        request_id: of the prompt; samples of one prompt share it and differ in `index`.
-        token_ids: prompt followed by output, as C ints, whose bytes are the prefix index's keys. The last `num_pending`
-            are `PENDING`.
-        num_pending: tokens of steps under way, whose values the host does not know yet.
-        place: where the newest pending token lies among those of its step.
+    Each field has one writer, after the constructor has set what is known by then. Anybody may read.
+
+    By `InputProcessor`:
+        request_id, index: of the prompt, and which of its samples this is.
+        siblings: all samples of this prompt, this one included; they share the prompt's blocks.
+        sampling_params, seed, stop_ids: what is asked for; `stop_ids` end the request.
+        bad_words: tokens of texts that may not come.
+        num_prompt_tokens: the length of the prompt.
+        max_total_tokens, limit_reason: logical length at which the request ends, and why.
+        rule, window: what bounds the cache, None for full KV; w, latest queries that its compressions read.
+        arrival: host clock at which it was added.
+        follow: its tokens are wanted one by one, not only at its end.
+
+    By `Scheduler`:
+        number: age; the scheduler counts requests as they are added.
+        status: where the request is.
+        row: its row in the worker's batch while it runs, else -1.
         num_computed: logical tokens whose keys and values were computed; the next position to run.
         cache_len: entries in the cache. Equal to `num_computed` as long as nothing was evicted.
-        block_ids: the block table. Of a paused request: the one it had.
-        number: age; the scheduler counts requests as they are added.
-        rule: what bounds the cache; None for full KV.
-        rounds: compressions so far. After the first, entries are no longer a prefix of the text.
+        queries_saved: a paused request's queries went with its entries, so it returns to a query slot.
+        finish_reason, stop_reason: why it ended, and by which token.
+        error: one line that says what ended the request, where its finish reason is "error".
+        first_scheduled, first_token_time, finish_time: host clock.
+        cached_tokens: prompt tokens that the cache held when the request was first scheduled.
+        num_preemptions, num_pauses: how often each happened.
+
+    By `CompressionScheduler`:
+        num_compressions: so far. After the first, entries are no longer a prefix of the text.
+
+    By `QuerySlots`:
         query_slot: where its latest queries are kept, or -1.
         queries_from: logical position from which on they are.
         has_held_slot: it was given a query slot at some time.
-        peak_blocks: the most blocks it held at once: its table, and what a compression took beside it.
-        queries_saved: a paused request's queries went with its entries, so it returns to a query slot.
-        host_copy: what the runner kept of a paused request; nobody else looks inside.
+
+    By `PrefixLookup`:
         prefix_ids: prefix id at the end of each leading block that the prefix index was told of.
-        row: the request's row in the runner's batch tensors while it runs, else -1.
-        num_table_written: leading entries of `block_ids` already in the runner's row.
-        siblings: all samples of this prompt, this one included; they share the prompt's blocks.
-        max_total_tokens: logical length at which the request ends, and `limit_reason` why.
-        error: one line that says what ended the request, where its finish reason is "error".
-        bad_words: tokens of texts that may not come.
-        follow: its tokens are wanted one by one, not only at its end.
+
+    By `EngineCore`:
+        logprobs: of each output token, by token id; None where none are asked for.
+
+    By `Request`, in methods that others call:
+        token_ids: prompt followed by output, as C ints, whose bytes are the prefix index's keys. The last `num_pending`
+            are `PENDING`.
+        num_pending: tokens of steps under way, whose values the host does not know yet.
+        token_row: where the newest pending token lies among those that its step samples.
         num_taken: output tokens that `take_new` has given.
+        block_ids: the block table. Of a paused request: the one it had.
+        num_blocks_told: leading blocks of the table that the worker knows of.
+        peak_blocks: the most blocks it held at once: its table, and what a compression took beside it.
     """
 
     __slots__ = (
@@ -76,43 +98,43 @@ class Request:
         "first_token_time",
         "follow",
         "has_held_slot",
-        "host_copy",
         "index",
         "limit_reason",
         "logprobs",
         "max_total_tokens",
+        "num_blocks_told",
+        "num_compressions",
         "num_computed",
         "num_pauses",
         "num_pending",
         "num_preemptions",
         "num_prompt_tokens",
-        "num_table_written",
         "num_taken",
         "number",
-        "params",
         "peak_blocks",
-        "place",
         "prefix_ids",
         "queries_from",
         "queries_saved",
         "query_slot",
         "request_id",
-        "rounds",
         "row",
         "rule",
+        "sampling_params",
         "seed",
         "siblings",
         "status",
         "stop_ids",
         "stop_reason",
         "token_ids",
+        "token_row",
+        "window",
     )
 
     def __init__(
         self,
         request_id: str,
         prompt_token_ids: Sequence[int],
-        params: SamplingParams,
+        sampling_params: SamplingParams,
         *,
         index: int = 0,
         seed: int = 0,
@@ -125,21 +147,22 @@ class Request:
     ) -> None:
         self.request_id = request_id
         self.index = index
-        self.params = params
+        self.sampling_params = sampling_params
         self.seed = seed
         self.stop_ids = stop_ids
         self.bad_words = bad_words
         self.max_total_tokens = max_total_tokens
         self.limit_reason = limit_reason
         self.rule = rule
+        self.window = 0 if rule is None else rule.window
         self.number = -1
         self.siblings: list[Request] = [self]
 
         self.token_ids = array("i", prompt_token_ids)
         self.num_pending = 0
-        self.place = -1
+        self.token_row = -1
         self.num_prompt_tokens = len(prompt_token_ids)
-        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.logprobs: list[dict[int, Logprob]] | None = None if sampling_params.logprobs is None else []
 
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
@@ -152,13 +175,12 @@ class Request:
         self.cache_len = 0
         self.block_ids: list[int] = []
         self.row = -1
-        self.num_table_written = 0
+        self.num_blocks_told = 0
         self.prefix_ids: list[int] = []
-        self.rounds = 0
+        self.num_compressions = 0
         self.query_slot = -1
         self.queries_from = 0
         self.queries_saved = False
-        self.host_copy: object | None = None
 
         self.arrival = arrival
         self.first_scheduled: float | None = None
@@ -190,17 +212,33 @@ class Request:
         """Its length is reached, though the last token may be pending: nothing more is computed for it."""
         return len(self.token_ids) >= self.max_total_tokens
 
-    def note_blocks(self, num_fresh: int = 0) -> None:
-        """Its table grew, or a compression took `num_fresh` blocks beside it."""
-        held = len(self.block_ids) + num_fresh
+    def hold(self, block_ids: list[int]) -> None:
+        """Its table is `block_ids` from now on."""
+        self.block_ids = block_ids
+        self.num_blocks_told = 0
+        self.note_fresh(0)
+
+    def grow(self, block_ids: list[int]) -> None:
+        """Its table gains blocks."""
+        self.block_ids += block_ids
+        self.note_fresh(0)
+
+    def note_fresh(self, num_blocks: int) -> None:
+        """Blocks that a compression takes besides its table."""
+        held = len(self.block_ids) + num_blocks
         if held > self.peak_blocks:
             self.peak_blocks = held
 
-    def await_token(self, place: int) -> None:
-        """A step that will give the next token is under way; `place` is the request's among those that get one."""
+    def take_growth(self) -> tuple[int, list[int]]:
+        """What its table has gained since the last time: from which place on, and the blocks."""
+        first, self.num_blocks_told = self.num_blocks_told, len(self.block_ids)
+        return first, self.block_ids[first:]
+
+    def await_token(self, token_row: int) -> None:
+        """A step that will give the next token is under way; `token_row` is where among those that it samples."""
         self.token_ids.append(PENDING)
         self.num_pending += 1
-        self.place = place
+        self.token_row = token_row
 
     def take_token(self, token: int) -> None:
         """The oldest pending token is known."""
@@ -217,5 +255,5 @@ class Request:
         return (
             f"Request({self.request_id}/{self.index}, {self.status.value}, tokens={self.num_tokens}, "
             f"computed={self.num_computed}, cached={self.cache_len}, blocks={len(self.block_ids)}, "
-            f"rounds={self.rounds})"
+            f"compressions={self.num_compressions})"
         )

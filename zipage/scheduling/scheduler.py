@@ -9,12 +9,12 @@ from itertools import count
 from operator import attrgetter
 
 from zipage.outputs import FinishReason
+from zipage.scheduling.batch import Batch, Chunk, Preemption, Swap
 from zipage.scheduling.block_pool import BlockPool
-from zipage.scheduling.compression_order import Compressed, CompressionOrder, num_fresh_blocks
+from zipage.scheduling.compression import Compressed, Compression, num_fresh_blocks
 from zipage.scheduling.compression_scheduler import CompressionScheduler
 from zipage.scheduling.headroom import HEADROOM, Headroom
 from zipage.scheduling.integrity import check_requests
-from zipage.scheduling.plan import Chunk, Preemption, StepPlan, Swap
 from zipage.scheduling.prefix_lookup import PrefixLookup
 from zipage.scheduling.query_slots import QuerySlots
 from zipage.scheduling.request import Request, Status
@@ -27,30 +27,14 @@ class Scheduler:
     """Continuous batching over a block pool, for requests with and without a bound on their cache.
 
     A step is `schedule`; `advance`, once what it plans is under way; `order_compressions`, which are completed at once
-    or some steps later; and `update` with the tokens that came of it. The order of a plan: every running decode, then
+    or some steps later; and `update` with the tokens that came of it. The order of a batch: every running decode, then
     the rest of prompts already begun, then paused and new requests, within `max_num_batched_tokens`.
 
     The next step may be planned and advanced before `update`, but no further one: a request decodes on from a token
     whose value is still pending. If that token turns out to end it, what the next step computes for it is dropped.
     Without its blocks or row it waits until its token is known, for then its text is computed again from the host's.
 
-    **Memory.** A prompt is admitted only when the pool holds all of it at once and keeps blocks free for the next
-    `headroom` entries of each that runs, unless its compression comes before. A decode that finds no free block takes
-    those of a younger request: of the youngest without a query slot, else of the youngest. The victim's text is
-    computed again when it returns; after its first compression that is impossible, so it is *paused*: its entries go to
-    host memory and come back unchanged.
-
-    **Query slots.** Policies that score by attention need the latest `w` queries of a request, which only one with a
-    query slot stores. `hybrid`: others run too, as long as they own fewer than N_max blocks or their last block has
-    more than `w` entries free; there they stall until they get a slot. `constrained`: nobody with a bound runs without
-    a slot. Slots go to the oldest running request that lacks one.
-
-    **No request starves.** Age is the order in which requests were added. The queue is in order of age and nobody
-    overtakes its head (only samples that wait for a sibling to finish the prompt they share are passed over); nobody
-    loses blocks to a younger request; and a request alone in the pool fits, because longer ones are refused or capped
-    when they are added. So the oldest request, once it runs, runs to its end: it takes blocks from all others and waits
-    for a slot or a compression at most until those who hold one end or give it up. Before it runs, nobody is admitted,
-    so the pool drains to it.
+    docs/scheduling.md has the rules: who gets memory and query slots, and why no request starves.
     """
 
     def __init__(
@@ -79,6 +63,7 @@ class Scheduler:
         self.num_pauses = self.num_resumes = 0
         self._numbers = count()
         self._rows = list(range(max_num_seqs - 1, -1, -1))
+        self._dropped: list[int] = []
 
     def add(self, request: Request) -> None:
         request.number = next(self._numbers)
@@ -90,19 +75,27 @@ class Scheduler:
 
     # Compressions
 
-    def order_compressions(self) -> list[CompressionOrder]:
+    def order_compressions(self) -> list[Compression]:
         """Take the requests that are due for a compression out of the batch.
 
         After `advance`, so that a compression is launched behind the step that filled the last block and its request
         misses none; where a step is empty, without.
         """
-        return self.compressions.order(self.running, self._num_short)
+        begun = self.compressions.order(self.running, self._num_short)
+        for compression in begun:
+            compression.request.status = Status.COMPRESSING
+        return begun
 
     def complete(self, number: int, kept_blocks: Sequence[int] | None = None) -> Compressed:
         """Book a compression that is done; see `CompressionScheduler.complete`."""
         done = self.compressions.complete(number, kept_blocks)
-        if done.request.finish_reason is not None:
-            self._finish([done.request], done.request.finish_time)
+        request = done.request
+        request.hold(done.block_ids)
+        request.cache_len = done.entries_after
+        request.status = Status.RUNNING
+        self.prefixes.cut(request, request.rule.pinned_blocks)
+        if request.finish_reason is not None:
+            self._finish([request], request.finish_time)
         return done
 
     def fail_compression(self, number: int, error: str, now: float = 0.0) -> list[Request]:
@@ -112,12 +105,17 @@ class Scheduler:
             The request, unless it had ended before.
         """
         request = self.compressions.fail(number)
+        request.status = Status.RUNNING
         if request.finish_reason is not None:
             self._finish([request], request.finish_time)
             return []
+        self.fail(request, error, now)
+        return [request]
+
+    def fail(self, request: Request, error: str, now: float = 0.0) -> None:
+        """End a request whose entries are lost; `error` says why."""
         request.error = error
         self.finish([request], "error", now)
-        return [request]
 
     def _num_short(self) -> int:
         """Blocks that decodes at a block's end and the head of the queue want beyond the free ones."""
@@ -134,22 +132,22 @@ class Scheduler:
 
     # Planning
 
-    def schedule(self, now: float = 0.0) -> StepPlan:
+    def schedule(self, now: float = 0.0) -> Batch:
         """Plan one step and take the blocks it needs. `now` (seconds) stamps requests scheduled for the first time."""
-        plan = StepPlan()
+        batch = Batch()
         self.slots.assign(self.running)
-        unfinished, may_admit = self._schedule_decodes(plan)
-        budget = self.max_num_batched_tokens - len(plan.decodes)
+        unfinished, may_admit = self._schedule_decodes(batch)
+        budget = self.max_num_batched_tokens - len(batch.decodes)
         for request in unfinished:
             if budget <= 0:
                 break
-            budget -= self._add_chunk(plan, request, budget)
+            budget -= self._add_chunk(batch, request, budget)
         if may_admit:
-            self._admit(plan, budget, now)
-        return plan
+            self._admit(batch, budget, now)
+        return batch
 
-    def _schedule_decodes(self, plan: StepPlan) -> tuple[list[Request], bool]:
-        """Fill `plan.decodes`, making room as needed.
+    def _schedule_decodes(self, batch: Batch) -> tuple[list[Request], bool]:
+        """Fill `batch.decodes`, making room as needed.
 
         Returns:
             Running requests whose prompt is unfinished, and whether others may be admitted: not while somebody waits
@@ -171,26 +169,25 @@ class Scheduler:
             is_full = request.cache_len == len(request.block_ids) * size
             if request.rule is not None:
                 if is_full and self.trigger.is_due(request):
-                    self._make_room(plan, request, reserved, to_compress=True)
+                    self._make_room(batch, request, reserved, to_compress=True)
                     if request.status is Status.RUNNING:
                         reserved += num_fresh_blocks(request, pool)
                         may_admit = False
-                        plan.num_stalled += 1
+                        batch.num_stalled += 1
                     continue
                 if request.query_slot < 0 and request.rule.window and self._must_stall(request, is_full):
-                    plan.num_stalled += 1
+                    batch.num_stalled += 1
                     continue
             if is_full:
-                if not self._make_room(plan, request, reserved):
+                if not self._make_room(batch, request, reserved):
                     if request.status is Status.RUNNING:
                         reserved += 1
                         may_admit = False
-                        plan.num_stalled += 1
+                        batch.num_stalled += 1
                     continue
-                request.block_ids += pool.allocate(1)
-                request.note_blocks()
-            plan.decodes.append(request)
-        plan.sampled = plan.decodes.copy()
+                request.grow(pool.allocate(1))
+            batch.decodes.append(request)
+        batch.sampled = batch.decodes.copy()
         return [request for request in unfinished if request.status is Status.RUNNING], may_admit
 
     def _must_stall(self, request: Request, is_full: bool) -> bool:
@@ -203,7 +200,7 @@ class Scheduler:
             return True
         return not self.slots.constrained and not self.trigger.is_in_window(request, num_entries, num_blocks)
 
-    def _make_room(self, plan: StepPlan, request: Request, reserved: int, to_compress: bool = False) -> bool:
+    def _make_room(self, batch: Batch, request: Request, reserved: int, to_compress: bool = False) -> bool:
         """Free a block, or those of a compression, beside the `reserved` ones, at the cost of younger requests.
 
         Every request that goes may leave blocks behind that only `request` still holds, so that it needs fewer.
@@ -217,7 +214,7 @@ class Scheduler:
             if self.compressions.in_flight or any(other.has_all_tokens for other in self.running):
                 return False
             victim = self._find_victim(request)
-            self._evict_request(plan, victim or request)
+            self._evict_request(batch, victim or request)
             if victim is None:
                 return False
         return True
@@ -234,15 +231,15 @@ class Scheduler:
                 youngest = youngest or other
         return youngest
 
-    def _add_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
+    def _add_chunk(self, batch: Batch, request: Request, budget: int) -> int:
         remaining = self.prefixes.num_to_compute(request) - request.num_computed
         num_tokens = min(remaining, budget)
-        plan.prefills.append(Chunk(request, num_tokens))
+        batch.prefills.append(Chunk(request, num_tokens))
         if request.num_computed + num_tokens == request.num_tokens:
-            plan.sampled.append(request)
+            batch.sampled.append(request)
         return num_tokens
 
-    def _admit(self, plan: StepPlan, budget: int, now: float) -> None:
+    def _admit(self, batch: Batch, budget: int, now: float) -> None:
         self.slots.assign(self.running)
         held_back = []
         room = self.headroom.of_all(self.running) if self.waiting else 0
@@ -251,7 +248,7 @@ class Scheduler:
             if request.num_pending:
                 break
             if request.status is Status.PAUSED:
-                if not self._resume(plan, request, room):
+                if not self._resume(batch, request, room):
                     break
                 room += self.headroom.of(request)
                 continue
@@ -268,47 +265,46 @@ class Scheduler:
             blocks = self.pool.allocate(num_blocks - len(prefix.shared), prefix.shared, room)
             if blocks is None:
                 break
-            self._enter(request, blocks)
+            self._enter(batch, request, blocks)
             request.num_computed = request.cache_len = prefix.num_cached
-            request.prefix_ids = prefix.prefix_ids
+            self.prefixes.adopt(request, prefix)
             self.slots.offer(request)
             if request.first_scheduled is None:
                 request.first_scheduled = now
                 request.cached_tokens = min(prefix.num_cached, request.num_prompt_tokens)
             if prefix.tail is not None:
-                plan.copies.append((prefix.tail, blocks[len(prefix.shared)]))
-            budget -= self._add_chunk(plan, request, budget)
+                batch.copies.append((prefix.tail, blocks[len(prefix.shared)]))
+            budget -= self._add_chunk(batch, request, budget)
             room += self.headroom.of(request)
         self.waiting.extendleft(reversed(held_back))
 
-    def _enter(self, request: Request, blocks: list[int]) -> None:
+    def _enter(self, batch: Batch, request: Request, blocks: list[int]) -> None:
         """The head of the queue begins to run."""
         self.waiting.popleft()
         insort(self.running, request, key=AGE)
         request.status = Status.RUNNING
         request.row = self._rows.pop()
-        request.num_table_written = 0
-        request.block_ids = blocks
-        request.note_blocks()
+        request.hold(blocks)
+        batch.entered.append(request)
 
     # Preemption, pause and return
 
-    def pause(self, request: Request, plan: StepPlan) -> None:
-        """Move a running request's entries to host memory with `plan`; it returns when there is room."""
-        plan.paused.append(Swap(request, request.block_ids, 0, request.query_slot))
+    def pause(self, request: Request, batch: Batch) -> None:
+        """Move a running request's entries to host memory with `batch`; it returns when there is room."""
+        batch.paused.append(Swap(request, request.block_ids, 0, request.query_slot))
         request.queries_saved = request.query_slot >= 0
         table = request.block_ids
         self._leave(request, Status.PAUSED)
-        request.block_ids = table
+        request.hold(table)
         request.num_pauses += 1
         self.num_pauses += 1
 
-    def _evict_request(self, plan: StepPlan, request: Request) -> None:
+    def _evict_request(self, batch: Batch, request: Request) -> None:
         """Take a running request's blocks; it goes back to its place in the queue."""
-        if request.rounds:
-            self.pause(request, plan)
+        if request.num_compressions:
+            self.pause(request, batch)
             return
-        plan.preempted.append(Preemption(request, request.cache_len, len(request.block_ids)))
+        batch.preempted.append(Preemption(request, request.cache_len, len(request.block_ids)))
         self._leave(request, Status.WAITING)
         request.num_computed = request.cache_len = 0
         request.num_preemptions += 1
@@ -322,7 +318,7 @@ class Scheduler:
             place += 1
         self.waiting.insert(place, request)
 
-    def _resume(self, plan: StepPlan, request: Request, room: int) -> bool:
+    def _resume(self, batch: Batch, request: Request, room: int) -> bool:
         """Give the head of the queue, which is paused, its blocks and slot back, with room for its next token and
         `room` blocks for the others.
         """
@@ -333,10 +329,10 @@ class Scheduler:
         blocks = self.pool.allocate(num_fresh, shared, reserve)
         if blocks is None:
             return False
-        self._enter(request, blocks)
-        del request.prefix_ids[len(shared) :]
+        self._enter(batch, request, blocks)
+        self.prefixes.cut(request, len(shared))
         self.slots.give_back(request)
-        plan.resumed.append(Swap(request, blocks, len(shared), request.query_slot))
+        batch.resumed.append(Swap(request, blocks, len(shared), request.query_slot))
         self.slots.offer(request)
         self.num_resumes += 1
         return True
@@ -345,26 +341,26 @@ class Scheduler:
         self.pool.free(request.block_ids)
         self._rows.append(request.row)
         request.row = -1
-        request.block_ids = []
+        request.hold([])
         self.slots.take_back(request)
 
     # After the step
 
-    def advance(self, plan: StepPlan) -> None:
+    def advance(self, batch: Batch) -> None:
         """Book the entries of a planned step; their computation is under way, and its tokens are pending."""
-        for request in plan.decodes:
+        for request in batch.decodes:
             request.num_computed += 1
             request.cache_len += 1
-        for request, num_tokens in plan.prefills:
+        for request, num_tokens in batch.prefills:
             request.num_computed += num_tokens
             request.cache_len += num_tokens
             if self.pool.enable_prefix_caching:
                 self.prefixes.register(request)
-        for place, request in enumerate(plan.sampled):
-            request.await_token(place)
+        for token_row, request in enumerate(batch.sampled):
+            request.await_token(token_row)
 
-    def update(self, plan: StepPlan, token_ids: Sequence[int], now: float = 0.0) -> list[Request]:
-        """Book the tokens of a step: `token_ids[i]` is that of `plan.sampled[i]`, unless it ended before; -1 where its
+    def update(self, batch: Batch, token_ids: Sequence[int], now: float = 0.0) -> list[Request]:
+        """Book the tokens of a step: `token_ids[i]` is that of `batch.sampled[i]`, unless it ended before; -1 where its
         logits were not finite.
 
         Returns:
@@ -374,7 +370,7 @@ class Scheduler:
         size = self.pool.block_size
         indexed = self.pool.enable_prefix_caching
         finished = []
-        for request, token in zip(plan.sampled, token_ids, strict=True):
+        for request, token in zip(batch.sampled, token_ids, strict=True):
             if request.finish_reason is not None:
                 continue
             if token < 0:
@@ -416,12 +412,18 @@ class Scheduler:
                 continue
             if request.status is Status.RUNNING:
                 self._release(request)
+            if request.status is Status.PAUSED:
+                self._dropped.append(request.number)
             request.status = Status.FINISHED
-            request.host_copy = None
         if was_running:
             self.running = [request for request in self.running if request.status is not Status.FINISHED]
         if was_queued:
             self.waiting = deque(request for request in self.waiting if request.status is not Status.FINISHED)
+
+    def take_dropped(self) -> list[int]:
+        """Numbers of the requests that ended while they were paused, since the last time."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
 
     def check_integrity(self) -> None:
         """Check the invariants of pool, tables, slots and compressions (for tests and debug runs).

@@ -1,4 +1,4 @@
-"""When a bounded request is compressed next. Nobody else knows."""
+"""When a bounded request is compressed next. Only this module answers that."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 
 from zipage.scheduling.block_pool import BlockPool
-from zipage.scheduling.compression_order import CompressionOrder, num_fresh_blocks
+from zipage.scheduling.compression import Compression, num_fresh_blocks
 from zipage.scheduling.query_slots import has_window
 from zipage.scheduling.request import Request, Status
 
@@ -19,9 +19,9 @@ class Trigger(ABC):
 
     @abstractmethod
     def choose(
-        self, running: Sequence[Request], in_flight: Collection[CompressionOrder], num_short: Callable[[], int]
+        self, running: Sequence[Request], in_flight: Collection[Compression], num_short: Callable[[], int]
     ) -> list[Request]:
-        """Whom to compress now.
+        """Which requests to compress now.
 
         Args:
             running: oldest first.
@@ -54,7 +54,7 @@ class BlockFull(Trigger):
     """As soon as no further entry fits without a block beyond N_max."""
 
     def choose(
-        self, running: Sequence[Request], in_flight: Collection[CompressionOrder], num_short: Callable[[], int]
+        self, running: Sequence[Request], in_flight: Collection[Compression], num_short: Callable[[], int]
     ) -> list[Request]:
         size = self.pool.block_size
         full = [r for r in running if r.rule is not None and r.cache_len == len(r.block_ids) * size]
@@ -65,7 +65,7 @@ class BlockFull(Trigger):
 
     def most_entries(self, request: Request) -> int:
         size, blocks = self.pool.block_size, request.rule.max_blocks
-        if request.rounds == 0:
+        if request.num_compressions == 0:
             # A long prompt is computed whole.
             blocks = max(blocks, -(-request.num_prompt_tokens // size))
         return blocks * size
@@ -86,10 +86,10 @@ class Pressure(Trigger):
     """When the pool lacks blocks: those who are most over their budget first, as many as it takes."""
 
     def choose(
-        self, running: Sequence[Request], in_flight: Collection[CompressionOrder], num_short: Callable[[], int]
+        self, running: Sequence[Request], in_flight: Collection[Compression], num_short: Callable[[], int]
     ) -> list[Request]:
         num_missing = num_short()
-        num_missing -= sum(len(order.block_ids) - order.request.rule.max_blocks + 1 for order in in_flight)
+        num_missing -= sum(len(other.block_ids) - other.request.rule.max_blocks + 1 for other in in_flight)
         if num_missing <= 0:
             return []
         able = [request for request in running if self._is_able(request)]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zipage.scheduling.request import Request
+from zipage.scheduling.plan import TableGrowth
 from zipage.transfer import to_device
 
 
@@ -18,7 +18,7 @@ class BlockTables:
     A row is read up to the request's entries and no further, so what a former owner left behind them does not matter.
 
     Args:
-        num_rows: most requests at a time. Row `num_rows` belongs to nobody.
+        num_rows: most requests at a time. Row `num_rows` belongs to no request.
         num_columns: blocks of the longest request.
         block_size: tokens in a block.
 
@@ -34,19 +34,17 @@ class BlockTables:
         self.device = on_host if device.type == "cpu" else on_host.to(device)
 
     @property
-    def nobody(self) -> int:
+    def empty_row(self) -> int:
         """The row that belongs to no request."""
         return len(self._host) - 1
 
-    def write(self, request: Request) -> None:
-        """Take over the blocks that the request's table has gained."""
-        begin, end = request.num_table_written, len(request.block_ids)
-        if begin == end:
-            return
-        self._host[request.row, begin:end] = request.block_ids[begin:]
-        first = request.row * self._host.shape[1]
+    def write(self, growth: TableGrowth) -> None:
+        """Take over the blocks that a row's table has gained."""
+        row, begin, block_ids = growth
+        end = begin + len(block_ids)
+        self._host[row, begin:end] = block_ids
+        first = row * self._host.shape[1]
         self._changed.append(np.arange(first + begin, first + end))
-        request.num_table_written = end
 
     def slots(self, rows: np.ndarray | int, entries: np.ndarray) -> np.ndarray:
         """int64 slots of `entries`, numbers of entries in the requests of `rows`."""

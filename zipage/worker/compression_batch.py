@@ -1,4 +1,4 @@
-"""Requests that are compressed together, as they were when it was ordered."""
+"""Requests that are compressed together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zipage.eviction.protection import must_mask
 from zipage.models.spec import ModelSpec
-from zipage.scheduling.compression_order import CompressionOrder
+from zipage.scheduling.plan import CompressionOrder
 from zipage.transfer import to_device
 from zipage.worker.compressor import LAUNCH_ENTRIES
 from zipage.worker.kv_cache import KVCache
@@ -22,9 +22,7 @@ seeds: sample 1 under seed 0 is not to draw what sample 0 draws under seed 1."""
 
 
 class CompressionBatch:
-    """Orders under one policy, and a copy of all that their event needs.
-
-    Requests and tables may change while the batch is computed elsewhere: everything is read here, into host memory.
+    """Orders under one policy, and what their event needs.
 
     Args:
         orders: under one policy and one number of recent entries; not empty.
@@ -42,32 +40,30 @@ class CompressionBatch:
     """
 
     def __init__(self, orders: Sequence[CompressionOrder], block_size: int) -> None:
-        requests = [order.request for order in orders]
-        rules = [request.rule for request in requests]
+        policy = orders[0].rule.policy
+        for order in orders:
+            if policy.needs_queries and order.query_slot < 0:
+                raise RuntimeError(f"{order}: {policy.name} reads queries, and the request has no query slot")
+            if policy.drops_blocks and order.num_entries % block_size:
+                raise RuntimeError(f"{order}: {policy.name} drops blocks, and the last one is not full")
         self.orders = orders
-        self.policy = rules[0].policy
-        for request in requests:
-            if self.policy.needs_queries and request.query_slot < 0:
-                raise RuntimeError(f"{request}: {self.policy.name} reads queries, and it has no query slot")
-            if self.policy.drops_blocks and request.cache_len % block_size:
-                raise RuntimeError(f"{request}: {self.policy.name} drops blocks, and its last one is not full")
-        self.keep = [min(rule.keep, request.cache_len) for rule, request in zip(rules, requests, strict=True)]
-        self.sources = [order.block_ids[: -(-order.request.cache_len // block_size)] for order in orders]
-        self.tables = [list(order.new_ids) for order in orders]
-        self._recent = rules[0].recent
-        self._pinned = [rule.pinned_blocks for rule in rules]
-        carried = [rule.keep if request.rounds and self.policy.state else 0 for rule, request in zip(rules, requests)]
+        self.policy = policy
+        self.keep = [min(order.rule.keep, order.num_entries) for order in orders]
+        self.sources = [order.block_ids[: -(-order.num_entries // block_size)] for order in orders]
+        self.tables = [order.new_ids for order in orders]
+        self._recent = orders[0].rule.recent
+        self._pinned = [order.rule.pinned_blocks for order in orders]
         self._numbers = (
-            [request.cache_len for request in requests],
+            [order.num_entries for order in orders],
             self.keep,
-            [rule.protected for rule in rules],
-            carried,
-            [request.query_slot for request in requests],
-            [request.num_computed for request in requests],
+            [order.rule.protected for order in orders],
+            [order.rule.keep if order.num_compressions and policy.state else 0 for order in orders],
+            [order.query_slot for order in orders],
+            [order.window_end for order in orders],
         )
-        self._seeds = [(request.seed + request.index * SEED_STEP) % 2**63 for request in requests]
-        self._rounds = [request.rounds for request in requests]
-        self._prompt_lens = [request.num_prompt_tokens for request in requests]
+        self._seeds = [(order.seed + order.index * SEED_STEP) % 2**63 for order in orders]
+        self._rounds = [order.num_compressions for order in orders]
+        self._prompt_lens = [order.num_prompt_tokens for order in orders]
 
     def event(self, cache: KVCache, spec: ModelSpec) -> PagedEvent:
         """The event over all layers of `cache`. On CUDA its tensors belong to the current stream."""
@@ -108,7 +104,7 @@ def batches(orders: Iterable[CompressionOrder], spec: ModelSpec, block_size: int
     """Orders under equal policies together, as many as keep R * H * N within `LAUNCH_ENTRIES`, and at least one."""
     groups: dict[tuple, list[CompressionOrder]] = {}
     for order in orders:
-        groups.setdefault((order.request.rule.policy, order.request.rule.recent), []).append(order)
+        groups.setdefault((order.rule.policy, order.rule.recent), []).append(order)
     most = LAUNCH_ENTRIES // (spec.num_kv_heads * block_size)
     for group in groups.values():
         batch, width = [], 0
@@ -123,7 +119,7 @@ def batches(orders: Iterable[CompressionOrder], spec: ModelSpec, block_size: int
 
 
 def _rectangle(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Tables of different lengths as one, -1 past each; nobody reads there."""
+    """Tables of different lengths as one, -1 past each, which is never read."""
     table = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int32)
     for line, row in zip(table, rows, strict=True):
         line[: len(row)] = row

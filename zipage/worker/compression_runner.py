@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from zipage.eviction.fault import described, files_of, place_in, relative
+from zipage.eviction.policy import Policy
 from zipage.models.spec import ModelSpec
-from zipage.scheduling.compression_order import CompressionOrder
+from zipage.scheduling.plan import CompressionOrder
 from zipage.worker.compression_batch import CompressionBatch, batches
 from zipage.worker.compressor import PartlyCompressed, choose, compress
 from zipage.worker.kv_cache import KVCache
+from zipage.worker.paged_event import PagedEvent
 from zipage.worker.rank_watch import RankWatch
 
 logger = logging.getLogger(__name__)
@@ -51,8 +57,9 @@ class CompressionRunner:
     its request must sit out, keep its blocks, and not be changed. On a CPU both compute in `submit`; there, an
     asynchronous one is not handed out by the first `poll` after it, so that its request sits out a step too.
 
-    A batch that fails before anything was moved is computed again request by request, so that what one request or the
-    size of the batch brought about costs no other.
+    A batch that fails goes on request by request, from the first layer that was not moved, with as little memory as can
+    be: what one request or the size of the batch brought about costs no other. Only where a move itself fails, and
+    what it left behind is unknown, do all requests of the batch fail.
 
     Args:
         cache: with positions, and with scores and queries where a policy asks for them.
@@ -80,29 +87,32 @@ class CompressionRunner:
         self._delayed = asynchronous and not cache.k.is_cuda
         self._pending: deque[_Job] = deque()
         self._stream = None
+        self._logged: set[tuple[type, str | None]] = set()
         self._executor: Executor = _Inline()
         if asynchronous and cache.k.is_cuda:
             self._stream = torch.cuda.Stream(cache.k.device)
             self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compression")
 
     def submit(self, orders: Sequence[CompressionOrder]) -> None:
-        """Begin to compress. The requests are read before this returns.
+        """Begin to compress.
 
         Raises:
             RuntimeError: a request does not meet what its policy needs (`CompressionBatch`).
         """
-        start = time.perf_counter()
-        work = list(batches(orders, self._spec, self._cache.block_size))
+        self._begin(list(batches(orders, self._spec, self._cache.block_size)), time.perf_counter())
+
+    def _begin(self, work: Sequence[CompressionBatch], start: float, rest: _Rest | None = None) -> None:
+        """Begin with batches that were ordered at `start`, or with the rest of them."""
         if self._stream is None:
             for batch in work:
-                future = self._executor.submit(self._compress, batch)
+                future = self._executor.submit(self._compress, batch, rest)
                 self._pending.append(_Job(batch, start, future, None, self._delayed))
             return
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self._cache.k.device))
         for batch in work:
             done = torch.cuda.Event()
-            future = self._executor.submit(self._compress_beside, batch, ready, done)
+            future = self._executor.submit(self._compress_beside, batch, rest, ready, done)
             self._pending.append(_Job(batch, start, future, done, False))
 
     def poll(self, wait: bool = False) -> list[CompressionResult]:
@@ -122,8 +132,12 @@ class CompressionRunner:
                 torch.cuda.current_stream(self._cache.k.device).wait_event(job.done)
             seconds = time.perf_counter() - job.start
             if error is None:
-                kept = job.future.result()
-                results += [CompressionResult(order, *one, seconds) for order, one in zip(job.batch.orders, kept)]
+                results += [
+                    CompressionResult(order, kept.pages, kept.positions, seconds, kept.error)
+                    for order, kept in zip(job.batch.orders, job.future.result(), strict=True)
+                ]
+            elif not isinstance(error, Exception):
+                raise error
             else:
                 results += self._failed(job, error, seconds)
         for job in self._pending:
@@ -131,18 +145,25 @@ class CompressionRunner:
         self.ranks.poll()
         return results
 
-    def _failed(self, job: _Job, error: BaseException, seconds: float) -> list[CompressionResult]:
-        """Begin the orders of a failed batch again, one by one, where that can help; the results where it can't."""
+    def _failed(self, job: _Job, error: Exception, seconds: float) -> list[CompressionResult]:
+        """Go on with the orders of a failed batch, one by one, where that can help; the results where it can't."""
         orders = job.batch.orders
-        if len(orders) > 1 and not isinstance(error, PartlyCompressed):
-            for order in orders:
-                self.submit([order])
+        is_partial = isinstance(error, PartlyCompressed)
+        first_layer = error.first_layer if is_partial else 0
+        if len(orders) > 1 and first_layer is not None:
+            _drop_tensors(error)
+            misranked = error.failed() if is_partial else [False] * len(orders)
+            for order, is_misranked in zip(orders, misranked, strict=True):
+                alone = CompressionBatch([order], self._cache.block_size)
+                self._begin([alone], job.start, _Rest(first_layer, is_misranked))
             return []
-        policy = job.batch.policy.name
-        logger.error("a compression under policy %r failed", policy, exc_info=error)
-        cause = error.__cause__ if isinstance(error, PartlyCompressed) else error
-        reason = f"{type(cause).__name__}: {cause}".partition("\n")[0]
-        message = f"a compression under policy {policy!r} failed: {reason}"
+        policy = job.batch.policy
+        cause = error.__cause__ if is_partial else error
+        place = _place(policy, cause)
+        message = f"a compression under policy {policy.name!r} failed: {described(cause, place)}"
+        if (fault := (type(cause), place)) not in self._logged:  # the same one may come in every request
+            self._logged.add(fault)
+            logger.error(message, exc_info=error, extra={"in_output": True})
         return [CompressionResult(order, None, None, seconds, message) for order in orders]
 
     @property
@@ -157,17 +178,19 @@ class CompressionRunner:
             self._stream.synchronize()
         self._pending.clear()
 
-    def _compress_beside(self, batch: CompressionBatch, ready: torch.cuda.Event, done: torch.cuda.Event) -> list[_Kept]:
+    def _compress_beside(
+        self, batch: CompressionBatch, rest: _Rest | None, ready: torch.cuda.Event, done: torch.cuda.Event
+    ) -> list[_Kept]:
         """In the worker. What it allocates belongs to its own stream, so nothing here is freed under another's feet."""
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             try:
-                return self._compress(batch)
+                return self._compress(batch, rest)
             finally:
                 done.record(self._stream)
 
     @torch.inference_mode()
-    def _compress(self, batch: CompressionBatch) -> list[_Kept]:
+    def _compress(self, batch: CompressionBatch, rest: _Rest | None) -> list[_Kept]:
         cache, max_keep = self._cache, max(batch.keep)
         event = batch.event(cache, self._spec)
         if batch.policy.drops_blocks:
@@ -181,18 +204,30 @@ class CompressionRunner:
             tables = [[blocks[page] for page in kept] for blocks, kept in zip(batch.sources, pages, strict=True)]
         else:
             pages, tables = [None] * len(batch.orders), batch.tables
-            destinations = batch.destinations(cache.k.device)
-            stride = self._layer_stride
-            states = [cache.positions]
-            failed = compress(batch.policy, event, states, destinations, max_keep=max_keep, stride=stride).failed
+            failed = self._move(batch, event, rest)
         try:
-            self.ranks.look(batch.policy.name, failed)
-        except ValueError as error:
-            raise PartlyCompressed("survivors were moved") from error
-        if not self._trace:
-            return [_Kept(kept, None) for kept in pages]
-        sizes = zip(pages, tables, batch.keep, strict=True)
-        return [_Kept(kept, self._positions(table, keep)) for kept, table, keep in sizes]
+            sizes = zip(tables, batch.keep, strict=True)
+            positions = [self._positions(table, keep) if self._trace else None for table, keep in sizes]
+            errors = self.ranks.look(batch.policy.name, failed)
+        except Exception as error:
+            raise PartlyCompressed(0 if batch.policy.drops_blocks else event.num_layers, [failed]) from error
+        return [_Kept(*kept) for kept in zip(pages, positions, errors, strict=True)]
+
+    def _move(self, batch: CompressionBatch, event: PagedEvent, rest: _Rest | None) -> Tensor:
+        """Compress into the destinations what is not compressed yet: bool [R], whether a rank of any layer was NaN."""
+        first_layer, was_misranked, stride = (0, False, self._layer_stride) if rest is None else (*rest, 1)
+        if first_layer == event.num_layers:
+            return torch.full((event.num_requests,), was_misranked, device=event.device)
+        failed = compress(
+            batch.policy,
+            event,
+            [self._cache.positions],
+            batch.destinations(event.device),
+            max_keep=max(batch.keep),
+            stride=stride,
+            first_layer=first_layer,
+        ).failed
+        return failed | was_misranked if was_misranked else failed
 
     def _positions(self, table: list[int], keep: int) -> np.ndarray:
         """int32 [L, H, keep], positions of the first `keep` entries of a table."""
@@ -200,9 +235,33 @@ class CompressionRunner:
         return rows[..., :keep].cpu().numpy()
 
 
+def _place(policy: Policy, error: BaseException) -> str | None:
+    """The line of the policy's own file that an error comes from; where its scores are of no use, that of `rank`."""
+    scoring = Policy.score.__code__
+    if not any(frame.f_code is scoring for frame, _ in walk_tb(error.__traceback__)):
+        return None
+    rank = type(policy).rank.__code__
+    return place_in(error, files_of(type(policy))) or relative(rank.co_filename, rank.co_firstlineno)
+
+
 class _Kept(NamedTuple):
+    """As in `CompressionResult`."""
+
     pages: list[int] | None
     positions: np.ndarray | None
+    error: str | None
+
+
+class _Rest(NamedTuple):
+    """What is left of a compression whose batch failed.
+
+    Attributes:
+        first_layer: the layers before it are compressed.
+        is_misranked: the policy ranked an entry of theirs NaN.
+    """
+
+    first_layer: int
+    is_misranked: bool
 
 
 @dataclass(eq=False)
@@ -218,6 +277,14 @@ class _Job:
     @property
     def is_done(self) -> bool:
         return not self.delayed and self.future.done() and (self.done is None or self.done.query())
+
+
+def _drop_tensors(error: BaseException) -> None:
+    """Free what the frames of a failed computation hold: what follows may need their memory."""
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__cause__ or chain.__context__
 
 
 class _Inline(Executor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,21 @@ LAUNCH_ENTRIES = 2**20
 
 
 class PartlyCompressed(RuntimeError):
-    """Survivors of some layers were moved, those of others were not: the entries are of no use any more."""
+    """Survivors of some layers were moved, those of others were not; the exception's cause is the reason.
+
+    Attributes:
+        first_layer: the layers before it are compressed, those from it on untouched. None where a move itself failed:
+            what its layers hold is unknown, and the entries are of no use any more.
+    """
+
+    def __init__(self, first_layer: int | None, failed: Sequence[Tensor]) -> None:
+        super().__init__("survivors of some layers were moved")
+        self.first_layer = first_layer
+        self._failed = failed
+
+    def failed(self) -> list[bool]:
+        """Of each request, whether the policy ranked an entry of the layers before `first_layer` NaN."""
+        return [any(of_request) for of_request in zip(*(launch.tolist() for launch in self._failed), strict=True)]
 
 
 class Choice(NamedTuple):
@@ -41,6 +56,7 @@ def compress(
     *,
     max_keep: int,
     stride: int | None = None,
+    first_layer: int = 0,
 ) -> Choice:
     """Evict what `policy` ranks lowest and move the survivors, K, V and states, into the first slots of a request.
 
@@ -60,14 +76,15 @@ def compress(
         max_keep: largest `event.keep`, known on the host.
         stride: layers of one launch, for policies that may see them one by one; None takes as many as make up
             `LAUNCH_ENTRIES`, and at least one.
+        first_layer: of the event's layers, below their number; those before it are left alone.
 
     Returns:
-        What stayed, K being max_keep.
+        What stayed in the layers from `first_layer` on, K being max_keep.
 
     Raises:
         ValueError: arguments do not go together.
-        PartlyCompressed: the policy or a kernel failed after survivors had been moved; its cause is the reason. An
-            exception from before that comes as it is.
+        PartlyCompressed: the policy or a kernel failed after survivors had been moved, or while they were. An exception
+            from before that is raised unchanged.
     """
     if event.window != policy.num_queries:
         raise ValueError(f"event.window={event.window}: {policy.name} reads {policy.num_queries} queries")
@@ -80,35 +97,44 @@ def compress(
     if stride < 1:
         raise ValueError(f"stride={stride}: must be at least 1, or None")
     step = event.num_layers if policy.all_layers else stride
-    choices = []
-    is_written = False
+    choices: list[Choice] = []
+    untouched: int | None = first_layer
     try:
-        for first in range(0, event.num_layers, step):
+        for first in range(first_layer, event.num_layers, step):
             last = min(first + step, event.num_layers)
             launch = event.of_layers(first, last)
-            choices.append(choose(policy, launch, max_keep))
-            is_written = True
-            _move(policy, launch, [state[first:last] for state in states], choices[-1].kept, dst_tables)
+            choice = choose(policy, launch, max_keep)
+            moved, updates = _states_to_move(policy, launch, [state[first:last] for state in states])
+            untouched = None
+            compact_stable(launch.view, moved, choice.kept, launch.shared(dst_tables), updates)
+            untouched = last
+            choices.append(choice)
+        kept, failed = zip(*choices, strict=True)
+        return Choice(torch.cat(kept), torch.stack(failed).any(dim=0))
     except Exception as error:
-        if is_written:
-            raise PartlyCompressed("survivors of some layers were moved") from error
-        raise
-    kept, failed = zip(*choices, strict=True)
-    return Choice(torch.cat(kept), torch.stack(failed).any(dim=0))
+        if untouched == first_layer:
+            raise
+        raise PartlyCompressed(untouched, [choice.failed for choice in choices]) from error
 
 
 def choose(policy: Policy, event: PagedEvent, max_keep: int) -> Choice:
     """What shall stay, written nowhere; K is min(max_keep, N)."""
-    scores = policy.score(event).contiguous()
-    kept = select(scores, event.must, event.lens, event.keep, min(max_keep, event.num_slots))
+    # A policy that works in place changes copies only.
+    seen = replace(event, must=event.must.clone(), lens=event.lens.clone(), keep=event.keep.clone())
+    scores = policy.score(seen).contiguous()
+    event.new_state = seen.new_state
+    must, keep = event.shared(event.must), event.shared(event.keep)
+    kept = select(scores, must, event.view.lens, keep, min(max_keep, event.num_slots))
     highest = scores.amax(dim=(0, 2))  # NaN where one is
     return Choice(kept, highest.masked_fill(event.must, 0).isnan().any(dim=-1))
 
 
-def _move(policy: Policy, event: PagedEvent, states: list[Tensor], kept: Tensor, dst_tables: Tensor) -> None:
-    """Move what one launch keeps, `kept` int32 [L, R, H, max_keep]."""
-    updates = [None] * len(states)
+def _states_to_move(
+    policy: Policy, event: PagedEvent, states: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """What moves beside K and V in one launch, and of each the values by source slot that replace the old ones."""
+    updates: list[Tensor | None] = [None] * len(states)
     if policy.state:
         states = [*states, event.state_cache]
         updates.append(event.new_state.expand(event.shape).contiguous())
-    compact_stable(event.k_cache, event.v_cache, states, kept, event.block_tables, dst_tables, updates)
+    return states, updates

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.cache_view import shared
 from kernels.store_positions import store_positions
 from zipage.models.decoder import Decoder
 from zipage.worker.block_tables import BlockTables
@@ -31,9 +32,9 @@ def batch_sizes(largest: int) -> list[int]:
     return [size for size in sizes if size < largest] + [largest]
 
 
-def known_tokens(token_ids: Tensor, places: Tensor, sampled: Tensor) -> Tensor:
-    """int64 [T]: `token_ids`, and tokens of `sampled` where `places` is not -1."""
-    return torch.where(places < 0, token_ids, sampled[places.clamp(min=0)])
+def known_tokens(token_ids: Tensor, token_rows: Tensor, sampled: Tensor) -> Tensor:
+    """int64 [T]: `token_ids`, and tokens of `sampled` where `token_rows` is not -1."""
+    return torch.where(token_rows < 0, token_ids, sampled[token_rows.clamp(min=0)])
 
 
 @cache
@@ -100,10 +101,10 @@ class StepGraphs:
         return hidden[: len(batch)]
 
     def inputs(self, batch: TokenBatch | None, size: int) -> Tensor:
-        """What a graph reads, int64 [7, size] on the host: the fields of `TokenBatch`, padded with rows of nobody."""
+        """What a graph reads, int64 [7, size] on the host: the fields of `TokenBatch`, padded with the empty row."""
         packed = np.zeros((7, size), dtype=np.int64)
         packed[[1, 3, 4]] = -1
-        packed[5] = self._tables.nobody
+        packed[5] = self._tables.empty_row
         if batch is not None:
             for line, field in zip(packed, fields(TokenBatch), strict=True):
                 line[: len(batch)] = getattr(batch, field.name)
@@ -113,9 +114,10 @@ class StepGraphs:
         """The captured computation: hidden states [size, width]. Logits are left out, since each graph would keep its
         own, hundreds of megabytes in all.
         """
-        token_ids, places, positions, slots, queries, rows, lens = inputs
+        token_ids, token_rows, positions, slots, queries, rows, lens = inputs
         if self._cache.positions is not None:
-            store_positions(positions.int(), self._cache.positions, slots)
+            layers, _, heads, _ = self._cache.positions.shape
+            store_positions(positions.int(), self._cache.positions, shared(slots, heads, layers))
         attention = PagedAttention(
             self._cache,
             self._decoder.spec.attention,
@@ -125,7 +127,7 @@ class StepGraphs:
             decode_tables=self._tables.device.index_select(0, rows),
             decode_lens=lens.int(),
         )
-        return self._decoder(known_tokens(token_ids, places, self._sampled), positions, attention)
+        return self._decoder(known_tokens(token_ids, token_rows, self._sampled), positions, attention)
 
     @property
     def kept_bytes(self) -> int:

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.cache_view import shared
 from kernels.copy_blocks import copy_blocks
 from kernels.store_positions import store_positions
 from zipage.models.decoder import Decoder
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import StepPlan
-from zipage.scheduling.request import Request
 from zipage.transfer import to_device
 from zipage.worker.block_tables import BlockTables
 from zipage.worker.cuda_graph import StepGraphs, capture_stream, known_tokens
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.sampler import Logprobs, Sampler
-from zipage.worker.swap import restore, save
+from zipage.worker.swap import HostCopy, restore, save
 from zipage.worker.token_batch import TokenBatch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class StepResult:
-    """Tokens (and log-probabilities where asked for) of `plan.sampled`; seconds on the device.
+    """Tokens (and log-probabilities where asked for) of the requests that were sampled; seconds on the device.
 
     A token is -1 where the logits were not finite.
     """
@@ -55,6 +60,17 @@ class Launch:
             self.device_time = begin.elapsed_time(end) / 1000
         tokens = [] if self.tokens is None else self.tokens.tolist()
         return StepResult(tokens, self.logprobs, self.device_time)
+
+
+@contextmanager
+def _noted(lost: dict[int, str], number: int, direction: str) -> Iterator[None]:
+    """Around the copy of one request's entries: if it fails, say so in `lost`."""
+    try:
+        yield
+    except Exception as error:
+        logger.exception("the entries of request %d could not be copied %s host memory", number, direction)
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        lost[number] = f"its entries could not be copied {direction} host memory: {reason}"
 
 
 class ModelRunner:
@@ -89,6 +105,8 @@ class ModelRunner:
         self.sampler = Sampler(max_num_seqs, spec.vocab_size, device)
         self.cache: KVCache | None = None
         self._tables: BlockTables | None = None
+        self._host_copies: dict[int, HostCopy] = {}
+        """Of paused requests, by their numbers."""
         self._sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         """Tokens of the latest step, for the next one to go on from before the host knows them."""
         self._timers: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -113,15 +131,26 @@ class ModelRunner:
         return BlockTables(self.max_num_seqs, -(-self.max_model_len // cache.block_size), cache.block_size, self.device)
 
     @torch.inference_mode()
-    def move(self, plan: StepPlan) -> None:
-        """Copy blocks as a step demands: pauses first, since resumed requests, and any other, may get their blocks."""
-        for request, block_ids, _, query_slot in plan.paused:
-            request.host_copy = save(self.cache, block_ids, query_slot)
-        for request, block_ids, num_shared, query_slot in plan.resumed:
-            restore(self.cache, request.host_copy, block_ids, num_shared, query_slot)
-            request.host_copy = None
+    def move(self, plan: StepPlan) -> dict[int, str]:
+        """Copy blocks as a step demands: saves first, since restored requests, and any other, may get their blocks.
+
+        Returns:
+            Numbers of requests whose entries were lost on the way to host memory or back, and one line each that says
+            why.
+        """
+        copies, lost = self._host_copies, {}
+        for number in plan.drops:
+            copies.pop(number, None)  # there is none where the save failed
+        for number, block_ids, query_slot in plan.saves:
+            with _noted(lost, number, "to"):
+                copies[number] = save(self.cache, block_ids, query_slot)
+        for number, block_ids, num_shared, query_slot in plan.restores:
+            if number not in lost:
+                with _noted(lost, number, "from"):
+                    restore(self.cache, copies.pop(number), block_ids, num_shared, query_slot)
         if plan.copies:
             self._copy_blocks(plan.copies)
+        return lost
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         src, dst = (self._tensor(ids) for ids in np.array(copies, dtype=np.int64).T)
@@ -138,21 +167,23 @@ class ModelRunner:
         On CUDA this returns when both are queued. The step before may still be under way: a request's pending token is
         then taken from where that step leaves it.
         """
-        start = time.perf_counter()
+        begin = time.perf_counter()
         events = None
         if self._timers:
             self._timers.rotate()
             events = self._timers[0]
             events[0].record()
+        for start in plan.starts:
+            self.sampler.begin(start)
         tokens = logprobs = None
-        if plan.num_tokens:
+        if len(plan.rows):
             logits = self.forward(plan)
-            if plan.sampled:
-                tokens, logprobs = self.sampler.sample(logits, plan.sampled)
+            if len(logits):
+                tokens, logprobs = self._sample(plan, logits)
                 # -1 stands for logits that were not finite; the next step may not look that up.
                 torch.clamp(tokens, min=0, out=self._sampled[: len(tokens)])
         if events is None:
-            return Launch(tokens, logprobs, time.perf_counter() - start)
+            return Launch(tokens, logprobs, time.perf_counter() - begin)
         # Copied from here, so that nothing queued behind the step is waited for.
         if tokens is not None:
             tokens = tokens.to("cpu", non_blocking=True)
@@ -162,92 +193,55 @@ class ModelRunner:
         return Launch(tokens, logprobs, 0.0, events)
 
     def forward(self, plan: StepPlan) -> Tensor:
-        """Logits [len(plan.sampled), vocab] of a plan's requests."""
-        batch, num_decodes = self._token_batch(plan), len(plan.decodes)
-        if self._graphs is not None and self._graphs.take(batch.lens[num_decodes:]):
+        """Logits [N, vocab] of the requests that a plan samples."""
+        for growth in plan.tables:
+            self._tables.write(growth)
+        self._tables.upload()
+        batch = TokenBatch.of(plan, self._tables, self.cache.window)
+        if self._graphs is not None and self._graphs.take(batch.lens[plan.num_decodes :]):
             hidden = self._graphs.run(batch)
         else:
             hidden = self._run_eagerly(plan, batch)
-        if plan.prefills:
-            last = num_decodes - 1 + np.cumsum([count for _, count in plan.prefills])
-            ended = [request.num_computed + count == request.num_tokens for request, count in plan.prefills]
-            hidden = hidden[self._tensor(np.concatenate((np.arange(num_decodes), last[ended])), np.int64)]
+        if len(plan.rows) > plan.num_decodes:
+            hidden = hidden[self._tensor(self._last_places(plan))]
         return self.decoder.logits(hidden)
 
-    def _token_batch(self, plan: StepPlan) -> TokenBatch:
-        """Decodes, then the tokens of the prompts; the block tables are up to date."""
-        parts = [self._decodes(plan.decodes), *(self._chunk(*chunk) for chunk in plan.prefills)]
-        self._tables.upload()
-        return TokenBatch.concatenate(parts)
+    def _sample(self, plan: StepPlan, logits: Tensor) -> tuple[Tensor, Logprobs | None]:
+        rows, lens, token_ids = plan.rows, plan.positions + plan.counts, plan.token_ids
+        if len(rows) > plan.num_decodes:
+            rows, lens, token_ids = rows[plan.samples], lens[plan.samples], token_ids[self._last_places(plan)]
+        return self.sampler.sample(logits, rows, lens, token_ids)
 
-    def _decodes(self, requests: list[Request]) -> TokenBatch:
-        for request in requests:
-            if request.num_table_written != len(request.block_ids):
-                self._tables.write(request)
-        values = [
-            (r.token_ids[-1], r.place if r.num_pending else -1, r.num_computed, r.row, r.cache_len) for r in requests
-        ]
-        token_ids, places, positions, rows, lens = np.array(values, dtype=np.int64).reshape(-1, 5).T
-        queries = self._query_indices(requests, positions)
-        return TokenBatch(token_ids, places, positions, self._tables.slots(rows, lens), queries, rows, lens + 1)
-
-    def _chunk(self, request: Request, num_tokens: int) -> TokenBatch:
-        self._tables.write(request)
-        begin = request.num_computed
-        positions = np.arange(begin, begin + num_tokens)
-        entries = np.arange(request.cache_len, request.cache_len + num_tokens)
-        return TokenBatch(
-            token_ids=np.array(request.token_ids[begin : begin + num_tokens], dtype=np.int64),
-            places=np.full(num_tokens, -1),
-            positions=positions,
-            slots=self._tables.slots(request.row, entries),
-            queries=self._chunk_queries(request, positions),
-            rows=np.full(num_tokens, request.row),
-            lens=entries + 1,
-        )
+    @staticmethod
+    def _last_places(plan: StepPlan) -> np.ndarray:
+        """int64 [N], places of the tokens whose successors are sampled."""
+        return (np.cumsum(plan.counts) - 1)[plan.samples]
 
     def _run_eagerly(self, plan: StepPlan, batch: TokenBatch) -> Tensor:
         """Hidden states [n, width], every kernel launched from here; prompts take prefill attention."""
-        num_decodes = len(plan.decodes)
+        num_decodes = plan.num_decodes
         attention = PagedAttention(self.cache, self.spec.attention, slots=None, num_decodes=num_decodes)
         if num_decodes:
             lens = batch.lens[:num_decodes]
             attention.decode_lens = self._tensor(lens, np.int32)
             attention.decode_tables = self._tables.of(batch.rows[:num_decodes], int(lens.max()))
-        if plan.prefills:
-            counts = [chunk.num_tokens for chunk in plan.prefills]
-            ends = np.cumsum([0, *counts])
-            lens = batch.lens[num_decodes + ends[1:] - 1]
-            rows = batch.rows[num_decodes + ends[:-1]]
-            attention.prefill_tables = self._tables.of(rows, int(lens.max()))
+        counts = plan.counts[num_decodes:]
+        if len(counts):
+            lens = plan.lens[num_decodes:] + counts
+            attention.prefill_tables = self._tables.of(plan.rows[num_decodes:], int(lens.max()))
             attention.prefill_lens = self._tensor(lens, np.int32)
-            attention.cu_seqlens = self._tensor(ends, np.int32)
-            attention.max_seqlen = max(counts)
-        fields = batch.token_ids, batch.places, batch.positions, batch.slots, batch.queries
-        token_ids, places, positions, attention.slots, queries = self._tensor(np.stack(fields), np.int64)
+            attention.cu_seqlens = self._tensor(np.cumsum([0, *counts]), np.int32)
+            attention.max_seqlen = int(counts.max())
+        fields = batch.token_ids, batch.token_rows, batch.positions, batch.slots, batch.queries
+        token_ids, token_rows, positions, attention.slots, queries = self._tensor(np.stack(fields))
         if self.cache.queries is not None:
             attention.query_indices = queries
-        if batch.places.max() >= 0:
-            token_ids = known_tokens(token_ids, places, self._sampled)
+        if batch.token_rows.max() >= 0:
+            token_ids = known_tokens(token_ids, token_rows, self._sampled)
         if self.cache.positions is not None:
-            store_positions(positions.int(), self.cache.positions, attention.slots)
+            layers, _, heads, _ = self.cache.positions.shape
+            store_positions(positions.int(), self.cache.positions, shared(attention.slots, heads, layers))
         return self.decoder(token_ids, positions, attention)
-
-    def _query_indices(self, requests: list[Request], positions: np.ndarray) -> np.ndarray:
-        """int64 [n], where the queries of each request's token at `positions` go, or -1."""
-        window = self.cache.window
-        if self.cache.queries is None:
-            return np.full(len(requests), -1)
-        slots = np.array(
-            [r.query_slot if r.rule is not None and r.rule.window else -1 for r in requests], dtype=np.int64
-        )
-        return np.where(slots >= 0, slots * window + positions % max(window, 1), -1)
-
-    def _chunk_queries(self, request: Request, positions: np.ndarray) -> np.ndarray:
-        """The same for a chunk: of a longer one only the last w tokens, so that no two share a place of the ring."""
-        queries = self._query_indices([request] * len(positions), positions)
-        queries[: max(0, len(positions) - self.cache.window)] = -1
-        return queries
 
     def _tensor(self, values: list | np.ndarray, dtype: type | None = None) -> Tensor:
         return to_device(values, self.device, dtype)

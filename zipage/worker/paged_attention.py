@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kernels.cache_view import CacheView, shared
 from kernels.decode_pieces import decode_pieces
 from kernels.paged_decode import paged_decode
 from kernels.paged_prefill import paged_prefill
@@ -28,7 +29,7 @@ class PagedAttention:
         cache: the paged keys and values.
         layers: attention of each layer.
         slots: int64 [T], where each token's entry goes; the same in every layer.
-        query_indices: int64 [T], where each token's queries go (`store_step`); None where nobody keeps any.
+        query_indices: int64 [T], where each token's queries go (`store_step`); None where no request keeps any.
         num_decodes: leading tokens that are decodes, one request each.
         decode_tables, prefill_tables: int32 [B, max blocks of the part].
         decode_lens, prefill_lens: int32 [B], entries of each request with this step's included.
@@ -47,34 +48,36 @@ class PagedAttention:
     prefill_lens: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
+    _slots: Tensor | None = field(init=False, default=None)
+    _decodes: tuple[Tensor, Tensor] | None = field(init=False, default=None)
+    _prefills: tuple[Tensor, Tensor] | None = field(init=False, default=None)
     _pieces: Pieces | None = field(init=False, default=None)
-    """Of the decodes: cut in the first layer."""
+    """Slots, (tables, lengths) and the decodes' pieces as kernels take them, made at the first call for all layers."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, d], k and v [T, H, d], after rotary -> [T, Hq, d]."""
         k_cache, v_cache, scale = self.cache.k[layer], self.cache.v[layer], self.layers[layer].scale
+        if self._slots is None:
+            self._share(k_cache, v_cache)
         if self.query_indices is None:
-            store_kv(k, v, k_cache, v_cache, self.slots)
+            store_kv(k, v, k_cache, v_cache, self._slots)
         else:
-            store_step(k, v, q, k_cache, v_cache, self.cache.queries[layer], self.slots, self.query_indices)
+            store_step(k, v, q, k_cache, v_cache, self.cache.queries[layer], self._slots, self.query_indices)
         parts = []
         n = self.num_decodes
         if n:
-            if layer == 0:
-                self._pieces = decode_pieces(self.decode_lens, k_cache, self.decode_tables.shape[1])
-            tables, lens = self.decode_tables, self.decode_lens
-            parts.append(paged_decode(q[:n], k_cache, v_cache, tables, lens, scale, self._pieces))
+            parts.append(paged_decode(q[:n], CacheView(k_cache, v_cache, *self._decodes), scale, self._pieces))
         if self.max_seqlen:
-            parts.append(
-                paged_prefill(
-                    q[n:],
-                    k_cache,
-                    v_cache,
-                    self.prefill_tables,
-                    self.cu_seqlens,
-                    self.prefill_lens,
-                    self.max_seqlen,
-                    scale,
-                )
-            )
+            view = CacheView(k_cache, v_cache, *self._prefills)
+            parts.append(paged_prefill(q[n:], view, self.cu_seqlens, self.max_seqlen, scale))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _share(self, k_cache: Tensor, v_cache: Tensor) -> None:
+        """All KV heads have the same slots, tables and lengths."""
+        heads = k_cache.shape[1]
+        self._slots = shared(self.slots, heads)
+        if self.num_decodes:
+            self._decodes = shared(self.decode_tables, heads), shared(self.decode_lens, heads)
+            self._pieces = decode_pieces(CacheView(k_cache, v_cache, *self._decodes))
+        if self.max_seqlen:
+            self._prefills = shared(self.prefill_tables, heads), shared(self.prefill_lens, heads)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention_score import attention_score
+from kernels.cache_view import CacheView, shared
 from kernels.pool_scores import pool_scores
 from kernels.redundancy import redundancy
 from zipage.eviction.event import Event, Softmax
@@ -72,6 +73,15 @@ class PagedEvent(Event):
             new_state=None if self.new_state is None else self.new_state[first:last],
         )
 
+    @cached_property
+    def view(self) -> CacheView:
+        """Where the entries are, as kernels take it: every layer and head has the same tables and lengths."""
+        return CacheView.shared(self.k_cache, self.v_cache, self.block_tables, self.lens)
+
+    def shared(self, x: Tensor) -> Tensor:
+        """`x` [R, ...], the same for all layers and heads, as kernels take it: [L, R, H, ...], not copied."""
+        return shared(x, self.num_heads, self.num_layers)
+
     def attention(
         self,
         softmax: Softmax = "all",
@@ -84,11 +94,9 @@ class PagedEvent(Event):
         q_cache, query_slots, window_ends = self._window_queries
         return attention_score(
             q_cache,
-            self.k_cache,
+            self.view,
             query_slots,
             window_ends,
-            self.block_tables,
-            self.lens,
             self.scales[0],
             softmax=softmax,
             # The kernel reduces the logits by `group` there; here it is the maximum, whatever `group` says.
@@ -97,10 +105,10 @@ class PagedEvent(Event):
         )
 
     def redundancy(self, tau: float, chunk: int | None = None, threshold: float = 0.5) -> Tensor:
-        return redundancy(self.k_cache, self.block_tables, self.lens, tau=tau, threshold=threshold, chunk=chunk)
+        return redundancy(self.view, tau=tau, threshold=threshold, chunk=chunk)
 
     def pool(self, scores: Tensor, width: int, kind: Literal["max", "mean"], limit: Tensor) -> Tensor:
-        return pool_scores(scores.contiguous(), self.lens, width, POOLINGS[kind], limit)
+        return pool_scores(scores.contiguous(), self.view.lens, width, POOLINGS[kind], self.shared(limit))
 
     def carried_state(self) -> Tensor:
         if self.state_cache is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from functools import partial
 
@@ -11,8 +12,7 @@ import torch
 from zipage.eviction.rule import EvictionRule
 from zipage.models.spec import ModelSpec
 from zipage.sampling_params import MOST_LOGPROBS, SamplingParams
-from zipage.scheduling.compression_order import CompressionOrder
-from zipage.scheduling.request import Request
+from zipage.scheduling.plan import CompressionOrder, RowStart
 from zipage.transfer import to_device
 from zipage.worker.compression_runner import CompressionRunner
 from zipage.worker.compressor import LAUNCH_ENTRIES
@@ -101,14 +101,14 @@ def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> No
     hidden = runner.decoder(tokens, tensor(entries, dtype=np.int64), attention)
     rows = min(runner.max_num_seqs, num_tokens)
     penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.1, "logit_bias": {0: 1.0}}
-    params = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, logprobs=MOST_LOGPROBS, **penalties)
-    requests = [Request("peak", [0], params, max_total_tokens=2) for _ in range(rows)]
-    # Rows of two kinds are drawn apart, which takes a copy of their logits.
-    requests[0].params = SamplingParams(temperature=0.7)
-    for row, request in enumerate(requests):
-        request.row = row
+    every_option = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, logprobs=MOST_LOGPROBS, **penalties)
     sampler = Sampler(runner.max_num_seqs, runner.spec.vocab_size, runner.device)
-    sampler.sample(runner.decoder.logits(hidden[:rows]), requests)
+    for row in range(rows):
+        # Rows of two kinds are drawn apart, which takes a copy of their logits.
+        params = every_option if row else SamplingParams(temperature=0.7)
+        sampler.begin(RowStart(row, params, num_prompt_tokens=1, token_ids=array("i", [0])))
+    ones = np.ones(rows, dtype=np.int64)
+    sampler.sample(runner.decoder.logits(hidden[:rows]), np.arange(rows), ones, ones)
 
 
 def run_compression(
@@ -123,12 +123,11 @@ def run_compression(
         x.zero_()
     num_entries = num_blocks * cache.block_size
     new_ids = list(range(rule.max_blocks - 1))
-    orders = []
-    for number in range(num_requests):
-        request = Request("peak", [0], SamplingParams(), max_total_tokens=2, rule=rule)
-        request.num_computed = request.cache_len = num_entries
-        request.query_slot = 0
-        orders.append(CompressionOrder(number, request, [len(new_ids)] * num_blocks, new_ids, new_ids))
+    tables = [len(new_ids)] * num_blocks, new_ids
+    orders = [
+        CompressionOrder(number, rule, *tables, num_entries=num_entries, window_end=num_entries, query_slot=0)
+        for number in range(num_requests)
+    ]
     runner = CompressionRunner(cache, spec, asynchronous=False, layer_stride=layer_stride, trace=False)
     runner.submit(orders)
     for result in runner.poll(wait=True):

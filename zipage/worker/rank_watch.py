@@ -17,10 +17,10 @@ class RankWatch:
     `look` may be called by another thread than `poll`.
 
     Args:
-        strict: raise at once, which waits for the device.
+        strict: `look` says at once which they are, which waits for the device, and counts none.
 
     Attributes:
-        num_failed: compressions found so far.
+        num_failed: compressions counted so far.
     """
 
     def __init__(self, strict: bool) -> None:
@@ -29,16 +29,18 @@ class RankWatch:
         self._told: set[str] = set()
         self._pending: deque[tuple[str, Tensor, torch.cuda.Event | None]] = deque()
 
-    def look(self, policy: str, failed: Tensor) -> None:
+    def look(self, policy: str, failed: Tensor) -> list[str | None]:
         """Take note of compressions under `policy`: bool [R], on any device, whether a rank was NaN.
 
-        Raises:
-            ValueError: strict, and one was.
+        Returns:
+            Of each compression None, or one line that says what is wrong with it. Always None unless strict.
         """
         if self._strict:
-            if failed.any():
-                raise ValueError(_text(policy))
-            return
+            return [_text(policy) if is_failed else None for is_failed in failed.tolist()]
+        self._note(policy, failed)
+        return [None] * len(failed)
+
+    def _note(self, policy: str, failed: Tensor) -> None:
         if not failed.is_cuda:
             self._pending.append((policy, failed, None))
             return

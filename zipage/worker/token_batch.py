@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
+
+from zipage.scheduling.plan import StepPlan
+from zipage.worker.block_tables import BlockTables
 
 
 @dataclass(slots=True)
 class TokenBatch:
-    """n tokens, each as if it were a decode: it stores one entry and attends to its request's entries up to this one.
+    """T tokens, each as if it were a decode: it stores one entry and attends to its request's entries up to this one.
 
     Tokens of one request stand in the order of their positions.
 
     Attributes:
-        token_ids: int64 [n]; without meaning where `places` is not -1.
-        places: int64 [n], where among the tokens of the step before the token lies, or -1.
-        positions: int64 [n], of the tokens.
-        slots: int64 [n], where their entries go.
-        queries: int64 [n], where their queries go, -1 for nowhere.
-        rows: int64 [n], of the block tables.
-        lens: int64 [n], entries of each request up to this one.
+        token_ids: int64 [T]; without meaning where `token_rows` is not -1.
+        token_rows: int64 [T], where among the tokens of the step before the token lies, or -1.
+        positions: int64 [T], of the tokens.
+        slots: int64 [T], where their entries go.
+        queries: int64 [T], where their queries go, -1 for nowhere.
+        rows: int64 [T], of the block tables.
+        lens: int64 [T], entries of each request up to this one.
     """
 
     token_ids: np.ndarray
-    places: np.ndarray
+    token_rows: np.ndarray
     positions: np.ndarray
     slots: np.ndarray
     queries: np.ndarray
@@ -36,8 +38,23 @@ class TokenBatch:
         return len(self.token_ids)
 
     @classmethod
-    def concatenate(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
-        """The tokens of all, in order."""
-        if len(batches) == 1:
-            return batches[0]
-        return cls(*(np.concatenate([getattr(batch, field.name) for batch in batches]) for field in fields(cls)))
+    def of(cls, plan: StepPlan, tables: BlockTables, window: int) -> TokenBatch:
+        """The tokens of a plan that `tables` are up to date with.
+
+        Args:
+            window: w, queries in a query slot. Of a longer chunk only the last w are kept, so that no two share a place
+                of the ring.
+        """
+        token_rows, positions, entries = plan.token_rows, plan.positions, plan.lens
+        rows, query_slots = plan.rows, plan.query_slots
+        if len(plan.token_ids) > len(plan.counts):
+            counts = plan.counts
+            left = np.repeat(np.cumsum(counts), counts) - np.arange(len(plan.token_ids))
+            done = np.repeat(counts, counts) - left
+            token_rows, rows = np.repeat(token_rows, counts), np.repeat(rows, counts)
+            positions, entries = np.repeat(positions, counts) + done, np.repeat(entries, counts) + done
+            query_slots = np.where(left <= window, np.repeat(query_slots, counts), -1)
+        queries = query_slots  # -1, unless there are any
+        if window:
+            queries = np.where(query_slots >= 0, query_slots * window + positions % window, -1)
+        return cls(plan.token_ids, token_rows, positions, tables.slots(rows, entries), queries, rows, entries + 1)

@@ -143,6 +143,7 @@ def test_command_line_wins_and_brings_axes(write):
     [
         ("1.10", "workload.subset", "1.10"),
         ('"1.10"', "workload.subset", "1.10"),
+        ('"  "', "workload.system_prompt", "  "),
         ("[0123, 1e5]", "model.revision", "0123"),
         ("on", "workload.subset", "on"),
         ("null", "workload.subset", None),

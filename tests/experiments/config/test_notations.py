@@ -9,6 +9,22 @@ from experiments.graders.boxed import last_boxes
 from experiments.graders.code import same_output
 
 NUMBERS = [
+    # Where an answer is announced, and where it only seems to be.
+    ('{"answer": "18", "confidence": 0.9}', "18", 1),
+    ("**Answer**: 18 (in 3 steps)", "18", 1),
+    ("The answer is not 18, it is 20.", "20", 1),
+    ("The answer is not 18, it is 20.", "18", 0),
+    ("The answer is either 17 or 18. Let me check: yes, 18.", "18", 1),
+    ("The answer is between 18 and 20.", "18", 0),
+    # Degrees and sizes of type.
+    ("\\boxed{18 \\,^\\circ\\mathrm{C}}", "18", 1),
+    ("\\boxed{18^{\\circ}\\text{F}}", "18", 1),
+    ("\\boxed{-18^\\circ C}", "-18", 1),
+    ("\\boxed{18°C}", "18", 1),
+    ("\\boxed{18^\\circ}", "18", 1),
+    ("\\boxed{18^\\circ x}", "18", 0),
+    ("\\boxed{\\large 18}", "18", 1),
+    ("\\boxed{{\\bf 18}}", "18", 1),
     # What a number is counted in belongs to it; a remark beside it does not.
     ("The answer is $18k.", "18000", 1),
     ("\\boxed{18 \\text{ million}}", "18000000", 1),
@@ -183,6 +199,14 @@ NUMBERS = [
 ]
 
 MATHEMATICS = [
+    # Words between numbers: no number.
+    ("\\boxed{12\\text{ dollars and }50\\text{ cents}}", "12", 0),
+    ("\\boxed{2 \\text{ hours } 30 \\text{ minutes}}", "2", 0),
+    ("\\boxed{2 \\text{ h } 30 \\text{ min}}", "2", 0),
+    ("\\boxed{\\frac{5}{2} \\text{ or } 2.5}", "2.5", 1),
+    ("\\boxed{3\\cos 0 + 3}", "6", 1),
+    ("\\boxed{\\gcd(12, 18)}", "6", 1),
+    ("\\boxed{2^3 \\text{ cubes}}", "8", 1),
     ("\\boxed{25\\%}", "25", 1),
     ("\\boxed{25}", "25\\%", 1),
     ("\\boxed{12.5\\%}", "12.5", 1),

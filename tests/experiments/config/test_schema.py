@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
 from experiments import run
+from experiments.config import compose
 from experiments.config.compose import load_experiment
 from experiments.config.known import is_list_of_texts, is_text
 from experiments.config.schema import FIXED, HOMES, UNRECORDED, EngineOptions, Experiment, engine_options, to_dict
@@ -210,6 +212,17 @@ def test_the_result_is_frozen():
         ("engine.blok_size=16", "engine.blok_size: unknown option; did you mean engine.block_size?"),
         ("block_size=16", "block_size: unknown option; did you mean engine.block_size?"),
         ("+engine.wheels=4", "engine.wheels: unknown option; "),
+        ("engin.block_size=16", "engin: unknown option; did you mean engine?"),
+        ("sampling.block_size=16", "sampling.block_size: unknown option; did you mean engine.block_size?"),
+        ("sampling.max_new_tokens=4", "sampling.max_new_tokens: unknown option; did you mean sampling.max_tokens?"),
+        ("max_tokens=4", "max_tokens: unknown option; did you mean sampling.max_tokens or workload.max_tokens?"),
+        ("budget_tokens=4", "budget_tokens: unknown option; did you mean policy.budget_tokens or sampling.budget_"),
+        ("seeds=4", "seeds: unknown option; did you mean seed?"),
+        ("scenario.qps=3", "scenario.qps: unknown option; `--cfg job` lists all options"),
+        ("sampling.best_of=2", "sampling.best_of: unknown option; `--cfg job` lists all options"),
+        ("workload.dataset=x", "workload.dataset: unknown option; `--cfg job` lists all options"),
+        ("workload.file=x", "workload.file: unknown option; `--cfg job` lists all options"),
+        ("hardware.gpu=1", "hardware.gpu: unknown option; `--cfg job` lists all options"),
         ("+limits=4", "limits: unknown option; did you mean limit?"),
         ("modell=smollm2", "modell: unknown option; did you mean model?"),
         (
@@ -291,3 +304,41 @@ def test_all_options_can_be_listed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run", "--cfg", "job"])
     assert run.main() == 0
     assert "block_size: 256" in capsys.readouterr().out
+
+
+OWN_WORKLOAD = """
+# of one's own
+name: 1.10
+path: q.jsonl
+question: 0x10
+revision: 12e4567
+subset: null
+split: yes
+id: 1_000
+system_prompt: ${workload.name}
+grader: none
+max_tokens: 1_000
+samples: &two 2
+seed: *two
+parts:
+  one: {subset: 1.10, revision: 010, id: "007", seed: 3}
+"""
+
+
+@pytest.mark.parametrize("name", ["own", "deeper/own"])
+def test_texts_in_a_config_file_are_as_written(tmp_path, monkeypatch, name):
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    path = conf / "workload" / f"{name}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("# @package workload\n" * ("/" in name) + OWN_WORKLOAD)
+    with (conf / "sampling" / "greedy.yaml").open("a") as file:
+        file.write("stop: [1.10, yes, '0x10']\n")
+    monkeypatch.setattr(compose, "CONF", conf)
+    experiment = load_experiment([f"workload={name}"])
+    workload = experiment.workload
+    assert (workload.name, workload.question, workload.revision) == ("1.10", "0x10", "12e4567")
+    assert (workload.subset, workload.split, workload.id, workload.system_prompt) == (None, "yes", "1_000", "1.10")
+    assert (workload.max_tokens, workload.samples, workload.seed) == (1000, 2, 2), "numbers are numbers"
+    assert workload.parts == {"one": {"subset": "1.10", "revision": "010", "id": "007", "seed": 3}}
+    assert experiment.sampling.stop == ["1.10", "yes", "0x10"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments import archive
+from experiments import archive, regrade
 from experiments.analysis.comparison import compare
 from experiments.analysis.samples import read_samples
 from experiments.records import EVENTS, HASHES, METRICS, REQUESTS, STEPS, damage, load_requests, load_runs, load_steps
@@ -23,7 +23,7 @@ def run(launch, results):
 def test_a_copy_tells_the_same_without_the_texts(run, results, tmp_path, capsys):
     copies = tmp_path / "copies"
     assert archive.main([str(results), "--to", str(copies)]) == 0
-    assert "1 runs copied" in capsys.readouterr().out
+    assert "1 run copied" in capsys.readouterr().out
     copy = load_runs(copies).iloc[0]
     pd.testing.assert_series_equal(copy.drop("path"), run.drop("path"), check_names=False)
     whole, kept = load_requests(run), load_requests(copy)
@@ -64,7 +64,7 @@ def test_faults_are_one_line(run, results, tmp_path, capsys):
     for arguments, line in (
         ([str(results), "--to", str(tmp_path / "file" / "copies")], "can't be written"),
         ([str(tmp_path / "nowhere"), "--to", str(tmp_path / "copies")], "no such folder of runs"),
-        ([str(tmp_path / "file"), "--to", str(tmp_path / "copies")], "no record of a sweep"),
+        ([str(tmp_path / "file"), "--to", str(tmp_path / "copies")], "not the record of a sweep"),
     ):
         assert archive.main(arguments) == 2
         error = capsys.readouterr().err
@@ -82,7 +82,7 @@ def test_a_damaged_run_costs_the_others_nothing(run, launch, results, tmp_path, 
     (results / run["run"] / REQUESTS).write_bytes(b"no parquet")
     capsys.readouterr()
     assert archive.main([str(results), "--to", str(tmp_path / "copies")]) == 0
-    assert "1 runs copied" in capsys.readouterr().out
+    assert "1 run copied" in capsys.readouterr().out
     assert damage(Path(load_runs(tmp_path / "copies")["path"][0])) is None
 
 
@@ -102,3 +102,19 @@ def test_samples_without_tokens_can_be_compared(run, results, tmp_path):
     samples = read_samples(tmp_path / run["run"], loops=True)
     assert samples.loop_rate is None
     assert len(samples.problems) == 3
+
+
+def test_a_table_of_another_run_is_not_taken_for_its_own(launch, results, tmp_path, capsys, caplog):
+    for seed in (1, 2):
+        assert launch("limit=3", "sampling.max_tokens=5", f"seed={seed}") == 0
+    runs = load_runs(results)
+    own, other = (Path(path) for path in runs["path"])
+    (own / REQUESTS).write_bytes((other / REQUESTS).read_bytes())
+    for read in (load_requests, read_samples):
+        with pytest.raises(ValueError, match=f"^{REQUESTS} is not as it was written$"):
+            read(own)
+    assert compare(runs)["accuracy"].notna().tolist() == [False, True]
+    assert caplog.messages == [f"{own}: its samples can't be read ({REQUESTS} is not as it was written)"]
+    assert regrade.main([str(results)]) == 1
+    error = capsys.readouterr().err
+    assert error == f"error: {own.name}: its samples can't be read (ValueError: {REQUESTS} is not as it was written)\n"

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
-from experiments.records import load_runs, sources
+from experiments.records import file_hash, load_runs, sources
 
 POLICY = """
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ def package(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
     def edit(name: str, text: str) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
         for module in [module for module in sys.modules if module.startswith("own_policies")]:
             monkeypatch.delitem(sys.modules, module)
@@ -85,6 +86,54 @@ def test_policy_of_ones_own_knows_what_it_imports(package):
     assert sources.own_policies(load_experiment(["policy=zipage"])) == {}
     example = load_experiment(["policy.name=examples.my_policy:MyPolicy", "policy.budget_tokens=256"])
     assert sources.own_policies(example).keys() == {"examples.my_policy"}
+
+
+@pytest.mark.parametrize(
+    ("use", "name"),
+    [
+        ("import own_policies.deep.er\nSIGN = own_policies.deep.SIGN", "deep/__init__.py"),
+        ("import importlib\nSIGN = importlib.import_module('own_policies.other').SIGN", "other.py"),
+        ("import importlib\nSIGN = importlib.import_module('.other', __package__).SIGN", "other.py"),
+        ("SIGN = __import__('own_policies.other').other.SIGN", "other.py"),
+        ("from pathlib import Path\nexec(Path(__file__).with_name('sign.txt').read_text())", "sign.txt"),
+        ("from pathlib import Path\nexec((Path(__file__).parent / 'deep/sign.txt').read_text())", "deep/sign.txt"),
+        ("from calendar import SIGN", "../calendar.py"),
+    ],
+)
+def test_however_a_policy_comes_by_it_its_edit_is_seen(package, monkeypatch, use, name):
+    for file in ("deep/__init__.py", "deep/er.py"):
+        package(file, "")
+    seen = set()
+    for sign in (1, -1):
+        monkeypatch.delitem(sys.modules, "calendar", raising=False)
+        package(name, f"SIGN = {sign}\n")
+        package("mine.py", POLICY.replace("from own_policies import signs", use).replace("signs.SIGN", "SIGN"))
+        own = sources.own_policies(load_experiment(OWN))
+        assert sign == sys.modules["own_policies.mine"].SIGN
+        seen.add(str(own))
+    assert len(seen) == 2
+
+
+def test_a_file_that_an_option_of_ones_own_policy_names_is_hashed(package, tmp_path):
+    package("mine.py", POLICY.replace("window: ClassVar[int]", 'weights: str = ""\n    window: ClassVar[int]'))
+    path, seen = tmp_path / "weights.txt", set()
+    for text in ("1", "2"):
+        path.write_text(text)
+        seen.add(str(sources.own_policies(load_experiment([*OWN, f"policy.options.weights={path}"]))))
+    assert len(seen) == 2
+
+
+def test_a_policy_without_a_file_is_refused(package, monkeypatch):
+    experiment = load_experiment(OWN)
+    mine = sys.modules["own_policies.mine"].Mine
+    monkeypatch.setattr(mine, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", __file__)
+    assert sources.own_policies(experiment)["__main__"] == file_hash(Path(__file__)), "of a script"
+    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    sources._policy.cache_clear()
+    with pytest.raises(UsageError, match=r"policy\.name=.*: the source of Mine is in no file, .* put it into a module"):
+        sources.own_policies(experiment)
 
 
 def test_edited_chat_template_is_another_run(launch, results, tmp_path):

@@ -136,6 +136,36 @@ def test_weights_behind_a_link_and_pickled_ones_are_hashed_too(tmp_path):
         assert models.find_model(config).identity != first.identity
 
 
+@pytest.mark.parametrize("beside", [[], ["other.safetensors"], ["other.bin"]])
+@pytest.mark.parametrize("name", ["weights.st", "model-00001", "w.bin", "w.SAFETENSORS"])
+def test_weights_that_an_index_names_are_hashed_whatever_their_name(tmp_path, name, beside):
+    for other in ("config.json", *beside):
+        (tmp_path / other).write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    seen = set()
+    for content in (b"1", b"2"):
+        (tmp_path / name).write_bytes(content)
+        seen.add(models.find_model(ModelConfig(path=str(tmp_path))).identity)
+    assert len(seen) == 2
+
+
+def test_pickled_weights_beside_others_are_not_hashed(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "a.bin"}}))
+    for name in ("a.bin", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"1")
+    files = models.find_model(ModelConfig(path=str(tmp_path))).files
+    assert files.keys() == {"config.json", "pytorch_model.bin.index.json", "model.safetensors"}
+
+
+def test_additional_chat_templates_are_hashed(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "default.jinja").write_text("{{ messages }}")
+    files = models.find_model(ModelConfig(path=str(tmp_path))).files
+    assert files.keys() == {"config.json", "additional_chat_templates/default.jinja"}
+
+
 def test_same_content_elsewhere_is_the_same_model(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -195,3 +225,25 @@ def test_missing_model_is_one_line(tmp_path, path, line):
         models.find_model(ModelConfig(path=path.replace("{tmp_path}", str(tmp_path))))
     assert str(caught.value).startswith(line.replace("{tmp_path}", str(tmp_path)))
     assert "\n" not in str(caught.value)
+
+
+def test_one_file_of_a_repository_is_fetched_and_checked(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    (tmp_path / "tiny.gguf").write_bytes(CONTENT)
+    asked = []
+
+    def fetch(*arguments: str, revision: str | None) -> str:
+        asked.append((*arguments, revision))
+        return str(tmp_path / "tiny.gguf")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    config = ModelConfig(path="someone/models", file="tiny.gguf", revision="abc", sha256=SHA256)
+    assert models.find_model(config).files == {"tiny.gguf": SHA256}
+    assert asked == [("someone/models", "tiny.gguf", "abc")]
+    local = replace(config, path=str(tmp_path / "tiny.gguf"))
+    assert models.find_model(local).identity == models.find_model(config).identity
+    for other in (config, local):
+        with pytest.raises(UsageError, match=r"tiny.gguf has sha256 .* expected 0000"):
+            models.find_model(replace(other, sha256="0" * 64))
+    assert models.find_model(replace(local, sha256=None)).files == {"tiny.gguf": SHA256}

@@ -165,6 +165,45 @@ def test_dry_run_of_a_single_run_is_refused(launch_sweep, capsys):
     assert capsys.readouterr().err.startswith("error: --dry-run: ")
 
 
+@pytest.mark.parametrize("width", [100, 60])
+@pytest.mark.parametrize("count", [1, 200])
+def test_a_plan_of_any_size_fits(width, count):
+    arms = [("model.path=/a/long/path" + "/x" * 90, f"seed={n}", "sampling.stop=['\n\x1b[31m']") for n in range(count)]
+    lines = plan_lines(arms, ["stale"] * count, width)
+    assert max(map(len, lines)) <= width
+    text = "".join(lines)
+    assert text.isprintable(), "no control characters"
+    assert "\\n\\x1b" in text
+    assert all(name.isprintable() for name in arm_names(arms))
+    assert sum(line.split()[1:2] == ["stale"] for line in lines) == count
+
+
+@contextlib.contextmanager
+def terminal(monkeypatch, width):
+    """The output of this process on a terminal; gives what was shown."""
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    shown = []
+    with os.fdopen(child, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        yield shown
+        stdout.flush()
+        shown.append(os.read(parent, 1 << 16).decode())
+    os.close(parent)
+
+
+@pytest.mark.parametrize("width", [100, 60])
+def test_a_plan_and_its_progress_fit_the_terminal(launch_sweep, small, monkeypatch, width):
+    with terminal(monkeypatch, width) as shown:
+        assert launch_sweep(small, "--dry-run", "tracking.tags=[" + ",".join(f"tag{n}" for n in range(40)) + "]") == 0
+        progress = Progress(5)
+        progress.show("arm 1 of 5: /a/long/path" + "/x" * 40, 0, 5, 1.0, 59.0)
+        progress.close()
+    parts = [part for part in re.split(r"[\r\n]+", re.sub(r"\x1b\[\w", "", shown[0])) if part]
+    assert max(map(len, parts)) <= width
+    assert any("..., 0:00:59 left |" in part for part in parts), "the time is not cut off"
+
+
 @pytest.mark.parametrize("sweep", ["demo", "reasoner", "granularity", "budget", "paper_table1", "concurrency"])
 def test_plans_of_shipped_sweeps_fit_and_tell_arms_apart(sweep):
     arms = expand([sweep], ["results_dir=" + "/a/long/path" * 10, "model.path=" + "x" * 150])
@@ -316,7 +355,7 @@ def test_file_that_is_no_sweep_is_one_line(tmp_path, capsys, content):
     path.write_text(content)
     assert report.main([str(path)]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"{path}: is no record of a sweep (")
+    assert err.startswith(f"{path}: is not the record of a sweep (")
     assert err.count("\n") == 1
 
 
@@ -373,6 +412,8 @@ def test_failed_arms_cost_themselves_only(launch_sweep, small, results, capsys):
     assert device.startswith("error: arm 3 of 5: zipage budget=64: the engine failed after")
     assert len(launch_sweep.ran) == 5
     assert list(load_runs(sweep_file(results))["policy.name"]) == ["full", "random", "random"]
+    assert captured.out.count("out of memory") == 0, "what went wrong is said once"
+    assert "2 of 5 arms failed: see the errors above" in captured.out
     assert len(list((results / "sweeps").glob("*.log"))) == 2
     assert launch_sweep(small) == 0
     assert len(launch_sweep.ran) == 2
@@ -495,7 +536,7 @@ def test_children_that_die_are_one_line_each(arguments, tmp_path, results, capsy
     assert capsys.readouterr().err.splitlines() == [
         "error: arm 1 of 6: seed=1: killed by SIGKILL (did the memory run out?)",
         "error: arm 2 of 6: seed=2: killed by SIGSEGV",
-        "error: arm 3 of 6: seed=3: ended with exit code 9 and no word",
+        "error: arm 3 of 6: seed=3: ended with exit code 9 and no output",
         "error: arm 4 of 6: seed=4: ended without the record that it was to make: "
         "did what it reads change since the sweep began?",
         "error: arm 5 of 6: seed=5: this",
@@ -523,6 +564,7 @@ def test_reason_is_the_last_error_line():
     )
     assert reason_of(1, "error: E: See root cause above.") == "E: See root cause above."
     assert reason_of(-signal.SIGTERM, "error: x") == "killed by SIGTERM"
+    assert reason_of(1, "\x1b[1;31merror: no\x07 budget\x1b[0m\r\n") == r"no\x07 budget"
     assert reason_of(-40, "") == "killed by signal 40"
 
 
@@ -550,7 +592,7 @@ def test_interrupt_stops_child_and_sweep(arguments, small, results, number):
     parent.send_signal(number)
     err = parent.communicate(timeout=20)[1]
     assert parent.returncode == 130
-    assert err == "\nerror: interrupted; finished arms are kept, and the same command goes on\n"
+    assert err == "\nerror: interrupted: 0 of 5 arms recorded, and the same command goes on\n"
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
     assert sorted(path.name for path in results.iterdir()) == [".locks", "sweeps"], "the child cleaned up"

@@ -6,8 +6,9 @@ import pytest
 
 from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
-from experiments.records import load_runs
+from experiments.records import load_runs, read_config
 from experiments.running.tracking import NullTracker, WandbTracker, open_tracker
+from tests.experiments.made_runs import make_run
 from zipage import StepStats
 
 STEP = StepStats(**dict.fromkeys(StepStats.__slots__, 0))
@@ -85,10 +86,14 @@ def test_online_without_a_key_goes_offline(tmp_path, no_key, capsys):
 def test_a_fault_costs_one_line_and_the_run_goes_on(monkeypatch, tmp_path, capsys, where):
     import wandb
 
+    runs = []
+
     class Run:
         def __init__(self):
             self.summary = {}
             self.id = "run"
+            self.finished = 0
+            runs.append(self)
 
         def define_metric(self, *name, **options):
             pass
@@ -102,6 +107,7 @@ def test_a_fault_costs_one_line_and_the_run_goes_on(monkeypatch, tmp_path, capsy
                 raise RuntimeError("no\nroom")
 
         def finish(self, exit_code):
+            self.finished += 1
             if where == "finish":
                 raise RuntimeError("no\nroom")
 
@@ -120,6 +126,18 @@ def test_a_fault_costs_one_line_and_the_run_goes_on(monkeypatch, tmp_path, capsy
     tracker.finish({"accuracy": 1.0})
     out = capsys.readouterr().out
     assert out == "tracking: wandb failed and is left out from here on (RuntimeError: no room)\n"
+    # Else the next run of this process would go on in this one.
+    assert [(run.finished, run.summary) for run in runs] == [(1, {"accuracy": 1.0})] * (where != "init")
+
+
+def test_names_in_any_script_keep_their_record(tmp_path, no_key, capsys):
+    run = make_run(tmp_path, "run")
+    for name in ("日本語-sums-full-0123456789ab", "é-sums-full-0123456789ab"):
+        tracker = open_tracker(tracking("tracking=wandb_offline"), name, read_config(run), tmp_path)
+        tracker.log_record(run, [{"prompt_id": "0", "grade": 1.0}])
+        tracker.finish({"accuracy": 1.0})
+        assert list((tmp_path / "wandb").glob(f"offline-run-*-{name}"))
+    assert "wandb failed" not in capsys.readouterr().out
 
 
 def test_missing_wandb_costs_one_line(monkeypatch, tmp_path, capsys):

@@ -191,6 +191,12 @@ class TestFiles:
             ("q.parquet", b"plain", "{path}: "),
             ("q.csv", b"a,b", "{path}: must end in .jsonl, .jsonl.gz or .parquet"),
             (None, b"", "{path}: no such file"),
+            (
+                "q.jsonl",
+                b'{"question": ' + b"[" * 100_000 + b"\n",
+                "{path}: line 1 is not valid JSON",
+            ),
+            ("q.jsonl", b'{"question": "?", "answer": ' + b"9" * 5_000 + b"}\n", "{path}: line 1 is not valid JSON"),
         ],
     )
     def test_faults_are_named(self, tmp_path, name, content, line):
@@ -219,12 +225,27 @@ class TestFiles:
             ({"question": "a\ud800", "answer": "1"}, [], "the question of item 1 holds half a surrogate pair"),
             ({"question": "?", "answer": "\udc00"}, [], "the gold of item 1 holds half a surrogate pair"),
             ({"question": "?", "answer": "1", "key": "\udc00"}, ["workload.id=key"], "the id of item 1 holds half"),
+            (
+                {"question": "?", "answer": "1", "key": [1]},
+                ["workload.id=key"],
+                "workload.id=key: is a list, not",
+            ),
+            ({"question": ["?"], "answer": "1"}, [], "workload.question=question: is a list, not a text or number, in"),
+            ({"question": {"text": "?"}, "answer": "1"}, [], "workload.question=question: is a mapping, not a text"),
+            ({"question": math.nan, "answer": "1"}, [], "workload.question=question: is null in item 1"),
+            (
+                {"question": "?", "answer": {"value": 1}},
+                [],
+                "workload.answer=answer: is a mapping, not a",
+            ),
+            ({"question": "?", "answer": ["1", ["2"]]}, [], "workload.answer=answer: is a list, not a text or number"),
+            ({"question": "?", "answer": math.nan}, [], "workload.answer=answer: is null or empty in item 1"),
             ({"question": "?", "tests": [["1", None]]}, ["workload.tests=pairs"], "an input or output is null"),
             ({"question": "?", "tests": None}, ["workload.tests=pairs"], "the tests of item 1 can't be read"),
         ],
     )
     def test_an_item_that_cannot_be_asked_costs_itself(self, tmp_path, item, options, error):
-        good = {"question": "1+1", "hint": "none", "answer": "2", "key": "a", "tests": [["1", "2"]]}
+        good = {"question": "1+1", "hint": "none", "answer": "2", "key": "?", "tests": [["1", "2"]]}
         path = write_lines(tmp_path / "q.jsonl", good, item, good | {"key": "c"})
         problems = load("workload=jsonl", f"workload.path={path}", *options)
         assert [problem.error is None for problem in problems] == [True, False, True]

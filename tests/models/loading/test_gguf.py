@@ -129,7 +129,7 @@ def test_broken_files(tmp_path):
     with pytest.raises(ValueError, match="version 50331648 or big-endian"):
         GgufFile(path)
     path.write_bytes(b"PK" + data[2:])
-    with pytest.raises(ValueError, match="is no GGUF file"):
+    with pytest.raises(ValueError, match="is not a GGUF file"):
         GgufFile(path)
 
 

@@ -111,7 +111,7 @@ def test_an_index_that_names_what_a_shard_lacks(sharded):
 def test_a_cut_off_file(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors is no complete safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a complete safetensors file"):
         load_model(str(folder), device="cpu")
 
 

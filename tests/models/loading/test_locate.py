@@ -23,7 +23,7 @@ def test_paths_that_do_not_exist(model):
 def test_a_file_of_another_kind(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"12345678")
-    with pytest.raises(ValueError, match="is no GGUF file"):
+    with pytest.raises(ValueError, match="is not a GGUF file"):
         locate_model(str(path), WEIGHTS)
 
 

@@ -166,6 +166,35 @@ def test_errors_of_a_broken_tokenizer_name_the_folder(tmp_path, name, content):
     assert str(tmp_path) in str(caught.value)
 
 
+def save_with_template(folder, template) -> None:
+    byte_level().save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (None, None),
+        (TEMPLATE, TEMPLATE),
+        ({"default": TEMPLATE}, {"default": TEMPLATE}),
+        ([{"name": "default", "template": TEMPLATE}, {"name": "b", "template": ""}], {"default": TEMPLATE, "b": ""}),
+    ],
+)
+def test_a_chat_template_is_a_text_or_several_by_name(tmp_path, template, expected):
+    save_with_template(tmp_path, template)
+    assert load_tokenizer(str(tmp_path)).chat_template == expected
+
+
+@pytest.mark.parametrize("template", [5, True, 1.5, [5], {"a": 5}, [{"name": "a"}], [{"name": 5, "template": "x"}]])
+def test_a_chat_template_that_is_none_is_named(tmp_path, template):
+    save_with_template(tmp_path, template)
+    with pytest.raises(ValueError, match=r"chat_template=.*: must be a text") as caught:
+        load_tokenizer(str(tmp_path))
+    assert str(tmp_path / "tokenizer_config.json") in str(caught.value)
+
+
 def test_ends_of_a_sequence_are_the_union():
     spec = spec_from_config(hf_config({"model_type": "qwen2", "eos_token_id": [7, 8]}))
     assert end_of_sequence_ids(spec) == {7, 8}

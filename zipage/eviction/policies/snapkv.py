@@ -19,7 +19,7 @@ class SnapKV(Policy):
     """`S = avgpool5(A_mean)` [L, R, H, N], anew at every event. Li et al., arXiv 2404.14469.
 
     The original compresses the prompt once, per query head; at decode time it is the baseline of the R-KV paper. Pooled
-    over j < n-w; entries of the window keep their score as it is.
+    over j < n-w; scores of the window's entries are not pooled.
 
     Attributes:
         window: w. The original's is 64.

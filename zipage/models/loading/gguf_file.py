@@ -54,7 +54,7 @@ class GgufFile:
         tensors: name -> entry, in the file's order.
 
     Raises:
-        ValueError: the file is no GGUF, broken, of another version, or a part of a split model.
+        ValueError: the file is not a GGUF file, broken, of another version, or a part of a split model.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,7 +63,7 @@ class GgufFile:
         self.tensors: dict[str, GgufTensor] = {}
         with path.open("rb") as file:
             if file.read(4) != MAGIC:
-                raise ValueError(f"{path} is no GGUF file")
+                raise ValueError(f"{path} is not a GGUF file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 self._size = len(data)
                 try:

@@ -29,7 +29,7 @@ def read_spec(folder: Path) -> ModelSpec:
 
     Raises:
         FileNotFoundError: there is no `config.json`.
-        ValueError: it is no JSON, misstates a field, or describes a model that is not supported.
+        ValueError: it is not valid JSON, misstates a field, or describes a model that is not supported.
     """
     path = folder / "config.json"
     if not path.is_file():

@@ -31,14 +31,14 @@ def locate_model(model: str, files: tuple[str, ...]) -> Path:
     try:
         path = Path(model).expanduser()
         is_folder, is_file = bool(model) and path.is_dir(), path.is_file()
-    except (OSError, RuntimeError) as error:  # a name that is too long; ~ of nobody
+    except (OSError, RuntimeError) as error:  # a name that is too long; ~ of an unknown user
         raise FileNotFoundError(f"{model!r:.100} does not exist ({error}): pass a model folder or a hub id") from error
     if is_folder:
         return path
     if is_file:
         with path.open("rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
-                raise ValueError(f"{model} is no GGUF file: pass the model's folder, a hub id or a GGUF file")
+                raise ValueError(f"{model} is not a GGUF file: pass the model's folder, a hub id or a GGUF file")
         return path
     if not _HUB_ID.fullmatch(model) or model.endswith(".gguf"):
         raise FileNotFoundError(f"{model!r} does not exist: pass a model folder, a GGUF file or a hub id (owner/name)")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from zipage.checks import shown
 from zipage.models.loading.hf_config import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LONGEST_NAME = 255
+"""Bytes of a file's name, on the file systems that are in use."""
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -31,7 +35,7 @@ class SafetensorsFolder:
     Raises:
         FileNotFoundError: there are no weights, or a shard is missing.
         ValueError: a file is broken, a tensor lies in two shards, a shard lacks a tensor that the index puts there, the
-            index names a file elsewhere, or a tensor is no float.
+            index names a file elsewhere, or a tensor is not a float.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -68,8 +72,8 @@ class SafetensorsFolder:
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index} has no weight_map")
             for shard in weight_map.values():
-                if not isinstance(shard, str) or Path(shard).name != shard:
-                    raise ValueError(f"{index} names {shard!r}: must be the name of a file beside it")
+                if not _names_a_file(shard):
+                    raise ValueError(f"{index} names {shown(shard)}: must be the name of a file beside it")
             return weight_map
         found = sorted(file.name for pattern in ("*.safetensors", "*.bin") for file in self.folder.glob(pattern))
         hint = f" ({', '.join(found[:4])} there cannot be used)" if found else ""
@@ -84,7 +88,7 @@ class SafetensorsFolder:
         try:
             file = safe_open(path, framework="pt", device=str(device))
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no complete safetensors file ({error}): download it again") from error
+            raise ValueError(f"{path} is not a complete safetensors file ({error}): download it again") from error
         self._shards[shard] = file
         for name in file.keys():  # noqa: SIM118 - not a dict
             if name in self._shard_of:
@@ -96,3 +100,13 @@ class SafetensorsFolder:
             self._shard_of[name] = shard
             self._dtypes[name] = DTYPES[stored]
             self.shapes[name] = tuple(tensor.get_shape())
+
+
+def _names_a_file(name: object) -> bool:
+    """Whether a file of some folder may have that name."""
+    if not isinstance(name, str) or name in ("", "..") or "\0" in name or Path(name).name != name:
+        return False
+    try:
+        return len(os.fsencode(name)) <= LONGEST_NAME
+    except UnicodeEncodeError:
+        return False

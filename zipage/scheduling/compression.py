@@ -10,17 +10,12 @@ from zipage.scheduling.request import Request
 
 
 @dataclass(slots=True, eq=False)
-class CompressionOrder:
-    """One request to compress to its budget.
+class Compression:
+    """A request that is being compressed: its lengths, history and query slot stay as they are until that is done.
 
     Attributes:
-        number: of the order; never used again.
-        request: with `rule`, `cache_len` (n), `num_computed` (where the window ends), `rounds` (t) and `query_slot` as
-            they are until the order is completed.
-        block_ids: its block table, the sources.
-        new_ids: the table afterwards, k / b blocks. Those from `rule.pinned_blocks` on are private and take the
-            survivors; those before it stay as they are. Empty where whole blocks are dropped: what stays is known
-            once the scores are.
+        number: of its order.
+        block_ids, new_ids: as in `CompressionOrder`.
         fresh: blocks of `new_ids` that are not in `block_ids`.
     """
 
@@ -32,7 +27,7 @@ class CompressionOrder:
 
 
 class Compressed(NamedTuple):
-    """What a compression changed. `round` counts the request's compressions before it."""
+    """What a compression changed. `round` counts the request's compressions before it; `block_ids` is its table now."""
 
     request: Request
     round: int
@@ -40,6 +35,7 @@ class Compressed(NamedTuple):
     entries_after: int
     blocks_before: int
     blocks_after: int
+    block_ids: list[int]
 
 
 def num_fresh_blocks(request: Request, pool: BlockPool) -> int:

@@ -1,0 +1,114 @@
+"""Compile every Triton kernel for a GPU that is not here: `python -m tests.kernels.compile_kernels`.
+
+Triton's interpreter, which runs the kernels in the other tests, knows nothing of types, layouts and registers. This
+calls the launchers, and compiles what they would launch down to Hopper's machine code. It prints the file and the name
+of each kernel. The interpreter is chosen at import, hence a process of its own.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from kernels.add_rms_norm_triton import add_rms_norm_triton
+from kernels.attention_score_triton import attention_score_triton
+from kernels.cache_view import CacheView, shared
+from kernels.compact_stable_triton import compact_stable_triton
+from kernels.copy_blocks_triton import copy_blocks_triton
+from kernels.decode_pieces_triton import decode_pieces_triton
+from kernels.paged_decode_triton import paged_decode_triton
+from kernels.paged_prefill_triton import paged_prefill_triton
+from kernels.qk_norm_rope_triton import qk_norm_rope_triton
+from kernels.redundancy_triton import redundancy_triton
+from kernels.sample_from_logits_triton import sample_from_logits_triton
+from kernels.select_triton import select_triton
+from kernels.silu_mul_triton import silu_mul_triton
+from kernels.store_kv_triton import store_kv_triton
+from kernels.store_positions_triton import store_positions_triton
+from kernels.store_step_triton import store_step_triton
+
+LAYERS, REQUESTS, HEADS, GROUP, DIM, BLOCK, MAX_BLOCKS, TOKENS, WINDOW = 3, 5, 2, 4, 64, 16, 6, 7, 8
+DTYPE = torch.bfloat16
+
+
+class HopperDriver:
+    """What Triton asks of a GPU's driver when it compiles and launches nothing."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_one(kernel: JITFunction, *args, grid, **kwargs) -> None:
+    kernel.warmup(*args, grid=grid, **kwargs)
+    print(Path(kernel.fn.__code__.co_filename).stem, kernel.fn.__name__, flush=True)
+
+
+def floats(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=DTYPE)
+
+
+def ints(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+def longs(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+def compile_view_kernels(apart: bool) -> None:
+    """What reads or moves entries: heads and layers share tables, lengths and slots, or each has its own."""
+
+    def spread(x: Tensor, layers: int | None = None) -> Tensor:
+        x = shared(x, HEADS, layers)
+        return x.contiguous() if apart else x
+
+    width = MAX_BLOCKS * BLOCK
+    tables, lens = ints(REQUESTS, MAX_BLOCKS), ints(REQUESTS)
+    caches = floats(2, LAYERS, REQUESTS * MAX_BLOCKS, HEADS, BLOCK, DIM)
+    layer = CacheView(*caches[:, 0], spread(tables), spread(lens))
+    layers = CacheView(*caches, spread(tables, LAYERS), spread(lens, LAYERS))
+    q, k, v = floats(TOKENS, HEADS * GROUP, DIM), floats(TOKENS, HEADS, DIM), floats(TOKENS, HEADS, DIM)
+    state, windows = ints(*caches.shape[1:5]), floats(LAYERS, REQUESTS, WINDOW, HEADS * GROUP, DIM)
+
+    store_kv_triton(k, v, *layer[:2], spread(longs(TOKENS)))
+    store_step_triton(k, v, q, *layer[:2], windows[0], spread(longs(TOKENS)), longs(TOKENS))
+    store_positions_triton(ints(TOKENS), state, spread(longs(TOKENS), LAYERS))
+    paged_decode_triton(q[:REQUESTS], layer, 0.1, decode_pieces_triton(layer))
+    paged_prefill_triton(q, layer, ints(REQUESTS + 1), TOKENS, 0.1)
+    attention_score_triton(windows, layers, lens, lens, 0.1)
+    redundancy_triton(layers, tau=0.4, chunk=32)
+    redundancy_triton(layers, tau=0.4)
+    must = torch.zeros(REQUESTS, width, dtype=torch.bool)
+    scores = torch.zeros(LAYERS, REQUESTS, HEADS, width)
+    kept = select_triton(scores, spread(must, LAYERS), layers.lens, layers.lens, BLOCK)
+    compact_stable_triton(layers, [state, state], kept, layers.block_tables, [None, scores.int()])
+
+
+def compile_other_kernels() -> None:
+    hidden = floats(TOKENS, 256)
+    add_rms_norm_triton(hidden, hidden, hidden[0], 1e-6)
+    silu_mul_triton(hidden)
+    angles = torch.zeros(TOKENS, 1, DIM)
+    qkv, weight = floats(TOKENS, (GROUP + 2) * HEADS * DIM), floats(DIM)
+    qk_norm_rope_triton(qkv, weight, weight, 1e-6, angles, angles, HEADS * GROUP, HEADS)
+    sample_from_logits_triton(hidden, torch.zeros(TOKENS), torch.zeros(TOKENS, dtype=torch.float64))
+    cache = floats(LAYERS, 2, HEADS, BLOCK, DIM)
+    copy_blocks_triton(cache, cache, longs(1), longs(1))
+
+
+if __name__ == "__main__":
+    triton.runtime.driver.set_active(HopperDriver())
+    JITFunction.__getitem__ = lambda kernel, grid: partial(compile_one, kernel, grid=grid)
+    compile_view_kernels(apart=False)
+    compile_view_kernels(apart=True)
+    compile_other_kernels()
