@@ -2,7 +2,10 @@
 
 import gc
 import os
+import sys
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -14,3 +17,15 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The example of a policy is new to each test, and what a test registers is forgotten after it."""
+    from zipage.eviction import registry
+
+    known = {name: policy for name, policy in registry.POLICIES.items() if name != "my_policy"}
+    monkeypatch.setattr(registry, "POLICIES", known)
+    monkeypatch.delitem(sys.modules, "examples.my_policy", raising=False)
+    yield
+    sys.modules.pop("examples.my_policy", None)

@@ -80,7 +80,7 @@ def test_an_unbounded_budget_gives_the_tokens_of_full_kv(folder, prompts, full_t
 
 @every_case
 def test_what_each_head_keeps_equals_the_simulation_over_a_generation(folder, case, monkeypatch):
-    prompt, new, keep, size = 24, 130, 64, 16
+    prompt, new, keep, size = 24, 106, 48, 16
     recorder = Recorder()
     monkeypatch.setattr(PagedAttention, "__call__", recorder.wrap(PagedAttention.__call__))
     llm = make_llm(folder, case, budget=keep, trace_positions=True)

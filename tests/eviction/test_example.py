@@ -2,7 +2,6 @@
 
 import importlib
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,6 @@ from zipage.eviction import registry
 
 ROOT = Path(__file__).parents[2]
 REQUESTS = [make_tokens(31), make_tokens(32)]
-
-
-@pytest.fixture(autouse=True)
-def own_registry(monkeypatch):
-    """What the example registers is forgotten after each test."""
-    monkeypatch.setattr(registry, "POLICIES", dict(registry.POLICIES))
-    monkeypatch.delitem(sys.modules, "examples.my_policy", raising=False)
 
 
 def test_readme_shows_the_file():

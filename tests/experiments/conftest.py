@@ -12,14 +12,13 @@ import pytest
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import run
 from experiments.config import compose as composing
 from experiments.paths import CONF, ROOT
 from experiments.records import sources
 from tests.experiments.fake_engine import fake_backend
-from zipage.eviction import registry
 
 
 @pytest.fixture(autouse=True)
@@ -29,19 +28,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The example of a policy is new to each test, and what it registers is forgotten after it."""
-    known = {name: policy for name, policy in registry.POLICIES.items() if name != "my_policy"}
-    monkeypatch.setattr(registry, "POLICIES", known)
-    monkeypatch.delitem(sys.modules, "examples.my_policy", raising=False)
-    yield
-    sys.modules.pop("examples.my_policy", None)
-
-
-@pytest.fixture(autouse=True)
 def _compose_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tests plan the same arms again and again, each of which takes Hydra a tenth of a second."""
-    monkeypatch.setattr(composing, "compose", lambda name, overrides: deepcopy(_composed(name, tuple(overrides))))
+    monkeypatch.setattr(composing, "compose", lambda name, overrides: _composed(name, tuple(overrides)))
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +54,9 @@ def _read(provider: str, folder: str, path: str, load=FileConfigSource.load_conf
 
 @cache
 def _composed(name: str, overrides: tuple[str, ...], compose=composing.compose) -> DictConfig:
-    return compose(name, overrides=list(overrides))
+    config = compose(name, overrides=list(overrides))
+    OmegaConf.set_readonly(config, True)  # it is everyone's
+    return config
 
 
 @pytest.fixture
