@@ -221,7 +221,7 @@ def test_the_result_is_frozen():
         ("scenario.qps=3", "scenario.qps: unknown option; `--cfg job` lists all options"),
         ("sampling.best_of=2", "sampling.best_of: unknown option; `--cfg job` lists all options"),
         ("workload.dataset=x", "workload.dataset: unknown option; `--cfg job` lists all options"),
-        ("workload.file=x", "workload.file: unknown option; `--cfg job` lists all options"),
+        ("workload.file=x", "workload.file: unknown option; did you mean model.file?"),
         ("hardware.gpu=1", "hardware.gpu: unknown option; `--cfg job` lists all options"),
         ("+limits=4", "limits: unknown option; did you mean limit?"),
         ("modell=smollm2", "modell: unknown option; did you mean model?"),

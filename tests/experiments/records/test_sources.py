@@ -128,7 +128,7 @@ def test_a_policy_without_a_file_is_refused(package, monkeypatch):
     mine = sys.modules["own_policies.mine"].Mine
     monkeypatch.setattr(mine, "__module__", "__main__")
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", __file__)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", __file__, raising=False)
     assert sources.own_policies(experiment)["__main__"] == file_hash(Path(__file__)), "of a script"
     monkeypatch.delattr(sys.modules["__main__"], "__file__")
     sources._policy.cache_clear()

@@ -220,5 +220,5 @@ def test_code_without_consent_starts_nothing(launch, results, tmp_path, capsys):
     path.write_text(json.dumps(item) + "\n")
     assert launch("workload=humaneval", f"workload.path={path}", fail_at=0) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: --grader code: would run the Python programs in the model's answers")
+    assert err.startswith("error: workload.grader=code: would run the Python programs in the model's answers")
     assert err.count("\n") == 1

@@ -93,7 +93,7 @@ def test_an_index_that_names_a_file_elsewhere(sharded, tmp_path_factory, place):
     path = sharded / INDEX
     named = place.format(elsewhere.name if place.startswith("..") else elsewhere) + shard.name
     path.write_text(path.read_text().replace(shard.name, named))
-    with pytest.raises(ValueError, match=f"names '{named}': must be the name of a file beside it"):
+    with pytest.raises(ValueError, match=f"names '{named[:40]}.*: must be the name of a file beside it"):
         load_model(str(sharded), device="cpu")
 
 
