@@ -190,10 +190,10 @@ def _compression(shapes: KernelShapes, device: torch.device) -> Iterator[Case]:
     yield Case("redundancy", shape_of, repeat, repeat_gate, read=keys, written=line, flops=flops)
 
     scores = torch.rand(layers, count, heads, shapes.entries, device=device)
-    must = torch.zeros(count, shapes.entries, dtype=torch.bool, device=device)
-    must[:, -WINDOW:] = True
+    forced = torch.zeros(count, shapes.entries, dtype=torch.bool, device=device)
+    forced[:, -WINDOW:] = True
     keep = torch.full_like(lens, shapes.budget)
-    kept = select(scores, shared(must, heads, layers), view.lens, shared(keep, heads, layers), shapes.budget)
+    kept = select(scores, shared(forced, heads, layers), view.lens, shared(keep, heads, layers), shapes.budget)
     new_tables = tables[:, : shapes.budget // size].contiguous()
     # Survivors that move, each read and written once in K and in V.
     shifted = int((kept != torch.arange(shapes.budget, device=device)).sum())

@@ -13,14 +13,14 @@ from kernels.cache_view import once
 from kernels.layout import PAD_SLOT, check_index, check_numbers, check_scores, fail
 
 
-def select(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
-    """The slots that survive in each layer and KV head: those of `must`, then the best, ties to the higher slot.
+def select(scores: Tensor, forced: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
+    """The slots that survive in each layer and KV head: those of `forced`, then the best, ties to the higher slot.
 
     Args:
         scores: float32 [L, R, H, N], contiguous, no NaN in a request's n entries; those past n are never used.
-        must: bool [L, R, H, N], last dimension contiguous; at most `keep` of a request's n entries.
+        forced: bool [L, R, H, N], last dimension contiguous; at most `keep` of a request's n entries.
         lens: int32 [L, R, H], n; with strides of 0 where layers or heads share them, as in a `CacheView`, and so may
-            `must` and `keep`.
+            `forced` and `keep`.
         keep: int32 [L, R, H], up to max_keep; all n entries survive where n is smaller.
         max_keep: of all requests, up to N.
 
@@ -30,42 +30,42 @@ def select(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: i
     Raises:
         ValueError: an argument's shape, dtype, device, layout or value is not as above.
     """
-    _check(scores, must, lens, keep, max_keep)
+    _check(scores, forced, lens, keep, max_keep)
     if scores.is_cuda:
         with torch.cuda.device(scores.device):
-            return _triton()(scores, must, lens, keep, max_keep)
-    return select_torch(scores, must, lens, keep, max_keep)
+            return _triton()(scores, forced, lens, keep, max_keep)
+    return select_torch(scores, forced, lens, keep, max_keep)
 
 
-def _check(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> None:
+def _check(scores: Tensor, forced: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> None:
     """Check the arguments of `select`. Raises ValueError naming the argument, its value and the remedy."""
     *shape, width = check_scores(scores)
-    check_index("must", must, torch.bool, (*shape, width), scores.device, "scores")
+    check_index("forced", forced, torch.bool, (*shape, width), scores.device, "scores")
     check_numbers("lens", lens, torch.int32, tuple(shape), scores.device, "scores")
     check_numbers("keep", keep, torch.int32, tuple(shape), scores.device, "scores")
     if not isinstance(max_keep, int) or not 0 <= max_keep <= width:
         fail("max_keep", "value", max_keep, f"give the most that a request keeps, an int up to {width}")
 
 
-def select_reference(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
+def select_reference(scores: Tensor, forced: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
     """`select`, sorting each line."""
     kept = torch.full((*scores.shape[:3], max_keep), PAD_SLOT, dtype=torch.int32)
     for line in product(*map(range, lens.shape)):
         length = int(lens[line])
         count = min(int(keep[line]), length)
-        required, values = must[line].tolist(), scores[line].tolist()
+        required, values = forced[line].tolist(), scores[line].tolist()
         best = sorted(range(length), key=lambda j: (required[j], values[j], j), reverse=True)
         kept[line][:count] = torch.tensor(sorted(best[:count]), dtype=torch.int32)
     return kept.to(scores.device)
 
 
-def select_torch(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
-    """`select`, as the largest of integers that order slots by (must, score, slot) and are all different."""
+def select_torch(scores: Tensor, forced: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
+    """`select`, as the largest of integers that order slots by (forced, score, slot) and are all different."""
     width = scores.shape[3]
     lens = once(lens)[..., None]
     bits = scores.masked_fill(scores == 0, 0).view(torch.int32)
     order = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).long()
-    order = torch.where(once(must), 1 << 32, order)
+    order = torch.where(once(forced), 1 << 32, order)
     slots = torch.arange(width)
     order = (order * width + slots).masked_fill(slots >= lens, torch.iinfo(torch.int64).min)
     best = order.topk(max_keep, dim=-1).indices

@@ -24,15 +24,15 @@ def _ordered_image(x):
 @triton.jit(do_not_specialize=["must_ptr", "lens_ptr", "keep_ptr", "max_keep"])
 def _select_rows(
     scores_ptr,
-    must_ptr,
+    forced_ptr,
     lens_ptr,
     keep_ptr,
     kept_ptr,
     width,
     max_keep,
-    must_layer_stride,
-    must_row_stride,
-    must_head_stride,
+    forced_layer_stride,
+    forced_row_stride,
+    forced_head_stride,
     lens_layer_stride,
     lens_row_stride,
     lens_head_stride,
@@ -54,12 +54,12 @@ def _select_rows(
     slot = tl.arange(0, WIDTH_PAD)
     held = slot < length
     scores = tl.load(scores_ptr + line * width + slot, mask=held, other=0.0)
-    must_line = must_ptr + layer * must_layer_stride + row * must_row_stride + head * must_head_stride
-    must = tl.load(must_line + slot, mask=held, other=0) != 0
+    forced_line = forced_ptr + layer * forced_layer_stride + row * forced_row_stride + head * forced_head_stride
+    forced = tl.load(forced_line + slot, mask=held, other=0) != 0
 
     least = -2147483648
-    image = tl.where(held & (must == 0), _ordered_image(scores), least)
-    wanted = count - tl.sum(must.to(tl.int32), 0)
+    image = tl.where(held & (forced == 0), _ordered_image(scores), least)
+    wanted = count - tl.sum(forced.to(tl.int32), 0)
     enough = tl.sum((image >= 0).to(tl.int32), 0) >= wanted
     threshold = tl.where(enough, 0, least)  # the largest number that `wanted` images reach
     for step in range(31):
@@ -71,7 +71,7 @@ def _select_rows(
     tied = (image == threshold) & (image > least)
     ties = tied.to(tl.int32)
     younger = tl.sum(ties, 0) - tl.cumsum(ties, 0)
-    chosen = must | above | (tied & (younger < wanted - tl.sum(above.to(tl.int32), 0)))
+    chosen = forced | above | (tied & (younger < wanted - tl.sum(above.to(tl.int32), 0)))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     kept_row = kept_ptr + line * max_keep
     tl.store(kept_row + place, slot, mask=chosen & (place < max_keep))
@@ -79,12 +79,12 @@ def _select_rows(
     tl.store(kept_row + slot, tl.full([WIDTH_PAD], PAD, tl.int32), mask=(slot >= total) & (slot < max_keep))
 
 
-def select_triton(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
+def select_triton(scores: Tensor, forced: Tensor, lens: Tensor, keep: Tensor, max_keep: int) -> Tensor:
     """`select` in one launch.
 
     Args:
         scores: float32 [L, R, H, N], contiguous.
-        must: bool [L, R, H, N], last dimension contiguous.
+        forced: bool [L, R, H, N], last dimension contiguous.
         lens, keep: int32 [L, R, H], of any strides.
         max_keep: up to N.
 
@@ -95,10 +95,10 @@ def select_triton(scores: Tensor, must: Tensor, lens: Tensor, keep: Tensor, max_
     kept = torch.empty((layers, requests, heads, max_keep), dtype=torch.int32, device=scores.device)
     if kept.numel() == 0:
         return kept
-    strides = *must.stride()[:3], *lens.stride(), *keep.stride()
+    strides = *forced.stride()[:3], *lens.stride(), *keep.stride()
     width_pad = triton.next_power_of_2(width)
     _select_rows[(requests * heads, layers)](
-        scores, must.view(torch.uint8), lens, keep, kept, width, max_keep, *strides,
+        scores, forced.view(torch.uint8), lens, keep, kept, width, max_keep, *strides,
         HEADS=heads, WIDTH_PAD=width_pad, num_warps=min(16, max(1, width_pad // 512)),
     )  # fmt: skip
     return kept

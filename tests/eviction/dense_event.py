@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from zipage.eviction.event import Event
 from zipage.eviction.policy import Policy
-from zipage.eviction.protection import Protection, must_mask
+from zipage.eviction.protection import Protection, forced_mask
 
 NAN = float("nan")
 
@@ -91,9 +91,9 @@ def raw_redundancy(keys: Tensor, chunk: int | None, threshold: float = 0.5) -> T
     return cosines.masked_fill(last == row, 0.0).sum(dim=-1)
 
 
-def select(scores: Tensor, must: Tensor, keep: int) -> Tensor:
+def select(scores: Tensor, forced: Tensor, keep: int) -> Tensor:
     """Slots that stay: scores [..., n], must [n] -> int64 [..., keep], ascending."""
-    ranked = scores.masked_fill(must, math.inf).flip(-1).argsort(dim=-1, descending=True, stable=True)
+    ranked = scores.masked_fill(forced, math.inf).flip(-1).argsort(dim=-1, descending=True, stable=True)
     return (scores.shape[-1] - 1 - ranked[..., :keep]).sort(dim=-1).values
 
 
@@ -210,7 +210,7 @@ def build_event(policy, held, keeps, recent, protection, layers, poison) -> Dens
         window=window,
         lens=lens,
         keep=torch.tensor(keeps, dtype=torch.int32),
-        must=must_mask(lens, protected, recent, width),
+        forced=forced_mask(lens, protected, recent, width),
         protected=protected,
         carried=torch.tensor([one.carried for one in held], dtype=torch.int32),
         seeds=[one.tokens.seed for one in held],
@@ -270,7 +270,7 @@ class Run:
         for row, one in enumerate(held):
             assert scores[:, row, :, : one.n].isfinite().all()
             assert (scores[:, row, :, one.n :] == -math.inf).all()
-            kept = select(scores[:, row, :, : one.n], event.must[row, : one.n], self.keep)
+            kept = select(scores[:, row, :, : one.n], event.forced[row, : one.n], self.keep)
             one.positions = one.positions.gather(-1, kept)
             one.state = states[:, row].gather(-1, kept)
             one.carried = self.keep

@@ -125,16 +125,16 @@ class Simulation:
     def _must(self, n: int) -> set[int]:
         return set(range(self._protected())) | set(range(n - self.recent, n))
 
-    def _best(self, scores: list[float], must: set[int]) -> list[int]:
-        rest = sorted((j for j in range(len(scores)) if j not in must), key=lambda j: (-scores[j], -j))
-        return sorted(must | set(rest[: self.keep - len(must)]))
+    def _best(self, scores: list[float], forced: set[int]) -> list[int]:
+        rest = sorted((j for j in range(len(scores)) if j not in forced), key=lambda j: (-scores[j], -j))
+        return sorted(forced | set(rest[: self.keep - len(forced)]))
 
     def _event(self, n: int) -> dict[tuple[int, int], list[int]]:
-        must = self._must(n)
+        forced = self._must(n)
         if self.policy.startswith("page"):
-            return self._pages(n, must)
+            return self._pages(n, forced)
         if self.policy == "vase" and self.o["mode"] == "attn":
-            return {place: self._vase(place, n, must) for place in self.cache}
+            return {place: self._vase(place, n, forced) for place in self.cache}
         score = self._dkv if self.policy == "vase" else getattr(self, "_" + self.policy)
         scores = {place: score(place, n) for place in self.cache}
         if self.policy == "tova" and self.o["reduce"] == "layer":
@@ -143,7 +143,7 @@ class Simulation:
                 mean = [sum(row[j] for row in rows) / len(rows) for j in range(n)]
                 for head in range(self.heads):
                     scores[layer, head] = mean
-        return {place: self._best(scores[place], must) for place in self.cache}
+        return {place: self._best(scores[place], forced) for place in self.cache}
 
     # Attention.
 
@@ -278,15 +278,15 @@ class Simulation:
         layer = place[0] if self.o["share"] == "heads" else 0
         return [uniform(self.seed, STREAMS["random_shared"], self.t, layer, 0, j) for j in range(n)]
 
-    def _vase(self, place, n, must):
+    def _vase(self, place, n, forced):
         """Two parts: the reserve of the widest values, then draws one after the other."""
         o = self.o
         layer, head = place
         values = self.values[layer, head, self.cache[place].tokens]
         widths = [max(max(v) - min(v), 1e-8) for v in values]
         wide = [math.inf if j < 4 else round(4096 * math.log2(width)) for j, width in enumerate(widths)]
-        pool = [j for j in range(n) if j not in must]
-        free = self.keep - len(must)
+        pool = [j for j in range(n) if j not in forced]
+        free = self.keep - len(forced)
         pool.sort(key=lambda j: (-wide[j], -j))
         size = min(int(o["reserve"] * self.keep), free)
         reserve, rest = pool[:size], pool[size:]
@@ -298,7 +298,7 @@ class Simulation:
             # First arrivals of clocks with rates p are draws without replacement in proportion to p.
             clocks[j] = -math.log(u) / max(p[j], 1e-12)
         drawn = sorted(rest, key=lambda j: clocks[j])[: free - size]
-        return sorted(must | set(reserve) | set(drawn))
+        return sorted(forced | set(reserve) | set(drawn))
 
     def _dkv(self, place, n):
         layer, head = place
@@ -319,11 +319,11 @@ class Simulation:
 
     # Pages.
 
-    def _pages(self, n: int, must: set[int]) -> dict[tuple[int, int], list[int]]:
+    def _pages(self, n: int, forced: set[int]) -> dict[tuple[int, int], list[int]]:
         size = self.o["page_size"]
         assert n % size == 0
         pages = range(n // size)
-        bound = {j // size for j in must}
+        bound = {j // size for j in forced}
         scores = {place: self._page_scores(place, n, size) for place in self.cache}
         if self.o["scope"] == "shared":
             mean = [sum(row[page] for row in scores.values()) / len(scores) for page in pages]

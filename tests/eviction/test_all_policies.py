@@ -10,7 +10,7 @@ from tests.eviction.dense_event import DenseEvent, Run, dense_event, make_tokens
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.eviction.policy import Policy
-from zipage.eviction.protection import Protection, must_mask
+from zipage.eviction.protection import Protection, forced_mask
 
 SCHEDULE = [[80, 96], [80, 112], [96, 80]]
 REQUESTS = [make_tokens(11), make_tokens(12, prompt_len=60)]
@@ -195,7 +195,7 @@ def test_full_never_evicts():
         window=0,
         lens=lens,
         keep=lens,
-        must=must_mask(lens, torch.tensor([0]), 0, 4),
+        forced=forced_mask(lens, torch.tensor([0]), 0, 4),
         protected=torch.tensor([0]),
         carried=torch.tensor([0]),
         seeds=[0],

@@ -420,7 +420,7 @@ def test_vase_one_draw_follows_p():
     rest = (scores[0, :12] < 100).nonzero().flatten()
     assert len(rest) == 7
     p = event.pool(event.attention("cut", group="mean", window="mean"), 5, "mean", event.window_start)[0, 0, 0, rest]
-    drawn = torch.stack([select(row, must, 22) for row, must in zip(scores, event.must)])
+    drawn = torch.stack([select(row, forced, 22) for row, forced in zip(scores, event.forced)])
     counts = (drawn[:, :, None] == rest).sum(dim=(0, 1))
     assert counts.sum() == runs
     expected = p.double() / p.double().sum() * runs
@@ -434,7 +434,7 @@ def test_vase_uniform_chances_are_random_outside_the_reserve():
     event = dense_event(policy, repeated(tokens, runs), [80] * runs)
     event.pool = lambda scores, *_: torch.full_like(scores, 1 / 64)
     scores = policy.score(event)[0, :, 0]
-    positions = torch.stack([select(row, must, 64) for row, must in zip(scores, event.must)])
+    positions = torch.stack([select(row, forced, 64) for row, forced in zip(scores, event.forced)])
     counts = torch.bincount(positions.flatten(), minlength=80)[:64]
     free = counts[counts < runs]
     assert len(free) == 64 - 16
@@ -564,10 +564,10 @@ def test_native_pages_are_whole_blocks_dropped_from_the_table(name, protection):
     policy = make(name, page_size=16)
     event = dense_event(policy, REQUESTS, [112, 112], protection=protection)
     scores = policy.page_scores(event).expand(1, 2, 1, 7)[0, :, 0]
-    must = policy.must_pages(event)
+    forced = policy.forced_pages(event)
     positions = kept(policy, schedule=[[112, 112]], protection=protection)[0]
     for row in range(2):
-        table = select(scores[row], must[row], 4)
+        table = select(scores[row], forced[row], 4)
         slots = (table[:, None] * 16 + torch.arange(16)).flatten()
         assert (positions[row] == slots).all()
 

@@ -7,7 +7,7 @@ import torch
 
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
-from zipage.eviction.protection import Protection, must_mask
+from zipage.eviction.protection import Protection, forced_mask
 
 
 def test_budget_rounds_up_to_blocks():
@@ -76,9 +76,9 @@ def test_the_smallest_choices_are_allowed():
 
 def test_must_mask():
     lens = torch.tensor([5, 8], dtype=torch.int32)
-    mask = must_mask(lens, torch.tensor([1, 6]), 3, 9)
+    mask = forced_mask(lens, torch.tensor([1, 6]), 3, 9)
     assert mask.int().tolist() == [[1, 0, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 0]]
-    assert must_mask(lens, torch.tensor([0, 2]), 0, 8).sum(-1).tolist() == [0, 2]
+    assert forced_mask(lens, torch.tensor([0, 2]), 0, 8).sum(-1).tolist() == [0, 2]
 
 
 @pytest.mark.parametrize(

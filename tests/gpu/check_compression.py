@@ -189,8 +189,8 @@ def check_selection(checks: Checks) -> None:
                 held, most = ((x * torch.rand(x.shape, device=DEVICE)).int() for x in (held, most))
             slots = torch.arange(width, device=DEVICE)
             # The last entries of each head, no more than stay of it.
-            must = (slots < held[..., None]) & (slots >= (held - most.clamp(max=16))[..., None])
-            args = scores, must, held, most
+            forced = (slots < held[..., None]) & (slots >= (held - most.clamp(max=16))[..., None])
+            args = scores, forced, held, most
             expected = select_reference(*(x.cpu() for x in args), width)
             out = select_triton(*args, width)
             case = {"width": width, "ties": ties, "apart": apart}
@@ -294,9 +294,9 @@ class Timing:
         self.queries = window_queries(event, self.window, 32)
         self.positions = torch.zeros(event.k_cache.shape[:4], dtype=torch.int32, device=DEVICE)
         self.stored = torch.rand(event.k_cache.shape[:4], device=DEVICE)
-        must = torch.zeros(requests, self.length, dtype=torch.bool, device=DEVICE)
-        must[:, -self.window :] = True
-        self.keep, self.must = self.shared(ints((self.budget,) * requests)), self.shared(must)
+        forced = torch.zeros(requests, self.length, dtype=torch.bool, device=DEVICE)
+        forced[:, -self.window :] = True
+        self.keep, self.forced = self.shared(ints((self.budget,) * requests)), self.shared(forced)
         self.scores = torch.rand(self.layers, requests, self.heads, self.length, device=DEVICE)
         self.kept = self.select(self.scores)
 
@@ -320,7 +320,7 @@ class Timing:
 
     def select(self, scores: Tensor) -> Tensor:
         layers = slice(len(scores))  # all alike
-        return select(scores, self.must[layers], self.view.lens[layers], self.keep[layers], self.budget)
+        return select(scores, self.forced[layers], self.view.lens[layers], self.keep[layers], self.budget)
 
     def compact(self, kept: Tensor, update: Tensor | None = None, layers=slice(None)) -> None:
         states = [self.positions[layers]] + ([] if update is None else [self.stored[layers]])

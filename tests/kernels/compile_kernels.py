@@ -88,9 +88,9 @@ def compile_view_kernels(apart: bool) -> None:
     attention_score_triton(windows, layers, lens, lens, 0.1)
     redundancy_triton(layers, tau=0.4, chunk=32)
     redundancy_triton(layers, tau=0.4)
-    must = torch.zeros(REQUESTS, width, dtype=torch.bool)
+    forced = torch.zeros(REQUESTS, width, dtype=torch.bool)
     scores = torch.zeros(LAYERS, REQUESTS, HEADS, width)
-    kept = select_triton(scores, spread(must, LAYERS), layers.lens, layers.lens, BLOCK)
+    kept = select_triton(scores, spread(forced, LAYERS), layers.lens, layers.lens, BLOCK)
     compact_stable_triton(layers, [state, state], kept, layers.block_tables, [None, scores.int()])
 
 

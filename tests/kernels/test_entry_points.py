@@ -43,8 +43,8 @@ paged_decode(torch.randn(1, 1, 32), view, 1.0)
 paged_prefill(torch.randn(1, 1, 32), view, torch.tensor([0, 1]).int(), 1, 1.0)
 copy_blocks(cache[None], cache[None], torch.tensor([0]), torch.tensor([1]))
 scores = redundancy(layers, tau=0.4)
-must, keep = torch.zeros(1, 1, 1, 16, dtype=torch.bool), layers.lens - 1
-kept = select(scores, must, layers.lens, keep, 4)
+forced, keep = torch.zeros(1, 1, 1, 16, dtype=torch.bool), layers.lens - 1
+kept = select(scores, forced, layers.lens, keep, 4)
 compact_stable(layers, [], kept, layers.block_tables)
 normed = add_rms_norm(torch.randn(1, 128), torch.randn(1, 128), torch.ones(128), 1e-6)
 q, k, v = qk_norm_rope(normed, None, None, 1e-6, torch.ones(1, 1, 32), torch.zeros(1, 1, 16), 2, 1)
@@ -93,16 +93,16 @@ def test_a_compression_of_some_layers(device):
         places = 16 + (59 + torch.arange(16, device=device)) % 16
         store_step(k, v, q, k_layer, v_layer, layer, shared(slots[59:], 2), places)
     one, keep = torch.ones(1, dtype=torch.int32, device=device), torch.full((1,), 32, dtype=torch.int32, device=device)
-    must = torch.zeros(1, event.width, dtype=torch.bool, device=device)
-    must[:, 59:75] = True
+    forced = torch.zeros(1, event.width, dtype=torch.bool, device=device)
+    forced[:, 59:75] = True
 
-    def choose(attention_score, pool_scores, redundancy, select, q_cache, view, one, must, keep):
+    def choose(attention_score, pool_scores, redundancy, select, q_cache, view, one, forced, keep):
         score = attention_score(q_cache, view, one, 75 * one, 0.2)
         pooled = pool_scores(score, view.lens, 5, "max", view.lens)
         pooled = 0.2 * pooled - 0.8 * redundancy(view, tau=0.4, chunk=16)
-        return score, select(pooled, event.shared(must), view.lens, event.shared(keep), 32)
+        return score, select(pooled, event.shared(forced), view.lens, event.shared(keep), 32)
 
-    args = one, must, keep
+    args = one, forced, keep
     score, kept = choose(attention_score, pool_scores, redundancy, select, q_cache, event.view, *args)
     references = attention_score_reference, pool_scores_reference, redundancy_reference, select_reference
     expected_score, expected = choose(*references, q_cache.cpu(), upcast(event.view), *(x.cpu() for x in args))

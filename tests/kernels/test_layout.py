@@ -75,8 +75,8 @@ def pool_arguments() -> dict:
 
 
 def select_arguments() -> dict:
-    must, keep = torch.zeros(2, 32, dtype=torch.bool), torch.full((2,), 16, dtype=torch.int32)
-    return {**line_arguments(), "must": shared(must, 2, 3), "keep": shared(keep, 2, 3), "max_keep": 16}
+    forced, keep = torch.zeros(2, 32, dtype=torch.bool), torch.full((2,), 16, dtype=torch.int32)
+    return {**line_arguments(), "forced": shared(forced, 2, 3), "keep": shared(keep, 2, 3), "max_keep": 16}
 
 
 def stable_arguments() -> dict:
@@ -263,9 +263,9 @@ WRONG = [
         r"scores has shape .* give \[layers, requests, heads, slots\]",
     ),
     (select, {"scores": torch.randn(3, 2, 32, 2).mT}, r"scores has stride .* make it contiguous"),
-    (select, {"must": torch.zeros(3, 2, 2, 32)}, r"must has dtype torch.float32: convert it to torch.bool"),
-    (select, {"must": torch.zeros(2, 32).bool()}, r"must has shape \(2, 32\): give \[3, 2, 2, 32\]"),
-    (select, {"must": torch.zeros(2, 2, 32).bool()}, r"must has shape .* give \[3, 2, 2, 32\]"),
+    (select, {"forced": torch.zeros(3, 2, 2, 32)}, r"forced has dtype torch.float32: convert it to torch.bool"),
+    (select, {"forced": torch.zeros(2, 32).bool()}, r"forced has shape \(2, 32\): give \[3, 2, 2, 32\]"),
+    (select, {"forced": torch.zeros(2, 2, 32).bool()}, r"forced has shape .* give \[3, 2, 2, 32\]"),
     (select, {"max_keep": 33}, r"max_keep has value 33: .* up to 32"),
     (select, {"keep": torch.ones(3, 2, 2).long()}, r"keep has dtype torch.int64"),
     (compact_stable, {"kept": torch.zeros(3, 2, 2, 17).int()}, r"kept has shape .* up to 16 entries"),

@@ -1,4 +1,4 @@
-"""Exactly `keep` slots, `must` among them, the best of the others, ties to the higher slot."""
+"""Exactly `keep` slots, `forced` among them, the best of the others, ties to the higher slot."""
 
 import pytest
 import torch
@@ -24,9 +24,9 @@ def batch(lens: torch.Tensor, width: int):
     return torch.where(past, torch.where(torch.rand_like(scores) < 0.5, INF, float("nan")), scores)
 
 
-def check(backend, scores, must, lens, keep, max_keep):
+def check(backend, scores, forced, lens, keep, max_keep):
     device = device_of(backend)
-    args = scores, must, lens, keep
+    args = scores, forced, lens, keep
     kept = SELECT[backend](*(x.to(device) for x in args), max_keep).cpu()
     expected = select_reference(*args, max_keep)
     assert kept.dtype == torch.int32
@@ -56,31 +56,31 @@ def test_select(backend, lens, keep, width, apart):
         keep = (keep * torch.rand(shape)).int()
     lens, keep = lens.expand(shape), keep.expand(shape)
     if apart == "lens, keep and must":
-        must = torch.rand(*shape, width) < 0.2
+        forced = torch.rand(*shape, width) < 0.2
     else:
-        must = (torch.rand(len(lens[0]), 1, width) < 0.2).expand(*shape, width)
-    rank = (must & (torch.arange(width) < lens[..., None])).cumsum(-1)
+        forced = (torch.rand(len(lens[0]), 1, width) < 0.2).expand(*shape, width)
+    rank = (forced & (torch.arange(width) < lens[..., None])).cumsum(-1)
     # Past n, must means nothing; before it, it names no more than stay, of all heads where they share it.
     allowed = rank <= keep[..., None]
-    must = must & (allowed if apart == "lens, keep and must" else allowed.all(2, keepdim=True).all(0, keepdim=True))
-    check(backend, batch(lens, width), must, lens, keep, most)
+    forced = forced & (allowed if apart == "lens, keep and must" else allowed.all(2, keepdim=True).all(0, keepdim=True))
+    check(backend, batch(lens, width), forced, lens, keep, most)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scores_of_every_size_and_sign(backend):
     sizes = torch.randn(2, 1, 2, 200) * 10.0 ** torch.randint(-40, 38, (2, 1, 2, 200))
-    must = torch.zeros(200, dtype=torch.bool).expand(sizes.shape)
-    check(backend, sizes, must, ints([190]).expand(2, 1, 2), ints([77]).expand(2, 1, 2), 77)
+    forced = torch.zeros(200, dtype=torch.bool).expand(sizes.shape)
+    check(backend, sizes, forced, ints([190]).expand(2, 1, 2), ints([77]).expand(2, 1, 2), 77)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_constant_scores_keep_must_and_the_youngest(backend):
-    must = torch.zeros(1, 1, 1, 32, dtype=torch.bool)
-    must[..., [0, 1, 30]] = True
+    forced = torch.zeros(1, 1, 1, 32, dtype=torch.bool)
+    forced[..., [0, 1, 30]] = True
     scores = torch.zeros(1, 1, 1, 32)
     scores[..., ::2] = -0.0
     device = device_of(backend)
-    kept = SELECT[backend](scores.to(device), must.to(device), ints([[[31]]], device), ints([[[8]]], device), 8)
+    kept = SELECT[backend](scores.to(device), forced.to(device), ints([[[31]]], device), ints([[[8]]], device), 8)
     assert kept.flatten().tolist() == [0, 1, 25, 26, 27, 28, 29, 30]
 
 
@@ -88,8 +88,8 @@ def test_constant_scores_keep_must_and_the_youngest(backend):
 def test_must_goes_before_infinite_scores(backend):
     scores = torch.full((1, 1, 1, 16), INF)
     scores[..., 2] = -INF
-    must = torch.zeros(1, 1, 1, 16, dtype=torch.bool)
-    must[..., 2] = True
+    forced = torch.zeros(1, 1, 1, 16, dtype=torch.bool)
+    forced[..., 2] = True
     device = device_of(backend)
-    kept = SELECT[backend](scores.to(device), must.to(device), ints([[[16]]], device), ints([[[3]]], device), 3)
+    kept = SELECT[backend](scores.to(device), forced.to(device), ints([[[16]]], device), ints([[[3]]], device), 3)
     assert kept.flatten().tolist() == [2, 14, 15]

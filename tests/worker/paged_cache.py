@@ -14,7 +14,7 @@ from kernels.store_step import store_step
 from tests.eviction.dense_event import NAN, Tokens
 from tests.kernels.paged import GARBAGE
 from zipage.eviction.policy import Policy
-from zipage.eviction.protection import Protection, must_mask
+from zipage.eviction.protection import Protection, forced_mask
 from zipage.worker.compressor import compress
 from zipage.worker.paged_event import PagedEvent
 
@@ -127,7 +127,7 @@ class PagedCache:
             window=policy.num_queries,
             lens=lens,
             keep=self._ints([self.keep] * len(held)),
-            must=must_mask(lens, protected, self.recent, tables.shape[1] * block_size),
+            forced=forced_mask(lens, protected, self.recent, tables.shape[1] * block_size),
             protected=protected,
             carried=self._ints([one.carried for one in held]),
             seeds=[one.tokens.seed for one in held],

@@ -392,7 +392,7 @@ class InPlace(Random):
 
     def rank(self, event):
         scores = super().rank(event)
-        for given in (event.must, event.lens, event.keep, event.slots):
+        for given in (event.forced, event.lens, event.keep, event.slots):
             given.zero_()
         return scores
 

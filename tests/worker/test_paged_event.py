@@ -292,7 +292,7 @@ def test_arguments_that_do_not_go_together(policy, change, arguments, message):
     ("change", "message"),
     [
         ({"num_layers": 1}, "slice the caches"),
-        ({"must": torch.zeros(1, 80, dtype=torch.bool)}, "max_blocks"),
+        ({"forced": torch.zeros(1, 80, dtype=torch.bool)}, "max_blocks"),
         ({"q_cache": None}, "give q_cache"),
         ({"window": 17}, "the window is 17"),
     ],

@@ -40,8 +40,8 @@ class Event(ABC):
         window: w, stored queries per request: those of slots n-w .. n-1. Equals the policy's `num_queries`.
         lens: int32 [R], n of each request.
         keep: int32 [R], k of each request: entries per layer and KV head after the event.
-        must: bool [R, N], entries that stay whatever their score. False past n.
-        protected: int32 [R], leading entries that stay at every event, all of them in `must`. They carry no state:
+        forced: bool [R, N], entries that stay whatever their score. False past n.
+        protected: int32 [R], leading entries that stay at every event, all of them in `forced`. They carry no state:
             nothing ranks them, and no event writes to a block of theirs alone, which may be shared.
         carried: int32 [R], slots protected .. carried-1 hold the state that an earlier event wrote. 0 before the first.
         seeds: of each request, distinct for the samples of one prompt.
@@ -58,7 +58,7 @@ class Event(ABC):
     window: int
     lens: Tensor
     keep: Tensor
-    must: Tensor
+    forced: Tensor
     protected: Tensor
     carried: Tensor
     seeds: Sequence[int]
@@ -70,12 +70,12 @@ class Event(ABC):
 
     @property
     def num_requests(self) -> int:
-        return self.must.shape[0]
+        return self.forced.shape[0]
 
     @property
     def num_slots(self) -> int:
         """N."""
-        return self.must.shape[1]
+        return self.forced.shape[1]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -84,7 +84,7 @@ class Event(ABC):
 
     @property
     def device(self) -> torch.device:
-        return self.must.device
+        return self.forced.device
 
     @cached_property
     def slots(self) -> Tensor:

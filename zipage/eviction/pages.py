@@ -67,13 +67,13 @@ class PagePolicy(Policy):
     def page_scores(self, event: Event) -> Tensor:
         """Score of each page, float32 [L, R, H, pages], or [1, R, 1, pages] where all layers and heads share."""
 
-    def must_pages(self, event: Event) -> Tensor:
+    def forced_pages(self, event: Event) -> Tensor:
         """Pages that hold an entry that must stay: bool [R, pages]."""
-        return self._paged(event.must, False).any(dim=-1)
+        return self._paged(event.forced, False).any(dim=-1)
 
     def rank(self, event: Event) -> Tensor:
         scores = self.page_scores(event)
-        scores = torch.where(self.must_pages(event)[:, None], HUGE, scores)
+        scores = torch.where(self.forced_pages(event)[:, None], HUGE, scores)
         return scores.repeat_interleave(self.page_size, dim=-1)[..., : event.num_slots]
 
     def check(self, *, block_size: int, recent: int) -> None:

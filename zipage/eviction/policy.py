@@ -102,7 +102,7 @@ class Policy(ABC):
     def rank(self, event: Event) -> Tensor:
         """Scores [L, R, H, N] (or broadcastable to it), higher stays; anything past a request's n entries.
 
-        Of any real dtype, on the event's device. Finite for every entry that is not in `event.must`.
+        Of any real dtype, on the event's device. Finite for every entry that is not in `event.forced`.
         """
 
     def score(self, event: Event) -> Tensor:

@@ -86,7 +86,7 @@ class Protection:
         return keep // page - -(-recent // page) - -(-self.sinks // page)
 
 
-def must_mask(lens: Tensor, protected: Tensor, recent: int, num_slots: int) -> Tensor:
+def forced_mask(lens: Tensor, protected: Tensor, recent: int, num_slots: int) -> Tensor:
     """Entries that must stay: the protected leading ones and the latest `recent`.
 
     Args:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zipage.eviction.protection import must_mask
+from zipage.eviction.protection import forced_mask
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import CompressionOrder
 from zipage.transfer import to_device
@@ -78,7 +78,7 @@ class CompressionBatch:
             window=self.policy.num_queries,
             lens=lens,
             keep=keep,
-            must=must_mask(lens, protected, self._recent, tables.shape[1] * cache.block_size),
+            forced=forced_mask(lens, protected, self._recent, tables.shape[1] * cache.block_size),
             protected=protected,
             carried=carried,
             seeds=self._seeds,

@@ -120,13 +120,13 @@ def compress(
 def choose(policy: Policy, event: PagedEvent, max_keep: int) -> Choice:
     """What shall stay, written nowhere; K is min(max_keep, N)."""
     # A policy that works in place changes copies only.
-    seen = replace(event, must=event.must.clone(), lens=event.lens.clone(), keep=event.keep.clone())
+    seen = replace(event, forced=event.forced.clone(), lens=event.lens.clone(), keep=event.keep.clone())
     scores = policy.score(seen).contiguous()
     event.new_state = seen.new_state
-    must, keep = event.shared(event.must), event.shared(event.keep)
-    kept = select(scores, must, event.view.lens, keep, min(max_keep, event.num_slots))
+    forced, keep = event.shared(event.forced), event.shared(event.keep)
+    kept = select(scores, forced, event.view.lens, keep, min(max_keep, event.num_slots))
     highest = scores.amax(dim=(0, 2))  # NaN where one is
-    return Choice(kept, highest.masked_fill(event.must, 0).isnan().any(dim=-1))
+    return Choice(kept, highest.masked_fill(event.forced, 0).isnan().any(dim=-1))
 
 
 def _states_to_move(

@@ -52,7 +52,7 @@ class PagedEvent(Event):
         if (*self.shape, self.head_dim) != wanted:
             raise ValueError(
                 f"(L, R, H, N, d) = {(*self.shape, self.head_dim)}, but caches and block tables are of {wanted}: "
-                "slice the caches to the layers of the launch and give `must` max_blocks * b slots"
+                "slice the caches to the layers of the launch and give `forced` max_blocks * b slots"
             )
         if self.window and (self.q_cache is None or self.query_slots is None or self.window_ends is None):
             raise ValueError(f"window={self.window}: give q_cache, query_slots and window_ends")

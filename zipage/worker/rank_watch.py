@@ -69,5 +69,5 @@ class RankWatch:
 def _text(policy: str) -> str:
     return (
         f"policy {policy!r} ranked entries NaN, so what it keeps of them is left to chance: `rank` must be finite for "
-        "every entry that is not in `event.must`"
+        "every entry that is not in `event.forced`"
     )

@@ -62,9 +62,9 @@ class VaSE(Policy):
         return self._drawn(event) if self.mode == "attn" else self._projected(event)
 
     def _drawn(self, event: Event) -> Tensor:
-        pool = event.valid & ~event.must[:, None]
+        pool = event.valid & ~event.forced[:, None]
         widths = tied(event.value_ranges()).masked_fill(event.slots < SINKS, float("inf"))
-        free = (event.keep - event.must.sum(dim=-1)).clamp_min(0)
+        free = (event.keep - event.forced.sum(dim=-1)).clamp_min(0)
         reserve = torch.minimum((event.keep * self.reserve).floor().to(free.dtype), free)
         reserved = event.top(torch.where(pool, widths, float("-inf")), reserve)
         attention = event.attention("cut", group="mean", window="mean")
