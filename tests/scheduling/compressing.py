@@ -1,6 +1,7 @@
 """Schedulers with requests in them, on the way to a compression."""
 
-from tests.scheduling.fabricated import FabricatedModel, make_rule, make_samples, make_scheduler
+from tests.scheduling.fabricated import make_rule, make_samples, make_scheduler
+from tests.scheduling.fabricated_model import FabricatedModel
 
 
 def started(*requests, num_blocks=64, block_size=4, max_delay=0, **options):
