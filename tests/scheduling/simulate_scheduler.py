@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from tests.scheduling.fabricated import FabricatedModel, StubPolicy, make_samples
+from tests.scheduling.fabricated import StubPolicy, make_samples
+from tests.scheduling.fabricated_model import FabricatedModel
 from zipage.eviction.budget import Budget
 from zipage.eviction.protection import Protection
 from zipage.eviction.rule import EvictionRule

@@ -2,7 +2,8 @@ import random
 
 import pytest
 
-from tests.scheduling.fabricated import FabricatedModel, make_request, make_samples, make_scheduler
+from tests.scheduling.fabricated import make_request, make_samples, make_scheduler
+from tests.scheduling.fabricated_model import FabricatedModel
 from zipage.scheduling.request import Status
 
 

@@ -1,0 +1,188 @@
+"""Requests that leave, preempted or paused, and come back."""
+
+import pytest
+
+from tests.scheduling.compressing import sharers, started, step_until
+from tests.scheduling.fabricated import make_request, make_rule
+from zipage.scheduling.batch import Batch
+from zipage.scheduling.request import Status
+
+
+def test_a_resumed_request_has_room_for_its_next_token():
+    old, request = make_request("a", 16, 6), make_request("b", 16, 60, make_rule(4, 4))
+    scheduler, model = started(old, request, num_blocks=8, caching=False)
+    model.step()
+    model.compress()
+    assert (request.cache_len, len(request.block_ids)) == (12, 3)
+    model.pause(request)
+    while old.status is Status.RUNNING:
+        model.step()
+        assert old.status is Status.FINISHED or request.status is Status.PAUSED, "three blocks are free, it needs four"
+    model.run()
+    assert scheduler.num_pauses == 1
+
+
+@pytest.mark.parametrize("prompt", [5, 12, 17])
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_request_preempted_when_due_is_compressed_at_the_same_length(prompt, window):
+    def lengths(preempt):
+        request = make_request(prompt=prompt, max_tokens=40, rule=make_rule(3, 4, window=window))
+        scheduler, model = started(request)
+        due = max(12, -(-prompt // 4) * 4)
+        model.orders = False
+        step_until(model, lambda: request.cache_len == due)
+        if preempt:
+            scheduler._evict_request(plan := Batch(), request)
+            model.execute(plan)
+            assert request.num_tokens == due + 1
+        model.orders = True
+        model.run()
+        assert request.num_preemptions == preempt
+        return [n for _, n, _ in model.compressed]
+
+    assert lengths(True) == lengths(False)
+
+
+def test_preemption_takes_those_without_slot_first_and_then_the_youngest():
+    rule = make_rule(4, 4, window=4)
+    requests = [make_request(name, 4, 40, rule) for name in "abcd"]
+    scheduler, model = started(*requests, num_query_slots=2)
+    model.step()
+    assert [request.query_slot >= 0 for request in requests] == [True, True, False, False]
+    requests[3].query_slot, requests[1].query_slot = requests[1].query_slot, -1
+    assert scheduler._find_victim(requests[0]) is requests[2]
+    requests[2].query_slot = 7
+    assert scheduler._find_victim(requests[0]) is requests[1]
+    requests[1].query_slot = 6
+    assert scheduler._find_victim(requests[0]) is requests[3]
+    assert scheduler._find_victim(requests[3]) is None
+
+
+def test_after_its_first_compression_a_victim_is_paused_and_comes_back_unchanged():
+    full, request = make_request("a", 20, 60), make_request("b", 4, 80, make_rule(3, 4, window=4))
+    scheduler, model = started(full, request, num_blocks=20, caching=False)
+    step_until(model, lambda: request.status is Status.PAUSED)
+    assert (request.num_pauses, request.num_preemptions) == (1, 0)
+    assert request.query_slot == -1
+    assert request.num_compressions > 1
+    model.run()
+    assert scheduler.num_pauses == scheduler.num_resumes == request.num_pauses
+    assert full.num_preemptions == 0
+    assert request.num_output_tokens == 80
+
+
+def test_a_paused_request_keeps_its_age_and_regains_a_slot():
+    rule = make_rule(3, 4, window=4)
+    requests = [make_request(name, 12, 60, rule) for name in "abc"]
+    scheduler, model = started(*requests, num_query_slots=3, max_num_seqs=3)
+    last = make_request("d", 12, 60, rule)
+    scheduler.add(last)
+    step_until(model, lambda: min(request.num_compressions for request in requests) == 2)
+    queries_from = requests[1].queries_from
+    model.pause(requests[1])
+    model.pause(requests[0])
+    assert list(scheduler.waiting) == [*requests[:2], last]
+    assert scheduler.slots.num_used == 1
+    plan, _ = model.step()
+    assert [swap.request for swap in plan.resumed] == requests[:2]
+    assert plan.decodes == [requests[2]], "they decode from the next step on"
+    assert scheduler.running == requests
+    assert scheduler.slots.num_used == 3
+    assert requests[1].queries_from == queries_from
+    assert model.step()[0].decodes == requests
+    model.run()
+
+
+def test_a_paused_request_waits_for_a_slot():
+    rule = make_rule(3, 4, window=4)
+    first, second = make_request("a", 12, 20, rule), make_request("b", 4, 20, rule)
+    scheduler, model = started(first, second, num_query_slots=1)
+    step_until(model, lambda: first.num_compressions == 1)
+    model.pause(first)
+    scheduler.slots.assign(scheduler.running)
+    step_until(model, lambda: second.status is Status.FINISHED)
+    assert first.status is Status.PAUSED
+    model.run()
+
+
+def test_a_resumed_request_shares_its_protected_blocks_again():
+    samples, _, model = sharers(n=2, prompt=9, protected=8)
+    first, second = samples
+    step_until(model, lambda: second.num_compressions == 2)
+    pinned = first.block_ids[:2]
+    model.pause(second)
+    plan, _ = model.step()
+    assert [(swap.request, swap.num_shared) for swap in plan.resumed] == [(second, 2)]
+    assert second.block_ids[:2] == pinned
+    model.run()
+
+
+def test_a_resumed_request_gets_its_protected_entries_back_where_the_blocks_were_taken():
+    rule = make_rule(4, 4, protected=8)
+    request, other = make_request("a", 9, 60, rule), make_request("b", 48, 4)
+    scheduler, model = started(request, num_blocks=13)
+    step_until(model, lambda: request.num_compressions == 2)
+    model.pause(request)
+    scheduler.waiting.remove(request)
+    scheduler.add(other)
+    model.run()
+    scheduler.waiting.append(request)
+    plan, _ = model.step()
+    assert plan.resumed[0].num_shared == 0
+    model.run()
+    assert request.num_output_tokens == 60
+
+
+@pytest.mark.parametrize("paused", [True, False])
+@pytest.mark.parametrize("bounded", [True, False])
+def test_admission_and_return_leave_room_to_grow_to_those_that_no_compression_stops(paused, bounded):
+    request = make_request("a", 12, 60, make_rule(3, 4))
+    other = make_request("b", 4, 60, make_rule(3, 4) if bounded else None)
+    scheduler, model = started(request, num_blocks=10, headroom=24)
+    if paused:
+        step_until(model, lambda: request.num_compressions == 1)
+        model.pause(request)
+    scheduler.waiting.remove(request)
+    scheduler.add(other)
+    step_until(model, lambda: len(other.block_ids) == 3)
+    scheduler.waiting.append(request)
+    model.step()
+    assert set(scheduler.running) == ({request, other} if bounded else {other})
+
+
+@pytest.mark.parametrize("paused", [True, False])
+def test_alone_a_request_may_use_the_whole_pool(paused):
+    request = make_request("a", 16, 20, make_rule(4, 4))
+    scheduler, model = started(request, num_blocks=4, headroom=24)
+    if paused:
+        step_until(model, lambda: request.num_compressions == 1 and request.cache_len == 14)
+        model.pause(request)
+    model.run(max_steps=50)
+    assert scheduler.num_resumes == paused
+
+
+@pytest.mark.parametrize("trigger", ["block_full", "pressure"])
+def test_a_request_paused_when_it_fills_the_pool_comes_back(trigger):
+    request = make_request("a", 4, 40, make_rule(4, 4, window=4))
+    scheduler, model = started(request, num_blocks=4, trigger=trigger)
+    step_until(model, lambda: request.num_compressions == 1)
+    model.orders = False
+    step_until(model, lambda: request.cache_len == 16)
+    model.pause(request)
+    model.orders = True
+    model.run(max_steps=60)
+    assert scheduler.num_resumes == 1
+
+
+def test_an_abort_while_paused():
+    request, other = make_request("a", 12, 60, make_rule(3, 4, window=4)), make_request("b", 12, 20)
+    scheduler, model = started(request, other)
+    step_until(model, lambda: request.num_compressions == 1)
+    model.pause(request)
+    model.abort(request)
+    assert (request.status, request.finish_reason) == (Status.FINISHED, "abort")
+    assert list(scheduler.waiting) == []
+    assert model.host_copies.keys() == {request.number}
+    model.step()
+    assert not model.host_copies, "the next plan says to drop them"
+    model.run()

@@ -1,0 +1,102 @@
+"""Who may run with a query slot, and who without."""
+
+import pytest
+
+from tests.scheduling.compressing import started, step_until
+from tests.scheduling.fabricated import make_request, make_rule, make_samples
+from zipage.scheduling.request import Status
+
+
+def test_hybrid_lets_a_request_without_slot_run_until_w_entries_are_free_and_no_further():
+    rule = make_rule(3, 8, window=3)
+    holder, other = make_request("a", 4, 60, rule), make_request("b", 4, 60, rule)
+    scheduler, model = started(holder, other, block_size=8, num_query_slots=1)
+    step_until(model, lambda: holder.num_output_tokens == 50)
+    assert other.query_slot == -1
+    assert other.cache_len == 24 - 3
+    plan, _ = model.step()
+    assert plan.num_stalled == 1
+    assert plan.decodes == [holder]
+    model.run()
+    assert other.num_output_tokens == 60
+    assert scheduler.num_pauses == 0
+
+
+def test_a_short_request_never_needs_a_slot():
+    rule = make_rule(3, 8, window=3)
+    holder, short = make_request("a", 4, 60, rule), make_request("b", 4, 17, rule)
+    _, model = started(holder, short, block_size=8, num_query_slots=1)
+    step_until(model, lambda: short.status is Status.FINISHED, max_steps=18)
+    assert holder.status is Status.RUNNING
+
+
+def test_a_freed_slot_goes_to_the_oldest_without_one():
+    rule = make_rule(3, 8, window=3)
+    requests = [make_request(name, 4, 40, rule) for name in "abcd"]
+    _, model = started(*requests, block_size=8, num_query_slots=1)
+    model.step()
+    model.abort(requests[0])
+    model.step()
+    assert [request.query_slot for request in requests[1:]] == [0, -1, -1]
+    model.run()
+
+
+def test_hybrid_does_not_admit_a_prompt_that_reaches_into_its_window_without_slot():
+    rule = make_rule(3, 8, window=3)
+    holder, long, short = make_request("a", 4, 30, rule), make_request("b", 22, 5, rule), make_request("c", 4, 5, rule)
+    scheduler, model = started(holder, long, short, block_size=8, num_query_slots=1)
+    step_until(model, lambda: holder.num_output_tokens == 29)
+    assert list(scheduler.waiting) == [long, short]
+    model.run()
+
+
+def test_queries_count_from_the_slot_on():
+    rule = make_rule(3, 8, window=3)
+    holder, other = make_request("a", 4, 10, rule), make_request("b", 4, 60, rule)
+    _, model = started(holder, other, block_size=8, num_query_slots=1)
+    step_until(model, lambda: holder.status is Status.FINISHED)
+    model.step()
+    assert (other.query_slot, other.queries_from) == (0, other.num_computed - 1)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_constrained_admits_only_with_a_slot(window):
+    rule = make_rule(3, 8, window=window)
+    requests = [make_request(name, 4, 10, rule) for name in "abc"]
+    scheduler, model = started(*requests, block_size=8, num_query_slots=2, scheduling="constrained")
+    while scheduler.has_unfinished:
+        model.step()
+        assert len(scheduler.running) <= 2
+        assert all(request.query_slot >= 0 for request in scheduler.running)
+
+
+def test_constrained_lets_unbounded_requests_run_without_slots():
+    requests = [make_request(name, 4, 10) for name in "abc"]
+    scheduler, model = started(*requests, num_query_slots=1, scheduling="constrained")
+    model.step()
+    assert len(scheduler.running) == 3
+
+
+def test_without_window_hybrid_needs_no_slot():
+    requests = [make_request(name, 4, 30, make_rule(3, 4)) for name in "abc"]
+    _, model = started(*requests, num_query_slots=0)
+    model.run()
+    assert len(model.compressed) == 3 * 6
+
+
+def test_a_slot_freed_inside_a_step_goes_past_nobody_older():
+    old, holder = make_samples(prompt=9, n=2, max_tokens=40, rule=make_rule(4, 4, window=4))
+    _, model = started(old, holder, num_blocks=5, num_query_slots=1)
+    model.step()
+    model.step()
+    model.pause(old)
+    old.queries_saved = False
+    model.host_copies[old.number] = (model.host_copies[old.number][0], None)
+    step_until(model, lambda: holder.cache_len == 16)
+    assert (old.query_slot, holder.query_slot, old.cache_len) == (-1, 0, 12)
+    plan, _ = model.step()
+    assert [p.request for p in plan.preempted] == [holder], (
+        "it is due, shares two blocks with the older, and no block is free"
+    )
+    assert old.query_slot == 0
+    model.run(max_steps=200)
