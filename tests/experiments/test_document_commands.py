@@ -196,7 +196,7 @@ def read_records(module: str, given: list[str], request) -> None:
 
 
 def read_training_options(given: list[str], request) -> None:
-    """Training takes a GPU and minutes: test_reasoner.py trains a little."""
+    """Training takes a GPU and minutes: test_reasoner_training.py trains a little."""
     asked = []
     record = {"parameters": 1, "curve": [{"tokens": 1, "seconds": 1.0}]}
     patch = request.getfixturevalue("monkeypatch")

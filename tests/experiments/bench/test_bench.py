@@ -1,47 +1,30 @@
-"""Benchmarks run on a CPU, refuse what they can't do, and compute what they say."""
+"""Benchmarks run on a CPU, are recorded, and refuse what they can't do."""
+
+# ruff: noqa: F811
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
-from random import Random
 
 import pandas as pd
 import pytest
-import torch
-from transformers import AutoConfig
 
-from experiments import archive, run
+from experiments import archive
 from experiments.backends import BACKENDS
 from experiments.bench import __main__ as show
 from experiments.bench import engine, gate
 from experiments.bench import measure as measuring
-from experiments.bench.loads import LOADS, read_arms
-from experiments.bench.measure import _Observed, _served, measure
-from experiments.bench.ratios import against
-from experiments.bench.roofline import EntriesRead, ModelShape, step_floor
-from experiments.bench.tables import markdown
+from experiments.bench.measure import measure
+from experiments.bench.roofline import ModelShape
 from experiments.config.compose import load_experiment
-from experiments.errors import UsageError
-from experiments.paths import ROOT
 from experiments.records import load_rows, load_runs
 from experiments.reporting.plots import against_roofline
 from kernels import bench as kernels
 from kernels import bench_cases
 from tests.experiments.backends.test_backends import StandIn
-from zipage import LLM, EngineConfig, StepStats
-from zipage.models.loading.hf_config import spec_from_config
-from zipage.worker.memory_plan import plan_memory
+from tests.experiments.bench.bench_runs import LOAD, arms_of, bench, record_of, tiny  # noqa: F401
 
-LOAD = """
-lengths: {count: 4, prompt_tokens: 20, output_tokens: 40}
-warmup_tokens: 4
-engine: {block_size: 16, num_blocks: 32, max_num_seqs: 4, max_num_batched_tokens: 64, max_model_len: 256}
-arms:
-  full: {}
-  zipage: {policy: zipage, budget_tokens: 32, enable_prefix_caching: false}
-"""
 WINDOWS = """
 lengths: {count: 6, prompt_tokens: 8, output_tokens: 100}
 window_steps: 5
@@ -49,35 +32,6 @@ engine: {block_size: 16, num_blocks: 24, max_num_seqs: 8, max_num_batched_tokens
 arms:
   random: {staggered: 3, policy: random, budget_tokens: 32}
 """
-EIGHT_B = ROOT / "models" / "qwen3-8b-shape"
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "vocab_size": 300}
-    (folder / "config.json").write_text(json.dumps(gate.SHAPE | sizes))
-    return folder
-
-
-@pytest.fixture
-def bench(tiny, results, monkeypatch):
-    def bench(*arguments: str) -> int:
-        given = ["hardware=cpu", f"results_dir={results}", "scenario.repeats=2", *arguments]
-        monkeypatch.setattr(sys, "argv", ["experiments.run", *given])
-        return run.main(BACKENDS)
-
-    return bench
-
-
-def record_of(results: Path) -> Path:
-    (record,) = (path.parent for path in results.glob("*/metrics.json"))
-    return record
-
-
-def arms_of(path: Path | str, model: str = "m", **given):
-    return read_arms([str(path)], model=model, given=given, seed=0, repeats=1, backends=BACKENDS)
 
 
 def test_edited_policy_of_ones_own_is_another_benchmark(tiny, tmp_path, other_code):
@@ -132,18 +86,6 @@ def test_a_wrong_kernel_is_refused_a_time(bench, results, monkeypatch, capsys):
     wrong = rows[rows["refused"].notna()]
     assert set(wrong["kernel"]) == {"paged_decode"}
     assert wrong["ms"].isna().all()
-
-
-def test_shares_of_the_roofline():
-    ceilings = kernels.Ceilings(copy=1e9, read=2e9, matmul=1e12)
-    device = kernels.torch.device("cpu")
-    for case, seconds in (
-        (kernels.Case("k", "", lambda: None, lambda: (0.0, 0.0), read=10**9, written=0), 0.5),
-        (kernels.Case("k", "", lambda: None, lambda: (0.0, 0.0), read=10**9, written=10**9), 2.0),
-        (kernels.Case("k", "", lambda: None, lambda: (0.0, 0.0), read=1, written=1, flops=3 * 10**12), 3.0),
-    ):
-        row = kernels._row(case, ceilings, device, 3)
-        assert row.of_roofline * row.ms / 1e3 == pytest.approx(seconds)
 
 
 # scenario=engine_bench
@@ -291,62 +233,6 @@ def test_what_means_nothing_is_refused(bench, tmp_path, capsys, monkeypatch):
         assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("path", sorted(LOADS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_load_is_sound(path):
-    for arm in arms_of(path):
-        longest = max(prompt + output for prompt, output in arm.lengths)
-        assert longest <= arm.options["max_model_len"]
-        assert arm.window_steps is not None or len(arm.lengths) <= arm.options["max_num_seqs"]
-
-
-def test_staggered_requests_end_where_the_others_do():
-    (arm,) = (arm for arm in arms_of("long") if arm.name == "full")
-    assert {prompt + output for prompt, output in arm.lengths} == {128 + 16_384}
-    assert [prompt for prompt, _ in arm.lengths[43:]] == [128] * (312 - 43)
-    begun = sorted(prompt for prompt, _ in arm.lengths[:43])
-    assert begun[0] < 400
-    assert begun[-1] > 16_000
-
-
-def test_staggered_requests_hold_what_their_budget_lets_them():
-    (arm,) = (arm for arm in arms_of("long") if arm.name == "zipage")
-    begun = arm.lengths[:166]
-    assert sorted(output for _, output in begun)[::165] == [50, 16_384 - 49]
-    held = [prompt for prompt, output in begun if output < 16_384 - 2048]
-    assert min(held) > 2048
-    assert 2048 + 240 < max(held) <= 2048 + 256
-    assert sum(held) / len(held) == pytest.approx(2048 + 128, rel=0.01)
-
-
-STAGGERED = """
-lengths: {count: 64, prompt_tokens: 16, output_tokens: 2000}
-window_steps: 5
-engine: {block_size: 64, num_blocks: 99, max_num_seqs: 64, max_model_len: 4096, policy: random, budget_tokens: 200}
-arms:
-  whole_blocks: {staggered: 64}
-  pressure: {staggered: 64, trigger: pressure}
-"""
-
-
-def test_staggered_budgets_are_whole_blocks_and_bound_nothing_under_pressure(tmp_path):
-    path = tmp_path / "load.yaml"
-    path.write_text(STAGGERED)
-    bounded, pressed = ([held for held, _ in arm.lengths] for arm in arms_of(path))
-    assert 256 < max(bounded) <= 256 + 64
-    assert max(pressed) > 1900
-    path.write_text(STAGGERED.replace("trigger: pressure", "protection: prompt"))
-    with pytest.raises(UsageError, match="protection=prompt: a staggered prompt"):
-        arms_of(path)
-
-
-def test_one_arm_of_a_load():
-    assert [arm.title for name in ("short/vllm", "ample") for arm in arms_of(name)][:2] == ["short/vllm", "ample/full"]
-
-
-def test_the_command_line_wins_over_a_load():
-    assert all(arm.options["max_num_seqs"] == 7 for arm in arms_of("ample", max_num_seqs=7))
-
-
 def test_a_gate_tells_engines_apart(monkeypatch):
     options = {"block_size": 16, "policy": "zipage", "budget_tokens": 32, "device": "cpu"}
     options |= {"skip_tokenizer_init": True, "load_format": "dummy", "seed": 0, "max_num_batched_tokens": 64}
@@ -354,109 +240,3 @@ def test_a_gate_tells_engines_apart(monkeypatch):
     tokens = gate._tokens
     monkeypatch.setattr(gate, "_tokens", lambda o, p, s: tokens(o | {"seed": int("enforce_eager" in o)}, p, s))
     assert "5 of 5 requests differ" in gate.why_refused(options)
-
-
-# Ratios
-
-
-def rates(load: str, arm: str, *repeats: float) -> dict:
-    return {"load": load, "arm": arm, "repeats": list(repeats), "tokens_per_second": repeats[0] if repeats else None}
-
-
-def test_ratios_to_an_arm_stay_within_a_load_and_have_intervals_where_there_are_repeats():
-    rows = [
-        rates("a", "full", 98, 100, 102),
-        rates("a", "half", 49, 50, 51),
-        rates("a", "none"),
-        rates("b", "full", 80),
-        rates("b", "once", 40),
-        rates("c", "half", 1, 2),
-    ]
-    table = against(pd.DataFrame(rows), "full")
-    assert list(table["load"] + "/" + table["arm"]) == ["a/full", "a/half", "b/full", "b/once"]
-    # Welch: deviations of 2 % over three repeats; t(0.975, 4) is 2.776, and 2.776 * 0.02 * sqrt(2 / 3) is 4.5 %.
-    assert list(table["of full"]) == ["1.000", "0.500 [0.478, 0.523]", "1.000", "0.500"]
-
-
-def test_equal_engines_differ_as_often_as_the_interval_says():
-    random, outside = Random(0), 0
-    for _ in range(400):
-        a, b = ([random.gauss(100, 1) for _ in range(8)] for _ in range(2))
-        ratio = against(pd.DataFrame([rates("l", "a", *a), rates("l", "b", *b)]), "b")["of b"][0]
-        low, high = map(float, ratio.split("[")[1].rstrip("]").split(","))
-        outside += not low <= 1 <= high
-    assert 0.02 < outside / 400 < 0.085
-
-
-def test_ratios_need_an_arm_that_was_timed(bench, results, capsys):
-    with pytest.raises(UsageError, match="--against none: no such arm was timed; there are full, half"):
-        against(pd.DataFrame([rates("a", "full", 1, 2), rates("a", "half", 1), rates("a", "none")]), "none")
-    assert bench("scenario=kernels") == 0
-    assert show.main([str(record_of(results)), "--against", "full"]) == 2
-    assert "the record has no engines" in capsys.readouterr().err
-
-
-# The roofline
-
-
-def test_shape_of_qwen3_8b():
-    shape = ModelShape.read(EIGHT_B, "auto", "cuda")
-    assert shape.kv_bytes == 147_456
-    assert shape.weight_bytes / 1e9 == pytest.approx(15.1, abs=0.05)
-    assert ModelShape.read(EIGHT_B, "auto", "cpu").kv_bytes == 2 * 147_456
-    with pytest.raises(UsageError, match=r"needs a config\.json"):
-        ModelShape.read(EIGHT_B.parent, "auto", "cpu")
-
-
-def test_floor_of_a_step():
-    shape = ModelShape(weight_bytes=1000, kv_bytes=10, token_flops=50, vocab_size=1)
-    assert step_floor(shape, 0, 0, 100.0, 1.0) == 10.0
-    assert step_floor(shape, 200, 0, 100.0, 1.0) == 30.0
-    assert step_floor(shape, 200, 4, 100.0, 20.0) == 40.0
-
-
-@pytest.mark.parametrize("policy", [{}, {"policy": "zipage", "budget_tokens": 32}])
-def test_entries_are_followed_to_the_last(tiny, tmp_path, policy):
-    """In a short pool, with preemptions and pauses: what is held is what the blocks hold, and nothing at the end."""
-    (tmp_path / "load.yaml").write_text(LOAD)
-    arm = arms_of(tmp_path / "load.yaml", str(tiny), num_blocks=9, device="cpu", enable_prefix_caching=False)[0]
-    llm = LLM(**arm.options | policy)
-    shape = ModelShape.read(tiny, "float32", "cpu")
-    with _Observed(llm, arm, shape) as observed:
-        _served(observed, arm, "a", [[i + 1] * 20 for i in range(4)], [60] * 4)
-    held = observed._reads.entries
-    assert observed._reads._held == 0
-    assert all(entries <= 16 * step.blocks_total for step, entries in zip(observed.steps, held, strict=True))
-    assert any(observed.repeat(1.0).counts.values())
-    llm.shutdown()
-
-
-def test_a_pool_bounds_what_is_read():
-    known = {"prefill_tokens": 80, "num_decode": 0, "num_prefill": 2, "num_running": 4}
-    step = StepStats(**{name: known.get(name, 0) for name in StepStats.__slots__})
-    for most, expected in ((None, 40.0), (50, 25.0)):
-        reads = EntriesRead(most)
-        reads.step(step)
-        assert reads.entries == [expected]
-
-
-def test_table_leaves_out_what_no_row_has():
-    rows = pd.DataFrame([{"load": "a", "arm": "b", "tokens_per_second": 1234.5, "gpu_idle": None, "refused": None}])
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(rows).splitlines()]
-    assert [cells[0], *cells[2:]] == [["load", "arm", "tokens/s"], ["a", "b", "1,234"]]
-
-
-@pytest.mark.parametrize(("load", "arm"), [("ample", "full"), ("pressure", "full"), ("pressure", "pressure")])
-def test_ample_memory_holds_every_request_to_its_end(load, arm):
-    (found,) = (a for a in arms_of(load) if a.name == arm)
-    options = found.options | {"model": "models/qwen3-8b-shape"}
-    config = EngineConfig.from_kwargs(**options)
-    spec = spec_from_config(AutoConfig.from_pretrained(ROOT / "models/qwen3-8b-shape"))
-    policy = config.make_policy()
-    rule = None if policy is None else config.rule(policy, config.budget_tokens, config.max_model_len)
-    plan = plan_memory(
-        config, spec, torch.bfloat16, 0, policy=policy, max_blocks=rule and rule.max_blocks,
-        max_model_len=config.max_model_len,
-    )  # fmt: skip
-    needed = sum(-(-sum(lengths) // config.block_size) for lengths in found.lengths)
-    assert needed <= plan.num_blocks < 1.05 * needed

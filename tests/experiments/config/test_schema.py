@@ -22,7 +22,7 @@ from zipage.eviction import registry
 CHOICES = sorted(
     (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("hydra", "bench")
 )
-"""`conf/bench` is no group: its files are the loads of a benchmark, which test_bench.py reads."""
+"""`conf/bench` is no group: its files are the loads of a benchmark, which test_bench_loads.py reads."""
 
 GROUPS = [(group, choice) for group, choice in CHOICES if group != "sweep"]
 """Sweeps are no part of a run's config: tests/experiments/config/test_arms.py composes their arms."""

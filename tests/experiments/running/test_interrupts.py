@@ -15,8 +15,8 @@ from experiments.records import load_runs
 from experiments.running import bounded, job
 from experiments.running import sweep as sweep_module
 from tests.experiments.fake_engine import FakeLLM
-from tests.experiments.running.test_run import ROOT
-from tests.experiments.running.test_sweeps import launch_sweep, small  # noqa: F401
+from tests.experiments.running.run_process import ROOT
+from tests.experiments.running.sweep_helpers import launch_sweep, small  # noqa: F401
 
 
 def interrupt(*_, **__):

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.experiments.running.test_run import ROOT, wait_for
+from tests.experiments.running.run_process import ROOT, wait_for
 
 SWEEP = """
 import sys
 from experiments.run import main
 from tests.experiments.fake_engine import fake_backend
-from tests.experiments.running.test_run import CHILD
+from tests.experiments.running.run_process import CHILD
 
 WORKER = "import sys; from experiments.running import worker; from tests.experiments.fake_engine import fake_backend;"
 WORKER += "sys.exit(worker.main(fake_backend(step_seconds=10)))"

@@ -11,7 +11,7 @@ import pytest
 
 from experiments import run
 from experiments.records import load_requests, load_runs
-from tests.experiments.running.test_run import ROOT
+from tests.experiments.running.run_process import ROOT
 
 SOURCE = (ROOT / "examples" / "my_policy.py").read_text(encoding="utf-8")
 RANK = "return attention * event.values().norm(dim=-1) ** self.power"

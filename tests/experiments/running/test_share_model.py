@@ -19,8 +19,8 @@ from experiments.running import job
 from experiments.running import sweep as sweep_module
 from experiments.running.child import Worker
 from tests.experiments.fake_engine import fake_backend
-from tests.experiments.running.test_run import ROOT
-from tests.experiments.running.test_sweeps import deterministic, sweep_file
+from tests.experiments.running.run_process import ROOT
+from tests.experiments.running.sweep_helpers import deterministic, sweep_file
 
 TASKS = """
 import json, os, signal, sys

@@ -20,7 +20,7 @@ from experiments import sandbox
 from experiments.sandbox import Limits, Sandbox, system_calls
 from experiments.sandbox.control_groups import Groups, find_groups
 from experiments.sandbox.system_calls import NUMBERS, call_filter
-from tests.experiments.graders.test_code_grader import needs_namespaces
+from tests.experiments.graders.graded_programs import needs_namespaces
 
 ROOT = Path(__file__).parents[3]
 NOBODY = 65534

@@ -15,7 +15,7 @@ from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.graders import GRADERS
 from experiments.workloads import exams, load_problems
-from tests.experiments.graders.test_code_grader import REFUSED, needs_namespaces
+from tests.experiments.graders.graded_programs import REFUSED, needs_namespaces
 
 HUMANEVAL = {
     "task_id": "Mine/0",
