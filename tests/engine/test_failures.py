@@ -135,6 +135,52 @@ def test_what_fails_in_the_last_layer_of_a_batch_costs_no_neighbour(
     assert stats.blocks_used == stats.query_slots_used == stats.num_compressing == 0
 
 
+class Mute(ValueError):
+    """Can't say what it is."""
+
+    def __str__(self):
+        raise SystemExit("mute")
+
+
+def circular() -> Exception:
+    error = RuntimeError("round and round")
+    error.__cause__ = error
+    return error
+
+
+EXITS = {
+    "exit": (lambda: SystemExit(3), "SystemExit: 3"),
+    "mute": (Mute, "Mute"),
+    "circular": (circular, "RuntimeError: round and round"),
+}
+
+
+@every_loop
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["in the step", "beside"])
+@pytest.mark.parametrize("kind", EXITS)
+def test_whatever_a_policy_raises_ends_its_request_alone(
+    folder, tokens_alone, monkeypatch, kind, asynchronous, overlaps
+):
+    """In the last layer of a batch, after the others were moved."""
+    make, text = EXITS[kind]
+    rank = Faulty.rank
+
+    def raises(policy, event):
+        try:
+            return rank(policy, event)
+        except torch.OutOfMemoryError:
+            raise make()  # noqa: B904
+
+    monkeypatch.setattr(Faulty, "rank", raises)
+    case = Case(f"{__name__}:Faulty", {"fault": "raises", "layer": 2})
+    llm = make_llm(folder, case, async_compression=asynchronous, async_scheduling=overlaps, layer_stride=1)
+    outputs = llm.generate(ALIGNED, ALIGNED_PARAMS, use_tqdm=False)
+    at_fault = outputs.pop(1)
+    assert at_fault.error.partition(" (")[0] == f"a compression under policy 'faulty' failed: {text}"
+    assert tokens_of(outputs) == [tokens_alone[i] for i in (0, 2, 3)]
+    assert llm.stats.blocks_used == llm.stats.query_slots_used == llm.stats.num_compressing == 0
+
+
 def test_a_prompt_fails_once_however_many_samples_fail(folder):
     llm = make_llm(folder, FAILS, max_num_seqs=2)
     output = llm.generate([PROMPTS[1]], SamplingParams(n=2, max_tokens=100, ignore_eos=True, seed=1), use_tqdm=False)[0]

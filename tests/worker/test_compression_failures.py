@@ -189,7 +189,7 @@ def test_who_goes_on_alone_finds_the_memory_of_the_batch_free_and_takes_little()
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_what_is_no_error_of_the_computation_is_passed_on(in_thread):
     def leaves(event):
-        raise SystemExit
+        raise KeyboardInterrupt
 
     def run():
         submit(serving, Broken(leaves))
@@ -198,7 +198,7 @@ def test_what_is_no_error_of_the_computation_is_passed_on(in_thread):
     serving = Serving()
     if in_thread:
         serving.runner._executor = ThreadPoolExecutor(1)
-    with pytest.raises(SystemExit):
+    with pytest.raises(KeyboardInterrupt):
         run()
     serving.runner.close()
 

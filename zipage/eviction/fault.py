@@ -13,10 +13,17 @@ from zipage.checks import shown
 
 NOT_OWN = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
+FAULTS = (Exception, SystemExit)
+"""What code of a policy's may raise at the cost of what it was called for, and no more."""
+
 
 def described(error: BaseException, place: str | None) -> str:
     """Type and text of an error in one line, and the place."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    try:
+        said = " ".join(str(error).split())
+    except FAULTS:
+        said = ""
+    text = f"{type(error).__name__}: {said}".removesuffix(": ")
     return text if place is None else f"{text} ({place})"
 
 
@@ -48,7 +55,7 @@ def named(policy: str, failed: str) -> Iterator[None]:
     """
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except FAULTS as error:
         if isinstance(error, ValueError) and not _is_own(traceback.extract_tb(error.__traceback__)[-1].filename):
             raise
         # A SyntaxError tells its place itself.

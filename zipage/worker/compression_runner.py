@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zipage.eviction.fault import described, files_of, place_in, relative
+from zipage.eviction.fault import FAULTS, described, files_of, place_in, relative
 from zipage.eviction.policy import Policy
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import CompressionOrder
@@ -136,7 +136,7 @@ class CompressionRunner:
                     CompressionResult(order, kept.pages, kept.positions, seconds, kept.error)
                     for order, kept in zip(job.batch.orders, job.future.result(), strict=True)
                 ]
-            elif not isinstance(error, Exception):
+            elif not isinstance(error, FAULTS):
                 raise error
             else:
                 results += self._failed(job, error, seconds)
@@ -145,7 +145,7 @@ class CompressionRunner:
         self.ranks.poll()
         return results
 
-    def _failed(self, job: _Job, error: Exception, seconds: float) -> list[CompressionResult]:
+    def _failed(self, job: _Job, error: BaseException, seconds: float) -> list[CompressionResult]:
         """Go on with the orders of a failed batch, one by one, where that can help; the results where it can't."""
         orders = job.batch.orders
         is_partial = isinstance(error, PartlyCompressed)
@@ -282,7 +282,9 @@ class _Job:
 def _drop_tensors(error: BaseException) -> None:
     """Free what the frames of a failed computation hold: what follows may need their memory."""
     chain: BaseException | None = error
-    while chain is not None:
+    seen = set()  # an error may be its own cause
+    while chain is not None and id(chain) not in seen:
+        seen.add(id(chain))
         traceback.clear_frames(chain.__traceback__)
         chain = chain.__cause__ or chain.__context__
 
@@ -294,6 +296,6 @@ class _Inline(Executor):
         future: Future = Future()
         try:
             future.set_result(run(*args))
-        except Exception as error:
+        except FAULTS as error:
             future.set_exception(error)
         return future

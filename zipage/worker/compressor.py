@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.compact_stable import compact_stable
 from kernels.select import select
+from zipage.eviction.fault import FAULTS
 from zipage.eviction.policy import Policy
 from zipage.worker.paged_event import PagedEvent
 
@@ -111,7 +112,7 @@ def compress(
             choices.append(choice)
         kept, failed = zip(*choices, strict=True)
         return Choice(torch.cat(kept), torch.stack(failed).any(dim=0))
-    except Exception as error:
+    except FAULTS as error:
         if untouched == first_layer:
             raise
         raise PartlyCompressed(untouched, [choice.failed for choice in choices]) from error
