@@ -1,5 +1,6 @@
 """Orders of compressions over an engine's cache, against the simulation, alone and in batches."""
 
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 
 import numpy as np
@@ -119,6 +120,82 @@ def test_traces_tell_the_positions_that_stay(case, device):
             assert kept.shape == (2, 2, 64)
             assert (np.diff(kept) > 0).all()
             assert np.array_equal(kept, serving.entries(serving.request_of(result))[2].numpy())
+
+
+class Busy(Executor):
+    """A worker that gets to its tasks when it is told to."""
+
+    def __init__(self):
+        self.tasks = []
+
+    def submit(self, run, /, *args):
+        future = Future()
+        self.tasks.append((future, run, args))
+        return future
+
+    def catch_up(self):
+        for future, run, args in self.tasks:
+            future.set_result(run(*args))
+        self.tasks.clear()
+
+
+class Sizes(Random):
+    """Notes how many requests each launch is of."""
+
+    def rank(self, event):
+        sizes.append(event.num_requests)
+        return super().rank(event)
+
+
+sizes = []
+
+
+def test_orders_that_wait_for_the_worker_go_in_one_batch():
+    serving = Serving()
+    worker = serving.runner._executor = Busy()
+    requests = [serving.add("random", seed) for seed in range(5)]
+    for request in requests:
+        request.rule = replace(request.rule, policy=Sizes())
+        serving.grow(request, 96)
+    sizes.clear()
+    for some in (requests[:1], requests[1:3], requests[3:4]):
+        serving.runner.submit([serving.order(request) for request in some])
+    assert serving.runner.poll() == []
+    assert serving.runner.in_flight == 4
+    worker.catch_up()
+    serving.runner.submit([serving.order(requests[4])])
+    results = serving.runner.poll()
+    assert [serving.request_of(result) for result in results] == requests[:4]
+    assert results[0].seconds > results[1].seconds == results[2].seconds > results[3].seconds > 0
+    assert serving.runner.in_flight == 1
+    worker.catch_up()
+    results += serving.runner.poll()
+    assert sizes == [4, 1]
+    for result in results:
+        serving.apply(result)
+        serving.check(serving.request_of(result), 96)
+
+
+def test_orders_that_come_while_the_gpu_is_behind_go_in_one_batch_too():
+    serving = Serving()
+    worker = serving.runner._executor = Busy()
+    first, second = serving.add("random", 1), serving.add("random", 2)
+    for request in (first, second):
+        request.rule = replace(request.rule, policy=Sizes())
+        serving.grow(request, 96)
+
+    class Behind:
+        def synchronize(self):
+            serving.runner.submit([serving.order(second)])
+
+    sizes.clear()
+    serving.runner._latest.extend([Behind(), None])
+    serving.runner.submit([serving.order(first)])
+    tasks, worker.tasks = worker.tasks, []
+    for future, run, args in tasks:
+        future.set_result(run(*args))
+    assert [serving.request_of(result) for result in serving.runner.poll()] == [first, second]
+    assert sizes == [2]
 
 
 class InPlace(Random):

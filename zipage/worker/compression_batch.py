@@ -25,12 +25,8 @@ class CompressionBatch:
     """Orders under one policy, and what their event needs.
 
     Args:
-        orders: under one policy and one number of recent entries; not empty.
+        orders: under one policy and one number of recent entries; not empty, and checked (`check_orders`).
         block_size: b.
-
-    Raises:
-        RuntimeError: a request has no query slot under a policy that reads queries, or is not in whole pages under one
-            that drops blocks.
 
     Attributes:
         policy: of all orders.
@@ -41,11 +37,6 @@ class CompressionBatch:
 
     def __init__(self, orders: Sequence[CompressionOrder], block_size: int) -> None:
         policy = orders[0].rule.policy
-        for order in orders:
-            if policy.needs_queries and order.query_slot < 0:
-                raise RuntimeError(f"{order}: {policy.name} reads queries, and the request has no query slot")
-            if policy.drops_blocks and order.num_entries % block_size:
-                raise RuntimeError(f"{order}: {policy.name} drops blocks, and the last one is not full")
         self.orders = orders
         self.policy = policy
         self.keep = [min(order.rule.keep, order.num_entries) for order in orders]
@@ -98,6 +89,21 @@ class CompressionBatch:
         """int32 [R, dst_blocks] for `compress`: -1 for the blocks that no event writes to."""
         rows = [[-1] * pinned + ids[pinned:] for pinned, ids in zip(self._pinned, self.tables, strict=True)]
         return to_device(_rectangle(rows), device)
+
+
+def check_orders(orders: Iterable[CompressionOrder], block_size: int) -> None:
+    """Check that each request has what its policy needs.
+
+    Raises:
+        RuntimeError: a request has no query slot under a policy that reads queries, or is not in whole pages under one
+            that drops blocks.
+    """
+    for order in orders:
+        policy = order.rule.policy
+        if policy.needs_queries and order.query_slot < 0:
+            raise RuntimeError(f"{order}: {policy.name} reads queries, and the request has no query slot")
+        if policy.drops_blocks and order.num_entries % block_size:
+            raise RuntimeError(f"{order}: {policy.name} drops blocks, and the last one is not full")
 
 
 def batches(orders: Iterable[CompressionOrder], spec: ModelSpec, block_size: int) -> Iterator[CompressionBatch]:

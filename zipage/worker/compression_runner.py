@@ -6,7 +6,7 @@ import logging
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from traceback import walk_tb
@@ -20,7 +20,7 @@ from zipage.eviction.fault import FAULTS, described, files_of, place_in, relativ
 from zipage.eviction.policy import Policy
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import CompressionOrder
-from zipage.worker.compression_batch import CompressionBatch, batches
+from zipage.worker.compression_batch import CompressionBatch, batches, check_orders
 from zipage.worker.compressor import PartlyCompressed, choose, compress
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_event import PagedEvent
@@ -54,8 +54,10 @@ class CompressionRunner:
     Synchronous, a compression is queued on the current stream before `submit` returns, and the next `poll` hands it out
     without waiting for the GPU: whatever is queued after it finds the survivors in place. Asynchronous on CUDA, one
     worker thread queues it on a stream of its own, and `poll` hands it out once the GPU is through with it; until then
-    its request must sit out, keep its blocks, and not be changed. On a CPU both compute in `submit`; there, an
-    asynchronous one is not handed out by the first `poll` after it, so that its request sits out a step too.
+    its request must sit out, keep its blocks, and not be changed. Orders that come while the worker is busy go in one
+    batch together: what a batch costs beside its requests would otherwise hold up ever more of them. On a CPU both
+    compute in `submit`; there, an asynchronous one is not handed out by the first `poll` after it, so that its request
+    sits out a step too.
 
     A batch that fails goes on request by request, from the first layer that was not moved, with as little memory as can
     be: what one request or the size of the batch brought about costs no other. Only where a move itself fails, and
@@ -85,7 +87,15 @@ class CompressionRunner:
         self._layer_stride = layer_stride
         self._trace = trace
         self._delayed = asynchronous and not cache.k.is_cuda
+        self._waiting: deque[_Waiting] = deque()
+        """Orders that the worker has yet to take."""
+        self._tasks: deque[Future[None]] = deque()
+        """Of the worker."""
         self._pending: deque[_Job] = deque()
+        """What the worker has launched, and `poll` not handed out."""
+        self._latest: deque[torch.cuda.Event] = deque(maxlen=2)
+        """Behind the worker's last launches."""
+        self._num_in_flight = 0
         self._stream = None
         self._logged: set[tuple[type, str | None]] = set()
         self._executor: Executor = _Inline()
@@ -97,23 +107,54 @@ class CompressionRunner:
         """Begin to compress.
 
         Raises:
-            RuntimeError: a request does not meet what its policy needs (`CompressionBatch`).
+            RuntimeError: a request does not meet what its policy needs (`check_orders`).
         """
-        self._begin(list(batches(orders, self._spec, self._cache.block_size)), time.perf_counter())
-
-    def _begin(self, work: Sequence[CompressionBatch], start: float, rest: _Rest | None = None) -> None:
-        """Begin with batches that were ordered at `start`, or with the rest of them."""
-        if self._stream is None:
-            for batch in work:
-                future = self._executor.submit(self._compress, batch, rest)
-                self._pending.append(_Job(batch, start, future, None, self._delayed))
+        if not orders:
             return
+        check_orders(orders, self._cache.block_size)
+        start, ready = time.perf_counter(), self._recorded()
+        self._waiting.extend(_Waiting(order, start, ready) for order in orders)
+        self._num_in_flight += len(orders)
+        self._tasks.append(self._executor.submit(self._launch_waiting))
+
+    def _recorded(self) -> torch.cuda.Event | None:
+        """An event behind what is queued on the current stream, which a compression beside it has to wait for."""
+        if self._stream is None:
+            return None
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self._cache.k.device))
-        for batch in work:
-            done = torch.cuda.Event()
-            future = self._executor.submit(self._compress_beside, batch, rest, ready, done)
-            self._pending.append(_Job(batch, start, future, done, False))
+        return ready
+
+    def _launch_waiting(self) -> None:
+        """In the worker: launch all that waits, in as few batches as may be.
+
+        Not before the GPU has reached the last batch: what would wait behind it there can as well be joined here.
+        """
+        if len(self._latest) == 2:
+            self._latest[0].synchronize()
+        taken = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        starts = {waiting.order.number: waiting.start for waiting in taken}
+        ready = {waiting.ready: None for waiting in taken}
+        for batch in batches([waiting.order for waiting in taken], self._spec, self._cache.block_size):
+            self._launch(batch, [starts[order.number] for order in batch.orders], ready, None)
+
+    def _launch(
+        self,
+        batch: CompressionBatch,
+        starts: list[float],
+        ready: Iterable[torch.cuda.Event | None],
+        rest: _Rest | None,
+    ) -> None:
+        """In the worker: launch a batch behind `ready`, or the rest of it. `starts`: when each order was submitted."""
+        job = _Job(batch, starts, self._delayed)
+        try:
+            if self._stream is None:
+                job.kept = self._compress(batch, rest)
+            else:
+                self._compress_beside(job, ready, rest)
+        except FAULTS as error:
+            job.error = error
+        self._pending.append(job)
 
     def poll(self, wait: bool = False) -> list[CompressionResult]:
         """What is done and was not handed out yet, in the order of the launches.
@@ -124,28 +165,34 @@ class CompressionRunner:
             wait: for everything that was submitted.
         """
         results = []
-        while self._pending and (wait or self._pending[0].is_done):
+        while self._next_is_done(wait):
             job = self._pending.popleft()
-            error = job.future.exception()
             if job.done is not None:
                 job.done.synchronize()
                 torch.cuda.current_stream(self._cache.k.device).wait_event(job.done)
-            seconds = time.perf_counter() - job.start
-            if error is None:
+            now = time.perf_counter()
+            seconds = [now - start for start in job.starts]
+            if job.error is None:
                 results += [
-                    CompressionResult(order, kept.pages, kept.positions, seconds, kept.error)
-                    for order, kept in zip(job.batch.orders, job.future.result(), strict=True)
+                    CompressionResult(order, kept.pages, kept.positions, passed, kept.error)
+                    for order, kept, passed in zip(job.batch.orders, job.kept, seconds, strict=True)
                 ]
-            elif not isinstance(error, FAULTS):
-                raise error
             else:
-                results += self._failed(job, error, seconds)
-        for job in self._pending:
-            job.delayed = False
+                results += self._failed(job, job.error, seconds)
+        if self._delayed:
+            for job in self._pending:
+                job.delayed = False
         self.ranks.poll()
+        self._num_in_flight -= len(results)
         return results
 
-    def _failed(self, job: _Job, error: BaseException, seconds: float) -> list[CompressionResult]:
+    def _next_is_done(self, wait: bool) -> bool:
+        """Whether there is a job to hand out; raises what is no fault of a computation from the worker."""
+        while self._tasks and (wait or self._tasks[0].done()):
+            self._tasks.popleft().result()
+        return bool(self._pending) and (wait or self._pending[0].is_done)
+
+    def _failed(self, job: _Job, error: BaseException, seconds: list[float]) -> list[CompressionResult]:
         """Go on with the orders of a failed batch, one by one, where that can help; the results where it can't."""
         orders = job.batch.orders
         is_partial = isinstance(error, PartlyCompressed)
@@ -153,9 +200,11 @@ class CompressionRunner:
         if len(orders) > 1 and first_layer is not None:
             _drop_tensors(error)
             misranked = error.failed() if is_partial else [False] * len(orders)
-            for order, is_misranked in zip(orders, misranked, strict=True):
+            ready = [self._recorded()]
+            for order, start, is_misranked in zip(orders, job.starts, misranked, strict=True):
                 alone = CompressionBatch([order], self._cache.block_size)
-                self._begin([alone], job.start, _Rest(first_layer, is_misranked))
+                rest = _Rest(first_layer, is_misranked)
+                self._tasks.append(self._executor.submit(self._launch, alone, [start], ready, rest))
             return []
         policy = job.batch.policy
         cause = error.__cause__ if is_partial else error
@@ -164,30 +213,35 @@ class CompressionRunner:
         if (fault := (type(cause), place)) not in self._logged:  # the same one may come in every request
             self._logged.add(fault)
             logger.error(message, exc_info=error, extra={"in_output": True})
-        return [CompressionResult(order, None, None, seconds, message) for order in orders]
+        return [
+            CompressionResult(order, None, None, passed, message) for order, passed in zip(orders, seconds, strict=True)
+        ]
 
     @property
     def in_flight(self) -> int:
         """Orders that were submitted and not handed out."""
-        return sum(len(job.batch.orders) for job in self._pending)
+        return self._num_in_flight
 
     def close(self) -> None:
         """Wait for what is under way and forget it."""
         self._executor.shutdown(wait=True)
         if self._stream is not None:
             self._stream.synchronize()
-        self._pending.clear()
+        for forgotten in (self._waiting, self._tasks, self._pending):
+            forgotten.clear()
+        self._num_in_flight = 0
 
-    def _compress_beside(
-        self, batch: CompressionBatch, rest: _Rest | None, ready: torch.cuda.Event, done: torch.cuda.Event
-    ) -> list[_Kept]:
-        """In the worker. What it allocates belongs to its own stream, so nothing here is freed under another's feet."""
+    def _compress_beside(self, job: _Job, ready: Iterable[torch.cuda.Event], rest: _Rest | None) -> None:
+        """What it allocates belongs to the worker's own stream, so nothing here is freed under another's feet."""
+        job.done = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
+            for event in ready:
+                self._stream.wait_event(event)
             try:
-                return self._compress(batch, rest)
+                job.kept = self._compress(job.batch, rest)
             finally:
-                done.record(self._stream)
+                job.done.record(self._stream)
+                self._latest.append(job.done)
 
     @torch.inference_mode()
     def _compress(self, batch: CompressionBatch, rest: _Rest | None) -> list[_Kept]:
@@ -264,19 +318,35 @@ class _Rest(NamedTuple):
     is_misranked: bool
 
 
+class _Waiting(NamedTuple):
+    """An order that was submitted at `start` (host clock), and the event that its compression must follow."""
+
+    order: CompressionOrder
+    start: float
+    ready: torch.cuda.Event | None
+
+
 @dataclass(eq=False)
 class _Job:
-    """A batch under way; `done` is recorded behind it on the worker's stream, if it has one. `delayed` skips a poll."""
+    """A batch that was launched, and what came of it.
+
+    Attributes:
+        starts: when each of its orders was submitted (host clock).
+        delayed: skips a poll.
+        kept: of each order, once launched; unset where `error` says what was raised instead.
+        done: recorded behind it on the worker's stream, if it has one.
+    """
 
     batch: CompressionBatch
-    start: float
-    future: Future[list[_Kept]]
-    done: torch.cuda.Event | None
+    starts: list[float]
     delayed: bool
+    kept: list[_Kept] | None = None
+    error: BaseException | None = None
+    done: torch.cuda.Event | None = None
 
     @property
     def is_done(self) -> bool:
-        return not self.delayed and self.future.done() and (self.done is None or self.done.query())
+        return not self.delayed and (self.done is None or self.done.query())
 
 
 def _drop_tensors(error: BaseException) -> None:

@@ -121,6 +121,10 @@ class PagedEvent(Event):
     def values(self) -> Tensor:
         return self._gathered(self.v_cache)
 
+    def value_ranges(self) -> Tensor:
+        low, high = self.v_cache[:, self._blocks].aminmax(dim=-1)
+        return (high.float() - low.float()).transpose(2, 3).flatten(3)
+
     @cached_property
     def _window_queries(self) -> tuple[Tensor, Tensor, Tensor]:
         """(q_cache, query_slots, window_ends) of a cache that holds `window` queries a request.
@@ -143,5 +147,5 @@ class PagedEvent(Event):
 
     def _gathered(self, cache: Tensor) -> Tensor:
         """[L, num_blocks, H, b, c] -> float32 [L, R, H, N, c], zero past a request's n entries."""
-        entries = cache[:, self._blocks].transpose(2, 3).flatten(3, 4).float()
-        return entries.masked_fill_(~self.valid[..., None], 0.0)
+        entries = cache[:, self._blocks].transpose(2, 3).to(torch.float32, memory_format=torch.contiguous_format)
+        return entries.flatten(3, 4).masked_fill_(~self.valid[..., None], 0.0)
