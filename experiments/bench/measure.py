@@ -16,7 +16,7 @@ from experiments.bench.loads import Arm
 from experiments.bench.roofline import EntriesRead, ModelShape, step_bytes, step_floor
 from experiments.errors import RunError
 from experiments.running.scenarios import Served, TimedRequest, serve
-from zipage import RequestOutput, SamplingParams, StepStats
+from zipage import EventStats, RequestOutput, SamplingParams, StepStats
 
 SETTLE_STEPS = 16
 """Steps in a row without prefill that tell a full pool from one in which a compression is about to make room."""
@@ -25,12 +25,13 @@ COUNTED = {"compressions": "compressions_applied", "pauses": "pauses", "preempti
 
 @dataclass
 class Repeat:
-    """One measurement."""
+    """One measurement. `compressing`: seconds that each compression took, from its order until it was booked."""
 
     tokens: int
     seconds: float
     steps: list[StepStats]
     entries: list[float]
+    compressing: list[float]
     counts: dict[str, int] = field(default_factory=dict)
 
 
@@ -124,6 +125,7 @@ class _Observed:
     def __init__(self, backend: Backend, arm: Arm, shape: ModelShape) -> None:
         pool = arm.options.get("kv_cache_memory_bytes")
         self.steps: list[StepStats] = []
+        self._compressing: list[float] = []
         self._reads = EntriesRead(None if pool is None else pool / shape.kv_bytes)
         self._backend = backend
         self.add_request, self.has_unfinished_requests = backend.add_request, backend.has_unfinished_requests
@@ -131,13 +133,18 @@ class _Observed:
 
     def __enter__(self) -> _Observed:
         self._backend.step_listeners += [self.steps.append, self._reads.step]
-        self._backend.event_listeners.append(self._reads.event)
+        self._backend.event_listeners += [self._note, self._reads.event]
         return self
 
     def __exit__(self, *exception: object) -> None:
         for listener in (self.steps.append, self._reads.step):
             self._backend.step_listeners.remove(listener)
-        self._backend.event_listeners.remove(self._reads.event)
+        for listener in (self._note, self._reads.event):
+            self._backend.event_listeners.remove(listener)
+
+    def _note(self, event: EventStats) -> None:
+        if event.kind == "compress":
+            self._compressing.append(event.seconds)
 
     def step(self) -> list[RequestOutput]:
         outputs = self._backend.step()
@@ -148,13 +155,14 @@ class _Observed:
     def mark(self) -> None:
         """Count from here."""
         self._first, self._before = len(self.steps), self._counts()
+        self._compressing = []
 
     def repeat(self, seconds: float, tokens: int | None = None) -> Repeat:
         """What came since the mark; `tokens` None: those decoded."""
         steps, entries = self.steps[self._first :], self._reads.entries[self._first :]
         counts = {name: value - self._before[name] for name, value in self._counts().items()}
         tokens = sum(step.num_decode for step in steps) if tokens is None else tokens
-        return Repeat(tokens, seconds, steps, entries, counts)
+        return Repeat(tokens, seconds, steps, entries, self._compressing, counts)
 
     def _counts(self) -> dict[str, int]:
         stats = self._backend.stats
@@ -216,6 +224,8 @@ def _row(arm: Arm, shape: ModelShape, repeats: list[Repeat], ceilings: Mapping[s
         row["host_ms"] = 1e3 * _quantile([step.host_time for step in steps], 0.5)
         row["gpu_idle"] = 1 - device / sum(times)
         row |= {name: statistics.median(repeat.counts[name] for repeat in repeats) for name in COUNTED}
+        compressing = [seconds for repeat in repeats for seconds in repeat.compressing]
+        row["compression_ms"] = 1e3 * statistics.mean(compressing) if compressing else None
     if ceilings is not None:
         bandwidth = max(ceilings["copy"], ceilings["read"])
         floors = [

@@ -101,6 +101,8 @@ def test_the_engine_is_timed_and_recorded(bench, results, tiny, tmp_path, capsys
     assert (rows["lowest"] <= rows["tokens_per_second"]).all()
     assert (rows["tokens_per_second"] <= rows["highest"]).all()
     assert rows["compressions"][1] > 0
+    assert rows["compression_ms"][1] > 0
+    assert pd.isna(rows["compression_ms"][0])
     assert rows["steps"][2] == 10, "two windows of five"
     assert rows["gpu_idle"].between(0, 1).all()
     shape = ModelShape.read(tiny, "float32", "cpu")
