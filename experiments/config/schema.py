@@ -32,7 +32,8 @@ HOMES = {
 """Options of `EngineConfig` that are set outside the group `engine`, and where."""
 
 FIXED = {"skip_tokenizer_init": False}
-"""Options of `EngineConfig` that no run can choose: workloads are text, so the tokenizer is always needed."""
+"""Options of `EngineConfig` that no run can choose: workloads are text. A model without a tokenizer, which only a
+workload of given lengths can use, does without."""
 
 UNRECORDED = ("detokenize", "logit_bias")
 """Options of `SamplingParams` that no run can choose: answers are text, and token ids are the model's own."""

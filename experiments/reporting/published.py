@@ -49,12 +49,14 @@ def beside(runs: pd.DataFrame, compared: pd.DataFrame, published: Mapping[str, A
         published: of `read_published`.
 
     Returns:
-        Text: name, "published: ..." for each of its columns, "ours: accuracy (%) [95 %]", "ours: tokens/s",
-        "ours: runs". What is not there is "-". Where several runs of ours are meant, each has a row of its own.
+        Text: name, "published: ..." for each of its columns, and `OURS`: accuracy, tokens/s, those over full KV's of
+        the same model and load, tokens a step (the requests at work at once), and what the run is. What is not there
+        is "-". Where several runs of ours are meant, each has a row of its own.
     """
     import pandas as pd
 
     named, budgets = runs.assign(label=runs.apply(label, axis=1)), budget_texts(compared, full="full KV")
+    speeds = dict(zip(runs["run"], compared["output_tokens_per_second"], strict=True)) if "run" in runs else {}
     options = told_apart(runs)
     settings = readable_options(runs, options)
     rows = []
@@ -72,14 +74,21 @@ def beside(runs: pd.DataFrame, compared: pd.DataFrame, published: Mapping[str, A
         for index, run in matching.iterrows():
             setting = [f"{option} {value}" for option, value in settings.loc[index].items() if value != "-"]
             what = ", ".join([run["model.name"], run["workload.name"], budgets[index], *setting])
-            rows.append({"row": row["name"]} | figures | _ours(run, what))
+            full = speeds.get(run.get("full.run"))
+            rows.append({"row": row["name"]} | figures | _ours(run, full, runs.loc[index], what))
     return pd.DataFrame(rows)
 
 
-OURS = ("ours: accuracy (%) [95 %]", "ours: tokens/s", "ours: model, workload, budget")
+OURS = (
+    "ours: accuracy (%) [95 %]",
+    "ours: tokens/s",
+    "ours: of full KV (%)",
+    "ours: tokens a step",
+    "ours: model, workload, budget",
+)
 
 
-def _ours(run: pd.Series, what: str) -> dict[str, str]:
+def _ours(run: pd.Series, full: float | None, record: pd.Series, what: str) -> dict[str, str]:
     import pandas as pd
 
     accuracy = "-"
@@ -87,4 +96,8 @@ def _ours(run: pd.Series, what: str) -> dict[str, str]:
         accuracy = "{:.1f} [{:.1f}, {:.1f}]".format(
             *(100 * run[name] for name in ("accuracy", "accuracy.low", "accuracy.high"))
         )
-    return dict(zip(OURS, (accuracy, f"{run['output_tokens_per_second']:,.0f}", what), strict=True))
+    speed = run["output_tokens_per_second"]
+    of_full = f"{100 * speed / full:.0f}" if full else "-"
+    steps = record.get("steps")
+    batch = f"{record['output_tokens'] / steps:,.1f}" if steps and pd.notna(steps) else "-"
+    return dict(zip(OURS, (accuracy, f"{speed:,.0f}", of_full, batch, what), strict=True))

@@ -147,6 +147,11 @@ class Job:
         """What there is of the run already."""
         return sources.standing(self.folder, sources.hashes(self.experiment))
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Not where the model has none, as the shapes of models, and the prompts are of given lengths alone."""
+        return self.model.has_tokenizer or any(problem.prompt_tokens is None for problem in self.problems)
+
     def is_done(self) -> bool:
         """Whether the record that is there stays.
 
@@ -175,7 +180,8 @@ class Job:
             backend = self._load(staging)
             load_seconds = time.perf_counter() - begin
             print(f"memory plan: {backend.memory_plan}", flush=True)
-            renderer = PromptRenderer(self.experiment.workload, self.experiment.model, backend.get_tokenizer())
+            tokenizer = backend.get_tokenizer() if self.needs_tokenizer else None
+            renderer = PromptRenderer(self.experiment.workload, self.experiment.model, tokenizer)
             rendered = iter(renderer.render_all([p for p in self.problems if p.error is None]))
             prompts = [Prompt("", []) if p.error is not None else next(rendered) for p in self.problems]
             steps: list[StepStats] = []
@@ -216,8 +222,11 @@ class Job:
             import torch
 
             torch.set_num_threads(self.experiment.hardware.threads)
+        options = engine_options(self.experiment, str(self.model.path))
+        if not self.needs_tokenizer:
+            options["skip_tokenizer_init"] = True
         try:
-            return self.factory(**engine_options(self.experiment, str(self.model.path)))
+            return self.factory(**options)
         except (ValueError, FileNotFoundError) as error:
             raise UsageError(f"the model can't be loaded: {' '.join(str(error).split())}") from error
         except Exception as error:

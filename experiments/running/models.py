@@ -25,6 +25,8 @@ WEIGHTS = (".safetensors", ".gguf")
 PICKLED = (".bin", ".pt", ".pth")
 """Weights that other engines read where a folder holds none of `WEIGHTS`."""
 SMALL = (".json", ".jinja", ".model", ".txt")
+TOKENIZER = ("tokenizer", "vocab")
+"""How the files of a folder's tokenizer begin."""
 INDEX = ".index.json"
 """How the files end that say which weights lie in which file."""
 TEMPLATES = "additional_chat_templates/*.jinja"
@@ -42,6 +44,10 @@ class LocalModel:
 
     path: Path
     files: dict[str, str]
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self.path.is_file() or any(name.startswith(TOKENIZER) for name in self.files)
 
     @property
     def identity(self) -> str:

@@ -33,7 +33,7 @@ class PromptRenderer:
     Args:
         workload: its template and system prompt.
         model: its chat template and the template's options.
-        tokenizer: of `transformers`.
+        tokenizer: of `transformers`; None: every prompt is of a given length, and its text's bytes are its tokens.
 
     Raises:
         UsageError: `model.chat_template` is not a template.
@@ -90,8 +90,9 @@ class PromptRenderer:
 
     def _prompt(self, problem: Problem, chat: list[dict[str, str]] | None, rendered: Iterator[str]) -> Prompt:
         if chat is None:
-            tokens = self._tokenizer(problem.question)["input_ids"]
-            return Prompt(problem.question, list(tokens)[: problem.prompt_tokens])
+            text = problem.question
+            tokens = text.encode() if self._tokenizer is None else self._tokenizer(text)["input_ids"]
+            return Prompt(text, list(tokens)[: problem.prompt_tokens])
         if self.chat_template is None:
             text = "\n\n".join(message["content"] for message in chat)
             return Prompt(text, list(self._tokenizer(text)["input_ids"]))
@@ -101,7 +102,7 @@ class PromptRenderer:
 
 
 def _chat_template(choice: str, tokenizer: Any) -> str | None:
-    if choice == "none":
+    if choice == "none" or tokenizer is None:
         return None
     if choice == "auto":
         template = tokenizer.chat_template

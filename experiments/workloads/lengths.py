@@ -29,6 +29,7 @@ def generate(
     sigma: float = 0.5,
     longest: int = 32_768,
     run: str | None = None,
+    path: str | None = None,
 ) -> Iterator[Problem]:
     """Requests whose prompts have an exact number of tokens and that ask for an exact number of output tokens.
 
@@ -38,14 +39,16 @@ def generate(
         seed: of the words and of drawn lengths.
         count: requests.
         distribution: "fixed": every length as given; "lognormal": the lengths given are the medians; "recorded": the
-            lengths of the first samples in the record of `run`, in its order.
+            lengths of the first samples in the record of `run`, in its order; "trace": those of requests drawn from
+            the table `path`, none twice.
         prompt_tokens, output_tokens: tokens.
         sigma: standard deviation of the logarithm of a lognormal length.
-        longest: bound of a lognormal length, in tokens.
+        longest: bound of a lognormal or traced length, in tokens.
         run: folder of a finished run.
+        path: CSV file, compressed or not, with the columns prompt_tokens and output_tokens.
 
     Raises:
-        ValueError: an option is out of range, or the run can't be read or is shorter than `count`.
+        ValueError: an option is out of range, or the run or the trace can't be read or is shorter than `count`.
     """
     for name, value in (("count", count), ("prompt_tokens", prompt_tokens), ("output_tokens", output_tokens)):
         if not isinstance(value, int) or value < 1:
@@ -60,8 +63,10 @@ def generate(
         lengths = [tuple(_draw(random, median, sigma, longest) for median in medians) for _ in range(count)]
     elif distribution == "recorded":
         lengths = _recorded(run, count)
+    elif distribution == "trace":
+        lengths = [tuple(min(longest, n) for n in pair) for pair in random.sample(_traced(path, count), count)]
     else:
-        raise ValueError(f"distribution={distribution}: must be fixed, lognormal or recorded")
+        raise ValueError(f"distribution={distribution}: must be fixed, lognormal, recorded or trace")
     return _problems(lengths, random)
 
 
@@ -92,3 +97,20 @@ def _recorded(run: str | None, count: int) -> list[tuple[int, int]]:
     if len(lengths) < count:
         raise ValueError(f"count={count}: the run has {len(lengths)} answered samples; ask for no more")
     return lengths[:count]
+
+
+def _traced(path: str | None, count: int) -> list[tuple[int, int]]:
+    import pandas as pd
+
+    if path is None:
+        raise ValueError("path=None: must be given with distribution=trace: a CSV file of requests")
+    columns = ["prompt_tokens", "output_tokens"]
+    try:
+        rows = pd.read_csv(Path(path).expanduser(), usecols=columns, dtype=int)[columns]
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"path={path}: can't be read ({' '.join(str(error).split())[:200]})") from error
+    if (rows < 1).any(axis=None):
+        raise ValueError(f"path={path}: every length must be at least 1")
+    if len(rows) < count:
+        raise ValueError(f"count={count}: the trace has {len(rows)} requests; ask for no more")
+    return list(rows.itertuples(index=False, name=None))

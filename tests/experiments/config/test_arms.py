@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from experiments.bench.roofline import ModelShape
 from experiments.config.arms import FOLDER, check_multirun, expand, read_sweep, split_command_line, sweep_path
 from experiments.config.compose import load_experiment
 from experiments.config.schema import to_dict
 from experiments.errors import UsageError
-from experiments.paths import CONF
+from experiments.paths import CONF, ROOT
 
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
@@ -27,7 +28,7 @@ def write(tmp_path):
 
 NINES = [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 9)]
 BOMB = "\n".join(["a0: &a0 [1, 2]", *NINES, f"axes: {{limit: [{', '.join(['*a8'] * 8)}]}}"])
-OF_THE_PAPER = [name for name in SHIPPED if name.startswith(("paper_", "ablation_"))]
+OF_THE_PAPER = [name for name in SHIPPED if name.startswith(("paper_", "ablation_")) and name != "paper_speed"]
 
 
 @pytest.mark.parametrize("name", OF_THE_PAPER)
@@ -66,6 +67,27 @@ def test_shipped_sweeps():
         "paper_budget",
     }
     assert len(OF_THE_PAPER) == 12
+
+
+def test_speed_is_taken_at_the_shapes_of_the_papers_models():
+    arms = [load_experiment(arm) for arm in expand(["paper_speed"], ["workload.options.path=t.csv"])]
+    sizes = {}
+    for arm in arms:
+        assert arm.model.load_format == "dummy"
+        assert arm.sampling.ignore_eos
+        assert arm.engine.kv_cache_memory_bytes is None
+        assert arm.workload.options["path"] == "t.csv"
+        shape = ModelShape.read(ROOT / arm.model.path, "bfloat16", "cuda")
+        sizes.setdefault(arm.model.name, (shape.weight_bytes / 2e9, shape.kv_bytes))
+    entry = 2 * 8 * 128 * 2  # bytes of K and V in a layer
+    assert sizes == {
+        "qwen3-0.6b-shape": (pytest.approx(0.6, abs=0.05), 28 * entry),
+        "qwen3-1.7b-shape": (pytest.approx(1.7, abs=0.05), 28 * entry),
+        "qwen3-4b-shape": (pytest.approx(4.0, abs=0.05), 36 * entry),
+        "qwen3-8b-shape": (pytest.approx(8.2 - 0.6, abs=0.05), 36 * entry),  # the input embedding is only looked up
+        "qwen3-14b-shape": (pytest.approx(14.8 - 0.8, abs=0.05), 40 * entry),
+    }
+    assert [(arm.policy.name, arm.policy.budget_tokens) for arm in arms[5:]] == [("zipage", 2048)] * 5
 
 
 def test_policy_sweep_has_every_policy():

@@ -22,6 +22,9 @@ def runs_and_compared():
             "backend": ["zipage"] * 4,
             "model.name": "m",
             "workload.name": "w",
+            "run": ["f", "z", "p", "r"],
+            "output_tokens": [700, 700, 700, 700],
+            "steps": [200, 100, 100, None],
         },
         index=[4, 5, 6, 7],
     )
@@ -34,6 +37,7 @@ def runs_and_compared():
             "accuracy.low": [0.8, 0.4, 0.7, float("nan")],
             "accuracy.high": [0.95, 0.6, 0.8, float("nan")],
             "output_tokens_per_second": [1000.0, 2000.0, 2100.0, 50.0],
+            "full.run": [None, "f", "f", None],
         },
         index=runs.index,
     )
@@ -42,12 +46,13 @@ def runs_and_compared():
 
 def test_rows_hold_published_figures_and_the_runs_that_are_meant():
     table = beside(*runs_and_compared(), read_published("zipage_table1")).set_index("row")
-    assert table.loc["Zipage"].tolist() == ["2,557", "87.0", "50.0 [40.0, 60.0]", "2,000", "m, w, 64"]
-    assert table.loc["R-KV"].tolist() == ["246", "84.4", "-", "50", "m, w, 128"]
-    assert table.loc["MorphKV"].tolist() == ["256", "68.4", "-", "-", "-"]
-    assert table.loc["Nano-vLLM"].tolist()[2:] == ["-", "-", "-"]
-    assert table.loc["full KV here"].tolist() == ["-", "-", "90.0 [80.0, 95.0]", "1,000", "m, w, full KV"]
-    assert [name.partition(":")[0] for name in table.columns] == ["published"] * 2 + ["ours"] * 3
+    assert table.loc["Zipage"].tolist() == [*("2,557", "87.0", "50.0 [40.0, 60.0]", "2,000", "200", "7.0", "m, w, 64")]
+    assert table.loc["R-KV"].tolist() == ["246", "84.4", "-", "50", "-", "-", "m, w, 128"]
+    assert table.loc["MorphKV"].tolist() == ["256", "68.4", *["-"] * 5]
+    assert table.loc["Nano-vLLM"].tolist()[2:] == ["-"] * 5
+    full = table.loc["full KV here"].tolist()
+    assert full == ["-", "-", "90.0 [80.0, 95.0]", "1,000", "-", "3.5", "m, w, full KV"]
+    assert [name.partition(":")[0] for name in table.columns] == ["published"] * 2 + ["ours"] * 5
 
 
 CHOICES = [f"policy={path.stem}" for path in (CONF / "policy").glob("*.yaml")]
@@ -96,7 +101,7 @@ def test_every_table_names_its_source(path):
 
 
 def test_wrong_tables_are_one_line(tmp_path):
-    with pytest.raises(UsageError, match="nothing: no such table; there are zipage_table1"):
+    with pytest.raises(UsageError, match="nothing: no such table; there are zipage_speed, zipage_table1"):
         read_published("nothing")
     path = tmp_path / "own.yaml"
     for text, line in (

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pandas as pd
 import pytest
 
-from experiments import archive, regrade
+from experiments import archive, regrade, run
+from experiments.backends import BACKENDS
+from experiments.bench import gate
 from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.records import HASHES, load_requests, load_runs
@@ -66,13 +69,53 @@ class TestLengths:
         with pytest.raises(UsageError, match="count=64: the run has 6 answered samples"):
             load(*recorded)
 
+    def test_lengths_drawn_from_a_trace(self, tmp_path):
+        path = tmp_path / "trace.csv.gz"
+        table = pd.DataFrame({"arrival": 0.5, "output_tokens": range(1, 41), "prompt_tokens": range(101, 141)})
+        table.to_csv(path, index=False)
+        traced = ["workload.options.distribution=trace", f"workload.options.path={path}", "workload.options.count=30"]
+        problems = load(*traced)
+        outputs = [p.output_tokens for p in problems]
+        assert len(set(outputs)) == 30
+        assert outputs != sorted(outputs)
+        assert [p.prompt_tokens for p in problems] == [100 + n for n in outputs]
+        assert problems == load(*traced) != load(*traced, "workload.seed=1")
+        bounded = load(*traced, "workload.options.longest=20")
+        assert [(p.prompt_tokens, p.output_tokens) for p in bounded] == [(20, min(20, n)) for n in outputs]
+        with pytest.raises(UsageError, match="count=41: the trace has 40 requests"):
+            load(*traced[:2], "workload.options.count=41")
+        table.assign(output_tokens=0).to_csv(path, index=False)
+        with pytest.raises(UsageError, match="every length must be at least 1"):
+            load(*traced)
+
+    def test_a_shape_without_a_tokenizer_will_do(self, tmp_path, results, monkeypatch, capsys):
+        folder = tmp_path / "shape"
+        folder.mkdir()
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "vocab_size": 300}
+        (folder / "config.json").write_text(json.dumps(gate.SHAPE | sizes))
+        common = ["model=dummy", f"model.path={folder}", "hardware=cpu", f"results_dir={results}"]
+        common += ["engine.block_size=16", "engine.num_blocks=32", "engine.max_model_len=128", "limit=3"]
+        lengths = ["workload=lengths", *(f"workload.options.{n}" for n in ("prompt_tokens=30", "output_tokens=40"))]
+        policy = ["policy=zipage", "policy.budget_tokens=32"]
+        monkeypatch.setattr(sys, "argv", ["experiments.run", *common, *lengths, *policy])
+        assert run.main(BACKENDS) == 0
+        row = load_runs(results).iloc[0]
+        assert load_requests(row)["output_tokens"].tolist() == [40] * 3
+        assert row["prompt_tokens"] == 90
+        assert row["compressions"] > 0
+        monkeypatch.setattr(sys, "argv", ["experiments.run", *common])
+        assert run.main(BACKENDS) == 2
+        assert "has no tokenizer" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("option", "line"),
         [
             ("count=0", "count=0: must be a whole number of at least 1"),
             ("prompt_tokens=x", "prompt_tokens=x: must be"),
             ("sigma=-1", "sigma=-1"),
-            ("distribution=normal", "distribution=normal: must be fixed, lognormal or recorded"),
+            ("distribution=normal", "distribution=normal: must be fixed, lognormal, recorded or trace"),
+            ("distribution=trace", "path=None: must be given"),
+            ("{distribution: trace, path: nowhere.csv}", "path=nowhere.csv: can't be read"),
             ("distribution=recorded", "run=None: must be given"),
             ("{distribution: recorded, run: nowhere}", "run=nowhere: its requests.parquet can't be read"),
         ],
