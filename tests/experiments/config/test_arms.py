@@ -44,7 +44,7 @@ def test_sweeps_of_the_paper_have_a_small_form(name):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_arm_of_every_sweep_composes(name):
     arms = expand([name])
-    assert len(arms) > 1 or name == "small"
+    assert len(arms) > 1 or name in ("small", "speed")
     options = [repr(to_dict(load_experiment(arm))) for arm in arms]
     known = 2 if name == "policy" else 0  # random_attention is random with the prompt protected
     assert len(options) - len(set(options)) == known, "arms that are the same run"
@@ -67,6 +67,17 @@ def test_shipped_sweeps():
         "paper_budget",
     }
     assert len(OF_THE_PAPER) == 12
+
+
+@pytest.mark.parametrize("name", [*(name for name in OF_THE_PAPER if name.startswith("ablation_")), "paper_budget"])
+def test_sweeps_of_the_paper_have_a_form_for_speed(name):
+    path = ["workload.options.path=t.csv", "workload.samples=8"]
+    paper = [load_experiment(arm).policy for arm in expand([name])]
+    arms = [load_experiment(arm) for arm in expand([name, "speed"], path)]
+    assert [arm.policy for arm in arms] == paper
+    assert {arm.model.name for arm in arms} == {"qwen3-8b-shape"}
+    assert {(arm.sampling.ignore_eos, arm.sampling.n) for arm in arms} == {(True, 8)}
+    assert {(arm.workload.generator, arm.workload.options["path"]) for arm in arms} == {("lengths", "t.csv")}
 
 
 def test_speed_is_taken_at_the_shapes_of_the_papers_models():
