@@ -22,6 +22,7 @@ HOMES = {
     "policy": "policy.name",
     "policy_options": "policy.options",
     "budget_tokens": "policy.budget_tokens",
+    "interval": "policy.interval",
     "protection": "policy.protection",
     "recent_tokens": "policy.recent_tokens",
     "trigger": "policy.trigger",
@@ -97,6 +98,7 @@ class PolicyConfig:
     name: str = "full"
     options: dict[str, Any] = field(default_factory=dict)
     budget_tokens: int | None = None
+    interval: int | None = None
     protection: str = "none"
     recent_tokens: int = 16
     trigger: str = "block_full"

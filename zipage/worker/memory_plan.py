@@ -142,7 +142,7 @@ def plan_memory(
         raise ValueError(
             f"no room for one request: {most} KV blocks of {size} bytes and {slot_size} bytes of queries exceed "
             f"{max(available, 0)} bytes: raise gpu_memory_utilization or kv_cache_memory_bytes, or lower "
-            "budget_tokens, max_model_len, block_size or max_num_batched_tokens"
+            "budget_tokens, interval, max_model_len, block_size or max_num_batched_tokens"
         )
     return MemoryPlan(
         num_blocks,
