@@ -43,7 +43,7 @@ NO_OPTIONS = {
         "resamples",
     ),
     # of `PagedEvent`, `Budget` and `Compressor`, which only code of ours calls
-    *("window", "event.window", "max_blocks", "stride"),
+    *("window", "event.window", "max_blocks", "interval_blocks", "stride"),
     # of a load in conf/bench/
     "staggered",
     # of Hydra's command line and of the environment

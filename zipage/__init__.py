@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kernels.bench import measure_ceilings, measure_kernels
     from zipage.llm import LLM
     from zipage.models.loading.share import share_model
+    from zipage.worker.request_memory import RequestMemory
 
 _KERNELS = str(Path(__file__).parents[1] / "kernels")
 if _KERNELS not in kernels.__path__:  # Hugging Face's package of that name came first: see `kernels/__init__.py`
@@ -28,6 +29,7 @@ __all__ = [
     "EngineStats",
     "EventStats",
     "Logprob",
+    "RequestMemory",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
@@ -55,4 +57,8 @@ def __getattr__(name: str):
         from zipage.models.loading.share import share_model
 
         return share_model
+    if name == "RequestMemory":
+        from zipage.worker.request_memory import RequestMemory
+
+        return RequestMemory
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 EVICTION_DEFAULTS = {
     "budget_tokens": None,
+    "interval": None,
     "protection": "none",
     "recent_tokens": 16,
     "trigger": "block_full",
@@ -78,10 +79,12 @@ class EngineConfig:
         budget_tokens: KV budget of a request, per layer and KV head, rounded up to whole blocks; needed by every policy
             but "full". This option and those below it up to `debug` have no effect under policy "full"; setting
             one there logs a warning.
+        interval: entries that a request takes in between two of its compressions, rounded up to whole blocks; None: a
+            block. It holds up to budget and interval together. Only with trigger "block_full".
         protection: leading entries that always stay: "none", "sink:N", "prompt".
         recent_tokens: latest entries that always stay.
-        trigger: "block_full": a request is compressed when its last block is full and it owns its budget and one block
-            more; "pressure": only when the pool needs the blocks, the most over budget first.
+        trigger: "block_full": a request is compressed when its last block is full and it owns the blocks of its budget
+            and interval; "pressure": only when the pool needs the blocks, the most over budget first.
         scheduling: "hybrid": requests beyond the query slots run too, as long as they need none; "constrained": a
             request runs only with a query slot.
         async_compression: compress beside the decoding of the others, while the request sits out; off, between the
@@ -116,6 +119,7 @@ class EngineConfig:
     policy: Text = "full"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
     budget_tokens: Count | None = None
+    interval: Count | None = None
     protection: str = "none"
     recent_tokens: Annotated[int, at_least(0)] = 16
     trigger: Annotated[str, one_of("block_full", "pressure")] = "block_full"
@@ -152,7 +156,12 @@ class EngineConfig:
             return
         self._require("budget_tokens", self.budget_tokens is not None, f"given with policy {self.policy!r}")
         with named(self.policy, "used"):
-            Budget.from_tokens(self.budget_tokens, self.block_size).check(policy, protection, self.recent_tokens)
+            self._budget(self.budget_tokens).check(policy, protection, self.recent_tokens)
+        self._require(
+            "interval",
+            self.interval is None or self.trigger == "block_full",
+            f"left out with trigger {self.trigger!r}, which compresses when the pool needs the blocks",
+        )
 
     def warn_of_idle(self) -> None:
         """Log which options were set and mean nothing under full KV."""
@@ -178,8 +187,10 @@ class EngineConfig:
             ValueError: policy, budget and protection do not go together; the message names what to change.
         """
         protection = Protection.parse(self.protection, policy.implied_protection)
-        budget = Budget.from_tokens(budget_tokens, self.block_size)
-        return EvictionRule.of(policy, budget, protection, self.recent_tokens, prompt_len)
+        return EvictionRule.of(policy, self._budget(budget_tokens), protection, self.recent_tokens, prompt_len)
+
+    def _budget(self, tokens: int) -> Budget:
+        return Budget.from_tokens(tokens, self.block_size, self.interval)
 
     def _require(self, name: str, ok: bool, what: str) -> None:
         if not ok:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.config.options import held_budgets
+from experiments.config.options import held_budgets, held_intervals
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +21,7 @@ MATCHED = (
 """What a run and its baseline must have in common: options, provenance, code, device. A name with a dot at its end
 stands for all that begin with it."""
 
-BUDGET = ("budget", "engine.block_size", "policy.trigger", "policy.recent_tokens")
+BUDGET = ("budget", "interval", "engine.block_size", "policy.trigger", "policy.recent_tokens")
 """What two policies of the same budget must have in common besides."""
 
 PREFERRED = ("engine.", "scenario.", "hardware.", "provenance.code.")
@@ -87,7 +87,7 @@ def _described(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs with their device and with the policy of their requests and the budget that held."""
     policy = runs.reindex(columns=[_POLICY, "policy.name"]).astype(object).bfill(axis=1).iloc[:, 0]
     plain = runs.drop(columns=[_POLICY, _BUDGET], errors="ignore")
-    return plain.assign(device=devices(runs), policy=policy, budget=held_budgets(runs))
+    return plain.assign(device=devices(runs), policy=policy, budget=held_budgets(runs), interval=held_intervals(runs))
 
 
 def _controls(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

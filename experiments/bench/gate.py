@@ -41,12 +41,13 @@ def why_refused(options: Mapping[str, Any]) -> str | None:
     """
     size = options.get("block_size", 256)
     budget = options.get("budget_tokens") or 2 * size
-    longest = budget + size + 64
+    interval = -(-(options.get("interval") or size) // size) * size
+    longest = budget + interval + 64
     lengths = [budget + 7 * i + 1 for i in range(REQUESTS)] + [SHORT]
     prompts = [[Random(i).randrange(SHAPE["vocab_size"]) for _ in range(length)] for i, length in enumerate(lengths)]
     own = {name: value for name, value in options.items() if name not in SIZES}
     own |= {"dtype": "float32", "num_blocks": REQUESTS * (-(-2 * longest // size) + 2), "max_num_seqs": REQUESTS}
-    outputs = [size + 8] + [size + 16] * REQUESTS
+    outputs = [interval + 8] + [interval + 16] * REQUESTS
     params = [SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True) for tokens in outputs]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPE))

@@ -160,19 +160,20 @@ def _arm(
 def _stagger(lengths: list[list[int]], count: int, seed: int, config: EngineConfig) -> list[list[int]]:
     """The first `count` requests as if a part of each output were there: parts spread evenly, in a random order.
 
-    Past its budget, in whole blocks, a bounded request holds the budget and, from compression to compression, up to a
-    block more; under pressure alone it may hold everything.
+    Past its budget, in whole blocks, a bounded request holds the budget and, from compression to compression, up to an
+    interval more; under pressure alone it may hold everything.
     """
     parts = [(i + 0.5) / count for i in range(count)]
     Random(seed).shuffle(parts)
     size, budget = config.block_size, None
     if config.policy != "full" and config.budget_tokens is not None and config.trigger != "pressure":
         budget = -(-config.budget_tokens // size) * size
+        interval = -(-(config.interval or size) // size) * size
     begun = []
     for part, (prompt, output) in zip(parts, lengths):
         done = int(part * output)
         held = prompt + done
         if budget is not None and held > budget:
-            held = budget + 1 + done % size
+            held = budget + 1 + done % interval
         begun.append([held, output - done])
     return begun + lengths[count:]

@@ -25,6 +25,8 @@ def check(experiment: Experiment) -> None:
     threads, limit = experiment.hardware.threads, experiment.limit
     poisson, rate = scenario.arrival == "poisson", scenario.rate
     serve, repeats = scenario.kind == "serve", scenario.repeats
+    own = experiment.sampling.policy is not None or experiment.sampling.budget_tokens is not None
+    bounded = experiment.policy.name != "full" and serve and not own
     for option, ok, what in (
         ("model.path", model.path or model.wheel, "given: a folder, a hub id or a GGUF file"),
         ("workload.path", any(getattr(workload, name) for name in SOURCES), "given: a file of questions"),
@@ -33,6 +35,11 @@ def check(experiment: Experiment) -> None:
         ("limit", limit is None or limit >= 1, "at least 1, or null for all"),
         ("workload.template", "{question}" in workload.template, "a text that holds {question}"),
         ("scenario.arrival", scenario.arrival in ARRIVALS, " or ".join(ARRIVALS)),
+        (
+            "policy.bytes_as",
+            experiment.policy.bytes_as is None or bounded,
+            "left out: with policy=full, sampling.policy, sampling.budget_tokens or a benchmark it bounds nothing",
+        ),
         ("scenario.kind", scenario.kind in KINDS, " or ".join(KINDS)),
         ("scenario.loads", not (serve and scenario.loads), "left out: only scenario=engine_bench has loads"),
         ("scenario.options", not (serve and scenario.options), "left out: only scenario=kernels has options"),

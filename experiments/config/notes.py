@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from experiments.config.options import asked_budgets, held_budgets
+from experiments.config.options import asked_budgets, asked_intervals, held_budgets, held_intervals
 from experiments.errors import one_line
 from experiments.graders import GRADERS
 from experiments.running.traces import unread_columns
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from experiments.workloads import Problem
 
 ROUNDED = 1.05
-"""A note is printed where rounding to whole blocks makes a budget larger by this factor."""
+"""A note is printed where rounding to whole blocks makes a budget or an interval larger by this factor."""
 
 
 def notes_before(experiment: Experiment, problems: Sequence[Problem]) -> list[str]:
     """A line for each thing to know before the run."""
-    found = [check(experiment) for check in (_rounding, _equal_samples, _trace)]
+    found = [check(experiment) for check in (_budget_rounding, _interval_rounding, _equal_samples, _trace)]
     return [line for line in (*found, _golds(experiment.workload.grader, problems)) if line]
 
 
@@ -34,11 +34,13 @@ def notes_on(runs: pd.DataFrame) -> list[str]:
         return runs.reindex(columns=[name]).astype(float).iloc[:, 0]
 
     rounded = (held_budgets(runs) > ROUNDED * asked_budgets(runs)).sum()
+    spaced = (held_intervals(runs) > ROUNDED * asked_intervals(runs)).sum()
     equal = ((column("sampling.n") > 1) & (column("sampling.temperature") == 0)).sum()
     ungraded, misranked = column("grader_errors").sum(), column("counters.compressions_misranked").sum()
     lines = {
         f"whole blocks made the budget of {_runs(rounded)} more than 5 % larger than was asked for; "
         "budgets here are those that held": rounded,
+        f"whole blocks made policy.interval of {_runs(spaced)} more than 5 % larger than was asked for": spaced,
         f"{_runs(equal)} drew several samples a problem at temperature 0: unless a policy draws at random, the samples "
         "of a problem are equal": equal,
         "1 sample could not be graded and counts as wrong"
@@ -53,15 +55,24 @@ def _runs(count: int) -> str:
     return "1 run" if count == 1 else f"{count} runs"
 
 
-def _rounding(experiment: Experiment) -> str | None:
-    sampling, policy, size = experiment.sampling, experiment.policy, experiment.engine.block_size
-    asked = sampling.budget_tokens or policy.budget_tokens
-    if (sampling.policy or policy.name) == "full" or asked is None:
+def _budget_rounding(experiment: Experiment) -> str | None:
+    asked = experiment.sampling.budget_tokens
+    if asked is not None:
+        return _rounding(experiment, "sampling.budget_tokens", asked)
+    return _rounding(experiment, "policy.budget_tokens", experiment.policy.budget_tokens)
+
+
+def _interval_rounding(experiment: Experiment) -> str | None:
+    return _rounding(experiment, "policy.interval", experiment.policy.interval)
+
+
+def _rounding(experiment: Experiment, option: str, asked: int | None) -> str | None:
+    if (experiment.sampling.policy or experiment.policy.name) == "full" or asked is None:
         return None
+    size = experiment.engine.block_size
     held = -(-asked // size) * size
     if held <= ROUNDED * asked:
         return None
-    option = "sampling.budget_tokens" if sampling.budget_tokens else "policy.budget_tokens"
     return (
         f"{option}={asked}: whole blocks of {size} make it {held}, {held / asked - 1:.0%} more; "
         "a smaller engine.block_size comes closer"

@@ -18,7 +18,7 @@ SHOWN = ("model.name", "workload.name", "policy.name", "policy.protection", "pol
 REPEATED = ("workload.max_tokens", "workload.samples")
 """Defaults of options of `sampling`, which are recorded themselves."""
 
-BUDGET = "policy.budget_tokens"
+BUDGET, INTERVAL = "policy.budget_tokens", "policy.interval"
 
 NAMES = {
     BUDGET: "budget",
@@ -82,15 +82,37 @@ def held_budgets(runs: pd.DataFrame) -> pd.Series:
     """
     if "budget" in runs:
         return runs["budget"].astype(float)
-    size = runs.reindex(columns=["engine.block_size"]).astype(float).fillna(1).iloc[:, 0]
-    return -(-asked_budgets(runs) // size) * size
+    return in_whole_blocks(runs, asked_budgets(runs))
+
+
+def in_whole_blocks(runs: pd.DataFrame, entries: pd.Series) -> pd.Series:
+    """Numbers of entries, rounded up to whole blocks of each run of `load_runs()`."""
+    size = _numbers(runs, "engine.block_size").fillna(1)
+    return -(-entries // size) * size
+
+
+def held_intervals(runs: pd.DataFrame) -> pd.Series:
+    """Entries between two compressions of a request, for rows of `load_runs()`: a block where none was asked for."""
+    return in_whole_blocks(runs, asked_intervals(runs).fillna(1))
+
+
+def asked_intervals(runs: pd.DataFrame) -> pd.Series:
+    """The intervals as they were asked for; NaN under full KV, and where none was."""
+    return _numbers(runs, INTERVAL).where(_policies(runs) != "full")
 
 
 def asked_budgets(runs: pd.DataFrame) -> pd.Series:
     """The budgets as they were asked for, NaN under full KV."""
-    policy = runs.reindex(columns=["sampling.policy", "policy.name"]).astype(object).bfill(axis=1).iloc[:, 0]
-    asked = runs.reindex(columns=["sampling.budget_tokens", BUDGET]).astype(float).bfill(axis=1).iloc[:, 0]
-    return asked.where(policy != "full")
+    return _numbers(runs, "sampling.budget_tokens", BUDGET).where(_policies(runs) != "full")
+
+
+def _policies(runs: pd.DataFrame) -> pd.Series:
+    return runs.reindex(columns=["sampling.policy", "policy.name"]).astype(object).bfill(axis=1).iloc[:, 0]
+
+
+def _numbers(runs: pd.DataFrame, *options: str) -> pd.Series:
+    """The first of these options that each run has."""
+    return runs.reindex(columns=list(options)).astype(float).bfill(axis=1).iloc[:, 0]
 
 
 def budget_texts(runs: pd.DataFrame, full: str = "-") -> pd.Series:

@@ -22,6 +22,7 @@ HOMES = {
     "policy": "policy.name",
     "policy_options": "policy.options",
     "budget_tokens": "policy.budget_tokens",
+    "interval": "policy.interval",
     "protection": "policy.protection",
     "recent_tokens": "policy.recent_tokens",
     "trigger": "policy.trigger",
@@ -92,12 +93,16 @@ class ModelConfig:
 class PolicyConfig:
     """Which KV entries are evicted, and when; passed on to `EngineConfig`, which documents each.
 
-    `options` are the policy's own: any names here, checked by the policy.
+    `options` are the policy's own: any names here, checked by the policy. `bytes_as` is the harness's: a policy whose
+    bytes at this budget and interval are the bound, in place of entries. A run records the budget that comes of it, and
+    no `bytes_as` (see `experiments.running.equal_bytes`).
     """
 
     name: str = "full"
     options: dict[str, Any] = field(default_factory=dict)
     budget_tokens: int | None = None
+    bytes_as: str | None = None
+    interval: int | None = None
     protection: str = "none"
     recent_tokens: int = 16
     trigger: str = "block_full"

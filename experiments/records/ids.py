@@ -19,6 +19,8 @@ benchmarks."""
 
 LATER: dict[str, Any] = {
     "workload.chain": None,
+    "policy.interval": None,
+    "policy.bytes_as": None,
     "engine.async_scheduling": False,
     "sampling.presence_penalty": 0.0,
     "sampling.frequency_penalty": 0.0,

@@ -21,6 +21,7 @@ from experiments.graders import Grader, get_grader
 from experiments.records import provenance, schemas, sources
 from experiments.reporting.runs_table import never_bound, runs_table
 from experiments.running import outcomes, tracebacks
+from experiments.running.equal_bytes import with_budget
 from experiments.running.models import LocalModel, find_model, model_name
 from experiments.running.prompts import Prompt, PromptRenderer
 from experiments.running.scenarios import Served, TimedRequest, arrival_times, serve
@@ -50,7 +51,7 @@ def carry_out(job: Job) -> Path:
     folder = job.folder  # reads a trace too, so that its faults show before the model is loaded
     if job.is_done():
         return _found(job)
-    for line in notes_before(job.experiment, job.problems):
+    for line in job.notes:
         print(f"note: {line}", flush=True)
     with records.claim(folder) as staging:
         if job.is_done():
@@ -81,13 +82,11 @@ def prepare(
     experiment = replace(experiment, model=replace(experiment.model, name=model_name(experiment.model)))
     records.check_writable(Path(experiment.results_dir).expanduser())
     grader_of(experiment)
-    return Job(
-        experiment,
-        factory=get_backend(experiment.backend, backends),
-        problems=load_problems(experiment.workload, experiment.limit),
-        model=find_model(experiment.model),
-        command=command,
-    )
+    factory = get_backend(experiment.backend, backends)
+    problems = load_problems(experiment.workload, experiment.limit)
+    model = find_model(experiment.model)
+    experiment, memory = with_budget(experiment, model.path)
+    return Job(experiment, factory, problems, model, command, memory)
 
 
 def _show(runs: pd.DataFrame) -> None:
@@ -110,13 +109,23 @@ def _found(job: Job) -> Path:
 
 @dataclass(frozen=True)
 class Job:
-    """A run whose questions and model are at hand."""
+    """A run whose questions and model are at hand.
+
+    Attributes:
+        memory: a line on the budget, where it comes of another policy's bytes.
+    """
 
     experiment: Experiment
     factory: BackendFactory
     problems: list[Problem]
     model: LocalModel
     command: Sequence[str] | None = None
+    memory: str | None = None
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """Lines on what to know before the run."""
+        return [self.memory] * bool(self.memory) + notes_before(self.experiment, self.problems)
 
     @property
     def options(self) -> dict[str, Any]:

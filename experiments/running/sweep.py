@@ -23,7 +23,6 @@ from experiments.backends import BackendFactory
 from experiments.command_line import INTERRUPTED
 from experiments.config.arms import Arm, expand
 from experiments.config.compose import load_experiment
-from experiments.config.notes import notes_before
 from experiments.config.schema import Experiment
 from experiments.errors import UsageError, one_line
 from experiments.records.sources import Standing
@@ -132,8 +131,8 @@ def plan(names: Sequence[str], arguments: Sequence[str], backends: Mapping[str, 
             prepared = job.prepare(load_experiment(overrides), backends, problems, model)
             folder = prepared.folder
             if folder not in planned:
-                notes = tuple(notes_before(prepared.experiment, prepared.problems))
-                planned[folder] = PlannedRun(overrides, prepared.experiment, folder, prepared.standing, notes)
+                standing, notes = prepared.standing, tuple(prepared.notes)
+                planned[folder] = PlannedRun(overrides, prepared.experiment, folder, standing, notes)
         except UsageError as error:
             raise UsageError(f"sweep {', '.join(names)}: arm {number} ({' '.join(overrides)}): {error}") from error
     if len({arm.folder.parent for arm in planned.values()}) > 1:

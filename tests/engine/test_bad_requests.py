@@ -88,6 +88,11 @@ def test_ids_of_a_tokenizer_beyond_the_embedding_cost_their_prompt(folder, monke
         ({"trigger": "never"}, "trigger='never': must be one of block_full, pressure"),
         ({"scheduling": "fifo"}, "scheduling='fifo': must be one of hybrid, constrained"),
         ({"layer_stride": 0}, "layer_stride=0: must be at least 1"),
+        ({"interval": 0}, "interval=0: must be at least 1"),
+        (
+            {"policy": "random", "budget_tokens": 64, "interval": 32, "trigger": "pressure"},
+            "interval=32: must be left out with trigger 'pressure'",
+        ),
         ({"recent_tokens": -1}, "recent_tokens=-1: must be at least 0"),
         ({"policy_options": {"a": 1}}, "policy 'full' has no options"),
         ({"protection": "sink"}, "protection='sink': must be none, prompt or sink:N"),

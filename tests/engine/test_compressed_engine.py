@@ -1,5 +1,6 @@
 """Compressed PagedAttention from end to end: what must not change a token, and that the right entries stay."""
 
+from collections import Counter
 from itertools import product
 
 import pytest
@@ -14,7 +15,7 @@ from tests.engine.compressed import (
     record_events,
     tokens_of,
 )
-from tests.eviction.cases import CASES, Case, every_case
+from tests.eviction.cases import CASES, Case
 from tests.eviction.dense_simulation import Simulation
 from tests.tiny_models import VOCAB, save_tiny_model
 from zipage.worker.paged_attention import PagedAttention
@@ -78,12 +79,16 @@ def test_an_unbounded_budget_gives_the_tokens_of_full_kv(folder, prompts, full_t
 # A budget that binds
 
 
-@every_case
-def test_what_each_head_keeps_equals_the_simulation_over_a_generation(folder, case, monkeypatch):
-    prompt, new, keep, size = 24, 106, 48, 16
+@pytest.mark.parametrize(
+    ("case", "interval"),
+    [*((case, None) for case in CASES), *((case, 40) for case in ONE_OF_EACH)],
+    ids=lambda value: "interval" if isinstance(value, int) else str(value or "block"),
+)
+def test_what_each_head_keeps_equals_the_simulation_over_a_generation(folder, case, interval, monkeypatch):
+    prompt, new, keep, size = (24, 106, 48, 16) if interval is None else (24, 170, 48, 48)
     recorder = Recorder()
     monkeypatch.setattr(PagedAttention, "__call__", recorder.wrap(PagedAttention.__call__))
-    llm = make_llm(folder, case, budget=keep, trace_positions=True)
+    llm = make_llm(folder, case, budget=keep, interval=interval, trace_positions=True)
     events = record_events(llm)
     tokens = random_prompts([prompt], VOCAB, seed=3)
     llm.generate(tokens, greedy(new, seed=5), use_tqdm=False)
@@ -107,7 +112,7 @@ def test_what_each_head_keeps_equals_the_simulation_over_a_generation(folder, ca
     for event, kept in zip(events, expected, strict=True):
         assert event.entries_before == keep + size
         assert event.entries_after == keep
-        assert event.blocks_before - event.blocks_after == 1
+        assert event.blocks_before - event.blocks_after == size // 16
         for (layer, head), positions in kept.items():
             assert event.kept_positions[layer, head].tolist() == positions, (event.round, layer, head)
 
@@ -175,3 +180,41 @@ def test_a_budget_binds(folder, prompts, bounded, full_tokens):
     """Otherwise the tests above would compare full KV with itself."""
     _, tokens = bounded
     assert any(a[:NEW_TOKENS] != b or len(set(a)) > 10 for a, b in zip(tokens, full_tokens, strict=True))
+
+
+# Several blocks between two compressions
+
+INTERVALS = {
+    "one by one": {},
+    "overlapped": {"async_scheduling": True, "async_compression": True},
+    "tight": {"num_blocks": 16, "headroom": 0},
+    "tight, overlapped": {"num_blocks": 16, "headroom": 0, "async_scheduling": True, "async_compression": True},
+    "constrained": {"scheduling": "constrained", "num_blocks": 16},
+    "paused": {},
+}
+
+
+@pytest.mark.parametrize("case", [c for c in ONE_OF_EACH if c.policy in ("zipage", "h2o", "page_attention")], ids=str)
+def test_an_interval_in_a_batch_equals_its_requests_alone(folder, prompts, case):
+    """Budget of two blocks and three to come; samples that share their prompt, in pools that are short."""
+    prompts = prompts[2:]
+    params = [greedy(90, seed=i, n=2) for i in range(len(prompts))]
+    llm = make_llm(folder, case, BUDGET, interval=40, async_compression=False, enable_prefix_caching=False)
+    expected = [tokens_of(llm.generate([p], one, use_tqdm=False)) for p, one in zip(prompts, params, strict=True)]
+    left = Counter()
+    for name, options in INTERVALS.items():
+        llm = make_llm(folder, case, BUDGET, interval=40, **{"async_compression": False} | options)
+        if name == "paused":
+            pause_now_and_then(llm, share=0.2)
+        events = record_events(llm)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert [tokens_of([output]) for output in outputs] == expected, name
+        compressions = [event for event in events if event.kind == "compress"]
+        assert {event.entries_after for event in compressions} == {BUDGET}
+        assert {(event.blocks_before, event.blocks_after) for event in compressions if event.round} == {(5, 2)}
+        assert sum(output.metrics.cached_tokens for output in outputs) > 0, "samples share their prompt"
+        assert llm.stats.blocks_used == llm.stats.query_slots_used == 0
+        if "tight" in name:
+            left += Counter(pauses=llm.stats.pauses, preemptions=llm.stats.preemptions)
+    assert left["pauses"]
+    assert left["preemptions"]

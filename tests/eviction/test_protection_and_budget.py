@@ -20,6 +20,17 @@ def test_budget_rounds_up_to_blocks():
             bad()
 
 
+def test_an_interval_rounds_up_to_blocks_beside_those_kept():
+    budget = Budget.from_tokens(1000, 64, 128)
+    assert budget == Budget(18, 64, 2)
+    assert (budget.kept_blocks, budget.keep, budget.peak) == (16, 1024, 1152)
+    assert Budget.from_tokens(1000, 64, 129).interval_blocks == 3
+    assert Budget.from_tokens(1000, 64, 1) == Budget.from_tokens(1000, 64)
+    for bad in (lambda: Budget.from_tokens(64, 16, 0), lambda: Budget(3, 16, 3), lambda: Budget(3, 16, 0)):
+        with pytest.raises(ValueError, match="at least"):
+            bad()
+
+
 def test_protection_is_read():
     assert Protection.parse("none") == Protection()
     assert Protection.parse("sink:4") == Protection("sink", 4)

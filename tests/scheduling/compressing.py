@@ -19,7 +19,7 @@ def step_until(model, condition, max_steps=200):
     raise AssertionError("it never came")
 
 
-def sharers(n=2, prompt=13, protected=0, max_blocks=4, max_tokens=40, **options):
-    rule = make_rule(max_blocks, 4, protected=protected)
+def sharers(n=2, prompt=13, protected=0, max_blocks=4, interval_blocks=1, max_tokens=40, **options):
+    rule = make_rule(max_blocks, 4, interval_blocks=interval_blocks, protected=protected)
     samples = make_samples(prompt=prompt, n=n, max_tokens=max_tokens, rule=rule)
     return samples, *started(*samples, **options)

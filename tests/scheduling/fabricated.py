@@ -26,10 +26,10 @@ class StubPolicy:
 
 
 def make_rule(
-    max_blocks=3, block_size=4, *, window=0, protected=0, recent=0, page=1, drops_blocks=False
+    max_blocks=3, block_size=4, *, interval_blocks=1, window=0, protected=0, recent=0, page=1, drops_blocks=False
 ) -> EvictionRule:
     policy = StubPolicy(window, block_size if drops_blocks else page, drops_blocks)
-    return EvictionRule(policy, Budget.from_tokens((max_blocks - 1) * block_size, block_size), protected, recent)
+    return EvictionRule(policy, Budget(max_blocks, block_size, interval_blocks), protected, recent)
 
 
 def make_scheduler(num_blocks=64, block_size=16, *, caching=True, headroom=0, **options) -> Scheduler:

@@ -57,7 +57,8 @@ def random_rules(rng: random.Random, size: int) -> list[Budget | None]:
     rules = []
     while not rules:
         for _ in range(rng.choice([1, 2])):
-            budget = Budget(rng.randrange(2, 6), size)
+            interval_blocks = rng.choice([1, 1, 2, 3])
+            budget = Budget(rng.randrange(1, 5) + interval_blocks, size, interval_blocks)
             kind = rng.choice(["none", "sink", "prompt", "prompt"])
             protection = Protection(kind, rng.randrange(1, budget.keep + 1) if kind == "sink" else 0)
             recent = rng.choice([0, 0, 1, size // 2])
@@ -65,7 +66,7 @@ def random_rules(rng: random.Random, size: int) -> list[Budget | None]:
                 protection.check(budget.keep, recent, page)
             except ValueError:
                 continue
-            if drops and -(-protection.sinks // size) + max(1, -(-recent // size)) > budget.max_blocks - 1:
+            if drops and -(-protection.sinks // size) + max(1, -(-recent // size)) > budget.kept_blocks:
                 continue
             rules.append((policy, budget, protection, recent))
     if rng.random() < 0.25:
@@ -144,6 +145,7 @@ class Simulation:
             f"rules={len(kinds)}",
             "pool=" + ("tight" if num_blocks < 1.5 * need else "ample"),
             *{f"protection={kind[2].kind}" for kind in kinds if kind},
+            *{f"interval={kind[1].interval_blocks} blocks" for kind in kinds if kind},
         ]
 
     def run(self) -> int:

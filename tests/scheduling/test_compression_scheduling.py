@@ -24,6 +24,33 @@ def test_block_full_compresses_when_the_last_of_n_max_or_more_blocks_is_full(tri
     assert len(model.compressed) == 1 + (prompt + 40 - 1 - first - 1) // 4
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 4}, {"drops_blocks": True}], ids=["tokens", "window", "blocks"])
+def test_an_interval_of_several_blocks_fills_between_two_compressions(options):
+    """Two blocks of four kept, three to come."""
+    request = make_request(prompt=5, max_tokens=60, rule=make_rule(5, 4, interval_blocks=3, **options))
+    scheduler, model = started(request)
+    steps, sizes = [], []
+    while scheduler.has_unfinished:
+        before = len(model.compressed)
+        model.step()
+        if len(model.compressed) > before:
+            steps.append(request.num_computed)
+            sizes.append((request.cache_len, len(request.block_ids), scheduler.pool.num_used))
+    assert steps == [20, 32, 44, 56], "each but the first after twelve more entries"
+    assert [(n, blocks) for _, n, blocks in model.compressed] == [(20, 5)] * 4
+    assert sizes == [(8, 2, 2)] * 4
+    assert (scheduler.compressions.blocks_returned, request.peak_blocks) == (3 * 4, 5)
+    assert scheduler.compressions.entries_evicted == 12 * 4
+
+
+@pytest.mark.parametrize(("prompt", "first"), [(19, 20), (20, 20), (21, 24), (30, 32)])
+def test_with_an_interval_a_long_prompt_is_compressed_when_its_last_block_is_full(prompt, first):
+    request = make_request(prompt=prompt, max_tokens=40, rule=make_rule(5, 4, interval_blocks=3, window=3))
+    _, model = started(request)
+    model.run()
+    assert [n for _, n, _ in model.compressed] == [first] + [20] * ((prompt + 38 - first) // 12)
+
+
 def test_a_request_within_its_budget_is_never_compressed():
     request = make_request(prompt=5, max_tokens=8, rule=make_rule(3, 4))
     _, model = started(request)
@@ -188,5 +215,8 @@ def test_random_loads_end_without_leak_deadlock_starvation_or_wrong_entry():
     """ZIPAGE_SCHEDULER_STEPS=100000 runs the full share."""
     events, labels, _ = simulate(int(os.environ.get("ZIPAGE_SCHEDULER_STEPS", "15000")))
     assert missing(events) == []
-    for label in ("compression=sync", "compression=async", "trigger=pressure", "scheduling=constrained"):
+    for label in (
+        *("compression=sync", "compression=async", "trigger=pressure", "scheduling=constrained"),
+        *("interval=1 blocks", "interval=3 blocks"),
+    ):
         assert labels[label] > 5

@@ -21,6 +21,19 @@ def test_survivors_leave_shared_blocks_for_private_ones_and_the_references_are_d
     assert model.events["moved_off_shared"] == 1, "once the first has left, the blocks are the second's own"
 
 
+def test_with_an_interval_only_the_kept_blocks_move_off_shared_ones():
+    """Of five blocks, three of them a shared prompt's, two stay."""
+    (first, second), scheduler, model = sharers(max_blocks=5, interval_blocks=3)
+    step_until(model, lambda: second.status is Status.RUNNING)
+    shared = first.block_ids[:3]
+    assert second.block_ids[:3] == shared
+    step_until(model, lambda: first.num_compressions == 1)
+    assert (len(first.block_ids), first.peak_blocks) == (2, 5 + 2)
+    assert not set(shared) & set(first.block_ids)
+    assert [scheduler.pool.ref_counts[block] for block in shared] == [1, 1, 1]
+    model.run()
+
+
 def test_a_protected_prompt_stays_shared_by_all_samples_and_later_ones_find_it():
     samples, scheduler, model = sharers(n=4, prompt=9, protected=8, max_num_seqs=3)
     step_until(model, lambda: min(sample.num_compressions for sample in samples[:3]) == 3)

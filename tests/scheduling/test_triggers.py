@@ -7,10 +7,12 @@ from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.request import Status
 from zipage.scheduling.triggers import TRIGGERS, BlockFull
 
+THREE_BLOCKS = make_rule(3, 4)
 
-def held(name="a", prompt=6, entries=8, compressed=0, window=0):
-    """A running request of N_max 3 blocks of 4, with that many entries."""
-    request = make_request(name, prompt, 100, make_rule(3, 4, window=window))
+
+def held(name="a", prompt=6, entries=8, compressed=0, rule=THREE_BLOCKS):
+    """A running request of N_max 3 blocks of 4, or under another rule, with that many entries."""
+    request = make_request(name, prompt, 100, rule)
     request.status = Status.RUNNING
     request.block_ids = list(range(-(-entries // 4)))
     request.cache_len, request.num_computed = entries, entries + 10 * compressed
@@ -54,8 +56,23 @@ def test_a_request_is_due_when_its_budget_is_full_and_under_pressure_when_blocks
 def test_the_window_of_the_next_compression():
     """The last two of twelve entries."""
     block_full, pressure = (TRIGGERS[name](BlockPool(20, 4)) for name in ("block_full", "pressure"))
-    request = held(window=2)
+    request = held(rule=make_rule(3, 4, window=2))
     assert [block_full.is_in_window(request, n, -(-(n + 1) // 4)) for n in (6, 8, 9, 10, 11)] == [False] * 3 + [
         True
     ] * 2
     assert not pressure.is_in_window(request, 11, 3)
+
+
+def test_an_interval_of_two_blocks():
+    """Two blocks kept of four."""
+    block_full, pressure = (TRIGGERS[name](BlockPool(20, 4)) for name in ("block_full", "pressure"))
+    rule = make_rule(4, 4, interval_blocks=2, window=2)
+    three, full = held("a", entries=12, rule=rule), held("b", entries=16, rule=rule)
+    assert block_full.choose([three, full], (), lambda: 0) == [full]
+    assert (block_full.most_entries(three), block_full.blocks_to_expect(three)) == (16, 4)
+    assert [block_full.is_in_window(full, n, -(-(n + 1) // 4)) for n in (11, 13, 14)] == [False, False, True]
+    assert pressure.fewest_entries(held(entries=4, rule=rule)) == 9, "one more than stay"
+    over, most = held("c", entries=12, rule=make_rule(4, 4, interval_blocks=2)), held("d", entries=20, rule=rule)
+    most.query_slot = 0
+    assert pressure.choose([over, most], (), lambda: 3) == [most], "it gives three blocks back"
+    assert pressure.choose([over, most], (), lambda: 4) == [most, over]

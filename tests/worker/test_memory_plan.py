@@ -18,7 +18,9 @@ BUDGET = Budget.from_tokens(2048, 256)
 MAX_MODEL_LEN = 40960
 
 
-def plan(policy="zipage", options=None, free=40 * GIB, spec=QWEN3_8B, dtype=torch.bfloat16, **config) -> MemoryPlan:
+def plan(
+    policy="zipage", options=None, free=40 * GIB, spec=QWEN3_8B, dtype=torch.bfloat16, budget=BUDGET, **config
+) -> MemoryPlan:
     config = EngineConfig(model="none", **config)
     return plan_memory(
         config,
@@ -27,7 +29,7 @@ def plan(policy="zipage", options=None, free=40 * GIB, spec=QWEN3_8B, dtype=torc
         weight_bytes=0,
         free_bytes=free,
         policy=registry.make(policy, options or {}),
-        max_blocks=BUDGET.max_blocks,
+        max_blocks=budget.max_blocks,
         max_model_len=config.max_model_len or MAX_MODEL_LEN,
     )
 
@@ -71,6 +73,12 @@ def test_what_bounds_the_query_slots():
     for num_blocks, slots in ((100, 11), (18, 2), (5, 1), (10_000, 512)):
         given = plan(num_blocks=num_blocks)
         assert (given.num_blocks, given.num_query_slots) == (num_blocks, slots)
+
+
+def test_an_interval_of_several_blocks_is_planned_for():
+    it = plan(budget=Budget.from_tokens(2048, 256, 1000))
+    assert it.max_blocks_per_request == 8 + 4
+    assert it.num_query_slots == 42_949_672_960 // (12 * 38_338_560 + 4_718_592) == 92
 
 
 def test_full_kv_plans_neither_slots_nor_positions():

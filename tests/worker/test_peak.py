@@ -38,6 +38,14 @@ def test_the_largest_step_has_as_many_tokens_as_a_step_may(loaded, monkeypatch):
     assert not cache.k.isnan().any(), "a request as long as the model allows fills every slot"
 
 
+@pytest.mark.parametrize("interval_blocks", [1, 2, 3])
+def test_a_measured_compression_reads_a_block_that_it_does_not_write(loaded, interval_blocks):
+    cache = KVCache(loaded.spec, 4, SIZE, torch.float32, torch.device("cpu"), positions=True, scores=True)
+    cache.poison(slice(None))
+    rule = EvictionRule(registry.make("keydiff", {}), Budget(4, SIZE, interval_blocks), recent=4)
+    run_compression(cache, loaded.spec, rule, None, 9, 2)
+
+
 def test_a_compression_that_can_not_be_measured_is_an_error(loaded, monkeypatch):
     """Its share of the memory would be unknown, and every compression to come would fail like it."""
 

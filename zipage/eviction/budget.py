@@ -17,28 +17,46 @@ class Budget:
     Attributes:
         max_blocks: N_max.
         block_size: b.
+        interval_blocks: blocks that fill from one event to the next; the other blocks are those kept.
     """
 
     max_blocks: int
     block_size: int
+    interval_blocks: int = 1
 
     def __post_init__(self) -> None:
-        if self.max_blocks < 2:
+        if self.interval_blocks < 1:
+            raise ValueError(f"interval_blocks={self.interval_blocks}: must be at least 1")
+        if self.kept_blocks < 1:
             raise ValueError(
-                f"max_blocks={self.max_blocks}: must be at least 2, one of entries kept and one of entries to come"
+                f"max_blocks={self.max_blocks}: must be at least {self.interval_blocks + 1}, one of entries kept and "
+                f"{self.interval_blocks} of entries to come"
             )
 
     @classmethod
-    def from_tokens(cls, tokens: int, block_size: int) -> Budget:
-        """Round `tokens` entries up to whole blocks: `N_max = ceil(tokens / b) + 1`."""
+    def from_tokens(cls, tokens: int, block_size: int, interval: int | None = None) -> Budget:
+        """Round both up to whole blocks: `N_max = ceil(tokens / b) + ceil(interval / b)`.
+
+        Args:
+            tokens: entries to keep.
+            interval: entries between two events; None: a block.
+        """
         if tokens < 1:
             raise ValueError(f"budget_tokens={tokens}: must be at least 1")
-        return cls(-(-tokens // block_size) + 1, block_size)
+        if interval is not None and interval < 1:
+            raise ValueError(f"interval={interval}: must be at least 1, or None for a block")
+        interval_blocks = -(-(interval or block_size) // block_size)
+        return cls(-(-tokens // block_size) + interval_blocks, block_size, interval_blocks)
+
+    @property
+    def kept_blocks(self) -> int:
+        """Blocks after an event."""
+        return self.max_blocks - self.interval_blocks
 
     @property
     def keep(self) -> int:
-        """`k = (N_max - 1) * b`, entries per layer and KV head after an event."""
-        return (self.max_blocks - 1) * self.block_size
+        """k, entries per layer and KV head after an event: the kept blocks, full."""
+        return self.kept_blocks * self.block_size
 
     @property
     def peak(self) -> int:

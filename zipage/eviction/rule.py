@@ -54,6 +54,11 @@ class EvictionRule:
         return self.budget.max_blocks
 
     @property
+    def kept_blocks(self) -> int:
+        """Blocks after an event."""
+        return self.budget.kept_blocks
+
+    @property
     def window(self) -> int:
         """w, latest queries that an event reads; 0: the request needs no query slot."""
         return self.policy.num_queries

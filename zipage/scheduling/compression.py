@@ -43,5 +43,5 @@ def num_fresh_blocks(request: Request, pool: BlockPool) -> int:
     rule = request.rule
     if rule.drops_blocks:
         return 0
-    written = request.block_ids[rule.pinned_blocks : rule.max_blocks - 1]
+    written = request.block_ids[rule.pinned_blocks : rule.kept_blocks]
     return sum(pool.ref_counts[block] > 1 for block in written)

@@ -55,7 +55,7 @@ class CompressionScheduler:
             if taken is None:
                 return None
             fresh = taken.copy()
-            new_ids = request.block_ids[: rule.max_blocks - 1]
+            new_ids = request.block_ids[: rule.kept_blocks]
             for place in range(rule.pinned_blocks, len(new_ids)):
                 block = new_ids[place]
                 if pool.ref_counts[block] > 1:
@@ -82,8 +82,8 @@ class CompressionScheduler:
         request, rule = compression.request, compression.request.rule
         new_ids = compression.new_ids
         if rule.drops_blocks:
-            if kept_blocks is None or len(kept_blocks) != rule.max_blocks - 1:
-                raise RuntimeError(f"{request}: {kept_blocks} blocks kept, {rule.max_blocks - 1} wanted")
+            if kept_blocks is None or len(kept_blocks) != rule.kept_blocks:
+                raise RuntimeError(f"{request}: {kept_blocks} blocks kept, {rule.kept_blocks} wanted")
             new_ids = [compression.block_ids[place] for place in kept_blocks]
         staying = set(new_ids)
         self.pool.free([block for block in compression.block_ids if block not in staying])

@@ -89,14 +89,14 @@ class Pressure(Trigger):
         self, running: Sequence[Request], in_flight: Collection[Compression], num_short: Callable[[], int]
     ) -> list[Request]:
         num_missing = num_short()
-        num_missing -= sum(len(other.block_ids) - other.request.rule.max_blocks + 1 for other in in_flight)
+        num_missing -= sum(len(other.block_ids) - other.request.rule.kept_blocks for other in in_flight)
         if num_missing <= 0:
             return []
         able = [request for request in running if self._is_able(request)]
         able.sort(key=lambda request: request.rule.keep - request.cache_len)
         chosen = []
         for request in able:
-            gain = len(request.block_ids) - (request.rule.max_blocks - 1) - num_fresh_blocks(request, self.pool)
+            gain = len(request.block_ids) - request.rule.kept_blocks - num_fresh_blocks(request, self.pool)
             if gain > 0:
                 chosen.append(request)
                 num_missing -= gain

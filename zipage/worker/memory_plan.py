@@ -81,6 +81,12 @@ def query_slot_bytes(spec: ModelSpec, window: int, dtype: torch.dtype) -> int:
     return spec.num_layers * window * spec.num_heads * spec.head_dim * dtype.itemsize
 
 
+def bounded_sizes(spec: ModelSpec, block_size: int, dtype: torch.dtype, policy: Policy) -> tuple[int, int]:
+    """Bytes of a block and of a query slot, over all layers, under a policy that evicts."""
+    size = block_bytes(spec, block_size, dtype, positions=True, scores=policy.state)
+    return size, query_slot_bytes(spec, policy.num_queries, dtype)
+
+
 def plan_memory(
     config: EngineConfig,
     spec: ModelSpec,
@@ -130,8 +136,7 @@ def plan_memory(
             )
         return MemoryPlan(num_blocks, config.block_size, size, weight_bytes, activation_bytes)
 
-    size = block_bytes(spec, config.block_size, dtype, positions=True, scores=policy.state)
-    slot_size = query_slot_bytes(spec, policy.num_queries, dtype)
+    size, slot_size = bounded_sizes(spec, config.block_size, dtype, policy)
     most = min(max_blocks, -(-max_model_len // config.block_size))
     if num_blocks is None:
         num_query_slots = min(config.max_num_seqs, available // (size * most + slot_size))
@@ -142,7 +147,7 @@ def plan_memory(
         raise ValueError(
             f"no room for one request: {most} KV blocks of {size} bytes and {slot_size} bytes of queries exceed "
             f"{max(available, 0)} bytes: raise gpu_memory_utilization or kv_cache_memory_bytes, or lower "
-            "budget_tokens, max_model_len, block_size or max_num_batched_tokens"
+            "budget_tokens, interval, max_model_len, block_size or max_num_batched_tokens"
         )
     return MemoryPlan(
         num_blocks,

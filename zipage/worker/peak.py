@@ -116,13 +116,13 @@ def run_compression(
 ) -> None:
     """Compress requests of `num_blocks` blocks in one batch.
 
-    All read the cache's last block wherever they read and write the same zeros into the others: what a compression
-    allocates depends on its shapes alone.
+    All read the first block that none writes, wherever they read, and write the same zeros into those before it: what a
+    compression allocates depends on its shapes alone.
     """
     for x in (*cache.entry_tensors, *([] if cache.queries is None else [cache.queries])):
         x.zero_()
     num_entries = num_blocks * cache.block_size
-    new_ids = list(range(rule.max_blocks - 1))
+    new_ids = list(range(rule.kept_blocks))
     tables = [len(new_ids)] * num_blocks, new_ids
     orders = [
         CompressionOrder(number, rule, *tables, num_entries=num_entries, window_end=num_entries, query_slot=0)

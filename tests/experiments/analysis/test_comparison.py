@@ -244,6 +244,8 @@ class TestBaselines:
             ({"policy": RANDOM | {"budget_tokens": 1024}}, False),
             ({"policy": RANDOM | {"trigger": "pressure"}}, False),
             ({"policy": RANDOM, "config": {"engine.block_size": 16}}, False),
+            ({"policy": RANDOM | {"interval": 512}}, False),
+            ({"policy": RANDOM | {"interval": 200}}, True),
             ({"policy": RANDOM | {"scheduling": "constrained"}}, True),
         ],
     )

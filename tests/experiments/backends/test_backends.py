@@ -113,6 +113,7 @@ def test_times_are_in_order(model):
     ("options", "line"),
     [
         ({"policy": "zipage", "budget_tokens": 64}, "policy=zipage: backend=transformers keeps full KV"),
+        ({"interval": 128}, "interval=128: backend=transformers has no such option; leave it out"),
         ({"load_format": "dummy"}, "backend=transformers reads folders with weights alone"),
         ({"block_size": 32}, "block_size=32: backend=transformers has no such option; leave it out"),
         ({"enforce_eager": True}, "enforce_eager=True: backend=transformers has no such option"),

@@ -49,15 +49,17 @@ engine: {block_size: 64, num_blocks: 99, max_num_seqs: 64, max_model_len: 4096, 
 arms:
   whole_blocks: {staggered: 64}
   pressure: {staggered: 64, trigger: pressure}
+  interval: {staggered: 64, interval: 140}
 """
 
 
 def test_staggered_budgets_are_whole_blocks_and_bound_nothing_under_pressure(tmp_path):
     path = tmp_path / "load.yaml"
     path.write_text(STAGGERED)
-    bounded, pressed = ([held for held, _ in arm.lengths] for arm in arms_of(path))
+    bounded, pressed, spaced = ([held for held, _ in arm.lengths] for arm in arms_of(path))
     assert 256 < max(bounded) <= 256 + 64
     assert max(pressed) > 1900
+    assert 256 + 128 < max(spaced) <= 256 + 192
     path.write_text(STAGGERED.replace("trigger: pressure", "protection: prompt"))
     with pytest.raises(UsageError, match="protection=prompt: a staggered prompt"):
         arms_of(path)

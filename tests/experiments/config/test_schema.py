@@ -105,6 +105,7 @@ def test_every_engine_option_can_be_set_and_arrives():
         "policy": "full",
         "policy_options": {},
         "budget_tokens": 77,
+        "interval": 77,
         "protection": "sink:4",
         "recent_tokens": 7,
         "layer_stride": 3,
@@ -273,6 +274,7 @@ def test_wrong_options_are_named_in_one_line(option, line):
         ("policy.protection=sink:500", "engine: protection=sink:500 and recent_tokens=16 exceed a budget of 512"),
         ("policy.protection=head", "engine: protection='head': must be none, prompt or sink:N"),
         ("policy.recent_tokens=512", "engine: recent_tokens=512 leaves nothing of a budget of 512"),
+        ("policy.interval=0", "engine: interval=0: must be at least 1, or None"),
         ("policy.budget_tokens=null", "engine: budget_tokens=None: must be given with policy 'zipage'"),
     ],
 )

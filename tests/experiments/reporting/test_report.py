@@ -107,7 +107,7 @@ def test_options_that_differ_are_columns_and_budgets_are_those_that_held(tmp_pat
     make_run(tmp_path, "b", "zipage", 272, options=block)
     make_run(tmp_path, "c", "zipage", 512, options=block | {"backend": "vllm"})
     make_run(tmp_path, "d", "zipage", 512, options=block | {"engine.dtype": "float32", "sampling.n": 32})
-    make_run(tmp_path, "e", options=block | {"policy.trigger": "pressure"})
+    make_run(tmp_path, "e", options=block | {"policy.trigger": "pressure", "policy.interval": 300})
     make_run(tmp_path, "f", options=block | {"model.name": "other"})
     assert report.main([str(tmp_path), "--wide"]) == 0
     headings, _, *rows = capsys.readouterr().out.splitlines()
@@ -124,6 +124,17 @@ def test_options_that_differ_are_columns_and_budgets_are_those_that_held(tmp_pat
     assert "note: whole blocks made the budget of 2 runs more than 5 % larger than was asked for" in said
     assert "note: 1 run drew several samples a problem at temperature 0: unless a policy draws at random" in said
     assert max(map(len, rows[6:])) <= WIDTH
+
+
+def test_an_interval_is_a_column_and_its_rounding_is_said(tmp_path, capsys):
+    for name, interval in (("a", None), ("b", 128), ("c", 300)):
+        make_run(tmp_path, name, "zipage", 512, options={"engine.block_size": 64, "policy.interval": interval})
+    assert report.main([str(tmp_path), "--wide"]) == 0
+    said = capsys.readouterr().out
+    headings, _, *rows = said.splitlines()
+    place = [cell.strip() for cell in headings.split("|")].index("policy.interval")
+    assert [row.split("|")[place].strip() for row in rows[:3]] == ["128", "300", "-"]
+    assert "note: whole blocks made policy.interval of 1 run more than 5 % larger" in " ".join(said.split())
 
 
 def test_records_from_before_an_option_have_its_default(tmp_path):

@@ -130,11 +130,13 @@ def test_what_is_hardly_meant_is_said_before_the_run(launch, results, tmp_path, 
     data.write_text('{"question": "1+1", "answer": "2"}\n{"question": "2+2", "answer": "four"}\n')
     times.write_text("arrival,prompt_tokens,output_tokens\n0,5,6\n0,7,8\n")
     trace = ("scenario=trace", f"scenario.path={times}")
-    policy = ("policy=streaming", "policy.budget_tokens=100")
+    policy = ("policy=streaming", "policy.budget_tokens=100", "policy.interval=300")
     assert launch("workload=jsonl", f"workload.path={data}", "workload.samples=4", *policy, *trace) == 0
     said = capsys.readouterr().out.partition("memory plan")[0].splitlines()
     assert said == [
         "note: policy.budget_tokens=100: whole blocks of 256 make it 256, 156% more; a smaller engine.block_size comes "
+        "closer",
+        "note: policy.interval=300: whole blocks of 256 make it 512, 71% more; a smaller engine.block_size comes "
         "closer",
         "note: sampling.n=4 at temperature 0: unless the policy draws at random, the samples of a problem are equal; "
         "sampling=nucleus draws different ones, sampling.n=1 asks once",

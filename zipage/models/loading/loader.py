@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -53,16 +54,7 @@ def load_model(
     torch_device = resolve_device(device)
     dummy = load_format == "dummy"
     path = locate_model(model, CONFIG if dummy else WEIGHTS)
-    weights: Weights | None = None
-    if path.is_file():
-        file = GgufFile(path)
-        spec = gguf_spec(file)
-        weights = None if dummy else GgufWeights(file, spec)
-    else:
-        spec = read_spec(path)
-        if not dummy:
-            weights = SafetensorsFolder(path, torch_device)
-            spec = dataclasses.replace(spec, dtype=spec.dtype or weights.dtype)
+    spec, weights = _open(path, dummy, torch_device)
     if weights is not None:
         spec = _checked_tying(spec, weights)
     torch_dtype = resolve_dtype(dtype, spec, torch_device)
@@ -73,6 +65,34 @@ def load_model(
     else:
         fill(decoder, weights, str(path))
     return LoadedModel(decoder, spec)
+
+
+def read_shape(
+    model: str, *, load_format: str = "auto", dtype: str = "auto", device: str = "auto"
+) -> tuple[ModelSpec, torch.dtype]:
+    """What `load_model` would build and in which dtype, as far as headers tell; no tensor is read, no device touched.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`, for what it finds before it reads weights.
+    """
+    dummy = load_format == "dummy"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    spec, _ = _open(locate_model(model, CONFIG if dummy else WEIGHTS), dummy, torch.device("cpu"))
+    return spec, resolve_dtype(dtype, spec, torch.device(device))
+
+
+def _open(path: Path, dummy: bool, device: torch.device) -> tuple[ModelSpec, Weights | None]:
+    """The model's spec, and its weights, unread, unless they are dummies."""
+    if path.is_file():
+        file = GgufFile(path)
+        spec = gguf_spec(file)
+        return spec, None if dummy else GgufWeights(file, spec)
+    spec = read_spec(path)
+    if dummy:
+        return spec, None
+    weights = SafetensorsFolder(path, device)
+    return dataclasses.replace(spec, dtype=spec.dtype or weights.dtype), weights
 
 
 def resolve_device(device: str) -> torch.device:

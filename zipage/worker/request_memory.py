@@ -1,0 +1,66 @@
+"""What a bounded request takes, told before its model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zipage.config import EngineConfig
+from zipage.eviction import registry
+from zipage.eviction.budget import Budget
+from zipage.models.loading.loader import read_shape
+from zipage.worker.memory_plan import bounded_sizes
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMemory:
+    """Bytes of a request's cache by its budget, for one model, policy and interval.
+
+    Blocks that a long prompt takes beyond N_max come on top, as do those that a compression of shared blocks takes.
+
+    Attributes:
+        block_size: entries in a block.
+        interval_blocks: blocks that fill between two compressions.
+        block_bytes, query_slot_bytes: as in `MemoryPlan`.
+    """
+
+    block_size: int
+    interval_blocks: int
+    block_bytes: int
+    query_slot_bytes: int
+
+    @classmethod
+    def of(cls, config: EngineConfig, policy: str | None = None) -> RequestMemory:
+        """Reads the headers of the model's files.
+
+        Args:
+            policy: instead of the config's policy and its options, this one at its defaults.
+
+        Raises:
+            ValueError, FileNotFoundError: there is no such policy, it never evicts, or the model can't be read.
+        """
+        made = registry.make(config.policy, config.policy_options) if policy is None else registry.make(policy, {})
+        if not made.evicts:
+            raise ValueError(f"policy {made.name!r} never evicts, so nothing bounds a request")
+        options = {"load_format": config.load_format, "dtype": config.dtype, "device": config.device}
+        spec, dtype = read_shape(config.model, **options)
+        budget = Budget.from_tokens(1, config.block_size, config.interval)
+        return cls(config.block_size, budget.interval_blocks, *bounded_sizes(spec, config.block_size, dtype, made))
+
+    def bytes_of(self, budget_tokens: int) -> int:
+        """What a request of this budget holds at most while it decodes: N_max blocks and a query slot."""
+        blocks = -(-budget_tokens // self.block_size) + self.interval_blocks
+        return blocks * self.block_bytes + self.query_slot_bytes
+
+    def budget_in(self, num_bytes: int) -> int:
+        """The largest budget, in entries of whole blocks, with which a request holds at most `num_bytes`.
+
+        Raises:
+            ValueError: not one block can be kept; the message says what that takes.
+        """
+        blocks = (num_bytes - self.query_slot_bytes) // self.block_bytes - self.interval_blocks
+        if blocks < 1:
+            raise ValueError(
+                f"{num_bytes:,} bytes are too few for a request: a block of {self.block_size} entries kept and an "
+                f"interval of {self.interval_blocks * self.block_size} to come take {self.bytes_of(1):,}"
+            )
+        return blocks * self.block_size
