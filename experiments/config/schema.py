@@ -34,8 +34,16 @@ HOMES = {
 FIXED = {"skip_tokenizer_init": False}
 """Options of `EngineConfig` that no run can choose: workloads are text, so the tokenizer is always needed."""
 
-UNRECORDED = ("detokenize", "logit_bias")
-"""Options of `SamplingParams` that no run can choose: answers are text, and token ids are the model's own."""
+UNRECORDED = (
+    "detokenize",
+    "logit_bias",
+    "forced_token_ids",
+    "follow_ups",
+    "max_turn_tokens",
+    "return_hidden_states",
+)
+"""Options of `SamplingParams` that no run can choose: answers are text, token ids are the model's own, and turns are
+those of the workload."""
 
 
 def _derive(name: str, source: type, left_out: Sequence[str], **instead: tuple[type, Any]) -> type:
