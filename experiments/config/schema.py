@@ -171,7 +171,8 @@ class ScenarioConfig:
     """What is done: a workload is served, or a benchmark is run.
 
     Attributes:
-        kind: "serve": the questions of the workload arrive as said here; "kernels", "engine_bench": see
+        kind: "serve": the questions of the workload arrive as said here; "fidelity": full KV's answers to them are fed
+            through the policy's cache (`experiments.running.fidelity`); "kernels", "engine_bench": see
             `experiments.bench`.
         arrival: "all_at_once", "poisson" or "trace".
         rate: mean arrivals per second of a Poisson process.
