@@ -18,6 +18,7 @@ from experiments import bench
 from experiments.backends import BACKENDS, BackendFactory
 from experiments.command_line import INTERRUPTED, stop_signals
 from experiments.config.arms import check_multirun, split_command_line
+from experiments.config.check import SERVED
 from experiments.config.compose import build, register
 from experiments.config.explain import explain
 from experiments.config.flags import DRY_RUN, arranged
@@ -94,7 +95,7 @@ def _recorded(done: int, several: bool) -> str:
 def _run(config: DictConfig, backends: Mapping[str, BackendFactory], said: set[str]) -> int:
     def act() -> None:
         experiment = build(config)
-        (job if experiment.scenario.kind == "serve" else bench).run(experiment, backends)
+        (job if experiment.scenario.kind in SERVED else bench).run(experiment, backends)
 
     return exit_code(act, said)
 

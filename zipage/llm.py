@@ -12,6 +12,7 @@ from itertools import count
 from os import PathLike
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from zipage.checks import Text, check_names, checked
@@ -163,6 +164,20 @@ class LLM:
                 self.abort(request_id)
         finally:
             self._core.shut_down()
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """The logits that a token is drawn from, computed in float32.
+
+        Args:
+            hidden_states: [T, width], of `CompletionOutput.hidden_states`, on any device.
+
+        Returns:
+            float32 [T, vocab], on the engine's device.
+
+        Raises:
+            ValueError: they are not of the model's width.
+        """
+        return self._core.runner.logits(checked("hidden_states", hidden_states, Tensor))
 
     # Running
 

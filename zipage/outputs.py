@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from zipage.stats import RequestMetrics
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length", "capacity", "abort", "error"]
 """Why a sample ended.
@@ -34,6 +37,9 @@ class CompletionOutput:
 
     `text` ends before the end token, stop token or stop string that ended the sample; `token_ids` hold its tokens.
     `error` is None, or one line that says what ended the sample early; text and tokens are those until then.
+
+    `hidden_states`, where asked for, is [T, width] in the model's dtype, on the host: what each of the tokens was drawn
+    from, for `LLM.compute_logits`. Tokens and text hold forced tokens and follow-ups as well as what was drawn.
     """
 
     index: int
@@ -44,6 +50,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None
+    hidden_states: Tensor | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:

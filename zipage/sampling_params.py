@@ -66,6 +66,14 @@ class SamplingParams:
         detokenize: give the text; otherwise token ids alone.
         skip_special_tokens: leave special tokens out of the text.
         budget_tokens: KV budget of this request per layer and KV head; None takes the engine's.
+        forced_token_ids: the output begins with these tokens, whatever is drawn in their places (teacher forcing). They
+            do not end the request.
+        follow_ups: lists of token ids, such as the next questions of a conversation. As long as one is left, an end
+            token does not end the request: the output goes on with that list, and then with drawn tokens.
+        max_turn_tokens: drawn tokens of one answer at most: before each follow-up, and after the last one. An answer
+            that is cut short before a follow-up ends with the first of `stop_token_ids`.
+        return_hidden_states: return the hidden state, after the final norm, that each output token was drawn from:
+            `width` numbers a token, copied to the host in every step.
         policy: eviction policy of this request, by its registered name, with its default options: "full", or one that
             needs no more queries and state than the engine's reserves; None takes the engine's with its options.
 
@@ -97,6 +105,10 @@ class SamplingParams:
     logprobs: NumLogprobs | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    forced_token_ids: tuple[TokenId, ...] = ()
+    follow_ups: tuple[tuple[TokenId, ...], ...] = ()
+    max_turn_tokens: Count | None = None
+    return_hidden_states: bool = False
     budget_tokens: Count | None = None
     policy: Text | None = None
 
@@ -120,11 +132,35 @@ class SamplingParams:
             raise ValueError(
                 f"SamplingParams.detokenize=False: stop={shown(self.stop)} needs the text; use stop_token_ids"
             )
+        self._check_turns()
         needs_history = bool(
             self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.bad_words
         )
         object.__setattr__(self, "needs_history", needs_history)
         object.__setattr__(self, "edits_logits", bool(needs_history or self.logit_bias or self.min_tokens))
+
+    def _check_turns(self) -> None:
+        if self.max_tokens is not None and len(self.forced_token_ids) > self.max_tokens:
+            raise ValueError(
+                f"SamplingParams.forced_token_ids: {len(self.forced_token_ids)} tokens, which is more than "
+                f"max_tokens={self.max_tokens}: raise max_tokens"
+            )
+        if not all(self.follow_ups):
+            raise ValueError("SamplingParams.follow_ups: one of them has no tokens: leave it out")
+        if self.follow_ups and self.max_turn_tokens is not None and not self.stop_token_ids:
+            raise ValueError(
+                f"SamplingParams.max_turn_tokens={self.max_turn_tokens}: an answer that is cut short ends with the "
+                "first of stop_token_ids: give one"
+            )
+        for name in ("forced_token_ids", "follow_ups", "return_hidden_states"):
+            if getattr(self, name) and self.stop:
+                raise ValueError(f"SamplingParams.stop={shown(self.stop)}: does not go with {name}: use stop_token_ids")
+        for name in ("forced_token_ids", "follow_ups"):
+            if getattr(self, name) and self.logprobs is not None:
+                raise ValueError(
+                    f"SamplingParams.logprobs={self.logprobs}: is of drawn tokens and does not go with {name}: use "
+                    "return_hidden_states and LLM.compute_logits"
+                )
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

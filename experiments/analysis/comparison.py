@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments.analysis import fidelity
 from experiments.analysis.baselines import devices, full_kv, random_of_as_many_bytes, random_with_prompt
 from experiments.analysis.bootstrap import check_share
+from experiments.analysis.fidelity import FIGURES
 from experiments.analysis.samples import Samples, read_samples
 from experiments.analysis.statistics import (
     CONFIDENCE,
@@ -58,6 +60,7 @@ DERIVED = (
         "loop_rate",
     ),
     *(f"{baseline}.{name}" for baseline in ("full", "random", "bytes") for name in AGAINST),
+    *(f"{figure}{bound}" for figure in FIGURES for bound in ("", ".low", ".high")),
     *("output_length.inflation", "goodput", "slo_goodput", "correct_per_gpu_hour"),
 )
 _TEXTS = ("device", ".run", ".verdict", ".power_warning")
@@ -102,6 +105,8 @@ def compare(
             more.
         output_length.inflation: mean output length over that of full KV.
         goodput, slo_goodput: right answers per second, and those in time. A grade between 0 and 1 counts in part.
+        divergence, agreement, loss, worked_divergence, worked_loss, each with .low and .high: how close the run
+            stayed to full KV on the same text, as `experiments.analysis.fidelity` defines them.
         correct_per_gpu_hour: right answers per hour and device, loading left out. On a CPU that is an hour of the
             whole machine.
 
@@ -135,6 +140,9 @@ def compare(
             right = graded[i].sums.sum()
             row["goodput"], row["slo_goodput"] = right / run.seconds, graded[i].in_time / run.seconds
             row["correct_per_gpu_hour"] = 3600 * row["goodput"] / (1 if math.isnan(run.devices) else run.devices)
+    for row, path, figure in zip(rows, recorded["path"], numbers["divergence"], strict=True):
+        if not math.isnan(figure):
+            row |= _fidelity(path, options)
     for i, interval in _accuracies(graded, options):
         rows[i] |= {"problems": interval.clusters, "graded": interval.samples, "accuracy": interval.value}
         rows[i] |= {"accuracy.low": interval.low, "accuracy.high": interval.high}
@@ -162,6 +170,7 @@ _NUMBERS = {
     "seconds": "seconds",
     "engine.tensor_parallel_size": "devices",
     "output_length.mean": "length",
+    "fidelity.divergence": "divergence",
 }
 """Columns of `load_runs()` that are computed with, and what they are called here."""
 
@@ -196,6 +205,14 @@ def _batches(runs: Mapping[int, Samples]) -> Iterator[list[int]]:
         alike[len(run.problems)].append(i)
     for chosen in alike.values():
         yield from (chosen[begin : begin + _BATCH] for begin in range(0, len(chosen), _BATCH))
+
+
+def _fidelity(path: str, options: Mapping[str, Any]) -> dict[str, float]:
+    try:
+        return fidelity.intervals(Path(path), **options)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("%s: its samples can't be read (%s)", path, " ".join(str(error).split()))
+        return {}
 
 
 def _ratio(value: float, whole: float) -> float | None:

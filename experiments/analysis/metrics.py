@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.analysis import fidelity
 from experiments.analysis.loops import loop_rate
 
 PERCENTILES = (50, 90, 99)
@@ -37,6 +38,7 @@ def summarise(
         `accuracy` is the mean grade over all samples, refused prompts included (pass@1; None where nothing is graded),
         `place_accuracy` that of the answered samples at each place of a chain of questions (None for single questions),
         `facts_known` the share of the facts that problems name and answers knew (None where they name none).
+        `fidelity` is what `experiments.analysis.fidelity` says of runs with that scenario, None of others.
         Times are in seconds; a figure that no sample gives is None. `budget_bound_share` is the share of the answered
         samples that were compressed (None where the policy never evicts); `budget_never_bound` says that the policy
         evicts and none was, so that the run equals full KV. `entries_evicted` are per layer and KV head. `loop_rate` is
@@ -53,6 +55,7 @@ def summarise(
     return {
         "accuracy": accuracy([row["grade"] for row in requests]),
         "place_accuracy": place_accuracy([row.get("place_grades") for row in requests]),
+        "fidelity": fidelity.summary(requests),
         "facts_known": accuracy([known for row in requests for known in row.get("facts_known") or ()]),
         "prompts": len({row["prompt_id"] for row in requests}),
         "samples": len(requests),

@@ -14,7 +14,9 @@ SOURCES = ("path", "generator", "hub_id", "parts")
 WANDB_PROJECT = re.compile(r"[^/\\#?%:]{1,128}")
 FORCE = ("false", "stale", "true")
 ARRIVALS = ("all_at_once", "poisson", "trace")
-KINDS = ("serve", "kernels", "engine_bench")
+SERVED = ("serve", "fidelity")
+"""Kinds of scenario that ask a model the questions of a workload; the others are benchmarks."""
+KINDS = (*SERVED, "kernels", "engine_bench")
 
 
 def check(experiment: Experiment) -> None:
@@ -24,8 +26,9 @@ def check(experiment: Experiment) -> None:
     )
     threads, limit = experiment.hardware.threads, experiment.limit
     poisson, rate = scenario.arrival == "poisson", scenario.rate
-    serve, repeats = scenario.kind == "serve", scenario.repeats
-    own = experiment.sampling.policy is not None or experiment.sampling.budget_tokens is not None
+    sampling, fidelity = experiment.sampling, scenario.kind == "fidelity"
+    serve, repeats = scenario.kind in SERVED, scenario.repeats
+    own = sampling.policy is not None or sampling.budget_tokens is not None
     bounded = experiment.policy.name != "full" and serve and not own
     for option, ok, what in (
         ("model.path", model.path or model.wheel, "given: a folder, a hub id or a GGUF file"),
@@ -47,6 +50,10 @@ def check(experiment: Experiment) -> None:
         ("scenario.repeats", serve or (repeats is not None and repeats >= 1), "at least 1"),
         ("scenario.path", scenario.arrival != "trace" or scenario.path, "given: a file of arrival times"),
         ("scenario.rate", not poisson or (rate is not None and 0 < rate < math.inf), "arrivals a second, above 0"),
+        ("backend", not fidelity or experiment.backend == "zipage", "zipage: no other tells its distributions"),
+        ("sampling.n", not fidelity or sampling.n in (None, 1), "1: scenario=fidelity feeds one answer of full KV"),
+        ("sampling.stop", not (fidelity and sampling.stop), "left out with scenario=fidelity: take stop_token_ids"),
+        ("sampling.logprobs", not (fidelity and sampling.logprobs), "left out: scenario=fidelity compares all tokens"),
         ("tracking.backend", tracking.backend in ("none", "wandb"), "none or wandb"),
         ("tracking.mode", tracking.mode in ("offline", "online"), "offline or online"),
         ("tracking.project", WANDB_PROJECT.fullmatch(tracking.project), f"of wandb's form, {WANDB_PROJECT.pattern}"),

@@ -36,8 +36,16 @@ FIXED = {"skip_tokenizer_init": False}
 """Options of `EngineConfig` that no run can choose: workloads are text. A model without a tokenizer, which only a
 workload of given lengths can use, does without."""
 
-UNRECORDED = ("detokenize", "logit_bias")
-"""Options of `SamplingParams` that no run can choose: answers are text, and token ids are the model's own."""
+UNRECORDED = (
+    "detokenize",
+    "logit_bias",
+    "forced_token_ids",
+    "follow_ups",
+    "max_turn_tokens",
+    "return_hidden_states",
+)
+"""Options of `SamplingParams` that no run can choose: answers are text, token ids are the model's own, and turns are
+those of the workload."""
 
 
 def _derive(name: str, source: type, left_out: Sequence[str], **instead: tuple[type, Any]) -> type:
@@ -169,7 +177,8 @@ class ScenarioConfig:
     """What is done: a workload is served, or a benchmark is run.
 
     Attributes:
-        kind: "serve": the questions of the workload arrive as said here; "kernels", "engine_bench": see
+        kind: "serve": the questions of the workload arrive as said here; "fidelity": full KV's answers to them are fed
+            through the policy's cache (`experiments.running.fidelity`); "kernels", "engine_bench": see
             `experiments.bench`.
         arrival: "all_at_once", "poisson" or "trace".
         rate: mean arrivals per second of a Poisson process.

@@ -70,7 +70,11 @@ def run_id(
         deciding.pop(key, None)
     for group in ("model", "workload"):
         deciding[group] = {key: value for key, value in deciding[group].items() if key not in _IN_DATA}
-    deciding["scenario"] = {key: value for key, value in deciding["scenario"].items() if key not in _NOT_SERVED}
+    deciding["scenario"] = {
+        key: value
+        for key, value in deciding["scenario"].items()
+        if key not in _NOT_SERVED or (key, value) == ("kind", "fidelity")
+    }
     digest = content_hash([deciding, model, data, device, *([dict(files)] if files else [])])
     names = [config[group]["name"] for group in ("model", "workload", "policy")]
     return f"{_readable(names)}-{digest[:12]}"

@@ -54,6 +54,14 @@ REQUEST_SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
         ("stop_reason", pa.string()),
         ("error", pa.string()),
+        ("token_divergences", pa.list_(pa.float32())),
+        ("token_agrees", pa.list_(pa.bool_())),
+        ("logprob", pa.float64()),
+        ("full_logprob", pa.float64()),
+        ("worked_tokens", pa.int64()),
+        ("worked_divergence", pa.float64()),
+        ("worked_logprob", pa.float64()),
+        ("worked_full_logprob", pa.float64()),
         *_columns(RequestMetrics),
     ]
 )
@@ -63,6 +71,10 @@ REQUEST_SCHEMA = pa.schema(
 
 `fact_distances` and `facts_known` have one element for each fact that the problem names: how far back it was stated, in
 characters, and whether the answer knew it. They are null where a problem names none.
+
+The columns from `token_divergences` to `worked_full_logprob` are of `scenario=fidelity`, else null
+(`experiments.analysis.fidelity`). The first two have an element for each output token, to three digits; the others are
+sums over the tokens of a text, in nats.
 """
 
 STEP_SCHEMA = pa.schema(_columns(StepStats))

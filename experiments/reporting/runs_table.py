@@ -29,6 +29,7 @@ class Column:
     Attributes:
         wide: its heading where there is room.
         leaves: the higher, the earlier it is left out where there is none; 0: never.
+        special: whether it is left out where no run has it, also of a wide table.
         shared: whether a value that all rows have may be said above the table instead.
     """
 
@@ -37,6 +38,7 @@ class Column:
     wide: str | None = None
     leaves: int = 0
     shared: bool = False
+    special: bool = False
 
 
 COLUMNS = {
@@ -47,6 +49,8 @@ COLUMNS = {
     "budget": Column("budget"),
     "samples": Column("samples", "{:.0f}", leaves=8, shared=True),
     "accuracy": Column("accuracy", "{:.1%}"),
+    "fidelity.divergence": Column("KL", "{:.4f}", wide="KL (nats/token)", special=True),
+    "fidelity.agreement": Column("agree", "{:.1%}", wide="agreement", special=True),
     "facts_known": Column("facts", "{:.1%}", leaves=7),
     "output_tokens_per_second": Column("tokens/s", "{:,.1f}", wide="output tok/s"),
     "output_length.mean": Column("output", "{:.0f}", wide="mean output", leaves=6),
@@ -79,6 +83,8 @@ def runs_table(runs: pd.DataFrame, wide: bool = False) -> str:
     shown = runs.assign(**own, **readable_options(runs, options))
     blank = [None] * len(shown)
     cells = {name: [_cell(value, c.template) for value in shown.get(name, blank)] for name, c in columns.items()}
+    for name in [name for name, texts in cells.items() if columns[name].special and set(texts) == {"-"}]:
+        del cells[name]
     if wide:
         return _markdown({columns[name].wide or columns[name].heading: texts for name, texts in cells.items()})
     cells["run"] = short_runs(cells["run"])

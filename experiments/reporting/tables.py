@@ -27,12 +27,9 @@ def _number(column: str, template: str) -> Cell:
     return lambda row: "-" if pd.isna(row[column]) else template.format(row[column])
 
 
-def _accuracy(row: pd.Series) -> str:
-    if pd.isna(row["accuracy"]):
-        return "-"
-    return "{:.1f} [{:.1f}, {:.1f}]".format(
-        *(100 * row[name] for name in ("accuracy", "accuracy.low", "accuracy.high"))
-    )
+def _bounded(column: str, scale: float, template: str) -> Cell:
+    names = column, f"{column}.low", f"{column}.high"
+    return lambda row: "-" if pd.isna(row[column]) else template.format(*(scale * row[name] for name in names))
 
 
 def _difference(baseline: str) -> Cell:
@@ -52,11 +49,17 @@ def _text(column: str) -> Cell:
 AS_MANY_BYTES = "less random + prompt of as many bytes"
 """The column is left out where no run has such a control."""
 
+FIDELITY = ("KL (nats/token) [95 %]", "agreement (%) [95 %]", "loss on solutions (nats/token) [95 %]")
+"""Left out where no run has measured them."""
+
 COLUMNS: dict[str, Cell] = {
     "workload": _text("workload.name"),
     "policy": label,
     "budget": _text("budget.text"),
-    "accuracy (%) [95 %]": _accuracy,
+    "accuracy (%) [95 %]": _bounded("accuracy", 100, "{:.1f} [{:.1f}, {:.1f}]"),
+    FIDELITY[0]: _bounded("divergence", 1, "{:.4f} [{:.4f}, {:.4f}]"),
+    FIDELITY[1]: _bounded("agreement", 100, "{:.1f} [{:.1f}, {:.1f}]"),
+    FIDELITY[2]: _bounded("worked_loss", 1, "{:+.4f} [{:+.4f}, {:+.4f}]"),
     "tokens/s": _number("output_tokens_per_second", "{:,.0f}"),
     "KV MiB": lambda row: "-" if pd.isna(row["kv_bytes.max"]) else f"{row['kv_bytes.max'] / 2**20:,.2f}",
     "less full KV": _difference("full"),
@@ -85,8 +88,7 @@ def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
     order = in_order(keyed)
     rows = [[cell(row) for cell in COLUMNS.values()] for _, row in order.iterrows()]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    if (table[AS_MANY_BYTES] == "-").all():
-        table = table.drop(columns=AS_MANY_BYTES)
+    table = table.drop(columns=[name for name in (AS_MANY_BYTES, *FIDELITY) if (table[name] == "-").all()])
     place = list(COLUMNS).index("budget") + 1
     for option in reversed(options):
         table.insert(place, option, shown.loc[order.index, option].tolist())

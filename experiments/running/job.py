@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 from experiments import records
 from experiments.analysis.metrics import summarise
 from experiments.backends import BACKENDS, Backend, BackendFactory, get_backend
+from experiments.config.check import SERVED
 from experiments.config.notes import notes_before
 from experiments.config.schema import Experiment, ModelConfig, WorkloadConfig, engine_options, to_dict
 from experiments.errors import RunError, UsageError, after_record, one_line
 from experiments.graders import Grader, get_grader
+from experiments.graders.ungraded import grade_none
 from experiments.records import provenance, schemas, sources
 from experiments.reporting.runs_table import never_bound, runs_table
-from experiments.running import outcomes, tracebacks
+from experiments.running import fidelity, outcomes, tracebacks
 from experiments.running.equal_bytes import with_budget
 from experiments.running.models import LocalModel, find_model, model_name
 from experiments.running.prompts import Prompt, PromptRenderer
@@ -77,7 +79,7 @@ def prepare(
     Raises:
         UsageError: the run can't be done as asked.
     """
-    if experiment.scenario.kind != "serve":
+    if experiment.scenario.kind not in SERVED:
         raise UsageError(f"scenario={experiment.scenario.name}: a benchmark can't be an arm of a sweep; run it alone")
     experiment = replace(experiment, model=replace(experiment.model, name=model_name(experiment.model)))
     records.check_writable(Path(experiment.results_dir).expanduser())
@@ -198,9 +200,11 @@ class Job:
             events: list[EventStats] = []
             backend.event_listeners.append(events.append)
             with tracebacks.kept_in(staging / records.TRACEBACK):
-                served = self._serve(backend, prompts, steps, staging)
+                served, measured = self._serve(backend, prompts, steps, events, staging)
 
             request_rows = self._grade(prompts, served, staging / records.TRACEBACK)
+            if measured is not None:
+                request_rows = [row | outcomes.fidelity(measured, row["prompt_id"]) for row in request_rows]
             step_rows = outcomes.step_rows(steps, served.start)
             event_rows = outcomes.event_rows(events, served.start)
             evicts = self.experiment.policy.name != "full"
@@ -241,22 +245,39 @@ class Job:
         except Exception as error:
             raise _failure("loading the model failed", error, staging) from error
 
-    def _serve(self, backend: Backend, prompts: list[Prompt], steps: list[StepStats], staging: Path) -> Served:
+    def _serve(
+        self,
+        backend: Backend,
+        prompts: list[Prompt],
+        steps: list[StepStats],
+        events: list[EventStats],
+        staging: Path,
+    ) -> tuple[Served, fidelity.Measured | None]:
+        """What came of the requests, and with `scenario=fidelity` what was measured on the way."""
         arrivals = arrival_times(self.experiment.scenario, len(prompts))
         requests = [
             TimedRequest(problem.id, prompt.token_ids, sampling_params(self.experiment, problem), arrival)
             for problem, prompt, arrival in zip(self.problems, prompts, arrivals, strict=True)
             if problem.error is None
         ]
+        measured = None
         try:
-            served = serve(backend, requests)
+            if self.experiment.scenario.kind == "fidelity":
+                measured = fidelity.measure(backend, requests, self._worked(backend), [steps, events])
+            served = serve(backend, requests) if measured is None else measured.served
         except Exception as error:
             raise _failure(f"the engine failed after {len(steps)} steps", error, staging) from error
         for problem in self.problems:
             if problem.error is not None:
                 metrics = RequestMetrics(arrival=served.start)
                 served.outputs[problem.id] = RequestOutput(problem.id, None, [], [], metrics, error=problem.error)
-        return served
+        return served, measured
+
+    def _worked(self, backend: Backend) -> dict[str, list[int]]:
+        """Tokens of the worked solutions that the workload has, by problem."""
+        tokenizer = backend.get_tokenizer()
+        solved = [problem for problem in self.problems if problem.error is None and problem.worked]
+        return {p.id: list(tokenizer(p.worked, add_special_tokens=False)["input_ids"]) for p in solved}
 
     def _grade(self, prompts: list[Prompt], served: Served, trace: Path) -> list[dict[str, Any]]:
         """The graded rows; says in a line what was refused or could not be graded.
@@ -297,7 +318,13 @@ class Job:
 
 
 def grader_of(experiment: Experiment) -> Grader:
-    """Raises UsageError where it can't grade here."""
+    """Full KV's answers, which `scenario=fidelity` feeds to all policies alike, are not graded.
+
+    Raises:
+        UsageError: it can't grade here.
+    """
+    if experiment.scenario.kind == "fidelity":
+        return grade_none
     return get_grader(experiment.workload.grader, experiment.workload.allow_code_execution)
 
 

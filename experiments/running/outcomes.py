@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.graders import Grade, Grader, grade
 from experiments.graders.ungraded import grade_none
+from experiments.running.fidelity import Measured
 from experiments.running.prompts import Prompt
 from experiments.workloads import Problem
 from zipage import EventStats, RequestMetrics, RequestOutput, StepStats
@@ -51,6 +52,18 @@ def request_rows(
             answer["facts_known"] = [fact.known(sample.text) for fact in problem.facts]
         rows.append(common | answer | _timings(sample.metrics, start))
     return rows
+
+
+def fidelity(measured: Measured, prompt_id: str) -> dict[str, Any]:
+    """The columns of a row that tell how close the policy stayed to full KV; none where it was not measured."""
+    columns: dict[str, Any] = {}
+    if (own := measured.own.get(prompt_id)) is not None:
+        columns |= {"token_divergences": [float(f"{x:.3g}") for x in own.divergences], "token_agrees": own.agrees}
+        columns |= {"logprob": sum(own.logprobs), "full_logprob": sum(own.full_logprobs)}
+    if (worked := measured.worked.get(prompt_id)) is not None:
+        columns |= {"worked_tokens": len(worked.logprobs), "worked_divergence": sum(worked.divergences)}
+        columns |= {"worked_logprob": sum(worked.logprobs), "worked_full_logprob": sum(worked.full_logprobs)}
+    return columns
 
 
 def _timings(metrics: RequestMetrics, start: float) -> dict[str, Any]:

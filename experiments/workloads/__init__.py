@@ -14,7 +14,7 @@ from experiments.errors import UsageError
 from experiments.workloads import chained_arithmetic, fragility, lengths, program_trace, reasoning_gym, word_problems
 from experiments.workloads.chains import chain
 from experiments.workloads.exams import exam
-from experiments.workloads.gold import gold_answer, unfit
+from experiments.workloads.gold import gold_answer, unfit, worked_solution
 from experiments.workloads.problem import Problem
 from experiments.workloads.sources import read_file, read_hub
 
@@ -135,4 +135,6 @@ def _problem(row: Mapping[str, Any], number: int, config: WorkloadConfig) -> Pro
         question = FIELDS.sub(lambda match: str(row[match[1]]), config.question)
     else:
         question = str(row[config.question])
-    return Problem(id=str(number if config.id is None else row[config.id]), question=question, gold=gold)
+    name = str(number if config.id is None else row[config.id])
+    worked = None if config.tests is not None else worked_solution(row, config.answer, config.solution)
+    return Problem(id=name, question=question, gold=gold, worked=worked)

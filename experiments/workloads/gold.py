@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from experiments.graders.boxed import last_boxed
 
 NULL = "null"
+NOTES = re.compile(r"<<[^<>]*>>")
 
 
 def gold_answer(row: Mapping[str, Any], answer: str, solution: str | None = None) -> str | None:
@@ -36,6 +38,17 @@ def gold_answer(row: Mapping[str, Any], answer: str, solution: str | None = None
     if not golds:
         return None
     return str(found).rpartition("####")[2].strip()
+
+
+def worked_solution(row: Mapping[str, Any], answer: str, solution: str | None = None) -> str | None:
+    """The field `solution`, else what stands before the marks in an answer written as "work #### 18", without the notes
+    that GSM8K makes for a calculator ("<<48/2=24>>"). None where the item has neither.
+    """
+    worked = row.get(solution) if solution is not None else None
+    if isinstance(worked, str) and worked.strip():
+        return worked.strip()
+    text, marks, _ = str(row.get(answer)).rpartition("####")
+    return NOTES.sub("", text).strip() or None if marks else None
 
 
 def unfit(value: Any) -> str | None:

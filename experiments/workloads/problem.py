@@ -44,6 +44,7 @@ class Problem:
         prompt_tokens: where given, the prompt is this many of the question's first tokens, without template.
         output_tokens: where given, takes the place of `sampling.max_tokens`.
         solution: the whole thought that leads to the gold, where the generator knows it.
+        worked: a worked solution, where the data set has one, in its own words.
         difficulty: what the generator was asked for, in words.
         facts: what the solution needs late.
         error: why it can't be asked; None where it can.
@@ -57,6 +58,7 @@ class Problem:
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     solution: str | None = None
+    worked: str | None = None
     difficulty: str | None = None
     facts: tuple[Fact, ...] = ()
     error: str | None = None

@@ -56,7 +56,7 @@ def calls_of(llm, monkeypatch) -> list[str]:
     def recorded(plan):
         calls.append("launch")
         under_way = launch(plan)
-        return Recorded(under_way.tokens, under_way.logprobs, under_way.device_time)
+        return Recorded(under_way.tokens, under_way.logprobs, under_way.hidden, under_way.device_time)
 
     monkeypatch.setattr(llm._core.runner, "launch", recorded)
     return calls

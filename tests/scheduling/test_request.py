@@ -11,7 +11,7 @@ from zipage.scheduling.request import Request
 ROOM = Path(zipage.__file__).parent
 NAMES = {"request", "sample", "sibling", "donor", "other", "victim", "oldest", "r"}
 """Variables that hold requests."""
-CHANGES = {"append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"}
+CHANGES = {"append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort", "popleft"}
 
 
 def documented() -> dict[str, set[str]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from zipage.engine.debug import DebugChecks
 from zipage.engine.interrupts import deferred_interrupts
@@ -39,6 +40,7 @@ class TokenDelta(NamedTuple):
         stop_reason: the token that ended the sample, if one did.
         error: one line, where the finish reason is "error".
         metrics: of the whole sample.
+        hidden_states: [T, width], of the whole sample, where asked for.
     """
 
     request_id: str
@@ -49,6 +51,7 @@ class TokenDelta(NamedTuple):
     stop_reason: int | None = None
     error: str | None = None
     metrics: RequestMetrics | None = None
+    hidden_states: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -283,6 +286,10 @@ class EngineCore:
             for row, (request, token) in enumerate(zip(batch.sampled, tokens, strict=True)):
                 if request.logprobs is not None and request.finish_reason is None and token >= 0:
                     request.logprobs.append(_logprobs(result.logprobs, row, token, request.sampling_params.logprobs))
+        if result.hidden is not None:
+            for row, (request, token) in enumerate(zip(batch.sampled, tokens, strict=True)):
+                if request.hidden_states is not None and request.finish_reason is None and token >= 0:
+                    request.hidden_states.append(result.hidden[row].clone())
         finished = self.scheduler.update(batch, tokens, now)
         for request in sampled:
             if request.follow and request.finish_reason is None:
@@ -297,8 +304,9 @@ class EngineCore:
         for request in finished:
             tokens, logprobs = request.take_new()
             reasons = request.finish_reason, request.stop_reason, request.error
-            metrics = request_metrics(request)
-            self._deltas.append(TokenDelta(request.request_id, request.index, tokens, logprobs, *reasons, metrics))
+            hidden = None if not request.hidden_states else torch.stack(request.hidden_states)
+            last = *reasons, request_metrics(request), hidden
+            self._deltas.append(TokenDelta(request.request_id, request.index, tokens, logprobs, *last))
             self._forget(request)
 
     def _forget(self, request: Request) -> None:

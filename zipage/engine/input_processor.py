@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -136,6 +137,10 @@ class InputProcessor:
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= self._eos_token_ids
+        if params.follow_ups and not stop_ids:
+            raise ValueError(
+                "SamplingParams.follow_ups: each follows an end token, but there is none: give stop_token_ids"
+            )
         bad_words = self._bad_words(params)
         seed = number + self._config.seed * SEED_STEP if params.seed is None else params.seed
         now = time.perf_counter()
@@ -256,8 +261,9 @@ class InputProcessor:
             for name, instead in (("stop", "use stop_token_ids"), ("bad_words", "use logit_bias")):
                 if getattr(params, name):
                     raise ValueError(f"SamplingParams.{name} needs text, but skip_tokenizer_init=True: {instead}")
-        for name in ("stop_token_ids", "logit_bias"):
-            bad = next((token for token in getattr(params, name) or () if token >= self._vocab_size), None)
+        named = {name: getattr(params, name) or () for name in ("stop_token_ids", "logit_bias", "forced_token_ids")}
+        for name, tokens in (named | {"follow_ups": chain(*params.follow_ups)}).items():
+            bad = next((token for token in tokens if token >= self._vocab_size), None)
             if bad is not None:
                 raise ValueError(f"SamplingParams.{name}: {bad} is outside the vocabulary of {self._vocab_size}")
 

@@ -165,6 +165,7 @@ class OutputProcessor:
             output.stop_reason = delta.stop_reason
             output.error = delta.error
             output.metrics = delta.metrics
+            output.hidden_states = delta.hidden_states
 
     def _read(self, params: SamplingParams, sample: _Sample, delta: TokenDelta) -> None:
         """What a delta's tokens spell; the sample ends where that is a stop string."""

@@ -10,7 +10,7 @@ import numpy as np
 from zipage.scheduling.batch import Batch
 from zipage.scheduling.compression import Compression
 from zipage.scheduling.plan import CompressionOrder, Restore, RowStart, Save, StepPlan, TableGrowth
-from zipage.scheduling.request import Request
+from zipage.scheduling.request import PENDING, Request
 
 
 def plan_step(batch: Batch, drops: Sequence[int] = ()) -> StepPlan:
@@ -40,7 +40,7 @@ def plan_step(batch: Batch, drops: Sequence[int] = ()) -> StepPlan:
         positions=_column([request.num_computed for request in requests]),
         lens=_column([request.cache_len for request in requests]),
         query_slots=_column([request.query_slot if request.window else -1 for request in requests]),
-        token_rows=_column([request.token_row if request.num_pending else -1 for request in requests]),
+        token_rows=_column([request.token_row if request.token_ids[-1] == PENDING else -1 for request in requests]),
         samples=samples,
         token_ids=np.concatenate(token_ids),
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zipage.outputs import FinishReason, Logprob
 from zipage.sampling_params import SamplingParams
@@ -46,6 +47,7 @@ class Request:
         rule, window: what bounds the cache, None for full KV; w, latest queries that its compressions read.
         arrival: host clock at which it was added.
         follow: its tokens are wanted one by one, not only at its end.
+        has_turns: an answer may end before the request does.
 
     By `Scheduler`:
         number: age; the scheduler counts requests as they are added.
@@ -73,11 +75,15 @@ class Request:
 
     By `EngineCore`:
         logprobs: of each output token, by token id; None where none are asked for.
+        hidden_states: [width], what each output token was drawn from; None where they are not asked for.
 
     By `Request`, in methods that others call:
         token_ids: prompt followed by output, as C ints, whose bytes are the prefix index's keys. The last `num_pending`
             are `PENDING`.
-        num_pending: tokens of steps under way, whose values the host does not know yet.
+        num_pending: tokens of steps under way, whose values the host does not know yet, or which `next_tokens` gave.
+        next_tokens: tokens that come next, whatever is drawn in their places.
+        follow_ups: those to go on with after each answer, as far as they are left.
+        turn_begin: number of tokens before the answer that is being drawn.
         token_row: where the newest pending token lies among those that its step samples.
         num_taken: output tokens that `take_new` has given.
         block_ids: the block table. Of a paused request: the one it had.
@@ -97,11 +103,15 @@ class Request:
         "first_scheduled",
         "first_token_time",
         "follow",
+        "follow_ups",
         "has_held_slot",
+        "has_turns",
+        "hidden_states",
         "index",
         "limit_reason",
         "logprobs",
         "max_total_tokens",
+        "next_tokens",
         "num_blocks_told",
         "num_compressions",
         "num_computed",
@@ -127,6 +137,7 @@ class Request:
         "stop_reason",
         "token_ids",
         "token_row",
+        "turn_begin",
         "window",
     )
 
@@ -163,6 +174,11 @@ class Request:
         self.token_row = -1
         self.num_prompt_tokens = len(prompt_token_ids)
         self.logprobs: list[dict[int, Logprob]] | None = None if sampling_params.logprobs is None else []
+        self.hidden_states: list[Any] | None = [] if sampling_params.return_hidden_states else None
+        self.next_tokens = deque(sampling_params.forced_token_ids)
+        self.follow_ups = deque(sampling_params.follow_ups)
+        self.has_turns = bool(self.follow_ups) or sampling_params.max_turn_tokens is not None
+        self.turn_begin = self.num_prompt_tokens + len(self.next_tokens)
 
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
@@ -236,14 +252,39 @@ class Request:
 
     def await_token(self, token_row: int) -> None:
         """A step that will give the next token is under way; `token_row` is where among those that it samples."""
-        self.token_ids.append(PENDING)
+        self.token_ids.append(self.next_tokens.popleft() if self.next_tokens else PENDING)
         self.num_pending += 1
         self.token_row = token_row
 
-    def take_token(self, token: int) -> None:
-        """The oldest pending token is known."""
-        self.token_ids[-self.num_pending] = token
+    def take_token(self, token: int) -> bool:
+        """The step of the oldest pending token has drawn `token`.
+
+        Returns:
+            Whether it stands; otherwise one of `next_tokens` has its place.
+        """
+        place = -self.num_pending
         self.num_pending -= 1
+        if self.token_ids[place] != PENDING:
+            return False
+        self.token_ids[place] = token
+        return True
+
+    def ends_turn(self, token: int) -> bool:
+        """Whether the answer that is being drawn ends with `token`, the last one that is known."""
+        if token in self.stop_ids:
+            return True
+        limit = self.sampling_params.max_turn_tokens
+        return limit is not None and len(self.token_ids) - self.num_pending - self.turn_begin >= limit
+
+    def begin_turn(self, token: int) -> None:
+        """The next follow-up comes after `token`, at which the answer ended or was cut short."""
+        if token not in self.stop_ids:
+            self.next_tokens.append(self.sampling_params.stop_token_ids[0])
+        self.next_tokens.extend(self.follow_ups.popleft())
+        self.turn_begin = len(self.token_ids) - self.num_pending + len(self.next_tokens)
+        # What a step under way will draw is not wanted: its input is `token`, and the next token is known.
+        for place in range(-self.num_pending, 0):
+            self.token_ids[place] = self.next_tokens.popleft()
 
     def forget_pending(self) -> None:
         """The request has ended before its pending tokens."""

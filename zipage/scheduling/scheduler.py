@@ -379,18 +379,23 @@ class Scheduler:
                 request.finish_reason = "error"
                 finished.append(request)
                 continue
-            request.take_token(token)
+            is_drawn = request.take_token(token)
             if indexed and request.cache_len // size > len(request.prefix_ids) and request.status is Status.RUNNING:
                 self.prefixes.register(request)
             if request.first_token_time is None:
                 request.first_token_time = now
-            if token in request.stop_ids:
+            if is_drawn and token in request.stop_ids and not request.follow_ups:
                 request.stop_reason = token
                 request.finish_reason = "stop"
             elif request.has_all_tokens and not request.num_pending:
                 request.finish_reason = request.limit_reason
-            else:
+            elif not (is_drawn and request.has_turns and request.ends_turn(token)):
                 continue
+            elif request.follow_ups:
+                request.begin_turn(token)
+                continue
+            else:
+                request.finish_reason = "length"
             finished.append(request)
         if finished:
             self._finish(finished, now)

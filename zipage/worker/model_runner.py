@@ -30,16 +30,20 @@ from zipage.worker.token_batch import TokenBatch
 
 logger = logging.getLogger(__name__)
 
+LOGIT_ROWS = 16_384
+"""Tokens of the vocabulary whose weights are widened to float32 at once."""
+
 
 @dataclass(slots=True)
 class StepResult:
-    """Tokens (and log-probabilities where asked for) of the requests that were sampled; seconds on the device.
+    """Tokens of the requests that were sampled, log-probabilities and hidden states where asked for; device seconds.
 
-    A token is -1 where the logits were not finite.
+    A token is -1 where the logits were not finite. `hidden` is [N, width], what the tokens were drawn from.
     """
 
     token_ids: list[int]
     logprobs: Logprobs | None
+    hidden: Tensor | None
     device_time: float
 
 
@@ -49,6 +53,7 @@ class Launch:
 
     tokens: Tensor | None
     logprobs: Logprobs | None
+    hidden: Tensor | None
     device_time: float
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
@@ -59,7 +64,7 @@ class Launch:
             end.synchronize()
             self.device_time = begin.elapsed_time(end) / 1000
         tokens = [] if self.tokens is None else self.tokens.tolist()
-        return StepResult(tokens, self.logprobs, self.device_time)
+        return StepResult(tokens, self.logprobs, self.hidden, self.device_time)
 
 
 @contextmanager
@@ -175,25 +180,42 @@ class ModelRunner:
             events[0].record()
         for start in plan.starts:
             self.sampler.begin(start)
-        tokens = logprobs = None
+        tokens = logprobs = hidden = None
         if len(plan.rows):
-            logits = self.forward(plan)
-            if len(logits):
-                tokens, logprobs = self._sample(plan, logits)
+            hidden = self.forward(plan)
+            if len(hidden):
+                tokens, logprobs = self._sample(plan, self.decoder.logits(hidden))
                 # -1 stands for logits that were not finite; the next step may not look that up.
                 torch.clamp(tokens, min=0, out=self._sampled[: len(tokens)])
+            if not self.sampler.rows.wants_hidden_states(plan.rows):
+                hidden = None
         if events is None:
-            return Launch(tokens, logprobs, time.perf_counter() - begin)
+            return Launch(tokens, logprobs, hidden, time.perf_counter() - begin)
         # Copied from here, so that nothing queued behind the step is waited for.
         if tokens is not None:
             tokens = tokens.to("cpu", non_blocking=True)
         if logprobs is not None:
             logprobs = Logprobs(*(x.to("cpu", non_blocking=True) for x in logprobs))
+        if hidden is not None:
+            hidden = hidden.to("cpu", non_blocking=True)
         events[1].record()
-        return Launch(tokens, logprobs, 0.0, events)
+        return Launch(tokens, logprobs, hidden, 0.0, events)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [N, vocab] of hidden states [N, width], in pieces, so that no copy of all weights is made.
+
+        Raises:
+            ValueError: they are not of the model's width.
+        """
+        if hidden.dim() != 2 or hidden.shape[1] != self.spec.width:
+            raise ValueError(f"hidden_states of shape {tuple(hidden.shape)}: must be [T, {self.spec.width}]")
+        hidden = hidden.to(self.device, torch.float32)
+        pieces = self.decoder.lm_head.split(LOGIT_ROWS)
+        return torch.cat([hidden @ piece.float().T for piece in pieces], dim=1)
 
     def forward(self, plan: StepPlan) -> Tensor:
-        """Logits [N, vocab] of the requests that a plan samples."""
+        """Hidden states [N, width] that the tokens of a plan are drawn from."""
         for growth in plan.tables:
             self._tables.write(growth)
         self._tables.upload()
@@ -204,7 +226,7 @@ class ModelRunner:
             hidden = self._run_eagerly(plan, batch)
         if len(plan.rows) > plan.num_decodes:
             hidden = hidden[self._tensor(self._last_places(plan))]
-        return self.decoder.logits(hidden)
+        return hidden
 
     def _sample(self, plan: StepPlan, logits: Tensor) -> tuple[Tensor, Logprobs | None]:
         rows, lens, token_ids = plan.rows, plan.positions + plan.counts, plan.token_ids

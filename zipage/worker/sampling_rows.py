@@ -23,6 +23,7 @@ OPTIONS = np.dtype(
         ("num_logprobs", np.int64),
         ("edits_logits", np.bool_),
         ("needs_history", np.bool_),
+        ("returns_hidden_states", np.bool_),
         ("draw", np.int8),
     ]
 )
@@ -61,6 +62,7 @@ class SamplingRows:
             -1 if params.logprobs is None else params.logprobs,
             params.edits_logits,
             params.needs_history,
+            params.return_hidden_states,
             _way_to_draw(params),
         )
         self.starts[start.row] = start
@@ -69,6 +71,10 @@ class SamplingRows:
     def of(self, rows: np.ndarray) -> np.ndarray:
         """`OPTIONS` [N] of `rows`, int64 [N]."""
         return self._options.take(rows)  # indexing copies a record field by field
+
+    def wants_hidden_states(self, rows: np.ndarray) -> bool:
+        """Whether any of `rows`, int64 [N], asks for the states that its tokens are drawn from."""
+        return bool(self._options["returns_hidden_states"].take(rows).any())
 
     def extend(self, rows: Sequence[int], lens: Sequence[int], token_ids: Sequence[int]) -> None:
         """Rows whose texts are kept have `lens` tokens now, the last of them `token_ids`.
