@@ -82,8 +82,14 @@ def test_ids_of_a_tokenizer_beyond_the_embedding_cost_their_prompt(folder, monke
         ({"policy": "zipagee", "budget_tokens": 64}, "did you mean 'zipage'"),
         ({"policy": "zipage"}, "budget_tokens=None: must be given with policy 'zipage'"),
         ({"policy": "zipage", "budget_tokens": 64, "policy_options": {"alfa": 1}}, "did you mean alpha"),
-        ({"policy": "zipage", "budget_tokens": 64, "recent_tokens": 64}, "recent_tokens=64 leaves nothing"),
-        ({"policy": "random", "budget_tokens": 64, "protection": "sink:60"}, "exceed a budget of 64"),
+        (
+            {"policy": "zipage", "budget_tokens": 64, "recent_tokens": 64},
+            "leaves nothing to choose beside recent_tokens=64",
+        ),
+        (
+            {"policy": "random", "budget_tokens": 64, "protection": "sink:60"},
+            "budget_tokens=64 is less than protection=sink:60",
+        ),
         ({"policy": "page_random", "budget_tokens": 64}, "page_size=256 is not the block_size=16"),
         ({"trigger": "never"}, "trigger='never': must be one of block_full, pressure"),
         ({"scheduling": "fifo"}, "scheduling='fifo': must be one of hybrid, constrained"),

@@ -149,6 +149,13 @@ def test_what_is_supported_is_not_listed_as_unsupported():
         LLM("m", tensor_parallel_size=2)
 
 
+@pytest.mark.parametrize("options", [LLM_OPTIONS, SAMPLING_OPTIONS, CALL_OPTIONS, PROMPT_KEYS])
+def test_no_refusal_sends_to_an_option_that_is_refused_too(options):
+    refused = {name for name in LLM_OPTIONS | SAMPLING_OPTIONS if "_" in name}
+    for name, instead in options.items():
+        assert not refused & set(re.findall(r"\w+", instead)), f"{name}: {instead}"
+
+
 # Options of a request
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,10 +17,12 @@ class Budget:
     Attributes:
         max_blocks: N_max.
         block_size: b.
+        tokens: what the user asked for, before rounding, for messages; None where blocks were asked for.
     """
 
     max_blocks: int
     block_size: int
+    tokens: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.max_blocks < 2:
@@ -33,7 +35,7 @@ class Budget:
         """Round `tokens` entries up to whole blocks: `N_max = ceil(tokens / b) + 1`."""
         if tokens < 1:
             raise ValueError(f"budget_tokens={tokens}: must be at least 1")
-        return cls(-(-tokens // block_size) + 1, block_size)
+        return cls(-(-tokens // block_size) + 1, block_size, tokens)
 
     @property
     def keep(self) -> int:
@@ -45,6 +47,15 @@ class Budget:
         """`N_max * b`, entries held at most while decoding under the trigger `block_full`."""
         return self.max_blocks * self.block_size
 
+    def __str__(self) -> str:
+        """As the user gave it, and what that is in whole blocks."""
+        if self.tokens is None:
+            return f"a budget of {self.keep} entries"
+        rounded = (
+            f", rounded up to {self.keep} entries in blocks of {self.block_size}," if self.tokens < self.keep else ""
+        )
+        return f"budget_tokens={self.tokens}{rounded}"
+
     def check(self, policy: Policy, protection: Protection, recent: int) -> None:
         """Check that policy, protection and budget go together.
 
@@ -54,4 +65,4 @@ class Budget:
         if not policy.evicts:
             return
         policy.check(block_size=self.block_size, recent=recent)
-        protection.check(self.keep, recent, policy.page)
+        protection.check(self.keep, recent, policy.page, str(self))

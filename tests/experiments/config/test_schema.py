@@ -270,9 +270,12 @@ def test_wrong_options_are_named_in_one_line(option, line):
         ("policy.options.alhpa=0.9", "engine: policy 'zipage': unknown option 'alhpa'; did you mean alpha?"),
         ("policy.options.lambda=2", "engine: zipage.lambda=2.0: must be in [0, 1]"),
         ("policy.options.window=300", "engine: zipage: window=300 queries do not fit a block of 256"),
-        ("policy.protection=sink:500", "engine: protection=sink:500 and recent_tokens=16 exceed a budget of 512"),
+        (
+            "policy.protection=sink:500",
+            "engine: budget_tokens=512 is less than protection=sink:500 and recent_tokens=16",
+        ),
         ("policy.protection=head", "engine: protection='head': must be none, prompt or sink:N"),
-        ("policy.recent_tokens=512", "engine: recent_tokens=512 leaves nothing of a budget of 512"),
+        ("policy.recent_tokens=512", "engine: budget_tokens=512 leaves nothing to choose beside recent_tokens=512"),
         ("policy.budget_tokens=null", "engine: budget_tokens=None: must be given with policy 'zipage'"),
     ],
 )
