@@ -131,9 +131,9 @@ def test_bad_sampling_params_are_named(options, message):
 
 def test_options_of_eviction_are_said_to_have_no_effect(folder, caplog):
     make_llm(folder)
-    assert "without effect" not in caplog.text
+    assert "never evicts" not in caplog.text
     llm = make_llm(folder, budget_tokens=64, protection="sink:4", async_compression=False)
-    assert "budget_tokens, protection, async_compression without effect" in caplog.text
+    assert "budget_tokens, protection, async_compression have no effect" in caplog.text
     caplog.clear()
     llm.generate([[1, 2]] * 3, SamplingParams(max_tokens=2, budget_tokens=32), use_tqdm=False)
     assert caplog.text.count("SamplingParams.budget_tokens has no effect") == 1

@@ -14,6 +14,7 @@ from zipage.engine.debug import DebugChecks
 from zipage.engine.interrupts import deferred_interrupts
 from zipage.engine.request_metrics import request_metrics
 from zipage.engine.telemetry import Telemetry
+from zipage.eviction.fault import first_line
 from zipage.outputs import FinishReason, Logprob
 from zipage.scheduling.batch import Batch
 from zipage.scheduling.plan import StepPlan
@@ -152,7 +153,7 @@ class EngineCore:
                 with on_device(self.runner.device):
                     yield
             except BaseException as error:
-                self._failure = f"{type(error).__name__}: {error}".partition("\n")[0]
+                self._failure = first_line(error)
                 self._under_way = None
                 self._samples.clear()
                 raise

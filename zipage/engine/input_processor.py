@@ -12,6 +12,7 @@ import numpy as np
 from zipage.checks import check_names, shown
 from zipage.config import EngineConfig
 from zipage.eviction import registry
+from zipage.eviction.fault import described
 from zipage.eviction.policy import Policy
 from zipage.eviction.rule import EvictionRule
 from zipage.models.loading.tokenizer import is_tokenizer_error
@@ -195,8 +196,7 @@ class InputProcessor:
         try:
             text = self.tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **options)
         except Exception as error:  # the template is a program
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"the chat template refuses the messages ({reason})") from error
+            raise ValueError(f"the chat template refuses the messages ({described(error)})") from error
         return Tokens(text, self._encode(text, add_special_tokens=False))
 
     def _token_ids(self, prompt: object) -> list[int]:
@@ -224,8 +224,7 @@ class InputProcessor:
         except BaseException as error:
             if not is_tokenizer_error(error):
                 raise
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"the tokenizer cannot encode the prompt ({reason})") from error
+            raise ValueError(f"the tokenizer cannot encode the prompt ({described(error)})") from error
         bad = next((token for token in token_ids if token >= self._vocab_size), None)
         if bad is not None:
             token = self.tokenizer.convert_ids_to_tokens(bad)
