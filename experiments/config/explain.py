@@ -21,7 +21,7 @@ def explain(error: Exception) -> str:
     """One line for an error of composition that names the option, and the closest known one."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        # A policy of one's own has a place, and no file in conf/policy/.
+        # A user's own policy has a module and a class, and no file in conf/policy/.
         close = f"policy.name={choice}" if group == "policy" and ":" in choice else closest(choice, error.options)
         hint = f"; did you mean {close}?" if close else ""
         return f"{group}={choice}: no such choice{hint} (choices: {', '.join(error.options)})"

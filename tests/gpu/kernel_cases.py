@@ -1,6 +1,6 @@
 """Inputs and verdicts of the checks of kernels: caches with NaN wherever nothing is held, errors, cases, the machine.
 
-`--dry` on the command line chooses the CPU and Triton's interpreter, for whoever imports this before Triton.
+`--dry` on the command line chooses the CPU and Triton's interpreter, if this is imported before Triton.
 """
 
 # ruff: noqa: E402 - Triton's interpreter must be chosen before Triton is imported

@@ -162,7 +162,7 @@ class InputProcessor:
         return samples
 
     def tokenize(self, prompt: Prompt) -> Tokens:
-        """Raises ValueError for what is no prompt, or can't be encoded."""
+        """Raises ValueError for anything that is not a prompt or can't be encoded."""
         if not isinstance(prompt, Mapping):
             return Tokens(text_of(prompt), self._token_ids(prompt))
         keys = drop_unsupported("the prompt", {str(key): value for key, value in prompt.items()}, PROMPT_KEYS)

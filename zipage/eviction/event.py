@@ -248,7 +248,7 @@ class Event(ABC):
 
         Args:
             stream: the policy's own number, so that two policies draw independently.
-            per_layer, per_head: whether layers and KV heads draw for themselves.
+            per_layer, per_head: whether each layer and each KV head draws its own numbers.
             run: neighbouring slots that share a number.
 
         Returns:

@@ -66,7 +66,7 @@ def hf_config(values: Mapping[str, Any]) -> PretrainedConfig:
     try:
         # A deep copy: transformers writes defaults into nested values.
         return getattr(transformers, family.config_class).from_dict(copy.deepcopy(fields))
-    except Exception as error:  # whatever it stumbles over
+    except Exception as error:  # of any kind
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise ValueError(" ".join(str(reason).split())) from error
 

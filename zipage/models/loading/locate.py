@@ -1,4 +1,4 @@
-"""From what the user calls a model to where it lies."""
+"""From the name that the user gave to the model's folder or file."""
 
 from __future__ import annotations
 
