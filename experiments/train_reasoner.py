@@ -1,4 +1,4 @@
-"""`python -m experiments.train_reasoner`: train the reasoner that the project ships, from nothing, on one GPU."""
+"""`python -m experiments.train_reasoner`: train the reasoner that the project ships, from scratch, on one GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a window of stored queries thinks of paged entries."""
+"""How much a window of stored queries attends to paged entries."""
 
 from __future__ import annotations
 

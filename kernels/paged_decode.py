@@ -1,4 +1,4 @@
-"""Attention of one query a request over its paged entries.
+"""Attention of one query per request over its paged entries.
 
 On a CPU, entries are copied out of their blocks, a piece at a time that stays in the processor's cache, and matrices
 multiplied over the copy. Slots past a request's cache length may hold NaN (0 * NaN is NaN), so their scores are masked
@@ -27,7 +27,7 @@ PIECE_BYTES = 2 << 20
 
 
 def paged_decode(q: Tensor, view: CacheView, scale: float, pieces: Pieces | None = None) -> Tensor:
-    """Attention of one query a request over its entries.
+    """Attention of one query per request over its entries.
 
     Args:
         q: [B, Hq, d], last dimension contiguous, of the caches' dtype; Hq a multiple of H.

@@ -144,7 +144,7 @@ def _attend_pieces(
         size = tl.where(first == 0, last, first // tl.maximum((piece - begin).to(tl.int32), 1))
         end = begin + tl.cdiv(tl.cdiv(length, TILE), size)
         arrived = arrived_ptr + row * tl.num_programs(1) + head
-        # All threads' stores come before the count, and the count before the loads of whoever finds it full.
+        # All threads' stores come before the count, and the count before the loads of the program that finds it full.
         tl.debug_barrier()
         if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == end - begin - 1:
             tl.debug_barrier()

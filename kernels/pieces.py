@@ -1,4 +1,4 @@
-"""Where the pieces lie that decode requests are cut into."""
+"""Where the pieces of cut decode requests lie."""
 
 from __future__ import annotations
 

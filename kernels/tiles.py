@@ -65,7 +65,7 @@ def load_keys(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """K of entries start .. start + TILE - 1, one a column: [DIM_PAD, TILE], 0 past `length`, where none is loaded.
+    """K of entries start .. start + TILE - 1, one per column: [DIM_PAD, TILE], 0 past `length`, where none is loaded.
 
     k_ptr is at the KV head, `blocks` is the tile's `load_blocks`, `start` a multiple of TILE.
     """

@@ -44,7 +44,7 @@ EVICTION_DEFAULTS = {
     "layer_stride": None,
     "trace_positions": False,
 }
-"""Options without effect under policy "full", and their defaults."""
+"""Options that have no effect under policy "full", and their defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,8 @@ class EngineConfig:
         """Log which options were set and mean nothing under full KV."""
         idle = [name for name, default in EVICTION_DEFAULTS.items() if getattr(self, name) != default]
         if self.policy == "full" and idle:
-            logger.warning("policy 'full' never evicts: %s without effect", ", ".join(idle))
+            have = "has" if len(idle) == 1 else "have"
+            logger.warning("policy 'full' never evicts: %s %s no effect", ", ".join(idle), have)
 
     def make_policy(self) -> Policy | None:
         """The eviction policy; None for full KV.

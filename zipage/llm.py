@@ -21,6 +21,7 @@ from zipage.engine.core import on_device
 from zipage.engine.input_processor import Message, Prompt, Tokens, as_conversations, as_prompts, text_of
 from zipage.engine.output_processor import PendingPrompt
 from zipage.engine.startup import start
+from zipage.eviction.fault import described
 from zipage.models.loading.loader import resolve_device
 from zipage.outputs import RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams
@@ -383,8 +384,7 @@ def _read(prompt: Any, tokenize: Callable[[Any], Tokens]) -> Tokens:
     except ValueError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"the prompt cannot be read ({reason})") from error
+        raise ValueError(f"the prompt cannot be read ({described(error)})") from error
 
 
 def _refuse(where: str, options: Mapping[str, Any]) -> None:

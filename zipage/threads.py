@@ -1,7 +1,7 @@
 """How the threads of an operation wait for each other on a CPU.
 
 OpenMP's threads spin for milliseconds before they sleep, which is harmless on cores of their own and ruinous on cores
-that others use too: the spinning thread takes the time of the one that it waits for. OpenMP reads how they shall wait
+that others use too: the spinning thread takes the time of the one that it waits for. OpenMP reads how they should wait
 from the environment, once, when torch is loaded. So `zipage` is imported before torch wherever that is in our hands.
 """
 

@@ -45,7 +45,7 @@ LLM_OPTIONS: dict[str, str] = {
     **dict.fromkeys(("enable_prompt_adapter", "max_prompt_adapters", "max_prompt_adapter_token"), _LORA),
     **dict.fromkeys(("structured_outputs_config", "guided_decoding_backend", "reasoning_parser"), _GRAMMAR),
     **dict.fromkeys(("logits_processors", "logits_processor_pattern"), _PROCESSORS),
-    "max_logprobs": "logprobs and prompt_logprobs go up to 20",
+    "max_logprobs": "the limit is fixed; SamplingParams.logprobs may be up to 20",
     "logprobs_mode": "log-probabilities are of the raw logits",
     **dict.fromkeys(("hf_overrides", "hf_config_path", "rope_scaling", "rope_theta", "config_format"), _AS_IT_IS),
     **dict.fromkeys(("generation_config", "override_generation_config"), "set SamplingParams; end tokens are read"),

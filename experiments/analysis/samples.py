@@ -1,4 +1,4 @@
-"""What a comparison needs of each run's samples, read from as few columns as can be."""
+"""What a comparison needs of each run's samples, read from as few columns as possible."""
 
 from __future__ import annotations
 

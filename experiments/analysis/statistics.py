@@ -1,4 +1,4 @@
-"""Intervals for pass@1 and for differences of it, and what they allow to be said.
+"""Intervals for pass@1 and for its differences, and the verdicts that they allow.
 
 Answers to one problem resemble each other, so problems are the units that are drawn: every interval here comes from
 resampling problems, each with all of its samples.

@@ -13,7 +13,7 @@ def against(rows: pd.DataFrame, arm: str) -> pd.DataFrame:
     """Tokens a second of all arms over those of `arm` under the same load, of rows of `load_rows`.
 
     A ratio is one of geometric means over the repeats, with its 95 % interval by Welch's t-test of their logarithms. It
-    takes repeats for independent, and says nothing of what differs from one start of an engine to the next.
+    takes repeats to be independent, and says nothing about what differs from one start of an engine to the next.
 
     Returns:
         Text: load, arm, mean tokens/s, repeats, and the ratio, with its interval where both have repeats.

@@ -88,7 +88,7 @@ class EntriesRead:
     """
 
     def __init__(self, most: float | None = None) -> None:
-        """`most`: entries that the pool holds. It bounds engines that don't tell of preemptions; None: no bound."""
+        """`most`: entries that the pool holds. It bounds engines that don't report preemptions; None: no bound."""
         self.entries: list[float] = []
         self._most, self._held = float("inf") if most is None else most, 0
         self._evicted: Counter[str] = Counter()

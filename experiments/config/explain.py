@@ -21,7 +21,8 @@ def explain(error: Exception) -> str:
     """One line for an error of composition that names the option, and the closest known one."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        close = closest(choice, error.options)
+        # A user's own policy has a module and a class, and no file in conf/policy/.
+        close = f"policy.name={choice}" if group == "policy" and ":" in choice else closest(choice, error.options)
         hint = f"; did you mean {close}?" if close else ""
         return f"{group}={choice}: no such choice{hint} (choices: {', '.join(error.options)})"
     if isinstance(error, OSError) and Path(str(error.filename)).name == MULTIRUN:
@@ -56,9 +57,12 @@ def unknown(key: str) -> str:
     if group == "engine" and option in FIXED:
         return f"{key}: is always {FIXED[option]} here; workloads are text"
     if group == "policy":
-        names = ", ".join(f.name for f in fields(PolicyConfig))
+        names = [f.name for f in fields(PolicyConfig)]
+        if close := closest(option, names):
+            return f"{key}: unknown option; did you mean policy.{close}?"
         return (
-            f"{key}: unknown option; an option of the policy itself is policy.options.{option}, the others are {names}"
+            f"{key}: unknown option; an option of the policy itself is policy.options.{option}, "
+            f"the others are {', '.join(names)}"
         )
     if key in BESIDE:
         return f"{key}: unknown option; it goes with +sweep=NAME"

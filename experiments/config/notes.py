@@ -1,4 +1,4 @@
-"""What is allowed and hardly ever meant: said before a run, and again beside its figures."""
+"""Settings that are allowed but hardly ever meant: named before a run, and again beside its figures."""
 
 from __future__ import annotations
 

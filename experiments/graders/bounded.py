@@ -74,7 +74,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="ascii",
-            process_group=0,  # a terminal's Ctrl-C is for whoever asked
+            process_group=0,  # a terminal's Ctrl-C goes to the harness alone
         )
 
     @staticmethod

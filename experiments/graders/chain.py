@@ -1,4 +1,4 @@
-"""The answers to several questions, each graded for itself by its final number."""
+"""The answers to several questions, each graded separately by its final number."""
 
 from __future__ import annotations
 

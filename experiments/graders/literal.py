@@ -1,4 +1,4 @@
-"""Values of Python: what an expression or a call gives, told without running it."""
+"""Python values: what an expression or a call gives, compared without running anything."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A number is read whole or not at all. Digits, separators and operators that hang together are one **numeral**. Its value
 is that of a decimal, a fraction, a mixed number, a power, a product of those, or an integer with its base, times the
-"thousand", "million" or "k" behind it. Any other
+"thousand", "million" or "k" behind it, or the M of $2.5M. Any other
 numeral (a sum, a range, a date, a factor of an algebraic term) has no value, rather than that of a part of it.
 """
 
@@ -46,6 +46,9 @@ _BASED = re.compile(r"(\d+)_(\d+)")
 _MAGNITUDE = re.compile(r"k\b|[ \t]*(?:(hundred|thousand|million|billion|trillion)s?\b|([千万萬亿億]))", re.IGNORECASE)
 _MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _MAGNITUDES |= {"千": 3, "万": 4, "萬": 4, "亿": 8, "億": 8}
+_ABBREVIATIONS = {"M": 6, "mn": 6, "B": 9, "bn": 9, "T": 12, "tn": 12}
+_ABBREVIATION = re.compile(rf"(?:{'|'.join(_ABBREVIATIONS)})(?![\w$])")
+_OR = re.compile(r"(?:[ \t]+([^\W\d_]+))?,?[ \t]+or[ \t]+")
 _REMARK = re.compile(r"\s*\((?=[^()]*[A-Za-z]{3})[^()]*\)[\s.]*$")
 
 _CHOICE = re.compile(r"\([A-J]\)|(?<![A-Za-z])[A-J][.):]")
@@ -74,7 +77,7 @@ def final_number(text: str) -> Fraction | None:
 
     A box wins: where there is one, its content is read by `only_number`, and boxes in a row must agree. Else it is the
     numeral behind the last mark that one follows ("####", "answer is", "answer:"), past an equals sign in the same
-    sentence, or else the last at all.
+    sentence, or else the last at all. Of two alternatives, "18 or 20", neither is the number.
     """
     if boxes := last_boxes(text):
         values = {only_number(box) for box in boxes}
@@ -85,11 +88,15 @@ def final_number(text: str) -> Fraction | None:
     for sentence in announced(text):
         for part in (sentence.rpartition("=")[2], sentence):
             if first := next(_numerals(part), None):
-                return _value(first, signed=True)
-    last = None
-    for last in _numerals(text):  # noqa: B007
-        pass
-    return _value(last) if last else None
+                value, other = _value(first, signed=True), _alternative(first)
+                return value if other is None or _value(other) == value else None
+    last = before = None
+    for numeral in _numerals(text):
+        before, last = last, numeral
+    if last is None:
+        return None
+    value, other = _value(last), _alternative(before) if before else None
+    return value if other is None or other.end() != last.end() or _value(before) == value else None
 
 
 def only_number(text: str, words: bool = True) -> Fraction | None:
@@ -105,7 +112,7 @@ def only_number(text: str, words: bool = True) -> Fraction | None:
     values = {_value(numeral, signed=True) for numeral in numerals}
     if len(values) != 1:
         return None
-    ends = [0, *(numeral.end() for numeral in numerals)]
+    ends = [0, *((_abbreviation(numeral) or numeral).end() for numeral in numerals)]
     starts = [*(numeral.start() for numeral in numerals), len(text)]
     beside = _CHOICE.sub("", "\0".join(text[end:start] for end, start in zip(ends, starts, strict=True)))
     if _CALL.search(beside) or _ALGEBRA.search(_WORD.sub(" ", beside)):
@@ -164,7 +171,7 @@ def _value(numeral: re.Match[str], signed: bool = False) -> Fraction | None:
     factors = [_factor(factor) for factor in _compact(digits).split("*")]
     if None in factors:
         return None
-    value = prod(factors, start=Fraction(1)) * _magnitude(text, numeral.end())
+    value = prod(factors, start=Fraction(1)) * _magnitude(numeral)
     if max(abs(value.numerator), value.denominator) >= 10**MAX_DIGITS:
         return None
     sign = numeral["sign"] or ""
@@ -174,9 +181,35 @@ def _value(numeral: re.Match[str], signed: bool = False) -> Fraction | None:
     return -value if minus else value
 
 
-def _magnitude(text: str, end: int) -> int:
-    """What a number that ends at `end` is counted in: 10 ** 6 before " million", 1 before anything else."""
-    found = _MAGNITUDE.match(text, end)
+def _alternative(numeral: re.Match[str]) -> re.Match[str] | None:
+    """The numeral that a text offers instead of this one: "18 or 20", "18 eggs or 20 eggs".
+
+    None where there is none, or the other is in another unit, as in "90 minutes or 1.5 hours" and "$3 or 300 cents".
+    """
+    text = numeral.string
+    joined = _OR.match(text, numeral.end())
+    other = joined and _TOKEN.match(text, joined.end())
+    if not other or not (other["digits"] or other["term"]) or _has_currency(numeral) != _has_currency(other):
+        return None
+    unit = joined[1] or ""
+    same = re.match(rf"[ \t]*{unit}\b" if unit else r"(?![ \t]*(?:%|per ?cent))", text[other.end() : other.end() + 80])
+    return other if same else None
+
+
+def _has_currency(numeral: re.Match[str]) -> bool:
+    return not set(CURRENCY).isdisjoint(numeral[0])
+
+
+def _abbreviation(numeral: re.Match[str]) -> re.Match[str] | None:
+    """The M of $2.5M. Without a currency it may be a unit; a $ behind it ends LaTeX's mathematics."""
+    return _ABBREVIATION.match(numeral.string, numeral.end()) if _has_currency(numeral) else None
+
+
+def _magnitude(numeral: re.Match[str]) -> int:
+    """What a number is counted in: 10 ** 6 before " million", 1 before anything else."""
+    if short := _abbreviation(numeral):
+        return 10 ** _ABBREVIATIONS[short[0]]
+    found = _MAGNITUDE.match(numeral.string, numeral.end())
     if not found:
         return 1
     return 10 ** _MAGNITUDES[(found[1] or found[2]).lower()] if found[1] or found[2] else 1000

@@ -45,7 +45,7 @@ def arrival_times(scenario: ScenarioConfig, count: int) -> list[float]:
 
 @dataclass
 class Served:
-    """What came of a list of requests.
+    """The results of a list of requests.
 
     Attributes:
         outputs: by request id. A refused request has no samples, and `error` set.

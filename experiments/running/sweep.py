@@ -81,7 +81,7 @@ def run(
 
 
 def _asks_to_share(arguments: Sequence[str]) -> tuple[bool, list[str]]:
-    """Whether arms shall share a model, and the rest of the arguments."""
+    """Whether arms share a model, and the rest of the arguments."""
     asked = [argument for argument in arguments if argument.lstrip("+").partition("=")[0] == SHARE]
     values = {argument.partition("=")[2].lower() for argument in asked}
     if not values <= {"true", "false"} or len(values) > 1:

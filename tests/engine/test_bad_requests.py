@@ -82,8 +82,14 @@ def test_ids_of_a_tokenizer_beyond_the_embedding_cost_their_prompt(folder, monke
         ({"policy": "zipagee", "budget_tokens": 64}, "did you mean 'zipage'"),
         ({"policy": "zipage"}, "budget_tokens=None: must be given with policy 'zipage'"),
         ({"policy": "zipage", "budget_tokens": 64, "policy_options": {"alfa": 1}}, "did you mean alpha"),
-        ({"policy": "zipage", "budget_tokens": 64, "recent_tokens": 64}, "recent_tokens=64 leaves nothing"),
-        ({"policy": "random", "budget_tokens": 64, "protection": "sink:60"}, "exceed a budget of 64"),
+        (
+            {"policy": "zipage", "budget_tokens": 64, "recent_tokens": 64},
+            "leaves nothing to choose beside recent_tokens=64",
+        ),
+        (
+            {"policy": "random", "budget_tokens": 64, "protection": "sink:60"},
+            "budget_tokens=64 is less than protection=sink:60",
+        ),
         ({"policy": "page_random", "budget_tokens": 64}, "page_size=256 is not the block_size=16"),
         ({"trigger": "never"}, "trigger='never': must be one of block_full, pressure"),
         ({"scheduling": "fifo"}, "scheduling='fifo': must be one of hybrid, constrained"),
@@ -130,9 +136,9 @@ def test_bad_sampling_params_are_named(options, message):
 
 def test_options_of_eviction_are_said_to_have_no_effect(folder, caplog):
     make_llm(folder)
-    assert "without effect" not in caplog.text
+    assert "never evicts" not in caplog.text
     llm = make_llm(folder, budget_tokens=64, protection="sink:4", async_compression=False)
-    assert "budget_tokens, protection, async_compression without effect" in caplog.text
+    assert "budget_tokens, protection, async_compression have no effect" in caplog.text
     caplog.clear()
     llm.generate([[1, 2]] * 3, SamplingParams(max_tokens=2, budget_tokens=32), use_tqdm=False)
     assert caplog.text.count("SamplingParams.budget_tokens has no effect") == 1

@@ -156,7 +156,7 @@ def test_budget_and_policy_of_one_request(folder):
         (SamplingParams(policy="zipag"), "did you mean 'zipage'"),
         (SamplingParams(policy="zipage"), "needs scores and 16 queries a request, .* engine of policy 'random'"),
         (SamplingParams(policy="tova"), "needs 1 queries a request"),
-        (SamplingParams(budget_tokens=16), "recent_tokens=16 leaves nothing of a budget of 16"),
+        (SamplingParams(budget_tokens=16), "budget_tokens=16 leaves nothing to choose beside recent_tokens=16"),
     ],
 )
 def test_a_request_that_cannot_be_bounded_costs_itself_only(folder, params, message):

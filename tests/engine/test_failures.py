@@ -377,6 +377,28 @@ def test_a_step_that_breaks_is_not_taken_up_again(folder, monkeypatch, part, ove
     llm.shutdown()
 
 
+def test_an_error_that_cannot_say_what_it_is_hides_no_failure(folder, monkeypatch):
+    llm = make_llm(folder, None)
+
+    class Silent(RuntimeError):
+        __str__ = Mute.__str__
+
+    def breaks(plan):
+        raise Silent
+
+    class Unreadable(list):
+        def __iter__(self):
+            raise Silent
+
+    (output,) = llm.generate([Unreadable([1, 2])], greedy(5), use_tqdm=False)
+    assert output.error == "the prompt cannot be read (Silent)"
+    monkeypatch.setattr(llm._core.runner, "launch", breaks)
+    with pytest.raises(Silent):
+        llm.generate(PROMPTS, greedy(5), use_tqdm=False)
+    with pytest.raises(RuntimeError, match=r"has failed and serves nothing more \(Silent\)"):
+        llm.step()
+
+
 @every_loop
 def test_ctrl_c_comes_between_two_steps(folder, monkeypatch, overlaps):
     llm = make_llm(folder, Case("zipage", {"chunk": 32}), async_scheduling=overlaps)

@@ -111,6 +111,25 @@ def test_policy_and_run_go_together(name, options, recent, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "protection", "tokens", "message"),
+    [
+        ("knorm", "none", 8, "budget_tokens=8, rounded up to 16 entries in blocks of 16, leaves nothing to choose "
+         "beside recent_tokens=16: raise budget_tokens above 16 or lower recent_tokens"),
+        ("knorm", "none", 16, "budget_tokens=16 leaves nothing to choose beside recent_tokens=16: raise "),
+        ("knorm", "sink:20", 20, "budget_tokens=20, rounded up to 32 entries in blocks of 16, is less than "
+         "protection=sink:20 and recent_tokens=16 together: "),
+        ("page_random", "sink:4", 20, "budget_tokens=20, rounded up to 32 entries in blocks of 16, holds only pages of "
+         "16 that must stay (recent_tokens=16, protection=sink:4): "),
+    ],
+)  # fmt: skip
+def test_a_budget_that_is_too_small_is_named_as_it_was_given(name, protection, tokens, message):
+    policy = registry.make(name, {"page_size": 16} if name == "page_random" else {})
+    with pytest.raises(ValueError, match="budget_tokens") as caught:
+        Budget.from_tokens(tokens, 16).check(policy, Protection.parse(protection), 16)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
     ("name", "options", "recent"),
     [("snapkv", {}, 0), ("zipage", {}, 8), ("vase", {"mode": "dkv"}, 0), ("page_random", {"page_size": 16}, 16)],
 )

@@ -36,7 +36,8 @@ from kernels.select import select, select_reference
 from kernels.select_triton import select_triton
 from kernels.store_positions import store_positions_reference
 from kernels.store_positions_triton import store_positions_triton
-from tests.gpu.check_kernels import DEVICE, DRY, QUARTERS, Checks, make_paged, milliseconds, provenance, time_copy
+from tests.gpu.kernel_cases import DEVICE, DRY, QUARTERS, Checks, make_paged, provenance
+from tests.gpu.kernel_times import milliseconds, time_copy
 
 LAYERS, HEADS = 2, 2
 BOUND = 1e-4

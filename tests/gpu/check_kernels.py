@@ -7,36 +7,26 @@ with `--full` all do. `--dry` runs a few small cases in Triton's
 interpreter on a CPU, without timing, to check this script itself.
 """
 
-# ruff: noqa: E402 - Triton's interpreter must be chosen before Triton is imported
-
 from __future__ import annotations
 
 import argparse
 import json
 import math
 import os
-import platform
 import sys
 import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import accumulate, product
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-DRY = "--dry" in sys.argv
-if DRY:
+if "--dry" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-import triton
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.add_rms_norm import add_rms_norm_reference, add_rms_norm_torch
+from kernels.add_rms_norm import add_rms_norm_reference
 from kernels.add_rms_norm_triton import add_rms_norm_triton
 from kernels.cache_view import CacheView, shared
 from kernels.copy_blocks import copy_blocks_reference
@@ -46,19 +36,31 @@ from kernels.paged_decode import paged_decode, paged_decode_reference
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill import paged_prefill_reference
 from kernels.paged_prefill_triton import paged_prefill_triton
-from kernels.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_torch
+from kernels.qk_norm_rope import qk_norm_rope_reference
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
-from kernels.sample_from_logits import sample_from_logits_torch
 from kernels.sample_from_logits_triton import sample_from_logits_triton
-from kernels.silu_mul import silu_mul_reference, silu_mul_torch
+from kernels.silu_mul import silu_mul_reference
 from kernels.silu_mul_triton import silu_mul_triton
 from kernels.store_kv import store_kv_reference
 from kernels.store_kv_triton import store_kv_triton
 from kernels.store_step import store_queries_reference
 from kernels.store_step_triton import store_step_triton
+from tests.gpu.kernel_cases import (
+    DEVICE,
+    DRY,
+    Checks,
+    differing,
+    error,
+    fused,
+    make_apart,
+    make_paged,
+    provenance,
+    rotation,
+    upcast,
+)
+from tests.gpu.kernel_times import time_copy, time_decode, time_layer_ops, time_prefill, timing_table
 from tests.gpu.pairwise import pairwise
 
-DEVICE = "cpu" if DRY else "cuda"
 BOUNDS = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 KV_HEADS = 2
 
@@ -87,108 +89,6 @@ FULL = Grid(
     contexts=((1,), (63,), (1000,), (4097,), (1, 4097, 0, 63, 256, 1000, 17)),
 )
 SMALL = Grid(False, ("float32", "float16"), (64, 96), (16, 256), (1, 4), ((63,), (140, 0, 1)))
-
-
-@dataclass(frozen=True)
-class Paged:
-    k_cache: Tensor
-    v_cache: Tensor
-    block_tables: Tensor
-    cache_lens: Tensor
-
-    def view(self) -> CacheView:
-        return CacheView.shared(self.k_cache, self.v_cache, self.block_tables, self.cache_lens)
-
-
-def make_paged(contexts: tuple[int, ...], block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Paged:
-    """Random entries in shuffled blocks; every slot past a context is NaN, every table entry past it out of range."""
-    counts = [-(-n // block_size) for n in contexts]
-    total = sum(counts) + 3
-    ids = (torch.randperm(total - 1) + 1).to(torch.int32)  # block 0 belongs to nobody
-    tables = torch.full((len(contexts), max(counts) + 2), 2**31 - 1, dtype=torch.int32)
-    held = torch.zeros(total, block_size, dtype=torch.bool)
-    for row, (blocks, context) in enumerate(zip(ids.split([*counts, 2]), contexts)):
-        tables[row, : len(blocks)] = blocks
-        for column, block in enumerate(blocks.tolist()):
-            held[block, : context - column * block_size] = True
-    unused = ~held[:, None, :, None].to(DEVICE)
-    shape = (total, kv_heads, block_size, head_dim)
-    k_cache, v_cache = (
-        torch.randn(shape, device=DEVICE, dtype=dtype).masked_fill_(unused, float("nan")) for _ in range(2)
-    )
-    return Paged(k_cache, v_cache, tables.to(DEVICE), torch.tensor(contexts, dtype=torch.int32, device=DEVICE))
-
-
-QUARTERS = 4, 1, 3, 0, 2
-
-
-def make_apart(contexts: tuple[int, ...], block_size: int, kv_heads: int, head_dim: int, dtype) -> CacheView:
-    """As `make_paged`, but each head of a request has blocks of its own, and some quarters of the context."""
-    lens = tuple(n * QUARTERS[(row + 2 * head) % 5] // 4 for row, n in enumerate(contexts) for head in range(kv_heads))
-    paged = make_paged(lens, block_size, kv_heads, head_dim, dtype)
-    # What the other heads hold in a head's blocks is NaN too.
-    shape = len(contexts), kv_heads
-    tables = paged.block_tables.view(*shape, -1)
-    for head in range(kv_heads):
-        others = tables[:, torch.arange(kv_heads, device=DEVICE) != head].flatten()
-        others = others[others < len(paged.k_cache)].long()
-        for cache in (paged.k_cache, paged.v_cache):
-            cache[others, head] = float("nan")
-    return CacheView(paged.k_cache, paged.v_cache, tables, paged.cache_lens.view(shape))
-
-
-def upcast(view: CacheView) -> CacheView:
-    """For the reference: float32 entries, and tables on the host, which it reads one by one."""
-    return CacheView(view.k_cache.float(), view.v_cache.float(), view.block_tables.cpu(), view.lens.cpu())
-
-
-def fused(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """Queries as a slice of a fused projection's output."""
-    return torch.randn(tokens, heads + 2, head_dim, device=DEVICE, dtype=dtype)[:, :heads]
-
-
-def error(out: Tensor, expected: Tensor) -> float:
-    """Largest relative error of a row, ||out - expected|| / ||expected||; infinite where anything is NaN."""
-    out, expected = out.double().flatten(1), expected.double().flatten(1)
-    rows = (out - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
-    return rows.nan_to_num(nan=math.inf).max().item()
-
-
-def differing(actual: Tensor, expected: Tensor) -> float:
-    """Share of elements that differ, NaN standing for itself."""
-    same = (actual == expected) | (actual.isnan() & expected.isnan())
-    return (~same).double().mean().item()
-
-
-class Checks:
-    """The cases run so far."""
-
-    def __init__(self) -> None:
-        self.cases: list[dict[str, Any]] = []
-
-    def add(self, kernel: str, dtype: str, value: float, bound: float, **case: Any) -> None:
-        passed = value <= bound
-        self.cases.append(
-            {"kernel": kernel, "dtype": dtype, **case, "error": value if math.isfinite(value) else str(value),
-             "bound": bound, "passed": passed}
-        )  # fmt: skip
-        if not passed:
-            print(f"FAILED {kernel} {dtype} {case}: error {value:.3g}, bound {bound:.3g}", flush=True)
-
-    @property
-    def failures(self) -> int:
-        return sum(not case["passed"] for case in self.cases)
-
-    def table(self) -> list[str]:
-        groups = defaultdict(list)
-        for case in self.cases:
-            groups[case["kernel"], case["dtype"]].append(case)
-        lines = [f"{'kernel':<20}{'dtype':<10}{'cases':>6}{'failed':>8}{'worst error':>13}{'bound':>9}"]
-        for (kernel, dtype), cases in groups.items():
-            worst = max(float(case["error"]) for case in cases)
-            failed = sum(not case["passed"] for case in cases)
-            lines.append(f"{kernel:<20}{dtype:<10}{len(cases):>6}{failed:>8}{worst:>13.2e}{cases[0]['bound']:>9.0e}")
-        return lines
 
 
 def check_attention(checks: Checks, grid: Grid) -> None:
@@ -253,13 +153,6 @@ def check_writes(checks: Checks, grid: Grid) -> None:
         copy_blocks_triton(caches[0], caches[1], src, dst)
         copy_blocks_reference(expected[0], expected[1], src, dst)
         checks.add("copy_blocks", name, differing(caches, expected), 0.0, **case)
-
-
-def rotation(tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos [T, 1, d] and sin [T, 1, d / 2] of random angles, lengthened by a factor."""
-    angles = torch.randn(tokens, 1, head_dim // 2, device=DEVICE) * 1000
-    cos, sin = 1.2 * angles.cos(), 1.2 * angles.sin()
-    return torch.cat((cos, cos), dim=-1), sin
 
 
 def check_layer_ops(checks: Checks, grid: Grid) -> None:
@@ -388,161 +281,6 @@ PARTS = {
     "layer_ops": check_layer_ops,
     "sampling": check_sampling,
 }
-
-
-def milliseconds(run, repeats: int = 5, rounds: int = 15) -> float:
-    """Median time of a launch, from replays of a CUDA graph of `repeats` launches."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            run()
-    graph.replay()
-    times = []
-    for _ in range(rounds):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / repeats)
-    return median(times)
-
-
-def time_copy() -> float:
-    """Bytes a second of a large device-to-device copy, read and written counted."""
-    source = torch.randn(1 << 30, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / (milliseconds(lambda: target.copy_(source)) / 1e3)
-
-
-def time_decode(bandwidth: float) -> list[dict[str, Any]]:
-    """Qwen3-8B's layer (32 query heads, 8 KV heads of 128) in bfloat16. Bytes are K and V, each read once."""
-    rows = []
-    for batch, context in ((64, 2048), (64, 16384), (2, 32768)):
-        for block_size in (16, 256):
-            paged = make_paged((context,) * batch, block_size, 8, 128, torch.bfloat16)
-            q = torch.randn(batch, 32, 128, device=DEVICE, dtype=torch.bfloat16)
-            tables = paged.block_tables[:, : context // block_size].contiguous()
-            view = replace(paged, block_tables=tables).view()
-            elapsed = milliseconds(lambda args=(q, view, 0.09): paged_decode_triton(*args))
-            moved = 2 * batch * context * 8 * 128 * 2
-            rows.append(
-                {"batch": batch, "context": context, "block_size": block_size, "ms": elapsed,
-                 "bytes_per_second": moved / (elapsed / 1e3), "of_copy": moved / (elapsed / 1e3) / bandwidth}
-            )  # fmt: skip
-    return rows
-
-
-def time_prefill() -> list[dict[str, Any]]:
-    """4 prompts of 2048 at the same shape; PyTorch's attention on the same numbers, unpaged, beside it."""
-    batch, length, heads, kv_heads, head_dim = 4, 2048, 32, 8, 128
-    operations = 2 * batch * heads * length * length * head_dim  # two products, half of each masked
-    bounds = torch.arange(batch + 1, device=DEVICE, dtype=torch.int32) * length
-    q = torch.randn(batch * length, heads, head_dim, device=DEVICE, dtype=torch.bfloat16)
-    rows = []
-    for block_size in (16, 256):
-        view = make_paged((length,) * batch, block_size, kv_heads, head_dim, torch.bfloat16).view()
-        args = q, view, bounds, length, 0.09
-        elapsed = milliseconds(lambda args=args: paged_prefill_triton(*args))
-        rows.append({"what": f"paged_prefill, block {block_size}", "ms": elapsed})
-    dense = q.view(batch, length, heads, head_dim).transpose(1, 2).contiguous()
-    k, v = torch.randn(2, *dense.shape, device=DEVICE, dtype=torch.bfloat16)
-    elapsed = milliseconds(lambda: scaled_dot_product_attention(dense, k, v, is_causal=True, scale=0.09))
-    rows.append({"what": "PyTorch, unpaged, no GQA", "ms": elapsed})
-    return [{**row, "tflops": operations / (row["ms"] / 1e3) / 1e12} for row in rows]
-
-
-def store_apart(k, v, q, k_cache, v_cache, q_cache, slots, indices) -> None:
-    store_kv_triton(k, v, k_cache, v_cache, slots)
-    q_cache.view(-1, *q_cache.shape[2:]).index_copy_(0, indices, q)
-
-
-def time_layer_ops(bandwidth: float) -> list[dict[str, Any]]:
-    """Qwen3-8B's sizes in bfloat16, beside the operations that were fused. Bytes are each input and output once."""
-    width, mlp_width, heads, kv_heads, head_dim, vocab = 4096, 12288, 32, 8, 128, 151936
-    options = {"device": DEVICE, "dtype": torch.bfloat16}
-    weight, head_weight = torch.randn(width, **options), torch.randn(head_dim, **options)
-    rows = []
-
-    def add(kernel: str, tokens: int, moved: int, run, unfused) -> None:
-        elapsed = milliseconds(run)
-        speed = moved / (elapsed / 1e3)
-        rows.append(
-            {"kernel": kernel, "tokens": tokens, "ms": elapsed, "unfused_ms": milliseconds(unfused),
-             "bytes_per_second": speed, "of_copy": speed / bandwidth}
-        )  # fmt: skip
-
-    for tokens in (1, 256, 8192):
-        hidden, delta = torch.randn(2, tokens, width, **options)
-        args = hidden, delta, weight, 1e-6
-        run, unfused = partial(add_rms_norm_triton, *args), partial(add_rms_norm_torch, *args)
-        add("add_rms_norm", tokens, 4 * hidden.nbytes, run, unfused)
-
-        gate_up = torch.randn(tokens, 2 * mlp_width, **options)
-        run, unfused = partial(silu_mul_triton, gate_up), partial(silu_mul_torch, gate_up)
-        add("silu_mul", tokens, 3 * gate_up.nbytes // 2, run, unfused)
-
-        qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, **options)
-        cos, sin = rotation(tokens, head_dim)
-        args = qkv, head_weight, head_weight, 1e-6, cos, sin, heads, kv_heads
-        moved = 2 * tokens * (heads + kv_heads) * head_dim * 2 + cos.nbytes + sin.nbytes
-        run, unfused = partial(qk_norm_rope_triton, *args), partial(qk_norm_rope_torch, *args)
-        add("qk_norm_rope", tokens, moved, run, unfused)
-
-        q, k, v = qkv.view(tokens, -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
-        caches = torch.empty(2, -(-tokens // 256), kv_heads, 256, head_dim, **options)
-        rings = torch.empty(-(-tokens // 16), 16, heads, head_dim, **options)
-        places = torch.randperm(tokens, device=DEVICE)
-
-        args = k, v, q, *caches, rings, shared(places, kv_heads), places
-        add("store_step", tokens, 2 * qkv.nbytes, partial(store_step_triton, *args), partial(store_apart, *args))
-
-    for tokens in (1, 256):
-        logits = torch.randn(tokens, vocab, **options)
-        args = logits, torch.ones(tokens, device=DEVICE), torch.rand(tokens, device=DEVICE, dtype=torch.float64)
-        run, unfused = partial(sample_from_logits_triton, *args), partial(sample_from_logits_torch, *args)
-        add("sample_from_logits", tokens, logits.nbytes, run, unfused)
-    return rows
-
-
-def provenance(commit: str, seed: int) -> dict[str, Any]:
-    record = {
-        "commit": commit,
-        "seed": seed,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "dry": DRY,
-    }
-    if not DRY:
-        properties = torch.cuda.get_device_properties(0)
-        record |= {
-            "gpu": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "cuda": torch.version.cuda,
-        }
-    return record
-
-
-def timing_table(timing: dict[str, Any]) -> list[str]:
-    lines = [f"copy: {timing['copy_bytes_per_second'] / 1e12:.2f} TB/s read and written"]
-    for row in timing["decode"]:
-        lines.append(
-            f"decode {row['batch']:>3} x {row['context']:<6} block {row['block_size']:<4}{row['ms']:>8.3f} ms"
-            f"{row['bytes_per_second'] / 1e12:>6.2f} TB/s{row['of_copy']:>6.0%} of copy"
-        )
-    for row in timing["prefill"]:
-        lines.append(f"prefill 4 x 2048 {row['what']:<26}{row['ms']:>8.3f} ms{row['tflops']:>6.0f} TFLOP/s")
-    for row in timing["layer_ops"]:
-        lines.append(
-            f"{row['kernel']:<20}{row['tokens']:>5} rows{1e3 * row['ms']:>9.1f} us"
-            f"{row['bytes_per_second'] / 1e12:>6.2f} TB/s{row['of_copy']:>6.0%} of copy"
-            f", unfused{1e3 * row['unfused_ms']:>9.1f} us"
-        )
-    return lines
 
 
 def main() -> int:

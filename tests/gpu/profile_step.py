@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from tests.gpu.check_compressed_engine import QWEN3_8B, versions
+from tests.gpu.check_compressed_engine import versions
+from tests.gpu.compression_times import QWEN3_8B
 from zipage import LLM
 from zipage.worker.cuda_graph import batch_sizes
 from zipage.worker.token_batch import TokenBatch

@@ -15,6 +15,7 @@ from zipage.engine.debug import DebugChecks
 from zipage.engine.interrupts import deferred_interrupts
 from zipage.engine.request_metrics import request_metrics
 from zipage.engine.telemetry import Telemetry
+from zipage.eviction.fault import first_line
 from zipage.outputs import FinishReason, Logprob
 from zipage.scheduling.batch import Batch
 from zipage.scheduling.plan import StepPlan
@@ -64,7 +65,7 @@ class _UnderWay:
 
 
 class EngineCore:
-    """Plans steps, runs them, and books what came of them.
+    """Plans steps, runs them, and books the results.
 
     Args:
         scheduler, runner, compressor, telemetry: its parts, over one cache.
@@ -140,7 +141,7 @@ class EngineCore:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Around what leaves scheduler, caches and device at odds with each other if it ends half-way.
+        """Around what leaves scheduler, caches and device inconsistent if it ends half-way.
 
         Ctrl-C waits for its end. Any exception in it is the end of the engine: a step that was taken up again in the
         middle would compute wrong tokens.
@@ -155,7 +156,7 @@ class EngineCore:
                 with on_device(self.runner.device):
                     yield
             except BaseException as error:
-                self._failure = f"{type(error).__name__}: {error}".partition("\n")[0]
+                self._failure = first_line(error)
                 self._under_way = None
                 self._samples.clear()
                 raise
@@ -279,7 +280,7 @@ class EngineCore:
             self.telemetry.record_compression(done, result.seconds, result.kept_positions)
 
     def _book(self, batch: Batch, result: StepResult, now: float) -> int:
-        """Returns how many tokens came of the step: those of requests that had ended before it are dropped."""
+        """Returns how many tokens the step gave: those of requests that had ended before it are dropped."""
         tokens = result.token_ids
         sampled = [r for r, token in zip(batch.sampled, tokens, strict=True) if r.finish_reason is None and token >= 0]
         if result.logprobs is not None:

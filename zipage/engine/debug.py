@@ -1,4 +1,4 @@
-"""Checks after every step, and NaN wherever nothing valid lies."""
+"""Checks after every step, and NaN in all memory that holds nothing valid."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import numpy as np
 from zipage.checks import check_names, shown
 from zipage.config import EngineConfig
 from zipage.eviction import registry
+from zipage.eviction.fault import described
 from zipage.eviction.policy import Policy
 from zipage.eviction.rule import EvictionRule
 from zipage.models.loading.tokenizer import is_tokenizer_error
@@ -166,7 +167,7 @@ class InputProcessor:
         return samples
 
     def tokenize(self, prompt: Prompt) -> Tokens:
-        """Raises ValueError for what is no prompt, or can't be encoded."""
+        """Raises ValueError for anything that is not a prompt or can't be encoded."""
         if not isinstance(prompt, Mapping):
             return Tokens(text_of(prompt), self._token_ids(prompt))
         keys = drop_unsupported("the prompt", {str(key): value for key, value in prompt.items()}, PROMPT_KEYS)
@@ -200,8 +201,7 @@ class InputProcessor:
         try:
             text = self.tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **options)
         except Exception as error:  # the template is a program
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"the chat template refuses the messages ({reason})") from error
+            raise ValueError(f"the chat template refuses the messages ({described(error)})") from error
         return Tokens(text, self._encode(text, add_special_tokens=False))
 
     def _token_ids(self, prompt: object) -> list[int]:
@@ -229,8 +229,7 @@ class InputProcessor:
         except BaseException as error:
             if not is_tokenizer_error(error):
                 raise
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"the tokenizer cannot encode the prompt ({reason})") from error
+            raise ValueError(f"the tokenizer cannot encode the prompt ({described(error)})") from error
         bad = next((token for token in token_ids if token >= self._vocab_size), None)
         if bad is not None:
             token = self.tokenizer.convert_ids_to_tokens(bad)

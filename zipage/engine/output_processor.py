@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from zipage.engine.core import TokenDelta
 from zipage.engine.detokenizer import Detokenizer, decode
+from zipage.eviction.fault import first_line
 from zipage.models.loading.tokenizer import is_tokenizer_error
 from zipage.outputs import CompletionOutput, Logprob, RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams
@@ -147,8 +148,7 @@ class OutputProcessor:
                     if not is_tokenizer_error(error):
                         raise
                     logger.exception("the tokens of %r cannot be spelled", delta.request_id)
-                    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-                    output.error = f"its tokens cannot be spelled: {reason}"
+                    output.error = f"its tokens cannot be spelled: {first_line(error)}"
                     output.finish_reason = "error"
                     output.text = "" if sample.detokenizer is None else sample.detokenizer.text
                 if output.finish_reason is not None and delta.finish_reason is None:

@@ -1,4 +1,4 @@
-"""What a finished request has to tell of itself."""
+"""The metrics of a finished request."""
 
 from __future__ import annotations
 

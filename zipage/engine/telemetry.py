@@ -1,4 +1,4 @@
-"""What an engine tells of itself: a record of every step, of every event of a request's cache, and counters."""
+"""What an engine reports: a record of every step, of every event of a request's cache, and counters."""
 
 from __future__ import annotations
 

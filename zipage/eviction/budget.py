@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,11 +18,13 @@ class Budget:
         max_blocks: N_max.
         block_size: b.
         interval_blocks: blocks that fill from one event to the next; the other blocks are those kept.
+        tokens: what the user asked for, before rounding, for messages; None where blocks were asked for.
     """
 
     max_blocks: int
     block_size: int
     interval_blocks: int = 1
+    tokens: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.interval_blocks < 1:
@@ -46,7 +48,7 @@ class Budget:
         if interval is not None and interval < 1:
             raise ValueError(f"interval={interval}: must be at least 1, or None for a block")
         interval_blocks = -(-(interval or block_size) // block_size)
-        return cls(-(-tokens // block_size) + interval_blocks, block_size, interval_blocks)
+        return cls(-(-tokens // block_size) + interval_blocks, block_size, interval_blocks, tokens)
 
     @property
     def kept_blocks(self) -> int:
@@ -63,6 +65,15 @@ class Budget:
         """`N_max * b`, entries held at most while decoding under the trigger `block_full`."""
         return self.max_blocks * self.block_size
 
+    def __str__(self) -> str:
+        """As the user gave it, and what that is in whole blocks."""
+        if self.tokens is None:
+            return f"a budget of {self.keep} entries"
+        rounded = (
+            f", rounded up to {self.keep} entries in blocks of {self.block_size}," if self.tokens < self.keep else ""
+        )
+        return f"budget_tokens={self.tokens}{rounded}"
+
     def check(self, policy: Policy, protection: Protection, recent: int) -> None:
         """Check that policy, protection and budget go together.
 
@@ -72,4 +83,4 @@ class Budget:
         if not policy.evicts:
             return
         policy.check(block_size=self.block_size, recent=recent)
-        protection.check(self.keep, recent, policy.page)
+        protection.check(self.keep, recent, policy.page, str(self))

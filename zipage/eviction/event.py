@@ -127,6 +127,9 @@ class Event(ABC):
 
         Returns:
             float32 [L, R, H, N]. Where the softmax is cut, slots j >= n-w have no meaning.
+
+        Raises:
+            ValueError: the policy asked for no queries.
         """
 
     @abstractmethod
@@ -248,7 +251,7 @@ class Event(ABC):
 
         Args:
             stream: the policy's own number, so that two policies draw independently.
-            per_layer, per_head: whether layers and KV heads draw for themselves.
+            per_layer, per_head: whether each layer and each KV head draws its own numbers.
             run: neighbouring slots that share a number.
 
         Returns:

@@ -17,14 +17,27 @@ FAULTS = (Exception, SystemExit)
 """What code of a policy's may raise at the cost of what it was called for, and no more."""
 
 
-def described(error: BaseException, place: str | None) -> str:
+def described(error: BaseException, place: str | None = None) -> str:
     """Type and text of an error in one line, and the place."""
-    try:
-        said = " ".join(str(error).split())
-    except FAULTS:
-        said = ""
-    text = f"{type(error).__name__}: {said}".removesuffix(": ")
+    text = _named(error, " ".join(_said(error).split()))
     return text if place is None else f"{text} ({place})"
+
+
+def first_line(error: BaseException) -> str:
+    """Type of an error and the first line of its text."""
+    return _named(error, _said(error).partition("\n")[0])
+
+
+def _named(error: BaseException, text: str) -> str:
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def _said(error: BaseException) -> str:
+    """The text of an error; empty where it cannot say it."""
+    try:
+        return str(error)
+    except FAULTS:
+        return ""
 
 
 def place_in(error: BaseException, files: Collection[str]) -> str | None:

@@ -24,6 +24,9 @@ class Protection:
     kind: Literal["none", "sink", "prompt"] = "none"
     sinks: int = 0
 
+    def __str__(self) -> str:
+        return f"sink:{self.sinks}" if self.kind == "sink" else self.kind
+
     @classmethod
     def parse(cls, text: str, implied: str = "none") -> Protection:
         """Read "none", "sink:m" or "prompt".
@@ -39,8 +42,11 @@ class Protection:
             raise ValueError(f"protection={shown(text)}: must be none, prompt or sink:N")
         return cls("sink", int(sinks[1]))
 
-    def check(self, keep: int, recent: int, page: int = 1) -> None:
+    def check(self, keep: int, recent: int, page: int = 1, budget: str = "the budget") -> None:
         """Check against a budget of `keep` entries, `recent` of them the latest, in pages of `page`.
+
+        Args:
+            budget: what messages call it.
 
         Raises:
             ValueError: what must stay leaves nothing to choose.
@@ -49,19 +55,18 @@ class Protection:
             raise ValueError(f"recent_tokens={recent}: must be at least 0")
         if keep <= recent:
             raise ValueError(
-                f"recent_tokens={recent} leaves nothing of a budget of {keep} entries: "
-                "raise budget_tokens or lower recent_tokens"
+                f"{budget} leaves nothing to choose beside recent_tokens={recent}: "
+                f"raise budget_tokens above {recent} or lower recent_tokens"
             )
         if self.sinks + recent > keep:
             raise ValueError(
-                f"protection=sink:{self.sinks} and recent_tokens={recent} exceed a budget of {keep} entries: "
-                "raise budget_tokens or protect less"
+                f"{budget} is less than protection=sink:{self.sinks} and recent_tokens={recent} together: "
+                f"raise budget_tokens to at least {self.sinks + recent} or protect less"
             )
         if page > 1 and self._free_pages(keep, recent, page) < 1:
             raise ValueError(
-                f"a budget of {keep} entries in pages of {page} holds only pages that must stay "
-                f"(recent_tokens={recent}, {self.sinks} sinks): raise budget_tokens, lower recent_tokens or take "
-                "smaller pages"
+                f"{budget} holds only pages of {page} that must stay (recent_tokens={recent}, protection={self}): "
+                "raise budget_tokens, lower recent_tokens or take smaller pages"
             )
 
     def length(self, prompt_len: int, keep: int, recent: int, page: int = 1) -> int:

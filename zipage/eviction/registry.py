@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from zipage.checks import closest, shown
@@ -60,16 +61,30 @@ def find(name: str) -> type[Policy]:
     if not attribute:
         raise ValueError(_unknown(name))
     with named(name, "loaded"):
-        found = getattr(importlib.import_module(module), attribute)
-    from zipage.eviction.policy import Policy
-
-    is_policy = isinstance(found, type) and issubclass(found, Policy) and not inspect.isabstract(found)
-    if not is_policy or not all(hasattr(found, attribute) for attribute in ("name", "variant", "paper")):
+        holder = importlib.import_module(module)
+        found = getattr(holder, attribute, None)
+    if found is None:
+        raise ValueError(f"policy {shown(name)} cannot be loaded: {_missing(holder, attribute)}")
+    if not _is_policy(found):
         raise ValueError(
             f"policy {shown(name)} cannot be loaded: {attribute} must be a subclass of zipage.eviction.policy.Policy "
             "that sets name, variant and paper and implements rank"
         )
     return found
+
+
+def _is_policy(found: object) -> bool:
+    from zipage.eviction.policy import Policy
+
+    whole = isinstance(found, type) and issubclass(found, Policy) and not inspect.isabstract(found)
+    return whole and all(hasattr(found, attribute) for attribute in ("name", "variant", "paper"))
+
+
+def _missing(module: ModuleType, attribute: str) -> str:
+    policies = [name for name, value in vars(module).items() if _is_policy(value)]
+    close = closest(attribute, policies)
+    hint = f"did you mean {close}?" if close else f"its policies: {', '.join(policies) or 'none'}"
+    return f"{module.__name__} has no {attribute}; {hint}"
 
 
 def _unknown(name: str) -> str:

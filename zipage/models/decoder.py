@@ -103,7 +103,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to hidden states to logits, for inference. Knows nothing of how keys and values are kept.
+    """Token ids to hidden states to logits, for inference. Knows nothing about how keys and values are kept.
 
     The weights of a new one are uninitialised memory; `load_model` fills them.
 

@@ -1,4 +1,4 @@
-"""Who runs in a step: what the scheduler decides and the engine books. The worker gets `plan_step` of it."""
+"""Who runs in a step: what the scheduler decides and the engine books. The worker gets what `plan_step` makes of it."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Scheduler:
     """Continuous batching over a block pool, for requests with and without a bound on their cache.
 
     A step is `schedule`; `advance`, once what it plans is under way; `order_compressions`, which are completed at once
-    or some steps later; and `update` with the tokens that came of it. The order of a batch: every running decode, then
+    or some steps later; and `update` with the tokens that it gave. The order of a batch: every running decode, then
     the rest of prompts already begun, then paused and new requests, within `max_num_batched_tokens`.
 
     The next step may be planned and advanced before `update`, but no further one: a request decodes on from a token

@@ -35,7 +35,7 @@ class CompressionResult:
 
     Attributes:
         order: what was ordered.
-        error: None, or one line that says why nothing came of it; the blocks of its request then hold nothing of use.
+        error: None, or one line that says why it failed; the blocks of its request then hold nothing usable.
         kept_pages: places in `order.block_ids` that stay, ascending, where the policy drops blocks; else None.
         kept_positions: int32 [L, H, k], logical positions of the survivors, ascending, where traced; else None.
         seconds: from `submit` until the host saw it done.
@@ -290,7 +290,7 @@ class CompressionRunner:
 
 
 def _place(policy: Policy, error: BaseException) -> str | None:
-    """The line of the policy's own file that an error comes from; where its scores are of no use, that of `rank`."""
+    """The line of the policy's own file that an error comes from; where its scores can't be used, that of `rank`."""
     scoring = Policy.score.__code__
     if not any(frame.f_code is scoring for frame, _ in walk_tb(error.__traceback__)):
         return None

@@ -24,7 +24,7 @@ class PartlyCompressed(RuntimeError):
 
     Attributes:
         first_layer: the layers before it are compressed, those from it on untouched. None where a move itself failed:
-            what its layers hold is unknown, and the entries are of no use any more.
+            what its layers hold is unknown, and the entries can't be used any more.
     """
 
     def __init__(self, first_layer: int | None, failed: Sequence[Tensor]) -> None:
@@ -119,7 +119,7 @@ def compress(
 
 
 def choose(policy: Policy, event: PagedEvent, max_keep: int) -> Choice:
-    """What shall stay, written nowhere; K is min(max_keep, N)."""
+    """What stays, written nowhere; K is min(max_keep, N)."""
     # A policy that works in place changes copies only.
     seen = replace(event, forced=event.forced.clone(), lens=event.lens.clone(), keep=event.keep.clone())
     scores = policy.score(seen).contiguous()

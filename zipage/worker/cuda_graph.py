@@ -131,7 +131,7 @@ class StepGraphs:
 
     @property
     def kept_bytes(self) -> int:
-        """What all graphs keep for themselves, inputs and hidden states, once each is captured."""
+        """What all graphs keep, inputs and hidden states, once each is captured."""
         return sum(self._sizes) * (7 * 8 + self._decoder.spec.width * self._decoder.dtype.itemsize)
 
     def warm_up(self, inputs: Tensor) -> None:

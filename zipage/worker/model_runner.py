@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.cache_view import shared
 from kernels.copy_blocks import copy_blocks
 from kernels.store_positions import store_positions
+from zipage.eviction.fault import first_line
 from zipage.models.decoder import Decoder
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import StepPlan
@@ -74,8 +75,7 @@ def _noted(lost: dict[int, str], number: int, direction: str) -> Iterator[None]:
         yield
     except Exception as error:
         logger.exception("the entries of request %d could not be copied %s host memory", number, direction)
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        lost[number] = f"its entries could not be copied {direction} host memory: {reason}"
+        lost[number] = f"its entries could not be copied {direction} host memory: {first_line(error)}"
 
 
 class ModelRunner:

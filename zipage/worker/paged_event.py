@@ -26,7 +26,7 @@ class PagedEvent(Event):
     Nothing here writes to the cache: blocks may be shared by requests of this launch and by others.
 
     Attributes:
-        scales: of the attention logits, one a layer of this launch.
+        scales: of the attention logits, one per layer of this launch.
         k_cache, v_cache: [L, num_blocks, H, b, d], the layers of this launch.
         block_tables: int32 [R, max_blocks]; never read past ceil(n / b).
         q_cache: [L, num_query_slots, w_cache, Hq, d] of k_cache's dtype, w_cache >= window: a slot is a ring, with the
@@ -88,6 +88,8 @@ class PagedEvent(Event):
         group: Literal["max", "mean"] = "max",
         window: Literal["mean", "sum", "max"] = "mean",
     ) -> Tensor:
+        if self.q_cache is None:
+            raise ValueError("event.attention needs queries, and the policy asked for none: set num_queries or window")
         if len({*self.scales}) > 1:  # a launch has one scale
             layers = [self.of_layers(i, i + 1).attention(softmax, group, window) for i in range(self.num_layers)]
             return torch.cat(layers)

@@ -8,6 +8,57 @@ from experiments.errors import UsageError
 from experiments.graders import get_grader, grade
 from experiments.graders.boxed import last_boxed
 
+ALTERNATIVES = ["The answer is {}.", "{}", "#### {}", "It is either {}.", "\\boxed{{{}}}"]
+
+
+@pytest.mark.parametrize("text", ALTERNATIVES)
+@pytest.mark.parametrize(
+    ("numbers", "gold", "score"),
+    [
+        ("18 or 20", "18", 0),
+        ("18 or 20", "20", 0),
+        ("18, or 20 eggs", "18", 0),
+        ("18 eggs or 20 eggs", "20", 0),
+        ("$18 or $20", "18", 0),
+        ("18 or 18.0", "18", 1),
+        ("0.5 or 1/2", "0.5", 1),
+    ],
+)
+def test_of_two_alternatives_neither_is_the_answer(text, numbers, gold, score):
+    assert grade(get_grader("number"), text.format(numbers), gold).score == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("The answer is 90 minutes or 1.5 hours.", "90"),
+        ("The answer is $18 or 1800 cents.", "18"),
+        ("The answer is 75% or 0.75.", "75"),
+        ("The answer is 0.75 or 75%.", "0.75"),
+        ("It may be 18 or 20. The answer is 20.", "20"),
+        ("It takes 5 or 6 steps to find 18", "18"),
+    ],
+)
+def test_the_same_in_two_units_is_no_alternative(answer, gold):
+    assert grade(get_grader("number"), answer, gold).score == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("$2.5M", "2500000"),
+        ("The answer is \\$2.5M.", "2500000"),
+        ("\\boxed{\\$2.5M}", "2500000"),
+        ("It costs €3B a year", "3000000000"),
+        ("USD 1.2bn", "1200000000"),
+        ("The width is $5m$", "5"),
+        ("It is 5M away", "5"),
+        ("The answer is $5MB", "5"),
+    ],
+)
+def test_letters_for_millions_of_a_currency(answer, gold):
+    assert grade(get_grader("number"), answer, gold).score == 1
+
 
 @pytest.mark.parametrize(
     ("answer", "gold", "score"),

@@ -74,6 +74,13 @@ def test_fault_in_rank(run_policy, results, caplog, new, said, offset):
     assert not caplog.records, "what the error of a request tells is said once"
 
 
+def test_attention_without_queries_says_how_to_ask_for_them(run_policy):
+    code, _, err = run_policy("    window: ClassVar[int] = 16", "    windows: ClassVar[int] = 16")
+    assert code == 1
+    assert "ValueError: event.attention needs queries, and the policy asked for none: set num_queries or window" in err
+    assert f"(NAME.py, line {line_of('attention = event')})" in err
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [

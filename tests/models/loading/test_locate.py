@@ -1,4 +1,5 @@
 import logging
+import traceback
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ def test_a_hub_that_does_not_answer_gives_one_line_with_the_id(monkeypatch, capl
     with pytest.raises(FileNotFoundError, match=r"owner/name: .*Name or service not known\): check") as caught:
         locate_model("owner/name", WEIGHTS)
     assert "\n" not in str(caught.value)
+    assert "".join(traceback.format_exception(caught.value)).count("Traceback") == 1, "the client's own say no more"
     assert not caplog.records
     logging.getLogger("huggingface_hub").warning("shown")
     assert caplog.records, "its messages are silent for as long as it is asked, no longer"

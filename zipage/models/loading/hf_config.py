@@ -42,7 +42,7 @@ def read_spec(folder: Path) -> ModelSpec:
     try:
         eos = token_ids(ends)
     except ValueError as error:
-        raise ValueError(f"{generation}: {error}") from error
+        raise ValueError(f"{generation}: {error}") from None
     try:
         find_family(values.get("model_type"), values.get("architectures"))
         for name in NEVER_LEFT_OUT:
@@ -66,7 +66,7 @@ def hf_config(values: Mapping[str, Any]) -> PretrainedConfig:
     try:
         # A deep copy: transformers writes defaults into nested values.
         return getattr(transformers, family.config_class).from_dict(copy.deepcopy(fields))
-    except Exception as error:  # whatever it stumbles over
+    except Exception as error:  # of any kind
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise ValueError(" ".join(str(reason).split())) from error
 
@@ -132,7 +132,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object")
     return values

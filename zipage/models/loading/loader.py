@@ -101,8 +101,8 @@ def resolve_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         result = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r}: must be auto, cpu, cuda or cuda:N") from error
+    except RuntimeError:
+        raise ValueError(f"device={device!r}: must be auto, cpu, cuda or cuda:N") from None
     if result.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device={device!r}: torch {torch.__version__} sees no CUDA device; pass device='cpu'")

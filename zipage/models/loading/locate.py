@@ -1,4 +1,4 @@
-"""From what the user calls a model to where it lies."""
+"""From the name that the user gave to the model's folder or file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def locate_model(model: str, files: tuple[str, ...]) -> Path:
         path = Path(model).expanduser()
         is_folder, is_file = bool(model) and path.is_dir(), path.is_file()
     except (OSError, RuntimeError) as error:  # a name that is too long; ~ of an unknown user
-        raise FileNotFoundError(f"{model!r:.100} does not exist ({error}): pass a model folder or a hub id") from error
+        raise FileNotFoundError(f"{model!r:.100} does not exist ({error}): pass a model folder or a hub id") from None
     if is_folder:
         return path
     if is_file:
@@ -59,7 +59,7 @@ def _download(model: str, files: tuple[str, ...]) -> Path:
         raise FileNotFoundError(
             f"{model}: no folder of that name here, and the hub did not give it ({reason}): "
             "check the name and the network, or pass a local folder"
-        ) from error
+        ) from None  # what the client chains to it are a hundred lines that say no more
     finally:
         logger.setLevel(level)
     return Path(folder)
