@@ -15,6 +15,7 @@ WANDB_PROJECT = re.compile(r"[^/\\#?%:]{1,128}")
 FORCE = ("false", "stale", "true")
 ARRIVALS = ("all_at_once", "poisson", "trace")
 KINDS = ("serve", "kernels", "engine_bench")
+OF_TURNS = ("turns", "none")
 
 
 def check(experiment: Experiment) -> None:
@@ -24,6 +25,7 @@ def check(experiment: Experiment) -> None:
     )
     threads, limit = experiment.hardware.threads, experiment.limit
     poisson, rate = scenario.arrival == "poisson", scenario.rate
+    turns, sampling = workload.turns is not None, experiment.sampling
     serve, repeats = scenario.kind == "serve", scenario.repeats
     for option, ok, what in (
         ("model.path", model.path or model.wheel, "given: a folder, a hub id or a GGUF file"),
@@ -32,6 +34,10 @@ def check(experiment: Experiment) -> None:
         ("force", experiment.force in FORCE, " or ".join(FORCE)),
         ("limit", limit is None or limit >= 1, "at least 1, or null for all"),
         ("workload.template", "{question}" in workload.template, "a text that holds {question}"),
+        ("workload.grader", not turns or workload.grader in OF_TURNS, "turns or none beside workload.turns"),
+        ("workload.grader", turns or workload.grader != "turns", "another one without workload.turns"),
+        ("sampling.ignore_eos", not (turns and sampling.ignore_eos), "false beside workload.turns"),
+        ("sampling.min_tokens", not (turns and sampling.min_tokens), "0 beside workload.turns"),
         ("scenario.arrival", scenario.arrival in ARRIVALS, " or ".join(ARRIVALS)),
         ("scenario.kind", scenario.kind in KINDS, " or ".join(KINDS)),
         ("scenario.loads", not (serve and scenario.loads), "left out: only scenario=engine_bench has loads"),
@@ -51,7 +57,7 @@ def check(experiment: Experiment) -> None:
             raise UsageError(f"{option}={attrgetter(option)(experiment)!r}: must be {what}")
     for group, cls, options in (
         ("engine", EngineConfig, engine_options(experiment, model.path or str(model.member))),
-        ("sampling", SamplingParams, vars(experiment.sampling)),
+        ("sampling", SamplingParams, vars(sampling) | ({"follow_ups": ((0,),)} if turns else {})),
     ):
         try:
             cls(**options)

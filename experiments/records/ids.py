@@ -19,6 +19,8 @@ benchmarks."""
 
 LATER: dict[str, Any] = {
     "workload.chain": None,
+    "workload.turns": None,
+    "workload.recalls": 0,
     "engine.async_scheduling": False,
     "sampling.presence_penalty": 0.0,
     "sampling.frequency_penalty": 0.0,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 WIDTH = 110
 LONGEST = 24
 """Characters of a cell, unless the table is wide."""
+WHOLE = ("budget", "place_accuracy")
+"""Columns whose cells are never cut."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ COLUMNS = {
     "budget": Column("budget"),
     "samples": Column("samples", "{:.0f}", leaves=8, shared=True),
     "accuracy": Column("accuracy", "{:.1%}"),
+    "place_accuracy": Column("by place", wide="by place (%)", leaves=3),
+    "recall_accuracy": Column("recall", "{:.1%}", leaves=3),
     "facts_known": Column("facts", "{:.1%}", leaves=7),
     "output_tokens_per_second": Column("tokens/s", "{:,.1f}", wide="output tok/s"),
     "output_length.mean": Column("output", "{:.0f}", wide="mean output", leaves=6),
@@ -75,6 +79,7 @@ def runs_table(runs: pd.DataFrame, wide: bool = False) -> str:
         "policy": [_policy(run) for _, run in runs.iterrows()],
         "budget": budget_texts(runs) + [" (never bound)" * never_bound(run) for _, run in runs.iterrows()],
         "tpot.p50": runs["tpot.p50"].astype(float) * 1000,
+        "place_accuracy": [place_text(run.get("place_accuracy")) for _, run in runs.iterrows()],
     }
     shown = runs.assign(**own, **readable_options(runs, options))
     blank = [None] * len(shown)
@@ -82,7 +87,7 @@ def runs_table(runs: pd.DataFrame, wide: bool = False) -> str:
     if wide:
         return _markdown({columns[name].wide or columns[name].heading: texts for name, texts in cells.items()})
     cells["run"] = short_runs(cells["run"])
-    cells = {name: texts if name == "budget" else [_clipped(t) for t in texts] for name, texts in cells.items()}
+    cells = {name: texts if name in WHOLE else [_clipped(t) for t in texts] for name, texts in cells.items()}
     return _narrow(columns, cells)
 
 
@@ -181,6 +186,11 @@ def _markdown(cells: dict[str, list[str]]) -> str:
 def _policy(run: pd.Series) -> str:
     name, protection = run["policy.name"], run["policy.protection"]
     return name if name == "full" or protection == "none" else f"{name} + {protection}"
+
+
+def place_text(accuracy: list[float] | None) -> str:
+    """The accuracy at each place of a chain or conversation in percent: "49 45 45 45"."""
+    return " ".join(f"{100 * share:.0f}" for share in accuracy) if isinstance(accuracy, list) else "-"
 
 
 def _clipped(text: str) -> str:

@@ -19,6 +19,7 @@ from experiments.config.options import (
     varied_options,
 )
 from experiments.reporting.markdown import markdown
+from experiments.reporting.runs_table import place_text
 
 Cell = Callable[[pd.Series], str]
 
@@ -50,13 +51,17 @@ def _text(column: str) -> Cell:
 
 
 AS_MANY_BYTES = "less random + prompt of as many bytes"
-"""The column is left out where no run has such a control."""
+BY_PLACE, RECALL = "by place (%)", "recall (%)"
+WHERE_ANY = (BY_PLACE, RECALL, AS_MANY_BYTES)
+"""Columns that are left out where no run has such a figure: few have chains, conversations or such a control."""
 
 COLUMNS: dict[str, Cell] = {
     "workload": _text("workload.name"),
     "policy": label,
     "budget": _text("budget.text"),
     "accuracy (%) [95 %]": _accuracy,
+    BY_PLACE: lambda row: place_text(row["place_accuracy"]),
+    RECALL: lambda row: "-" if pd.isna(row["recall_accuracy"]) else f"{100 * row['recall_accuracy']:.1f}",
     "tokens/s": _number("output_tokens_per_second", "{:,.0f}"),
     "KV MiB": lambda row: "-" if pd.isna(row["kv_bytes.max"]) else f"{row['kv_bytes.max'] / 2**20:,.2f}",
     "less full KV": _difference("full"),
@@ -85,8 +90,7 @@ def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
     order = in_order(keyed)
     rows = [[cell(row) for cell in COLUMNS.values()] for _, row in order.iterrows()]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    if (table[AS_MANY_BYTES] == "-").all():
-        table = table.drop(columns=AS_MANY_BYTES)
+    table = table.drop(columns=[name for name in WHERE_ANY if (table[name] == "-").all()])
     place = list(COLUMNS).index("budget") + 1
     for option in reversed(options):
         table.insert(place, option, shown.loc[order.index, option].tolist())
