@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def test_a_conversation_is_one_request_and_a_list_of_answers(do, arguments, tiny
         problem = problems[sample["prompt_id"]]
         chat = chat_of(tokenizer, problem, "{question} Think.", "ANSWER")
         assert sample["prompt"] == chat.replace("ANSWER", "")
-        first, *rest = (re.escape(part) for part in chat.split("ANSWER"))
+        _, *rest = (re.escape(part) for part in chat.split("ANSWER"))
         ids = list(sample["output_token_ids"])
         assert sample["prompt_tokens"] == len(tokenizer(chat.split("ANSWER")[0])["input_ids"])
         # What the model read and wrote is the chat as its template writes it, a stop token in an end token's place.
@@ -197,9 +198,8 @@ def test_the_limit_of_an_answer_is_none_of_the_conversation(tiny, arguments):
     assert list(params.stop_token_ids) == [tiny[1].eos_token_id, 7]
     assert [list(tokens) for tokens in params.follow_ups] == prompt.follow_ups
     plain = replace(ONE, follow_ups=())
-    params = sampling_params(
-        experiment, plain, PromptRenderer(experiment.workload, ModelConfig(), tiny[1]).render(plain)
-    )
+    prompt = PromptRenderer(experiment.workload, experiment.model, tiny[1]).render(plain)
+    params = sampling_params(experiment, plain, prompt)
     assert (params.max_tokens, params.max_turn_tokens, params.follow_ups) == (LIMIT, None, ())
     with pytest.raises(ValueError, match=r"workload\.turns: backend=transformers"):
         require_plain("transformers", SamplingParams(follow_ups=((1,),)))
@@ -222,7 +222,7 @@ class TestPrompts:
         pieces = [prompt.token_ids]
         for answer, follow_up in zip(("5", "9"), prompt.follow_ups, strict=True):
             pieces += [tokenizer(answer)["input_ids"], end, follow_up]
-        assert sum(pieces, []) == tokenizer(whole, add_special_tokens=False)["input_ids"]
+        assert list(chain(*pieces)) == tokenizer(whole, add_special_tokens=False)["input_ids"]
 
     @pytest.mark.parametrize(
         ("template", "said"),
@@ -249,7 +249,7 @@ class TestPrompts:
 
 
 class TestSpans:
-    FOLLOW_UPS = [[1, 2], [3]]
+    FOLLOW_UPS = ((1, 2), (3,))
 
     @pytest.mark.parametrize(
         ("tokens", "spans"),
@@ -287,7 +287,7 @@ class TestSpans:
 
 class TestRecalls:
     GOLD = json.dumps(["1", "2", {"answer_of": 1}, {"number_of": 1, "gold": "3"}, {"answer_of": 2}])
-    ANSWERS = [Answer("", 0, 100), Answer("", 130, 300), Answer("", 350, 355), Answer("", 400, 405)]
+    ANSWERS = (Answer("", 0, 100), Answer("", 130, 300), Answer("", 350, 355), Answer("", 400, 405))
 
     def test_a_distance_begins_where_what_is_recalled_ends(self):
         fifth = Answer("", 450, 455)
