@@ -22,6 +22,8 @@ LONGEST = 24
 """Characters of a cell, unless the table is wide."""
 WHOLE = ("budget", "place_accuracy")
 """Columns whose cells are never cut."""
+RARE = ("place_accuracy", "recall_accuracy")
+"""Columns that are there where a run has such a figure, also in a wide table."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def runs_table(runs: pd.DataFrame, wide: bool = False) -> str:
     shown = runs.assign(**own, **readable_options(runs, options))
     blank = [None] * len(shown)
     cells = {name: [_cell(value, c.template) for value in shown.get(name, blank)] for name, c in columns.items()}
+    cells = {name: texts for name, texts in cells.items() if name not in RARE or set(texts) != {"-"}}
     if wide:
         return _markdown({columns[name].wide or columns[name].heading: texts for name, texts in cells.items()})
     cells["run"] = short_runs(cells["run"])
