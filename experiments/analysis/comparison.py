@@ -38,6 +38,8 @@ RECORDED = (
         "provenance.data",
         "output_length.mean",
         "budget_bound_share",
+        "place_accuracy",
+        "recall_accuracy",
         "output_tokens_per_second",
         "kv_bytes.mean",
         "kv_bytes.max",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -13,6 +14,8 @@ from experiments.analysis import fidelity
 from experiments.analysis.loops import loop_rate
 
 PERCENTILES = (50, 90, 99)
+DISTANCES = (0, 500, 1000, 2000, 4000)
+"""Tokens at which a group of recalls begins; each ends before the next."""
 
 
 def summarise(
@@ -37,7 +40,9 @@ def summarise(
     Returns:
         `accuracy` is the mean grade over all samples, refused prompts included (pass@1; None where nothing is graded),
         `place_accuracy` that of the answered samples at each place of a chain of questions (None for single questions),
-        `facts_known` the share of the facts that problems name and answers knew (None where they name none).
+        `recall_accuracy` that of the recalls of conversations, `recall_by_distance` what `recalls_by_distance` makes of
+        them, and `unanswered_turns` the turns for which the context had no room (None where there is no conversation).
+        `facts_known` is the share of the facts that problems name and answers knew (None where they name none).
         `fidelity` is what `experiments.analysis.fidelity` says of runs with that scenario, None of others.
         Times are in seconds; a figure that no sample gives is None. `budget_bound_share` is the share of the answered
         samples that were compressed (None where the policy never evicts); `budget_never_bound` says that the policy
@@ -55,6 +60,9 @@ def summarise(
     return {
         "accuracy": accuracy([row["grade"] for row in requests]),
         "place_accuracy": place_accuracy([row.get("place_grades") for row in requests]),
+        "recall_accuracy": accuracy([grade for row in requests for grade in row.get("recall_grades") or ()]),
+        "recall_by_distance": recalls_by_distance(requests),
+        "unanswered_turns": unanswered_turns(answered),
         "fidelity": fidelity.summary(requests),
         "facts_known": accuracy([known for row in requests for known in row.get("facts_known") or ()]),
         "prompts": len({row["prompt_id"] for row in requests}),
@@ -118,6 +126,34 @@ def place_accuracy(grades: Sequence[Sequence[float] | None]) -> list[float] | No
     """The mean grade at each place of chains of one length; None where no sample has such grades."""
     graded = [row for row in grades if row is not None]
     return np.mean(graded, axis=0).tolist() if graded else None
+
+
+def recalls_by_distance(requests: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | int | None]] | None:
+    """Accuracy and number of the answered recalls in each group of `DISTANCES`; None where there is no recall."""
+    recalls = [
+        (distance, grade)
+        for row in requests
+        for distance, grade in zip(row.get("recall_distances") or (), row.get("recall_grades") or (), strict=False)
+        if distance is not None
+    ]
+    if not recalls:
+        return None
+    groups = {}
+    for begin, end in zip(DISTANCES, [*DISTANCES[1:], math.inf], strict=True):
+        grades = [grade for distance, grade in recalls if begin <= distance < end]
+        name = f"{begin}+" if end == math.inf else f"{begin}-{end}"
+        groups[name] = {"accuracy": accuracy(grades), "count": len(grades)}
+    return groups
+
+
+def unanswered_turns(answered: Sequence[Mapping[str, Any]]) -> int | None:
+    """Turns of conversations that have no answer; None where no sample is a graded conversation."""
+    asked = [
+        len(row["place_grades"]) + len(row.get("recall_grades") or ()) - len(row["answer_tokens"])
+        for row in answered
+        if row.get("answer_tokens") is not None and row.get("place_grades") is not None
+    ]
+    return sum(asked) if asked else None
 
 
 def accuracy(grades: Sequence[float | None]) -> float | None:

@@ -52,6 +52,8 @@ def require_plain(name: str, params: SamplingParams) -> None:
     """Raise ValueError for options of a request that only Zipage can honour."""
     if params.policy not in (None, "full") or params.budget_tokens is not None:
         raise ValueError(f"sampling.policy, sampling.budget_tokens: backend={name} keeps full KV; leave them out")
+    if params.follow_ups:
+        raise ValueError(f"workload.turns: backend={name} can't go on with the next turn; take backend=zipage")
 
 
 def together(answers: Sequence[CompletionOutput]) -> RequestMetrics:

@@ -17,6 +17,7 @@ ARRIVALS = ("all_at_once", "poisson", "trace")
 SERVED = ("serve", "fidelity")
 """Kinds of scenario that ask a model the questions of a workload; the others are benchmarks."""
 KINDS = (*SERVED, "kernels", "engine_bench")
+OF_TURNS = ("turns", "none")
 
 
 def check(experiment: Experiment) -> None:
@@ -26,6 +27,7 @@ def check(experiment: Experiment) -> None:
     )
     threads, limit = experiment.hardware.threads, experiment.limit
     poisson, rate = scenario.arrival == "poisson", scenario.rate
+    turns = workload.turns is not None
     sampling, fidelity = experiment.sampling, scenario.kind == "fidelity"
     serve, repeats = scenario.kind in SERVED, scenario.repeats
     own = sampling.policy is not None or sampling.budget_tokens is not None
@@ -37,6 +39,10 @@ def check(experiment: Experiment) -> None:
         ("force", experiment.force in FORCE, " or ".join(FORCE)),
         ("limit", limit is None or limit >= 1, "at least 1, or null for all"),
         ("workload.template", "{question}" in workload.template, "a text that holds {question}"),
+        ("workload.grader", not turns or workload.grader in OF_TURNS, "turns or none beside workload.turns"),
+        ("workload.grader", turns or workload.grader != "turns", "another one without workload.turns"),
+        ("sampling.ignore_eos", not (turns and sampling.ignore_eos), "false beside workload.turns"),
+        ("sampling.min_tokens", not (turns and sampling.min_tokens), "0 beside workload.turns"),
         ("scenario.arrival", scenario.arrival in ARRIVALS, " or ".join(ARRIVALS)),
         (
             "policy.bytes_as",
@@ -65,7 +71,7 @@ def check(experiment: Experiment) -> None:
             raise UsageError(f"{option}={attrgetter(option)(experiment)!r}: must be {what}")
     for group, cls, options in (
         ("engine", EngineConfig, engine_options(experiment, model.path or str(model.member))),
-        ("sampling", SamplingParams, vars(experiment.sampling)),
+        ("sampling", SamplingParams, vars(sampling) | ({"follow_ups": ((0,),)} if turns else {})),
     ):
         try:
             cls(**options)

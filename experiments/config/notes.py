@@ -37,6 +37,7 @@ def notes_on(runs: pd.DataFrame) -> list[str]:
     spaced = (held_intervals(runs) > ROUNDED * asked_intervals(runs)).sum()
     equal = ((column("sampling.n") > 1) & (column("sampling.temperature") == 0)).sum()
     ungraded, misranked = column("grader_errors").sum(), column("counters.compressions_misranked").sum()
+    unanswered = column("unanswered_turns").sum()
     lines = {
         f"whole blocks made the budget of {_runs(rounded)} more than 5 % larger than was asked for; "
         "budgets here are those that held": rounded,
@@ -46,6 +47,7 @@ def notes_on(runs: pd.DataFrame) -> list[str]:
         "1 sample could not be graded and counts as wrong"
         if ungraded == 1
         else f"{ungraded:.0f} samples could not be graded and count as wrong": ungraded,
+        f"conversations outgrew the context before {unanswered:.0f} of their turns, which count as wrong": unanswered,
         f"in {misranked:.0f} compressions a policy ranked entries NaN, so chance decided what they kept": misranked,
     }
     return [line for line, count in lines.items() if count]

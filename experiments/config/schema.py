@@ -129,7 +129,7 @@ class WorkloadConfig:
     Attributes:
         name: in run ids and tables.
         generator: a name in `workloads.GENERATORS`, or None.
-        seed, options: of the generator; `seed` also shuffles `parts` and chains.
+        seed, options: of the generator; `seed` also shuffles `parts`, chains and conversations.
         path: JSONL, gzipped JSONL (.jsonl.gz) or parquet file.
         hub_id, subset, split, revision: of a data set on the hub.
         parts: workloads whose questions are mixed, shuffled by `seed`: name -> options that say where they come from.
@@ -142,10 +142,13 @@ class WorkloadConfig:
         template: the prompt; {question} stands for the question.
         system_prompt: system message before it.
         chain: questions in one prompt, to be answered one after another; `seed` draws which go together. None: one.
-        grader: "number", "math", "exact", "final", "f1", "literal", "code", "chain" or "none".
+        turns: questions of one conversation, each asked when the one before is answered; `seed` draws which go
+            together. None: one. Not beside `chain`.
+        recalls: turns at the end of a conversation that ask for something earlier again, at most `turns`.
+        grader: "number", "math", "exact", "final", "f1", "literal", "code", "chain", "turns" or "none".
         allow_code_execution: let the grader "code" run the programs in the model's answers.
         samples: answers drawn for each question (the default of `sampling.n`).
-        max_tokens: the default of `sampling.max_tokens`.
+        max_tokens: the default of `sampling.max_tokens`, which in a conversation is the limit of each answer.
     """
 
     name: str = "???"
@@ -166,6 +169,8 @@ class WorkloadConfig:
     template: str = "{question}"
     system_prompt: str | None = None
     chain: int | None = None
+    turns: int | None = None
+    recalls: int = 0
     grader: str = "number"
     allow_code_execution: bool = False
     samples: int = 1

@@ -8,6 +8,8 @@ from experiments.errors import UsageError, one_line
 from experiments.graders.bounded import BoundedGrader, GradingError
 from experiments.graders.code import SANDBOX
 from experiments.graders.registry import GRADERS, Grader
+from experiments.graders.thought import after_thought
+from experiments.graders.turns import grade_turns
 
 __all__ = ["GRADERS", "Grade", "Grader", "get_grader", "grade"]
 
@@ -17,16 +19,22 @@ class Grade:
     """The grade of one answer.
 
     Attributes:
-        score: in [0, 1]; the mean over the places of a chain of questions.
+        score: in [0, 1]; the mean over the questions of a chain or a conversation.
         extracted: the final answer as the grader read it.
         error: a fault of the grader.
-        places: the score at each place of a chain; None for a single question.
+        places: the score of each question of a chain or a conversation; None for a single question.
+        recalls: the score of each recall of a conversation; None for anything else.
     """
 
     score: float | None
     extracted: str | None = None
     error: str | None = None
     places: list[float] | None = None
+    recalls: list[float] | None = None
+
+
+TURN_BY_TURN = (grade_turns, BoundedGrader("turns"))
+"""These read a list of answers, each with its own thought."""
 
 
 def get_grader(name: str, allow_code_execution: bool = False) -> Grader:
@@ -56,13 +64,14 @@ def grade(grader: Grader, answer: str, gold: str) -> Grade:
 
     A grader that raises or reaches a limit scores 0 and its fault is kept: only this answer is affected.
     """
-    final = answer.rpartition("</think>")[2]
+    final = answer if grader in TURN_BY_TURN else after_thought(answer)
     try:
         score, extracted = grader(final, gold)
     except GradingError as error:
         return Grade(0.0, error=str(error))
     except Exception as error:
         return Grade(0.0, error=one_line(error))
-    if isinstance(score, list):
-        return Grade(sum(score) / len(score), extracted, places=score)
+    places, recalls = (score["places"], score["recalls"]) if isinstance(score, dict) else (score, None)
+    if isinstance(places, list):
+        return Grade(sum(places) / len(places), extracted, places=places, recalls=recalls)
     return Grade(score, extracted)

@@ -19,7 +19,7 @@ import threading
 from dataclasses import dataclass
 
 from experiments.errors import one_line
-from experiments.graders.registry import GRADERS, Grader
+from experiments.graders.registry import GRADERS, Grader, Score
 from experiments.paths import ROOT
 
 SECONDS = 5.0
@@ -38,7 +38,7 @@ class BoundedGrader:
 
     name: str
 
-    def __call__(self, answer: str, gold: str) -> tuple[float | list[float] | None, str | None]:
+    def __call__(self, answer: str, gold: str) -> tuple[Score, str | None]:
         """Grade. Raises GradingError where the grader raises or reaches a limit."""
         score, extracted, fault = _PROCESS.ask(self.name, answer, gold)
         if fault is not None:
@@ -53,7 +53,7 @@ class _Process:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
-    def ask(self, *question: str) -> tuple[float | list[float] | None, str | None, str | None]:
+    def ask(self, *question: str) -> tuple[Score, str | None, str | None]:
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._process = self._start()
@@ -127,7 +127,7 @@ def _limit_memory(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size if hard == resource.RLIM_INFINITY else min(size, hard), hard))
 
 
-def _grade(grader: Grader, answer: str, gold: str) -> tuple[float | list[float] | None, str | None, str | None]:
+def _grade(grader: Grader, answer: str, gold: str) -> tuple[Score, str | None, str | None]:
     try:
         return *grader(answer, gold), None
     except Exception as error:

@@ -99,6 +99,12 @@ def final_number(text: str) -> Fraction | None:
     return value if other is None or other.end() != last.end() or _value(before) == value else None
 
 
+def first_number(text: str) -> Fraction | None:
+    """The value of the first numeral of a text; None where there is none or it has no value."""
+    first = next(_numerals(plain_text(text)), None)
+    return _value(first) if first else None
+
+
 def only_number(text: str, words: bool = True) -> Fraction | None:
     """The value of a text that holds one number, past its last equals sign, and no algebra; None of any other text.
 

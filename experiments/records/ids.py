@@ -19,6 +19,8 @@ benchmarks."""
 
 LATER: dict[str, Any] = {
     "workload.chain": None,
+    "workload.turns": None,
+    "workload.recalls": 0,
     "policy.interval": None,
     "policy.bytes_as": None,
     "engine.async_scheduling": False,

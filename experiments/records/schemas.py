@@ -50,6 +50,9 @@ REQUEST_SCHEMA = pa.schema(
         ("extracted", pa.string()),
         ("grade", pa.float64()),
         ("place_grades", pa.list_(pa.float64())),
+        ("recall_grades", pa.list_(pa.float64())),
+        ("recall_distances", pa.list_(pa.int32())),
+        ("answer_tokens", pa.list_(pa.int32())),
         ("grader_error", pa.string()),
         ("finish_reason", pa.string()),
         ("stop_reason", pa.string()),
@@ -67,7 +70,13 @@ REQUEST_SCHEMA = pa.schema(
 )
 """Columns of `requests.parquet`: `grade` is in [0, 1] or null, `arrival` in seconds from the start of the run.
 
-`place_grades` are the grades at each place of a chain of questions, whose mean is `grade`; null for single questions.
+`place_grades` are the grades at each place of a chain of questions or a conversation, whose mean is `grade`; null for
+single questions.
+
+Of a conversation `output` is a JSON list of the answers, and `answer_tokens` has the tokens of each with its end token;
+a turn that the context had no room for has none. `recall_grades` and `recall_distances` have one element for each turn
+that asks for something earlier: its grade, and the tokens from the end of what it asks for (an answer, or the question
+that holds a number) to its own beginning, null where it was not answered. These three columns are null elsewhere.
 
 `fact_distances` and `facts_known` have one element for each fact that the problem names: how far back it was stated, in
 characters, and whether the answer knew it. They are null where a problem names none.

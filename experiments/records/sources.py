@@ -39,7 +39,8 @@ ENGINES = {
 
 HARNESS = (
     *("experiments.running.prompts", "experiments.running.scenarios", "experiments.running.outcomes"),
-    *("experiments.records.schemas", "experiments.analysis.metrics", "experiments.analysis.loops"),
+    *("experiments.running.turns", "experiments.records.schemas"),
+    *("experiments.analysis.metrics", "experiments.analysis.loops"),
 )
 """What every run goes through."""
 

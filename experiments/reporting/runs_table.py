@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 WIDTH = 110
 LONGEST = 24
 """Characters of a cell, unless the table is wide."""
+WHOLE = ("budget", "place_accuracy")
+"""Columns whose cells are never cut."""
+RARE = ("place_accuracy", "recall_accuracy", "fidelity.divergence", "fidelity.agreement")
+"""Columns that are there where a run has such a figure, also in a wide table."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,6 @@ class Column:
     Attributes:
         wide: its heading where there is room.
         leaves: the higher, the earlier it is left out where there is none; 0: never.
-        special: whether it is left out where no run has it, also of a wide table.
         shared: whether a value that all rows have may be said above the table instead.
     """
 
@@ -38,7 +41,6 @@ class Column:
     wide: str | None = None
     leaves: int = 0
     shared: bool = False
-    special: bool = False
 
 
 COLUMNS = {
@@ -49,8 +51,10 @@ COLUMNS = {
     "budget": Column("budget"),
     "samples": Column("samples", "{:.0f}", leaves=8, shared=True),
     "accuracy": Column("accuracy", "{:.1%}"),
-    "fidelity.divergence": Column("KL", "{:.4f}", wide="KL (nats/token)", special=True),
-    "fidelity.agreement": Column("agree", "{:.1%}", wide="agreement", special=True),
+    "place_accuracy": Column("by place", wide="by place (%)", leaves=3),
+    "recall_accuracy": Column("recall", "{:.1%}", leaves=3),
+    "fidelity.divergence": Column("KL", "{:.4f}", wide="KL (nats/token)"),
+    "fidelity.agreement": Column("agree", "{:.1%}", wide="agreement"),
     "facts_known": Column("facts", "{:.1%}", leaves=7),
     "output_tokens_per_second": Column("tokens/s", "{:,.1f}", wide="output tok/s"),
     "output_length.mean": Column("output", "{:.0f}", wide="mean output", leaves=6),
@@ -79,16 +83,16 @@ def runs_table(runs: pd.DataFrame, wide: bool = False) -> str:
         "policy": [_policy(run) for _, run in runs.iterrows()],
         "budget": budget_texts(runs) + [" (never bound)" * never_bound(run) for _, run in runs.iterrows()],
         "tpot.p50": runs["tpot.p50"].astype(float) * 1000,
+        "place_accuracy": [place_text(run.get("place_accuracy")) for _, run in runs.iterrows()],
     }
     shown = runs.assign(**own, **readable_options(runs, options))
     blank = [None] * len(shown)
     cells = {name: [_cell(value, c.template) for value in shown.get(name, blank)] for name, c in columns.items()}
-    for name in [name for name, texts in cells.items() if columns[name].special and set(texts) == {"-"}]:
-        del cells[name]
+    cells = {name: texts for name, texts in cells.items() if name not in RARE or set(texts) != {"-"}}
     if wide:
         return _markdown({columns[name].wide or columns[name].heading: texts for name, texts in cells.items()})
     cells["run"] = short_runs(cells["run"])
-    cells = {name: texts if name == "budget" else [_clipped(t) for t in texts] for name, texts in cells.items()}
+    cells = {name: texts if name in WHOLE else [_clipped(t) for t in texts] for name, texts in cells.items()}
     return _narrow(columns, cells)
 
 
@@ -187,6 +191,11 @@ def _markdown(cells: dict[str, list[str]]) -> str:
 def _policy(run: pd.Series) -> str:
     name, protection = run["policy.name"], run["policy.protection"]
     return name if name == "full" or protection == "none" else f"{name} + {protection}"
+
+
+def place_text(accuracy: list[float] | None) -> str:
+    """The accuracy at each place of a chain or conversation in percent: "49 45 45 45"."""
+    return " ".join(f"{100 * share:.0f}" for share in accuracy) if isinstance(accuracy, list) else "-"
 
 
 def _clipped(text: str) -> str:

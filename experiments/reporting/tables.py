@@ -19,6 +19,7 @@ from experiments.config.options import (
     varied_options,
 )
 from experiments.reporting.markdown import markdown
+from experiments.reporting.runs_table import place_text
 
 Cell = Callable[[pd.Series], str]
 
@@ -47,16 +48,18 @@ def _text(column: str) -> Cell:
 
 
 AS_MANY_BYTES = "less random + prompt of as many bytes"
-"""The column is left out where no run has such a control."""
-
+BY_PLACE, RECALL = "by place (%)", "recall (%)"
 FIDELITY = ("KL (nats/token) [95 %]", "agreement (%) [95 %]", "loss on solutions (nats/token) [95 %]")
-"""Left out where no run has measured them."""
+WHERE_ANY = (BY_PLACE, RECALL, *FIDELITY, AS_MANY_BYTES)
+"""Columns that are left out where no run has such a figure: of chains, conversations, fidelity, such a control."""
 
 COLUMNS: dict[str, Cell] = {
     "workload": _text("workload.name"),
     "policy": label,
     "budget": _text("budget.text"),
     "accuracy (%) [95 %]": _bounded("accuracy", 100, "{:.1f} [{:.1f}, {:.1f}]"),
+    BY_PLACE: lambda row: place_text(row["place_accuracy"]),
+    RECALL: lambda row: "-" if pd.isna(row["recall_accuracy"]) else f"{100 * row['recall_accuracy']:.1f}",
     FIDELITY[0]: _bounded("divergence", 1, "{:.4f} [{:.4f}, {:.4f}]"),
     FIDELITY[1]: _bounded("agreement", 100, "{:.1f} [{:.1f}, {:.1f}]"),
     FIDELITY[2]: _bounded("worked_loss", 1, "{:+.4f} [{:+.4f}, {:+.4f}]"),
@@ -88,7 +91,7 @@ def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
     order = in_order(keyed)
     rows = [[cell(row) for cell in COLUMNS.values()] for _, row in order.iterrows()]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    table = table.drop(columns=[name for name in (AS_MANY_BYTES, *FIDELITY) if (table[name] == "-").all()])
+    table = table.drop(columns=[name for name in WHERE_ANY if (table[name] == "-").all()])
     place = list(COLUMNS).index("budget") + 1
     for option in reversed(options):
         table.insert(place, option, shown.loc[order.index, option].tolist())

@@ -94,7 +94,8 @@ def _forced(request: TimedRequest, tokens: list[int] | None) -> TimedRequest | N
     """The request with its output given; None without one."""
     if not tokens:
         return None
-    return _asking(request, forced_token_ids=tokens, max_tokens=len(tokens), min_tokens=0)
+    given = {"forced_token_ids": tokens, "max_tokens": len(tokens), "min_tokens": 0}
+    return _asking(request, **given, follow_ups=(), max_turn_tokens=None)
 
 
 def _replaced(params: SamplingParams, **options: Any) -> SamplingParams:

@@ -28,6 +28,7 @@ from experiments.running.models import LocalModel, find_model, model_name
 from experiments.running.prompts import Prompt, PromptRenderer
 from experiments.running.scenarios import Served, TimedRequest, arrival_times, serve
 from experiments.running.tracking import open_tracker
+from experiments.running.turns import AnswerReader, answer_reader, turn_options
 from experiments.workloads import Problem, load_problems
 from zipage import EventStats, RequestMetrics, RequestOutput, SamplingParams, StepStats
 
@@ -140,7 +141,8 @@ class Job:
         traced = self.experiment.scenario.arrival == "trace"
         arrivals = arrival_times(self.experiment.scenario, len(self.problems)) if traced else []
         questions = [
-            [p.id, p.question, p.gold, *p.history, *([] if p.error is None else [p.error])] for p in self.problems
+            [p.id, p.question, p.gold, *p.history, *([] if p.error is None else [p.error]), *p.follow_ups]
+            for p in self.problems
         ]
         return records.content_hash(questions + [part for part in (lengths, arrivals) if part])
 
@@ -202,7 +204,8 @@ class Job:
             with tracebacks.kept_in(staging / records.TRACEBACK):
                 served, measured = self._serve(backend, prompts, steps, events, staging)
 
-            request_rows = self._grade(prompts, served, staging / records.TRACEBACK)
+            reader = answer_reader(backend.get_tokenizer(), self.experiment.sampling)
+            request_rows = self._grade(prompts, served, staging / records.TRACEBACK, reader)
             if measured is not None:
                 request_rows = [row | outcomes.fidelity(measured, row["prompt_id"]) for row in request_rows]
             step_rows = outcomes.step_rows(steps, served.start)
@@ -256,7 +259,7 @@ class Job:
         """What came of the requests, and with `scenario=fidelity` what was measured on the way."""
         arrivals = arrival_times(self.experiment.scenario, len(prompts))
         requests = [
-            TimedRequest(problem.id, prompt.token_ids, sampling_params(self.experiment, problem), arrival)
+            TimedRequest(problem.id, prompt.token_ids, sampling_params(self.experiment, problem, prompt), arrival)
             for problem, prompt, arrival in zip(self.problems, prompts, arrivals, strict=True)
             if problem.error is None
         ]
@@ -279,11 +282,12 @@ class Job:
         solved = [problem for problem in self.problems if problem.error is None and problem.worked]
         return {p.id: list(tokenizer(p.worked, add_special_tokens=False)["input_ids"]) for p in solved}
 
-    def _grade(self, prompts: list[Prompt], served: Served, trace: Path) -> list[dict[str, Any]]:
+    def _grade(self, prompts: list[Prompt], served: Served, trace: Path, reader: AnswerReader) -> list[dict[str, Any]]:
         """The graded rows; says in a line what was refused or could not be graded.
 
         Args:
             trace: file of the tracebacks of errors, if there were any.
+            reader: of the answers of a conversation.
 
         Raises:
             RunError: not one sample was answered.
@@ -291,7 +295,8 @@ class Job:
         grader, samples = grader_of(self.experiment), self.experiment.sampling.n
         rows: list[dict[str, Any]] = []
         for problem, prompt in zip(self.problems, prompts, strict=True):
-            rows += outcomes.request_rows(problem, prompt, served.outputs[problem.id], samples, grader, served.start)
+            output = served.outputs[problem.id]
+            rows += outcomes.request_rows(problem, prompt, output, samples, grader, served.start, reader)
         for column, what in (("error", "could not be answered"), ("grader_error", "could not be graded, score 0")):
             faults = [row for row in rows if row.get(column) is not None]
             if not faults:
@@ -328,13 +333,19 @@ def grader_of(experiment: Experiment) -> Grader:
     return get_grader(experiment.workload.grader, experiment.workload.allow_code_execution)
 
 
-def sampling_params(experiment: Experiment, problem: Problem) -> SamplingParams:
-    """The request's options. Its seed depends on the run's seed and the problem alone, whatever runs beside it."""
+def sampling_params(experiment: Experiment, problem: Problem, prompt: Prompt | None = None) -> SamplingParams:
+    """The request's options. Its seed depends on the run's seed and the problem alone, whatever runs beside it.
+
+    Args:
+        prompt: of the problem; needed for a conversation, whose later turns it holds.
+    """
     options = dict(vars(experiment.sampling))
     if options["seed"] is None:
         options["seed"] = int.from_bytes(hashlib.sha256(f"{experiment.seed}/{problem.id}".encode()).digest()[:4]) >> 1
     if problem.output_tokens is not None:
         options["max_tokens"] = problem.output_tokens
+    if prompt is not None and prompt.follow_ups:
+        options |= turn_options(experiment.sampling, prompt)
     return SamplingParams(**options)
 
 

@@ -10,17 +10,25 @@ from experiments.graders import Grade, Grader, grade
 from experiments.graders.ungraded import grade_none
 from experiments.running.fidelity import Measured
 from experiments.running.prompts import Prompt
+from experiments.running.turns import AnswerReader, as_output, recall_distances
 from experiments.workloads import Problem
 from zipage import EventStats, RequestMetrics, RequestOutput, StepStats
 
 
 def request_rows(
-    problem: Problem, prompt: Prompt, output: RequestOutput, samples: int, grader: Grader, start: float
+    problem: Problem,
+    prompt: Prompt,
+    output: RequestOutput,
+    samples: int,
+    grader: Grader,
+    start: float,
+    reader: AnswerReader | None = None,
 ) -> list[dict[str, Any]]:
     """One row for each of the `samples` answers to a problem; a refused prompt has as many. An error is graded 0.
 
     Args:
         start: host clock at the start of the run.
+        reader: of a conversation's answers; needed where the prompt has follow-ups.
     """
     common = {"prompt_id": problem.id, "kind": problem.kind, "prompt": prompt.text, "gold": problem.gold}
     common |= {"difficulty": problem.difficulty, "expected_tokens": problem.expected_tokens}
@@ -35,19 +43,25 @@ def request_rows(
         return [common | {"sample_index": index} | refused | timings for index in range(samples)]
     rows = []
     for sample in output.outputs:
-        graded = Grade(zero) if sample.error is not None else grade(grader, sample.text, problem.gold)
+        answers = reader(prompt, sample.token_ids) if prompt.follow_ups else None
+        text = sample.text if answers is None else as_output(answers)
+        graded = Grade(zero) if sample.error is not None else grade(grader, text, problem.gold)
         answer = {
             "sample_index": sample.index,
-            "output": sample.text,
+            "output": text,
             "output_token_ids": sample.token_ids,
             "extracted": graded.extracted,
             "grade": graded.score,
             "place_grades": graded.places,
+            "recall_grades": graded.recalls,
             "grader_error": graded.error,
             "finish_reason": sample.finish_reason,
             "error": sample.error,
             "stop_reason": None if sample.stop_reason is None else str(sample.stop_reason),
         }
+        if answers is not None:
+            answer["answer_tokens"] = [one.end - one.begin for one in answers]
+            answer["recall_distances"] = recall_distances(problem.gold, answers)
         if problem.facts:
             answer["facts_known"] = [fact.known(sample.text) for fact in problem.facts]
         rows.append(common | answer | _timings(sample.metrics, start))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,25 @@ from experiments.workloads import Problem
 LIMITS = {"seconds": 20.0, "mebibytes": 1024, "characters": 1 << 24}
 """Of a chat template, which is a program that comes with a model, for each prompt."""
 WITHOUT_SYSTEM = "; workload.system_prompt=null leaves the system prompt out"
+MARKER = "ANSWER-STANDS-HERE"
+"""An answer, where a template is asked what stands behind one."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered prompt: its text with all of the chat template, and its tokens."""
+    """A rendered prompt.
+
+    Attributes:
+        text: all that is asked, with all of the chat template; of a conversation every turn, without the answers.
+        token_ids: of the prompt, up to the first answer.
+        follow_ups: tokens of each later turn, behind the end token of the answer before it, up to its own answer.
+        end_token: that the template ends an answer with; None without follow-ups.
+    """
 
     text: str
     token_ids: list[int]
+    follow_ups: list[list[int]] = field(default_factory=list)
+    end_token: int | None = None
 
 
 class PromptRenderer:
@@ -60,10 +71,19 @@ class PromptRenderer:
         The chat template runs in a process of its own, within `LIMITS`.
 
         Raises:
-            UsageError: the chat template refuses a prompt, such as for its system prompt, or exceeds a limit.
+            UsageError: the chat template refuses a prompt, such as for its system prompt, or exceeds a limit, or a
+                conversation needs one and there is none that ends an answer.
         """
+        if self.chat_template is None and any(problem.follow_ups for problem in problems):
+            raise UsageError(
+                "model.chat_template: there is none, but workload.turns needs one that says where an answer ends and "
+                "the next turn begins: give model.chat_template=FILE"
+            )
         chats = [None if problem.prompt_tokens is not None else self._messages(problem) for problem in problems]
-        asked = [chat for chat in chats if chat is not None and self.chat_template is not None]
+        asked = []
+        if self.chat_template is not None:
+            for problem, chat in zip(problems, chats, strict=True):
+                asked += [] if chat is None else [chat, *map(self._next_turn, problem.follow_ups)]
         try:
             rendered = iter(bounded.texts(self._apply_template, asked, **LIMITS))
         except bounded.Failed as error:
@@ -80,6 +100,14 @@ class PromptRenderer:
         turns = [text for turn in problem.history for text in turn]
         roles = itertools.cycle(("user", "assistant"))
         messages = [{"role": role, "content": text} for role, text in zip(roles, [*turns, user])]
+        return self._with_system(messages)
+
+    def _next_turn(self, text: str) -> list[dict[str, str]]:
+        """A chat in which the user says `text` once `MARKER` was answered."""
+        turns = (("user", "?"), ("assistant", MARKER), ("user", text))
+        return self._with_system([{"role": role, "content": content} for role, content in turns])
+
+    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
         system = self._workload.system_prompt
         return messages if system is None else [{"role": "system", "content": system}, *messages]
 
@@ -98,7 +126,23 @@ class PromptRenderer:
             return Prompt(text, list(self._tokenizer(text)["input_ids"]))
         text = next(rendered)
         # The template writes the special tokens itself.
-        return Prompt(text, list(self._tokenizer(text, add_special_tokens=False)["input_ids"]))
+        tokens = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not problem.follow_ups:
+            return Prompt(text, tokens)
+        tails = [next(rendered).partition(MARKER)[2] for _ in problem.follow_ups]
+        follow_ups = [self._behind_end(tail) for tail in tails]
+        return Prompt("".join([text, *tails]), tokens, follow_ups, self._tokenizer.eos_token_id)
+
+    def _behind_end(self, tail: str) -> list[int]:
+        """Tokens of what stands behind an answer and its end token, which the model draws itself."""
+        tokens = list(self._tokenizer(tail, add_special_tokens=False)["input_ids"])
+        end = self._tokenizer.eos_token
+        if end is None or len(tokens) < 2 or tokens[0] != self._tokenizer.eos_token_id:
+            raise UsageError(
+                f"the model's chat template does not write the tokenizer's end token ({end}) and the next turn behind "
+                "an answer, as workload.turns needs it: give another with model.chat_template=FILE"
+            )
+        return tokens[1:]
 
 
 def _chat_template(choice: str, tokenizer: Any) -> str | None:

@@ -13,6 +13,7 @@ from experiments.config.schema import WorkloadConfig
 from experiments.errors import UsageError
 from experiments.workloads import chained_arithmetic, fragility, lengths, program_trace, reasoning_gym, word_problems
 from experiments.workloads.chains import chain
+from experiments.workloads.conversations import converse
 from experiments.workloads.exams import exam
 from experiments.workloads.gold import gold_answer, unfit, worked_solution
 from experiments.workloads.problem import Problem
@@ -41,7 +42,16 @@ def load_problems(config: WorkloadConfig, limit: int | None = None) -> list[Prob
     Raises:
         UsageError: the source can't be read, an option of the generator is wrong, or no item can be asked.
     """
-    if config.chain is not None:
+    if config.turns is not None and config.chain is not None:
+        raise UsageError(
+            f"workload.turns={config.turns}: does not go with workload.chain={config.chain}: make one null"
+        )
+    if config.turns is None and config.recalls:
+        raise UsageError(f"workload.recalls={config.recalls}: only a conversation recalls: give workload.turns, or 0")
+    if config.turns is not None:
+        single = load_problems(replace(config, turns=None, recalls=0))
+        problems = converse(single, config.turns, config.recalls, config.seed, config.template)[:limit]
+    elif config.chain is not None:
         problems = chain(load_problems(replace(config, chain=None)), config.chain, config.seed)[:limit]
     elif config.parts and config.path is None:
         problems = _mix(config)[:limit]

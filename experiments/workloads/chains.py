@@ -22,13 +22,27 @@ def chain(problems: Sequence[Problem], length: int, seed: int) -> list[Problem]:
     Raises:
         UsageError: `length` is less than 2, or there are fewer problems than one chain needs.
     """
+    return [_joined(parts) for parts in grouped(problems, length, seed, "chain")]
+
+
+def grouped(problems: Sequence[Problem], length: int, seed: int, option: str) -> list[list[Problem]]:
+    """The problems that can be asked in groups of `length`; `seed` draws which and in which order.
+
+    Args:
+        option: of the workload, that asks for the length.
+
+    Raises:
+        UsageError: `length` is less than 2, or there are fewer problems than one group needs.
+    """
     if length < 2:
-        raise UsageError(f"workload.chain={length}: must be 2 or more, or null for one question a prompt")
+        raise UsageError(f"workload.{option}={length}: must be 2 or more, or null for one question a prompt")
     asked = [problem for problem in problems if problem.error is None]
     if len(asked) < length:
-        raise UsageError(f"workload.chain={length}: the workload has {len(asked)} questions; it must be at most that")
+        raise UsageError(
+            f"workload.{option}={length}: the workload has {len(asked)} questions; it must be at most that"
+        )
     Random(seed).shuffle(asked)
-    return [_joined(asked[begin : begin + length]) for begin in range(0, len(asked) - length + 1, length)]
+    return [asked[begin : begin + length] for begin in range(0, len(asked) - length + 1, length)]
 
 
 def _joined(parts: Sequence[Problem]) -> Problem:

@@ -41,6 +41,7 @@ class Problem:
         gold: the right answer.
         kind: of a generated problem, or its part of a mix.
         history: earlier turns, each what was asked and what was answered.
+        follow_ups: what the user says in each later turn, once the one before is answered.
         prompt_tokens: where given, the prompt is this many of the question's first tokens, without template.
         output_tokens: where given, takes the place of `sampling.max_tokens`.
         solution: the whole thought that leads to the gold, where the generator knows it.
@@ -55,6 +56,7 @@ class Problem:
     gold: str
     kind: str | None = None
     history: tuple[tuple[str, str], ...] = ()
+    follow_ups: tuple[str, ...] = ()
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     solution: str | None = None

@@ -36,6 +36,8 @@ def make_run(
     grades: Sequence[float | None] = (1.0, 0.0) * 10,
     lengths: Sequence[int] | None = None,
     facts: Sequence[tuple[list[int], list[bool]] | None] | None = None,
+    places: Sequence[list[float]] | None = None,
+    recalls: Sequence[list[float]] | None = None,
     steps: Sequence[dict[str, Any]] | None = None,
     events: Sequence[dict[str, Any]] = (),
     seconds: float = 10.0,
@@ -47,6 +49,7 @@ def make_run(
     Args:
         lengths: output tokens of each sample.
         facts: distances and whether each was known, of each sample.
+        places, recalls: grades of each question of a chain or conversation, and of what recalls, of each sample.
         steps, events: values of columns; the other columns hold what changes nothing.
         options, origin: values of the config and the provenance, by dotted name.
     """
@@ -73,6 +76,11 @@ def make_run(
         row |= {"cached_tokens": 0, "preemptions": 0, "pauses": 0, "compressions": int(policy != "full")}
         if facts is not None and facts[i] is not None:
             row |= {"fact_distances": facts[i][0], "facts_known": facts[i][1]}
+        row |= {"place_grades": places[i]} if places is not None else {}
+        if recalls is not None:
+            turns = len(places[i]) + len(recalls[i])
+            row |= {"recall_grades": recalls[i], "recall_distances": [700 * (k + 1) for k in range(len(recalls[i]))]}
+            row |= {"answer_tokens": [10] * (turns - (i == 0))}
         requests.append(row)
     blank = {field.name: 0 for field in STEP_SCHEMA}
     if steps is None:

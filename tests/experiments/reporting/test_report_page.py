@@ -190,6 +190,16 @@ class TestPage:
             assert table["policy"].tolist() == sorted(table["policy"], key=lambda name: (name != "full KV", name))
             assert list(table).index("tokens/s") <= 5
 
+    def test_chains_and_conversations_have_columns_of_their_own(self, tmp_path):
+        make_run(tmp_path, "a", places=[[1.0, 0.0, 1.0]] * 20, recalls=[[1.0, 1.0, 0.0]] * 20)
+        make_run(tmp_path, "b", "zipage", 64)
+        for table in (comparison_table(compare(load_runs(tmp_path))), by_load(compare(load_runs(tmp_path)))[0][1]):
+            assert table["by place (%)"].tolist() == ["100 0 100", "-"]
+            assert table["recall (%)"].tolist() == ["66.7", "-"]
+        make_run(tmp_path / "single", "c")
+        table = comparison_table(compare(load_runs(tmp_path / "single")))
+        assert not {"by place (%)", "recall (%)"} & set(table)
+
     def test_rows_are_ordered_full_first_then_by_policy_and_budget(self):
         runs = load_runs(RECORDS / "demo_reasoner").sample(frac=1, random_state=2)
         rows = [

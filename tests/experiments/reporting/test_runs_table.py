@@ -76,6 +76,26 @@ def test_what_all_share_stands_above(tmp_path):
     assert "workload" not in cells_of(text)[0]
 
 
+def test_chains_and_conversations_have_their_figures_by_place(tmp_path):
+    halves = [[1.0, 1.0, 0.0, float(i % 4 == 0)] for i in range(20)]
+    make_run(tmp_path, "a", places=halves)
+    table = runs_table(load_runs(tmp_path))
+    assert cells_of(table)[0]["by place"] == "100 100 0 25"
+    assert "recall" not in cells_of(table)[0]
+    more = {"places": [[1.0] * 8] * 20, "recalls": [[1.0, 0.0, 0.0]] * 20}
+    make_run(tmp_path, "b", "zipage", 64, "prompt", **more, options={"workload.turns": 8})
+    table = with_notes(load_runs(tmp_path))
+    assert max(map(len, table.splitlines())) <= WIDTH
+    first, second = cells_of(table)
+    assert (first["recall"], second["recall"]) == ("-", "33.3%")
+    assert second["by place"] == " ".join(["100"] * 8), "never cut"
+    assert "conversations outgrew the context before 1 of their turns" in " ".join(table.split())
+    make_run(tmp_path, "c", "zipage", 64, "prompt", **more | {"places": [[1.0] * 40] * 20})
+    table = runs_table(load_runs(tmp_path))
+    assert max(map(len, table.splitlines())) <= WIDTH
+    assert "by place" in table[table.index("--wide also shows") :], "what has no room is named"
+
+
 def test_full_kv_is_first_then_policies_and_budgets(demo):
     rows = cells_of(runs_table(demo))
     assert [(row["policy"], row["budget"]) for row in rows[:5]] == [
