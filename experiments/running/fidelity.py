@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from experiments.backends import Backend
 from experiments.running.scenarios import Served, TimedRequest, serve
 from zipage import CompletionOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOKENS = 256
 """Of one text whose distributions are held at once: 4 x 156 MB for a vocabulary of 152,000."""
@@ -128,7 +128,6 @@ def _compare(backend: Backend, full: Served, policy: Served) -> dict[str, Fideli
     return compared
 
 
-@torch.inference_mode()
 def compare(
     compute_logits: Callable[[Tensor], Tensor], full: Tensor, policy: Tensor, token_ids: Sequence[int]
 ) -> Fidelity:
@@ -139,6 +138,8 @@ def compare(
         full, policy: hidden states [T, width] under full KV and under the policy.
         token_ids: the text, T tokens.
     """
+    import torch  # only once there is something to compare
+
     pieces = []
     for begin in range(0, len(token_ids), TOKENS):
         part = slice(begin, begin + TOKENS)

@@ -10,6 +10,7 @@ from experiments.graders.boxed import last_boxed
 
 NULL = "null"
 NOTES = re.compile(r"<<[^<>]*>>")
+ONLY_BOX = re.compile(r"\$*\\boxed\{[^{}]*\}\$*")
 
 
 def gold_answer(row: Mapping[str, Any], answer: str, solution: str | None = None) -> str | None:
@@ -42,10 +43,10 @@ def gold_answer(row: Mapping[str, Any], answer: str, solution: str | None = None
 
 def worked_solution(row: Mapping[str, Any], answer: str, solution: str | None = None) -> str | None:
     """The field `solution`, else what stands before the marks in an answer written as "work #### 18", without the notes
-    that GSM8K makes for a calculator ("<<48/2=24>>"). None where the item has neither.
+    that GSM8K makes for a calculator ("<<48/2=24>>"). None where the item has neither, or only the answer in a box.
     """
     worked = row.get(solution) if solution is not None else None
-    if isinstance(worked, str) and worked.strip():
+    if isinstance(worked, str) and worked.strip() and not ONLY_BOX.fullmatch(worked.strip()):
         return worked.strip()
     text, marks, _ = str(row.get(answer)).rpartition("####")
     return NOTES.sub("", text).strip() or None if marks else None

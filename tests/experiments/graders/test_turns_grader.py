@@ -37,7 +37,7 @@ def test_each_question_counts_and_recalls_stand_apart(answers, places, recalls):
 
 
 def test_what_was_read_is_told_turn_by_turn():
-    assert json.loads(graded("7", "8 or 5", "", "5").extracted) == ["7", "5", None, "5", None]
+    assert json.loads(graded("7", "8, then 5", "", "5").extracted) == ["7", "5", None, "5", None]
     assert grade(GRADERS["turns"], "", GOLD).places == [0, 0, 0], "of a refused prompt"
 
 
