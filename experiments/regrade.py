@@ -25,7 +25,7 @@ def regrade(run: pd.Series, grader: str | None = None, allow_code_execution: boo
 
     Args:
         run: a row of `load_runs()`.
-        grader: its name; None takes the run's own.
+        grader: its name; None takes the run's own, which is "none" where full KV's answers were fed to a policy.
         allow_code_execution: let the grader "code" run the programs in the answers.
 
     Returns:
@@ -37,7 +37,7 @@ def regrade(run: pd.Series, grader: str | None = None, allow_code_execution: boo
     """
     import pandas as pd
 
-    name = grader or run["workload.grader"]
+    name = grader or ("none" if run.get("scenario.kind") == "fidelity" else run["workload.grader"])
     function = get_grader(name, allow_code_execution)
     try:
         requests = load_requests(run)

@@ -16,7 +16,7 @@ MATCHED = (
     *("provenance.model_files.", "provenance.chat_template", "provenance.data", "provenance.prompts"),
     *("provenance.sources.engine", "provenance.sources.grader"),
     *("workload.name", "workload.grader", "sampling.", "limit", "seed", "backend", "device"),
-    *("engine.dtype", "engine.max_model_len", "engine.tensor_parallel_size"),
+    *("engine.dtype", "engine.max_model_len", "engine.tensor_parallel_size", "fidelity"),
 )
 """What a run and its baseline must have in common: options, provenance, code, device. A name with a dot at its end
 stands for all that begin with it."""
@@ -84,10 +84,12 @@ def _device(option: object, gpus: object) -> str:
 
 
 def _described(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs with their device and with the policy of their requests and the budget that held."""
+    """The runs with their device, their requests' policy, the budget that held, and whether they measure fidelity."""
     policy = runs.reindex(columns=[_POLICY, "policy.name"]).astype(object).bfill(axis=1).iloc[:, 0]
     plain = runs.drop(columns=[_POLICY, _BUDGET], errors="ignore")
-    return plain.assign(device=devices(runs), policy=policy, budget=held_budgets(runs), interval=held_intervals(runs))
+    held = {"budget": held_budgets(runs), "interval": held_intervals(runs)}
+    fidelity = runs.reindex(columns=["scenario.kind"]).iloc[:, 0] == "fidelity"
+    return plain.assign(device=devices(runs), policy=policy, fidelity=fidelity, **held)
 
 
 def _controls(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,8 @@ def conclusions(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> lis
     """A sentence for each model and workload that full KV and an evicting policy both answered.
 
     It names the run that kept the most of full KV's right answers, of equal ones the one with the least memory. Where
-    no workload is graded, it names the run that gained the most tokens/s under the same load.
+    no workload is graded, it names the run that gained the most tokens/s under the same load; `scenario=fidelity` is no
+    load.
 
     The interval is that of the run's accuracy, over the accuracy of full KV taken as it is.
 
@@ -50,7 +51,9 @@ def conclusions(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> lis
         best = [_best(part, "_kept") for _, part in graded.groupby(["model.name", "workload.name"])]
         lines = [(run, _answers(run)) for run in best]
     else:
-        same = beside[beside["accuracy"].isna() & _same_load(beside, base) & beside["_speed"].notna()]
+        fed = runs.loc[runs.reindex(columns=["scenario.kind"]).iloc[:, 0] == "fidelity", "run"]
+        same = beside[beside["accuracy"].isna() & ~beside["run"].isin(fed)]
+        same = same[_same_load(same, base.loc[same.index]) & same["_speed"].notna()]
         best = [_best(part, "_speed") for _, part in same.groupby(["model.name", "workload.name"])]
         lines = [(run, f"{run['_speed']:.2f} x full KV's tokens/s{_memory(run)}{_load(table, run)}") for run in best]
     told = [name for name in ("model.name", "workload.name") if len({run[name] for run in best}) > 1]

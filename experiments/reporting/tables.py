@@ -28,9 +28,15 @@ def _number(column: str, template: str) -> Cell:
     return lambda row: "-" if pd.isna(row[column]) else template.format(row[column])
 
 
-def _bounded(column: str, scale: float, template: str) -> Cell:
-    names = column, f"{column}.low", f"{column}.high"
-    return lambda row: "-" if pd.isna(row[column]) else template.format(*(scale * row[name] for name in names))
+def _bounded(column: str, scale: float, number: str) -> Cell:
+    """A figure and its interval, if there is one: a single problem gives none."""
+
+    def cell(row: pd.Series) -> str:
+        figures = [row[name] for name in (column, f"{column}.low", f"{column}.high") if pd.notna(row[name])]
+        value, *bounds = (number.format(scale * figure) for figure in figures) if figures else "-"
+        return f"{value} [{', '.join(bounds)}]" if bounds else value
+
+    return cell
 
 
 def _difference(baseline: str) -> Cell:
@@ -57,12 +63,12 @@ COLUMNS: dict[str, Cell] = {
     "workload": _text("workload.name"),
     "policy": label,
     "budget": _text("budget.text"),
-    "accuracy (%) [95 %]": _bounded("accuracy", 100, "{:.1f} [{:.1f}, {:.1f}]"),
+    "accuracy (%) [95 %]": _bounded("accuracy", 100, "{:.1f}"),
     BY_PLACE: lambda row: place_text(row["place_accuracy"]),
     RECALL: lambda row: "-" if pd.isna(row["recall_accuracy"]) else f"{100 * row['recall_accuracy']:.1f}",
-    FIDELITY[0]: _bounded("divergence", 1, "{:.4f} [{:.4f}, {:.4f}]"),
-    FIDELITY[1]: _bounded("agreement", 100, "{:.1f} [{:.1f}, {:.1f}]"),
-    FIDELITY[2]: _bounded("worked_loss", 1, "{:+.4f} [{:+.4f}, {:+.4f}]"),
+    FIDELITY[0]: _bounded("divergence", 1, "{:.4f}"),
+    FIDELITY[1]: _bounded("agreement", 100, "{:.1f}"),
+    FIDELITY[2]: _bounded("worked_loss", 1, "{:+.4f}"),
     "tokens/s": _number("output_tokens_per_second", "{:,.0f}"),
     "KV MiB": lambda row: "-" if pd.isna(row["kv_bytes.max"]) else f"{row['kv_bytes.max'] / 2**20:,.2f}",
     "less full KV": _difference("full"),

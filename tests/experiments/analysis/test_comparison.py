@@ -294,6 +294,16 @@ class TestBaselines:
         table = compared(tmp_path)
         assert table.loc["b", ["full.run", "random.run"]].tolist() == ["a", "c"]
 
+    def test_full_kvs_answers_fed_to_a_policy_are_no_baseline_of_free_ones(self, tmp_path):
+        fed = {"scenario.kind": "fidelity", "scenario.name": "fidelity"}
+        older = {"code.commit": "a", "code.diff": "1", "code.version": "1"}
+        newer = {"code.commit": "b", "code.diff": "2", "code.version": "2"}
+        make_run(tmp_path, "free", FULL, provenance={"code": older})
+        make_run(tmp_path, "fed", FULL, [None] * len(GRADES), config=fed, provenance={"code": newer})
+        make_run(tmp_path, "y", ZIPAGE, provenance={"code": newer}, config={"scenario.kind": "serve"})
+        make_run(tmp_path, "z", ZIPAGE, [None] * len(GRADES), config=fed, provenance={"code": older})
+        assert compared(tmp_path).loc[["y", "z"], "full.run"].tolist() == ["free", "fed"]
+
     def test_the_nearest_then_the_latest(self, tmp_path):
         make_run(tmp_path, "near", FULL, config={"engine.block_size": 16})
         make_run(tmp_path, "old", FULL)

@@ -11,6 +11,8 @@ from experiments.analysis import compare as compare_runs
 from experiments.analysis import fidelity as measures
 from experiments.archive import archive
 from experiments.records import load_events, load_requests, load_runs, load_steps
+from experiments.regrade import regrade
+from experiments.reporting.conclusion import conclusions
 from experiments.reporting.tables import comparison_table
 from experiments.run import main
 from experiments.running.fidelity import compare
@@ -105,6 +107,17 @@ def test_the_same_tokens_get_the_same_fidelity_whatever_the_engine_does_meanwhil
     first, second = (load_requests(row) for _, row in load_runs(tmp_path / "runs").iterrows())
     for a, b in zip(first["token_divergences"], second["token_divergences"], strict=True):
         np.testing.assert_allclose(a, b, rtol=0.02, atol=1e-5)
+
+
+def test_one_problem_has_no_interval_no_grade_and_no_speed_to_speak_of(run, tmp_path):
+    assert run("policy=full", "limit=1") == run(*BOUNDED, "limit=1") == 0
+    runs = load_runs(tmp_path / "runs")
+    for _, row in runs.iterrows():
+        assert regrade(row)["grade"].isna().all(), "the answers are full KV's"
+    table = comparison_table(compare_runs(runs))
+    assert "nan" not in table.to_string()
+    assert "[" not in table["KL (nats/token) [95 %]"].sum()
+    assert conclusions(runs) == []
 
 
 @pytest.mark.parametrize(
