@@ -136,15 +136,17 @@ class Job:
 
     @cached_property
     def data(self) -> str:
-        """Content hash of the questions with their golds and lengths, and of a trace's arrivals."""
+        """Content hash of the questions with golds, lengths and solutions that are read, and of a trace's arrivals."""
         lengths = {p.id: [p.prompt_tokens, p.output_tokens] for p in self.problems if p.prompt_tokens is not None}
+        fed = self.experiment.scenario.kind == "fidelity"
+        worked = {p.id: p.worked for p in self.problems if fed and p.worked}
         traced = self.experiment.scenario.arrival == "trace"
         arrivals = arrival_times(self.experiment.scenario, len(self.problems)) if traced else []
         questions = [
             [p.id, p.question, p.gold, *p.history, *([] if p.error is None else [p.error]), *p.follow_ups]
             for p in self.problems
         ]
-        return records.content_hash(questions + [part for part in (lengths, arrivals) if part])
+        return records.content_hash(questions + [part for part in (lengths, arrivals, worked) if part])
 
     @cached_property
     def run_id(self) -> str:

@@ -147,4 +147,6 @@ def _problem(row: Mapping[str, Any], number: int, config: WorkloadConfig) -> Pro
         question = str(row[config.question])
     name = str(number if config.id is None else row[config.id])
     worked = None if config.tests is not None else worked_solution(row, config.answer, config.solution)
+    if worked is not None and worked != _unicode(worked):  # the question can be asked without it
+        worked = None
     return Problem(id=name, question=question, gold=gold, worked=worked)

@@ -120,6 +120,22 @@ def test_one_problem_has_no_interval_no_grade_and_no_speed_to_speak_of(run, tmp_
     assert conclusions(runs) == []
 
 
+def test_a_solution_that_is_no_text_costs_itself_and_another_one_is_another_run(run, tmp_path):
+    items = [dict(item) for item in ITEMS[:2]]
+    items[0]["answer"] = "half a pair: \ud83d\n#### 2"
+    data = tmp_path / "others.jsonl"
+    for name in ("first", "second"):
+        items[1]["answer"] = f"the {name} way\n#### 4"
+        data.write_text("\n".join(map(json.dumps, items)))
+        assert run(*BOUNDED, f"workload.path={data}") == 0
+    runs = load_runs(tmp_path / "runs")
+    assert len(runs) == 2
+    for _, row in runs.iterrows():
+        rows = load_requests(row)
+        assert rows["token_divergences"].notna().all()
+        assert list(rows["worked_tokens"].isna()) == [True, False]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
