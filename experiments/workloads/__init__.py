@@ -80,6 +80,8 @@ def _mix(config: WorkloadConfig) -> list[Problem]:
             part = WorkloadConfig(**options)
         except TypeError as error:
             raise UsageError(f"workload.parts.{name}: {error}") from error
+        if part.turns is not None:  # its grader and the options of its requests are those of the whole
+            raise UsageError(f"workload.parts.{name}.turns={part.turns}: a part has no turns: set workload.turns")
         problems += [replace(problem, id=f"{name}/{problem.id}", kind=name) for problem in load_problems(part)]
     Random(config.seed).shuffle(problems)
     return problems

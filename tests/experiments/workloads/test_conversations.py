@@ -121,3 +121,9 @@ def test_where_no_question_has_a_number_its_answer_is_recalled(questions, tmp_pa
     )
     (problem,) = load_problems(replace(questions, path=str(path)))
     assert [set(recall) for recall in json.loads(problem.gold)[TURNS:]] == [{"answer_of"}] * 3
+
+
+def test_a_part_of_a_mix_can_not_be_a_conversation():
+    parts = {"a": {"generator": "word_problems", "turns": 2}}
+    with pytest.raises(UsageError, match=r"workload.parts.a.turns=2: .* set workload.turns"):
+        load_problems(WorkloadConfig(parts=parts))
