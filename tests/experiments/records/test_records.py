@@ -137,6 +137,7 @@ def test_committed_benchmarks_keep_their_ids():
 
 
 BENCHMARK_IDS = {
+    "engine_bench_policies_h100": "engine_bench-642b6a5accdc",
     "engine_bench_ample_h100": "engine_bench-18d45a725dc7",
     "engine_bench_ample_pressure_h100": "engine_bench-a1754cf876dc",
     "engine_bench_ample_vllm_h100": "engine_bench-b3be7621d49a",
