@@ -10,6 +10,7 @@ from experiments.reporting.plots.accuracy import (
 )
 from experiments.reporting.plots.answers import facts_by_distance, length_inflation
 from experiments.reporting.plots.bench import against_roofline
+from experiments.reporting.plots.frontier import accuracy_by_speed_up
 from experiments.reporting.plots.maps import crossover_map, kept_positions
 from experiments.reporting.plots.timeline import (
     blocks_over_time,
@@ -22,6 +23,7 @@ from experiments.reporting.plots.timeline import (
 __all__ = [
     "accuracy_by_budget",
     "accuracy_by_policy",
+    "accuracy_by_speed_up",
     "accuracy_by_throughput",
     "against_roofline",
     "blocks_over_time",

@@ -104,6 +104,7 @@ class TestPage:
             "Accuracy by policy",
             "Facts against distance",
             "Accuracy against throughput",
+            "Accuracy against speed in the same memory",
             "Throughput over time",
             "Concurrency over time",
             "Blocks over time",
