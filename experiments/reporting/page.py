@@ -16,15 +16,13 @@ from experiments.config.notes import notes_on
 from experiments.config.options import budget_texts, in_order
 from experiments.reporting.conclusion import conclusions
 from experiments.reporting.frontier_table import frontier_table
-from experiments.reporting.pictures import pictures
+from experiments.reporting.pictures import DPI, drawn
 from experiments.reporting.plots.style import run_names
 from experiments.reporting.published import beside
 from experiments.reporting.tables import by_load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-DPI = 160
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 1rem }
@@ -86,11 +84,9 @@ def page(
         )
         parts.append(_table(beside(runs, compared, published)))
     left_out = []
-    for heading, help_text, draw in pictures(runs, compared):
-        try:
-            figure = draw()
-        except (ValueError, OSError) as error:  # OSError: a record without one of its files
-            left_out.append(f"{heading}: {error}")
+    for heading, help_text, figure, lacking in drawn(runs, compared):
+        if figure is None:
+            left_out.append(f"{heading}: {lacking}")
             continue
         parts += [f"<h2>{escape(heading)}</h2>", f"<p>{escape(help_text)}</p>", _image(figure, heading)]
     if left_out:

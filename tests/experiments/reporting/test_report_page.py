@@ -92,7 +92,7 @@ def drawn(tmp_path_factory) -> tuple[pd.DataFrame, str]:
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
     """The page without its pictures, for what is not about them."""
-    monkeypatch.setattr("experiments.reporting.page.pictures", lambda runs, compared: iter(()))
+    monkeypatch.setattr("experiments.reporting.pictures.pictures", lambda runs, compared: iter(()))
 
 
 class TestPage:
@@ -296,7 +296,7 @@ class TestCommandLine:
         assert sorted(tmp_path.rglob("*")) == before
 
     @pytest.mark.usefixtures("undrawn")
-    @pytest.mark.parametrize("option", ["--html", "--tables"])
+    @pytest.mark.parametrize("option", ["--html", "--tables", "--pictures"])
     def test_an_unwritable_place_costs_one_line(self, option, folder, tmp_path, capsys):
         (tmp_path / "file").write_text("kept")
         assert report.main([str(folder), option, str(tmp_path / "file" / "below")]) == 2
