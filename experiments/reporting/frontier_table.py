@@ -15,6 +15,7 @@ from experiments.config.options import (
     readable_options,
     short_names,
 )
+from experiments.reporting.tables import RECALL
 
 
 def frontier_table(rows: pd.DataFrame, keep: float = KEEP) -> pd.DataFrame:
@@ -40,6 +41,9 @@ def frontier_table(rows: pd.DataFrame, keep: float = KEEP) -> pd.DataFrame:
     table["accuracy (%) [95 %]"] = _bounded(keyed, "accuracy")
     table["of full KV (%) [95 %]"] = _bounded(keyed, "share").where(keyed["claim"].notna(), "100")
     table[f"keeps {100 * keep:g} %"] = keyed["claim"].fillna("-")
+    if keyed["recall_accuracy"].notna().any():  # which the claim leaves out
+        recalls = 100 * keyed["recall_accuracy"].astype(float)
+        table[RECALL] = recalls.map("{:.1f}".format).where(recalls.notna(), "-")
     return table.reset_index(drop=True)
 
 

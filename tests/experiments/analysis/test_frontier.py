@@ -85,3 +85,11 @@ def test_the_table_says_it_in_words(runs):
     assert table["keeps 95 %"].tolist() == ["-", "holds", "open", "fails"]
     assert table["tokens/s x"].tolist() == ["1.00", "2.00", "2.50", "8.00"]
     assert table["of full KV (%) [95 %]"].iloc[3].startswith("50.0 [")
+    assert "recall (%)" not in table
+
+
+def test_recalls_stand_beside_the_claim(tmp_path):
+    for name, policy, known in (("a", "full", 1.0), ("b", "zipage", 0.25)):
+        places, recalls = [[1.0]] * 20, [[known]] * 20
+        make_run(tmp_path, name, policy, 64, grades=[1.0] * 20, places=places, recalls=recalls)
+    assert frontier_table(frontier(load_runs(tmp_path)))["recall (%)"].tolist() == ["100.0", "25.0"]
