@@ -1,5 +1,5 @@
-"""`python -m experiments.report RUNS...`: the table of runs, or of a sweep; with `--html` and `--tables` the comparison
-with intervals, verdicts and pictures."""
+"""`python -m experiments.report RUNS...`: the table of runs, or of a sweep; with `--html`, `--pictures` and `--tables`
+the comparison with intervals, verdicts and pictures."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tables", type=Path, metavar="FOLDER", help="write it as Markdown and LaTeX, and all its numbers as CSV"
     )
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write its pictures as PNG, a file each")
     parser.add_argument("--margin", type=float, default=0.02, help="of non-inferiority to full KV (%(default)s)")
     parser.add_argument("--published", metavar="NAME", help="a table of results/published to set beside ours")
     parser.add_argument("--title", default="Runs compared", help="of the page")
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(*(sweep_table(Path(path), options.wide) for path in paths), sep="\n\n")
         else:
             print(with_notes(runs, options.wide))
-        if published or options.html or options.tables:
+        if published or options.html or options.tables or options.pictures:
             _compare(runs, options, published)
     except (UsageError, ValueError) as error:
         print(error, file=sys.stderr)
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compare(runs: pd.DataFrame, options: argparse.Namespace, published: Mapping[str, Any] | None) -> None:
-    """The published figures beside ours, the page and the tables.
+    """The published figures beside ours, the page, the pictures and the tables.
 
     Raises UsageError where they can't be written, ValueError for a wrong margin.
     """
@@ -72,6 +73,10 @@ def _compare(runs: pd.DataFrame, options: argparse.Namespace, published: Mapping
             print("tables:", *write_tables(comparison_table(compared), options.tables, numbers=compared))
             if published:
                 print("tables:", *write_tables(beside(runs, compared, published), options.tables, "published"))
+        if options.pictures:
+            from experiments.reporting.pictures import write_pictures
+
+            print("pictures:", *write_pictures(runs, compared, options.pictures))
         if options.html:
             from experiments.reporting.page import page
 
@@ -80,9 +85,8 @@ def _compare(runs: pd.DataFrame, options: argparse.Namespace, published: Mapping
             options.html.write_text(text, encoding="utf-8")
             print(f"page: {options.html}")
     except OSError as error:
-        raise UsageError(
-            f"{error.filename or options.html or options.tables}: can't be written: {error.strerror}"
-        ) from error
+        place = error.filename or options.html or options.tables or options.pictures
+        raise UsageError(f"{place}: can't be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

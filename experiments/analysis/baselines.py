@@ -24,6 +24,12 @@ stands for all that begin with it."""
 BUDGET = ("budget", "interval", "engine.block_size", "policy.trigger", "policy.recent_tokens")
 """What two policies of the same budget must have in common besides."""
 
+POOL = ("engine.num_blocks", "engine.kv_cache_memory_bytes", "engine.gpu_memory_utilization")
+"""What sizes a pool; the first that is set decides."""
+
+LOAD = ("engine.max_num_seqs", "scenario.", "hardware.")
+"""What else two runs must have in common for their speeds to be compared."""
+
 PREFERRED = ("engine.", "scenario.", "hardware.", "provenance.code.")
 """Of several baselines, the one that differs in the fewest of these is taken, and of those the latest."""
 
@@ -39,6 +45,13 @@ def full_kv(runs: pd.DataFrame) -> list[int | None]:
     runs = _described(runs)
     full = (runs["policy"] == "full").to_numpy()
     return _match(runs, full, ~full, MATCHED, PREFERRED)
+
+
+def full_kv_of_same_pool(runs: pd.DataFrame) -> list[int | None]:
+    """The same among the runs of the same memory and load, whose speeds may be compared."""
+    runs = _described(runs)
+    full = (runs["policy"] == "full").to_numpy()
+    return _match(runs, full, ~full, MATCHED + POOL + LOAD, PREFERRED)
 
 
 def random_with_prompt(runs: pd.DataFrame) -> list[int | None]:

@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from experiments.records import REQUESTS, table_path
+from experiments.config.options import BUDGET, held_budgets, held_intervals, label, readable_options
+from experiments.records import REQUESTS, load_requests, table_path
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 POSITIONS = (0, 64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192, 16384, 32768)
 """Where the bins of output positions begin."""
@@ -92,3 +96,113 @@ def intervals(folder: Path, *, confidence: float, resamples: int, seed: int) -> 
             low, high = percentiles(total[None], sizes[None].astype(np.float64), confidence, resamples, seed)
             found |= {f"{name}.low": float(low[0]), f"{name}.high": float(high[0])}
     return found
+
+
+# How well it predicts accuracy
+
+PREDICTORS = ("divergence", "agreement")
+FEWEST_ARMS = 4
+
+NO_MATTER = (
+    *("policy.bytes_as", "policy.scheduling", "policy.async_compression", "policy.interval"),
+    *("workload.path", "workload.seed", "workload.samples", "workload.max_tokens", "workload.id"),
+)
+"""Options that may differ between the runs of an arm: what asks for a budget, when things happen, which problems."""
+
+
+def predicts(
+    fidelity_runs: pd.DataFrame,
+    accuracy_runs: pd.DataFrame,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How well fidelity ranks policies as accuracy does: Spearman's correlation over `shared_arms`.
+
+    Args:
+        fidelity_runs, accuracy_runs: rows of `load_runs()`.
+        confidence, resamples, seed: of the percentile bootstrap that resamples arms.
+
+    Returns:
+        A row for each model, workload and figure of `PREDICTORS`: model.name, workload.name, figure, arms, correlation,
+        low, high. Divergence that predicts has a correlation near -1, agreement one near 1. A workload with fewer than
+        `FEWEST_ARMS` arms has no row.
+    """
+    import pandas as pd
+
+    rows = []
+    for (model, workload), arms in shared_arms(fidelity_runs, accuracy_runs).groupby(["model.name", "workload.name"]):
+        if len(arms) < FEWEST_ARMS:
+            continue
+        drawn = np.random.default_rng(seed).integers(len(arms), size=(resamples, len(arms)))
+        right = arms["accuracy"].to_numpy(float)
+        for figure in PREDICTORS:
+            values = arms[figure].to_numpy(float)
+            found = _rank_correlation(values[drawn], right[drawn])
+            bounds = np.nanquantile(found, ((1 - confidence) / 2, (1 + confidence) / 2))
+            whole = _rank_correlation(values[None], right[None])[0]
+            rows.append((model, workload, figure, len(arms), float(whole), *map(float, bounds)))
+    return pd.DataFrame(rows, columns=["model.name", "workload.name", "figure", "arms", "correlation", "low", "high"])
+
+
+def shared_arms(fidelity_runs: pd.DataFrame, accuracy_runs: pd.DataFrame) -> pd.DataFrame:
+    """The evicting arms that both have: same model, workload, policy with its options, protection and held budget.
+
+    Full KV is no arm: it diverges from itself by rounding alone. Runs that repeat an arm are pooled.
+
+    Returns:
+        A row for each arm: model.name, workload.name, policy.name, policy.protection, budget, `PREDICTORS`, and
+        accuracy, accuracy.low and accuracy.high over all samples of the arm, with the interval of `clustered_mean`.
+
+    Raises:
+        OSError: a record can't be read.
+    """
+    import pandas as pd
+
+    from experiments.analysis.statistics import clustered_mean
+
+    measured = _having(fidelity_runs, "fidelity.divergence")
+    graded = _having(accuracy_runs, "accuracy")
+    names = ["model.name", "workload.name", "policy.name", "policy.protection"]
+    columns = [*names, "budget", *PREDICTORS, "accuracy", "accuracy.low", "accuracy.high"]
+    if measured.empty or graded.empty:
+        return pd.DataFrame(columns=columns)
+    keys = _arms(pd.concat([measured, graded], ignore_index=True)).to_numpy()
+    own, others = keys[: len(measured)], keys[len(measured) :]
+    rows = []
+    for arm in dict.fromkeys(own):
+        runs, its = measured[own == arm], graded[others == arm]
+        if its.empty:
+            continue
+        samples = pd.concat([load_requests(path)[["prompt_id", "grade"]] for path in its["path"]])
+        right = clustered_mean(samples["grade"].tolist(), samples["prompt_id"].tolist())
+        fidelity = [runs[f"fidelity.{figure}"].astype(float).mean() for figure in PREDICTORS]
+        budget = held_budgets(runs).iloc[0]
+        rows.append((*runs.iloc[0][names], budget, *fidelity, right.value, right.low, right.high))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _having(runs: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The evicting runs that have a figure."""
+    return runs[runs.reindex(columns=[column]).iloc[:, 0].notna() & (runs["policy.name"] != "full")]
+
+
+def _arms(runs: pd.DataFrame) -> pd.Series:
+    """What tells the arm of each run from others, as one text."""
+    options = [n for n in runs if n.partition(".")[0] in ("policy", "workload") and n not in NO_MATTER]
+    texts = readable_options(runs, sorted({"model.name", BUDGET, *options}))
+    texts = texts.assign(
+        **{"policy.name": runs.apply(label, axis=1), "policy.protection": held_intervals(runs).map(str)}
+    )
+    return texts.astype(str).agg("|".join, axis=1)
+
+
+def _rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's, of each row: [rows, arms] twice to [rows]; NaN where a row has equal values alone."""
+    from scipy.stats import rankdata
+
+    a, b = (rankdata(values, axis=1) for values in (a, b))
+    a, b = (ranks - ranks.mean(1, keepdims=True) for ranks in (a, b))
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))

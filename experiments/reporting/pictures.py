@@ -16,6 +16,8 @@ from experiments.reporting.plots.style import MOST_LINES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+DPI = 160
+
 
 def pictures(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
     """Heading, how to read it, and the picture."""
@@ -40,10 +42,34 @@ def pictures(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tuple[str, 
         lambda: plots.facts_by_distance(runs),
     )
     yield (
+        "Accuracy by place",
+        "Of the questions of a chain or conversation, with 95 % intervals over problems. A policy that loses its way "
+        "falls below full KV, the black line.",
+        lambda: plots.accuracy_by_place(runs),
+    )
+    yield (
+        "Recall by distance",
+        "Questions for what was said earlier, by how many tokens ago that was, with 95 % intervals over conversations.",
+        lambda: plots.recall_by_distance(runs),
+    )
+    yield (
+        "Accuracy against fidelity",
+        "A point for each policy and budget whose divergence from full KV was measured by a run of its own. The "
+        "further the rank correlation is from 0, the better fidelity predicts which policy is right more often.",
+        lambda: plots.accuracy_by_fidelity(runs, runs),
+    )
+    yield (
         "Accuracy against throughput",
         "Up and to the right is better; a line joins the runs of a policy that no other of it beats in both. Runs of "
         "different machines, or beside other load, can't be compared here.",
         lambda: plots.accuracy_by_throughput(runs, compared),
+    )
+    yield (
+        "Accuracy against speed in the same memory",
+        "Tokens a second over those of full KV in the same pool. A line joins the budgets of a policy, which stand "
+        "above the points. Which runs keep 95 % of full KV's accuracy is in the table above. Each speed is of one run, "
+        "and means something only where nothing else ran and memory was short for full KV.",
+        lambda: plots.accuracy_by_speed_up(runs, compared),
     )
     yield (
         "Throughput over time",
@@ -79,6 +105,30 @@ def pictures(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tuple[str, 
         "compressions.",
         lambda: _first_trace(runs),
     )
+
+
+def drawn(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tuple[str, str, Figure | None, str]]:
+    """Heading, how to read it, and the picture, or None and what the runs lack."""
+    for heading, help_text, draw in pictures(runs, compared):
+        try:
+            yield heading, help_text, draw(), ""
+        except (ValueError, OSError) as error:  # OSError: a record without one of its files
+            yield heading, help_text, None, str(error)
+
+
+def write_pictures(runs: pd.DataFrame, compared: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write the pictures that apply as PNG, named by their headings: `accuracy-by-place.png`.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for heading, _, figure, _ in drawn(runs, compared):
+        if figure is not None:
+            paths.append(folder / f"{heading.lower().replace(' ', '-')}.png")
+            figure.savefig(paths[-1], dpi=DPI)
+    return paths
 
 
 def _first_trace(runs: pd.DataFrame) -> Figure:

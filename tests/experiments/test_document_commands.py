@@ -178,7 +178,7 @@ def read_records(module: str, given: list[str], request) -> None:
     stand_ins = {"RECORD": BENCHMARK, "ARM": "vllm", "RUN": runs, "results/runs": runs}
     arguments = []
     for before, argument in zip(["", *given], given):
-        if before in ("--html", "--tables", "--to", "--picture"):
+        if before in ("--html", "--tables", "--to", "--picture", "--pictures"):
             stand_ins[argument] = written / Path(argument).name
         elif argument.startswith(("results/runs/sweeps/demo-", "results/records/")):
             stand_ins[argument] = runs

@@ -10,7 +10,10 @@ from experiments.reporting.plots.accuracy import (
 )
 from experiments.reporting.plots.answers import facts_by_distance, length_inflation
 from experiments.reporting.plots.bench import against_roofline
+from experiments.reporting.plots.fidelity import accuracy_by_fidelity
+from experiments.reporting.plots.frontier import accuracy_by_speed_up
 from experiments.reporting.plots.maps import crossover_map, kept_positions
+from experiments.reporting.plots.places import accuracy_by_place, recall_by_distance
 from experiments.reporting.plots.timeline import (
     blocks_over_time,
     cache_over_tokens,
@@ -21,7 +24,10 @@ from experiments.reporting.plots.timeline import (
 
 __all__ = [
     "accuracy_by_budget",
+    "accuracy_by_fidelity",
+    "accuracy_by_place",
     "accuracy_by_policy",
+    "accuracy_by_speed_up",
     "accuracy_by_throughput",
     "against_roofline",
     "blocks_over_time",
@@ -32,5 +38,6 @@ __all__ = [
     "kept_positions",
     "latency_cdfs",
     "length_inflation",
+    "recall_by_distance",
     "throughput_over_time",
 ]

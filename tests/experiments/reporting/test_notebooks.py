@@ -14,7 +14,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def test_all_are_there():
-    assert [path.stem for path in NOTEBOOKS] == ["ablations", "accuracy", "anatomy_of_a_request", "throughput"]
+    names = ["ablations", "accuracy", "anatomy_of_a_request", "real_llm", "throughput"]
+    assert [path.stem for path in NOTEBOOKS] == names
 
 
 def test_they_only_call_the_library():

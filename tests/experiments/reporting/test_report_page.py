@@ -92,7 +92,7 @@ def drawn(tmp_path_factory) -> tuple[pd.DataFrame, str]:
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
     """The page without its pictures, for what is not about them."""
-    monkeypatch.setattr("experiments.reporting.page.pictures", lambda runs, compared: iter(()))
+    monkeypatch.setattr("experiments.reporting.pictures.pictures", lambda runs, compared: iter(()))
 
 
 class TestPage:
@@ -104,6 +104,7 @@ class TestPage:
             "Accuracy by policy",
             "Facts against distance",
             "Accuracy against throughput",
+            "Accuracy against speed in the same memory",
             "Throughput over time",
             "Concurrency over time",
             "Blocks over time",
@@ -295,7 +296,7 @@ class TestCommandLine:
         assert sorted(tmp_path.rglob("*")) == before
 
     @pytest.mark.usefixtures("undrawn")
-    @pytest.mark.parametrize("option", ["--html", "--tables"])
+    @pytest.mark.parametrize("option", ["--html", "--tables", "--pictures"])
     def test_an_unwritable_place_costs_one_line(self, option, folder, tmp_path, capsys):
         (tmp_path / "file").write_text("kept")
         assert report.main([str(folder), option, str(tmp_path / "file" / "below")]) == 2
