@@ -8,6 +8,7 @@ from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.eviction.rule import EvictionRule
 from zipage.models.loading.loader import load_model
+from zipage.worker import peak
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.model_runner import ModelRunner
 from zipage.worker.peak import run_compression, run_largest_step
@@ -57,3 +58,22 @@ def test_a_compression_that_can_not_be_measured_is_an_error(loaded, monkeypatch)
     monkeypatch.setattr(type(RULE.policy), "rank", no_memory)
     with pytest.raises(RuntimeError, match="policy 'snapkv' failed: OutOfMemoryError: no memory left"):
         run_compression(cache, loaded.spec, RULE, None, 4, 2)
+
+
+@pytest.mark.parametrize("budget", [Budget(5000, SIZE, 4996), Budget(5000, SIZE), Budget(4, SIZE)])
+def test_what_is_measured_fits_in_blocks_of_one_request_however_large_budget_and_interval(loaded, monkeypatch, budget):
+    sizes = []
+
+    class Noted(KVCache):
+        def __init__(self, spec, num_blocks, *more, **options) -> None:
+            sizes.append(num_blocks)
+            super().__init__(spec, num_blocks, *more, **options)
+
+    monkeypatch.setattr(peak, "KVCache", Noted)
+    monkeypatch.setattr(peak, "_peak_of", lambda device, run: run() or 0)
+    monkeypatch.setattr(peak, "LAUNCH_ENTRIES", 256)
+    cpu, options = torch.device("cpu"), {"max_num_seqs": 4, "max_model_len": 5 * SIZE, "enforce_eager": True}
+    runner = ModelRunner(loaded.decoder, loaded.spec, cpu, **options)
+    rule = EvictionRule(RULE.policy, budget)
+    peak.measure_peak(runner, 3 * SIZE, SIZE, torch.float32, rule=rule)
+    assert max(sizes) <= 5 + 1

@@ -59,13 +59,14 @@ def measure_peak(
     del cache
     if rule is not None:
         options = {"positions": True, "scores": rule.policy.state, "num_query_slots": 1, "window": rule.window}
-        cache = KVCache(runner.spec, rule.max_blocks, block_size, dtype, runner.device, **options)
         longest = -(-runner.max_model_len // block_size)
+        # Budget and interval may be beyond any request.
+        cache = KVCache(runner.spec, 1 + min(rule.kept_blocks, longest), block_size, dtype, runner.device, **options)
         most = max(1, LAUNCH_ENTRIES // (runner.spec.num_kv_heads * longest * block_size))
         compress = partial(run_compression, cache, runner.spec, rule, layer_stride)
         compression = _peak_of(runner.device, lambda: compress(longest, most))
         # The shape of most compressions to come, so that its kernels are compiled before requests wait for them.
-        compress(rule.max_blocks, 1)
+        compress(min(rule.max_blocks, longest), 1)
         del cache, compress
         peak = peak + compression if asynchronous else max(peak, compression)
     torch.cuda.empty_cache()
@@ -122,7 +123,7 @@ def run_compression(
     for x in (*cache.entry_tensors, *([] if cache.queries is None else [cache.queries])):
         x.zero_()
     num_entries = num_blocks * cache.block_size
-    new_ids = list(range(rule.kept_blocks))
+    new_ids = list(range(min(rule.kept_blocks, num_blocks)))
     tables = [len(new_ids)] * num_blocks, new_ids
     orders = [
         CompressionOrder(number, rule, *tables, num_entries=num_entries, window_end=num_entries, query_slot=0)
