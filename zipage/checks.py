@@ -155,7 +155,8 @@ def _convert_all(what: str, values: Iterable, kind: Any) -> list:
     try:
         return [_convert(value, kind) for value in values]
     except _Unfit as unfit:
-        raise _Unfit(f"each {what} {unfit}") from None
+        nested = ":" * str(unfit).startswith("each ")
+        raise _Unfit(f"each {what}{nested} {unfit}") from None
 
 
 def _bool(value: Any) -> bool:

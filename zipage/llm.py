@@ -342,6 +342,8 @@ class LLM:
             RuntimeError: the engine was shut down or has failed.
         """
         params = _one_of_two(sampling_params, params)
+        if getattr(params, "return_hidden_states", False):
+            raise ValueError("SamplingParams.return_hidden_states=True: stream returns none: use generate")
         events = self._events(self._add(next(self._numbers), prompt, self._inputs.tokenize, params, stream=True))
         next(events)
         return events

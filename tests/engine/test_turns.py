@@ -158,11 +158,19 @@ def test_hidden_states_are_those_of_transformers(folder):
         ({"forced_token_ids": [1], "logprobs": 1}, "return_hidden_states"),
         ({"follow_ups": [[-1]]}, "at least 0"),
         ({"forced_token_ids": 5}, "must be a list"),
+        ({"follow_ups": [[1.5]]}, "each item: each item must be an integer"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**options)
+
+
+def test_a_stream_has_no_hidden_states_to_return(folder):
+    llm = make_llm(folder, None)
+    with pytest.raises(ValueError, match="use generate"):
+        llm.stream(PROMPTS[0], greedy(4, return_hidden_states=True))
+    assert not llm.has_unfinished_requests()
 
 
 @pytest.mark.parametrize(
