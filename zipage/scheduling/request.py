@@ -47,7 +47,7 @@ class Request:
         rule, window: what bounds the cache, None for full KV; w, latest queries that its compressions read.
         arrival: host clock at which it was added.
         follow: its tokens are wanted one by one, not only at its end.
-        has_turns: an answer may end before the request does.
+        is_scripted: some of its tokens may not be drawn, or its answers have a limit.
 
     By `Scheduler`:
         number: age; the scheduler counts requests as they are added.
@@ -105,9 +105,9 @@ class Request:
         "follow",
         "follow_ups",
         "has_held_slot",
-        "has_turns",
         "hidden_states",
         "index",
+        "is_scripted",
         "limit_reason",
         "logprobs",
         "max_total_tokens",
@@ -177,7 +177,8 @@ class Request:
         self.hidden_states: list[Any] | None = [] if sampling_params.return_hidden_states else None
         self.next_tokens = deque(sampling_params.forced_token_ids)
         self.follow_ups = deque(sampling_params.follow_ups)
-        self.has_turns = bool(self.follow_ups) or sampling_params.max_turn_tokens is not None
+        has_turns = self.follow_ups or sampling_params.max_turn_tokens is not None
+        self.is_scripted = bool(self.next_tokens or has_turns)
         self.turn_begin = self.num_prompt_tokens + len(self.next_tokens)
 
         self.status = Status.WAITING
@@ -252,7 +253,7 @@ class Request:
 
     def await_token(self, token_row: int) -> None:
         """A step that will give the next token is under way; `token_row` is where among those that it samples."""
-        self.token_ids.append(self.next_tokens.popleft() if self.next_tokens else PENDING)
+        self.token_ids.append(self.next_tokens.popleft() if self.is_scripted and self.next_tokens else PENDING)
         self.num_pending += 1
         self.token_row = token_row
 
@@ -264,7 +265,7 @@ class Request:
         """
         place = -self.num_pending
         self.num_pending -= 1
-        if self.token_ids[place] != PENDING:
+        if self.is_scripted and self.token_ids[place] != PENDING:
             return False
         self.token_ids[place] = token
         return True

@@ -389,7 +389,7 @@ class Scheduler:
                 request.finish_reason = "stop"
             elif request.has_all_tokens and not request.num_pending:
                 request.finish_reason = request.limit_reason
-            elif not (is_drawn and request.has_turns and request.ends_turn(token)):
+            elif not (request.is_scripted and is_drawn and request.ends_turn(token)):
                 continue
             elif request.follow_ups:
                 request.begin_turn(token)
