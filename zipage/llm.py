@@ -17,12 +17,10 @@ from tqdm import tqdm
 
 from zipage.checks import Text, check_names, checked
 from zipage.config import EngineConfig
-from zipage.engine.core import on_device
 from zipage.engine.input_processor import Message, Prompt, Tokens, as_conversations, as_prompts, text_of
 from zipage.engine.output_processor import PendingPrompt
 from zipage.engine.startup import start
 from zipage.eviction.fault import described
-from zipage.models.loading.loader import resolve_device
 from zipage.outputs import RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams
 from zipage.stats import EngineStats
@@ -53,13 +51,12 @@ class LLM:
     def __init__(self, model: str | PathLike[str], **options: Any) -> None:
         self.config = EngineConfig.from_kwargs(model=model, **options)
         self.config.warn_of_idle()
-        with on_device(resolve_device(self.config.device)):
-            engine = start(self.config)
+        engine = start(self.config)
         self._core = engine.core
         self._inputs = engine.inputs
         self._outputs = engine.outputs
-        self.memory_plan = engine.memory_plan
-        self.max_model_len = engine.max_model_len
+        self.memory_plan = engine.spec.memory_plan
+        self.max_model_len = engine.spec.max_model_len
         self.step_listeners = self._core.telemetry.step_listeners
         self.event_listeners = self._core.telemetry.event_listeners
         self._left: deque[str] = deque()

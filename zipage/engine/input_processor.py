@@ -12,17 +12,16 @@ import numpy as np
 
 from zipage.checks import check_names, shown
 from zipage.config import EngineConfig
+from zipage.engine.core_spec import CoreSpec
 from zipage.eviction import registry
 from zipage.eviction.fault import described
 from zipage.eviction.policy import Policy
 from zipage.eviction.rule import EvictionRule
-from zipage.models.loading.tokenizer import is_tokenizer_error
+from zipage.models.loading.tokenizer import end_of_sequence_ids, is_tokenizer_error
 from zipage.outputs import FinishReason
 from zipage.sampling_params import SamplingParams
 from zipage.scheduling.request import Request
 from zipage.unsupported import PROMPT_KEYS, drop_unsupported
-from zipage.worker.kv_cache import KVCache
-from zipage.worker.memory_plan import MemoryPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,33 +90,21 @@ class InputProcessor:
     """Checks what is asked of the engine against what it has.
 
     Args:
-        config, memory_plan, max_model_len, policy: of the engine; policy None is full KV.
-        cache: of the engine; what it keeps decides which policies a request may name.
+        config: of the engine.
+        core: what its core serves.
         tokenizer: None where prompts are token ids only.
-        vocab_size: token ids are below it.
-        eos_token_ids: end a request that does not ignore them.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        memory_plan: MemoryPlan,
-        cache: KVCache,
-        *,
-        max_model_len: int,
-        policy: Policy | None,
-        tokenizer: PreTrainedTokenizerBase | None,
-        vocab_size: int,
-        eos_token_ids: frozenset[int],
-    ) -> None:
+    def __init__(self, config: EngineConfig, core: CoreSpec, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._config = config
-        self._memory_plan = memory_plan
-        self._cache = cache
-        self._max_model_len = max_model_len
-        self._policies = {None: policy, config.policy: policy, "full": None}
+        self._memory_plan = core.memory_plan
+        self._max_model_len = core.max_model_len
+        self._vocab_size = core.vocab_size
+        self._eos_token_ids = end_of_sequence_ids(core.eos_token_ids, tokenizer)
+        self._policy = config.make_policy()
+        """Of the engine; None is full KV. What its cache keeps decides which policies a request may name."""
+        self._policies = {None: self._policy, config.policy: self._policy, "full": None}
         self.tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
         self._warned_of_budget = False
 
     def samples(
@@ -295,13 +282,13 @@ class InputProcessor:
             raise ValueError(
                 f"SamplingParams.policy={name!r}: must be the name of a registered policy; a request imports nothing"
             )
-        policy, cache = registry.make(name), self._cache
+        policy, own = registry.make(name), self._policy
         if not policy.evicts:
             return None
         needs = {
-            "the entries' positions": cache.positions is None,
-            "scores": policy.state and cache.scores is None,
-            f"{policy.num_queries} queries a request": policy.num_queries > cache.window,
+            "the entries' positions": own is None,
+            "scores": policy.state and not (own and own.state),
+            f"{policy.num_queries} queries a request": policy.num_queries > (own.num_queries if own else 0),
         }
         lacks = [what for what, is_missing in needs.items() if is_missing]
         if lacks:

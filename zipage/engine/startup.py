@@ -8,19 +8,21 @@ from dataclasses import dataclass
 import torch
 
 from zipage.config import EngineConfig
-from zipage.engine.core import EngineCore
+from zipage.engine.core import EngineCore, on_device
+from zipage.engine.core_spec import CoreSpec
 from zipage.engine.debug import DebugChecks
 from zipage.engine.input_processor import InputProcessor
 from zipage.engine.output_processor import OutputProcessor
 from zipage.engine.telemetry import Telemetry
+from zipage.models.loading.loader import resolve_device
 from zipage.models.loading.share import obtain_model
-from zipage.models.loading.tokenizer import end_of_sequence_ids, load_tokenizer
+from zipage.models.loading.tokenizer import load_tokenizer
 from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.scheduler import Scheduler
 from zipage.threads import warn_of_spinning
 from zipage.worker.compression_runner import CompressionRunner
 from zipage.worker.kv_cache import KVCache
-from zipage.worker.memory_plan import MemoryPlan, plan_memory
+from zipage.worker.memory_plan import plan_memory
 from zipage.worker.model_runner import ModelRunner
 from zipage.worker.peak import measure_peak
 
@@ -34,21 +36,49 @@ class Engine:
     core: EngineCore
     inputs: InputProcessor
     outputs: OutputProcessor
-    memory_plan: MemoryPlan
-    max_model_len: int
+    spec: CoreSpec
 
 
 def start(config: EngineConfig) -> Engine:
-    """Load the model and build an engine around it, on the current device.
+    """Load the model and build an engine around it.
 
     Raises:
         ValueError, FileNotFoundError: as `LLM`.
     """
+    core, spec = build_core(config)
+    try:
+        inputs = build_inputs(config, spec)
+    except BaseException:
+        core.shut_down()
+        raise
+    return Engine(core, inputs, OutputProcessor(inputs.tokenizer, core.telemetry.counters), spec)
+
+
+def build_inputs(config: EngineConfig, spec: CoreSpec) -> InputProcessor:
+    """What turns prompts into samples for a core: it loads the tokenizer, and neither weights nor anything on a device.
+
+    Raises:
+        ValueError, FileNotFoundError: the tokenizer is missing or broken.
+    """
+    return InputProcessor(config, spec, None if config.skip_tokenizer_init else load_tokenizer(config.model))
+
+
+def build_core(config: EngineConfig) -> tuple[EngineCore, CoreSpec]:
+    """Load the model and build a core around it.
+
+    Raises:
+        ValueError, FileNotFoundError: as `LLM`, for all but the tokenizer.
+    """
+    with on_device(resolve_device(config.device)):
+        return _build_core(config)
+
+
+def _build_core(config: EngineConfig) -> tuple[EngineCore, CoreSpec]:
+    """`build_core` on the current device."""
     loaded = obtain_model(
         config.model, load_format=config.load_format, dtype=config.dtype, device=config.device, seed=config.seed
     )
     spec, decoder = loaded.spec, loaded.decoder
-    tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.model)
     max_model_len = _resolve_max_model_len(config, spec.max_position)
     dtype, device = decoder.dtype, decoder.device
     if device.type == "cpu":
@@ -123,17 +153,7 @@ def start(config: EngineConfig) -> Engine:
         overlaps=device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
         async_compression=config.async_compression,
     )
-    inputs = InputProcessor(
-        config,
-        plan,
-        cache,
-        max_model_len=max_model_len,
-        policy=policy,
-        tokenizer=tokenizer,
-        vocab_size=spec.vocab_size,
-        eos_token_ids=end_of_sequence_ids(spec, tokenizer),
-    )
-    return Engine(core, inputs, OutputProcessor(tokenizer, telemetry.counters), plan, max_model_len)
+    return core, CoreSpec(plan, max_model_len, spec.vocab_size, spec.eos_token_ids)
 
 
 def _resolve_max_model_len(config: EngineConfig, max_position: int) -> int:

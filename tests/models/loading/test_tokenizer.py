@@ -197,8 +197,8 @@ def test_a_chat_template_that_is_none_is_named(tmp_path, template):
 
 def test_ends_of_a_sequence_are_the_union():
     spec = spec_from_config(hf_config({"model_type": "qwen2", "eos_token_id": [7, 8]}))
-    assert end_of_sequence_ids(spec) == {7, 8}
-    assert end_of_sequence_ids(spec, byte_level()) == {2, 7, 8}
+    assert end_of_sequence_ids(spec.eos_token_ids) == {7, 8}
+    assert end_of_sequence_ids(spec.eos_token_ids, byte_level()) == {2, 7, 8}
 
 
 def test_gguf_sentencepiece(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,6 @@ from zipage.models.loading.gguf_file import GgufFile
 from zipage.models.loading.gguf_tokenizer import gguf_tokenizer
 from zipage.models.loading.hf_config import read_json
 from zipage.models.loading.locate import TOKENIZER, locate_model
-from zipage.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,11 +48,11 @@ def is_tokenizer_error(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def end_of_sequence_ids(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast | None = None) -> frozenset[int]:
+def end_of_sequence_ids(of_model: Iterable[int], tokenizer: PreTrainedTokenizerFast | None = None) -> frozenset[int]:
     """Ids that end a sequence: those of config, generation config or GGUF metadata, and the tokenizer's."""
     if tokenizer is None or tokenizer.eos_token_id is None:
-        return frozenset(spec.eos_token_ids)
-    return frozenset((*spec.eos_token_ids, tokenizer.eos_token_id))
+        return frozenset(of_model)
+    return frozenset((*of_model, tokenizer.eos_token_id))
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
