@@ -1,0 +1,47 @@
+"""What the children of tests/test_processes.py run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from zipage.processes import Channel, Child, packed
+
+
+def echo(channel: Channel) -> None:
+    """Answer until the channel is closed."""
+    while True:
+        try:
+            message = channel.receive()
+        except EOFError:
+            return
+        if message == "environment":
+            message = os.environ.get("ZIPAGE_TEST"), sys.path
+        channel.send(message)
+
+
+def sleep(channel: Channel) -> None:
+    """Hear nothing."""
+    channel.send(os.getpid())
+    time.sleep(60)
+
+
+def fail(channel: Channel) -> None:
+    errors = [FileNotFoundError(2, "no such thing", "here"), ValueError("bad"), _Odd(1, 2)]
+    for error in errors:
+        channel.send(packed(error))
+    raise SystemExit(3)
+
+
+def with_grandchild(channel: Channel) -> None:
+    child = Child("grandchild", "tests.processes_targets:sleep")
+    channel.send([os.getpid(), child.channel.receive()])
+    time.sleep(60)
+
+
+class _Odd(Exception):
+    """Can't be pickled."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__(f"odd {a} {b}")
