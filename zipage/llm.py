@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from os import PathLike
@@ -57,8 +56,8 @@ class LLM:
         self._outputs = engine.outputs
         self.memory_plan = engine.spec.memory_plan
         self.max_model_len = engine.spec.max_model_len
-        self.step_listeners = self._core.telemetry.step_listeners
-        self.event_listeners = self._core.telemetry.event_listeners
+        self.step_listeners = self._core.listeners.steps
+        self.event_listeners = self._core.listeners.events
         self._left: deque[str] = deque()
         """Streams that were dropped in the middle of a step."""
         self._numbers = count()
@@ -118,7 +117,7 @@ class LLM:
         first = samples[0]
         pending = self._outputs.add(request_id, text, first.token_ids, params, stream)
         self._core.add(samples)
-        counters = self._core.telemetry.counters
+        counters = self._core.counters
         counters.prompt_tokens += first.num_prompt_tokens
         counters.prompts_truncated += first.rule is not None and first.rule.prompt_truncated
         return pending
@@ -143,7 +142,7 @@ class LLM:
         if not self._outputs.is_unfinished(request_id):
             return False
         with self._whole():
-            self._core.telemetry.counters.requests_aborted += 1
+            self._core.counters.requests_aborted += 1
             self._outputs.process(self._core.abort(request_id), self._core.stop)
         return True
 
@@ -175,7 +174,7 @@ class LLM:
         Raises:
             ValueError: they are not of the model's width.
         """
-        return self._core.runner.logits(checked("hidden_states", hidden_states, Tensor))
+        return self._core.logits(checked("hidden_states", hidden_states, Tensor))
 
     # Running
 
@@ -195,7 +194,7 @@ class LLM:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Around what core and outputs must both have seen, or neither; see `EngineCore.whole`."""
+        """Around what core and outputs must both have seen, or neither; see `Core.whole`."""
         try:
             with self._core.whole():
                 yield
@@ -204,7 +203,7 @@ class LLM:
                 self._outputs.forget_unfinished()
             raise
         self._abort_left()
-        self._core.telemetry.deliver()
+        self._core.listeners.deliver()
 
     def generate(
         self,
@@ -296,7 +295,7 @@ class LLM:
             raise ValueError(f"{len(params)} sampling params for {len(prompts)} prompts: give one, or one for each")
         outputs: list[RequestOutput | str] = []
         mine: list[str] = []
-        done, counters = self._outputs.done, self._core.telemetry.counters
+        done = self._outputs.done
         with tqdm(total=len(prompts), desc="requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
             try:
                 for prompt, p in zip(prompts, params, strict=True):
@@ -307,13 +306,13 @@ class LLM:
                     except ValueError as error:
                         outputs.append(self._outputs.refuse(self._free_id(number), text_of(prompt), str(error)))
                 bar.update(len(outputs) - len(mine))
-                begin, tokens = time.perf_counter(), counters.output_tokens
+                begin, tokens = time.perf_counter(), self._core.output_tokens
                 pending = set(mine)
                 while pending:
                     self._step()
                     finished = pending & done.keys()
                     pending -= finished
-                    rate = (counters.output_tokens - tokens) / (time.perf_counter() - begin)
+                    rate = (self._core.output_tokens - tokens) / (time.perf_counter() - begin)
                     bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
                     bar.update(len(finished))
             except BaseException:
@@ -367,7 +366,7 @@ class LLM:
     @property
     def stats(self) -> EngineStats:
         """Counters since the start, and gauges as they are now."""
-        return replace(self._core.telemetry.stats(), compressions_misranked=self._core.compressor.ranks.num_failed)
+        return self._core.stats()
 
 
 def _one_of_two(sampling_params: Any, params: Any) -> Any:

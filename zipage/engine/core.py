@@ -3,56 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from zipage.engine.debug import DebugChecks
-from zipage.engine.interrupts import deferred_interrupts
+from zipage.engine.interface import Core, TokenDelta
 from zipage.engine.request_metrics import request_metrics
 from zipage.engine.telemetry import Telemetry
-from zipage.eviction.fault import first_line
-from zipage.outputs import FinishReason, Logprob
+from zipage.outputs import Logprob
 from zipage.scheduling.batch import Batch
 from zipage.scheduling.plan import StepPlan
 from zipage.scheduling.planner import plan_compression, plan_step
 from zipage.scheduling.request import Request
 from zipage.scheduling.scheduler import Scheduler
-from zipage.stats import RequestMetrics
+from zipage.stats import EngineStats, RequestMetrics
 from zipage.worker.compression_runner import CompressionResult, CompressionRunner
 from zipage.worker.model_runner import Launch, ModelRunner, StepResult
 from zipage.worker.sampler import Logprobs
-
-
-class TokenDelta(NamedTuple):
-    """What one step did for one sample.
-
-    A request that is followed token by token gets one for each token, any other a single one at its end.
-
-    Attributes:
-        request_id, index: whose.
-        token_ids: new since the last delta of this sample.
-        logprobs: of those tokens; None where none were asked for.
-        finish_reason: set on the sample's last delta, as are the fields after it.
-        stop_reason: the token that ended the sample, if one did.
-        error: one line, where the finish reason is "error".
-        metrics: of the whole sample.
-        hidden_states: [T, width], of the whole sample, where asked for.
-    """
-
-    request_id: str
-    index: int
-    token_ids: list[int]
-    logprobs: list[dict[int, Logprob]] | None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | None = None
-    error: str | None = None
-    metrics: RequestMetrics | None = None
-    hidden_states: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -64,7 +35,7 @@ class _UnderWay:
     begin: float
 
 
-class EngineCore:
+class EngineCore(Core):
     """Plans steps, runs them, and books the results.
 
     Args:
@@ -85,6 +56,7 @@ class EngineCore:
         overlaps: bool,
         async_compression: bool,
     ) -> None:
+        super().__init__(telemetry.counters, telemetry.listeners)
         self.scheduler = scheduler
         self.runner = runner
         self.compressor = compressor
@@ -97,21 +69,15 @@ class EngineCore:
         self._deltas: list[TokenDelta] = []
         self._under_way: _UnderWay | None = None
         self._step_ended = 0.0
-        self._failure: str | None = None
-        """Why no step can follow the last one."""
-        self.is_shut_down = False
-        self.in_step = False
 
     # Requests
 
     def add(self, samples: Sequence[Request]) -> None:
-        """Queue the samples of one prompt."""
         self._samples[samples[0].request_id] = list(samples)
         for sample in samples:
             self.scheduler.add(sample)
 
     def abort(self, request_id: str) -> list[TokenDelta]:
-        """Withdraw a prompt with all its samples. Returns the last deltas of those that were unfinished."""
         live = [r for r in self._samples.get(request_id, ()) if r.finish_reason is None]
         self.scheduler.finish(live, "abort", time.perf_counter())
         self._end(live)
@@ -119,7 +85,6 @@ class EngineCore:
         return self._take_deltas()
 
     def stop(self, request_id: str, index: int) -> RequestMetrics:
-        """End a sample in whose text a stop string was seen, or which has none."""
         request = next(r for r in self._samples[request_id] if r.index == index)
         self.scheduler.finish([request], "stop", time.perf_counter())
         self._forget(request)
@@ -132,45 +97,27 @@ class EngineCore:
 
     # Wholeness
 
-    def check_alive(self) -> None:
-        """Raises RuntimeError if the engine was shut down or has failed."""
-        if self.is_shut_down:
-            raise RuntimeError("this engine was shut down and serves nothing more: make a new LLM")
-        if self._failure is not None:
-            raise RuntimeError(f"this engine has failed and serves nothing more ({self._failure}): make a new LLM")
+    def _on_device(self) -> AbstractContextManager:
+        return on_device(self.runner.device)
 
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Around what leaves scheduler, caches and device inconsistent if it ends half-way.
+    def _give_up(self) -> None:
+        self._under_way = None
+        self._samples.clear()
 
-        Ctrl-C waits for its end. Any exception in it is the end of the engine: a step that was taken up again in the
-        middle would compute wrong tokens.
+    def _close(self) -> None:
+        self.compressor.close()
 
-        Raises:
-            RuntimeError: the engine was shut down or has failed.
-        """
-        self.check_alive()
-        with deferred_interrupts():
-            self.in_step = True
-            try:
-                with on_device(self.runner.device):
-                    yield
-            except BaseException as error:
-                self._failure = first_line(error)
-                self._under_way = None
-                self._samples.clear()
-                raise
-            finally:
-                self.in_step = False
+    # What is known of it
+
+    def stats(self) -> EngineStats:
+        return replace(self.telemetry.stats(), compressions_misranked=self.compressor.ranks.num_failed)
 
     @property
-    def has_failed(self) -> bool:
-        return self._failure is not None
+    def output_tokens(self) -> int:
+        return self.counters.output_tokens
 
-    def shut_down(self) -> None:
-        """Stop the thread that compresses and serve nothing more. What is unfinished should be aborted before."""
-        self.is_shut_down = True
-        self.compressor.close()
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.runner.logits(hidden)
 
     # A step
 

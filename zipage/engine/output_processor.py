@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
 
-from zipage.engine.core import TokenDelta
 from zipage.engine.detokenizer import Detokenizer, decode
+from zipage.engine.interface import TokenDelta
 from zipage.eviction.fault import first_line
 from zipage.models.loading.tokenizer import is_tokenizer_error
 from zipage.outputs import CompletionOutput, Logprob, RequestOutput, StreamEvent

@@ -12,6 +12,7 @@ from zipage.engine.core import EngineCore, on_device
 from zipage.engine.core_spec import CoreSpec
 from zipage.engine.debug import DebugChecks
 from zipage.engine.input_processor import InputProcessor
+from zipage.engine.interface import Core
 from zipage.engine.output_processor import OutputProcessor
 from zipage.engine.telemetry import Telemetry
 from zipage.models.loading.loader import resolve_device
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 class Engine:
     """The parts of an engine, as `LLM` drives them."""
 
-    core: EngineCore
+    core: Core
     inputs: InputProcessor
     outputs: OutputProcessor
     spec: CoreSpec
@@ -51,7 +52,7 @@ def start(config: EngineConfig) -> Engine:
     except BaseException:
         core.shut_down()
         raise
-    return Engine(core, inputs, OutputProcessor(inputs.tokenizer, core.telemetry.counters), spec)
+    return Engine(core, inputs, OutputProcessor(inputs.tokenizer, core.counters), spec)
 
 
 def build_inputs(config: EngineConfig, spec: CoreSpec) -> InputProcessor:

@@ -19,8 +19,8 @@ from zipage.stats import EngineStats, EventStats, StepStats
 logger = logging.getLogger(__name__)
 
 
-class Telemetry:
-    """Fills the records of `zipage.stats` and hands them to listeners.
+class Listeners:
+    """Those who get the records of steps and events.
 
     Records are made within a step and handed out after it (`deliver`), so that no listener can come between its parts.
 
@@ -28,18 +28,49 @@ class Telemetry:
         strict: a listener's exception is raised, instead of logged.
 
     Attributes:
+        steps, events: `LLM.step_listeners` and `LLM.event_listeners`.
+    """
+
+    def __init__(self, strict: bool = False) -> None:
+        self._strict = strict
+        self._undelivered: list[tuple[list[Callable], StepStats | EventStats]] = []
+        self.steps: list[Callable[[StepStats], None]] = []
+        self.events: list[Callable[[EventStats], None]] = []
+
+    def keep(self, record: StepStats | EventStats) -> None:
+        """To be delivered."""
+        self._undelivered.append((self.steps if isinstance(record, StepStats) else self.events, record))
+
+    def deliver(self) -> None:
+        """Hand the records that were made since the last time to their listeners, in order.
+
+        A listener that raises is logged and taken off the list: nothing else suffers from it.
+        """
+        records, self._undelivered = self._undelivered, []
+        for listeners, record in records:
+            for listener in listeners.copy():
+                try:
+                    listener(record)
+                except Exception:
+                    if self._strict:
+                        raise
+                    logger.exception("%r raised and gets no further records", listener)
+                    listeners.remove(listener)
+
+
+class Telemetry:
+    """Fills the records of `zipage.stats`.
+
+    Attributes:
         counters: those that the scheduler does not keep itself.
-        step_listeners, event_listeners: as in `LLM`.
+        listeners: get the records.
     """
 
     def __init__(self, scheduler: Scheduler, strict: bool = False) -> None:
         self._scheduler = scheduler
-        self._strict = strict
-        self._undelivered: list[tuple[list[Callable], StepStats | EventStats]] = []
         self._num_applied = 0
         self.counters = EngineStats(blocks_total=scheduler.pool.num_blocks)
-        self.step_listeners: list[Callable[[StepStats], None]] = []
-        self.event_listeners: list[Callable[[EventStats], None]] = []
+        self.listeners = Listeners(strict)
 
     def record_step(self, batch: Batch, num_tokens: int, begin: float, device_time: float) -> None:
         """A step of `num_tokens` new tokens that began at `begin` (host clock) and has just ended."""
@@ -75,7 +106,7 @@ class Telemetry:
         counters.preemptions += len(batch.preempted)
         counters.host_time += step.host_time
         counters.device_time += device_time
-        self._undelivered.append((self.step_listeners, step))
+        self.listeners.keep(step)
 
     def record_moves(self, batch: Batch) -> None:
         """The preemptions, pauses and resumptions of a batch."""
@@ -107,7 +138,7 @@ class Telemetry:
         **details: Any,
     ) -> None:
         """`entries`, `blocks`: before and after."""
-        if not self.event_listeners:
+        if not self.listeners.events:
             return
         event = EventStats(
             kind,
@@ -122,23 +153,7 @@ class Telemetry:
             blocks_after=blocks[1],
             **{"round": request.num_compressions} | details,
         )
-        self._undelivered.append((self.event_listeners, event))
-
-    def deliver(self) -> None:
-        """Hand the records that were made since the last time to their listeners, in order.
-
-        A listener that raises is logged and taken off the list: nothing else suffers from it.
-        """
-        records, self._undelivered = self._undelivered, []
-        for listeners, record in records:
-            for listener in listeners.copy():
-                try:
-                    listener(record)
-                except Exception:
-                    if self._strict:
-                        raise
-                    logger.exception("%r raised and gets no further records", listener)
-                    listeners.remove(listener)
+        self.listeners.keep(event)
 
     def stats(self) -> EngineStats:
         """All counters, and gauges as they are now."""
