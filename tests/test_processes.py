@@ -9,25 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.child_processes import is_alive, wait_for_end
 from zipage.processes import Child, close_all, unpacked
 
 ROOT = Path(__file__).parents[1]
-TARGETS = "tests.processes_targets"
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
-
-
-def wait_for_end(pids: list[int], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while any(map(is_alive, pids)):
-        assert time.monotonic() < end, f"of {pids} these live: {[pid for pid in pids if is_alive(pid)]}"
-        time.sleep(0.05)
+TARGETS = "tests.child_processes"
 
 
 def test_a_child_answers_with_our_path_and_ends_when_it_is_closed(monkeypatch):
@@ -82,6 +68,7 @@ def test_no_process_outlives_its_parent(how):
     """The program is read from stdin and has no guard."""
     code = f"""
 import os, signal, threading, time
+from tests.child_processes import is_alive, wait_for_end
 from zipage.processes import Child
 def start():
     global child

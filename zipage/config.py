@@ -59,6 +59,9 @@ class EngineConfig:
         device: "auto" is CUDA where there is one.
         seed: of dummy weights and of requests that bring none.
         tensor_parallel_size: GPUs that share the model; only 1.
+        data_parallel_size: replicas of the model, each in a process of its own with `tensor_parallel_size` GPUs of its
+            own, its own cache and its own limits: `num_blocks`, `max_num_seqs` and the like are of each. Requests go
+            to the one that has the least left to compute.
         block_size: tokens in a KV block, a power of two from 16 to 256.
         num_blocks: KV blocks in the pool; None plans them from memory.
         kv_cache_memory_bytes: memory for the pool when `num_blocks` is None. None: on CUDA what
@@ -105,6 +108,7 @@ class EngineConfig:
     device: Annotated[str, Rule(re.compile(r"auto|cpu|cuda(:[0-9]+)?").fullmatch, "auto, cpu, cuda or cuda:N")] = "auto"
     seed: int = 0
     tensor_parallel_size: Annotated[int, Rule(lambda size: size == 1, f"1; more is not supported: {ONE_DEVICE}")] = 1
+    data_parallel_size: Count = 1
     block_size: Annotated[int, power_of_two(16, 256)] = 256
     num_blocks: Count | None = None
     kv_cache_memory_bytes: Count | None = None

@@ -89,6 +89,9 @@ class StepStats:
     `device_time` is the forward pass and sampling (between CUDA events on a GPU, wall time on a CPU); `step_time` is
     the step as the host saw it, with `async_scheduling` from the end of the step before; `host_time` is the difference:
     scheduling, batch building and bookkeeping, as far as the device waited for them.
+
+    With `data_parallel_size` above 1 a record is of one replica, `replica`: its batch, its pool, its queues, its own
+    count of steps. Steps of several replicas overlap in time, and come in the order in which they were heard of.
     """
 
     step: int
@@ -111,6 +114,7 @@ class StepStats:
     host_time: float
     device_time: float
     step_time: float
+    replica: int = 0
 
 
 @dataclass(slots=True)
@@ -124,6 +128,10 @@ class EngineStats:
     ended while they were: with a token of the step that was under way when they left. `requests_failed` counts prompts
     that were refused or that ended with an error. `prompts_truncated` counts prompts under protection "prompt" that do
     not fit their budget whole.
+
+    With `data_parallel_size` above 1 every counter and every gauge is the sum over the replicas, `blocks_total` and
+    `steps` among them; `host_time` and `device_time` then exceed the time that passed. Gauges are as last heard of,
+    while requests run at most a tenth of a second or a step ago.
     """
 
     steps: int = 0
@@ -172,6 +180,7 @@ class EventStats:
         seconds: of a compression, from order to completion as the host saw it; 0 for the other kinds.
         kept_positions: of a compression, with `trace_positions`: int32 [L, H, entries_after], the logical positions
             that each layer and KV head kept, ascending. None without.
+        replica: on which it happened; `step` is its count.
     """
 
     kind: Literal["compress", "pause", "resume", "preempt"]
@@ -187,6 +196,7 @@ class EventStats:
     blocks_after: int
     seconds: float = 0.0
     kept_positions: np.ndarray | None = None
+    replica: int = 0
 
 
 def combine_metrics(samples: list[RequestMetrics]) -> RequestMetrics:

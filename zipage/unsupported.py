@@ -34,7 +34,7 @@ LLM_OPTIONS: dict[str, str] = {
     "num_gpu_blocks_override": "use num_blocks",
     **dict.fromkeys(("swap_space", "kv_offloading_size", "kv_offloading_backend", "kv_transfer_config"), _PAUSED),
     **dict.fromkeys(("cpu_offload_gb", "cpu_offload_params"), "weights stay on the device; take a smaller model"),
-    **dict.fromkeys(("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"), ONE_DEVICE),
+    **dict.fromkeys(("pipeline_parallel_size", "decode_context_parallel_size"), ONE_DEVICE),
     **dict.fromkeys(("prefill_context_parallel_size", "enable_expert_parallel", "worker_cls"), ONE_DEVICE),
     **dict.fromkeys(("distributed_executor_backend", "disable_custom_all_reduce"), ONE_DEVICE),
     **dict.fromkeys(("max_parallel_loading_workers", "ray_workers_use_nsight"), ONE_DEVICE),

@@ -95,6 +95,11 @@ class EngineCore(Core):
     def has_unfinished(self) -> bool:
         return bool(self._samples)
 
+    def is_unfinished(self, request_id: str, index: int | None = None) -> bool:
+        """Whether that sample of a prompt is, or any."""
+        samples = self._samples.get(request_id, ())
+        return any(r.finish_reason is None and index in (None, r.index) for r in samples)
+
     # Wholeness
 
     def _on_device(self) -> AbstractContextManager:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,9 +14,9 @@ import numpy as np
 from zipage.checks import check_names, shown
 from zipage.config import EngineConfig
 from zipage.engine.core_spec import CoreSpec
-from zipage.eviction import registry
+from zipage.engine.prompt_order import PromptOrder
+from zipage.engine.rules import Rules
 from zipage.eviction.fault import described
-from zipage.eviction.policy import Policy
 from zipage.eviction.rule import EvictionRule
 from zipage.models.loading.tokenizer import end_of_sequence_ids, is_tokenizer_error
 from zipage.outputs import FinishReason
@@ -101,9 +102,7 @@ class InputProcessor:
         self._max_model_len = core.max_model_len
         self._vocab_size = core.vocab_size
         self._eos_token_ids = end_of_sequence_ids(core.eos_token_ids, tokenizer)
-        self._policy = config.make_policy()
-        """Of the engine; None is full KV. What its cache keeps decides which policies a request may name."""
-        self._policies = {None: self._policy, config.policy: self._policy, "full": None}
+        self._rules = Rules(config)
         self.tokenizer = tokenizer
         self._warned_of_budget = False
 
@@ -131,27 +130,19 @@ class InputProcessor:
             )
         bad_words = self._bad_words(params)
         seed = number + self._config.seed * SEED_STEP if params.seed is None else params.seed
-        now = time.perf_counter()
-        samples = [
-            Request(
-                request_id,
-                token_ids,
-                params,
-                index=index,
-                seed=seed % 2**63,
-                stop_ids=stop_ids,
-                bad_words=bad_words,
-                max_total_tokens=limit,
-                limit_reason=reason,
-                rule=rule,
-                arrival=now,
-            )
-            for index in range(params.n)
-        ]
-        for sample in samples:
-            sample.siblings = samples
-            sample.follow = follow
-        return samples
+        order = PromptOrder(
+            request_id,
+            array("i", token_ids),
+            params,
+            seed=seed % 2**63,
+            stop_ids=stop_ids,
+            bad_words=bad_words,
+            max_total_tokens=limit,
+            limit_reason=reason,
+            arrival=time.perf_counter(),
+            follow=follow,
+        )
+        return order.samples(rule)
 
     def tokenize(self, prompt: Prompt) -> Tokens:
         """Raises ValueError for anything that is not a prompt or can't be encoded."""
@@ -267,36 +258,11 @@ class InputProcessor:
 
     def _rule(self, token_ids: list[int], params: SamplingParams) -> EvictionRule | None:
         """What bounds the request's cache; None for full KV."""
-        if params.policy not in self._policies:
-            self._policies[params.policy] = self._make_policy(params.policy)
-        policy = self._policies[params.policy]
-        if policy is None:
-            if params.budget_tokens is not None and not self._warned_of_budget:
-                self._warned_of_budget = True
-                logger.warning("policy 'full' never evicts: SamplingParams.budget_tokens has no effect")
-            return None
-        return self._config.rule(policy, params.budget_tokens or self._config.budget_tokens, len(token_ids))
-
-    def _make_policy(self, name: str) -> Policy | None:
-        if ":" in name and name not in registry.POLICIES:
-            raise ValueError(
-                f"SamplingParams.policy={name!r}: must be the name of a registered policy; a request imports nothing"
-            )
-        policy, own = registry.make(name), self._policy
-        if not policy.evicts:
-            return None
-        needs = {
-            "the entries' positions": own is None,
-            "scores": policy.state and not (own and own.state),
-            f"{policy.num_queries} queries a request": policy.num_queries > (own.num_queries if own else 0),
-        }
-        lacks = [what for what, is_missing in needs.items() if is_missing]
-        if lacks:
-            raise ValueError(
-                f"SamplingParams.policy={name!r}: needs {' and '.join(lacks)}, for which an engine of policy "
-                f"{self._config.policy!r} reserves no memory: start one of policy {name!r}"
-            )
-        return policy
+        rule = self._rules.of(params, len(token_ids))
+        if rule is None and params.budget_tokens is not None and not self._warned_of_budget:
+            self._warned_of_budget = True
+            logger.warning("policy 'full' never evicts: SamplingParams.budget_tokens has no effect")
+        return rule
 
     def _limit(self, length: int, params: SamplingParams, rule: EvictionRule | None) -> tuple[int, FinishReason]:
         """The logical length at which the request ends, and the finish reason then."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from zipage.scheduling.request import Request
 from zipage.stats import RequestMetrics
 
@@ -29,3 +31,9 @@ def request_metrics(request: Request) -> RequestMetrics:
         metrics.tpot = (last - first) / (num_output - 1)
     metrics.e2e = last - request.arrival
     return metrics
+
+
+def cut_short(metrics: RequestMetrics, num_output: int) -> RequestMetrics:
+    """The record of a sample of which only the first `num_output` tokens, at least one, are wanted."""
+    tpot = (metrics.e2e - metrics.ttft) / (num_output - 1) if num_output > 1 else None
+    return replace(metrics, output_tokens=num_output, tpot=tpot)

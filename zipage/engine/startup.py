@@ -14,6 +14,7 @@ from zipage.engine.debug import DebugChecks
 from zipage.engine.input_processor import InputProcessor
 from zipage.engine.interface import Core
 from zipage.engine.output_processor import OutputProcessor
+from zipage.engine.replicas import start_replicas
 from zipage.engine.telemetry import Telemetry
 from zipage.models.loading.loader import resolve_device
 from zipage.models.loading.share import obtain_model
@@ -46,7 +47,7 @@ def start(config: EngineConfig) -> Engine:
     Raises:
         ValueError, FileNotFoundError: as `LLM`.
     """
-    core, spec = build_core(config)
+    core, spec = build_core(config) if config.data_parallel_size == 1 else start_replicas(config)
     try:
         inputs = build_inputs(config, spec)
     except BaseException:

@@ -40,8 +40,10 @@ METHODS = {"random_attention": "policy='random' with protection='prompt'"}
 
 def register(policy: type[Policy]) -> type[Policy]:
     """Class decorator: make a policy known by its `name`. Raises ValueError where the name is another policy's."""
-    if POLICIES.setdefault(policy.name, policy) is not policy:
+    known = POLICIES.get(policy.name)
+    if known is not None and known not in (policy, location(policy)):
         raise ValueError(f"policy name {policy.name!r} is taken: choose another")
+    POLICIES[policy.name] = policy
     return policy
 
 
@@ -71,6 +73,18 @@ def find(name: str) -> type[Policy]:
             "that sets name, variant and paper and implements rank"
         )
     return found
+
+
+def location(policy: type[Policy]) -> str | None:
+    """As "package.module:Class" what another process can import; None where the policy is this process's alone."""
+    module, name = policy.__module__, policy.__qualname__
+    return None if module == "__main__" or name != policy.__name__ else f"{module}:{name}"
+
+
+def locations() -> dict[str, str]:
+    """The registered policies that another process can find, by name."""
+    found = {name: known if isinstance(known, str) else location(known) for name, known in POLICIES.items()}
+    return {name: where for name, where in found.items() if where is not None}
 
 
 def _is_policy(found: object) -> bool:

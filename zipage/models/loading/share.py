@@ -27,6 +27,11 @@ def share_model() -> Iterator[None]:
         _kept = before
 
 
+def is_sharing() -> bool:
+    """Whether this is inside `share_model`."""
+    return _kept is not None
+
+
 def obtain_model(
     model: str, *, load_format: str = "auto", dtype: str = "auto", device: str = "auto", seed: int = 0
 ) -> LoadedModel:

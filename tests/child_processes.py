@@ -1,10 +1,11 @@
-"""What the children of tests/test_processes.py run."""
+"""What the children of tests/test_processes.py run, and whether children live."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from pathlib import Path
 
 from zipage.processes import Channel, Child, packed
 
@@ -35,7 +36,7 @@ def fail(channel: Channel) -> None:
 
 
 def with_grandchild(channel: Channel) -> None:
-    child = Child("grandchild", "tests.processes_targets:sleep")
+    child = Child("grandchild", "tests.child_processes:sleep")
     channel.send([os.getpid(), child.channel.receive()])
     time.sleep(60)
 
@@ -45,3 +46,18 @@ class _Odd(Exception):
 
     def __init__(self, a: int, b: int) -> None:
         super().__init__(f"odd {a} {b}")
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def wait_for_end(pids: list[int], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < end, f"of {pids} these live: {[pid for pid in pids if is_alive(pid)]}"
+        time.sleep(0.05)

@@ -1,0 +1,56 @@
+"""What bounds the cache of a request, from what it asks for."""
+
+from __future__ import annotations
+
+from zipage.config import EngineConfig
+from zipage.eviction import registry
+from zipage.eviction.policy import Policy
+from zipage.eviction.rule import EvictionRule
+from zipage.sampling_params import SamplingParams
+
+
+class Rules:
+    """One policy object for each policy that requests name.
+
+    Args:
+        config: of the engine. What its policy keeps in the cache decides which policies a request may name.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._own = config.make_policy()
+        self._policies = {None: self._own, config.policy: self._own, "full": None}
+
+    def of(self, params: SamplingParams, prompt_len: int) -> EvictionRule | None:
+        """The rule of a request; None for full KV.
+
+        Raises:
+            ValueError: the engine can't serve its policy or budget; the message names the option and what to change.
+        """
+        if params.policy not in self._policies:
+            self._policies[params.policy] = self._make_policy(params.policy)
+        policy = self._policies[params.policy]
+        if policy is None:
+            return None
+        return self._config.rule(policy, params.budget_tokens or self._config.budget_tokens, prompt_len)
+
+    def _make_policy(self, name: str) -> Policy | None:
+        if ":" in name and name not in registry.POLICIES:
+            raise ValueError(
+                f"SamplingParams.policy={name!r}: must be the name of a registered policy; a request imports nothing"
+            )
+        policy, own = registry.make(name), self._own
+        if not policy.evicts:
+            return None
+        needs = {
+            "the entries' positions": own is None,
+            "scores": policy.state and not (own and own.state),
+            f"{policy.num_queries} queries a request": policy.num_queries > (own.num_queries if own else 0),
+        }
+        lacks = [what for what, is_missing in needs.items() if is_missing]
+        if lacks:
+            raise ValueError(
+                f"SamplingParams.policy={name!r}: needs {' and '.join(lacks)}, for which an engine of policy "
+                f"{self._config.policy!r} reserves no memory: start one of policy {name!r}"
+            )
+        return policy
