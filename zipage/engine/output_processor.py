@@ -7,8 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from zipage.engine.detokenizer import Detokenizer, decode
 from zipage.engine.interface import TokenDelta
@@ -17,6 +16,9 @@ from zipage.models.loading.tokenizer import is_tokenizer_error
 from zipage.outputs import CompletionOutput, Logprob, RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams
 from zipage.stats import EngineStats, RequestMetrics, combine_metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
