@@ -27,7 +27,9 @@ BUDGET = ("budget", "interval", "engine.block_size", "policy.trigger", "policy.r
 POOL = ("engine.num_blocks", "engine.kv_cache_memory_bytes", "engine.gpu_memory_utilization")
 """What sizes a pool; the first that is set decides."""
 
-LOAD = ("engine.max_num_seqs", "scenario.", "hardware.")
+REPLICAS = "engine.data_parallel_size"
+
+LOAD = ("engine.max_num_seqs", REPLICAS, "scenario.", "hardware.")
 """What else two runs must have in common for their speeds to be compared."""
 
 PREFERRED = ("engine.", "scenario.", "hardware.", "provenance.code.")
@@ -97,12 +99,15 @@ def _device(option: object, gpus: object) -> str:
 
 
 def _described(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs with their device, their requests' policy, the budget that held, and whether they measure fidelity."""
+    """The runs with their device, their requests' policy, the budget that held, whether they measure fidelity, and the
+    number of their replicas, which was 1 before there was an option for it.
+    """
     policy = runs.reindex(columns=[_POLICY, "policy.name"]).astype(object).bfill(axis=1).iloc[:, 0]
     plain = runs.drop(columns=[_POLICY, _BUDGET], errors="ignore")
     held = {"budget": held_budgets(runs), "interval": held_intervals(runs)}
     fidelity = runs.reindex(columns=["scenario.kind"]).iloc[:, 0] == "fidelity"
-    return plain.assign(device=devices(runs), policy=policy, fidelity=fidelity, **held)
+    replicas = runs.reindex(columns=[REPLICAS]).astype(float).fillna(1)
+    return plain.assign(device=devices(runs), policy=policy, fidelity=fidelity, **held, **replicas)
 
 
 def _controls(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

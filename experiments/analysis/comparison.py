@@ -141,7 +141,8 @@ def compare(
         if i in graded:
             right = graded[i].sums.sum()
             row["goodput"], row["slo_goodput"] = right / run.seconds, graded[i].in_time / run.seconds
-            row["correct_per_gpu_hour"] = 3600 * row["goodput"] / (1 if math.isnan(run.devices) else run.devices)
+            gpus = math.prod(1 if math.isnan(size) else size for size in (run.devices, run.replicas))
+            row["correct_per_gpu_hour"] = 3600 * row["goodput"] / gpus
     for row, path, figure in zip(rows, recorded["path"], numbers["divergence"], strict=True):
         if not math.isnan(figure):
             row |= _fidelity(path, options)
@@ -171,6 +172,7 @@ _NUMBERS = {
     "errors": "errors",
     "seconds": "seconds",
     "engine.tensor_parallel_size": "devices",
+    "engine.data_parallel_size": "replicas",
     "output_length.mean": "length",
     "fidelity.divergence": "divergence",
 }

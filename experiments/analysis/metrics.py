@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments.analysis import fidelity
 from experiments.analysis.loops import loop_rate
+from experiments.analysis.replicas import at_once
 
 PERCENTILES = (50, 90, 99)
 DISTANCES = (0, 500, 1000, 2000, 4000)
@@ -31,7 +32,7 @@ def summarise(
 
     Args:
         requests: rows of `requests.parquet`.
-        steps: rows of `steps.parquet`.
+        steps: rows of `steps.parquet`, in order of time.
         events: rows of `events.parquet`.
         seconds: from the first arrival to the end of the last request.
         evicts: whether the policy can evict at all.
@@ -51,7 +52,8 @@ def summarise(
         tokens: the time from one engine step to the next, counted once for each sample that decodes in it.
         `blocks_held` is the most blocks that an answered sample held at once, as the engine counted them, and
         `kv_bytes` what these took in bytes: keys and values with scores and positions, and its query slot if it held
-        one.
+        one. With several replicas `steps` counts those of all, `itl` is between the steps of each, and the peaks are of
+        all at once.
     """
     answered = [row for row in requests if row.get("error") is None]
     compressed = sum(bool(row.get("compressions")) for row in answered)
@@ -94,16 +96,29 @@ def summarise(
         "blocks_held": spread([row.get("peak_blocks") for row in answered]),
         "kv_bytes": spread([cache_bytes(row, memory) for row in answered]),
         "steps": len(steps),
-        "peak_blocks": max((step["blocks_used"] for step in steps), default=0),
-        "peak_running": max((step["num_running"] for step in steps), default=0),
-        "peak_query_slots": max((step["query_slots_used"] for step in steps), default=0),
+        "peak_blocks": peak(steps, "blocks_used"),
+        "peak_running": peak(steps, "num_running"),
+        "peak_query_slots": peak(steps, "query_slots_used"),
     }
 
 
+def peak(steps: Sequence[dict[str, Any]], gauge: str) -> int:
+    """The most that steps tell of a gauge, over all replicas at once."""
+    if not steps:
+        return 0
+    return int(at_once([step.get("replica", 0) for step in steps], [step[gauge] for step in steps]).max())
+
+
 def inter_token_latency(steps: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """`spread` of the seconds between engine steps, each weighted by the samples that decode in it."""
+    """`spread` of the seconds between the steps of a replica, each weighted by the samples that decode in it."""
+    of_replica: dict[int, list[dict[str, Any]]] = {}
+    for step in steps:
+        of_replica.setdefault(step.get("replica", 0), []).append(step)
     pairs = [
-        (step["time"] - before["time"], step["num_decode"]) for before, step in pairwise(steps) if step["num_decode"]
+        (step["time"] - before["time"], step["num_decode"])
+        for own in of_replica.values()
+        for before, step in pairwise(own)
+        if step["num_decode"]
     ]
     if not pairs:
         return spread([])

@@ -126,7 +126,8 @@ class _Observed:
         pool = arm.options.get("kv_cache_memory_bytes")
         self.steps: list[StepStats] = []
         self._compressing: list[float] = []
-        self._reads = EntriesRead(None if pool is None else pool / shape.kv_bytes)
+        pools = arm.options.get("data_parallel_size", 1)
+        self._reads = EntriesRead(None if pool is None else pools * pool / shape.kv_bytes)
         self._backend = backend
         self.add_request, self.has_unfinished_requests = backend.add_request, backend.has_unfinished_requests
         self.mark()
@@ -186,7 +187,8 @@ def _windows(backend: Backend, arm: Arm, shape: ModelShape, outputs: list[int]) 
             observed.add_request(request.token_ids, request.params, request.id)
 
         def run(steps: int) -> None:
-            for _ in range(steps):
+            until = len(observed.steps) + steps  # replicas tell of several at once
+            while len(observed.steps) < until:
                 if not observed.has_unfinished_requests():
                     raise RunError("the load ended before its last window: ask for longer outputs or fewer steps")
                 observed.step()

@@ -84,19 +84,23 @@ class EntriesRead:
     """Follows the entries that running requests hold, from what an engine tells.
 
     Attributes:
-        entries: of each step, those that it reads: the part of all held that its batch is of all running.
+        entries: of each step, those that it reads: the part of all held that its batch is of all running, on all
+            replicas.
     """
 
     def __init__(self, most: float | None = None) -> None:
-        """`most`: entries that the pool holds. It bounds engines that don't report preemptions; None: no bound."""
+        """`most`: entries that the pools hold. It bounds engines that don't report preemptions; None: no bound."""
         self.entries: list[float] = []
         self._most, self._held = float("inf") if most is None else most, 0
+        self._running: dict[int, int] = {}
+        """On each replica, by its last step."""
         self._evicted: Counter[str] = Counter()
 
     def step(self, step: StepStats) -> None:
         self._held += step.prefill_tokens + step.num_decode
-        running = max(step.num_running, step.num_decode + step.num_prefill, 1)
-        share = (step.num_decode + step.num_prefill) / running
+        batch = step.num_decode + step.num_prefill
+        self._running[step.replica] = max(step.num_running, batch)
+        share = batch / max(sum(self._running.values()), 1)
         self.entries.append(min(max(self._held, 0), self._most) * share)
 
     def event(self, event: EventStats) -> None:

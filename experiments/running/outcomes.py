@@ -85,12 +85,13 @@ def _timings(metrics: RequestMetrics, start: float) -> dict[str, Any]:
 
 
 def step_rows(steps: Sequence[StepStats], start: float) -> list[dict[str, Any]]:
-    return [asdict(step) | {"time": step.time - start} for step in steps]
+    """In order of time: those of several replicas come as they were heard of."""
+    return [asdict(step) | {"time": step.time - start} for step in sorted(steps, key=lambda step: step.time)]
 
 
 def event_rows(events: Sequence[EventStats], start: float) -> list[dict[str, Any]]:
     rows = []
-    for event in events:
+    for event in sorted(events, key=lambda event: event.time):
         row = {f.name: getattr(event, f.name) for f in fields(event)}  # asdict would copy the positions
         row |= {"prompt_id": row.pop("request_id"), "time": event.time - start}
         if event.kept_positions is not None:

@@ -18,7 +18,7 @@ from tests.tiny_models import VOCAB, save_tiny_model, save_tiny_tokenizer
 from zipage import LLM, EventStats, SamplingParams, StepStats, share_model
 from zipage.engine.interface import TokenDelta
 from zipage.engine.prompt_order import PromptOrder
-from zipage.engine.replica_messages import Report
+from zipage.engine.replica_messages import Reply, Report, Stop
 from zipage.engine.replicas import Replicas, _environments
 from zipage.engine.telemetry import Listeners
 from zipage.eviction import registry
@@ -181,7 +181,7 @@ class FakeChild:
     def __init__(self) -> None:
         self.sent: list[PromptOrder] = []
         self._reading, self._writing = os.pipe()
-        self._messages: list[Report] = []
+        self._messages: list[Report | Reply] = []
         self.channel = self
 
     def send(self, message: PromptOrder) -> None:
@@ -191,10 +191,13 @@ class FakeChild:
         return self._reading
 
     def report(self, *deltas: TokenDelta) -> None:
-        self._messages.append(Report(list(deltas), [], [], EngineStats()))
+        self.give(Report(list(deltas), [], [], EngineStats()))
+
+    def give(self, message: Report | Reply) -> None:
+        self._messages.append(message)
         os.write(self._writing, b".")
 
-    def receive(self) -> Report:
+    def receive(self) -> Report | Reply:
         os.read(self._reading, 1)
         return self._messages.pop(0)
 
@@ -224,6 +227,30 @@ def test_prompts_go_where_the_least_is_left_to_compute():
     assert [delta.request_id for delta in core.step()] == ["a"]
     assert add("i", 1, 1) == 0  # it ended early: 20
     assert [child.sent[0].request_id for child in children] == ["a", "b", "c"]
+
+
+def test_a_sample_that_ended_before_it_was_stopped_is_cut_where_it_was_read():
+    child = FakeChild()
+    child.name = "replica 0"
+    core = Replicas([child], Listeners())
+    order = PromptOrder("a", [1] * 5, SamplingParams(n=2), 0, frozenset(), [], 25, "length", 0.0, True)
+    core.add(order.samples(None))
+    ended = RequestMetrics(ttft=1.0, e2e=7.0, tpot=2.0, output_tokens=4)
+    child.report(TokenDelta("a", 0, [7], None), TokenDelta("a", 1, [3], None))
+    child.report(TokenDelta("a", 0, [8], None), TokenDelta("a", 1, [4], None))
+    child.report(TokenDelta("a", 0, [9, 10], None, "length", None, None, ended), TokenDelta("a", 1, [5], None))
+    child.give(Reply(None))
+    read = []
+    for _ in range(2):
+        for delta in core.step():
+            read.append((delta.index, *delta.token_ids))
+            if (delta.index, delta.token_ids) == (0, [8]):
+                metrics = core.stop("a", 0)
+    assert child.sent[1] == Stop("a", 0)
+    assert (metrics.output_tokens, metrics.tpot, metrics.e2e) == (2, 6.0, 7.0)
+    assert read == [(0, 7), (1, 3), (0, 8), (1, 4), (1, 5)]
+    assert core.output_tokens == -2, "of the 0 that were reported"
+    assert core._replicas[0].load == 20 - 3
 
 
 def test_each_replica_sees_its_own_gpus(monkeypatch):

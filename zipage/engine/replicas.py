@@ -83,7 +83,7 @@ def _environments(config: EngineConfig) -> list[dict[str, str]]:
     if count < size * each:
         raise ValueError(
             f"data_parallel_size={size}: with tensor_parallel_size={each} needs {size * each} GPUs, but {count} are "
-            "visible: lower it, or make more visible by CUDA_VISIBLE_DEVICES"
+            "visible: lower data_parallel_size, or make more visible by CUDA_VISIBLE_DEVICES"
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(index) for index in range(count)] if visible is None else visible.replace(" ", "").split(",")

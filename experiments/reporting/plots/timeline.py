@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from experiments.analysis.replicas import at_once
 from experiments.records import STEPS, load_requests, load_steps
 from experiments.reporting.plots.style import (
     Part,
@@ -42,7 +43,7 @@ def concurrency_over_time(runs: pd.DataFrame) -> Figure:
     """Requests that run, and those that wait, over the seconds of each run."""
 
     def count(column: str) -> Callable[[pd.DataFrame], Line]:
-        return lambda steps: _thinned(steps, steps[column])
+        return lambda steps: _thinned(steps, _at_once(steps, column))
 
     return _over_time(runs, [(count("num_running"), "running requests"), (count("num_waiting"), "waiting requests")])
 
@@ -51,7 +52,8 @@ def blocks_over_time(runs: pd.DataFrame) -> Figure:
     """Share of the pool's blocks in use, over the seconds of each run."""
 
     def share(steps: pd.DataFrame) -> Line:
-        return _thinned(steps, 100 * steps["blocks_used"] / steps["blocks_total"].clip(lower=1))
+        pools = steps["blocks_total"].groupby(_replicas(steps)).max()
+        return _thinned(steps, 100 * _at_once(steps, "blocks_used") / max(pools.sum(), 1))
 
     return _over_time(runs, [(share, "blocks in use (%)")])
 
@@ -125,13 +127,28 @@ def decoding_rate(steps: pd.DataFrame) -> Line:
 
     A step decodes evenly from its begin to its end, so that a slice's edge inside it is not a jump.
     """
+    last = max(steps["time"].iloc[-1], 1e-9)
+    edges = np.linspace(0, last, min(SLICES, max(2, len(steps) // 4)) + 1)
+    tokens = sum(_decoded_until(edges, own) for _, own in steps.groupby(_replicas(steps)))
+    return (edges[:-1] + edges[1:]) / 2, np.diff(tokens) / np.diff(edges)
+
+
+def _decoded_until(moments: np.ndarray, steps: pd.DataFrame) -> np.ndarray:
+    """Tokens that the steps of one replica had decoded at each of the moments."""
     ends = steps["time"].to_numpy(float)
     begins = np.maximum(ends - steps["step_time"].to_numpy(float), np.concatenate([[0.0], ends[:-1]]))
     decoded = np.concatenate([[0], np.cumsum(steps["num_decode"])])
-    moments = np.stack([begins, ends], axis=1).ravel()
-    edges = np.linspace(0, max(ends[-1], 1e-9), min(SLICES, max(2, len(steps) // 4)) + 1)
-    tokens = np.diff(np.interp(edges, moments, np.stack([decoded[:-1], decoded[1:]], axis=1).ravel(), left=0))
-    return (edges[:-1] + edges[1:]) / 2, tokens / np.diff(edges)
+    known = np.stack([begins, ends], axis=1).ravel()
+    return np.interp(moments, known, np.stack([decoded[:-1], decoded[1:]], axis=1).ravel(), left=0)
+
+
+def _replicas(steps: pd.DataFrame) -> np.ndarray:
+    """Of each step; records from before there were several have no such column."""
+    return steps["replica"].to_numpy() if "replica" in steps else np.zeros(len(steps), int)
+
+
+def _at_once(steps: pd.DataFrame, column: str) -> np.ndarray:
+    return at_once(_replicas(steps), steps[column].to_numpy())
 
 
 def _over_time(runs: pd.DataFrame, kinds: list[tuple[Callable[[pd.DataFrame], Line], str]]) -> Figure:
@@ -177,6 +194,6 @@ def _marked(points: int, number: int = 0) -> tuple[int, int]:
     return number * max(1, every // 4) % every, every
 
 
-def _thinned(steps: pd.DataFrame, values: pd.Series) -> Line:
+def _thinned(steps: pd.DataFrame, values: np.ndarray) -> Line:
     chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 8 * SLICES)).astype(int))
-    return steps["time"].to_numpy(float)[chosen], values.to_numpy(float)[chosen]
+    return steps["time"].to_numpy(float)[chosen], values.astype(float)[chosen]

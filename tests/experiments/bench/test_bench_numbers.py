@@ -119,6 +119,14 @@ def test_a_pool_bounds_what_is_read():
         assert reads.entries == [expected]
 
 
+def test_entries_read_are_of_all_that_run_on_all_replicas():
+    reads = EntriesRead()
+    for replica, filled, running in ((0, 60, 2), (1, 40, 2), (0, 0, 2)):
+        known = {"prefill_tokens": filled, "num_decode": 2, "num_running": running, "replica": replica}
+        reads.step(StepStats(**{name: known.get(name, 0) for name in StepStats.__slots__}))
+    assert reads.entries == [62.0, 104 / 2, 106 / 2]
+
+
 def test_table_leaves_out_what_no_row_has():
     rows = pd.DataFrame([{"load": "a", "arm": "b", "tokens_per_second": 1234.5, "gpu_idle": None, "refused": None}])
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(rows).splitlines()]

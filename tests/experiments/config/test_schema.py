@@ -96,6 +96,7 @@ def test_every_engine_option_can_be_set_and_arrives():
         "device": "cpu",
         "seed": 3,
         "tensor_parallel_size": 1,
+        "data_parallel_size": 2,
         "block_size": 32,
         "num_blocks": 77,
         "gpu_memory_utilization": 0.5,

@@ -50,6 +50,28 @@ class TestOverTime:
         assert lines_of(rates)["full KV"][1] == pytest.approx([7, 7])
         assert rates.get_xlabel() == "seconds"
 
+    def test_replicas_add_up(self, tmp_path):
+        """Two that do the same, one a quarter of a second after the other."""
+
+        def rows(replica: int, late: float) -> list[dict]:
+            counts = {"step_time": 1.0, "num_decode": 7, "num_waiting": 0, "replica": replica}
+            return [
+                counts | {"time": i + 1.0 + late, "num_running": i + 1, "blocks_used": 5 * i, "blocks_total": 50}
+                for i in range(9)
+            ]
+
+        mixed = sorted(rows(0, 0.0) + rows(1, 0.25), key=lambda row: row["time"])
+        make_run(tmp_path, "a", steps=mixed)
+        runs = load_runs(tmp_path)
+        (running,) = plots.concurrency_over_time(runs).axes
+        assert lines_of(running)["full KV"][1] == list(range(1, 19))
+        (blocks,) = plots.blocks_over_time(runs).axes
+        assert lines_of(blocks)["full KV"][1] == [0.0, 0.0, *(5.0 * i for i in range(1, 17))]
+        (rates,) = plots.throughput_over_time(runs).axes
+        middles, rate = lines_of(rates)["full KV"]
+        assert sum(rate) * (middles[1] - middles[0]) == pytest.approx(2 * 9 * 7)
+        assert max(rate) <= 14 + 1e-9
+
     def test_long_runs_are_thinned_and_keep_their_ends(self, tmp_path):
         make_run(tmp_path, "a", steps=[{"time": 0.1 * i, "num_running": i} for i in range(3000)])
         runs = load_runs(tmp_path)

@@ -46,6 +46,18 @@ def test_accuracy_is_the_mean_over_samples_refused_ones_included():
     assert not metrics["budget_never_bound"]
 
 
+def test_what_replicas_hold_counts_at_once_and_their_steps_apart():
+    told = [(0, 0.0, 5, 2), (1, 0.9, 3, 1), (0, 1.0, 6, 2), (1, 1.1, 4, 1), (0, 2.0, 0, 0), (1, 2.1, 7, 3)]
+    steps = [
+        {"replica": r, "time": t, "blocks_used": used, "num_running": running, "query_slots_used": 1, "num_decode": 1}
+        for r, t, used, running in told
+    ]
+    row = {"prompt_id": "a", "sample_index": 0, "grade": 1.0, "output_tokens": 4, "prompt_tokens": 1}
+    metrics = summarise([row | {"finish_reason": "stop"}], steps, [], seconds=2.0, evicts=False)
+    assert (metrics["peak_blocks"], metrics["peak_running"], metrics["peak_query_slots"]) == (10, 3, 2)
+    assert metrics["itl"]["mean"] == pytest.approx((1.0 + 1.0 + 0.2 + 1.0) / 4)
+
+
 def test_how_far_the_budget_bound():
     def sample(compressions: int, **more) -> dict:
         row = {"prompt_id": "a", "sample_index": 0, "grade": 1.0, "output_tokens": 4, "prompt_tokens": 2, "error": None}
