@@ -40,11 +40,12 @@ class LLM:
 
     Attributes:
         config: the options as given.
-        memory_plan: what is reserved.
+        memory_plan: what is reserved; with replicas, of the smallest.
         max_model_len: longest prompt plus output, in tokens.
         step_listeners: each is called with the `StepStats` of every step, when it is over.
         event_listeners: each is called with an `EventStats` for every compression, pause, resumption and preemption,
-            when its step is over. A listener that raises is logged and called no more; with `debug` it raises.
+            when its step is over. A listener that raises is logged and called no more; with `debug` it raises. With
+            replicas they hear of a step a tenth of a second after it, at most, in calls of this engine.
     """
 
     def __init__(self, model: str | PathLike[str], **options: Any) -> None:
@@ -169,7 +170,7 @@ class LLM:
             hidden_states: [T, width], of `CompletionOutput.hidden_states`, on any device.
 
         Returns:
-            float32 [T, vocab], on the engine's device.
+            float32 [T, vocab], on the engine's device; with replicas on the host.
 
         Raises:
             ValueError: they are not of the model's width.
@@ -179,7 +180,8 @@ class LLM:
     # Running
 
     def step(self) -> list[RequestOutput]:
-        """Run one step. Returns the outputs that became complete and were not handed over yet.
+        """Run one step, or with replicas, which step by themselves, wait for what they tell. Returns the outputs that
+        became complete and were not handed over yet.
 
         Raises:
             RuntimeError: the engine was shut down or has failed.

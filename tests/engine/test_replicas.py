@@ -168,6 +168,7 @@ def test_what_a_replica_does_not_know_costs_one_request(two):
     params = [SamplingParams(max_tokens=3, n=2, policy=policy) for policy in ("late", None)]
     failed, other = two.generate(PROMPTS[:2], params, use_tqdm=False)
     assert failed.error.startswith("unknown policy 'late'")
+    assert failed.error.endswith("(replicas know what importable modules had registered when they started)")
     assert [sample.finish_reason for sample in failed.outputs] == ["error", "error"]
     assert other.error is None
 

@@ -126,7 +126,8 @@ class Replica:
         except ValueError as error:  # a policy that this process does not know
             metrics = RequestMetrics(arrival=order.arrival, prompt_tokens=len(order.token_ids))
             logprobs = None if order.params.logprobs is None else []
-            last = "error", None, str(error), metrics
+            known = "replicas know what importable modules had registered when they started"
+            last = "error", None, f"{error} ({known})", metrics
             self._report([TokenDelta(order.request_id, index, [], logprobs, *last) for index in range(order.params.n)])
             return
         self._core.add(order.samples(rule))

@@ -18,6 +18,7 @@ def share_model() -> Iterator[None]:
 
     The same is one of equal name, format, dtype and device (and seed, where weights are drawn): its files are not
     looked at again. Engines never write weights. Another model frees those that are held, once no engine uses them.
+    Replicas (`data_parallel_size`) are refused.
     """
     global _kept
     before, _kept = _kept, {}
