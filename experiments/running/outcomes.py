@@ -91,7 +91,7 @@ def step_rows(steps: Sequence[StepStats], start: float) -> list[dict[str, Any]]:
 
 def event_rows(events: Sequence[EventStats], start: float) -> list[dict[str, Any]]:
     rows = []
-    for event in sorted(events, key=lambda event: event.time):
+    for event in events:
         row = {f.name: getattr(event, f.name) for f in fields(event)}  # asdict would copy the positions
         row |= {"prompt_id": row.pop("request_id"), "time": event.time - start}
         if event.kept_positions is not None:

@@ -48,9 +48,8 @@ def start_replicas(config: EngineConfig) -> tuple[Replicas, CoreSpec]:
             f"data_parallel_size={config.data_parallel_size}: replicas load the model in processes of their own, which "
             "share_model does not reach: leave it out"
         )
-    device = config.device.partition(":")[0]
     start = Start(
-        replace(config, data_parallel_size=1, device=device),
+        replace(config, data_parallel_size=1),
         registry.locations(),
         max(1, torch.get_num_threads() // config.data_parallel_size),
         logging.getLogger("zipage").getEffectiveLevel(),
@@ -72,11 +71,6 @@ def start_replicas(config: EngineConfig) -> tuple[Replicas, CoreSpec]:
 def _environments(config: EngineConfig) -> list[dict[str, str]]:
     """By which each replica sees the GPUs that are its own, and no others."""
     size, each = config.data_parallel_size, config.tensor_parallel_size
-    if config.device.startswith("cuda:"):
-        raise ValueError(
-            f"device={config.device!r}: replicas take the visible GPUs in their order; with data_parallel_size={size} "
-            "say device='cuda' and choose them by CUDA_VISIBLE_DEVICES"
-        )
     count = 0 if config.device == "cpu" else torch.cuda.device_count()  # does not begin to use them
     if not count and config.device != "cuda":
         return [{} for _ in range(size)]
