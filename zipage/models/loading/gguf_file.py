@@ -109,8 +109,11 @@ class GgufFile:
             if end > self._size:
                 raise ValueError(f"{self.path} ends before tensor {name} does: download the file again")
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: range | None = None) -> Tensor:
         """One tensor on the CPU: float32, float16 or bfloat16 as stored, float32 where it was quantized.
+
+        Args:
+            rows: these alone, none of which lies past the end; no others are read.
 
         Raises:
             ImportError: it is quantized and the package `gguf` is absent.
@@ -118,10 +121,14 @@ class GgufFile:
         """
         tensor = self.tensors[name]
         dtype, shape = self._stored(name)
-        count = math.prod(shape)
-        if tensor.offset + count * np.dtype(dtype).itemsize > self._size:
+        row = math.prod(shape[1:])
+        if tensor.offset + shape[0] * row * np.dtype(dtype).itemsize > self._size:
             raise ValueError(f"{self.path} ends before tensor {name} does: download the file again")
-        values = np.fromfile(self.path, dtype=dtype, count=count, offset=tensor.offset).reshape(shape)
+        first, count = (0, shape[0]) if rows is None else (rows.start, len(rows))
+        if count == 0:
+            return torch.empty(0, *tensor.shape[1:])
+        offset = tensor.offset + first * row * np.dtype(dtype).itemsize
+        values = np.fromfile(self.path, dtype=dtype, count=count * row, offset=offset).reshape(count, *shape[1:])
         if tensor.ggml_type in _FLOATS:
             result = torch.from_numpy(values)
             return result.view(torch.bfloat16) if tensor.ggml_type == _BF16 else result
@@ -132,7 +139,9 @@ class GgufFile:
         joined = math.gcd(values.shape[0], 32) if values.ndim == 2 else 1
         values = values.reshape(-1, joined * values.shape[-1])
         try:
-            return torch.from_numpy(dequantize(values, GGMLQuantizationType(tensor.ggml_type))).view(tensor.shape)
+            return torch.from_numpy(dequantize(values, GGMLQuantizationType(tensor.ggml_type))).view(
+                count, *tensor.shape[1:]
+            )
         except NotImplementedError as error:
             raise ValueError(f"{self.path}: tensor {name}: {error}; convert the file to another type") from error
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from zipage.models.loading.gguf_file import GgufFile
 from zipage.models.loading.hf_config import hf_config, spec_from_config
 from zipage.models.registry import find_family
+from zipage.models.shard import Piece
 from zipage.models.spec import ModelSpec
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -126,15 +127,17 @@ class GgufWeights:
         self._gguf_names = {_hf_name(name): name for name in file.tensors if name != ROPE_FACTORS}
         self.shapes = {name: file.tensors[gguf_name].shape for name, gguf_name in self._gguf_names.items()}
 
-    def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, as `GgufFile.read` gives it, its rows in Hugging Face's order."""
-        tensor = self._file.read(self._gguf_names[name])
-        if find_family(self._spec.architecture).gguf_rotary_pairs:
-            if ".q_proj." in name:
-                return _halves(tensor, self._spec.num_heads)
-            if ".k_proj." in name:
-                return _halves(tensor, self._spec.num_kv_heads)
-        return tensor
+    def read(self, name: str, piece: Piece | None = None) -> Tensor:
+        """One tensor on the CPU, as `GgufFile.read` gives it, its rows in Hugging Face's order, or a piece of it.
+
+        Of rows no more is read than they are. Rows are cut from whole heads.
+        """
+        rows = range(piece.first, piece.first + piece.stored) if piece is not None and piece.axis == 0 else None
+        tensor = self._file.read(self._gguf_names[name], rows)
+        is_head = ".q_proj." in name or ".k_proj." in name
+        if is_head and find_family(self._spec.architecture).gguf_rotary_pairs:
+            tensor = _halves(tensor, tensor.shape[0] // self._spec.head_dim)
+        return piece.of(tensor) if piece is not None and piece.axis == 1 else tensor
 
 
 def _halves(tensor: Tensor, num_heads: int) -> Tensor:

@@ -17,6 +17,7 @@ from zipage.models.loading.locate import CONFIG, WEIGHTS, locate_model
 from zipage.models.loading.safetensors_folder import SafetensorsFolder
 from zipage.models.loading.weights import EMBEDDING, LM_HEAD, Weights, check_before_allocating, fill, fill_random
 from zipage.models.registry import find_family
+from zipage.models.shard import WHOLE, Shard
 from zipage.models.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -24,14 +25,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A decoder with its weights, and what it is."""
+    """A decoder with its weights, and the spec of the whole model."""
 
     decoder: Decoder
     spec: ModelSpec
 
 
 def load_model(
-    model: str, *, load_format: str = "auto", dtype: str = "auto", device: str = "auto", seed: int = 0
+    model: str,
+    *,
+    load_format: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    shard: Shard = WHOLE,
 ) -> LoadedModel:
     """Build a model and fill it.
 
@@ -44,11 +51,13 @@ def load_model(
             bfloat16 for GGUF and where there is neither; on a CPU float32.
         device: "auto" (CUDA where there is one), or a torch device.
         seed: of dummy weights.
+        shard: what of the model to load.
 
     Raises:
         FileNotFoundError: the model, its config, its weights or a shard is missing.
         ValueError: the architecture or an option of it is not supported; a file is broken; a tensor is missing, left
-            over, present twice or of another shape; `dtype` is unknown; there is no such device.
+            over, present twice or of another shape; `dtype` is unknown; there is no such device; the model cannot be
+            spread over the shard's ranks.
         ImportError: a quantized GGUF file, and the package `gguf` is absent.
     """
     torch_device = resolve_device(device)
@@ -58,8 +67,9 @@ def load_model(
     if weights is not None:
         spec = _checked_tying(spec, weights)
     torch_dtype = resolve_dtype(dtype, spec, torch_device)
-    check_before_allocating(spec, torch_dtype, torch_device, weights, str(path))
-    decoder = find_family(spec.architecture).decoder(spec, torch_dtype, torch_device)
+    shard.check(spec)
+    check_before_allocating(spec, torch_dtype, torch_device, weights, str(path), shard)
+    decoder = find_family(spec.architecture).decoder(spec, torch_dtype, torch_device, shard)
     if weights is None:
         fill_random(decoder, seed)
     else:

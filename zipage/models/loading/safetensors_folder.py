@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zipage.checks import shown
 from zipage.models.loading.hf_config import read_json
+from zipage.models.shard import Piece
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -58,9 +59,14 @@ class SafetensorsFolder:
         """Of the first tensor."""
         return next(iter(self._dtypes.values()))
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in the file's dtype."""
-        return self._shards[self._shard_of[name]].get_tensor(name)
+    def read(self, name: str, piece: Piece | None = None) -> Tensor:
+        """One tensor, in the file's dtype, or a piece of it; no more is read."""
+        file = self._shards[self._shard_of[name]]
+        if piece is None:
+            return file.get_tensor(name)
+        first = min(piece.first, piece.full)
+        run = slice(first, first + piece.stored)
+        return file.get_slice(name)[run] if piece.axis == 0 else file.get_slice(name)[:, run]
 
     def _weight_map(self) -> dict[str, str]:
         """Tensor name -> shard, as the index has it; empty for a single file, which comes first where both exist."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zipage.models.decoder import Decoder
 from zipage.models.registry import find_family
+from zipage.models.shard import WHOLE, Piece, Shard, joined
 from zipage.models.spec import ModelSpec
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -25,17 +26,24 @@ class Weights(Protocol):
 
     shapes: dict[str, tuple[int, ...]]
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str, piece: Piece | None = None) -> Tensor:
+        """One tensor, or the rows or columns of it that a rank holds (`Piece.of`)."""
 
 
 def check_before_allocating(
-    spec: ModelSpec, dtype: torch.dtype, device: torch.device, weights: Weights | None, source: str
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: Weights | None,
+    source: str,
+    shard: Shard = WHOLE,
 ) -> None:
     """See that a spec tells the truth about its weights, or, where they are to be drawn, that they fit this machine.
 
     Args:
         weights: None where they are to be drawn.
         source: what errors call the model.
+        shard: what of it is to be held here.
 
     Raises:
         ValueError: the weights are others (see `fill`), or too large for the host's memory.
@@ -46,7 +54,7 @@ def check_before_allocating(
     try:
         family = find_family(spec.architecture)
         cut = dataclasses.replace(spec, attention=spec.attention[:layers])
-        decoder = family.decoder(cut, dtype, torch.device("meta"))
+        decoder = family.decoder(cut, dtype, torch.device("meta"), shard)
     except RuntimeError as error:  # no tensor can be as large
         raise ValueError(f"{source}: the sizes of its config overflow ({error})") from error
     if weights is not None:
@@ -69,9 +77,12 @@ def fill(decoder: Decoder, weights: Weights, source: str) -> None:
     Raises:
         ValueError: tensors are missing, left over or of another shape; the message names them. Nothing was read then.
     """
-    views = decoder.weight_views()
+    views, pieces = decoder.weight_views(), decoder.weight_pieces()
     for name in _names_to_read(decoder, weights, source):
-        views[name].copy_(weights.read(name))
+        if decoder.shard.is_whole or name not in pieces:
+            views[name].copy_(weights.read(name))
+        else:
+            pieces[name].fill(views[name], weights.read(name, pieces[name]))
 
 
 def _names_to_read(decoder: Decoder, weights: Weights, source: str) -> list[str]:
@@ -80,10 +91,15 @@ def _names_to_read(decoder: Decoder, weights: Weights, source: str) -> list[str]
     names = [name for name in weights.shapes if not name.endswith(passed_over)]
     missing = [name for name in views if name not in weights.shapes]
     left_over = [name for name in names if name not in views]
+    pieces = decoder.weight_pieces()
+    shapes = {
+        name: pieces[name].whole_shape(tuple(view.shape)) if name in pieces else tuple(view.shape)
+        for name, view in views.items()
+    }
     misshapen = [
-        f"{name} is {list(weights.shapes[name])}, not {list(views[name].shape)}"
+        f"{name} is {list(weights.shapes[name])}, not {list(shapes[name])}"
         for name in names
-        if name in views and weights.shapes[name] != tuple(views[name].shape)
+        if name in shapes and weights.shapes[name] != shapes[name]
     ]
     problems = [
         f"{what}: {_first(found)}"
@@ -97,19 +113,28 @@ def _names_to_read(decoder: Decoder, weights: Weights, source: str) -> list[str]
 
 @torch.no_grad()
 def fill_random(decoder: Decoder, seed: int) -> None:
-    """Draw weights on the decoder's device: the same on every call with one device type, dtype and seed.
+    """Draw weights on the decoder's device: the same on every call with one device type, dtype and seed, and a rank's
+    shard of the same; each parameter is drawn whole.
 
     Matrices have variance 1 / fan-in, so that each sublayer adds about unit variance to the residual stream, which
     keeps activations finite in every dtype however deep the model. Norms are 1, biases small.
     """
     generator = torch.Generator(decoder.device).manual_seed(seed)
+    pieces_of = {} if decoder.shard.is_whole else decoder.pieces()
     for name, parameter in decoder.named_parameters():
-        if parameter.dim() == 2:
-            parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+        whole, pieces = parameter, pieces_of.get(name)
+        if pieces:
+            shape = [*parameter.shape]
+            shape[pieces[0].axis] = sum(piece.full for piece in pieces)
+            whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+        if whole.dim() == 2:
+            whole.normal_(0.0, whole.shape[1] ** -0.5, generator=generator)
         elif name.endswith("bias"):
-            parameter.normal_(0.0, 0.02, generator=generator)
+            whole.normal_(0.0, 0.02, generator=generator)
         else:
-            parameter.fill_(1.0)
+            whole.fill_(1.0)
+        if pieces:
+            parameter.copy_(joined(pieces, whole))
 
 
 def _first(names: Iterable[str], limit: int = 5) -> str:

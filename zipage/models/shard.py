@@ -1,0 +1,179 @@
+"""Tensor parallelism: which heads, rows and columns of a model are a rank's own.
+
+The column- and row-parallel split of Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053): a rank computes its heads and
+its part of the MLP, and what the ranks have computed is summed once after attention and once after the MLP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zipage.models.attention import AttentionSpec
+from zipage.models.spec import ModelSpec
+
+
+class Collectives(Protocol):
+    """What the ranks do together: all of them call the same, in the same order, with tensors of one shape."""
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' `x`, bit for bit the same on each; valid until the next call."""
+
+    def reduce_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`reduce` of `x @ weight.T`: x [T, k], weight [width, k] -> [T, width]."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[size, *x.shape], of all ranks in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A rank's run of rows (axis 0) or columns (axis 1) of a whole tensor.
+
+    Attributes:
+        first, count: of the run. It may reach past the end of the tensor: what is missing is zero.
+        full: rows or columns of the whole.
+    """
+
+    axis: int
+    first: int
+    count: int
+    full: int
+
+    @property
+    def stored(self) -> int:
+        """How many of `count` the whole tensor has."""
+        return max(0, min(self.count, self.full - self.first))
+
+    def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the tensor that a piece of `shape` was cut from."""
+        return (*shape[: self.axis], self.full, *shape[self.axis + 1 :])
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The run, as far as it is there."""
+        return whole.narrow(self.axis, min(self.first, self.full), self.stored)
+
+    def fill(self, view: Tensor, run: Tensor) -> None:
+        """Write what `of` gave into the piece's place, and zeros where the whole has nothing."""
+        view.narrow(self.axis, 0, self.stored).copy_(run)
+        view.narrow(self.axis, self.stored, self.count - self.stored).zero_()
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """The share of rank `rank` of `size`.
+
+    KV heads are spread over the ranks. With more ranks than KV heads, neighbours hold the same KV head: each computes
+    keys, values and attention of its whole group, so that what is cached and what a policy scores is the same on all of
+    them, and its own part of the query heads in the output projection.
+
+    Attributes:
+        collectives: None for a single rank.
+    """
+
+    rank: int = 0
+    size: int = 1
+    collectives: Collectives | None = None
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raise a ValueError where the model cannot be spread over `size` ranks."""
+        heads, kv_heads, size = spec.num_heads, spec.num_kv_heads, self.size
+        if heads % size or (kv_heads % size and size % kv_heads):
+            fits = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+            raise ValueError(
+                f"tensor_parallel_size={size}: {heads} query heads and {kv_heads} KV heads go on "
+                f"{', '.join(map(str, fits))} ranks"
+            )
+        if spec.mlp_width % size:
+            raise ValueError(f"tensor_parallel_size={size}: must divide the MLP's width of {spec.mlp_width}")
+
+    @property
+    def is_whole(self) -> bool:
+        return self.size == 1
+
+    def kv_heads(self, num_kv_heads: int) -> range:
+        """The rank's own, of all."""
+        count = max(1, num_kv_heads // self.size)
+        first = self.rank * num_kv_heads // self.size
+        return range(first, first + count)
+
+    def attention(self, whole: AttentionSpec) -> AttentionSpec:
+        """With the heads that this rank computes."""
+        kv_heads = len(self.kv_heads(whole.num_kv_heads))
+        group = whole.num_heads // whole.num_kv_heads
+        return replace(whole, num_heads=kv_heads * group, num_kv_heads=kv_heads)
+
+    def spec(self, whole: ModelSpec) -> ModelSpec:
+        """The model as this rank's cache and attention see it: fewer heads; all other fields are the whole model's."""
+        return replace(whole, attention=tuple(map(self.attention, whole.attention)))
+
+    def piece(self, axis: int, full: int) -> Piece:
+        """An equal part of `full` rows or columns; the last ranks' may be short."""
+        count = -(-full // self.size)
+        return Piece(axis, self.rank * count, count, full)
+
+    def head_pieces(self, whole: AttentionSpec) -> tuple[Piece, Piece, Piece]:
+        """Rows of the q, k and v projections."""
+        own, dim = self.kv_heads(whole.num_kv_heads), whole.head_dim
+        group = whole.num_heads // whole.num_kv_heads
+        kv = Piece(0, own.start * dim, len(own) * dim, whole.num_kv_heads * dim)
+        return Piece(0, kv.first * group, kv.count * group, whole.num_heads * dim), kv, kv
+
+    def output_columns(self, whole: AttentionSpec) -> tuple[Piece, slice]:
+        """Columns of the output projection, and where among the rank's attention outputs they lie."""
+        columns = self.piece(1, whole.num_heads * whole.head_dim)
+        start = columns.first - self.head_pieces(whole)[0].first
+        return columns, slice(start, start + columns.count)
+
+    # Joining
+
+    def row_parallel(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`x @ weight.T + bias` of the whole model, where `x` [T, k] and `weight` [width, k] are the rank's columns."""
+        if self.is_whole:
+            return F.linear(x, weight, bias)
+        out = self.collectives.reduce_product(x, weight)
+        return out if bias is None else out.add_(bias)
+
+    def embed(self, token_ids: Tensor, embedding: Tensor) -> Tensor:
+        """Rows `token_ids` [T] of the whole embedding, of which `embedding` is the rank's piece."""
+        if self.is_whole:
+            return F.embedding(token_ids, embedding)
+        local = token_ids - self.rank * embedding.shape[0]
+        elsewhere = (local < 0) | (local >= embedding.shape[0])
+        hidden = F.embedding(local.masked_fill(elsewhere, 0), embedding)
+        return self.collectives.reduce(hidden.masked_fill_(elsewhere[:, None], 0.0)).clone()
+
+    def logits(self, hidden: Tensor, lm_head: Tensor, vocab_size: int) -> Tensor:
+        """[N, vocab], of hidden states [N, width] and the rank's piece of the output projection, in their dtype."""
+        logits = F.linear(hidden, lm_head)
+        if self.is_whole:
+            return logits
+        joined = self.collectives.gather(logits).transpose(0, 1).flatten(1)
+        return joined[:, :vocab_size]
+
+    def all_heads(self, scores: Tensor, num_kv_heads: int) -> Tensor:
+        """[L, R, H, N] of the rank's KV heads -> the same of all `num_kv_heads` of the model, each once."""
+        if self.is_whole:
+            return scores
+        every = self.collectives.gather(scores.contiguous()).movedim(0, 2).flatten(2, 3)
+        return every[:, :, :: every.shape[2] // num_kv_heads]
+
+
+WHOLE = Shard()
+"""All of a model, on one device."""
+
+
+def joined(pieces: tuple[Piece, ...], whole: Tensor) -> Tensor:
+    """A parameter that holds several pieces one after another, cut from the whole parameter that does."""
+    axis = pieces[0].axis
+    parts = []
+    for piece, part in zip(pieces, whole.split([piece.full for piece in pieces], dim=axis), strict=True):
+        shape = [*part.shape]
+        shape[axis] = piece.count
+        parts.append(torch.empty(shape, dtype=part.dtype, device=part.device))
+        piece.fill(parts[-1], piece.of(part))
+    return torch.cat(parts, dim=axis)
