@@ -26,7 +26,7 @@ from zipage.eviction.budget import Budget
 from zipage.eviction.fault import named
 from zipage.eviction.protection import Protection
 from zipage.eviction.rule import EvictionRule
-from zipage.unsupported import LLM_OPTIONS, ONE_DEVICE, drop_unsupported
+from zipage.unsupported import LLM_OPTIONS, drop_unsupported
 
 if TYPE_CHECKING:
     from zipage.eviction.policy import Policy
@@ -58,7 +58,9 @@ class EngineConfig:
         dtype: of weights and KV cache. "auto" is the checkpoint's on CUDA and float32 on a CPU.
         device: "auto" is CUDA where there is one.
         seed: of dummy weights and of requests that bring none.
-        tensor_parallel_size: GPUs that share the model; only 1.
+        tensor_parallel_size: GPUs (on a CPU: processes) over which the model is spread, each with its own query heads,
+            KV heads, part of the MLP and of the vocabulary, and its heads' share of every block: sizes of memory are of
+            each. It divides the KV heads, or is a multiple of them that divides the query heads.
         data_parallel_size: replicas of the model, each in a process of its own with `tensor_parallel_size` GPUs of its
             own, its own cache and its own limits: `num_blocks`, `max_num_seqs` and the like are of each. Requests go
             to the one that has the least left to compute.
@@ -107,7 +109,7 @@ class EngineConfig:
     dtype: Annotated[str, one_of("auto", "float32", "float16", "bfloat16")] = "auto"
     device: Annotated[str, Rule(re.compile(r"auto|cpu|cuda(:[0-9]+)?").fullmatch, "auto, cpu, cuda or cuda:N")] = "auto"
     seed: int = 0
-    tensor_parallel_size: Annotated[int, Rule(lambda size: size == 1, f"1; more is not supported: {ONE_DEVICE}")] = 1
+    tensor_parallel_size: Count = 1
     data_parallel_size: Count = 1
     block_size: Annotated[int, power_of_two(16, 256)] = 256
     num_blocks: Count | None = None
@@ -199,6 +201,30 @@ class EngineConfig:
         """
         protection = Protection.parse(self.protection, policy.implied_protection)
         return EvictionRule.of(policy, self._budget(budget_tokens), protection, self.recent_tokens, prompt_len)
+
+    def largest_rule(self, max_model_len: int) -> EvictionRule | None:
+        """What bounds a request whose prompt is as long as can be: with it, protection takes as much as it ever does.
+        None for full KV. Raises ValueError as `rule`.
+        """
+        policy = self.make_policy()
+        return None if policy is None else self.rule(policy, self.budget_tokens, max_model_len)
+
+    def model_len(self, max_position: int) -> int:
+        """The longest prompt plus output, in tokens, of a model whose positions end at `max_position`.
+
+        Raises:
+            ValueError: `max_model_len` is beyond that, or no prompt of the length would fit into a step that must hold
+                it.
+        """
+        length = self.max_model_len or max_position
+        if length > max_position:
+            raise ValueError(f"max_model_len={length}: the model's positions end at {max_position}")
+        if not self.enable_chunked_prefill and length > self.max_num_batched_tokens:
+            raise ValueError(
+                f"enable_chunked_prefill=False: max_num_batched_tokens={self.max_num_batched_tokens} must hold "
+                f"max_model_len={length}; raise the one or lower the other"
+            )
+        return length
 
     def _budget(self, tokens: int) -> Budget:
         return Budget.from_tokens(tokens, self.block_size, self.interval)

@@ -101,6 +101,11 @@ class Child:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; minus the signal that ended it."""
+        return self._process.poll()
+
     def death(self) -> str:
         """One line that names it and says how it ended, for when its channel is found closed."""
         try:

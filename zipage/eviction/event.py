@@ -234,15 +234,23 @@ class Event(ABC):
             raise ValueError(f"{what}, not one of {scores.dtype} {list(scores.shape)} on {scores.device}")
         return scores
 
-    # Reductions over heads and layers. With heads spread over ranks these need an all-reduce.
+    # Reductions over heads and layers.
+
+    def all_heads(self, scores: Tensor) -> Tensor:
+        """[L, R, H, N] -> the same of all KV heads of the model, those of other ranks too.
+
+        A policy that combines heads in another way than the means below must combine these: then all ranks keep the
+        same. All ranks come here together, so a policy may call it in no branch that depends on a rank's own scores.
+        """
+        return scores
 
     def mean_over_heads(self, scores: Tensor) -> Tensor:
         """Mean over all KV heads of a layer: [L, R, H, N] -> [L, R, 1, N]."""
-        return scores.mean(dim=2, keepdim=True)
+        return self.all_heads(scores).mean(dim=2, keepdim=True)
 
     def mean_over_layers_and_heads(self, scores: Tensor) -> Tensor:
         """Mean over all layers and KV heads of the model: [L, R, H, N] -> [1, R, 1, N]. Needs `all_layers`."""
-        return scores.mean(dim=(0, 2), keepdim=True)
+        return self.all_heads(scores).mean(dim=(0, 2), keepdim=True)
 
     # Randomness.
 

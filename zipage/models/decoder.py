@@ -189,7 +189,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, width] -> [N, vocab] in the model's dtype."""
-        return self.shard.logits(hidden, self.lm_head, self.spec.vocab_size)
+        return self.shard.all_tokens(F.linear(hidden, self.lm_head), self.spec.vocab_size)
 
     def pieces(self) -> dict[str, tuple[Piece, ...]]:
         """Of each parameter that a shard splits, by its name, what it holds of the whole, one after another."""

@@ -29,6 +29,9 @@ class Collectives(Protocol):
     def gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape], of all ranks in order."""
 
+    def broadcast(self, x: Tensor) -> None:
+        """Overwrite every rank's contiguous `x` with rank 0's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -147,13 +150,11 @@ class Shard:
         hidden = F.embedding(local.masked_fill(elsewhere, 0), embedding)
         return self.collectives.reduce(hidden.masked_fill_(elsewhere[:, None], 0.0)).clone()
 
-    def logits(self, hidden: Tensor, lm_head: Tensor, vocab_size: int) -> Tensor:
-        """[N, vocab], of hidden states [N, width] and the rank's piece of the output projection, in their dtype."""
-        logits = F.linear(hidden, lm_head)
+    def all_tokens(self, logits: Tensor, vocab_size: int) -> Tensor:
+        """Logits [N, rows] of the rank's piece of the output projection -> [N, vocab]."""
         if self.is_whole:
             return logits
-        joined = self.collectives.gather(logits).transpose(0, 1).flatten(1)
-        return joined[:, :vocab_size]
+        return self.collectives.gather(logits).transpose(0, 1).flatten(1)[:, :vocab_size]
 
     def all_heads(self, scores: Tensor, num_kv_heads: int) -> Tensor:
         """[L, R, H, N] of the rank's KV heads -> the same of all `num_kv_heads` of the model, each once."""
@@ -161,6 +162,10 @@ class Shard:
             return scores
         every = self.collectives.gather(scores.contiguous()).movedim(0, 2).flatten(2, 3)
         return every[:, :, :: every.shape[2] // num_kv_heads]
+
+    def on_any(self, flags: Tensor) -> Tensor:
+        """bool [R]: which of `flags` [R] are set on any rank."""
+        return flags if self.is_whole else self.collectives.gather(flags.to(torch.uint8)).bool().any(dim=0)
 
 
 WHOLE = Shard()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zipage.eviction.protection import forced_mask
+from zipage.models.shard import Shard
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import CompressionOrder
 from zipage.transfer import to_device
@@ -56,8 +57,12 @@ class CompressionBatch:
         self._rounds = [order.num_compressions for order in orders]
         self._prompt_lens = [order.num_prompt_tokens for order in orders]
 
-    def event(self, cache: KVCache, spec: ModelSpec) -> PagedEvent:
-        """The event over all layers of `cache`. On CUDA its tensors belong to the current stream."""
+    def event(self, cache: KVCache, spec: ModelSpec, shard: Shard, model_heads: int) -> PagedEvent:
+        """The event over all layers of `cache`. On CUDA its tensors belong to the current stream.
+
+        Args:
+            spec: of the heads in `cache`, the share `shard` of the `model_heads` KV heads of the model.
+        """
         device = cache.k.device
         lens, keep, protected, carried, query_slots, window_ends = to_device(self._numbers, device, np.int32).unbind()
         tables = to_device(_rectangle(self.sources), device)
@@ -83,6 +88,9 @@ class CompressionBatch:
             query_slots=query_slots,
             window_ends=window_ends,
             state_cache=cache.scores if self.policy.state else None,
+            head_offset=shard.kv_heads(model_heads).start,
+            shard=shard,
+            model_heads=model_heads,
         )
 
     def destinations(self, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zipage.eviction.fault import FAULTS, described, files_of, place_in, relative
 from zipage.eviction.policy import Policy
+from zipage.models.shard import WHOLE, Shard
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import CompressionOrder
 from zipage.worker.compression_batch import CompressionBatch, batches, check_orders
@@ -63,12 +64,19 @@ class CompressionRunner:
     be: what one request or the size of the batch brought about costs no other. Only where a move itself fails, and
     what it left behind is unknown, do all requests of the batch fail.
 
+    With the model spread over ranks, the ranks' runners must launch the same batches in the same order, since policies
+    may combine heads of all of them. So what is submitted together is launched together and joined with nothing else,
+    and what a failed batch leaves is launched before the next.
+
     Args:
         cache: with positions, and with scores and queries where a policy asks for them.
+        spec: of the heads in `cache`.
         asynchronous: as above.
         layer_stride: layers of one launch; None takes what a bound on memory allows (`compress`).
         trace: read back the positions that stay, which waits for the GPU.
         debug: fail a compression whose policy ranks an entry NaN, which waits for the GPU; otherwise `ranks` counts it.
+        shard: what of the model `cache` holds; its collectives are for the runner alone.
+        model_heads: KV heads of a layer of the whole model; None: those of `spec`.
     """
 
     def __init__(
@@ -80,8 +88,12 @@ class CompressionRunner:
         layer_stride: int | None,
         trace: bool,
         debug: bool = False,
+        shard: Shard = WHOLE,
+        model_heads: int | None = None,
     ) -> None:
         self.ranks = RankWatch(strict=debug)
+        self._shard = shard
+        self._model_heads = model_heads or spec.num_kv_heads
         self._cache = cache
         self._spec = spec
         self._layer_stride = layer_stride
@@ -113,9 +125,13 @@ class CompressionRunner:
             return
         check_orders(orders, self._cache.block_size)
         start, ready = time.perf_counter(), self._recorded()
-        self._waiting.extend(_Waiting(order, start, ready) for order in orders)
+        waiting = [_Waiting(order, start, ready) for order in orders]
         self._num_in_flight += len(orders)
-        self._tasks.append(self._executor.submit(self._launch_waiting))
+        if self._shard.is_whole:
+            self._waiting.extend(waiting)
+            self._tasks.append(self._executor.submit(self._launch_waiting))
+        else:
+            self._tasks.append(self._executor.submit(self._launch_together, waiting))
 
     def _recorded(self) -> torch.cuda.Event | None:
         """An event behind what is queued on the current stream, which a compression beside it has to wait for."""
@@ -132,7 +148,9 @@ class CompressionRunner:
         """
         if len(self._latest) == 2:
             self._latest[0].synchronize()
-        taken = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        self._launch_together([self._waiting.popleft() for _ in range(len(self._waiting))])
+
+    def _launch_together(self, taken: Sequence[_Waiting]) -> None:
         starts = {waiting.order.number: waiting.start for waiting in taken}
         ready = {waiting.ready: None for waiting in taken}
         for batch in batches([waiting.order for waiting in taken], self._spec, self._cache.block_size):
@@ -154,6 +172,10 @@ class CompressionRunner:
                 self._compress_beside(job, ready, rest)
         except FAULTS as error:
             job.error = error
+            if not self._shard.is_whole and (rests := _rests(job, error)) is not None:
+                for order, start, left in zip(batch.orders, starts, rests, strict=True):
+                    self._launch(CompressionBatch([order], self._cache.block_size), [start], ready, left)
+                return
         self._pending.append(job)
 
     def poll(self, wait: bool = False) -> list[CompressionResult]:
@@ -195,19 +217,14 @@ class CompressionRunner:
     def _failed(self, job: _Job, error: BaseException, seconds: list[float]) -> list[CompressionResult]:
         """Go on with the orders of a failed batch, one by one, where that can help; the results where it can't."""
         orders = job.batch.orders
-        is_partial = isinstance(error, PartlyCompressed)
-        first_layer = error.first_layer if is_partial else 0
-        if len(orders) > 1 and first_layer is not None:
-            _drop_tensors(error)
-            misranked = error.failed() if is_partial else [False] * len(orders)
+        if self._shard.is_whole and (rests := _rests(job, error)) is not None:
             ready = [self._recorded()]
-            for order, start, is_misranked in zip(orders, job.starts, misranked, strict=True):
+            for order, start, rest in zip(orders, job.starts, rests, strict=True):
                 alone = CompressionBatch([order], self._cache.block_size)
-                rest = _Rest(first_layer, is_misranked)
                 self._tasks.append(self._executor.submit(self._launch, alone, [start], ready, rest))
             return []
         policy = job.batch.policy
-        cause = error.__cause__ if is_partial else error
+        cause = error.__cause__ if isinstance(error, PartlyCompressed) else error
         place = _place(policy, cause)
         message = f"a compression under policy {policy.name!r} failed: {described(cause, place)}"
         if (fault := (type(cause), place)) not in self._logged:  # the same one may come in every request
@@ -246,7 +263,7 @@ class CompressionRunner:
     @torch.inference_mode()
     def _compress(self, batch: CompressionBatch, rest: _Rest | None) -> list[_Kept]:
         cache, max_keep = self._cache, max(batch.keep)
-        event = batch.event(cache, self._spec)
+        event = batch.event(cache, self._spec, self._shard, self._model_heads)
         if batch.policy.drops_blocks:
             # The same slots stay in all layers and heads, whole blocks of them.
             kept, failed = choose(batch.policy, event, max_keep)
@@ -262,7 +279,7 @@ class CompressionRunner:
         try:
             sizes = zip(tables, batch.keep, strict=True)
             positions = [self._positions(table, keep) if self._trace else None for table, keep in sizes]
-            errors = self.ranks.look(batch.policy.name, failed)
+            errors = self.ranks.look(batch.policy.name, self._shard.on_any(failed))
         except Exception as error:
             raise PartlyCompressed(0 if batch.policy.drops_blocks else event.num_layers, [failed]) from error
         return [_Kept(*kept) for kept in zip(pages, positions, errors, strict=True)]
@@ -347,6 +364,17 @@ class _Job:
     @property
     def is_done(self) -> bool:
         return not self.delayed and (self.done is None or self.done.query())
+
+
+def _rests(job: _Job, error: BaseException) -> list[_Rest] | None:
+    """What is left of each order of a batch that failed with `error`; None where no order can be helped alone."""
+    is_partial = isinstance(error, PartlyCompressed)
+    first_layer = error.first_layer if is_partial else 0
+    if len(job.batch.orders) == 1 or first_layer is None:
+        return None
+    _drop_tensors(error)
+    misranked = error.failed() if is_partial else [False] * len(job.batch.orders)
+    return [_Rest(first_layer, is_misranked) for is_misranked in misranked]
 
 
 def _drop_tensors(error: BaseException) -> None:

@@ -81,8 +81,11 @@ def _noted(lost: dict[int, str], number: int, direction: str) -> Iterator[None]:
 class ModelRunner:
     """Runs plans over one model and one cache.
 
+    Of a model that is spread over ranks, each has a runner for its shard, and all run the same plans. Rank 0 samples;
+    the others get its tokens.
+
     Args:
-        decoder: the model, on `device`.
+        decoder: the model, or a shard of it, on `device`.
         spec: its shapes.
         max_num_seqs: rows of the batch.
         max_model_len: longest request, in tokens; sizes the block-table rows.
@@ -178,15 +181,22 @@ class ModelRunner:
             self._timers.rotate()
             events = self._timers[0]
             events[0].record()
-        for start in plan.starts:
-            self.sampler.begin(start)
+        shard = self.decoder.shard
+        if shard.rank == 0:
+            for start in plan.starts:
+                self.sampler.begin(start)
         tokens = logprobs = hidden = None
         if len(plan.rows):
             hidden = self.forward(plan)
             if len(hidden):
-                tokens, logprobs = self._sample(plan, self.decoder.logits(hidden))
-                # -1 stands for logits that were not finite; the next step may not look that up.
-                torch.clamp(tokens, min=0, out=self._sampled[: len(tokens)])
+                logits = self.decoder.logits(hidden)
+                sampled = self._sampled[: len(hidden)]
+                if shard.rank == 0:
+                    tokens, logprobs = self._sample(plan, logits)
+                    # -1 stands for logits that were not finite; the next step may not look that up.
+                    torch.clamp(tokens, min=0, out=sampled)
+                if not shard.is_whole:
+                    shard.collectives.broadcast(sampled)
             if not self.sampler.rows.wants_hidden_states(plan.rows):
                 hidden = None
         if events is None:
@@ -212,7 +222,8 @@ class ModelRunner:
             raise ValueError(f"hidden_states of shape {tuple(hidden.shape)}: must be [T, {self.spec.width}]")
         hidden = hidden.to(self.device, torch.float32)
         pieces = self.decoder.lm_head.split(LOGIT_ROWS)
-        return torch.cat([hidden @ piece.float().T for piece in pieces], dim=1)
+        logits = torch.cat([hidden @ piece.float().T for piece in pieces], dim=1)
+        return self.decoder.shard.all_tokens(logits, self.spec.vocab_size)
 
     def forward(self, plan: StepPlan) -> Tensor:
         """Hidden states [N, width] that the tokens of a plan are drawn from."""

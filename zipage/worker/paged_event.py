@@ -14,6 +14,7 @@ from kernels.cache_view import CacheView, shared
 from kernels.pool_scores import pool_scores
 from kernels.redundancy import redundancy
 from zipage.eviction.event import Event, Softmax
+from zipage.models.shard import WHOLE, Shard
 
 POOLINGS = {"max": "max", "mean": "avg"}
 """Pooling as policies call it -> as the kernel does."""
@@ -34,6 +35,8 @@ class PagedEvent(Event):
         query_slots: int32 [R].
         window_ends: int32 [R], logical lengths: the last query of the window is that of position end - 1.
         state_cache: float32 [L, num_blocks, H, b], what the policy stored for each entry. None for one without state.
+        shard: whose heads these are; its collectives serve this event.
+        model_heads: KV heads of a layer of the whole model; read where it is spread over ranks.
     """
 
     scales: tuple[float, ...]
@@ -44,6 +47,8 @@ class PagedEvent(Event):
     query_slots: Tensor | None = None
     window_ends: Tensor | None = None
     state_cache: Tensor | None = None
+    shard: Shard = WHOLE
+    model_heads: int = 0
 
     def __post_init__(self) -> None:
         layers, _, heads, block_size, head_dim = self.k_cache.shape
@@ -77,6 +82,9 @@ class PagedEvent(Event):
     def view(self) -> CacheView:
         """Where the entries are, as kernels take it: every layer and head has the same tables and lengths."""
         return CacheView.shared(self.k_cache, self.v_cache, self.block_tables, self.lens)
+
+    def all_heads(self, scores: Tensor) -> Tensor:
+        return self.shard.all_heads(scores.expand(*scores.shape[:2], self.num_heads, -1), self.model_heads)
 
     def shared(self, x: Tensor) -> Tensor:
         """`x` [R, ...], the same for all layers and heads, as kernels take it: [L, R, H, ...], not copied."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from zipage.eviction.rule import EvictionRule
+from zipage.models.shard import WHOLE, Shard
 from zipage.models.spec import ModelSpec
 from zipage.sampling_params import MOST_LOGPROBS, SamplingParams
 from zipage.scheduling.plan import CompressionOrder, RowStart
@@ -32,6 +33,8 @@ def measure_peak(
     rule: EvictionRule | None = None,
     asynchronous: bool = False,
     layer_stride: int | None = None,
+    shard: Shard = WHOLE,
+    model_heads: int | None = None,
 ) -> int:
     """Bytes that a step takes at most above what is allocated now (CUDA), caches not counted.
 
@@ -43,6 +46,7 @@ def measure_peak(
         rule: of compressions; None for full KV.
         asynchronous: a compression runs beside a step, so that both peaks may fall together.
         layer_stride: layers of one launch of a compression, as in `compress`.
+        shard, model_heads: of compressions, as `CompressionRunner` takes them. All ranks measure together.
 
     Raises:
         RuntimeError: the largest compression failed.
@@ -63,7 +67,9 @@ def measure_peak(
         # Budget and interval may be beyond any request.
         cache = KVCache(runner.spec, 1 + min(rule.kept_blocks, longest), block_size, dtype, runner.device, **options)
         most = max(1, LAUNCH_ENTRIES // (runner.spec.num_kv_heads * longest * block_size))
-        compress = partial(run_compression, cache, runner.spec, rule, layer_stride)
+        compress = partial(
+            run_compression, cache, runner.spec, rule, layer_stride, shard=shard, model_heads=model_heads
+        )
         compression = _peak_of(runner.device, lambda: compress(longest, most))
         # The shape of most compressions to come, so that its kernels are compiled before requests wait for them.
         compress(min(rule.max_blocks, longest), 1)
@@ -113,7 +119,14 @@ def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> No
 
 
 def run_compression(
-    cache: KVCache, spec: ModelSpec, rule: EvictionRule, layer_stride: int | None, num_blocks: int, num_requests: int
+    cache: KVCache,
+    spec: ModelSpec,
+    rule: EvictionRule,
+    layer_stride: int | None,
+    num_blocks: int,
+    num_requests: int,
+    shard: Shard = WHOLE,
+    model_heads: int | None = None,
 ) -> None:
     """Compress requests of `num_blocks` blocks in one batch.
 
@@ -129,7 +142,10 @@ def run_compression(
         CompressionOrder(number, rule, *tables, num_entries=num_entries, window_end=num_entries, query_slot=0)
         for number in range(num_requests)
     ]
-    runner = CompressionRunner(cache, spec, asynchronous=False, layer_stride=layer_stride, trace=False)
+    options = {"shard": shard, "model_heads": model_heads}
+    runner = CompressionRunner(
+        cache, spec, asynchronous=False, layer_stride=layer_stride, trace=False, **options
+    )
     runner.submit(orders)
     for result in runner.poll(wait=True):
         if result.error is not None:

@@ -1,0 +1,128 @@
+"""What the scheduling process and the ranks tell each other, as plain data.
+
+Ranks take what they are sent one after the other, in order, and decide nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zipage.config import EngineConfig
+from zipage.scheduling.plan import CompressionOrder, StepPlan
+from zipage.worker.memory_plan import MemoryPlan
+from zipage.worker.worker import DeviceMemory
+
+# To a rank
+
+
+class Start(NamedTuple):
+    """Load a shard; the answer is `Ready`.
+
+    Attributes:
+        rendezvous: path at which the ranks find each other.
+        policies: where the registered policies are found, by name.
+        num_threads: of torch on the CPU.
+        log_level: of the records to send back.
+    """
+
+    config: EngineConfig
+    rank: int
+    rendezvous: str
+    policies: dict[str, str]
+    num_threads: int
+    log_level: int
+
+
+class Attach(NamedTuple):
+    """Make the cache; the answer is `Done`."""
+
+    plan: MemoryPlan
+
+
+class Move(NamedTuple):
+    """The moves of a plan; the answer, where anything is saved or restored, is `Moved`."""
+
+    plan: StepPlan
+
+
+class Launch(NamedTuple):
+    """A step without its moves; rank 0 answers with a `StepResult`."""
+
+    plan: StepPlan
+
+
+class Compress(NamedTuple):
+    """Orders to launch together; each is told of once in a `Compressed`."""
+
+    orders: list[CompressionOrder]
+
+
+class Poison(NamedTuple):
+    """Overwrite blocks, as `KVCache.poison` does; of None, the queries of `slot`."""
+
+    blocks: int | slice | None
+    slot: int | slice
+
+
+class CountMisranked(NamedTuple):
+    """Rank 0 answers with `Misranked`, once all compressions are through."""
+
+
+class ComputeLogits(NamedTuple):
+    """Rank 0 answers with a tensor [T, vocab]; hidden states [T, width]."""
+
+    hidden: Tensor
+
+
+# From a rank
+
+
+class Ready(NamedTuple):
+    memory: DeviceMemory
+    dtype: torch.dtype
+
+
+class Done(NamedTuple):
+    pass
+
+
+class Moved(NamedTuple):
+    """Numbers of requests whose entries were lost, and why."""
+
+    lost: dict[int, str]
+
+
+class Part(NamedTuple):
+    """A compression, as one rank saw it; fields as in `CompressionResult`, `number` of the order."""
+
+    number: int
+    kept_pages: list[int] | None
+    kept_positions: np.ndarray | None
+    error: str | None
+
+
+class Compressed(NamedTuple):
+    parts: list[Part]
+
+
+class Misranked(NamedTuple):
+    count: int
+
+
+class Failure(NamedTuple):
+    """The last message of a rank that failed: `zipage.processes.packed`."""
+
+    error: BaseException
+    traceback: str
+
+
+class Log(NamedTuple):
+    """A line for the log."""
+
+    logger: str
+    level: int
+    text: str

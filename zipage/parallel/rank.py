@@ -1,0 +1,149 @@
+"""A rank's side: a worker on its own device that does as it is told."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from zipage.eviction import registry
+from zipage.models.loading.loader import load_model
+from zipage.models.shard import Shard
+from zipage.parallel import messages as m
+from zipage.parallel.communicator import Communicator, join
+from zipage.processes import Channel, packed
+from zipage.worker import model_runner
+from zipage.worker.cuda_graph import PROMPT_TOKENS
+from zipage.worker.worker import Worker
+
+PAUSE = 3e-4
+"""Seconds between two looks at compressions under way while no message comes."""
+
+
+def run(channel: Channel) -> None:
+    """Serve until the channel is closed, or the rank fails."""
+    try:
+        start: m.Start = channel.receive()
+        _send_logs(channel, start)
+        with suppress(EOFError):
+            _serve(channel, start)
+    except BaseException as error:
+        with suppress(OSError):  # the other side is gone
+            channel.send(m.Failure(*packed(error)))
+
+
+def _serve(channel: Channel, start: m.Start) -> None:
+    torch.set_num_threads(start.num_threads)
+    registry.POLICIES |= start.policies
+    config, rank = start.config, start.rank
+    size = config.tensor_parallel_size
+    device = torch.device("cpu") if config.device == "cpu" else torch.device("cuda", rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    join(rank, size, start.rendezvous, device)
+    communicator, beside = Communicator(dist.group.WORLD, device), Communicator(dist.new_group(), device)
+    loaded = load_model(
+        config.model,
+        load_format=config.load_format,
+        dtype=config.dtype,
+        device=str(device),
+        seed=config.seed,
+        shard=Shard(rank, size, communicator),
+    )
+    rows = max(config.max_num_batched_tokens, config.max_num_seqs + PROMPT_TOKENS)
+    communicator.reserve(rows, loaded.spec.width, loaded.decoder.dtype)
+    worker = Worker(config, loaded, config.model_len(loaded.spec.max_position), Shard(rank, size, beside))
+    channel.send(m.Ready(worker.memory, worker.dtype))
+    attach: m.Attach = channel.receive()
+    worker.attach(attach.plan)
+    channel.send(m.Done())
+    Rank(channel, worker, rank).serve()
+
+
+class Rank:
+    """Hands messages to a worker, and tells what came of them."""
+
+    def __init__(self, channel: Channel, worker: Worker, rank: int) -> None:
+        self._channel = channel
+        self._worker = worker
+        self._rank = rank
+        self._launched: SimpleQueue[model_runner.Launch] = SimpleQueue()
+        if rank == 0:
+            threading.Thread(target=self._send_results, name="results", daemon=True).start()
+
+    def serve(self) -> None:
+        """Until the channel is closed, which raises EOFError."""
+        while True:
+            while self._worker.compressor.in_flight and not self._channel.poll(PAUSE):
+                self._send_compressed()
+            self._handle(self._channel.receive())
+            self._send_compressed()
+
+    def _handle(self, message: Any) -> None:
+        worker, runner = self._worker, self._worker.runner
+        match message:
+            case m.Launch(plan):
+                launch = runner.launch(plan)
+                if self._rank == 0:
+                    self._launched.put(launch)
+            case m.Move(plan):
+                lost = runner.move(plan)
+                if plan.saves or plan.restores:
+                    self._channel.send(m.Moved(lost))
+            case m.Compress(orders):
+                worker.compressor.submit(orders)
+            case m.Poison(None, slot):
+                worker.cache.poison_queries(slot)
+            case m.Poison(blocks, slot):
+                worker.cache.poison(blocks, slot)
+            case m.CountMisranked():
+                worker.compressor.ranks.poll(wait=True)
+                if self._rank == 0:
+                    self._channel.send(m.Misranked(worker.compressor.ranks.num_failed))
+            case m.ComputeLogits(hidden):
+                logits = runner.logits(hidden)
+                if self._rank == 0:
+                    self._channel.send(logits.cpu())
+            case _:
+                raise RuntimeError(f"rank {self._rank} got {message!r}")
+
+    def _send_compressed(self) -> None:
+        if not self._worker.compressor.in_flight:
+            return
+        results = self._worker.compressor.poll()
+        if results:
+            parts = [m.Part(r.order.number, r.kept_pages, r.kept_positions, r.error) for r in results]
+            self._channel.send(m.Compressed(parts))
+
+    def _send_results(self) -> None:
+        """In a thread: wait for each step, in order, so that the next may be launched meanwhile."""
+        try:
+            with torch.inference_mode():
+                while True:
+                    self._channel.send(self._launched.get().wait())
+        except BaseException as error:
+            with suppress(OSError):
+                self._channel.send(m.Failure(*packed(error)))
+
+
+def _send_logs(channel: Channel, start: m.Start) -> None:
+    """Records of rank 0 become messages; the other ranks do the same and would say the same again."""
+    logger = logging.getLogger("zipage")
+    logger.setLevel(start.log_level)
+    logger.propagate = False
+    logger.addHandler(_Sender(channel) if start.rank == 0 else logging.NullHandler())
+
+
+class _Sender(logging.Handler):
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            self._channel.send(m.Log(record.name, record.levelno, self.format(record)))

@@ -1,0 +1,124 @@
+"""One device's part of an engine: the model, or a rank's shard of it, its cache, and what computes on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from zipage.config import EngineConfig
+from zipage.models.loading.loader import LoadedModel
+from zipage.models.shard import WHOLE, Shard
+from zipage.threads import warn_of_spinning
+from zipage.worker.compression_runner import CompressionRunner
+from zipage.worker.kv_cache import KVCache
+from zipage.worker.memory_plan import MemoryPlan
+from zipage.worker.model_runner import ModelRunner
+from zipage.worker.peak import measure_peak
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """What a device has for the cache, in bytes.
+
+    Attributes:
+        weights: that the model, or its shard, takes.
+        activations: measured peak of a full step above that; 0 on a CPU, where none is measured.
+        free: what is left to the cache; None on a CPU.
+    """
+
+    weights: int
+    activations: int = 0
+    free: int | None = None
+
+
+class Worker:
+    """Loads the model, tells what memory there is, and gets its cache with `attach`.
+
+    Args:
+        config: of the engine.
+        loaded: the model on its device, or a shard of it.
+        max_model_len: longest prompt plus output, in tokens.
+        compression_shard: the decoder's with collectives of its own, for compressions beside the forward pass.
+
+    Attributes:
+        spec: of the heads that are here.
+        device, dtype: of model and cache.
+        memory: as of now.
+        runner, compressor, cache: once there is a cache.
+    """
+
+    runner: ModelRunner
+    compressor: CompressionRunner
+    cache: KVCache
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        loaded: LoadedModel,
+        max_model_len: int,
+        compression_shard: Shard = WHOLE,
+    ) -> None:
+        decoder = loaded.decoder
+        self.config = config
+        self.spec = decoder.spec
+        self.device, self.dtype = decoder.device, decoder.dtype
+        self._model_heads = loaded.spec.num_kv_heads
+        self._compression_shard = compression_shard
+        if self.device.type == "cpu":
+            warn_of_spinning()
+        self.policy = config.make_policy()
+        self.runner = ModelRunner(
+            decoder,
+            self.spec,
+            self.device,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            enforce_eager=config.enforce_eager,
+        )
+        self.memory = self._measure(max_model_len)
+
+    def _measure(self, max_model_len: int) -> DeviceMemory:
+        weights = sum(p.numel() * p.itemsize for p in self.runner.decoder.parameters())
+        if self.device.type == "cpu":
+            return DeviceMemory(weights)
+        config = self.config
+        activations = measure_peak(
+            self.runner,
+            config.max_num_batched_tokens,
+            config.block_size,
+            self.dtype,
+            rule=config.largest_rule(max_model_len),
+            asynchronous=config.async_compression,
+            layer_stride=config.layer_stride,
+            shard=self._compression_shard,
+            model_heads=self._model_heads,
+        )
+        free, total = torch.cuda.mem_get_info(self.device)
+        return DeviceMemory(weights, activations, int(free - (1 - config.gpu_memory_utilization) * total - activations))
+
+    def attach(self, plan: MemoryPlan) -> None:
+        """Make the cache, and what works on it."""
+        config, policy = self.config, self.policy
+        self.cache = KVCache(
+            self.spec,
+            plan.num_blocks,
+            config.block_size,
+            self.dtype,
+            self.device,
+            positions=policy is not None,
+            scores=policy is not None and policy.state,
+            num_query_slots=plan.num_query_slots,
+            window=0 if policy is None else policy.num_queries,
+        )
+        self.runner.attach(self.cache)
+        self.compressor = CompressionRunner(
+            self.cache,
+            self.spec,
+            asynchronous=config.async_compression,
+            layer_stride=config.layer_stride,
+            trace=config.trace_positions,
+            debug=config.debug,
+            shard=self._compression_shard,
+            model_heads=self._model_heads,
+        )
