@@ -125,7 +125,11 @@ class RankGroup:
         error = unpacked(failure.error, failure.traceback)
         if isinstance(error, ValueError | OSError | ImportError):
             self._end_with(str(error), error)
-        self._end_with(f"{failed.name} failed: {first_line(error)}", RuntimeError(f"{failed.name} failed: {first_line(error)}"), error)
+        self._end_with(
+            f"{failed.name} failed: {first_line(error)}",
+            RuntimeError(f"{failed.name} failed: {first_line(error)}"),
+            error,
+        )
 
     def _end_with(self, failure: str, error: BaseException | None = None, cause: BaseException | None = None) -> None:
         self._failure = failure

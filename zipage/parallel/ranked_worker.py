@@ -44,9 +44,7 @@ def start_ranks(config: EngineConfig) -> RankedWorker:
     """
     size = config.tensor_parallel_size
     device = _device_type(config)
-    spec, _ = read_shape(
-        config.model, load_format=config.load_format, dtype=config.dtype, device=device
-    )
+    spec, _ = read_shape(config.model, load_format=config.load_format, dtype=config.dtype, device=device)
     Shard(size=size).check(spec)
     if registry.location(registry.find(config.policy)) is None:
         raise ValueError(

@@ -143,9 +143,7 @@ def run_compression(
         for number in range(num_requests)
     ]
     options = {"shard": shard, "model_heads": model_heads}
-    runner = CompressionRunner(
-        cache, spec, asynchronous=False, layer_stride=layer_stride, trace=False, **options
-    )
+    runner = CompressionRunner(cache, spec, asynchronous=False, layer_stride=layer_stride, trace=False, **options)
     runner.submit(orders)
     for result in runner.poll(wait=True):
         if result.error is not None:
