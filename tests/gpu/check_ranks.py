@@ -29,7 +29,7 @@ from tests.tiny_models import VOCAB, save_tiny_model
 ONE_OF_EACH = list({case.policy: case for case in reversed(CASES)}.values())
 LENGTHS = (5, 17, 33, 9, 70, 100)
 TOKENS = 64
-AT_ONCE = 6
+AT_ONCE = 16
 """Engines beside each other, each with its ranks."""
 
 
@@ -99,9 +99,8 @@ def main() -> int:
             options.out.write_text(json.dumps({"commit": options.commit, "gpus": count, "rows": rows}, indent=1))
     wrong = [f"{row['policy']} on {row['ranks']}" for row in rows if not row["ok"]]
     kept = sum(row.get("compressions", 0) for row in rows)
-    print(
-        f"{len(rows)} engines on {sizes} ranks, {kept} compressions: {'all alike' if not wrong else 'differ: ' + ', '.join(wrong)}"
-    )
+    verdict = f"differ: {', '.join(wrong)}" if wrong else "all alike"
+    print(f"{len(rows)} engines on {sizes} ranks, {kept} compressions: {verdict}")
     return bool(wrong)
 
 

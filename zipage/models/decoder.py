@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.add_rms_norm import add_rms_norm
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.silu_mul import silu_mul
 from zipage.models.rotary import RotaryEmbedding
@@ -72,14 +71,14 @@ class DecoderLayer(nn.Module):
         Returns:
             [T, width], this layer's output, not yet added.
         """
-        normed = add_rms_norm(hidden, delta, self.input_norm, self.eps)
+        normed = self.shard.add_rms_norm(hidden, delta, 1, self.input_norm, self.eps)
         qkv = F.linear(normed, self.qkv_weight, self.qkv_bias)
         q, k, v = qk_norm_rope(qkv, self.q_norm, self.k_norm, self.eps, cos, sin, self.num_heads, self.num_kv_heads)
         attended = attention(self.index, q, k, v).reshape(hidden.shape[0], -1)[:, self.own_columns]
-        delta = self.shard.row_parallel(attended, self.output_weight, self.output_bias)
-        normed = add_rms_norm(hidden, delta, self.mlp_norm, self.eps)
+        delta = self.shard.row_parallel(attended, self.output_weight, self.output_bias, 0)
+        normed = self.shard.add_rms_norm(hidden, delta, 0, self.mlp_norm, self.eps)
         gated = silu_mul(F.linear(normed, self.gate_up_weight, self.gate_up_bias))
-        return self.shard.row_parallel(gated, self.down_weight, self.down_bias)
+        return self.shard.row_parallel(gated, self.down_weight, self.down_bias, 1)
 
     def pieces(self) -> dict[str, tuple[Piece, ...]]:
         """Of each parameter that a shard splits, by its name, what it holds of the whole, one after another."""
@@ -185,7 +184,7 @@ class Decoder(nn.Module):
         delta = None
         for layer in self.layers:
             delta = layer(hidden, delta, cos, sin, attention)
-        return add_rms_norm(hidden, delta, self.norm, self.spec.rms_norm_eps)
+        return self.shard.add_rms_norm(hidden, delta, 1, self.norm, self.spec.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, width] -> [N, vocab] in the model's dtype."""

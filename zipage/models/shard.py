@@ -13,21 +13,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.add_rms_norm import add_rms_norm
 from zipage.models.attention import AttentionSpec
 from zipage.models.spec import ModelSpec
 
 
-class Collectives(Protocol):
-    """What the ranks do together: all of them call the same, in the same order, with tensors of one shape."""
-
-    def reduce(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' `x`, bit for bit the same on each; valid until the next call."""
-
-    def reduce_product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`reduce` of `x @ weight.T`: x [T, k], weight [width, k] -> [T, width]."""
+class Gathers(Protocol):
+    """What ranks do together: all of them call the same, in the same order, with tensors of one shape."""
 
     def gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape], of all ranks in order."""
+
+
+class Collectives(Gathers, Protocol):
+    """What the forward pass needs. What it sums is the same on each rank to the last bit.
+
+    The output of a row-parallel product stays in parts, one a rank, until `add_rms_norm` sums them. Successive ones are
+    kept in places 0 and 1 in turn.
+    """
+
+    def product(self, x: Tensor, weight: Tensor, place: int) -> Tensor:
+        """The rank's part of a product: x [T, k], weight [width, k] -> [T, width], valid until the next in `place`."""
+
+    def add_rms_norm(self, hidden: Tensor, part: Tensor, place: int, weight: Tensor, eps: float) -> Tensor:
+        """`kernels.add_rms_norm` of the sum over ranks of `part`, which `product` gave for `place`."""
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' `x`."""
 
     def broadcast(self, x: Tensor) -> None:
         """Overwrite every rank's contiguous `x` with rank 0's."""
@@ -75,12 +87,12 @@ class Shard:
     them, and its own part of the query heads in the output projection.
 
     Attributes:
-        collectives: None for a single rank.
+        collectives: None for a single rank; compressions need `Gathers` alone.
     """
 
     rank: int = 0
     size: int = 1
-    collectives: Collectives | None = None
+    collectives: Collectives | Gathers | None = None
 
     def check(self, spec: ModelSpec) -> None:
         """Raise a ValueError where the model cannot be spread over `size` ranks."""
@@ -134,12 +146,20 @@ class Shard:
 
     # Joining
 
-    def row_parallel(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`x @ weight.T + bias` of the whole model, where `x` [T, k] and `weight` [width, k] are the rank's columns."""
+    def row_parallel(self, x: Tensor, weight: Tensor, bias: Tensor | None, place: int) -> Tensor:
+        """`x @ weight.T + bias`, where `x` [T, k] and `weight` [width, k] are the rank's columns: its part of the sum,
+        for `add_rms_norm` with the same `place`.
+        """
         if self.is_whole:
             return F.linear(x, weight, bias)
-        out = self.collectives.reduce_product(x, weight)
-        return out if bias is None else out.add_(bias)
+        part = self.collectives.product(x, weight, place)
+        return part if bias is None or self.rank else part.add_(bias)
+
+    def add_rms_norm(self, hidden: Tensor, part: Tensor | None, place: int, weight: Tensor, eps: float) -> Tensor:
+        """`kernels.add_rms_norm` of what `row_parallel` gave on all ranks; None: nothing is added."""
+        if self.is_whole or part is None:
+            return add_rms_norm(hidden, part, weight, eps)
+        return self.collectives.add_rms_norm(hidden, part, place, weight, eps)
 
     def embed(self, token_ids: Tensor, embedding: Tensor) -> Tensor:
         """Rows `token_ids` [T] of the whole embedding, of which `embedding` is the rank's piece."""
@@ -148,7 +168,7 @@ class Shard:
         local = token_ids - self.rank * embedding.shape[0]
         elsewhere = (local < 0) | (local >= embedding.shape[0])
         hidden = F.embedding(local.masked_fill(elsewhere, 0), embedding)
-        return self.collectives.reduce(hidden.masked_fill_(elsewhere[:, None], 0.0)).clone()
+        return self.collectives.reduce(hidden.masked_fill_(elsewhere[:, None], 0.0))
 
     def all_tokens(self, logits: Tensor, vocab_size: int) -> Tensor:
         """Logits [N, rows] of the rank's piece of the output projection -> [N, vocab]."""
@@ -162,10 +182,6 @@ class Shard:
             return scores
         every = self.collectives.gather(scores.contiguous()).movedim(0, 2).flatten(2, 3)
         return every[:, :, :: every.shape[2] // num_kv_heads]
-
-    def on_any(self, flags: Tensor) -> Tensor:
-        """bool [R]: which of `flags` [R] are set on any rank."""
-        return flags if self.is_whole else self.collectives.gather(flags.to(torch.uint8)).bool().any(dim=0)
 
 
 WHOLE = Shard()

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.add_rms_norm import add_rms_norm
+from kernels.reduce_add_rms_norm import Peers, reduce_add_rms_norm
+
 logger = logging.getLogger(__name__)
 
-SYMMETRIC_DTYPES = (torch.bfloat16, torch.float32)
+FUSED_ROWS = 256
+"""Rows up to which each rank sums all of them and normalises, in one kernel. Beyond, the sums are divided up."""
+TWO_SHOT_DTYPES = (torch.bfloat16, torch.float32)
 ALIGNMENT = 16
-"""Bytes that a rank's part of a two-shot reduction is a multiple of."""
+"""Bytes that a rank's part of a two-shot sum is a multiple of."""
 
 
 def join(rank: int, size: int, rendezvous: str, device: torch.device) -> None:
@@ -30,50 +36,61 @@ def join(rank: int, size: int, rendezvous: str, device: torch.device) -> None:
 
 
 class Communicator:
-    """`zipage.models.shard.Collectives` of one group of ranks; each has a communicator of its own.
+    """`zipage.models.shard.Collectives` of the forward pass.
 
-    Two communicators of a process may be used by two threads, each on its own stream.
-
-    Sums that fit into `reserve` go through memory that the GPUs share (PyTorch's symmetric memory): each rank reads one
-    part of all others' and sums it, then all read the sums ("two-shot"). For the few rows of a decode that takes less
-    than half as long as NCCL does, and a product is written where the others read it.
+    Where the GPUs of a host can share memory (`reserve`), partial sums are written where all others read them. For the
+    few rows of a decode each rank then reads all of them and normalises its own sum, which takes less than a third of
+    the time of NCCL's all-reduce and the norm behind it; for many, each sums a part, and all read the sums ("two-shot",
+    PyTorch's). There are two places, used in turn: that the others have read one is known when they have written the
+    other.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group = group
         self._device = device
         self._size = dist.get_world_size(group)
-        self._buffer: Tensor | None = None
+        self._places: list[Tensor] = []
+        self._peers: list[Peers] = []
 
     def reserve(self, rows: int, width: int, dtype: torch.dtype) -> None:
         """Share memory for sums of up to [rows, width] of `dtype`, where the GPUs can. All ranks call it together."""
-        if self._device.type != "cuda" or dtype not in SYMMETRIC_DTYPES:
+        if self._device.type != "cuda":
             return
-        if width * dtype.itemsize % (ALIGNMENT * self._size):
-            return
-        import torch.distributed._symmetric_memory as symmetric_memory
-
         try:
-            buffer = symmetric_memory.empty(rows * width, dtype=dtype, device=self._device)
-            symmetric_memory.rendezvous(buffer, group=self._group)
+            places = [self._shared((rows, width), dtype) for _ in range(2)]
+            signals = self._shared((FUSED_ROWS, self._size), torch.int32)
         except RuntimeError as error:
             logger.warning("sums go through NCCL, since the GPUs cannot share memory (%s)", str(error).split("\n")[0])
             return
-        self._buffer = buffer
+        rank = dist.get_rank(self._group)
+        signals[rank].zero_()
+        torch.cuda.synchronize(self._device)
+        dist.barrier(self._group)
+        self._places = [place[rank] for place in places]
+        self._peers = [Peers.of([part[:FUSED_ROWS] for part in place], rank, signals) for place in places]
+
+    def _shared(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+        """Memory of each rank, as this one sees it."""
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        own = symmetric_memory.empty(math.prod(shape), dtype=dtype, device=self._device)
+        handle = symmetric_memory.rendezvous(own, group=self._group)
+        ranks = range(self._size)
+        rank = dist.get_rank(self._group)
+        return [own.view(shape) if r == rank else handle.get_buffer(r, shape, dtype) for r in ranks]
+
+    def product(self, x: Tensor, weight: Tensor, place: int) -> Tensor:
+        out = self._room(place, (len(x), len(weight)), x.dtype)
+        return x @ weight.t() if out is None else torch.mm(x, weight.t(), out=out)
+
+    def add_rms_norm(self, hidden: Tensor, part: Tensor, place: int, weight: Tensor, eps: float) -> Tensor:
+        if self._peers and len(hidden) <= FUSED_ROWS and self._is_in(part, place):
+            return reduce_add_rms_norm(self._peers[place], hidden, weight, eps)
+        return add_rms_norm(hidden, self._sum(part, self._is_in(part, place)), weight, eps)
 
     def reduce(self, x: Tensor) -> Tensor:
-        shared = self._shared(x.shape, x.dtype)
-        if shared is not None:
-            return self._two_shot(shared.copy_(x))
-        x = x.contiguous()
-        dist.all_reduce(x, group=self._group)
-        return x
-
-    def reduce_product(self, x: Tensor, weight: Tensor) -> Tensor:
-        shared = self._shared((len(x), len(weight)), x.dtype)
-        if shared is not None:
-            return self._two_shot(torch.mm(x, weight.t(), out=shared))
-        return self.reduce(x @ weight.t())
+        room = self._room(0, x.shape, x.dtype)
+        return self._sum(x.contiguous(), False) if room is None else self._sum(room.copy_(x), True).clone()
 
     def gather(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -87,15 +104,39 @@ class Communicator:
     def broadcast(self, x: Tensor) -> None:
         dist.broadcast(x, group_src=0, group=self._group)
 
-    def _shared(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    def _room(self, place: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
         """Shared memory of that shape; None where there is none."""
-        count = math.prod(shape)
-        if self._buffer is None or self._buffer.dtype != dtype or not 0 < count <= len(self._buffer):
+        if not self._places or self._places[place].dtype != dtype or len(self._places[place]) < shape[0]:
             return None
-        if count * dtype.itemsize % (ALIGNMENT * self._size):
-            return None
-        return self._buffer[:count].view(shape)
+        return self._places[place][: shape[0]]
 
-    def _two_shot(self, shared: Tensor) -> Tensor:
-        torch.ops.symm_mem.two_shot_all_reduce_(shared, "sum", self._group.group_name)
-        return shared
+    def _is_in(self, x: Tensor, place: int) -> bool:
+        return bool(self._places) and x.data_ptr() == self._places[place].data_ptr()
+
+    def _sum(self, x: Tensor, is_shared: bool) -> Tensor:
+        """Over all ranks, in place."""
+        even = x.numel() * x.itemsize % (ALIGNMENT * self._size) == 0 and x.numel() > 0
+        if is_shared and even and x.dtype in TWO_SHOT_DTYPES:
+            torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", self._group.group_name)
+        else:
+            dist.all_reduce(x, group=self._group)
+        return x
+
+
+class HostCommunicator:
+    """`Collectives` of compressions, which run beside the forward pass, through host memory.
+
+    Two streams whose kernels wait for other GPUs can come to wait for each other: a GPU that must be idle before it can
+    go on, to load a kernel or to capture a graph, is not, as long as one of them waits. So only the forward pass has
+    such kernels.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._size = dist.get_world_size(group)
+
+    def gather(self, x: Tensor) -> Tensor:
+        own = x.cpu().contiguous()
+        parts = [torch.empty_like(own) for _ in range(self._size)]
+        dist.all_gather(parts, own, group=self._group)
+        return torch.stack(parts).to(x.device)

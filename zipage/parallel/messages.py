@@ -68,8 +68,8 @@ class Poison(NamedTuple):
     slot: int | slice
 
 
-class CountMisranked(NamedTuple):
-    """Rank 0 answers with `Misranked`, once all compressions are through."""
+class TellMisranked(NamedTuple):
+    """The answer, once all compressions are through, is `Misranked`."""
 
 
 class ComputeLogits(NamedTuple):
@@ -110,7 +110,9 @@ class Compressed(NamedTuple):
 
 
 class Misranked(NamedTuple):
-    count: int
+    """Numbers of the orders in which the policy ranked an entry of this rank NaN."""
+
+    numbers: list[int]
 
 
 class Failure(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from contextlib import suppress
 from queue import SimpleQueue
@@ -15,7 +16,7 @@ from zipage.eviction import registry
 from zipage.models.loading.loader import load_model
 from zipage.models.shard import Shard
 from zipage.parallel import messages as m
-from zipage.parallel.communicator import Communicator, join
+from zipage.parallel.communicator import Communicator, HostCommunicator, join
 from zipage.processes import Channel, packed
 from zipage.worker import model_runner
 from zipage.worker.cuda_graph import PROMPT_TOKENS
@@ -45,8 +46,9 @@ def _serve(channel: Channel, start: m.Start) -> None:
     device = torch.device("cpu") if config.device == "cpu" else torch.device("cuda", rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this host
     join(rank, size, start.rendezvous, device)
-    communicator, beside = Communicator(dist.group.WORLD, device), Communicator(dist.new_group(), device)
+    communicator, beside = Communicator(dist.group.WORLD, device), HostCommunicator(dist.new_group(backend="gloo"))
     loaded = load_model(
         config.model,
         load_format=config.load_format,
@@ -101,10 +103,9 @@ class Rank:
                 worker.cache.poison_queries(slot)
             case m.Poison(blocks, slot):
                 worker.cache.poison(blocks, slot)
-            case m.CountMisranked():
+            case m.TellMisranked():
                 worker.compressor.ranks.poll(wait=True)
-                if self._rank == 0:
-                    self._channel.send(m.Misranked(worker.compressor.ranks.num_failed))
+                self._channel.send(m.Misranked(worker.compressor.ranks.failed))
             case m.ComputeLogits(hidden):
                 logits = runner.logits(hidden)
                 if self._rank == 0:

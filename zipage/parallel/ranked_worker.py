@@ -31,7 +31,6 @@ from zipage.worker.worker import DeviceMemory
 
 BATCHES_UNDER_WAY = 2
 """Of compressions; orders that come meanwhile are joined into the next."""
-WHOLE_PLAN = StepPlan()
 
 
 def start_ranks(config: EngineConfig) -> RankedWorker:
@@ -262,7 +261,7 @@ class RankedCompressor:
         return CompressionResult(order, parts[0].kept_pages, positions if self._shows_positions else None, seconds)
 
     def _positions(self, order: CompressionOrder, of_ranks: list[np.ndarray]) -> np.ndarray:
-        """int32 [L, H, k] of the model's heads; where several ranks have a head, or all heads keep the same, checked."""
+        """int32 [L, H, k] of the model's heads, once it is seen that the ranks agree where they must."""
         every = np.concatenate(of_ranks, axis=1)
         copies = every.reshape(len(every), self._num_kv_heads, -1, every.shape[2])
         policy = order.rule.policy
@@ -285,7 +284,7 @@ class RankedCompressor:
 
 
 class RankedRankWatch:
-    """`RankWatch` of all ranks; rank 0 counts for all, since a flag that is set on one is set on each."""
+    """`RankWatch` of all ranks, as of the last time that they were asked."""
 
     def __init__(self, group: RankGroup) -> None:
         self._group = group
@@ -294,6 +293,6 @@ class RankedRankWatch:
 
     def poll(self, wait: bool = False) -> None:
         if wait and not self.is_known:
-            self._group.tell(m.CountMisranked())
-            self.num_failed = self._group.take(0, m.Misranked).count
+            self._group.tell(m.TellMisranked())
+            self.num_failed = len({number for told in self._group.take_all(m.Misranked) for number in told.numbers})
             self.is_known = True

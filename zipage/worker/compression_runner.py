@@ -279,7 +279,7 @@ class CompressionRunner:
         try:
             sizes = zip(tables, batch.keep, strict=True)
             positions = [self._positions(table, keep) if self._trace else None for table, keep in sizes]
-            errors = self.ranks.look(batch.policy.name, self._shard.on_any(failed))
+            errors = self.ranks.look(batch.policy.name, [order.number for order in batch.orders], failed)
         except Exception as error:
             raise PartlyCompressed(0 if batch.policy.drops_blocks else event.num_layers, [failed]) from error
         return [_Kept(*kept) for kept in zip(pages, positions, errors, strict=True)]
