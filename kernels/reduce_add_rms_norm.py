@@ -20,25 +20,25 @@ class Peers:
     Attributes:
         parts: of each rank, in order, [rows, width], contiguous; a rank's own is on its device.
         rank: the reader.
-        pointers: int64 [N], on the reader's device, where the parts begin.
-        signals: int64 [N], likewise, of int32 [rows, N] of each rank, zero between calls: element (row, r) is set by
-            rank r when it has written its part. None: the parts are there already.
+        signals: of each rank, int32 [rows, N], zero between calls: element (row, r) is set by rank r when it has written
+            its part. None: the parts are there already.
+        part_pointers, signal_pointers: int64 [N], on the reader's device, where these begin.
     """
 
     parts: Sequence[Tensor]
     rank: int
-    pointers: Tensor
-    signals: Tensor | None = None
+    signals: Sequence[Tensor] | None
+    part_pointers: Tensor
+    signal_pointers: Tensor
 
     @classmethod
     def of(cls, parts: Sequence[Tensor], rank: int, signals: Sequence[Tensor] | None = None) -> Peers:
-        """With the pointers of tensors that lie where this process sees them."""
-        device = parts[rank].device
-        tables = [
-            None if table is None else torch.tensor([x.data_ptr() for x in table], dtype=torch.int64, device=device)
-            for table in (parts, signals)
-        ]
-        return cls(parts, rank, *tables)
+        """Of tensors that lie where this process sees them."""
+        tables = (
+            torch.tensor([x.data_ptr() for x in table], dtype=torch.int64, device=parts[rank].device)
+            for table in (parts, signals or parts)
+        )
+        return cls(parts, rank, signals, *tables)
 
 
 def reduce_add_rms_norm(peers: Peers, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -68,9 +68,8 @@ def reduce_add_rms_norm_triton(peers: Peers, hidden: Tensor, weight: Tensor, eps
     if tokens == 0:
         return out
     width_pad = triton.next_power_of_2(width)
-    signals = peers.pointers if peers.signals is None else peers.signals
     _reduce_row[(tokens,)](
-        peers.pointers, signals, hidden, weight, out, hidden.stride(0), eps,
+        peers.part_pointers, peers.signal_pointers, hidden, weight, out, hidden.stride(0), eps,
         RANK=peers.rank, SIZE=len(peers.parts), SIGNALS=peers.signals is not None,
         WIDTH=width, WIDTH_PAD=width_pad, num_warps=max(1, min(16, width_pad // 512)),
     )  # fmt: skip
