@@ -41,7 +41,8 @@ def make_llm(folder: Path, case: Case | None, budget: int = 64, headroom: int = 
             "recent_tokens": case.recent,
         }
     llm = LLM(str(folder), **defaults | options)
-    llm._core.scheduler.headroom.num_entries = headroom
+    if llm.config.data_parallel_size == 1:
+        llm._core.scheduler.headroom.num_entries = headroom
     return llm
 
 

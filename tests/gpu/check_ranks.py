@@ -2,9 +2,10 @@
 
     python -m tests.gpu.check_ranks --out FILE --commit $(git rev-parse HEAD) [--sizes 2,4] [--full]
 
-One row a policy and number of ranks: greedy float32 tokens, and the logical positions that each layer and KV head kept
-at each compression, with budgets that bind, chunked prompts, compressions beside the steps, and pauses. The model has
-two KV heads, so four ranks hold each twice. Without `--full` each policy comes once; with it, with all its options.
+One row a number of ranks and engine: greedy float32 tokens, and the logical positions that each layer and KV head kept
+at each compression, with budgets that bind, chunked prompts, compressions beside the steps, and pauses. One engine
+serves all policies that keep single entries, each page policy has its own; with `--full`, so has every policy with all
+of its options. The model has two KV heads, so four ranks hold each twice.
 
 `--sizes` defaults to those of 2 and 4 that the machine has GPUs for. Exits with 1 where anything disagrees, or where
 there are fewer than two GPUs.
@@ -19,55 +20,45 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from tests.engine.compressed import greedy, make_llm, pause_now_and_then, random_prompts, tokens_of
-from tests.eviction.cases import CASES, Case
-from tests.tiny_models import VOCAB, save_tiny_model
+from tests.eviction.cases import CASES, SMALL_CHUNK, Case
+from tests.parallel.ranked import TOKEN_POLICIES, Answers, answers, engine
+from tests.tiny_models import save_tiny_model
 
-ONE_OF_EACH = list({case.policy: case for case in reversed(CASES)}.values())
-LENGTHS = (5, 17, 33, 9, 70, 100)
-TOKENS = 64
-AT_ONCE = 16
+ENGINES = [
+    (None, [None]),
+    (Case("zipage", SMALL_CHUNK), TOKEN_POLICIES),
+    (Case("page_attention", {"page_size": 16}), [None]),
+    (Case("page_random", {"page_size": 16}), [None]),
+]
+"""Its own policy, and those of its requests; None: its own."""
+AT_ONCE = 8
 """Engines beside each other, each with its ranks."""
 
 
-def generated(folder: Path, case: Case | None, device: str, **options) -> tuple[list, dict]:
-    """Tokens, and the positions kept, by request and round."""
-    llm = make_llm(
-        folder, case, budget=48, device=device, dtype="float32", max_num_batched_tokens=24, num_blocks=40,
-        trace_positions=case is not None, **options,
-    )  # fmt: skip
-    kept = {}
-
-    def note(event) -> None:
-        if event.kind == "compress":
-            kept[event.request_id, event.round] = event.kept_positions
-
-    llm.event_listeners.append(note)
+def generated(folder: Path, case: Case | None, policies: list[str | None], device: str, **options) -> Answers:
+    llm = engine(folder, case, device=device, **options)
     try:
-        if case is not None:
-            pause_now_and_then(llm, share=0.2)
-        outputs = llm.generate(random_prompts(LENGTHS, VOCAB), greedy(TOKENS), use_tqdm=False)
-        return tokens_of(outputs), kept
+        return answers(llm, policies, pauses=0.2 if case is not None else 0.0)
     finally:
         llm.shutdown()
 
 
-def compare(folder: Path, case: Case | None, device: str, size: int, expected: tuple[list, dict]) -> dict:
+def compared(folder: Path, case: Case | None, policies: list[str | None], device: str, size: int, one: Answers) -> dict:
     """One row."""
-    row = {"policy": str(case or "full"), "ranks": size}
+    row = {"engine": str(case or "full"), "policies": len(policies), "ranks": size}
     try:
-        tokens, kept = generated(folder, case, device, tensor_parallel_size=size)
+        found = generated(folder, case, policies, device, tensor_parallel_size=size)
     except Exception as error:
         return row | {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
-    same_kept = kept.keys() == expected[1].keys() and all(
-        (kept[key] is None and expected[1][key] is None) or np.array_equal(kept[key], expected[1][key]) for key in kept
-    )
-    differ = sum(a != b for a, b in zip(tokens, expected[0], strict=True))
-    ok = not differ and same_kept and (case is None or len(kept) > 0)
-    return row | {"requests_that_differ": differ, "compressions": len(kept), "kept_alike": same_kept, "ok": ok}
+    differences = found.differences(one)
+    return row | {
+        "requests": len(found.tokens),
+        "compressions": len(found.kept),
+        "differences": differences[:5],
+        "ok": not differences and (case is None or len(found.kept) > 0),
+    }
 
 
 def main() -> int:
@@ -83,21 +74,19 @@ def main() -> int:
     if not sizes:
         print(f"{count} GPU: tensor parallelism needs two")
         return 1
-    cases = [None, *(CASES if options.full else ONE_OF_EACH)]
+    engines = [*ENGINES, *([(case, [None]) for case in CASES] if options.full else [])]
     rows = []
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(AT_ONCE) as pool:
         folder = save_tiny_model("qwen3", Path(name) / "qwen3")
         waiting = []
-        for case in cases:
-            expected = generated(folder, case, options.device)
-            for size in sizes:
-                waiting.append(pool.submit(compare, folder, case, options.device, size, expected))
+        for case, policies in engines:
+            one = generated(folder, case, policies, options.device)
+            waiting += [pool.submit(compared, folder, case, policies, options.device, size, one) for size in sizes]
         for future in waiting:
             rows.append(future.result())
-            if not rows[-1]["ok"]:
-                print(rows[-1], flush=True)
+            print(rows[-1], flush=True)
             options.out.write_text(json.dumps({"commit": options.commit, "gpus": count, "rows": rows}, indent=1))
-    wrong = [f"{row['policy']} on {row['ranks']}" for row in rows if not row["ok"]]
+    wrong = [f"{row['engine']} on {row['ranks']}" for row in rows if not row["ok"]]
     kept = sum(row.get("compressions", 0) for row in rows)
     verdict = f"differ: {', '.join(wrong)}" if wrong else "all alike"
     print(f"{len(rows)} engines on {sizes} ranks, {kept} compressions: {verdict}")

@@ -26,7 +26,7 @@ from zipage.scheduling.plan import CompressionOrder, StepPlan
 from zipage.worker.compression_batch import check_orders
 from zipage.worker.compression_runner import CompressionResult
 from zipage.worker.memory_plan import MemoryPlan
-from zipage.worker.model_runner import StepResult
+from zipage.worker.model_runner import StepResult, check_width
 from zipage.worker.worker import DeviceMemory
 
 BATCHES_UNDER_WAY = 2
@@ -115,7 +115,7 @@ class RankedWorker:
             max(rank.memory.activations for rank in ready),
             None if None in free else min(free),
         )
-        self.runner = RankedRunner(group)
+        self.runner = RankedRunner(group, model.width)
         self.compressor = RankedCompressor(group, config, model.num_kv_heads)
         self.cache = RankedCache(group, config.block_size)
 
@@ -134,8 +134,9 @@ class RankedRunner:
     device = torch.device("cpu")
     """Nothing is computed in this process."""
 
-    def __init__(self, group: RankGroup) -> None:
+    def __init__(self, group: RankGroup, width: int) -> None:
         self._group = group
+        self._width = width
 
     def move(self, plan: StepPlan) -> dict[int, str]:
         if not (plan.drops or plan.saves or plan.restores or plan.copies):
@@ -153,6 +154,7 @@ class RankedRunner:
         return RankedLaunch(self._group)
 
     def logits(self, hidden: Tensor) -> Tensor:
+        check_width(hidden, self._width)
         self._group.tell(m.ComputeLogits(hidden.cpu()))
         return self._group.take(0, Tensor)
 

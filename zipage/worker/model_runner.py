@@ -68,6 +68,12 @@ class Launch:
         return StepResult(tokens, self.logprobs, self.hidden, self.device_time)
 
 
+def check_width(hidden: Tensor, width: int) -> None:
+    """Raise a ValueError where hidden states are not [T, width]."""
+    if hidden.dim() != 2 or hidden.shape[1] != width:
+        raise ValueError(f"hidden_states of shape {tuple(hidden.shape)}: must be [T, {width}]")
+
+
 @contextmanager
 def _noted(lost: dict[int, str], number: int, direction: str) -> Iterator[None]:
     """Around the copy of one request's entries: if it fails, say so in `lost`."""
@@ -218,8 +224,7 @@ class ModelRunner:
         Raises:
             ValueError: they are not of the model's width.
         """
-        if hidden.dim() != 2 or hidden.shape[1] != self.spec.width:
-            raise ValueError(f"hidden_states of shape {tuple(hidden.shape)}: must be [T, {self.spec.width}]")
+        check_width(hidden, self.spec.width)
         hidden = hidden.to(self.device, torch.float32)
         pieces = self.decoder.lm_head.split(LOGIT_ROWS)
         logits = torch.cat([hidden @ piece.float().T for piece in pieces], dim=1)

@@ -1,0 +1,28 @@
+"""Policies that the ranks of tests import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from zipage.eviction.event import Event
+from zipage.eviction.policy import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailsOnce(Policy):
+    """Fails for the first request that an engine has, and combines the heads of all ranks for the others."""
+
+    name: ClassVar[str] = "fails_once"
+    variant: ClassVar[str] = "of tests"
+    paper: ClassVar[str] = "none"
+
+    def rank(self, event: Event) -> Tensor:
+        if min(event.seeds) == FIRST_SEED:
+            raise ArithmeticError("not this one")
+        return event.mean_over_heads(event.key_norms())
+
+
+FIRST_SEED = 0
