@@ -208,8 +208,11 @@ class Job:
 
             reader = answer_reader(backend.get_tokenizer(), self.experiment.sampling)
             request_rows = self._grade(prompts, served, staging / records.TRACEBACK, reader)
+            counters = {"counters": asdict(backend.stats)}
             if measured is not None:
                 request_rows = [row | outcomes.fidelity(measured, row["prompt_id"]) for row in request_rows]
+                counters = outcomes.fidelity_counters(measured)
+                _say_unmeasured(measured)
             step_rows = outcomes.step_rows(steps, served.start)
             event_rows = outcomes.event_rows(events, served.start)
             evicts = self.experiment.policy.name != "full"
@@ -217,11 +220,7 @@ class Job:
             summary = summarise(
                 request_rows, step_rows, event_rows, seconds=served.seconds, evicts=evicts, memory=memory
             )
-            metrics = summary | {
-                "load_seconds": load_seconds,
-                "counters": asdict(backend.stats),
-                "memory": memory,
-            }
+            metrics = summary | {"load_seconds": load_seconds, "memory": memory} | counters
             schemas.write_rows(staging / records.REQUESTS, request_rows, schemas.REQUEST_SCHEMA)
             schemas.write_rows(staging / records.STEPS, step_rows, schemas.STEP_SCHEMA)
             schemas.write_rows(staging / records.EVENTS, event_rows, schemas.EVENT_SCHEMA)
@@ -269,7 +268,7 @@ class Job:
         try:
             if self.experiment.scenario.kind == "fidelity":
                 measured = fidelity.measure(backend, requests, self._worked(backend), [steps, events])
-            served = serve(backend, requests) if measured is None else measured.served
+            served = serve(backend, requests) if measured is None else measured.own.served
         except Exception as error:
             raise _failure(f"the engine failed after {len(steps)} steps", error, staging) from error
         for problem in self.problems:
@@ -322,6 +321,16 @@ class Job:
             "prompts": hashlib.sha256("\0".join(prompt.text for prompt in prompts).encode()).hexdigest(),
             "chat_template": renderer.chat_template_hash,
         }
+
+
+def _say_unmeasured(measured: fidelity.Measured) -> None:
+    """A line on full KV's outputs that could not be compared, and one on such worked solutions."""
+    for texts, what in ((measured.own, "outputs of full KV"), (measured.worked, "worked solutions")):
+        if texts is not None and texts.unmeasured:
+            (first, why), *_ = texts.unmeasured.items()
+            count = len(texts.unmeasured) + len(texts.fidelity)
+            line = f"{len(texts.unmeasured)} of {count} {what} could not be measured; the first is {first}: {why}"
+            print(line, flush=True)
 
 
 def grader_of(experiment: Experiment) -> Grader:
