@@ -266,6 +266,7 @@ def test_the_result_is_frozen():
         ("hardware.threads=0", "hardware.threads=0: must be at least 1"),
         ("workload.template=hello", "workload.template='hello': must be a text that holds {question}"),
         ("workload=jsonl", "workload.path=None: must be given"),
+        ("workload.chain=4", "workload.grader='number': must be chain or none beside workload.chain"),
         ("model=hf", "model.path=None: must be given"),
         ("seed=${nothing}", "seed: Interpolation key 'nothing' not found"),
         ("nonsense", "nonsense: "),
