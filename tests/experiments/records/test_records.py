@@ -167,7 +167,7 @@ def test_the_questions_of_committed_records_are_still_drawn():
     for run in COMMITTED:
         config, origin = records.read_config(run), json.loads((run / records.PROVENANCE).read_text())
         workload = config["workload"]
-        if workload["path"] or (workload["options"] or {}).get("path"):  # a data set, which does not come with the clone
+        if workload["path"] or (workload["options"] or {}).get("path"):  # data that do not come with the clone
             continue
         hashes.setdefault(json.dumps([config["workload"], config["limit"]]), set()).add(origin["data"])
     assert len(hashes) > 10
