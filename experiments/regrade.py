@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from experiments.analysis.metrics import accuracy
 from experiments.command_line import Parser, stoppable
+from experiments.config.check import OF_CHAINS, OF_TURNS
 from experiments.errors import UsageError, one_line
 from experiments.graders import get_grader, grade
 from experiments.records import load_requests, load_runs
@@ -33,12 +34,14 @@ def regrade(run: pd.Series, grader: str | None = None, allow_code_execution: boo
         was refused keeps its grade.
 
     Raises:
-        UsageError: there is no such grader, it can't grade here, or the record has no answers, as an archived copy.
+        UsageError: there is no such grader, it can't grade here or not such answers (those of a conversation or a chain
+            are lists), or the record has no answers, as an archived copy.
     """
     import pandas as pd
 
     name = grader or ("none" if run.get("scenario.kind") == "fidelity" else run["workload.grader"])
     function = get_grader(name, allow_code_execution)
+    _check_it_reads(name, run)
     try:
         requests = load_requests(run)
     except (OSError, ValueError) as error:
@@ -60,6 +63,16 @@ def regrade(run: pd.Series, grader: str | None = None, allow_code_execution: boo
         rows.append(row)
     texts = dict.fromkeys(("extracted", "grader_error"), "string")
     return pd.DataFrame(rows).astype({"old_grade": "float64", "grade": "float64"} | texts)
+
+
+def _check_it_reads(grader: str, run: pd.Series) -> None:
+    lengths = {name: run.get(f"workload.{name}") for name in ("turns", "chain")}  # NaN beside runs that have them
+    given = {name: int(length) for name, length in lengths.items() if length is not None and length == length}
+    for name, able in (("turns", OF_TURNS), ("chain", OF_CHAINS)):
+        if name in given and grader not in able:
+            raise UsageError(f"workload.grader={grader}: must be {' or '.join(able)} for workload.{name}={given[name]}")
+    if grader == "turns" and "turns" not in given:
+        raise UsageError("workload.grader=turns: must be another one for a run without workload.turns")
 
 
 @stoppable

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -26,6 +27,8 @@ from experiments.config.known import is_text
 from experiments.config.overrides import as_written
 from experiments.errors import LateInterrupt, RunError, UsageError
 from experiments.paths import CONF
+from experiments.records import load_runs
+from experiments.reporting.runs_table import with_notes
 from experiments.running import job, lifeline, sweep
 
 
@@ -49,11 +52,12 @@ def _main(backends: Mapping[str, BackendFactory], child: Sequence[str], worker: 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     codes: list[int] = []
     said: set[str] = set()
+    folders: list[Path] = []
     several = False
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def entry(config: DictConfig) -> None:
-        codes.append(_run(config, backends, said))
+        codes.append(_run(config, backends, said, folders if several else None))
 
     if not CONF.is_dir():
         return _fail(f"no folder {CONF}: run from a clone, installed with `pip install -e .`", 2)
@@ -74,6 +78,8 @@ def _main(backends: Mapping[str, BackendFactory], child: Sequence[str], worker: 
             argument if argument.startswith("-") else as_written(argument, is_text) for argument in arguments
         ]
         entry()
+        if folders:
+            print(f"\n{with_notes(load_runs(folders))}", flush=True)
     except KeyboardInterrupt as interrupt:
         done = codes.count(0) + isinstance(interrupt, LateInterrupt)
         return _fail(f"interrupted: {_recorded(done, several)}", INTERRUPTED)
@@ -92,10 +98,21 @@ def _recorded(done: int, several: bool) -> str:
     return f"{runs} recorded, and the same command goes on"
 
 
-def _run(config: DictConfig, backends: Mapping[str, BackendFactory], said: set[str]) -> int:
+def _run(config: DictConfig, backends: Mapping[str, BackendFactory], said: set[str], folders: list[Path] | None) -> int:
+    """One run.
+
+    Args:
+        folders: of runs whose table comes at the end; None: the run shows its own.
+    """
+
     def act() -> None:
         experiment = build(config)
-        (job if experiment.scenario.kind in SERVED else bench).run(experiment, backends)
+        if experiment.scenario.kind not in SERVED:
+            bench.run(experiment, backends)
+        elif folders is None:
+            job.run(experiment, backends)
+        else:
+            folders.append(job.run(experiment, backends, shows=False))
 
     return exit_code(act, said)
 

@@ -20,8 +20,8 @@ class Peers:
     Attributes:
         parts: of each rank, in order, [rows, width], contiguous; a rank's own is on its device.
         rank: the reader.
-        signals: of each rank, int32 [rows, N], zero between calls: element (row, r) is set by rank r when it has written
-            its part. None: the parts are there already.
+        signals: of each rank, int32 [rows, N], zero between calls: rank r sets element (row, r) when it has written its
+            part. None: the parts are there already.
         part_pointers, signal_pointers: int64 [N], on the reader's device, where these begin.
     """
 

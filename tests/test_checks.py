@@ -14,7 +14,7 @@ import torch
 from tests.eviction.dense_event import dense_event, make_tokens
 from tests.tiny_models import VOCAB, save_tiny_model, save_tiny_tokenizer
 from zipage import LLM, EngineConfig, SamplingParams
-from zipage.checks import at_least, checked, shown
+from zipage.checks import at_least, checked, closest, shown
 from zipage.eviction import registry
 from zipage.eviction.policy import Policy
 
@@ -112,6 +112,24 @@ def test_options_of_a_policy(name, option):
 def test_what_is_said_of_a_request(options, message):
     with pytest.raises(ValueError, match=f"SamplingParams.*{message}"):
         SamplingParams(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("budgt_tokens", "budget_tokens"),
+        ("budget", "budget_tokens"),
+        ("budgets", "budget_tokens"),
+        ("max-len", "max_model_len"),
+        ("tokens_budget", "budget_tokens"),
+        ("tokens", None),  # of which there are two
+        ("budget_blocks", None),
+        ("", None),
+        ("_", None),
+    ],
+)
+def test_a_slip_of_the_pen_or_some_of_the_words_tell_what_was_meant(name, meant):
+    assert closest(name, ["recent_tokens", "budget_tokens", "max_model_len", "max_num_seqs"]) == meant
 
 
 def test_none_is_no_stop_and_numpys_scalars_are_python_s():

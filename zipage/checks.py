@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -211,6 +212,29 @@ def check_names(given: Mapping[str, Any], known: Iterable[str], where: str) -> N
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """The known name of which `name` may be a slip of the pen; None where none is close enough."""
+    """The known name that `name` may be a slip of the pen for, else the one that it is a part of, word by word.
+
+    `budgets` is a part of `budget_tokens`, and `max_len` of `max_model_len`. None where no name is close enough, or
+    where several have as few words more.
+    """
+    known = tuple(known)
     cutoff = 0.6 if len(name) <= 5 else 0.8
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
+    if close := difflib.get_close_matches(name, known, n=1, cutoff=cutoff):
+        return close[0]
+    more = {whole: left for whole in known if (left := _words_more(name, whole)) is not None}
+    nearest = [whole for whole, left in more.items() if left == min(more.values())]
+    return nearest[0] if len(nearest) == 1 else None
+
+
+def _words_more(name: str, whole: str) -> int | None:
+    """How many words `whole` has beside those of `name`; None where it lacks one of them, or `name` has none."""
+    words, left = _words(name), _words(whole)
+    for word in words:
+        if not (same := difflib.get_close_matches(word, left, n=1, cutoff=0.8)):
+            return None
+        left.remove(same[0])
+    return len(left) if words else None
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[^\W_]+", name.lower())

@@ -56,9 +56,13 @@ def sums(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np.nd
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """`FIGURES`, and divergence and agreement by position in full KV's own outputs; None where nothing was measured."""
-    found = {name: float(total.sum() / sizes.sum()) for name, (total, sizes) in sums(rows).items()}
-    return found | {"by_position": by_position(rows)} if found else None
+    """`FIGURES`, and divergence and agreement by position in full KV's own outputs; None where nothing was fed.
+
+    `unmeasured` and `worked_unmeasured` count the texts that could not be compared.
+    """
+    found: dict[str, Any] = {name: float(total.sum() / sizes.sum()) for name, (total, sizes) in sums(rows).items()}
+    left = {name: sum(row.get(name) is not None for row in rows) for name in ("unmeasured", "worked_unmeasured")}
+    return found | {"by_position": by_position(rows)} | left if found or any(left.values()) else None
 
 
 def by_position(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:

@@ -17,7 +17,8 @@ ARRIVALS = ("all_at_once", "poisson", "trace")
 SERVED = ("serve", "fidelity")
 """Kinds of scenario that ask a model the questions of a workload; the others are benchmarks."""
 KINDS = (*SERVED, "kernels", "engine_bench")
-OF_TURNS = ("turns", "none")
+OF_TURNS, OF_CHAINS = ("turns", "none"), ("chain", "none")
+"""Graders that can read conversations, and chains of questions: their golds are lists."""
 
 
 def check(experiment: Experiment) -> None:
@@ -41,6 +42,11 @@ def check(experiment: Experiment) -> None:
         ("workload.template", "{question}" in workload.template, "a text that holds {question}"),
         ("workload.grader", not turns or workload.grader in OF_TURNS, "turns or none beside workload.turns"),
         ("workload.grader", turns or workload.grader != "turns", "another one without workload.turns"),
+        (
+            "workload.grader",
+            workload.chain is None or workload.grader in OF_CHAINS,
+            "chain or none beside workload.chain",
+        ),
         ("sampling.ignore_eos", not (turns and sampling.ignore_eos), "false beside workload.turns"),
         ("sampling.min_tokens", not (turns and sampling.min_tokens), "0 beside workload.turns"),
         ("scenario.arrival", scenario.arrival in ARRIVALS, " or ".join(ARRIVALS)),

@@ -36,7 +36,8 @@ def notes_on(runs: pd.DataFrame) -> list[str]:
     rounded = (held_budgets(runs) > ROUNDED * asked_budgets(runs)).sum()
     spaced = (held_intervals(runs) > ROUNDED * asked_intervals(runs)).sum()
     equal = ((column("sampling.n") > 1) & (column("sampling.temperature") == 0)).sum()
-    ungraded, misranked = column("grader_errors").sum(), column("counters.compressions_misranked").sum()
+    ungraded, unmeasured = column("grader_errors").sum(), column("fidelity.worked_unmeasured").sum()
+    misranked = sum(column(f"{of}counters.compressions_misranked").sum() for of in ("", "worked_"))
     unanswered = column("unanswered_turns").sum()
     lines = {
         f"whole blocks made the budget of {_runs(rounded)} more than 5 % larger than was asked for; "
@@ -48,6 +49,9 @@ def notes_on(runs: pd.DataFrame) -> list[str]:
         if ungraded == 1
         else f"{ungraded:.0f} samples could not be graded and count as wrong": ungraded,
         f"conversations outgrew the context before {unanswered:.0f} of their turns, which count as wrong": unanswered,
+        "1 worked solution could not be measured"
+        if unmeasured == 1
+        else f"{unmeasured:.0f} worked solutions could not be measured": unmeasured,
         f"in {misranked:.0f} compressions a policy ranked entries NaN, so chance decided what they kept": misranked,
     }
     return [line for line, count in lines.items() if count]

@@ -61,10 +61,12 @@ REQUEST_SCHEMA = pa.schema(
         ("token_agrees", pa.list_(pa.bool_())),
         ("logprob", pa.float64()),
         ("full_logprob", pa.float64()),
+        ("unmeasured", pa.string()),
         ("worked_tokens", pa.int64()),
         ("worked_divergence", pa.float64()),
         ("worked_logprob", pa.float64()),
         ("worked_full_logprob", pa.float64()),
+        ("worked_unmeasured", pa.string()),
         *_columns(RequestMetrics),
     ]
 )
@@ -81,9 +83,10 @@ that holds a number) to its own beginning, null where it was not answered. These
 `fact_distances` and `facts_known` have one element for each fact that the problem names: how far back it was stated, in
 characters, and whether the answer knew it. They are null where a problem names none.
 
-The columns from `token_divergences` to `worked_full_logprob` are of `scenario=fidelity`, else null
-(`experiments.analysis.fidelity`). The first two have an element for each output token, to three digits; the others are
-sums over the tokens of a text, in nats.
+The columns from `token_divergences` to `worked_unmeasured` are of `scenario=fidelity`, else null
+(`experiments.analysis.fidelity`). The first two have an element for each output token, to three digits;
+log-probabilities and `worked_divergence` are sums over the tokens of a text, in nats. `unmeasured` and
+`worked_unmeasured` say why a text could not be compared, such as one that the pool cut under full KV.
 """
 
 STEP_SCHEMA = pa.schema(_columns(StepStats))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 DECIDE_SPEED = ("engine.", "scenario.", "hardware.", "sampling.")
 """Where a run and its baseline differ in these options, their tokens/s are of different loads."""
 RECORDED_ONLY = "engine.trace_positions"
+"""What decides no figure."""
 
 
 def conclusions(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from experiments.config.notes import notes_on
 from experiments.config.options import budget_texts, in_order, readable_options, short_names, told_apart
 from experiments.records import load_runs
-from experiments.reporting.conclusion import conclusions
+from experiments.reporting.conclusion import RECORDED_ONLY, conclusions
 from experiments.reporting.markdown import markdown
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ def _narrow(columns: dict[str, Column], cells: dict[str, list[str]]) -> str:
     for name in [name for name, texts in cells.items() if columns[name].leaves and set(texts) == {"-"}]:
         del cells[name]
     kept = {name for name in cells if not columns[name].leaves}
-    for name in sorted(cells.keys() - kept, key=lambda name: (columns[name].leaves, list(cells).index(name))):
+    wanted = [name for name in cells if name not in {*kept, RECORDED_ONLY}]
+    for name in sorted(wanted, key=lambda name: columns[name].leaves):
         if _width({n: texts for n, texts in cells.items() if n in kept | {name}}, columns) <= WIDTH:
             kept.add(name)
     text = _markdown({columns[name].heading: texts for name, texts in cells.items() if name in kept})

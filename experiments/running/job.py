@@ -36,8 +36,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKENDS) -> Path:
+def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKENDS, shows: bool = True) -> Path:
     """Do one run, or find it done.
+
+    Args:
+        shows: its table when it is done.
 
     Returns:
         The run's folder.
@@ -46,22 +49,22 @@ def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKEND
         UsageError: the run can't be done as asked; nothing was recorded.
         RunError: it began and failed; nothing was recorded but a traceback beside it.
     """
-    return carry_out(prepare(experiment, backends))
+    return carry_out(prepare(experiment, backends), shows)
 
 
-def carry_out(job: Job) -> Path:
+def carry_out(job: Job, shows: bool = True) -> Path:
     """`run` of a job that is prepared."""
     folder = job.folder  # reads a trace too, so that its faults show before the model is loaded
     if job.is_done():
-        return _found(job)
+        return _found(job, shows)
     for line in job.notes:
         print(f"note: {line}", flush=True)
     with records.claim(folder) as staging:
         if job.is_done():
-            return _found(job)  # made by another process while this one waited
+            return _found(job, shows)  # made by another process while this one waited
         records.publish(staging, folder, job.record(staging))
     with after_record():
-        _show(records.load_runs(folder))
+        _show(records.load_runs(folder), shows)
     return folder
 
 
@@ -92,19 +95,20 @@ def prepare(
     return Job(experiment, factory, problems, model, command, memory)
 
 
-def _show(runs: pd.DataFrame) -> None:
-    """Print the table of a single run, what must be known to read it, and where its record lies."""
+def _show(runs: pd.DataFrame, table: bool) -> None:
+    """Print the table of a single run, what must be known to read it, and where its record lies; or just the latter."""
     run = runs.iloc[0]
-    print(runs_table(runs))
-    if never_bound(run):
+    if table:
+        print(runs_table(runs))
+    if table and never_bound(run):
         print("the budget never bound: no request was compressed, so this run equals full KV")
     print(f"record: {run['path']}", flush=True)
 
 
-def _found(job: Job) -> Path:
+def _found(job: Job, shows: bool) -> Path:
     with after_record():
         print("already done; force=true runs it again")
-        _show(records.load_runs(job.folder))
+        _show(records.load_runs(job.folder), shows)
         if job.standing.state == "stale":
             print(f"note: this run is stale: {job.standing.reason}; force=stale runs it again", flush=True)
     return job.folder
@@ -208,8 +212,11 @@ class Job:
 
             reader = answer_reader(backend.get_tokenizer(), self.experiment.sampling)
             request_rows = self._grade(prompts, served, staging / records.TRACEBACK, reader)
+            counters = {"counters": asdict(backend.stats)}
             if measured is not None:
                 request_rows = [row | outcomes.fidelity(measured, row["prompt_id"]) for row in request_rows]
+                counters = outcomes.fidelity_counters(measured)
+                _say_unmeasured(measured)
             step_rows = outcomes.step_rows(steps, served.start)
             event_rows = outcomes.event_rows(events, served.start)
             evicts = self.experiment.policy.name != "full"
@@ -217,11 +224,7 @@ class Job:
             summary = summarise(
                 request_rows, step_rows, event_rows, seconds=served.seconds, evicts=evicts, memory=memory
             )
-            metrics = summary | {
-                "load_seconds": load_seconds,
-                "counters": asdict(backend.stats),
-                "memory": memory,
-            }
+            metrics = summary | {"load_seconds": load_seconds, "memory": memory} | counters
             schemas.write_rows(staging / records.REQUESTS, request_rows, schemas.REQUEST_SCHEMA)
             schemas.write_rows(staging / records.STEPS, step_rows, schemas.STEP_SCHEMA)
             schemas.write_rows(staging / records.EVENTS, event_rows, schemas.EVENT_SCHEMA)
@@ -269,7 +272,7 @@ class Job:
         try:
             if self.experiment.scenario.kind == "fidelity":
                 measured = fidelity.measure(backend, requests, self._worked(backend), [steps, events])
-            served = serve(backend, requests) if measured is None else measured.served
+            served = serve(backend, requests) if measured is None else measured.own.served
         except Exception as error:
             raise _failure(f"the engine failed after {len(steps)} steps", error, staging) from error
         for problem in self.problems:
@@ -322,6 +325,16 @@ class Job:
             "prompts": hashlib.sha256("\0".join(prompt.text for prompt in prompts).encode()).hexdigest(),
             "chat_template": renderer.chat_template_hash,
         }
+
+
+def _say_unmeasured(measured: fidelity.Measured) -> None:
+    """A line on full KV's outputs that could not be compared, and one on such worked solutions."""
+    for texts, what in ((measured.own, "outputs of full KV"), (measured.worked, "worked solutions")):
+        if texts is not None and texts.unmeasured:
+            (first, why), *_ = texts.unmeasured.items()
+            count = len(texts.unmeasured) + len(texts.fidelity)
+            line = f"{len(texts.unmeasured)} of {count} {what} could not be measured; the first is {first}: {why}"
+            print(line, flush=True)
 
 
 def grader_of(experiment: Experiment) -> Grader:

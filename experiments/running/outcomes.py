@@ -69,15 +69,24 @@ def request_rows(
 
 
 def fidelity(measured: Measured, prompt_id: str) -> dict[str, Any]:
-    """The columns of a row that tell how close the policy stayed to full KV; none where it was not measured."""
-    columns: dict[str, Any] = {}
-    if (own := measured.own.get(prompt_id)) is not None:
+    """The columns of a row that tell how close the policy stayed to full KV, or why that was not measured."""
+    columns: dict[str, Any] = {"unmeasured": measured.own.unmeasured.get(prompt_id)}
+    if (own := measured.own.fidelity.get(prompt_id)) is not None:
         columns |= {"token_divergences": [float(f"{x:.3g}") for x in own.divergences], "token_agrees": own.agrees}
         columns |= {"logprob": sum(own.logprobs), "full_logprob": sum(own.full_logprobs)}
-    if (worked := measured.worked.get(prompt_id)) is not None:
+    if measured.worked is None:
+        return columns
+    columns["worked_unmeasured"] = measured.worked.unmeasured.get(prompt_id)
+    if (worked := measured.worked.fidelity.get(prompt_id)) is not None:
         columns |= {"worked_tokens": len(worked.logprobs), "worked_divergence": sum(worked.divergences)}
         columns |= {"worked_logprob": sum(worked.logprobs), "worked_full_logprob": sum(worked.full_logprobs)}
     return columns
+
+
+def fidelity_counters(measured: Measured) -> dict[str, dict[str, Any]]:
+    """Counters of the passes under the policy: over full KV's outputs, and over worked solutions where there are."""
+    counters = {"counters": measured.own.counters}
+    return counters if measured.worked is None else counters | {"worked_counters": measured.worked.counters}
 
 
 def _timings(metrics: RequestMetrics, start: float) -> dict[str, Any]:

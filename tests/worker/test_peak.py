@@ -8,7 +8,9 @@ from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.eviction.rule import EvictionRule
 from zipage.models.loading.loader import load_model
-from zipage.worker import peak
+from zipage.scheduling.plan import CompressionOrder
+from zipage.worker import compression_batch, peak
+from zipage.worker.compression_batch import batches
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.model_runner import ModelRunner
 from zipage.worker.peak import run_compression, run_largest_step
@@ -45,6 +47,31 @@ def test_a_measured_compression_reads_a_block_that_it_does_not_write(loaded, int
     cache.poison(slice(None))
     rule = EvictionRule(registry.make("keydiff", {}), Budget(4, SIZE, interval_blocks), recent=4)
     run_compression(cache, loaded.spec, rule, None, 9, 2)
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 64])
+@pytest.mark.parametrize("budget", [Budget(4, SIZE), Budget(6, SIZE, 3)])
+def test_no_batch_of_compressions_is_larger_than_those_that_are_measured(loaded, monkeypatch, budget, max_num_seqs):
+    """A batch holds few requests with long tables or many with short ones, of which each keeps as much."""
+    cpu, longest = torch.device("cpu"), 40
+    launch = 60 * SIZE * loaded.spec.num_kv_heads
+    monkeypatch.setattr(peak, "LAUNCH_ENTRIES", launch)
+    monkeypatch.setattr(compression_batch, "LAUNCH_ENTRIES", launch)
+    monkeypatch.setattr(peak, "_peak_of", lambda device, run: run() or 0)
+    measured = []
+    monkeypatch.setattr(peak, "run_compression", lambda *options: measured.append(options[-2:]))
+    options = {"max_num_seqs": max_num_seqs, "max_model_len": longest * SIZE, "enforce_eager": True}
+    rule = EvictionRule(RULE.policy, budget)
+    peak.measure_peak(ModelRunner(loaded.decoder, loaded.spec, cpu, **options), SIZE, SIZE, torch.float32, rule=rule)
+    most, blocks = max(requests for _, requests in measured), max(blocks * requests for blocks, requests in measured)
+    assert max(table for table, _ in measured) == longest
+    assert most <= max_num_seqs
+    for table in range(budget.kept_blocks + 1, longest + 1):
+        tables = list(range(table)), list(range(budget.kept_blocks))
+        order = CompressionOrder(0, rule, *tables, num_entries=table * SIZE, window_end=table * SIZE, query_slot=0)
+        for batch in batches([order] * max_num_seqs, loaded.spec, SIZE):
+            assert len(batch.orders) <= most
+            assert len(batch.orders) * table <= blocks + most, "but for what does not divide"
 
 
 def test_a_compression_that_can_not_be_measured_is_an_error(loaded, monkeypatch):

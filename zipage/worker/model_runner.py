@@ -31,7 +31,7 @@ from zipage.worker.token_batch import TokenBatch
 
 logger = logging.getLogger(__name__)
 
-LOGIT_ROWS = 16_384
+LOGIT_ROWS = 4_096
 """Tokens of the vocabulary whose weights are widened to float32 at once."""
 
 

@@ -66,17 +66,30 @@ def measure_peak(
         longest = -(-runner.max_model_len // block_size)
         # Budget and interval may be beyond any request.
         cache = KVCache(runner.spec, 1 + min(rule.kept_blocks, longest), block_size, dtype, runner.device, **options)
-        most = max(1, LAUNCH_ENTRIES // (runner.spec.num_kv_heads * longest * block_size))
         compress = partial(
             run_compression, cache, runner.spec, rule, layer_stride, shard=shard, model_heads=model_heads
         )
-        compression = _peak_of(runner.device, lambda: compress(longest, most))
+        shapes = largest_batches(runner, rule, block_size)
+        compression = max(_peak_of(runner.device, partial(compress, *shape)) for shape in shapes)
         # The shape of most compressions to come, so that its kernels are compiled before requests wait for them.
         compress(min(rule.max_blocks, longest), 1)
         del cache, compress
         peak = peak + compression if asynchronous else max(peak, compression)
     torch.cuda.empty_cache()
     return peak
+
+
+def largest_batches(runner: ModelRunner, rule: EvictionRule, block_size: int) -> list[tuple[int, int]]:
+    """Blocks of a request, and requests, of the batches of compressions that take most memory, within `batches`' bound.
+
+    One has the longest tables, which a launch may exceed its bound for. The other has as many requests as may come at
+    once, and tables as long as go with them: what is kept of each request over all layers grows with their number.
+    """
+    most = LAUNCH_ENTRIES // (runner.spec.num_kv_heads * block_size)
+    longest = -(-runner.max_model_len // block_size)
+    shortest = min(rule.kept_blocks + 1, longest)
+    long, many = (max(1, min(runner.max_num_seqs, most // blocks)) for blocks in (longest, shortest))
+    return [(longest, long), (max(shortest, min(longest, most // many)), many)]
 
 
 def _peak_of(device: torch.device, run: Callable[[], None]) -> int:

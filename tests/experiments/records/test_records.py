@@ -166,7 +166,8 @@ def test_the_questions_of_committed_records_are_still_drawn():
     hashes: dict[str, set[str]] = {}
     for run in COMMITTED:
         config, origin = records.read_config(run), json.loads((run / records.PROVENANCE).read_text())
-        if config["workload"]["path"] is not None:  # a data set, which does not come with the clone
+        workload = config["workload"]
+        if workload["path"] or (workload["options"] or {}).get("path"):  # data that do not come with the clone
             continue
         hashes.setdefault(json.dumps([config["workload"], config["limit"]]), set()).add(origin["data"])
     assert len(hashes) > 10

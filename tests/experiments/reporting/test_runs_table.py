@@ -65,7 +65,7 @@ def test_what_is_left_out_is_named(demo):
     text = runs_table(demo)
     said = re.search(r"--wide also shows (.*)", text)[1].split(", ")
     assert not set(said) & set(cells_of(text)[0])
-    assert "TPOT ms" in said
+    assert {"TPOT ms", "trace_positions"} <= set(said), "what decides no figure has no room"
 
 
 def test_what_all_share_stands_above(tmp_path):
@@ -98,15 +98,12 @@ def test_chains_and_conversations_have_their_figures_by_place(tmp_path):
 
 def test_full_kv_is_first_then_policies_and_budgets(demo):
     rows = cells_of(runs_table(demo))
-    assert [(row["policy"], row["budget"]) for row in rows[:5]] == [
-        ("full", "-"),
-        ("random + prompt", "192"),
-        ("random + prompt", "320"),
-        ("zipage + prompt", "192"),
-        ("zipage + prompt", "320"),
-    ]
-    loads = [(row["policy"], int(row["pool"]), int(row["batch"])) for row in rows[5:]]
+    loads = [(row["policy"], int(row["pool"]), int(row["batch"])) for row in rows[:8]]
     assert loads == sorted(loads)
+    assert [(row["policy"], row["budget"]) for row in rows[8:]] == [
+        ("full", "-"),
+        *((f"{policy} + prompt", budget) for policy in ("r_kv", "random", "zipage") for budget in ("320", "448")),
+    ]
     shuffled = demo.sample(frac=1, random_state=1)
     assert in_order(shuffled)["run"].tolist() == in_order(demo)["run"].tolist()
 

@@ -13,8 +13,10 @@ from experiments.archive import archive
 from experiments.records import load_events, load_requests, load_runs, load_steps
 from experiments.regrade import regrade
 from experiments.reporting.conclusion import conclusions
+from experiments.reporting.runs_table import with_notes
 from experiments.reporting.tables import comparison_table
 from experiments.run import main
+from experiments.running import fidelity
 from experiments.running.fidelity import compare
 from tests.tiny_models import save_tiny_model, save_tiny_tokenizer
 
@@ -75,6 +77,11 @@ def test_a_policy_is_compared_on_full_kvs_outputs_and_on_solutions(run, folder, 
     assert len(load_steps(measured)) < 60
     assert set(load_events(measured)["prompt_id"]) == set(rows["prompt_id"])
     assert rows["compressions"].sum() == len(load_events(measured))
+    counted = {"steps": len(load_steps(measured)), "output_tokens": 200, "requests_finished": 5, "budget_bound": 5}
+    counted |= {"compressions_applied": len(load_events(measured)), "compressions_ordered": len(load_events(measured))}
+    assert {name: measured[f"counters.{name}"] for name in counted} == counted
+    assert measured["counters.device_time"] == pytest.approx(load_steps(measured)["device_time"].sum())
+    assert measured["worked_counters.output_tokens"] == rows["worked_tokens"].sum()
     # Until the first compression both see the same; after it they do not.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for _, row in rows.iterrows():
@@ -107,6 +114,57 @@ def test_the_same_tokens_get_the_same_fidelity_whatever_the_engine_does_meanwhil
     first, second = (load_requests(row) for _, row in load_runs(tmp_path / "runs").iterrows())
     for a, b in zip(first["token_divergences"], second["token_divergences"], strict=True):
         np.testing.assert_allclose(a, b, rtol=0.02, atol=1e-5)
+
+
+def test_hidden_states_are_held_of_so_many_tokens_and_no_more(run, tmp_path, monkeypatch):
+    """The outputs have 40 tokens each, so that two are compared at a time."""
+    assert run(*BOUNDED) == 0
+    passes, held = [], []
+
+    def serve(backend, requests):
+        passes.append(fidelity_serve(backend, requests))
+        samples = [sample for served in passes for output in served.outputs.values() for sample in output.outputs]
+        held.append(sum(len(sample.hidden_states) for sample in samples if sample.hidden_states is not None))
+        return passes[-1]
+
+    fidelity_serve = fidelity.serve
+    monkeypatch.setattr(fidelity, "serve", serve)
+    monkeypatch.setattr(fidelity, "HELD_TOKENS", 100)
+    assert run(*BOUNDED, "force=true", f"results_dir={tmp_path / 'grouped'}") == 0
+    whole, grouped = (load_runs(tmp_path / name).iloc[0] for name in ("runs", "grouped"))
+    assert len(passes) > 1 + 2 * 3, "full KV's answers, three groups of them, and groups of solutions"
+    assert held[:3] == [0, 80, 160]
+    assert max(held) <= 2 * 100
+    first, second = load_requests(whole), load_requests(grouped)
+    for a, b in zip(first["token_divergences"], second["token_divergences"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0.02, atol=1e-5)
+    np.testing.assert_allclose(first["worked_divergence"], second["worked_divergence"], rtol=1e-3)
+    assert grouped["counters.output_tokens"] == whole["counters.output_tokens"] == 200
+    assert grouped["counters.compressions_applied"] == second["compressions"].sum() == first["compressions"].sum()
+    steps, events = load_steps(grouped), load_events(grouped)
+    assert len(steps) == grouped["counters.steps"] > len(load_steps(whole))
+    assert len(events) == second["compressions"].sum()
+    assert set(events["prompt_id"]) == set(second["prompt_id"])
+
+
+def test_a_solution_that_the_pool_cuts_is_named_and_counted(run, tmp_path, capsys):
+    items = [dict(item) for item in ITEMS[:3]]
+    items[1]["answer"] = "It takes a while to say. " * 20 + "\n#### 4"
+    data = tmp_path / "others.jsonl"
+    data.write_text("\n".join(map(json.dumps, items)))
+    for options in (("policy=full",), BOUNDED):
+        assert run(*options, f"workload.path={data}", "engine.num_blocks=24") == 0
+        said = capsys.readouterr().out
+        assert "1 of 3 worked solutions could not be measured; the first is " in said
+        assert "full KV: cut after " in said
+    for _, row in load_runs(tmp_path / "runs").iterrows():
+        assert row["fidelity.unmeasured"] == 0
+        assert row["fidelity.worked_unmeasured"] == 1
+        rows = load_requests(row)
+        assert list(rows["worked_tokens"].isna()) == [False, True, False]
+        assert list(rows["worked_unmeasured"].isna()) == [True, False, True]
+        assert "tokens (capacity)" in rows["worked_unmeasured"][1]
+    assert "1 worked solution could not be measured" in with_notes(load_runs(tmp_path / "runs").iloc[:1])
 
 
 def test_one_problem_has_no_interval_no_grade_and_no_speed_to_speak_of(run, tmp_path):
@@ -154,7 +212,15 @@ def test_divergence_is_torchs():
     torch.manual_seed(0)
     weights, full, policy = torch.randn(50, 8), torch.randn(300, 8), torch.randn(300, 8)
     tokens = torch.randint(50, (300,)).tolist()
-    found = compare(lambda states: states @ weights.T, full, policy, tokens)
+    rows = []
+
+    def compute_logits(states):
+        rows.append(len(states))
+        return states @ weights.T
+
+    found = compare(compute_logits, full, policy, tokens)
+    assert sum(rows) == 2 * 300
+    assert max(rows) <= 64, "of a vocabulary of 152,000 the logits of 64 tokens take 39 MB"
     p, q = (torch.log_softmax(states @ weights.T, dim=-1) for states in (full, policy))
     expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
     torch.testing.assert_close(torch.tensor(found.divergences), expected, rtol=1e-4, atol=1e-5)

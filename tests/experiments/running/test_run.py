@@ -297,7 +297,7 @@ def test_full_kv_has_no_budget_to_bind(launch, results, capsys):
     assert row["peak_query_slots"] == 0
 
 
-def test_several_policies_in_one_command(launch, results):
+def test_several_policies_in_one_command(launch, results, capsys):
     assert launch("policy=full,zipage,random_attention", "policy.budget_tokens=64", "engine.block_size=16", "-m") == 0
     runs = load_runs(results)
     assert sorted(zip(runs["policy.name"], runs["policy.protection"], strict=True)) == [
@@ -305,5 +305,10 @@ def test_several_policies_in_one_command(launch, results):
         ("random", "prompt"),
         ("zipage", "none"),
     ]
+    said = capsys.readouterr().out
+    assert said.count("| accuracy |") == 1, "they are in one table"
+    table = said[said.index("| run") :].splitlines()
+    assert [line.split("|")[2].strip() for line in table[2:5]] == ["full", "random + prompt", "zipage"]
+    assert all(f"record: {path}\n" in said for path in runs["path"])
     assert launch("policy=zipage,snapkv", "policy.budget_tokens=64", "policy.options.chunk=16", "-m") == 2
     assert len(load_runs(results)) == 4, "the choice that takes the option ran"

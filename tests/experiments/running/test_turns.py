@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import chain
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from experiments import archive, regrade, run
@@ -137,6 +138,28 @@ def test_the_answers_are_graded_again_from_the_record_alone(do, tmp_path, capsys
     assert "output" not in kept
     with pytest.raises(UsageError, match="copy without texts"):
         regrade.regrade(load_runs(tmp_path / "bare").iloc[0])
+
+
+def test_a_grader_of_single_answers_refuses_a_conversation_and_grades_the_others(do, tmp_path, capsys):
+    row = do()
+    do("workload=jsonl", f"workload.path={tmp_path / 'questions.jsonl'}", "workload.turns=null", "workload.recalls=0")
+    capsys.readouterr()
+    grades = tmp_path / "grades.parquet"
+    assert regrade.main([str(tmp_path / "runs"), "--grader", "number", "--write", str(grades)]) == 1
+    said = capsys.readouterr()
+    assert said.err == f"error: {row['run']}: --grader number: must be turns or none for workload.turns={TURNS}\n"
+    assert "grades changed" in said.out
+    assert set(pd.read_parquet(grades)["run"]) == set(load_runs(tmp_path / "runs")["run"]) - {row["run"]}
+    assert regrade.main([str(tmp_path / "runs"), "--grader", "turns"]) == 1
+    assert "--grader turns: must be another one for a run without workload.turns" in capsys.readouterr().err
+
+
+def test_a_grader_of_single_answers_refuses_a_chain(do, tmp_path, capsys):
+    chain = ("workload=gsm8k_chain", f"workload.path={tmp_path / 'questions.jsonl'}", "workload.turns=null")
+    row = do(*chain, "workload.recalls=0", "workload.chain=3", "workload.grader=chain")
+    with pytest.raises(UsageError, match="grader=number: must be chain or none for "):
+        regrade.regrade(row, "number")
+    assert regrade.regrade(row)["grader_error"].isna().all()
 
 
 def test_a_conversation_ends_where_the_context_does(do, capsys):
