@@ -9,7 +9,7 @@ from zipage.checks import shown
 
 _MODEL = "download what you need and give its folder as model"
 _FORMAT = "convert the model to a folder of safetensors or a GGUF file"
-ONE_DEVICE = "the model runs on one device; start one engine for each GPU"
+ONE_DEVICE = "use tensor_parallel_size and data_parallel_size"
 _LORA = "merge the adapter into the weights and load those"
 _TEXT_ONLY = "prompts are text or token ids"
 _GENERATE_ONLY = "the engine generates text, and neither embeds nor scores"

@@ -52,7 +52,10 @@ def measure(arm: Arm, factory: BackendFactory, ceilings: Mapping[str, float] | N
     backend = factory(**arm.options)
     try:
         shape = ModelShape.read(
-            Path(arm.options["model"]), arm.options.get("dtype", "auto"), "cpu" if used_before is None else "cuda"
+            Path(arm.options["model"]),
+            arm.options.get("dtype", "auto"),
+            "cpu" if used_before is None else "cuda",
+            arm.options.get("tensor_parallel_size", 1),
         )
         _served(backend, arm, "start", [_prompts(arm, shape, "start")[0][:16]], [1])
         startup = time.perf_counter() - begin

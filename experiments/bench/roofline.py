@@ -15,7 +15,7 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a model makes a step read and multiply.
+    """What a model makes a step read and multiply, on one of the ranks over which it is spread.
 
     Attributes:
         weight_bytes: of all matrices that a step reads. An input embedding is looked up, not read, unless it is the
@@ -31,12 +31,13 @@ class ModelShape:
     vocab_size: int
 
     @classmethod
-    def read(cls, folder: Path, dtype: str, device: str) -> ModelShape:
+    def read(cls, folder: Path, dtype: str, device: str, ranks: int = 1) -> ModelShape:
         """From a folder's `config.json`.
 
         Args:
             dtype: as `EngineConfig.dtype`; "auto" is the config's on CUDA and float32 on a CPU.
             device: "cpu" or another.
+            ranks: GPUs that share the model. What they tell each other counts as nothing.
 
         Raises:
             UsageError: there is no such file, or it lacks a size.
@@ -55,8 +56,8 @@ class ModelShape:
             named = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
             dtype = "float32" if device == "cpu" else named
         size = DTYPE_BYTES[dtype]
-        kv_bytes = 2 * config["num_hidden_layers"] * kv_heads * head_dim * size
-        return cls((layers + vocab * hidden) * size, kv_bytes, 2 * layers, vocab)
+        kv_bytes = 2 * config["num_hidden_layers"] * max(1, kv_heads // ranks) * head_dim * size
+        return cls((layers + vocab * hidden) * size // ranks, kv_bytes, 2 * layers // ranks, vocab)
 
 
 def step_floor(

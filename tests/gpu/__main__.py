@@ -7,7 +7,8 @@ others run all the same. Those that neither time anything nor plan by the free m
 after them, one by one. The record, `results/records/gpu_checks.json`, is written as verdicts come, and holds but one
 line of each check. Exits with 1 unless all passed. Needs torch, triton, transformers and pytest, and one GPU.
 
-Without `--full` the checks take grids in which any two values meet, and ten minutes are the limit of all.
+Without `--full` the checks take grids in which any two values meet, and ten minutes are the limit of all. Those that need
+several GPUs are left out where there is one, which the record shows (`gpus`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SECONDS = 580.0
 MACHINE = """
 import json, platform, torch, transformers, triton
 print(json.dumps({
-    "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
+    "gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "torch": torch.__version__, "cuda": torch.version.cuda,
     "triton": triton.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
 }))
 """
@@ -44,13 +45,20 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Check:
-    """A module of this folder and its arguments; `limit` in seconds, without `--full`; `alone` on the GPU or not."""
+    """A module of this folder and its arguments.
+
+    Attributes:
+        limit: seconds, without `--full`.
+        alone: on the GPU.
+        gpus: that it needs; with fewer it is left out.
+    """
 
     name: str
     module: str
     arguments: tuple[str, ...] = ()
     limit: float = 300.0
     alone: bool = False
+    gpus: int = 1
 
     def command(self, out: Path, commit: str, full: bool) -> list[str]:
         given = [*self.arguments, "--out", str(out), "--commit", commit, *["--full"] * full]
@@ -60,6 +68,7 @@ class Check:
 KERNELS, COMPRESSION = "tests.gpu.check_kernels", "tests.gpu.check_compression"
 ENGINE, COMPRESSED = "tests.gpu.check_engine", "tests.gpu.check_compressed_engine"
 CHECKS = (
+    Check("ranks", "tests.gpu.check_ranks", gpus=2),
     # The longest first.
     Check("bounded", COMPRESSED, ("--only", "bounded")),
     Check("unbounded", COMPRESSED, ("--only", "unbounded")),
@@ -258,6 +267,10 @@ def main() -> int:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **json.loads(machine.stdout),
     }
+    left_out = [check.name for check in checks if check.gpus > head["gpus"]]
+    if left_out:
+        print(f"left out with {head['gpus']} GPU: {', '.join(left_out)}", flush=True)
+    checks = [check for check in checks if check.gpus <= head["gpus"]]
     jobs = args.jobs or max(1, min(9, (os.cpu_count() or 1) // 2))
     passed = run_checks(checks, args.out or RECORD, head, full=args.full, jobs=jobs)
     print("PASSED" if passed else "FAILED")

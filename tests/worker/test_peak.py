@@ -59,7 +59,7 @@ def test_no_batch_of_compressions_is_larger_than_those_that_are_measured(loaded,
     monkeypatch.setattr(compression_batch, "LAUNCH_ENTRIES", launch)
     monkeypatch.setattr(peak, "_peak_of", lambda device, run: run() or 0)
     measured = []
-    monkeypatch.setattr(peak, "run_compression", lambda *options: measured.append(options[-2:]))
+    monkeypatch.setattr(peak, "run_compression", lambda *options, **_: measured.append(options[-2:]))
     options = {"max_num_seqs": max_num_seqs, "max_model_len": longest * SIZE, "enforce_eager": True}
     rule = EvictionRule(RULE.policy, budget)
     peak.measure_peak(ModelRunner(loaded.decoder, loaded.spec, cpu, **options), SIZE, SIZE, torch.float32, rule=rule)
