@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kernels.reduce_add_rms_norm import Peers
+from kernels.peers import Peers
 
 
 @triton.jit

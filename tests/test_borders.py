@@ -20,7 +20,14 @@ KERNELS_MAY = {"torch", "triton", "numpy", "kernels"}
 ROOMS = {
     "zipage.scheduling": {"torch", "zipage.engine", "zipage.worker", "zipage.models", "zipage.llm"},
     "zipage.eviction": {"zipage.engine", "zipage.worker", "zipage.scheduling", "zipage.models", "zipage.llm"},
-    "zipage.models": {"zipage.engine", "zipage.worker", "zipage.scheduling", "zipage.eviction", "zipage.llm", "zipage.parallel"},
+    "zipage.models": {
+        "zipage.engine",
+        "zipage.worker",
+        "zipage.scheduling",
+        "zipage.eviction",
+        "zipage.llm",
+        "zipage.parallel",
+    },
     "zipage.worker": {"zipage.engine", "zipage.llm", "zipage.parallel"},
     "zipage.parallel": {"zipage.engine", "zipage.llm"},
     "zipage.engine": {"zipage.llm"},

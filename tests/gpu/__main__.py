@@ -7,8 +7,8 @@ others run all the same. Those that neither time anything nor plan by the free m
 after them, one by one. The record, `results/records/gpu_checks.json`, is written as verdicts come, and holds but one
 line of each check. Exits with 1 unless all passed. Needs torch, triton, transformers and pytest, and one GPU.
 
-Without `--full` the checks take grids in which any two values meet, and ten minutes are the limit of all. Those that need
-several GPUs are left out where there is one, which the record shows (`gpus`).
+Without `--full` the checks take grids in which any two values meet, and ten minutes are the limit of all. Those that
+need several GPUs are left out where there is one, which the record shows (`gpus`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ SECONDS = 580.0
 MACHINE = """
 import json, platform, torch, transformers, triton
 print(json.dumps({
-    "gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "torch": torch.__version__, "cuda": torch.version.cuda,
+    "gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(),
+    "torch": torch.__version__, "cuda": torch.version.cuda,
     "triton": triton.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
 }))
 """

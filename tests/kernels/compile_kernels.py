@@ -22,8 +22,8 @@ from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill_triton import paged_prefill_triton
+from kernels.peers import Peers
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
-from kernels.reduce_add_rms_norm import Peers
 from kernels.reduce_add_rms_norm_triton import reduce_add_rms_norm_triton
 from kernels.redundancy_triton import redundancy_triton
 from kernels.sample_from_logits_triton import sample_from_logits_triton

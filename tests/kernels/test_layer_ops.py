@@ -6,9 +6,10 @@ import torch
 from kernels.add_rms_norm import add_rms_norm_reference, add_rms_norm_torch
 from kernels.add_rms_norm_triton import add_rms_norm_triton
 from kernels.cache_view import shared
+from kernels.peers import Peers
 from kernels.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_torch
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
-from kernels.reduce_add_rms_norm import Peers, reduce_add_rms_norm, reduce_add_rms_norm_reference
+from kernels.reduce_add_rms_norm import reduce_add_rms_norm, reduce_add_rms_norm_reference
 from kernels.reduce_add_rms_norm_triton import reduce_add_rms_norm_triton
 from kernels.silu_mul import silu_mul_reference, silu_mul_torch
 from kernels.silu_mul_triton import silu_mul_triton

@@ -25,4 +25,21 @@ class FailsOnce(Policy):
         return event.mean_over_heads(event.key_norms())
 
 
+@dataclass(frozen=True, kw_only=True)
+class FailsOnOneRank(Policy):
+    """The same on the second rank alone. With `combines` the first one waits for it there, else it is done by then."""
+
+    name: ClassVar[str] = "fails_on_one_rank"
+    variant: ClassVar[str] = "of tests"
+    paper: ClassVar[str] = "none"
+
+    combines: bool = True
+
+    def rank(self, event: Event) -> Tensor:
+        if event.head_offset and min(event.seeds) == FIRST_SEED:
+            raise MemoryError("no memory on this rank")
+        norms = event.key_norms()
+        return event.mean_over_heads(norms) if self.combines else norms
+
+
 FIRST_SEED = 0

@@ -132,6 +132,21 @@ def test_a_policy_that_fails_costs_its_request(folder, caplog):
         llm.shutdown()
 
 
+@pytest.mark.parametrize(("combines", "failed"), [(True, 1), (False, 2)])
+def test_what_fails_on_one_rank_fails_on_all(folder, combines, failed):
+    """Two requests are due together. Where no rank has moved anything, what is left is tried again one by one."""
+    case = Case("tests.parallel.policies:FailsOnOneRank", {"combines": combines})
+    llm = engine(folder, case, tensor_parallel_size=2, debug=False, trace_positions=False)
+    try:
+        outputs = llm.generate([[1, 2, 3], [4, 5, 6]], greedy(80), use_tqdm=False)
+        errors = [output.error for output in outputs if output.error]
+        assert len(errors) == failed
+        assert all("MemoryError: no memory on this rank" in error for error in errors)
+        assert llm.generate([[1, 2, 3]], greedy(80), use_tqdm=False)[0].error is None
+    finally:
+        llm.shutdown()
+
+
 def test_a_killed_rank_ends_the_engine(folder):
     llm = engine(folder, ZIPAGE, tensor_parallel_size=2, debug=False)
     pids = pids_of(llm)

@@ -18,15 +18,31 @@ from zipage.models.attention import AttentionSpec
 from zipage.models.spec import ModelSpec
 
 
-class Gathers(Protocol):
-    """What ranks do together: all of them call the same, in the same order, with tensors of one shape."""
+class PeerFailed(RuntimeError):
+    """Another rank failed at what this one does with it; `BesideCollectives.fail` comes next."""
+
+
+class BesideCollectives(Protocol):
+    """What compressions need, which may fail on one rank and not on another."""
 
     def gather(self, x: Tensor) -> Tensor:
-        """[size, *x.shape], of all ranks in order."""
+        """[size, *x.shape], of all ranks in order. Raises PeerFailed."""
+
+    def agree(self) -> None:
+        """Where a rank is done. Raises PeerFailed where another is not."""
+
+    def fail(self, place: int, *, is_told: bool) -> list[int]:
+        """Of all ranks, how far each has come; all call it once one has failed.
+
+        Args:
+            place: of this rank.
+            is_told: it failed since another did (PeerFailed), and need not tell.
+        """
 
 
-class Collectives(Gathers, Protocol):
-    """What the forward pass needs. What it sums is the same on each rank to the last bit.
+class Collectives(Protocol):
+    """What the forward pass needs: all ranks call the same, in the same order, with tensors of one shape. What it sums
+    is the same on each rank to the last bit.
 
     The output of a row-parallel product stays in parts, one a rank, until `add_rms_norm` sums them. Successive ones are
     kept in places 0 and 1 in turn.
@@ -40,6 +56,9 @@ class Collectives(Gathers, Protocol):
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[size, *x.shape], of all ranks in order."""
 
     def broadcast(self, x: Tensor) -> None:
         """Overwrite every rank's contiguous `x` with rank 0's."""
@@ -87,12 +106,12 @@ class Shard:
     them, and its own part of the query heads in the output projection.
 
     Attributes:
-        collectives: None for a single rank; compressions need `Gathers` alone.
+        collectives: None for a single rank.
     """
 
     rank: int = 0
     size: int = 1
-    collectives: Collectives | Gathers | None = None
+    collectives: Collectives | BesideCollectives | None = None
 
     def check(self, spec: ModelSpec) -> None:
         """Raise a ValueError where the model cannot be spread over `size` ranks."""

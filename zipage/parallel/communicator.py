@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.add_rms_norm import add_rms_norm
-from kernels.reduce_add_rms_norm import Peers, reduce_add_rms_norm
+from kernels.peers import Peers
+from kernels.reduce_add_rms_norm import reduce_add_rms_norm
+from zipage.models.shard import PeerFailed
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ class Communicator:
 
 
 class HostCommunicator:
-    """`Collectives` of compressions, which run beside the forward pass, through host memory.
+    """`BesideCollectives` of compressions, through host memory.
 
     Two streams whose kernels wait for other GPUs can come to wait for each other: a GPU that must be idle before it can
     go on, to load a kernel or to capture a graph, is not, as long as one of them waits. So only the forward pass has
@@ -136,7 +138,23 @@ class HostCommunicator:
         self._size = dist.get_world_size(group)
 
     def gather(self, x: Tensor) -> Tensor:
-        own = x.cpu().contiguous()
+        self.agree()
+        return torch.stack(self._all(x.cpu().contiguous())).to(x.device)
+
+    def agree(self) -> None:
+        failed = [rank for rank, is_failed in enumerate(self._numbers(0)) if is_failed]
+        if failed:
+            raise PeerFailed(f"rank {failed[0]} failed")
+
+    def fail(self, place: int, *, is_told: bool) -> list[int]:
+        if not is_told:
+            self._numbers(1)  # the others are in `agree`, or here
+        return self._numbers(place)
+
+    def _numbers(self, own: int) -> list[int]:
+        return [int(number) for number in self._all(torch.tensor(own))]
+
+    def _all(self, own: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(own) for _ in range(self._size)]
         dist.all_gather(parts, own, group=self._group)
-        return torch.stack(parts).to(x.device)
+        return parts

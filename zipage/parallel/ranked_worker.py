@@ -18,7 +18,7 @@ from torch import Tensor
 from zipage.config import EngineConfig
 from zipage.eviction import registry
 from zipage.models.loading.loader import read_shape
-from zipage.models.shard import Shard
+from zipage.models.shard import PeerFailed, Shard
 from zipage.models.spec import ModelSpec
 from zipage.parallel import messages as m
 from zipage.parallel.rank_group import RankGroup
@@ -254,7 +254,8 @@ class RankedCompressor:
         seconds = time.perf_counter() - done.start
         errors = [part.error for part in parts if part.error is not None]
         if errors:
-            return CompressionResult(order, None, None, seconds, errors[0])
+            own = [error for error in errors if PeerFailed.__name__ not in error]
+            return CompressionResult(order, None, None, seconds, (own or errors)[0])
         if any(part.kept_pages != parts[0].kept_pages for part in parts):
             raise RuntimeError(f"{order}: ranks kept different blocks: {[part.kept_pages for part in parts]}")
         positions = None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zipage.eviction.fault import FAULTS, described, files_of, place_in, relative
 from zipage.eviction.policy import Policy
-from zipage.models.shard import WHOLE, Shard
+from zipage.models.shard import WHOLE, PeerFailed, Shard
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import CompressionOrder
 from zipage.worker.compression_batch import CompressionBatch, batches, check_orders
@@ -65,8 +65,9 @@ class CompressionRunner:
     what it left behind is unknown, do all requests of the batch fail.
 
     With the model spread over ranks, the ranks' runners must launch the same batches in the same order, since policies
-    may combine heads of all of them. So what is submitted together is launched together and joined with nothing else,
-    and what a failed batch leaves is launched before the next.
+    may combine heads of all of them. So what is submitted together is launched together and joined with nothing else.
+    A batch that fails on one rank has failed on all. What is left of it is launched before the next batch, request by
+    request, if all ranks have come equally far, as they have where the policy is at fault; else all of it has failed.
 
     Args:
         cache: with positions, and with scores and queries where a policy asks for them.
@@ -170,13 +171,24 @@ class CompressionRunner:
                 job.kept = self._compress(batch, rest)
             else:
                 self._compress_beside(job, ready, rest)
+            if not self._shard.is_whole:
+                self._shard.collectives.agree()
         except FAULTS as error:
             job.error = error
-            if not self._shard.is_whole and (rests := _rests(job, error)) is not None:
-                for order, start, left in zip(batch.orders, starts, rests, strict=True):
+            if not self._shard.is_whole and self._fail_together(job):
+                for order, start, left in zip(batch.orders, starts, _rests(job, error), strict=True):
                     self._launch(CompressionBatch([order], self._cache.block_size), [start], ready, left)
                 return
         self._pending.append(job)
+
+    def _fail_together(self, job: _Job) -> bool:
+        """Tell the other ranks. Returns whether all have come equally far, so that what is left can be tried again."""
+        error = job.error
+        cause = error.__cause__ if isinstance(error, PartlyCompressed) else error
+        first_layer = _first_layer(error) if job.kept is None else self._spec.num_layers
+        place = -1 if first_layer is None else first_layer
+        places = self._shard.collectives.fail(place, is_told=isinstance(cause, PeerFailed))
+        return set(places) == {place} and job.kept is None and _rests(job, error) is not None
 
     def poll(self, wait: bool = False) -> list[CompressionResult]:
         """What is done and was not handed out yet, in the order of the launches.
@@ -366,14 +378,18 @@ class _Job:
         return not self.delayed and (self.done is None or self.done.query())
 
 
+def _first_layer(error: BaseException) -> int | None:
+    """The first layer that is untouched by what failed with `error`; None where what layers hold is unknown."""
+    return error.first_layer if isinstance(error, PartlyCompressed) else 0
+
+
 def _rests(job: _Job, error: BaseException) -> list[_Rest] | None:
     """What is left of each order of a batch that failed with `error`; None where no order can be helped alone."""
-    is_partial = isinstance(error, PartlyCompressed)
-    first_layer = error.first_layer if is_partial else 0
+    first_layer = _first_layer(error)
     if len(job.batch.orders) == 1 or first_layer is None:
         return None
     _drop_tensors(error)
-    misranked = error.failed() if is_partial else [False] * len(job.batch.orders)
+    misranked = error.failed() if isinstance(error, PartlyCompressed) else [False] * len(job.batch.orders)
     return [_Rest(first_layer, is_misranked) for is_misranked in misranked]
 
 
