@@ -189,7 +189,7 @@ def test_starts_that_fail(folder, tmp_path):
 def test_too_few_gpus(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     llm = engine(folder, None)
-    with pytest.raises(ValueError, match=r"tensor_parallel_size=2: 1 GPUs are visible"):
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=2: needs 2 GPUs, but 1 are visible"):
         start_ranks(llm.config.__class__(**{**vars_of(llm), "device": "auto", "tensor_parallel_size": 2}))
 
 

@@ -84,8 +84,8 @@ def _device_type(config: EngineConfig) -> str:
         return "cpu"
     if count < size:
         raise ValueError(
-            f"tensor_parallel_size={size}: {count} GPUs are visible: lower it, or make more visible by "
-            "CUDA_VISIBLE_DEVICES"
+            f"tensor_parallel_size={size}: needs {size} GPUs, but {count} are visible: lower tensor_parallel_size, or make "
+            "more visible by CUDA_VISIBLE_DEVICES"
         )
     return "cuda"
 
