@@ -153,12 +153,13 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens}: must be at least "
                 f"max_num_seqs={self.max_num_seqs}, so that every running request can decode in a step"
             )
-        self._require(
-            "device",
-            self.data_parallel_size == 1 or not self.device.startswith("cuda:"),
-            f"'cuda' with data_parallel_size={self.data_parallel_size}: replicas take the visible GPUs in their order, "
-            "so choose them by CUDA_VISIBLE_DEVICES",
-        )
+        for name, who in (("data_parallel_size", "replicas"), ("tensor_parallel_size", "ranks")):
+            self._require(
+                "device",
+                getattr(self, name) == 1 or not self.device.startswith("cuda:"),
+                f"'cuda' with {name}={getattr(self, name)}: {who} take the visible GPUs in their order, so choose them "
+                "by CUDA_VISIBLE_DEVICES",
+            )
         protection = Protection.parse(self.protection)
         if self.policy == "full":
             self._require("policy_options", not self.policy_options, "empty: policy 'full' has no options")

@@ -111,10 +111,10 @@ class PlannedRun:
     @property
     def shared(self) -> str | None:
         """Equal for arms that may share a loaded model; None for one that may not: only Zipage can be shut down, and
-        replicas load the model in processes of their own.
+        replicas and ranks load the model in processes of their own.
         """
-        experiment = self.experiment
-        if experiment.backend != "zipage" or experiment.engine.data_parallel_size > 1:
+        experiment, engine = self.experiment, self.experiment.engine
+        if experiment.backend != "zipage" or engine.data_parallel_size > 1 or engine.tensor_parallel_size > 1:
             return None
         drawn = experiment.seed if experiment.model.load_format == "dummy" else None
         return repr((experiment.model, experiment.hardware, experiment.engine.dtype, drawn))

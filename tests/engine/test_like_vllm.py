@@ -145,8 +145,6 @@ def test_what_is_supported_is_not_listed_as_unsupported():
     assert not LLM_OPTIONS.keys() & EngineConfig.__dataclass_fields__.keys()
     assert not SAMPLING_OPTIONS.keys() & SamplingParams.__dataclass_fields__.keys()
     assert not PROMPT_KEYS.keys() & {"prompt", "prompt_token_ids"}
-    with pytest.raises(ValueError, match="tensor_parallel_size=2: must be 1; more is not supported"):
-        LLM("m", tensor_parallel_size=2)
 
 
 @pytest.mark.parametrize("options", [LLM_OPTIONS, SAMPLING_OPTIONS, CALL_OPTIONS, PROMPT_KEYS])

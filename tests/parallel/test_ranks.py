@@ -17,7 +17,7 @@ from tests.engine.compressed import tokens_of
 from tests.eviction.cases import SMALL_CHUNK, Case
 from tests.parallel.ranked import TOKEN_POLICIES, answers, engine
 from tests.tiny_models import save_tiny_model
-from zipage import LLM, SamplingParams
+from zipage import LLM, SamplingParams, share_model
 from zipage.eviction import registry
 from zipage.eviction.policies.streaming import Streaming
 from zipage.parallel import messages as m
@@ -173,8 +173,10 @@ def test_starts_that_fail(folder, tmp_path):
         engine(folder, None, tensor_parallel_size=3)
     with pytest.raises(FileNotFoundError):
         engine(tmp_path / "nothing", None, tensor_parallel_size=2)
-    with pytest.raises(ValueError, match=r"device='cuda:1': .*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(ValueError, match=r"device='cuda:1': must be 'cuda' with tensor_parallel_size=2: ranks take"):
         LLM(str(folder), device="cuda:1", tensor_parallel_size=2)
+    with share_model(), pytest.raises(ValueError, match=r"tensor_parallel_size=2: ranks load the model .*leave it out"):
+        engine(folder, None, tensor_parallel_size=2)
     mine = type("Mine", (Streaming,), {"name": "mine_alone", "__module__": "__main__"})
     registry.register(mine)
     with pytest.raises(ValueError, match=r"policy='mine_alone': it is defined in the program itself"):
@@ -199,7 +201,7 @@ def vars_of(llm: LLM) -> dict:
 
 PROGRAM = """
 import os, signal, sys
-from zipage import LLM, SamplingParams
+from zipage import LLM, SamplingParams, share_model
 llm = LLM(sys.argv[1], device="cpu", skip_tokenizer_init=True, block_size=16, num_blocks=64, tensor_parallel_size=2)
 long = SamplingParams(max_tokens=800, ignore_eos=True)
 print(*[child.pid for child in llm._core.runner._group.children], flush=True)

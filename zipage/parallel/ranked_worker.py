@@ -18,6 +18,7 @@ from torch import Tensor
 from zipage.config import EngineConfig
 from zipage.eviction import registry
 from zipage.models.loading.loader import read_shape
+from zipage.models.loading.share import is_sharing
 from zipage.models.shard import PeerFailed, Shard
 from zipage.models.spec import ModelSpec
 from zipage.parallel import messages as m
@@ -42,6 +43,11 @@ def start_ranks(config: EngineConfig) -> RankedWorker:
         RuntimeError: a rank died.
     """
     size = config.tensor_parallel_size
+    if is_sharing():
+        raise ValueError(
+            f"tensor_parallel_size={size}: ranks load the model in processes of their own, which share_model does not "
+            "reach: leave it out"
+        )
     device = _device_type(config)
     spec, _ = read_shape(config.model, load_format=config.load_format, dtype=config.dtype, device=device)
     Shard(size=size).check(spec)
@@ -74,18 +80,13 @@ def start_ranks(config: EngineConfig) -> RankedWorker:
 def _device_type(config: EngineConfig) -> str:
     """ "cpu" or "cuda"."""
     size = config.tensor_parallel_size
-    if config.device.startswith("cuda:"):
-        raise ValueError(
-            f"device={config.device!r}: ranks take the visible GPUs in their order; with tensor_parallel_size={size} "
-            "say device='cuda' and choose them by CUDA_VISIBLE_DEVICES"
-        )
     count = 0 if config.device == "cpu" else torch.cuda.device_count()  # does not begin to use them
     if not count and config.device != "cuda":
         return "cpu"
     if count < size:
         raise ValueError(
-            f"tensor_parallel_size={size}: needs {size} GPUs, but {count} are visible: lower tensor_parallel_size, or make "
-            "more visible by CUDA_VISIBLE_DEVICES"
+            f"tensor_parallel_size={size}: needs {size} GPUs, but {count} are visible: lower tensor_parallel_size, or "
+            "make more visible by CUDA_VISIBLE_DEVICES"
         )
     return "cuda"
 
