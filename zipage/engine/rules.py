@@ -42,6 +42,12 @@ class Rules:
         policy, own = registry.make(name), self._own
         if not policy.evicts:
             return None
+        size = self._config.tensor_parallel_size
+        if size > 1 and registry.location(type(policy)) is None:
+            raise ValueError(
+                f"SamplingParams.policy={name!r}: it is defined in the program itself, which the processes of "
+                f"tensor_parallel_size={size} do not run: put it into a module"
+            )
         needs = {
             "the entries' positions": own is None,
             "scores": policy.state and not (own and own.state),
