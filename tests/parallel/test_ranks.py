@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,11 @@ from zipage import LLM, SamplingParams, share_model
 from zipage.eviction import registry
 from zipage.eviction.policies.streaming import Streaming
 from zipage.parallel import messages as m
+from zipage.parallel.rank import Outbox, Rank
 from zipage.parallel.ranked_worker import RankedCompressor, start_ranks
+from zipage.processes import Channel
 from zipage.scheduling.plan import CompressionOrder
+from zipage.worker.compression_runner import CompressionResult
 
 ROOT = Path(__file__).parents[2]
 ZIPAGE = Case("zipage", SMALL_CHUNK)
@@ -245,6 +250,49 @@ def test_replicas_of_ranks(folder, one):
     finally:
         llm.shutdown()
     assert threading.active_count() < 30
+
+
+# What a rank does while it is not read
+
+MUCH = 4 * 2**20
+"""Bytes, more than a connection holds."""
+
+
+class FakeWorker:
+    """Has compressed one request, of many entries."""
+
+    def __init__(self) -> None:
+        self.compressor = self.runner = self
+        self.in_flight = 1
+        self.poisoned = []
+        self.cache = self
+
+    def poll(self) -> list[CompressionResult]:
+        self.in_flight = 0
+        return [CompressionResult(order(0), None, np.zeros(MUCH // 4, dtype=np.int32), 0.0)]
+
+    def poison_queries(self, slot) -> None:
+        self.poisoned.append(len(slot))
+
+
+def test_a_rank_reads_though_it_is_not_read():
+    ours, theirs = map(Channel, Pipe())
+    worker = FakeWorker()
+
+    def serve() -> None:
+        with suppress(EOFError):
+            Rank(theirs, Outbox(theirs), worker, 1).serve()
+
+    threading.Thread(target=serve, daemon=True).start()
+    while worker.in_flight:
+        time.sleep(0.01)
+    teller = threading.Thread(target=ours.send, args=[m.Poison(None, bytes(MUCH))], daemon=True)
+    teller.start()
+    teller.join(20)
+    assert not teller.is_alive(), "both wait until the other reads"
+    (part,) = ours.receive().parts
+    assert part.kept_positions.nbytes == MUCH
+    ours.close()
 
 
 # What the parent makes of answers

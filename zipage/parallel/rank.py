@@ -28,17 +28,46 @@ PAUSE = 3e-4
 
 def run(channel: Channel) -> None:
     """Serve until the channel is closed, or the rank fails."""
+    outbox = Outbox(channel)
     try:
         start: m.Start = channel.receive()
-        _send_logs(channel, start)
+        _send_logs(outbox, start)
         with suppress(EOFError):
-            _serve(channel, start)
+            _serve(channel, outbox, start)
     except BaseException as error:
+        outbox.send(m.Failure(*packed(error)))
+    outbox.close()
+
+
+class Outbox:
+    """Sends in a thread of its own what is not part of a step.
+
+    Otherwise a rank that sends much and is not read would not read either, and the other side, when it sends much
+    before it reads, would wait for the rank as the rank for it.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._messages: SimpleQueue[Any] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
+        self._thread.start()
+
+    def send(self, message: Any) -> None:
+        """Does not wait. The message must not change any more."""
+        self._messages.put(message)
+
+    def close(self) -> None:
+        """Wait until all is sent, or the other side is gone."""
+        self._messages.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
         with suppress(OSError):  # the other side is gone
-            channel.send(m.Failure(*packed(error)))
+            while (message := self._messages.get()) is not None:
+                self._channel.send(message)
 
 
-def _serve(channel: Channel, start: m.Start) -> None:
+def _serve(channel: Channel, outbox: Outbox, start: m.Start) -> None:
     torch.set_num_threads(start.num_threads)
     registry.POLICIES |= start.policies
     config, rank = start.config, start.rank
@@ -60,18 +89,19 @@ def _serve(channel: Channel, start: m.Start) -> None:
     rows = max(config.max_num_batched_tokens, config.max_num_seqs + PROMPT_TOKENS)
     communicator.reserve(rows, loaded.spec.width, loaded.decoder.dtype)
     worker = Worker(config, loaded, config.model_len(loaded.spec.max_position), Shard(rank, size, beside))
-    channel.send(m.Ready(worker.memory, worker.dtype))
+    outbox.send(m.Ready(worker.memory, worker.dtype))
     attach: m.Attach = channel.receive()
     worker.attach(attach.plan)
-    channel.send(m.Done())
-    Rank(channel, worker, rank).serve()
+    outbox.send(m.Done())
+    Rank(channel, outbox, worker, rank).serve()
 
 
 class Rank:
     """Hands messages to a worker, and tells what came of them."""
 
-    def __init__(self, channel: Channel, worker: Worker, rank: int) -> None:
+    def __init__(self, channel: Channel, outbox: Outbox, worker: Worker, rank: int) -> None:
         self._channel = channel
+        self._outbox = outbox
         self._worker = worker
         self._rank = rank
         self._launched: SimpleQueue[model_runner.Launch] = SimpleQueue()
@@ -96,7 +126,7 @@ class Rank:
             case m.Move(plan):
                 lost = runner.move(plan)
                 if plan.saves or plan.restores:
-                    self._channel.send(m.Moved(lost))
+                    self._outbox.send(m.Moved(lost))
             case m.Compress(orders):
                 worker.compressor.submit(orders)
             case m.Poison(None, slot):
@@ -105,11 +135,11 @@ class Rank:
                 worker.cache.poison(blocks, slot)
             case m.TellMisranked():
                 worker.compressor.ranks.poll(wait=True)
-                self._channel.send(m.Misranked(worker.compressor.ranks.failed))
+                self._outbox.send(m.Misranked([*worker.compressor.ranks.failed]))
             case m.ComputeLogits(hidden):
                 logits = runner.logits(hidden)
                 if self._rank == 0:
-                    self._channel.send(logits.cpu())
+                    self._outbox.send(logits.cpu())
             case _:
                 raise RuntimeError(f"rank {self._rank} got {message!r}")
 
@@ -119,7 +149,7 @@ class Rank:
         results = self._worker.compressor.poll()
         if results:
             parts = [m.Part(r.order.number, r.kept_pages, r.kept_positions, r.error) for r in results]
-            self._channel.send(m.Compressed(parts))
+            self._outbox.send(m.Compressed(parts))
 
     def _send_results(self) -> None:
         """In a thread: wait for each step, in order, so that the next may be launched meanwhile."""
@@ -132,19 +162,18 @@ class Rank:
                 self._channel.send(m.Failure(*packed(error)))
 
 
-def _send_logs(channel: Channel, start: m.Start) -> None:
+def _send_logs(outbox: Outbox, start: m.Start) -> None:
     """Records of rank 0 become messages; the other ranks do the same and would say the same again."""
     logger = logging.getLogger("zipage")
     logger.setLevel(start.log_level)
     logger.propagate = False
-    logger.addHandler(_Sender(channel) if start.rank == 0 else logging.NullHandler())
+    logger.addHandler(_Sender(outbox) if start.rank == 0 else logging.NullHandler())
 
 
 class _Sender(logging.Handler):
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, outbox: Outbox) -> None:
         super().__init__()
-        self._channel = channel
+        self._outbox = outbox
 
     def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):
-            self._channel.send(m.Log(record.name, record.levelno, self.format(record)))
+        self._outbox.send(m.Log(record.name, record.levelno, self.format(record)))
