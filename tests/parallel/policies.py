@@ -42,4 +42,22 @@ class FailsOnOneRank(Policy):
         return event.mean_over_heads(norms) if self.combines else norms
 
 
+@dataclass(frozen=True, kw_only=True)
+class CatchesAll(Policy):
+    """Fails on the second rank for the first request that an engine has, and goes on whatever happens elsewhere."""
+
+    name: ClassVar[str] = "catches_all"
+    variant: ClassVar[str] = "of tests"
+    paper: ClassVar[str] = "none"
+
+    def rank(self, event: Event) -> Tensor:
+        if event.head_offset and min(event.seeds) == FIRST_SEED:
+            raise MemoryError("no memory on this rank")
+        norms = event.key_norms()
+        try:
+            return event.mean_over_heads(norms)
+        except RuntimeError:
+            return norms
+
+
 FIRST_SEED = 0

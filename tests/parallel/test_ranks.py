@@ -141,8 +141,8 @@ def test_a_requests_policy_that_ranks_cannot_import_is_refused(two):
     mine = type("Mine", (Streaming,), {"name": "mine_of_requests", "__module__": "__main__"})
     registry.register(mine)
     params = [greedy(80), greedy(80, policy="mine_of_requests")]
-    good, refused = two.generate([[1], [2]], params, use_tqdm=False)
-    assert good.error is None
+    fine, refused = two.generate([[1], [2]], params, use_tqdm=False)
+    assert fine.error is None
     assert "policy='mine_of_requests': it is defined in the program itself" in refused.error
 
 
@@ -159,6 +159,20 @@ def test_what_fails_on_one_rank_fails_on_all(folder, combines, failed):
         assert llm.generate([[1, 2, 3]], greedy(80), use_tqdm=False)[0].error is None
     finally:
         llm.shutdown()
+
+
+def test_a_policy_that_catches_what_another_rank_brought_about(folder):
+    """It goes on alone; the ranks do not come apart."""
+    case = Case("tests.parallel.policies:CatchesAll")
+    alone, two = (engine(folder, case, tensor_parallel_size=n, debug=False, layer_stride=1) for n in (1, 2))
+    try:
+        prompts = [[1, 2, 3], [4, 5, 6]]
+        errors = [output.error for output in two.generate(prompts, greedy(80), use_tqdm=False) if output.error]
+        assert all("MemoryError: no memory on this rank" in error for error in errors)
+        assert errors
+        assert not answers(alone).differences(answers(two))
+    finally:
+        two.shutdown()
 
 
 def test_a_killed_rank_ends_the_engine(folder):

@@ -31,13 +31,8 @@ class BesideCollectives(Protocol):
     def agree(self) -> None:
         """Where a rank is done. Raises PeerFailed where another is not."""
 
-    def fail(self, place: int, *, is_told: bool) -> list[int]:
-        """Of all ranks, how far each has come; all call it once one has failed.
-
-        Args:
-            place: of this rank.
-            is_told: it failed since another did (PeerFailed), and need not tell.
-        """
+    def fail(self, place: int) -> list[int]:
+        """How far each rank has come, of which `place` is this one's; all call it once one has failed."""
 
 
 class Collectives(Protocol):

@@ -136,19 +136,24 @@ class HostCommunicator:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._size = dist.get_world_size(group)
+        self._failed: int | None = None
+        """A rank that has told that it failed, until this one comes to `fail`, whatever a policy does before."""
 
     def gather(self, x: Tensor) -> Tensor:
+        own = x.cpu().contiguous()  # may fail, and must not between what ranks do together
         self.agree()
-        return torch.stack(self._all(x.cpu().contiguous())).to(x.device)
+        return torch.stack(self._all(own)).to(x.device)
 
     def agree(self) -> None:
-        failed = [rank for rank, is_failed in enumerate(self._numbers(0)) if is_failed]
-        if failed:
-            raise PeerFailed(f"rank {failed[0]} failed")
+        if self._failed is None:
+            self._failed = next((rank for rank, is_failed in enumerate(self._numbers(0)) if is_failed), None)
+        if self._failed is not None:
+            raise PeerFailed(f"rank {self._failed} failed")
 
-    def fail(self, place: int, *, is_told: bool) -> list[int]:
-        if not is_told:
+    def fail(self, place: int) -> list[int]:
+        if self._failed is None:
             self._numbers(1)  # the others are in `agree`, or here
+        self._failed = None
         return self._numbers(place)
 
     def _numbers(self, own: int) -> list[int]:

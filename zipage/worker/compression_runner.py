@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zipage.eviction.fault import FAULTS, described, files_of, place_in, relative
 from zipage.eviction.policy import Policy
-from zipage.models.shard import WHOLE, PeerFailed, Shard
+from zipage.models.shard import WHOLE, Shard
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import CompressionOrder
 from zipage.worker.compression_batch import CompressionBatch, batches, check_orders
@@ -184,10 +184,9 @@ class CompressionRunner:
     def _fail_together(self, job: _Job) -> bool:
         """Tell the other ranks. Returns whether all have come equally far, so that what is left can be tried again."""
         error = job.error
-        cause = error.__cause__ if isinstance(error, PartlyCompressed) else error
         first_layer = _first_layer(error) if job.kept is None else self._spec.num_layers
         place = -1 if first_layer is None else first_layer
-        places = self._shard.collectives.fail(place, is_told=isinstance(cause, PeerFailed))
+        places = self._shard.collectives.fail(place)
         return set(places) == {place} and job.kept is None and _rests(job, error) is not None
 
     def poll(self, wait: bool = False) -> list[CompressionResult]:
