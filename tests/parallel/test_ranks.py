@@ -1,12 +1,15 @@
 """A model spread over processes answers as on one device, and ends with them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
+from importlib import import_module
 from multiprocessing import Pipe
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from zipage import LLM, SamplingParams, share_model
 from zipage.eviction import registry
 from zipage.eviction.policies.streaming import Streaming
 from zipage.parallel import messages as m
+from zipage.parallel import rank_group
 from zipage.parallel.rank import Outbox, Rank
 from zipage.parallel.ranked_worker import RankedCompressor, start_ranks
 from zipage.processes import Channel
@@ -137,9 +141,9 @@ def test_a_policy_that_fails_costs_its_request(folder, caplog):
         llm.shutdown()
 
 
-def test_a_requests_policy_that_ranks_cannot_import_is_refused(two):
+def test_a_requests_policy_that_ranks_cannot_import_is_refused(two, monkeypatch):
     mine = type("Mine", (Streaming,), {"name": "mine_of_requests", "__module__": "__main__"})
-    registry.register(mine)
+    monkeypatch.setitem(registry.POLICIES, mine.name, mine)
     params = [greedy(80), greedy(80, policy="mine_of_requests")]
     fine, refused = two.generate([[1], [2]], params, use_tqdm=False)
     assert fine.error is None
@@ -196,6 +200,24 @@ def test_a_killed_rank_ends_the_engine(folder):
     llm.shutdown()
 
 
+def test_a_rank_that_fails_is_named(folder, tmp_path, monkeypatch):
+    """Also where its error is one that, at the start, would be the user's to mend."""
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "vanishing_policy.py"
+    module.write_text(f"from {Streaming.__module__} import Streaming\nclass Vanishing(Streaming): name = 'vanishing'\n")
+    monkeypatch.setitem(registry.POLICIES, "vanishing", import_module(module.stem).Vanishing)
+    llm = engine(folder, ZIPAGE, tensor_parallel_size=2)
+    pids = pids_of(llm)
+    module.unlink()
+    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    with pytest.raises(
+        RuntimeError, match=r"^rank [01] failed: ModuleNotFoundError: No module named 'vanishing_policy'"
+    ):
+        llm.generate([[1]], greedy(80, policy="vanishing"), use_tqdm=False)
+    wait_for_end(pids)
+    llm.shutdown()
+
+
 def test_starts_that_fail(folder, tmp_path):
     with pytest.raises(ValueError, match=r"tensor_parallel_size=3: 4 query heads and 2 KV heads go on 1, 2, 4 ranks"):
         engine(folder, None, tensor_parallel_size=3)
@@ -214,6 +236,12 @@ def test_starts_that_fail(folder, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-64])
     with pytest.raises(ValueError, match="is not a complete safetensors file"):
         engine(broken, None, tensor_parallel_size=2)
+
+
+def test_a_long_load_is_no_hang(folder, monkeypatch):
+    monkeypatch.setattr(rank_group, "SILENCE", 0.01)
+    llm = engine(folder, None)
+    start_ranks(replace(llm.config, tensor_parallel_size=2)).close()
 
 
 def test_too_few_gpus(folder, monkeypatch):

@@ -15,7 +15,8 @@ from zipage.processes import Child, close_all, unpacked
 
 TARGET = "zipage.parallel.rank:run"
 SILENCE = 600.0
-"""Seconds without a word from any rank, while an answer is waited for, after which they are taken to hang."""
+"""Seconds without a word from any rank, while an answer is waited for, after which they are taken to hang; to load a
+model may take longer."""
 LOOK_FOR_DEAD = 2.0
 """Seconds to look for a rank that died, when another failed because of it."""
 
@@ -30,10 +31,14 @@ class RankGroup:
 
     Args:
         starts: the first message to each.
+
+    Attributes:
+        is_ready: all have started. Until then an error that the user can mend, such as a missing file, is raised as is.
     """
 
     def __init__(self, starts: list[m.Start]) -> None:
         self.children: list[Child] = []
+        self.is_ready = False
         self._inboxes: list[dict[type, deque[Any]]] = [defaultdict(deque) for _ in starts]
         self._failure: str | None = None
         try:
@@ -78,7 +83,7 @@ class RankGroup:
         """Sort what has come; wait so long for something to come."""
         self._check()
         ready = wait([child.channel for child in self.children], seconds)
-        if not ready and seconds == SILENCE:
+        if not ready and seconds == SILENCE and self.is_ready:
             self._end_with(f"no rank has answered for {SILENCE:.0f} seconds")
         for rank, child in enumerate(self.children):
             while child.channel in ready and child.channel.poll():
@@ -123,7 +128,7 @@ class RankGroup:
                     self._end_with(child.death())
             time.sleep(0.02)
         error = unpacked(failure.error, failure.traceback)
-        if isinstance(error, ValueError | OSError | ImportError):
+        if not self.is_ready and isinstance(error, ValueError | OSError | ImportError):
             self._end_with(str(error), error)
         self._end_with(
             f"{failed.name} failed: {first_line(error)}",

@@ -69,6 +69,7 @@ def start_ranks(config: EngineConfig) -> RankedWorker:
         group = RankGroup([m.Start(told, rank, *shared) for rank in range(size)])
         try:
             ready = group.take_all(m.Ready)
+            group.is_ready = True
         except BaseException:
             group.close(grace=0)
             raise
