@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 from contextlib import suppress
 from queue import SimpleQueue
@@ -34,6 +35,8 @@ def run(channel: Channel) -> None:
         _send_logs(outbox, start)
         with suppress(EOFError):
             _serve(channel, outbox, start)
+        # The other side does this too, unless it was killed.
+        shutil.rmtree(os.path.dirname(start.rendezvous), ignore_errors=True)
     except BaseException as error:
         outbox.send(m.Failure(*packed(error)))
     outbox.close()

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict, deque
 from contextlib import suppress
 from multiprocessing.connection import wait
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from zipage.eviction.fault import first_line
@@ -31,23 +32,25 @@ class RankGroup:
 
     Args:
         starts: the first message to each.
+        folder: where they find each other; removed with them.
 
     Attributes:
         is_ready: all have started. Until then an error that the user can mend, such as a missing file, is raised as is.
     """
 
-    def __init__(self, starts: list[m.Start]) -> None:
+    def __init__(self, starts: list[m.Start], folder: TemporaryDirectory) -> None:
         self.children: list[Child] = []
         self.is_ready = False
         self._inboxes: list[dict[type, deque[Any]]] = [defaultdict(deque) for _ in starts]
         self._failure: str | None = None
+        self._folder = folder
         try:
             for start in starts:
                 self.children.append(Child(f"rank {start.rank}", TARGET))
             for child, start in zip(self.children, starts, strict=True):
                 child.channel.send(start)
         except BaseException:
-            close_all(self.children, grace=0)
+            self._end(grace=0)
             raise
 
     def tell(self, message: Any) -> None:
@@ -92,7 +95,13 @@ class RankGroup:
     def close(self, grace: float = 10.0) -> None:
         """End the processes."""
         self._failure = self._failure or "its ranks were ended"
-        close_all(self.children, grace)
+        self._end(grace)
+
+    def _end(self, grace: float) -> None:
+        try:
+            close_all(self.children, grace)
+        finally:
+            self._folder.cleanup()
 
     def _sort(self, rank: int, child: Child) -> None:
         try:
@@ -139,7 +148,7 @@ class RankGroup:
     def _end_with(self, failure: str, error: BaseException | None = None, cause: BaseException | None = None) -> None:
         self._failure = failure
         with suppress(OSError):
-            close_all(self.children, grace=0)
+            self._end(grace=0)
         if error is None:
             raise RuntimeError(failure)
         raise error from (cause or error.__cause__)

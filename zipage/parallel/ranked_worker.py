@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import tempfile
 import time
 from collections import deque
@@ -56,25 +55,22 @@ def start_ranks(config: EngineConfig) -> RankedWorker:
             f"policy={config.policy!r}: it is defined in the program itself, which the processes of "
             f"tensor_parallel_size={size} do not run: put it into a module, and give 'module:Class'"
         )
-    folder = tempfile.mkdtemp(prefix="zipage-")
+    folder = tempfile.TemporaryDirectory(prefix="zipage-")
+    # Where a debug run checks that ranks keep the same entries, they tell which.
+    told = replace(config, device=device, trace_positions=config.trace_positions or config.debug)
+    shared = (
+        os.path.join(folder.name, "rendezvous"),
+        registry.locations(),
+        max(1, torch.get_num_threads() // size),
+        logging.getLogger("zipage").getEffectiveLevel(),
+    )
+    group = RankGroup([m.Start(told, rank, *shared) for rank in range(size)], folder)
     try:
-        # Where a debug run checks that ranks keep the same entries, they tell which.
-        told = replace(config, device=device, trace_positions=config.trace_positions or config.debug)
-        shared = (
-            os.path.join(folder, "rendezvous"),
-            registry.locations(),
-            max(1, torch.get_num_threads() // size),
-            logging.getLogger("zipage").getEffectiveLevel(),
-        )
-        group = RankGroup([m.Start(told, rank, *shared) for rank in range(size)])
-        try:
-            ready = group.take_all(m.Ready)
-            group.is_ready = True
-        except BaseException:
-            group.close(grace=0)
-            raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        ready = group.take_all(m.Ready)
+        group.is_ready = True
+    except BaseException:
+        group.close(grace=0)
+        raise
     return RankedWorker(config, group, spec, device, ready)
 
 
