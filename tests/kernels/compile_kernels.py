@@ -22,9 +22,7 @@ from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill_triton import paged_prefill_triton
-from kernels.peers import Peers
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
-from kernels.reduce_add_rms_norm_triton import reduce_add_rms_norm_triton
 from kernels.redundancy_triton import redundancy_triton
 from kernels.sample_from_logits_triton import sample_from_logits_triton
 from kernels.select_triton import select_triton
@@ -99,8 +97,6 @@ def compile_view_kernels(apart: bool) -> None:
 def compile_other_kernels() -> None:
     hidden = floats(TOKENS, 256)
     add_rms_norm_triton(hidden, hidden, hidden[0], 1e-6)
-    parts, signals = [hidden] * 4, [torch.zeros(TOKENS, 4, dtype=torch.int32)] * 4
-    reduce_add_rms_norm_triton(Peers.of(parts, 1, signals), hidden, hidden[0], 1e-6)
     silu_mul_triton(hidden)
     angles = torch.zeros(TOKENS, 1, DIM)
     qkv, weight = floats(TOKENS, (GROUP + 2) * HEADS * DIM), floats(DIM)

@@ -6,11 +6,8 @@ import torch
 from kernels.add_rms_norm import add_rms_norm_reference, add_rms_norm_torch
 from kernels.add_rms_norm_triton import add_rms_norm_triton
 from kernels.cache_view import shared
-from kernels.peers import Peers
 from kernels.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_torch
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
-from kernels.reduce_add_rms_norm import reduce_add_rms_norm, reduce_add_rms_norm_reference
-from kernels.reduce_add_rms_norm_triton import reduce_add_rms_norm_triton
 from kernels.silu_mul import silu_mul_reference, silu_mul_torch
 from kernels.silu_mul_triton import silu_mul_triton
 from kernels.store_step import store_step_reference, store_step_torch
@@ -76,47 +73,6 @@ def test_the_norm_is_of_the_rounded_sum_and_rounded_once(dtype):
     out = add_rms_norm_reference(hidden, delta, weight, EPS)
     assert torch.equal(hidden, summed)
     assert_rounded_alike(out, expected)
-
-
-REDUCE = {"triton": reduce_add_rms_norm_triton, "torch": reduce_add_rms_norm}
-
-
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-@pytest.mark.parametrize(("tokens", "width", "ranks"), [(1, 384, 2), (3, 896, 4), (2, 5, 3), (0, 64, 2)])
-def test_reduce_add_rms_norm(backend, dtype, tokens, width, ranks, poisoned_empty):
-    device = device_of(backend)
-    parts = [rows(tokens + 2, width, dtype, device) for _ in range(ranks)]
-    hidden, weight = rows(tokens, width, dtype, device, 16), torch.randn(width).to(device, dtype)
-    total = sum(part[:tokens].double() for part in parts) + hidden.double()
-    expected_hidden, sums = hidden.clone(), []
-    expected = reduce_add_rms_norm_reference(Peers.of(parts, 0), expected_hidden, weight, EPS)
-    for rank in range(ranks):
-        sums.append(hidden.clone())
-        out = REDUCE[backend](Peers.of(parts, rank), sums[-1], weight, EPS)
-        assert_rounded_alike(out, expected)
-    assert all(torch.equal(each, sums[0]) for each in sums), "every rank has the same sum, to the last bit"
-    assert_rounded_alike(sums[0], expected_hidden)
-    torch.testing.assert_close(expected_hidden.double(), total, rtol=torch.finfo(dtype).eps, atol=1e-5)
-
-
-@pytest.mark.parametrize(("backend", "dtype"), [case for case in BACKENDS if case.values[0] == "triton"][:1])
-def test_ranks_tell_each_other_that_their_parts_are_written(backend, dtype):
-    """As rank 1 of 3 sees it: the others' signals are taken back, and its own are set with them."""
-    device = device_of(backend)
-    parts = [rows(2, 64, dtype, device) for _ in range(3)]
-    signals = [torch.zeros(2, 3, dtype=torch.int32, device=device) for _ in range(3)]
-    signals[1][:, [0, 2]] = 1
-    hidden, weight = rows(2, 64, dtype, device), torch.ones(64).to(device, dtype)
-    expected = reduce_add_rms_norm_reference(Peers.of(parts, 1), hidden.clone(), weight, EPS)
-    assert_rounded_alike(REDUCE[backend](Peers.of(parts, 1, signals), hidden, weight, EPS), expected)
-    assert signals[1].tolist() == [[0, 0, 0]] * 2
-    assert signals[0].tolist() == signals[2].tolist() == [[0, 1, 0]] * 2
-
-
-def test_a_part_with_too_few_rows_is_refused():
-    parts = [torch.zeros(2, 8), torch.zeros(2, 8)]
-    with pytest.raises(ValueError, match="parts has rows 2: give at least hidden's 3"):
-        reduce_add_rms_norm(Peers.of(parts, 0), torch.zeros(3, 8), torch.ones(8), EPS)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,14 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.add_rms_norm import add_rms_norm
-from kernels.peers import Peers
-from kernels.reduce_add_rms_norm import reduce_add_rms_norm
 from zipage.models.shard import PeerFailed
 
 logger = logging.getLogger(__name__)
 
-FUSED_ROWS = 256
-"""Rows up to which each rank sums all of them and normalises, in one kernel. Beyond, the sums are divided up."""
 TWO_SHOT_DTYPES = (torch.bfloat16, torch.float32)
 ALIGNMENT = 16
 """Bytes that a rank's part of a two-shot sum is a multiple of."""
@@ -40,11 +35,9 @@ def join(rank: int, size: int, rendezvous: str, device: torch.device) -> None:
 class Communicator:
     """`zipage.models.shard.Collectives` of the forward pass.
 
-    Where the GPUs of a host can share memory (`reserve`), partial sums are written where all others read them. For the
-    few rows of a decode each rank then reads all of them and normalises its own sum, which takes less than a third of
-    the time of NCCL's all-reduce and the norm behind it; for many, each sums a part, and all read the sums ("two-shot",
-    PyTorch's). There are two places, used in turn: that the others have read one is known when they have written the
-    other.
+    Where the GPUs of a host can share memory (`reserve`), a rank writes its part of a product where the others read it;
+    each sums a part of the rows, and all read the sums ("two-shot", PyTorch's). For the few rows of a decode that takes
+    less time than NCCL's all-reduce.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -52,42 +45,27 @@ class Communicator:
         self._device = device
         self._size = dist.get_world_size(group)
         self._places: list[Tensor] = []
-        self._peers: list[Peers] = []
 
     def reserve(self, rows: int, width: int, dtype: torch.dtype) -> None:
         """Share memory for sums of up to [rows, width] of `dtype`, where the GPUs can. All ranks call it together."""
-        if self._device.type != "cuda":
+        if self._device.type != "cuda" or dtype not in TWO_SHOT_DTYPES:
             return
+        import torch.distributed._symmetric_memory as symmetric_memory
+
         try:
-            places = [self._shared((rows, width), dtype) for _ in range(2)]
-            signals = self._shared((FUSED_ROWS, self._size), torch.int32)
+            places = [symmetric_memory.empty(rows * width, dtype=dtype, device=self._device) for _ in range(2)]
+            for place in places:
+                symmetric_memory.rendezvous(place, group=self._group)
         except RuntimeError as error:
             logger.warning("sums go through NCCL, since the GPUs cannot share memory (%s)", str(error).split("\n")[0])
             return
-        rank = dist.get_rank(self._group)
-        signals[rank].zero_()
-        torch.cuda.synchronize(self._device)
-        dist.barrier(self._group)
-        self._places = [place[rank] for place in places]
-        self._peers = [Peers.of([part[:FUSED_ROWS] for part in place], rank, signals) for place in places]
-
-    def _shared(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-        """Memory of each rank, as this one sees it."""
-        import torch.distributed._symmetric_memory as symmetric_memory
-
-        own = symmetric_memory.empty(math.prod(shape), dtype=dtype, device=self._device)
-        handle = symmetric_memory.rendezvous(own, group=self._group)
-        ranks = range(self._size)
-        rank = dist.get_rank(self._group)
-        return [own.view(shape) if r == rank else handle.get_buffer(r, shape, dtype) for r in ranks]
+        self._places = [place.view(rows, width) for place in places]
 
     def product(self, x: Tensor, weight: Tensor, place: int) -> Tensor:
         out = self._room(place, (len(x), len(weight)), x.dtype)
         return x @ weight.t() if out is None else torch.mm(x, weight.t(), out=out)
 
     def add_rms_norm(self, hidden: Tensor, part: Tensor, place: int, weight: Tensor, eps: float) -> Tensor:
-        if self._peers and len(hidden) <= FUSED_ROWS and self._is_in(part, place):
-            return reduce_add_rms_norm(self._peers[place], hidden, weight, eps)
         return add_rms_norm(hidden, self._sum(part, self._is_in(part, place)), weight, eps)
 
     def reduce(self, x: Tensor) -> Tensor:
@@ -118,7 +96,7 @@ class Communicator:
     def _sum(self, x: Tensor, is_shared: bool) -> Tensor:
         """Over all ranks, in place."""
         even = x.numel() * x.itemsize % (ALIGNMENT * self._size) == 0 and x.numel() > 0
-        if is_shared and even and x.dtype in TWO_SHOT_DTYPES:
+        if is_shared and even:
             torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", self._group.group_name)
         else:
             dist.all_reduce(x, group=self._group)

@@ -130,7 +130,7 @@ def test_committed_benchmarks_keep_their_ids():
     found = {}
     for rows in (ROOT / "results" / "records").rglob(records.ROWS):
         config, origin = records.read_config(rows.parent), json.loads((rows.parent / records.PROVENANCE).read_text())
-        (device,) = origin["hardware"]["gpus"]
+        (device,) = set(origin["hardware"]["gpus"])
         name = config["scenario"]["name"]
         found[rows.parent.name] = records.benchmark_id(name, config, inputs=origin["inputs"], device=device)
     assert found == BENCHMARK_IDS
@@ -157,6 +157,9 @@ BENCHMARK_IDS = {
     "engine_bench_pressure_h100": "engine_bench-df396adc5e5c",
     "engine_bench_short_256_h100": "engine_bench-528d8db6cb7e",
     "engine_bench_short_h100": "engine_bench-830ba3a1f855",
+    "one_gpu": "engine_bench-e670a65b5a50",
+    "two_gpus": "engine_bench-2d7a6185df03",
+    "four_gpus": "engine_bench-9792d05144ac",
     "kernels_scenario_h100": "kernels-ff324622f983",
 }
 
