@@ -24,6 +24,7 @@ from experiments.config.explain import explain
 from experiments.config.flags import DRY_RUN, arranged
 from experiments.config.known import is_text
 from experiments.config.overrides import as_written
+from experiments.config.schema import LauncherConfig
 from experiments.errors import LateInterrupt, RunError, UsageError
 from experiments.paths import CONF
 from experiments.running import job, lifeline, sweep
@@ -95,6 +96,8 @@ def _recorded(done: int, several: bool) -> str:
 def _run(config: DictConfig, backends: Mapping[str, BackendFactory], said: set[str]) -> int:
     def act() -> None:
         experiment = build(config)
+        if experiment.launcher != LauncherConfig():
+            raise UsageError(f"launcher={experiment.launcher.name}: launches the arms of a +sweep=NAME, not one run")
         (job if experiment.scenario.kind in SERVED else bench).run(experiment, backends)
 
     return exit_code(act, said)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import socket
@@ -73,7 +74,7 @@ class Claim:
             if not _stands(self._chain):  # it was lost, and who took it over is done already
                 end.unlink(missing_ok=True)
             else:  # from here no one can take it over
-                left = sorted(self._run.parent.glob(f"{FOLDER}/{self._run.name}.{'[0-9a-f]' * 12}"))
+                left = sorted(self._run.parent.glob(f"{FOLDER}/{glob.escape(self._run.name)}.{'[0-9a-f]' * 12}*"))
                 # The first of the chain goes first: without it, what follows it means nothing.
                 for path in (self._chain[0][0], *(path for path in left if path != end), end):
                     path.unlink(missing_ok=True)
@@ -104,7 +105,7 @@ def take(run: Path, worker: str = "") -> Claim | None:
                     return Claim(run, chain)
                 path.unlink(missing_ok=True)  # what it was to follow was given back meanwhile
             elif (owner := _read(path)) is not None:
-                if _is_alive(owner, _now(draft)):
+                if _is_alive(run, owner, _now(draft)):
                     return None
                 chain.append((path, owner["token"]))
                 path = _after(run, owner["token"])
@@ -116,12 +117,20 @@ def take(run: Path, worker: str = "") -> Claim | None:
 def hold(run: Path) -> Iterator[str]:
     """Have the claim on a run, for which this waits; it is there already where this process works for its owner.
 
+    Then the owner is not lost before this process has ended too.
+
     Yields:
         The claim's token.
     """
     given = os.environ.get(VARIABLE)
-    if given is not None and (owner := holder(run)) is not None and owner["token"] == given:
-        yield given
+    if given is not None and is_mine(run, given):
+        with _draft(run, "") as (draft, _):
+            helper = _after(run, f"{given}-{os.getpid()}")
+            _link(draft, helper)
+        try:
+            yield given
+        finally:
+            helper.unlink(missing_ok=True)
         return
     pause = 0.05
     while (claim := take(run)) is None:
@@ -207,11 +216,13 @@ def _now(draft: Path) -> float:
     return draft.stat().st_mtime
 
 
-def _is_alive(owner: dict[str, Any], now: float) -> bool:
+def _is_alive(run: Path, owner: dict[str, Any], now: float) -> bool:
     if now - owner["beat"] > LOST:
         return False
-    here = owner["machine"] is not None and owner["machine"] == _machine()
-    return not here or _begun(owner["pid"]) == owner["begun"]
+    if owner["machine"] is None or owner["machine"] != _machine():
+        return True
+    helpers = run.parent.glob(f"{FOLDER}/{glob.escape(run.name)}.{owner['token']}-*")
+    return any(one is not None and _begun(one["pid"]) == one["begun"] for one in (owner, *map(_read, helpers)))
 
 
 def _machine() -> str | None:

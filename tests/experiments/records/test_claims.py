@@ -78,6 +78,32 @@ def test_a_process_that_has_ended_here_is_lost_at_once(run):
     assert files(run) == []
 
 
+def test_what_works_for_a_process_that_has_ended_here_holds_its_claim(run):
+    """As an arm does in the seconds that it takes to follow its sweep."""
+    code = f"""
+import os, time
+from pathlib import Path
+from experiments.records import claims
+run = Path({str(run)!r})
+claim = claims.take(run)
+if os.fork() == 0:
+    os.environ[claims.VARIABLE] = claim.token
+    with claims.hold(run):
+        os.close(1)
+        run.with_name("works").touch()
+        while not run.with_name("end").exists():
+            time.sleep(0.01)
+    os._exit(0)
+while not run.with_name("works").exists():
+    time.sleep(0.01)
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert claims.take(run) is None
+    run.with_name("end").touch()
+    wait_for(lambda: claims.take(run) is not None)
+
+
 def test_a_claim_that_the_crash_of_a_machine_left_empty_is_lost_in_time(run):
     elsewhere(run)
     (run.parent / claims.FOLDER / run.name).write_text("")
