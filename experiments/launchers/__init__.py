@@ -6,22 +6,47 @@ Whichever it is, what is done is known by run ids in one folder, and whoever run
 from __future__ import annotations
 
 import contextlib
+import importlib
+import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from uuid import uuid4
 
 from experiments.config.schema import Experiment, LauncherConfig
 from experiments.errors import UsageError
 from experiments.launchers.local import Local, visible_gpus
 from experiments.launchers.task import Commands, Launcher, gpus_of
+from experiments.records import SWEEPS
 
 
 @contextlib.contextmanager
-def open_launcher(config: LauncherConfig, commands: Commands, arms: Sequence[Experiment]) -> Iterator[Launcher]:
+def open_launcher(
+    config: LauncherConfig, commands: Commands, arms: Sequence[Experiment], shares: bool = False
+) -> Iterator[Launcher]:
     """The launcher for the arms of a sweep.
+
+    Args:
+        shares: whether arms share a loaded model.
 
     Raises:
         UsageError: it can't be had, or an arm can't run there.
     """
-    yield _local(config, commands, arms)
+    if config.name == "local":
+        yield _local(config, commands, arms)
+        return
+    if config.name == "ray" and shares:
+        raise UsageError("+share_model=true: tasks of launcher=ray share nothing; leave it out")
+    remote = importlib.import_module(f"experiments.launchers.{config.name}")
+    folder = Path(arms[0].results_dir).expanduser().resolve() / SWEEPS / f"launch-{uuid4().hex[:8]}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: can't be written: {error.strerror or error}") from error
+    try:
+        with remote.connected(config, commands, arms, folder) as launcher:
+            yield launcher
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _local(config: LauncherConfig, commands: Commands, arms: Sequence[Experiment]) -> Local:

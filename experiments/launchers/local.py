@@ -7,7 +7,6 @@ machines, may work on the same arms. The process that makes the run works under 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -73,13 +72,15 @@ class Local:
         gpus: to share out, if there are any; a lone worker leaves that to the arm.
         workers: arms at once at most.
         place: the beginning of the workers' names.
-        patience: seconds for which this waits for arms that other processes make; then it leaves those to them.
+        waits: for arms that other processes make; else this leaves them to those that give a sign of life.
     """
 
+    accelerator = None
+
     def __init__(
-        self, commands: Commands, gpus: Sequence[str], workers: int, place: str = "", patience: float = math.inf
+        self, commands: Commands, gpus: Sequence[str], workers: int, place: str = "", waits: bool = True
     ) -> None:
-        self._commands, self._gpus, self._place, self._patience = commands, gpus, place, patience
+        self._commands, self._gpus, self._place, self._waits = commands, gpus, place, waits
         several = workers > 1
         self._slots = [Slot(f"worker {n + 1}" if several and not gpus else "") for n in range(workers)]
         self._blocked: dict[int, float] = {}
@@ -88,27 +89,26 @@ class Local:
     def run(self, tasks: Sequence[Task], report: Report) -> None:
         # The largest first: smaller ones fill what is left, and none waits for many GPUs to be free at once.
         waiting = sorted(tasks, key=lambda task: -task.gpus)
-        ticked = moved = time.monotonic()
-        said = False
+        ticked, beats = time.monotonic(), {}
         try:
             while waiting or self._busy:
                 while self._start_one(waiting, report):
                     pass
-                if self._busy:
-                    moved = time.monotonic()
-                elif time.monotonic() - moved > self._patience:
-                    return
-                elif waiting and not said:
-                    said = True
-                    report.note(f"other processes are making what is to go ({len(waiting)}): waiting for them")
                 time.sleep(PAUSE)
-                now = time.monotonic()
-                each_second = now - ticked > 1.0
+                each_second = time.monotonic() - ticked > 1.0
                 for slot in self._busy:
                     self._look_at(slot, report, each_second)
-                if each_second:
-                    report.tick()
-                    ticked = now
+                if not each_second:
+                    continue
+                ticked = time.monotonic()
+                report.tick()
+                if self._busy or not waiting:
+                    beats = {}
+                elif not beats:
+                    report.note(f"other processes are making what is to go ({len(waiting)}): waiting for them")
+                    beats = {task.number: _beat(task) for task in waiting}
+                elif not self._waits and all(_beat(task) not in (None, beats[task.number]) for task in waiting):
+                    return
         except BaseException:
             self._stop()
             raise
@@ -229,6 +229,12 @@ class Local:
         for slot in busy:
             slot.running.claim.release()
             self._free(slot)
+
+
+def _beat(task: Task) -> float | None:
+    """The latest sign of life of the process that makes the run; None where there is none."""
+    owner = claims.holder(task.folder)
+    return None if owner is None else owner["beat"]
 
 
 def log_of(folder: Path) -> Path:

@@ -62,7 +62,13 @@ class Report(Protocol):
 
 
 class Launcher(Protocol):
-    """Runs arms somewhere."""
+    """Runs arms somewhere.
+
+    Attributes:
+        accelerator: the GPU there, as torch names it, or "cpu"; None: this machine's.
+    """
+
+    accelerator: str | None
 
     def run(self, tasks: Sequence[Task], report: Report) -> None:
         """Run arms, each of which ends or fails. Whatever ends this ends all of them."""

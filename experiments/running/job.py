@@ -116,6 +116,7 @@ class Job:
 
     Attributes:
         memory: a line on the budget, where it comes of another policy's bytes.
+        accelerator: where it will run, as `provenance.device_name` tells it there; None: here.
     """
 
     experiment: Experiment
@@ -124,6 +125,7 @@ class Job:
     model: LocalModel
     command: Sequence[str] | None = None
     memory: str | None = None
+    accelerator: str | None = None
 
     @cached_property
     def notes(self) -> list[str]:
@@ -150,7 +152,11 @@ class Job:
 
     @cached_property
     def run_id(self) -> str:
-        device = provenance.device_name(self.experiment.hardware.device)
+        device = self.experiment.hardware.device
+        if device == "cpu" or self.accelerator is None:
+            device = provenance.device_name(device)
+        else:
+            device = self.accelerator
         own = sources.own_policies(self.experiment)
         template = Path(self.experiment.model.chat_template).expanduser()
         if template.is_file():

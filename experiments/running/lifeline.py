@@ -56,6 +56,8 @@ def watch() -> None:
     """
     descriptor = os.environ.pop(VARIABLE, None)  # not for children of this process: each has a lifeline of its own
     if descriptor is not None:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm's to a job is the parent's to answer
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # Ray blocks it in what it starts
         os.set_inheritable(int(descriptor), False)
         threading.Thread(target=_end_with, args=(int(descriptor),), name="lifeline", daemon=True).start()
 

@@ -6,11 +6,12 @@ that was, goes on when it is started again. Its processes end with it, also when
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from statistics import mean
@@ -22,7 +23,7 @@ from experiments.backends import BackendFactory
 from experiments.command_line import INTERRUPTED
 from experiments.config.arms import Arm, expand
 from experiments.config.compose import load_experiment
-from experiments.config.schema import Experiment, LauncherConfig
+from experiments.config.schema import Experiment
 from experiments.errors import UsageError
 from experiments.launchers import open_launcher
 from experiments.launchers.task import Commands, Launcher, Task, gpus_of
@@ -64,13 +65,15 @@ def run(
     shares, arguments = _asks_to_share(arguments)
     sweep = None
     try:
-        arms = plan(names, arguments, backends)
-        sweep = Sweep("+".join(Path(name).stem for name in names), arms, shares)
+        name, jobs = "+".join(Path(name).stem for name in names), prepare(names, arguments, backends)
+        config = jobs[0][1].experiment.launcher
         if dry_run:
-            sweep.print_plan()
+            Sweep(name, place(names, jobs, config.accelerator)).print_plan()
             return 0
         commands = Commands(tuple(child), tuple(worker))
-        with open_launcher(arms[0].experiment.launcher, commands, [arm.experiment for arm in arms]) as launcher:
+        with open_launcher(config, commands, [job.experiment for _, job in jobs], shares) as launcher:
+            arms = place(names, jobs, launcher.accelerator)
+            sweep = Sweep(name, arms, shares)
             sweep.write()
             return sweep.run(launcher)
     except KeyboardInterrupt:
@@ -118,33 +121,56 @@ class PlannedRun:
 
 
 def plan(names: Sequence[str], arguments: Sequence[str], backends: Mapping[str, BackendFactory]) -> list[PlannedRun]:
-    """Compose and check every arm, without loading a model. Arms that mean the same run are one.
+    """The arms of joined sweeps as they are run here.
 
     Raises:
         UsageError: an arm can't be run as asked; the line names the sweep, the arm and the option.
     """
+    return place(names, prepare(names, arguments, backends))
+
+
+def prepare(
+    names: Sequence[str], arguments: Sequence[str], backends: Mapping[str, BackendFactory]
+) -> list[tuple[Arm, job.Job]]:
+    """Compose and check every arm, without loading a model. Raises as `plan`."""
     problems, model = remembered(load_problems), remembered(find_model)
-    planned: dict[Path, PlannedRun] = {}
-    launchers: list[LauncherConfig] = []
+    jobs = []
     for number, overrides in enumerate(expand(names, arguments), 1):
-        try:
-            experiment = load_experiment(overrides)
-            launchers.append(experiment.launcher)
-            prepared = job.prepare(experiment, backends, problems, model)
+        with _named(names, number, overrides):
+            jobs.append((overrides, job.prepare(load_experiment(overrides), backends, problems, model)))
+    for option in ("results_dir", "launcher"):
+        if len({repr(getattr(job.experiment, option)) for _, job in jobs}) > 1:
+            raise UsageError(f"sweep {', '.join(names)}: {option}: must be one for all arms")
+    return jobs
+
+
+def place(
+    names: Sequence[str], jobs: Sequence[tuple[Arm, job.Job]], accelerator: str | None = None
+) -> list[PlannedRun]:
+    """Where the arms' records lie, and what there is of them. Arms that mean the same run are one. Raises as `plan`.
+
+    Args:
+        accelerator: where they are run (see `job.Job`).
+    """
+    planned: dict[Path, PlannedRun] = {}
+    for number, (overrides, prepared) in enumerate(jobs, 1):
+        with _named(names, number, overrides):
+            prepared = replace(prepared, accelerator=accelerator)
             folder = prepared.folder
             if folder not in planned:
                 standing, notes = prepared.standing, tuple(prepared.notes)
                 own = tuple(override for override in overrides if not _launches(override))
                 planned[folder] = PlannedRun(own, prepared.experiment, folder, standing, notes)
-        except UsageError as error:
-            raise UsageError(f"sweep {', '.join(names)}: arm {number} ({' '.join(overrides)}): {error}") from error
-    for option, values in (
-        ("results_dir", {arm.folder.parent for arm in planned.values()}),
-        ("launcher", {repr(launcher) for launcher in launchers}),
-    ):
-        if len(values) > 1:
-            raise UsageError(f"sweep {', '.join(names)}: {option}: must be one for all arms")
     return list(planned.values())
+
+
+@contextlib.contextmanager
+def _named(names: Sequence[str], number: int, overrides: Arm) -> Iterator[None]:
+    """Makes a UsageError name the sweep and the arm."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"sweep {', '.join(names)}: arm {number} ({' '.join(overrides)}): {error}") from error
 
 
 def _launches(override: str) -> bool:
