@@ -42,11 +42,13 @@ def open_launcher(
         folder.mkdir(parents=True)
     except OSError as error:
         raise UsageError(f"{folder}: can't be written: {error.strerror or error}") from error
-    try:
-        with remote.connected(config, commands, arms, folder) as launcher:
-            yield launcher
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            launcher = stack.enter_context(remote.connected(config, commands, arms, folder))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        yield launcher
 
 
 def _local(config: LauncherConfig, commands: Commands, arms: Sequence[Experiment]) -> Local:

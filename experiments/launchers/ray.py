@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -31,7 +32,7 @@ def connected(config: LauncherConfig, commands: Commands, arms: Sequence[Experim
     """A launcher on the cluster at `config.address`, or on one of this machine that ends with this.
 
     Args:
-        folder: of a board.
+        folder: of a board, which ends with this.
     """
     try:
         import ray
@@ -51,6 +52,7 @@ def connected(config: LauncherConfig, commands: Commands, arms: Sequence[Experim
         yield Ray(ray, config, commands, _accelerator(ray, config, arms), folder)
     finally:
         ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
