@@ -25,6 +25,7 @@ from experiments.config.explain import explain
 from experiments.config.flags import DRY_RUN, arranged
 from experiments.config.known import is_text
 from experiments.config.overrides import as_written
+from experiments.config.schema import LauncherConfig
 from experiments.errors import LateInterrupt, RunError, UsageError
 from experiments.paths import CONF
 from experiments.records import load_runs
@@ -107,6 +108,8 @@ def _run(config: DictConfig, backends: Mapping[str, BackendFactory], said: set[s
 
     def act() -> None:
         experiment = build(config)
+        if experiment.launcher != LauncherConfig():
+            raise UsageError(f"launcher={experiment.launcher.name}: launches the arms of a +sweep=NAME, not one run")
         if experiment.scenario.kind not in SERVED:
             bench.run(experiment, backends)
         elif folders is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config.compose import load_experiment
-from experiments.config.schema import HOMES, ModelConfig, to_dict
+from experiments.config.schema import HOMES, LauncherConfig, ModelConfig, to_dict
 from experiments.workloads import GENERATORS
 from zipage import EngineConfig, SamplingParams
 from zipage.eviction import registry
@@ -55,7 +55,9 @@ NO_OPTIONS = {
 @cache
 def options() -> frozenset[str]:
     """Names of all options, as they are written in Python and on the command line."""
-    names = {f.name for cls in (EngineConfig, SamplingParams, ModelConfig) for f in fields(cls)} | set(HOMES.values())
+    names = {f.name for cls in (EngineConfig, SamplingParams, ModelConfig, LauncherConfig) for f in fields(cls)} | set(
+        HOMES.values()
+    )
     for name in registry.POLICIES:
         names |= set(registry.find(name).known_options())
     for generator in GENERATORS.values():

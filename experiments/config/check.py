@@ -19,6 +19,14 @@ SERVED = ("serve", "fidelity")
 KINDS = (*SERVED, "kernels", "engine_bench")
 OF_TURNS, OF_CHAINS = ("turns", "none"), ("chain", "none")
 """Graders that can read conversations, and chains of questions: their golds are lists."""
+LAUNCHERS = ("local", "ray", "slurm")
+LAUNCHED = {
+    "accelerator": ("ray", "slurm"),
+    "cpus": ("ray", "slurm"),
+    "address": ("ray",),
+    **dict.fromkeys(("gpus", "partition", "timeout", "array_parallelism", "parameters", "cluster"), ("slurm",)),
+}
+"""Options of a launcher, and which launchers have them."""
 
 
 def check(experiment: Experiment) -> None:
@@ -31,6 +39,7 @@ def check(experiment: Experiment) -> None:
     turns = workload.turns is not None
     sampling, fidelity = experiment.sampling, scenario.kind == "fidelity"
     serve, repeats = scenario.kind in SERVED, scenario.repeats
+    launcher = experiment.launcher
     own = sampling.policy is not None or sampling.budget_tokens is not None
     bounded = experiment.policy.name != "full" and serve and not own
     for option, ok, what in (
@@ -71,6 +80,20 @@ def check(experiment: Experiment) -> None:
         ("tracking.project", WANDB_PROJECT.fullmatch(tracking.project), f"of wandb's form, {WANDB_PROJECT.pattern}"),
         ("tracking.group", tracking.group is None or 1 <= len(tracking.group) <= 128, "1 to 128 characters, or null"),
         ("tracking.tags", all(1 <= len(tag) <= 64 for tag in tracking.tags), "tags of 1 to 64 characters"),
+        ("launcher.name", launcher.name in LAUNCHERS, " or ".join(LAUNCHERS)),
+        *(
+            (f"launcher.{name}", launcher.name in owners or not getattr(launcher, name), f"left out: {_only(owners)}")
+            for name, owners in LAUNCHED.items()
+        ),
+        *(
+            (
+                f"launcher.{name}",
+                getattr(launcher, name) is None or getattr(launcher, name) >= least,
+                f"{least} or more",
+            )
+            for name, least in (("workers", 1), ("cpus", 1), ("gpus", 0), ("timeout", 1), ("array_parallelism", 1))
+        ),
+        ("launcher.cluster", launcher.cluster in (None, "slurm", "local"), "slurm or local"),
         ("hardware.threads", threads is None or threads >= 1, "at least 1, or null for torch's choice"),
     ):
         if not ok:
@@ -83,3 +106,7 @@ def check(experiment: Experiment) -> None:
             cls(**options)
         except ValueError as error:
             raise UsageError(f"{group}: {error}") from error
+
+
+def _only(launchers: tuple[str, ...]) -> str:
+    return f"only launcher={' and launcher='.join(launchers)} {'has' if len(launchers) == 1 else 'have'} it"

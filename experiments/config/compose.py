@@ -36,6 +36,7 @@ def register() -> None:
         schema.workload.options,
         schema.workload.parts,
         schema.scenario.options,
+        schema.launcher.parameters,
         schema.model.chat_template_options,
     ):
         OmegaConf.set_struct(free, False)

@@ -236,6 +236,37 @@ class HardwareConfig:
 
 
 @dataclass(frozen=True)
+class LauncherConfig:
+    """Where the arms of a sweep are run, and how many at once; it decides nothing of what they measure.
+
+    Attributes:
+        name: "local", "ray" or "slurm" (see `experiments.launchers`).
+        workers: arms at once at most: processes, Ray tasks, or jobs of the array. None: one a visible GPU, as many as
+            the Ray cluster has room for, or a job an arm.
+        accelerator: the nodes' GPU as run ids have it (torch's name), or "cpu"; None asks a node.
+        address: of a running Ray cluster, or "auto"; None starts one on this machine.
+        cpus: of each Ray task or job.
+        gpus: of each job; None: as many as the arm takes that takes the most. A job with more runs arms side by side.
+        partition, timeout: of the jobs; `timeout` in minutes.
+        array_parallelism: jobs at once at most.
+        parameters: other options of sbatch, such as {account: mine, constraint: h100}.
+        cluster: submitit's: "slurm", or "local", which runs the jobs on this machine.
+    """
+
+    name: str = "local"
+    workers: int | None = None
+    accelerator: str | None = None
+    address: str | None = None
+    cpus: int | None = None
+    gpus: int | None = None
+    partition: str | None = None
+    timeout: int | None = None
+    array_parallelism: int | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    cluster: str | None = None
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One run.
 
@@ -256,6 +287,7 @@ class Experiment:
     scenario: ScenarioConfig = field(default_factory=ScenarioConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     backend: str = "zipage"
     limit: int | None = None
     seed: int = 0
@@ -270,11 +302,11 @@ def engine_options(experiment: Experiment, model_path: str) -> dict[str, Any]:
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:
-    """The options as plain nested dictionaries, lists and scalars."""
+    """The options of the run as plain nested dictionaries, lists and scalars: all but the sweep's, which launch it."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: plain(inner) for key, inner in value.items()}
         return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
-    return plain(asdict(experiment))
+    return plain({name: value for name, value in asdict(experiment).items() if name != "launcher"})

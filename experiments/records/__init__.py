@@ -15,7 +15,7 @@ from experiments.records.files import (
 )
 from experiments.records.ids import benchmark_id, content_hash, file_hash, run_id, shortened
 from experiments.records.load import find_runs, load_events, load_requests, load_rows, load_runs, load_steps, read_sweep
-from experiments.records.store import check_writable, claim, publish, write_config, write_json
+from experiments.records.store import ask_again, check_writable, claim, publish, stamp, write_config, write_json
 
 __all__ = [
     "CONFIG",
@@ -28,6 +28,7 @@ __all__ = [
     "STEPS",
     "SWEEPS",
     "TRACEBACK",
+    "ask_again",
     "benchmark_id",
     "check_writable",
     "claim",
@@ -47,6 +48,7 @@ __all__ = [
     "read_sweep",
     "run_id",
     "shortened",
+    "stamp",
     "table_path",
     "write_config",
     "write_json",

@@ -1,12 +1,13 @@
 """Writing a record so that half of one never passes for whole.
 
-A run is written in `<run id>.partial` under a lock and renamed to `<run id>` when it is whole. Inside, `metrics.json`
-is written last. A folder without it, and every `.partial` one, is incomplete.
+A run is written in a `.partial` folder of its claim's own and renamed to `<run id>` when it is whole. Inside,
+`metrics.json` is written last. A folder without it, and every `.partial` one, is incomplete.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import glob
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 import yaml
 
 from experiments.errors import RunError, UsageError
+from experiments.records import claims
 from experiments.records.files import CONFIG, HASHES, METRICS, PARTIAL
 from experiments.records.ids import content_hash, file_hash
 
@@ -59,23 +61,40 @@ def claim(folder: Path) -> Iterator[Path]:
     on any exception but a `RunError`, whose traceback it keeps until the next attempt.
 
     Raises:
-        RunError: a file of the record could not be written.
+        RunError: a file of the record could not be written, or another process took the run over.
     """
-    staging = folder.with_name(folder.name + PARTIAL)
-    with _exclusive(folder.parent / ".locks" / folder.name):
+    with claims.hold(folder) as token:
+        staging = folder.with_name(f"{folder.name}.{token}{PARTIAL}")
         try:
-            shutil.rmtree(staging, ignore_errors=True)
+            for path in (folder.with_name(folder.name + PARTIAL), *_staged(folder)):
+                _discard(path)
             staging.mkdir(parents=True)
             yield staging
         except RunError:
             raise
         except OSError as error:
             shutil.rmtree(staging, ignore_errors=True)
+            if not claims.is_mine(folder, token):
+                raise RunError(f"another process makes {folder.name}: this one was silent for too long") from error
             raise RunError(f"the record in {staging} can't be written: {error.strerror or error}") from error
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _staged(folder: Path) -> list[Path]:
+    """What others have begun of the run."""
+    return sorted(folder.parent.glob(f"{glob.escape(folder.name)}.{'[0-9a-f]' * 12}{PARTIAL}"))
+
+
+def _discard(staging: Path) -> None:
+    """Remove it at one blow, so that an owner that wakes up publishes all of it or nothing."""
+    with contextlib.suppress(FileNotFoundError):
+        aside = staging.with_name(f".{staging.name}.discarded")
+        shutil.rmtree(aside, ignore_errors=True)
+        staging.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def publish(staging: Path, folder: Path, metrics: Mapping[str, Any]) -> None:
@@ -94,28 +113,30 @@ def publish(staging: Path, folder: Path, metrics: Mapping[str, Any]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
-    staging.rename(folder)
+    try:
+        staging.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`; the kernel lets go of it when the process ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with path.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"another process is making {path.name}: waiting for it", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever held the lock before may have removed the file: then others can lock a new one of that name.
-            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
+def stamp(folder: Path) -> tuple[int, int] | None:
+    """Tells a complete record from any that replaces it; None where there is none."""
+    with contextlib.suppress(OSError):
+        ask_again(folder.parent)
+        found = (folder / METRICS).stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
+
+
+def ask_again(folder: Path) -> None:
+    """Make a network file system see what other machines have put into a folder.
+
+    NFS remembers for up to a minute that a name was not there, but asks the server when the folder is opened.
+    """
+    os.close(os.open(folder, os.O_RDONLY))
 
 
 def _json_hash(value: Any) -> str:

@@ -13,7 +13,8 @@ import select
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 from experiments.running.lifeline import Child
 from experiments.running.plan_text import printable
@@ -30,6 +31,36 @@ GRACE = 30.0
 """Seconds that an interrupted process has to clean up."""
 
 
+class Alone:
+    """A command on its way in a process of its own."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """Raises OSError where it could not be started."""
+        # A file, since a pipe would end with this process, and the child with the pipe.
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            # In a group of its own, so that a terminal's Ctrl-C reaches it once, from here.
+            self.process = Child(
+                command, environment, stdin=subprocess.DEVNULL, stdout=self._output, stderr=subprocess.STDOUT
+            )
+        except OSError:
+            self._output.close()
+            raise
+
+    def poll(self) -> tuple[int, str] | None:
+        """The exit code, negative for the signal that killed it, and what it printed; None while it runs."""
+        code = self.process.poll()
+        if code is None:
+            return None
+        self._output.seek(0)
+        return code, self._output.read().decode(errors="replace")
+
+    def close(self) -> None:
+        """Let go of the process, which has ended."""
+        self.process.release()
+        self._output.close()
+
+
 def run_child(command: Sequence[str], tick: Callable[[], object]) -> tuple[int, str]:
     """Run a command to its end.
 
@@ -43,35 +74,36 @@ def run_child(command: Sequence[str], tick: Callable[[], object]) -> tuple[int, 
         OSError: it could not be started.
         KeyboardInterrupt: and the process has ended.
     """
-    # A file, since a pipe would end with this process, and the child with the pipe.
-    with tempfile.TemporaryFile() as output:
-        # In a group of its own, so that a terminal's Ctrl-C reaches it once, from here.
-        process = Child(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            code = _wait(process, tick)
-        except BaseException:
-            _stop(process)
-            raise
-        finally:
-            process.release()
-        output.seek(0)
-        return code, output.read().decode(errors="replace")
+    child = Alone(command)
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(timeout=1)
+                return child.poll()
+            tick()
+    except BaseException:
+        stop([child.process])
+        raise
+    finally:
+        child.close()
 
 
 class Worker:
     """A process that does one task after another, and ends with the first that fails.
 
-    The command gets a file descriptor as its last argument. It reads tasks from its standard input, a JSON list of
-    texts a line, and writes a line to the descriptor after each that is done.
+    The command gets a file descriptor as its last argument. It reads tasks from its standard input, a line of JSON
+    each, with "arguments" and the "environment" that they are for, and writes a line to the descriptor after each that
+    is done.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         """Raises OSError where it could not be started."""
         told, tells = os.pipe()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         try:
-            self._process = Child(
+            self.process = Child(
                 [*command, str(tells)],
+                environment,
                 pass_fds=(tells,),
                 stdin=subprocess.PIPE,
                 stdout=self._output,
@@ -84,41 +116,55 @@ class Worker:
         finally:
             os.close(tells)
         self._told = os.fdopen(told, "rb")
+        self._begin = 0
 
     @property
     def ended(self) -> bool:
-        return self._process.poll() is not None
+        return self.process.poll() is not None
 
-    def run(self, task: Sequence[str], tick: Callable[[], object]) -> tuple[int, str]:
-        """Do a task. Arguments, returns and raises as `run_child`; any exit code but 0 ends the process too."""
+    def start(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """Hand over a task."""
         # Not a seek: the process writes at the file's own place.
-        begin = os.fstat(self._output.fileno()).st_size
-        try:
-            with contextlib.suppress(BrokenPipeError):  # it has ended, which the other pipe tells
-                self._process.stdin.write(json.dumps(list(task)).encode() + b"\n")
-                self._process.stdin.flush()
-            while not select.select([self._told], [], [], 1)[0]:
-                tick()
-            code = 0 if self._told.readline() else self._process.wait()
-        except BaseException:
-            _stop(self._process)
-            raise
-        size = os.fstat(self._output.fileno()).st_size - begin
-        output = os.pread(self._output.fileno(), size, begin).decode(errors="replace")
-        return code, output
+        self._begin = os.fstat(self._output.fileno()).st_size
+        task = {"arguments": list(arguments), "environment": dict(environment or {})}
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which the other pipe tells
+            self.process.stdin.write(json.dumps(task).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def poll(self, seconds: float = 0.0) -> tuple[int, str] | None:
+        """As `Alone.poll`, of the task; waits for it so long. Any exit code but 0 ends the process too."""
+        if not select.select([self._told], [], [], seconds)[0]:
+            return None
+        code = 0 if self._told.readline() else self.process.wait()
+        size = os.fstat(self._output.fileno()).st_size - self._begin
+        return code, os.pread(self._output.fileno(), size, self._begin).decode(errors="replace")
 
     def close(self) -> None:
         """End the process, which is idle."""
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self.process.stdin.close()
         try:
-            self._process.wait(GRACE)
+            self.process.wait(GRACE)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.release()
+            self.process.kill()
+            self.process.wait()
+        self.process.release()
         self._told.close()
         self._output.close()
+
+
+def stop(processes: Sequence[Child]) -> None:
+    """Interrupt processes, and kill them where that takes too long or the person is impatient."""
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    until = time.monotonic() + GRACE
+    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        for process in processes:
+            process.wait(max(0.0, until - time.monotonic()))
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def reason_of(code: int, output: str) -> str:
@@ -140,21 +186,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _wait(process: subprocess.Popen[bytes], tick: Callable[[], object]) -> int:
-    while True:
-        try:
-            return process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            tick()
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a process, and kill it where that takes too long or the person is impatient."""
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(GRACE)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        process.kill()
-        process.wait()

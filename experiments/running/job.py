@@ -120,6 +120,7 @@ class Job:
 
     Attributes:
         memory: a line on the budget, where it comes of another policy's bytes.
+        accelerator: where it will run, as `provenance.device_name` tells it there; None: here.
     """
 
     experiment: Experiment
@@ -128,6 +129,7 @@ class Job:
     model: LocalModel
     command: Sequence[str] | None = None
     memory: str | None = None
+    accelerator: str | None = None
 
     @cached_property
     def notes(self) -> list[str]:
@@ -154,7 +156,11 @@ class Job:
 
     @cached_property
     def run_id(self) -> str:
-        device = provenance.device_name(self.experiment.hardware.device)
+        device = self.experiment.hardware.device
+        if device == "cpu" or self.accelerator is None:
+            device = provenance.device_name(device)
+        else:
+            device = self.accelerator
         own = sources.own_policies(self.experiment)
         template = Path(self.experiment.model.chat_template).expanduser()
         if template.is_file():

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 VARIABLE = "ZIPAGE_LIFELINE"
@@ -23,9 +23,19 @@ GRACE = 10.0
 class Child(subprocess.Popen):
     """`subprocess.Popen` in a process group of its own, with a lifeline that the child may watch."""
 
-    def __init__(self, command: Sequence[str], pass_fds: Sequence[int] = (), **options: Any) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            environment: beside this process's own.
+        """
         watched, self._held = os.pipe()
-        environment = os.environ | {VARIABLE: str(watched)}
+        environment = os.environ | (environment or {}) | {VARIABLE: str(watched)}
         try:
             super().__init__(command, process_group=0, env=environment, pass_fds=(*pass_fds, watched), **options)
         except BaseException:
@@ -46,6 +56,8 @@ def watch() -> None:
     """
     descriptor = os.environ.pop(VARIABLE, None)  # not for children of this process: each has a lifeline of its own
     if descriptor is not None:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm's to a job is the parent's to answer
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # Ray blocks it in what it starts
         os.set_inheritable(int(descriptor), False)
         threading.Thread(target=_end_with, args=(int(descriptor),), name="lifeline", daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""A sweep: one run after another, each in a process of its own, or, where that is asked for, around one loaded model.
+"""A sweep: its plan, what is said of it on the way, and its table. A launcher runs its arms (`experiments.launchers`).
 
 What a sweep has done is what the results folder holds: a run is known by its id, so a sweep that was stopped, however
 that was, goes on when it is started again. Its processes end with it, also when it is killed.
@@ -10,8 +10,8 @@ import contextlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from statistics import mean
@@ -24,11 +24,12 @@ from experiments.command_line import INTERRUPTED
 from experiments.config.arms import Arm, expand
 from experiments.config.compose import load_experiment
 from experiments.config.schema import Experiment
-from experiments.errors import UsageError, one_line
+from experiments.errors import UsageError
+from experiments.launchers import open_launcher
+from experiments.launchers.task import Commands, Launcher, Task, gpus_of
 from experiments.records.sources import Standing
 from experiments.reporting.runs_table import sweep_table
 from experiments.running import job
-from experiments.running.child import Worker, reason_of, run_child
 from experiments.running.models import find_model
 from experiments.running.plan_text import WIDTH, arm_names, plan_lines
 from experiments.running.progress import Progress, clock, columns
@@ -64,20 +65,21 @@ def run(
     shares, arguments = _asks_to_share(arguments)
     sweep = None
     try:
-        arms = plan(names, arguments, backends)
-        sweep = Sweep("+".join(Path(name).stem for name in names), arms, child, worker if shares else None)
+        name, jobs = "+".join(Path(name).stem for name in names), prepare(names, arguments, backends)
+        config = jobs[0][1].experiment.launcher
         if dry_run:
-            sweep.print_plan()
+            Sweep(name, place(names, jobs, config.accelerator)).print_plan()
             return 0
-        sweep.write()
-        return sweep.run()
+        commands = Commands(tuple(child), tuple(worker))
+        with open_launcher(config, commands, [job.experiment for _, job in jobs], shares) as launcher:
+            arms = place(names, jobs, launcher.accelerator)
+            sweep = Sweep(name, arms, shares)
+            sweep.write()
+            return sweep.run(launcher)
     except KeyboardInterrupt:
         got = "nothing was run" if sweep is None else f"{sweep.done} of {counted(arms)} recorded"
         print(f"\nerror: interrupted: {got}, and the same command goes on", file=sys.stderr)
         return INTERRUPTED
-    finally:
-        if sweep is not None:
-            sweep.close()
 
 
 def _asks_to_share(arguments: Sequence[str]) -> tuple[bool, list[str]]:
@@ -121,49 +123,87 @@ class PlannedRun:
 
 
 def plan(names: Sequence[str], arguments: Sequence[str], backends: Mapping[str, BackendFactory]) -> list[PlannedRun]:
-    """Compose and check every arm, without loading a model. Arms that mean the same run are one.
+    """The arms of joined sweeps as they are run here.
 
     Raises:
         UsageError: an arm can't be run as asked; the line names the sweep, the arm and the option.
     """
+    return place(names, prepare(names, arguments, backends))
+
+
+def prepare(
+    names: Sequence[str], arguments: Sequence[str], backends: Mapping[str, BackendFactory]
+) -> list[tuple[Arm, job.Job]]:
+    """Compose and check every arm, without loading a model. Raises as `plan`."""
     problems, model = remembered(load_problems), remembered(find_model)
-    planned: dict[Path, PlannedRun] = {}
+    jobs = []
     for number, overrides in enumerate(expand(names, arguments), 1):
-        try:
-            prepared = job.prepare(load_experiment(overrides), backends, problems, model)
+        with _named(names, number, overrides):
+            jobs.append((overrides, job.prepare(load_experiment(overrides), backends, problems, model)))
+    for option in ("results_dir", "launcher"):
+        if len({repr(getattr(job.experiment, option)) for _, job in jobs}) > 1:
+            raise UsageError(f"sweep {', '.join(names)}: {option}: must be one for all arms")
+    return jobs
+
+
+def place(
+    names: Sequence[str], jobs: Sequence[tuple[Arm, job.Job]], accelerator: str | None = None
+) -> list[PlannedRun]:
+    """Where the arms' records lie, and what there is of them. Arms that mean the same run are one. Raises as `plan`.
+
+    Args:
+        accelerator: where they are run (see `job.Job`).
+    """
+    planned: dict[Path, PlannedRun] = {}
+    for number, (overrides, prepared) in enumerate(jobs, 1):
+        with _named(names, number, overrides):
+            prepared = replace(prepared, accelerator=accelerator)
             folder = prepared.folder
             if folder not in planned:
                 standing, notes = prepared.standing, tuple(prepared.notes)
-                planned[folder] = PlannedRun(overrides, prepared.experiment, folder, standing, notes)
-        except UsageError as error:
-            raise UsageError(f"sweep {', '.join(names)}: arm {number} ({' '.join(overrides)}): {error}") from error
-    if len({arm.folder.parent for arm in planned.values()}) > 1:
-        raise UsageError(f"sweep {', '.join(names)}: results_dir: must be one folder for all arms")
+                own = tuple(override for override in overrides if not _launches(override))
+                planned[folder] = PlannedRun(own, prepared.experiment, folder, standing, notes)
     return list(planned.values())
 
 
+@contextlib.contextmanager
+def _named(names: Sequence[str], number: int, overrides: Arm) -> Iterator[None]:
+    """Makes a UsageError name the sweep and the arm."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"sweep {', '.join(names)}: arm {number} ({' '.join(overrides)}): {error}") from error
+
+
+def _launches(override: str) -> bool:
+    """Whether an override is the sweep's, and no option of a run."""
+    return override.lstrip("+~").partition("=")[0].partition(".")[0] == "launcher"
+
+
 class Sweep:
-    """Arms on their way.
+    """Arms on their way. It hears of them as a `launchers.task.Report`.
 
     Attributes:
         path: the sweep's record, a list of its arms and their runs; it has nothing that changes.
+        done: arms that are recorded.
     """
 
-    def __init__(
-        self, name: str, arms: Sequence[PlannedRun], child: Sequence[str], worker: Sequence[str] | None = None
-    ) -> None:
-        self.name, self.arms, self.child, self.worker = name, arms, child, worker
-        self._working: tuple[str, Worker] | None = None
-        """The process that holds a model, and what arms must have in common to run there."""
+    def __init__(self, name: str, arms: Sequence[PlannedRun], shares: bool = False) -> None:
+        self.name, self.arms, self._shares = name, arms, shares
         digest = records.content_hash([arm.folder.name for arm in arms])
         self.path = arms[0].folder.parent / records.SWEEPS / f"{records.shortened(name)}-{digest[:12]}.json"
-        self.names = dict(zip([arm.folder for arm in arms], arm_names([arm.overrides for arm in arms]), strict=True))
-        """What sets each arm apart from the others."""
+        names = arm_names([arm.overrides for arm in arms])
+        self._titles = [f"arm {number} of {len(arms)}: {said}" for number, said in enumerate(names, 1)]
+        """Each with what sets the arm apart from the others."""
         self.done = 0
-        """Arms that are recorded."""
-        self.started = time.monotonic()
-        self.seconds: dict[tuple[Any, ...], list[float]] = {}
+        self._failures = 0
+        self._waiting: list[int] = []
+        self._running: dict[int, float] = {}
+        """Numbers of arms, and when those that run began."""
+        self._begin = time.monotonic()
+        self._seconds: dict[tuple[Any, ...], list[float]] = {}
         """Seconds that runs of each kind have taken."""
+        self._progress = Progress(len(arms))
 
     def write(self) -> None:
         """Write the record. Raises UsageError where it can't be written."""
@@ -174,55 +214,80 @@ class Sweep:
         except OSError as error:
             raise UsageError(f"{self.path}: can't be written: {error.strerror or error}") from error
 
-    def run(self) -> int:
+    def run(self, launcher: Launcher) -> int:
         """Returns the exit code."""
-        waiting = self.print_plan()
-        failures = 0
-        progress = Progress(len(self.arms))
+        tasks = self._tasks()
         try:
-            for number, arm in enumerate(self.arms, 1):
-                if arm not in waiting:
-                    continue
-                waiting.remove(arm)
-                title = f"arm {number} of {len(self.arms)}: {self.names[arm.folder]}"
-                begin = time.monotonic()
-
-                def show(arm: PlannedRun = arm, title: str = title, begin: float = begin) -> None:
-                    done = len(self.arms) - len(waiting) - 1
-                    left = self._seconds_left(waiting, arm, time.monotonic() - begin)
-                    progress.show(title, done, len(self.arms), time.monotonic() - self.started, left)
-
-                reason = self._run_arm(arm, show)
-                seconds = time.monotonic() - begin
-                if reason is None:
-                    self.done += 1
-                    self.seconds.setdefault(arm.kind, []).append(seconds)
-                else:
-                    failures += 1
-                    progress.say(f"error: {title}: {reason}", error=True)
-                outcome = "failed" if reason else _figures(arm.folder)
-                progress.say(f"{title}: {outcome}; {clock(seconds)}, {self._to_go(waiting)}")
+            launcher.run(tasks, self)
         finally:
-            progress.close()
+            self._progress.close()
         print(f"\nsweep: {self.path}\n{sweep_table(self.path)}", flush=True)
-        if failures:
+        if self._failures:
             print(
-                f"{failures} of {counted(self.arms)} failed: see the errors above, and RUN.log beside the sweep's file"
+                f"{self._failures} of {counted(self.arms)} failed: see the errors above, and RUN.log beside the "
+                "sweep's file"
             )
-        return int(bool(failures))
+        return int(bool(self._failures))
 
-    def print_plan(self) -> list[PlannedRun]:
-        """Print what there is to do. Returns the arms that must be run."""
+    def _tasks(self) -> list[Task]:
+        """The arms that must be run; the plan is printed."""
+        self.print_plan()
+        tasks = []
+        for number in self._waiting:
+            arm = self.arms[number]
+            overrides, shared = (*arm.overrides, *self._group(arm)), arm.shared if self._shares else None
+            before = records.stamp(arm.folder)
+            tasks.append(Task(number, overrides, arm.folder, before, shared, gpus_of(arm.experiment)))
+        return tasks
+
+    def started(self, task: Task, worker: str) -> None:
+        again = " again" * (task.number not in self._waiting)
+        if not again:
+            self._waiting.remove(task.number)
+        self._running[task.number] = time.monotonic()
+        if worker:
+            self._progress.say(f"{self._titles[task.number]}: begins{again} on {worker}")
+
+    def ended(self, task: Task, worker: str, reason: str | None, seconds: float | None) -> None:
+        arm, title = self.arms[task.number], self._titles[task.number]
+        self._running.pop(task.number, None)
+        if task.number in self._waiting:
+            self._waiting.remove(task.number)
+        if reason is None:
+            self.done += 1
+            if seconds is not None:
+                self._seconds.setdefault(arm.kind, []).append(seconds)
+        else:
+            self._failures += 1
+            self._progress.say(f"error: {title}: {reason}", error=True)
+        outcome = "failed" if reason else _figures(arm.folder)
+        took = ", ".join(filter(None, [None if seconds is None else clock(seconds), worker and f"on {worker}"]))
+        self._progress.say(f"{title}: {outcome}; {took}, {self._to_go()}")
+
+    def is_over(self, task: Task) -> bool:
+        return False
+
+    def note(self, line: str) -> None:
+        self._progress.say(line)
+
+    def tick(self) -> None:
+        titles = [self._titles[number] for number in self._running]
+        what = titles[0] if len(titles) == 1 else f"{len(titles)} arms at once"
+        ended = len(self.arms) - len(self._waiting) - len(titles)
+        self._progress.show(what, ended, len(self.arms), time.monotonic() - self._begin, self._seconds_left())
+
+    def print_plan(self) -> None:
+        """See what there is to do, and print it."""
         kinds = {arm.kind for arm in self.arms}
         for run in records.load_runs(self.path.parents[1]).to_dict("records"):
             kind = tuple(None if run.get(name) != run.get(name) else run.get(name) for name in ALIKE)  # no NaN
             seconds = (run.get("load_seconds") or 0.0) + (run.get("seconds") or 0.0)
             if kind in kinds and seconds > 0:  # neither absent nor NaN
-                self.seconds.setdefault(kind, []).append(seconds)
-        waiting = [arm for arm in self.arms if arm.waits]
-        self.done = len(self.arms) - len(waiting)
+                self._seconds.setdefault(kind, []).append(seconds)
+        self._waiting = [number for number, arm in enumerate(self.arms) if arm.waits]
+        self.done = len(self.arms) - len(self._waiting)
         width = min(WIDTH, (columns() or WIDTH + 1) - 1)
-        print(fill(f"sweep {self.name}: {counted(self.arms)}, {self.done} done, {self._to_go(waiting)}", width))
+        print(fill(f"sweep {self.name}: {counted(self.arms)}, {self.done} done, {self._to_go()}", width))
         states = ["" if arm.standing.state == "missing" else arm.standing.state for arm in self.arms]
         print(*plan_lines([arm.overrides for arm in self.arms], states, width), sep="\n", flush=True)
         reasons = Counter((arm.standing.state, arm.standing.reason) for arm in self.arms if arm.standing.reason)
@@ -230,60 +295,33 @@ class Sweep:
             print(fill(f"  {count} {state}: {reason}; force=stale runs such arms again", width), flush=True)
         for note in dict.fromkeys(note for arm in self.arms for note in arm.notes):
             print(fill(f"note: {note}", width, subsequent_indent="  ", break_on_hyphens=False), flush=True)
-        return waiting
-
-    def _run_arm(self, arm: PlannedRun, tick: Callable[[], object]) -> str | None:
-        """Run one arm. Returns None when it is done, else why not, in one line."""
-        try:
-            code, output = self._carry_out(arm, tick)
-        except OSError as error:
-            return one_line(error)
-        log = self.path.with_name(f"{arm.folder.name}.log")
-        if code == 0 and records.is_complete(arm.folder):
-            log.unlink(missing_ok=True)
-            return None
-        with contextlib.suppress(OSError):
-            log.write_text(output, encoding="utf-8")
-        return reason_of(code, output)
-
-    def _carry_out(self, arm: PlannedRun, tick: Callable[[], object]) -> tuple[int, str]:
-        """The exit code and output of the arm, in a process of its own or in the one that holds its model."""
-        overrides = [*arm.overrides, *self._group(arm)]
-        if self._working and (self._working[0] != arm.shared or self._working[1].ended):
-            self.close()  # before another takes memory
-        if self.worker is None or arm.shared is None:
-            return run_child([*self.child, *overrides], tick)
-        if self._working is None:
-            self._working = arm.shared, Worker(self.worker)
-        return self._working[1].run(overrides, tick)
-
-    def close(self) -> None:
-        """End the process that holds a model, if there is one."""
-        if self._working:
-            self._working[1].close()
-            self._working = None
 
     def _group(self, arm: PlannedRun) -> list[str]:
         """The override that gathers the sweep's runs in wandb, where they go there without a group of their own."""
         tracking = arm.experiment.tracking
         return [f"tracking.group={self.path.stem}"] if tracking.backend == "wandb" and tracking.group is None else []
 
-    def _to_go(self, waiting: Sequence[PlannedRun]) -> str:
-        """How many arms wait, and for how long where that is known."""
-        if not waiting:
+    def _to_go(self) -> str:
+        """How many arms have not ended, and for how long where that is known."""
+        count = len(self._waiting) + len(self._running)
+        if not count:
             return "nothing to go"
-        left = self._seconds_left(waiting)
-        return f"{len(waiting)} to go" + ("" if left is None else f", about {clock(left)}")
+        left = self._seconds_left()
+        return f"{count} to go" + ("" if left is None else f", about {clock(left)}")
 
-    def _seconds_left(
-        self, waiting: Sequence[PlannedRun], running: PlannedRun | None = None, spent: float = 0.0
-    ) -> float | None:
+    def _seconds_left(self) -> float | None:
         """The time that arms will take, by those of their kind, or else by all that are known; None: none is."""
-        known = [seconds for kind in self.seconds.values() for seconds in kind]
+        known = [seconds for kind in self._seconds.values() for seconds in kind]
         if not known:
             return None
-        takes = [mean(self.seconds.get(arm.kind, known)) for arm in (*waiting, *([running] if running else ()))]
-        return sum(takes[: len(waiting)]) + (max(0.0, takes[-1] - spent) if running else 0.0)
+        now = time.monotonic()
+
+        def takes(number: int) -> float:
+            return mean(self._seconds.get(self.arms[number].kind, known))
+
+        running = [max(0.0, takes(number) - (now - begin)) for number, begin in self._running.items()]
+        shared = sum([*running, *map(takes, self._waiting)]) / max(1, len(running))
+        return max([shared, *running])
 
 
 def counted(arms: Sequence[PlannedRun]) -> str:

@@ -38,8 +38,9 @@ def main(backends: Mapping[str, BackendFactory] = BACKENDS) -> int:
 
         with os.fdopen(int(sys.argv[1]), "w") as done, share_model():
             for line in sys.stdin:
-                overrides = json.loads(line)
-                if code := exit_code(lambda task=overrides: carry_out(task)):
+                task = json.loads(line)
+                os.environ.update(task["environment"])
+                if code := exit_code(lambda task=task: carry_out(task["arguments"])):
                     return code
                 sys.stdout.flush()
                 _free()

@@ -109,7 +109,7 @@ def small(tiny, tmp_path) -> Callable[[list[str]], list[str]]:
             if not {"model=reasoner", "+sweep=demo", "+sweep=[paper_table1,small]"} & set(given):
                 instead |= {"model": "hf", "model.path": tiny}
         for name in ("gsm8k", "math500"):
-            if f"workload={name}" in given:
+            if {f"workload={name}", f"+sweep=qwen_{name}"} & set(given):
                 instead["workload.path"] = write(tmp_path / f"{name}.jsonl", ITEMS[name])
         if "+sweep=paper_table1" in given:
             instead["workload.path"] = write(tmp_path / "amc23.jsonl", ITEMS["amc23"])
@@ -144,7 +144,7 @@ def make_run(given: list[str], request) -> None:
     options = request.getfixturevalue("small")(given)
     sweeps, arguments = split_command_line(options)
     if sweeps:
-        arms = sweep.plan(sweeps, arguments, BACKENDS)
+        arms = sweep.plan(sweeps, [a for a in arguments if a != "+share_model=true"], BACKENDS)
         assert len(arms) > 1
         assert all(arm.experiment.sampling.max_tokens > held(arm.experiment) for arm in arms)
     elif BENCHMARKS & set(given):

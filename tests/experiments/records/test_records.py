@@ -208,11 +208,11 @@ class TestWriting:
             records.write_json(path, {"a": float("nan")})
 
     def test_claim_starts_from_an_empty_folder(self, tmp_path):
-        stale = tmp_path / "run.partial"
-        stale.mkdir()
-        (stale / "metrics.json").write_text("{}")
+        for stale in (tmp_path / "run.partial", tmp_path / "run.0123456789ab.partial"):
+            stale.mkdir()
+            (stale / "metrics.json").write_text("{}")
         with records.claim(tmp_path / "run") as staging:
-            assert staging == stale
+            assert list(tmp_path.glob("*.partial")) == [staging]
             assert not list(staging.iterdir())
         assert not staging.exists()
 
@@ -236,7 +236,8 @@ class TestWriting:
 
         with pytest.raises(RunError):
             fail()
-        assert (tmp_path / "run.partial" / records.TRACEBACK).read_text() == "why"
+        (staging,) = tmp_path.glob("run.*.partial")
+        assert (staging / records.TRACEBACK).read_text() == "why"
 
     def test_one_at_a_time(self, tmp_path, capsys):
         inside, most = [], []

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,6 +31,29 @@ TIMES = ("seconds", "ttft", "tpot", "itl", "e2e", "time", "_per_second", "proven
 """Parts of the names of columns that differ from run to run."""
 
 
+def in_place_of_processes(run) -> type:
+    """Stands in for `child.Alone`: `run(command)` gives exit code and output, while this process waits."""
+
+    class Here:
+        process = SimpleNamespace(send_signal=lambda number: None, wait=lambda timeout: 0, poll=lambda: 0)
+
+        def __init__(self, command, environment):
+            os.environ.update(environment)
+            try:
+                self._ended = run(command)
+            finally:
+                for name in environment:
+                    del os.environ[name]
+
+        def poll(self) -> tuple[int, str]:
+            return self._ended
+
+        def close(self) -> None:
+            return
+
+    return Here
+
+
 @pytest.fixture
 def small(tmp_path):
     path = tmp_path / "small.yaml"
@@ -48,7 +73,7 @@ def launch_sweep(arguments, monkeypatch):
     """A sweep whose arms run in this process; `behave(overrides)` says how the fake engine of an arm behaves."""
 
     def launch_sweep(*more: str, behave=lambda overrides: {}) -> int:
-        def run_child(command, progress) -> tuple[int, str]:
+        def run_here(command) -> tuple[int, str]:
             launch_sweep.ran.append(command[1:])
             output = io.StringIO()
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -56,7 +81,7 @@ def launch_sweep(arguments, monkeypatch):
                 return code, output.getvalue()
 
         launch_sweep.ran = []
-        monkeypatch.setattr("experiments.running.sweep.run_child", run_child)
+        monkeypatch.setattr("experiments.launchers.local.Alone", in_place_of_processes(run_here))
         monkeypatch.setattr(sys, "argv", ["run", *arguments, *more])
         return run.main(fake_backend(), child=["run"])
 

@@ -2,20 +2,70 @@
 
 python -m tests.experiments.running.sweep_process SECONDS LOADS OPTION...
 
-SECONDS slows down each step. Each arm adds a line to the file LOADS when its engine is loaded. Arms are forked from
-this process, so that they need not import torch again.
+SECONDS slows down each step. Each arm adds a line to the file LOADS when its engine is loaded, and one to LOADS.log
+then and when it is done: what happened, the process, and the arm's seed and policy. Arms are forked from this process,
+so that they need not import torch again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from experiments import run
-from experiments.running import sweep
+from experiments.launchers import local
 from tests.experiments.fake_engine import fake_backend
+
+
+class Fork:
+    """Stands in for `child.Alone`: the command is carried out by `main` in a fork of this process."""
+
+    main = staticmethod(run.main)
+
+    def __init__(self, command, environment):
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._code = None
+        self.process, self.pid = self, os.fork()
+        if self.pid == 0:
+            os.setpgid(0, 0)
+            os.environ.update(environment)
+            for descriptor in (1, 2):
+                os.dup2(self._output.fileno(), descriptor)
+            sys.argv = list(command)
+            code = self.main()
+            sys.stdout.flush()
+            os._exit(code)
+        with contextlib.suppress(OSError):
+            os.setpgid(self.pid, self.pid)
+
+    def poll(self) -> tuple[int, str] | None:
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid == 0:
+                return None
+            self._code = os.waitstatus_to_exitcode(status)
+        self._output.seek(0)
+        return self._code, self._output.read()
+
+    def close(self) -> None:
+        self._output.close()
+
+    def send_signal(self, number: int) -> None:
+        if self._code is None:
+            os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 60.0) -> None:
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("fork", timeout)
+            time.sleep(0.01)
 
 
 def main() -> int:
@@ -25,23 +75,18 @@ def main() -> int:
     def load(**options):
         with loads.open("a") as file:
             file.write(f"{os.getpid()}\n")
-        return fake(**options)
+        log("begins", options)
+        engine = fake(**options)
+        engine.shutdown = lambda: log("ends", options)
+        return engine
 
-    def fork(command, progress) -> tuple[int, str]:
-        with tempfile.TemporaryFile("w+") as output:
-            pid = os.fork()
-            if pid == 0:
-                for descriptor in (1, 2):
-                    os.dup2(output.fileno(), descriptor)
-                sys.argv = list(command)
-                code = run.main({"zipage": load})
-                sys.stdout.flush()
-                os._exit(code)
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            output.seek(0)
-            return code, output.read()
+    def log(what, options) -> None:
+        with Path(f"{loads}.log").open("a") as file:
+            file.write(f"{what} {os.getpid()} {options['seed']} {options['policy']}\n")
 
-    sweep.run_child = fork
+    Fork.main = staticmethod(lambda: run.main({"zipage": load}))
+    local.Alone = Fork
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return run.main({"zipage": load}, child=["run"])
 
 

@@ -20,14 +20,14 @@ from experiments.running import sweep as sweep_module
 from experiments.running.child import Worker
 from tests.experiments.fake_engine import fake_backend
 from tests.experiments.running.run_process import ROOT
-from tests.experiments.running.sweep_helpers import deterministic, sweep_file
+from tests.experiments.running.sweep_helpers import deterministic, in_place_of_processes, sweep_file
 
 TASKS = """
 import json, os, signal, sys
 
 done = os.fdopen(int(sys.argv[1]), "w")
 for line in sys.stdin:
-    word, *rest = json.loads(line)
+    word, *rest = json.loads(line)["arguments"]
     print(word, rest, os.getpid(), flush=True)
     if word == "die":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -77,27 +77,33 @@ def share(arguments, tmp_path, monkeypatch):
     return share
 
 
+def carried_out(worker: Worker, *task: str) -> tuple[int, str]:
+    worker.start(task)
+    return worker.poll(seconds=20)
+
+
 def test_worker_does_tasks_until_one_fails():
     worker = Worker([sys.executable, "-c", TASKS])
-    outputs = [worker.run(task, lambda: "") for task in (["a", "b c"], ["d"])]
+    outputs = [carried_out(worker, *task) for task in (["a", "b c"], ["d"])]
     pid = outputs[0][1].split()[-1]
     assert outputs == [(0, f"a ['b c'] {pid}\n"), (0, f"d [] {pid}\n")]
     assert not worker.ended
-    assert worker.run(["fail"], lambda: "") == (3, f"fail [] {pid}\n")
+    assert worker.poll() is None
+    assert carried_out(worker, "fail") == (3, f"fail [] {pid}\n")
     assert worker.ended
-    assert worker.run(["e"], lambda: "")[0] == 3
+    assert carried_out(worker, "e")[0] == 3
     worker.close()
 
 
 def test_worker_that_is_killed_says_so():
     worker = Worker([sys.executable, "-c", TASKS])
-    assert worker.run(["die"], lambda: "")[0] == -9
+    assert carried_out(worker, "die")[0] == -9
     worker.close()
 
 
 def test_idle_worker_ends_with_its_input():
     worker = Worker([sys.executable, "-c", TASKS])
-    pid = int(worker.run(["a"], lambda: "")[1].split()[-1])
+    pid = int(carried_out(worker, "a")[1].split()[-1])
     worker.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
@@ -173,14 +179,14 @@ arms: [{policy: full}, {policy: zipage, policy.budget_tokens: 64, policy.protect
     )
     monkeypatch.chdir(ROOT)
 
-    def run_child(command, progress) -> tuple[int, str]:
+    def run_here(command) -> tuple[int, str]:
         """An arm that loads the model for itself; here, to start no process."""
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             job.run(load_experiment(command[len(sweep_module.RUN) :]))
         return 0, output.getvalue()
 
-    monkeypatch.setattr(sweep_module, "run_child", run_child)
+    monkeypatch.setattr("experiments.launchers.local.Alone", in_place_of_processes(run_here))
     found = []
     for more in ([], ["+share_model=true"]):
         folder = tmp_path / f"runs{len(more)}"

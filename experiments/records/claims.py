@@ -1,0 +1,243 @@
+"""Claims: which process makes a run, where several processes or machines share a folder of results.
+
+A claim is a file in `.locks/`. Its owner creates it whole, by a hard link, which network file systems make atomic too,
+and touches it every `BEAT` seconds. An owner is lost that was silent for `LOST` seconds, or whose process on this
+machine has ended.
+
+A claim ends once: with the creation of the file named after its token. The owner creates it to give the claim back, or
+one other process to take it over; that file is the new claim then. So no two processes take over the same claim, and an
+owner that was taken for lost and wakes up can't give back what is another's by now.
+
+How old a claim is, is told by two times of the same file system: the claim's, and that of a file just made beside it.
+Clocks of machines do not matter, but where clients write their own time into files, as on Lustre: there they must agree
+within a minute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+FOLDER = ".locks"
+BEAT, LOST = 10.0, 120.0
+"""Seconds. NFS may show a time of up to a minute ago."""
+VARIABLE = "ZIPAGE_CLAIM"
+"""Token of the claim under which a process works that another claimed the run for."""
+
+Link = tuple[Path, str]
+"""The file of a claim, and its token."""
+
+
+class Claim:
+    """The right to make a run, until `release`. A thread of its own keeps it alive.
+
+    Attributes:
+        token: names this claim, and no other ever.
+    """
+
+    def __init__(self, run: Path, chain: list[Link]) -> None:
+        """
+        Args:
+            chain: the claims that were lost, and this one.
+        """
+        self._run, self._chain = run, chain
+        self._path, self.token = chain[-1]
+        self._file = os.open(self._path, os.O_RDONLY)
+        self._over = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name=f"claim {run.name}", daemon=True)
+        self._heart.start()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process took it over, since this one was silent for too long."""
+        return not _stands(self._chain) or _after(self._run, self.token).exists()
+
+    def release(self) -> None:
+        """Give the run free. Does nothing where the claim was lost."""
+        self._over.set()
+        self._heart.join()
+        os.close(self._file)
+        with contextlib.suppress(OSError), _draft(self._run, "") as (draft, _):  # else it is lost before long
+            end = _after(self._run, self.token)
+            if not _link(draft, end):
+                return
+            if not _stands(self._chain):  # it was lost, and who took it over is done already
+                end.unlink(missing_ok=True)
+            else:  # from here no one can take it over
+                left = sorted(self._run.parent.glob(f"{FOLDER}/{glob.escape(self._run.name)}.{'[0-9a-f]' * 12}*"))
+                # The first of the chain goes first: without it, what follows it means nothing.
+                for path in (self._chain[0][0], *(path for path in left if path != end), end):
+                    path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self._file)
+
+
+def take(run: Path, worker: str = "") -> Claim | None:
+    """Claim the run whose folder is `run`; None where another process has it.
+
+    Args:
+        worker: the owner's name beside host and process, for whoever asks.
+
+    Raises:
+        OSError: the claim can't be written.
+    """
+    first = run.parent / FOLDER / run.name
+    first.parent.mkdir(parents=True, exist_ok=True)
+    with _draft(run, worker) as (draft, token):
+        path, chain = first, []
+        while True:
+            if _link(draft, path):
+                chain.append((path, token))
+                if _stands(chain):
+                    return Claim(run, chain)
+                path.unlink(missing_ok=True)  # what it was to follow was given back meanwhile
+            elif (owner := _read(path)) is not None:
+                if _is_alive(run, owner, _now(draft)):
+                    return None
+                chain.append((path, owner["token"]))
+                path = _after(run, owner["token"])
+                continue
+            path, chain = first, []
+
+
+@contextlib.contextmanager
+def hold(run: Path) -> Iterator[str]:
+    """Have the claim on a run, for which this waits; it is there already where this process works for its owner.
+
+    Then the owner is not lost before this process has ended too.
+
+    Yields:
+        The claim's token.
+    """
+    given = os.environ.get(VARIABLE)
+    if given is not None and is_mine(run, given):
+        with _draft(run, "") as (draft, _):
+            helper = _after(run, f"{given}-{os.getpid()}")
+            _link(draft, helper)
+        try:
+            yield given
+        finally:
+            helper.unlink(missing_ok=True)
+        return
+    pause = 0.05
+    while (claim := take(run)) is None:
+        if pause == 0.05:
+            print(f"another process is making {run.name}: waiting for it", flush=True)
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+    try:
+        yield claim.token
+    finally:
+        claim.release()
+
+
+def holder(run: Path) -> dict[str, Any] | None:
+    """What the claim on a run says of its owner, alive or lost ("token", "host", "pid", "worker"); None: free."""
+    found, path = None, run.parent / FOLDER / run.name
+    while (owner := _read(path)) is not None:
+        found, path = owner, _after(run, owner["token"])
+    return found
+
+
+def is_mine(run: Path, token: str) -> bool:
+    """Whether no one has taken over the claim of that token."""
+    return (owner := holder(run)) is not None and owner["token"] == token
+
+
+def _after(run: Path, token: str) -> Path:
+    return run.parent / FOLDER / f"{run.name}.{token}"
+
+
+@contextlib.contextmanager
+def _draft(run: Path, worker: str) -> Iterator[tuple[Path, str]]:
+    """A claim that nobody sees yet, and its token."""
+    token = uuid4().hex[:12]
+    path = run.parent / FOLDER / f".{token}"
+    owner = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "begun": _begun(os.getpid())}
+    text = json.dumps({"token": token} | owner | {"worker": worker, "since": time.time()})
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+        yield path, token
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _link(draft: Path, path: Path) -> bool:
+    """Make the draft the claim `path`; False where there is one."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return draft.stat().st_nlink > 1  # the answer to a first try may have been lost on the way
+    return True
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The claim, with its last sign of life as "beat"; None where there is none."""
+    try:
+        with path.open(encoding="utf-8") as file:  # NFS asks the server at each opening
+            found, text = os.fstat(file.fileno()), file.read()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return None
+        raise
+    try:
+        owner = json.loads(text)
+    except ValueError:  # the machine crashed while it was written
+        owner = {"token": f"{found.st_ino:012x}"[-12:], "host": "?", "machine": None, "pid": 0, "worker": ""}
+    return owner | {"beat": found.st_mtime}
+
+
+def _stands(chain: list[Link]) -> bool:
+    """Whether each claim of a chain is still there, so that what follows the last one means something."""
+    return all(_token(path) == token for path, token in chain)
+
+
+def _token(path: Path) -> str | None:
+    owner = _read(path)
+    return None if owner is None else owner["token"]
+
+
+def _now(draft: Path) -> float:
+    """The file system's time."""
+    os.utime(draft)
+    return draft.stat().st_mtime
+
+
+def _is_alive(run: Path, owner: dict[str, Any], now: float) -> bool:
+    if now - owner["beat"] > LOST:
+        return False
+    if owner["machine"] is None or owner["machine"] != _machine():
+        return True
+    helpers = run.parent.glob(f"{FOLDER}/{glob.escape(run.name)}.{owner['token']}-*")
+    return any(one is not None and _begun(one["pid"]) == one["begun"] for one in (owner, *map(_read, helpers)))
+
+
+def _machine() -> str | None:
+    """Equal where process numbers mean the same: a boot, and a namespace; None where the system tells neither."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return None
+
+
+def _begun(pid: int) -> int | None:
+    """When a process of this machine began, in the kernel's ticks; None where it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])

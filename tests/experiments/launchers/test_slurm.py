@@ -1,0 +1,106 @@
+"""launcher=slurm on submitit's local executor, whose jobs are processes here; tests/slurm has a real Slurm."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from experiments.config.compose import load_experiment
+from experiments.errors import UsageError
+from experiments.launchers import slurm
+from experiments.records import claims, load_runs
+from tests.experiments.launchers.test_ray import SWEEP, begun, descendants, owners
+from tests.experiments.running.run_process import ROOT, wait_for
+from tests.experiments.running.sweep_helpers import launch_sweep, small  # noqa: F401
+from tests.experiments.running.test_lifeline import running
+
+
+@pytest.fixture
+def start(arguments, tmp_path):
+    pytest.importorskip("submitit")
+    (tmp_path / "three.yaml").write_text("axes: {engine.block_size: 16, seed: [0, 1, 2]}")
+    options = [*arguments, f"+sweep={tmp_path}/three.yaml", "launcher=slurm", "launcher.cluster=local"]
+
+    def start(step_seconds: float, *more: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", SWEEP, str(step_seconds), *options, *more],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            process_group=0,
+        )
+
+    return start
+
+
+def test_a_requeued_job_goes_on_and_a_killed_one_leaves_its_arm_to_others(start, results):
+    started = start(0.1, "launcher.workers=2")
+    wait_for(lambda: len(begun(results)) == 2)
+    (requeued, its_run), (killed, other_run) = owners(results).items()
+    os.kill(requeued, signal.SIGUSR2)  # as Slurm when its time is up
+    wait_for(lambda: requeued not in owners(results))
+    os.kill(killed, signal.SIGKILL)
+    output = started.communicate(timeout=120)[0]
+    assert started.returncode == 0, output
+    assert output.count(" begins again on ") == 2
+    assert output.count(" right, ") == 3
+    assert {its_run, other_run} < set(load_runs(results)["run"])
+    assert not list((results / claims.FOLDER).iterdir())
+
+
+def test_jobs_end_with_ctrl_c(start, results):
+    started = start(5.0, "launcher.workers=1")
+    wait_for(lambda: len(begun(results)) == 1)
+    processes = descendants(started.pid)
+    os.killpg(started.pid, signal.SIGINT)
+    output = started.communicate(timeout=60)[0]
+    assert started.returncode == 130, output
+    assert output.endswith("\nerror: interrupted: 0 of 3 arms recorded, and the same command goes on\n")
+    wait_for(lambda: not any(map(running, processes)), seconds=10)
+    assert sorted(path.name for path in results.iterdir()) == [".locks", "sweeps"]
+
+
+def test_it_is_said_how_submitit_is_had(launch_sweep, small, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert launch_sweep(small, "launcher=slurm") == 2
+    assert capsys.readouterr().err == (
+        'error: launcher=slurm: submitit is not installed here: pip install -e ".[slurm]"\n'
+    )
+
+
+def test_a_machine_without_slurm_is_one_line(launch_sweep, small, capsys, monkeypatch, tmp_path):  # noqa: F811
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launch_sweep(small, "launcher=slurm") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: launcher=slurm: RuntimeError: Could not detect ")
+    assert err.count("\n") == 1
+
+
+def options(*given: str):
+    return load_experiment(["model=reasoner", "launcher=slurm", *given]).launcher
+
+
+def test_gpus_of_a_job_follow_from_the_arms():
+    asked = slurm._parameters(options("launcher.partition=gpu", "launcher.parameters={account: mine}"), 2)
+    assert asked == {
+        "name": "zipage",
+        "nodes": 1,
+        "tasks_per_node": 1,
+        "timeout_min": 240,
+        "cpus_per_task": 4,
+        "gpus_per_node": 2,
+        "slurm_partition": "gpu",
+        "slurm_array_parallelism": None,
+        "slurm_additional_parameters": {"account": "mine"},
+    }
+    assert slurm._parameters(options(), 0)["gpus_per_node"] is None
+    assert slurm._parameters(options("launcher.gpus=8"), 2)["gpus_per_node"] == 8
+    assert slurm._parameters(options("launcher.parameters={gres: 'gpu:h100:2'}"), 2)["gpus_per_node"] is None
+    with pytest.raises(UsageError, match="an arm takes 2 GPUs"):
+        slurm._parameters(options("launcher.gpus=1"), 2)
