@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config.compose import load_experiment
+from experiments.config.known import BESIDE
 from experiments.config.schema import HOMES, LauncherConfig, ModelConfig, to_dict
 from experiments.workloads import GENERATORS
 from zipage import EngineConfig, SamplingParams
@@ -47,7 +48,7 @@ NO_OPTIONS = {
     # of a load in conf/bench/
     "staggered",
     # of Hydra's command line and of the environment
-    *("sweep", "CUDA_VISIBLE_DEVICES", "OMP_WAIT_POLICY"),
+    *("CUDA_VISIBLE_DEVICES", "OMP_WAIT_POLICY"),
 }
 """What messages write as NAME=VALUE and is no option."""
 
@@ -55,9 +56,8 @@ NO_OPTIONS = {
 @cache
 def options() -> frozenset[str]:
     """Names of all options, as they are written in Python and on the command line."""
-    names = {f.name for cls in (EngineConfig, SamplingParams, ModelConfig, LauncherConfig) for f in fields(cls)} | set(
-        HOMES.values()
-    )
+    classes = (EngineConfig, SamplingParams, ModelConfig, LauncherConfig)
+    names = {"launcher", *BESIDE, *(f.name for cls in classes for f in fields(cls)), *HOMES.values()}
     for name in registry.POLICIES:
         names |= set(registry.find(name).known_options())
     for generator in GENERATORS.values():

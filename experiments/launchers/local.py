@@ -131,7 +131,12 @@ class Local:
                 if gpus is None:
                     continue
                 slot.gpus, worker = gpus, self._name(slot, gpus)
-                claim = claims.take(task.folder, worker)
+                try:
+                    claim = claims.take(task.folder, worker)
+                except OSError as error:
+                    waiting.remove(task)
+                    report.ended(task, worker, f"can't be claimed: {one_line(error)}", None)
+                    return True
                 if claim is None:
                     self._blocked[task.number] = time.monotonic() + AGAIN
                     continue

@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from experiments.errors import RunError
+
 FOLDER = ".locks"
 BEAT, LOST = 10.0, 120.0
 """Seconds. NFS may show a time of up to a minute ago."""
@@ -60,7 +62,10 @@ class Claim:
     @property
     def is_lost(self) -> bool:
         """Whether another process took it over, since this one was silent for too long."""
-        return not _stands(self._chain) or _after(self._run, self.token).exists()
+        try:
+            return not _stands(self._chain) or _after(self._run, self.token).exists()
+        except OSError:  # the file system does not answer, and may again
+            return False
 
     def release(self) -> None:
         """Give the run free. Does nothing where the claim was lost."""
@@ -121,6 +126,9 @@ def hold(run: Path) -> Iterator[str]:
 
     Yields:
         The claim's token.
+
+    Raises:
+        RunError: the claim can't be written.
     """
     given = os.environ.get(VARIABLE)
     if given is not None and is_mine(run, given):
@@ -133,15 +141,22 @@ def hold(run: Path) -> Iterator[str]:
             helper.unlink(missing_ok=True)
         return
     pause = 0.05
-    while (claim := take(run)) is None:
+    while (claim := _try(run)) is None:
         if pause == 0.05:
             print(f"another process is making {run.name}: waiting for it", flush=True)
         time.sleep(pause)
-        pause = min(2 * pause, 1.0)
+        pause = min(2 * pause, 0.5)
     try:
         yield claim.token
     finally:
         claim.release()
+
+
+def _try(run: Path) -> Claim | None:
+    try:
+        return take(run)
+    except OSError as error:
+        raise RunError(f"the claim on {run} can't be written: {error.strerror or error}") from error
 
 
 def holder(run: Path) -> dict[str, Any] | None:

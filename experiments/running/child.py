@@ -172,7 +172,10 @@ def reason_of(code: int, output: str) -> str:
     if code < 0:
         return f"killed by {_signal_name(-code)}" + " (did the memory run out?)" * (code == -signal.SIGKILL)
     if code == 0:
-        return "ended without the record that it was to make: did what it reads change since the sweep began?"
+        return (
+            "ended without the record that it was to make: did what it reads change since the sweep began, or is this "
+            "another kind of GPU?"
+        )
     lines = [line.strip() for line in COLOURS.sub("", output).splitlines() if line.strip()]
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines
     if said and POINTS_BACK in said[-1]:

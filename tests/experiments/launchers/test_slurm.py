@@ -39,7 +39,7 @@ def start(arguments, tmp_path):
 
 
 def test_a_requeued_job_goes_on_and_a_killed_one_leaves_its_arm_to_others(start, results):
-    started = start(0.1, "launcher.workers=2")
+    started = start(0.06, "launcher.workers=2")
     wait_for(lambda: len(begun(results)) == 2)
     (requeued, its_run), (killed, other_run) = owners(results).items()
     os.kill(requeued, signal.SIGUSR2)  # as Slurm when its time is up

@@ -274,6 +274,16 @@ def test_who_works_for_an_owner_has_its_claim(run, monkeypatch):
     assert files(run) == []
 
 
+def test_a_file_system_without_hard_links_is_one_line(run, monkeypatch):
+    def link(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(RunError, match=r"the claim on .*run can't be written: Operation not permitted"):
+        records.claim(run).__enter__()
+    assert files(run) == []
+
+
 def test_a_stamp_tells_a_record_from_the_next(run):
     assert records.stamp(run) is None
     stamps = []

@@ -3,8 +3,8 @@
 python -m tests.experiments.running.sweep_process SECONDS LOADS OPTION...
 
 SECONDS slows down each step. Each arm adds a line to the file LOADS when its engine is loaded, and one to LOADS.log
-then and when it is done: what happened, the process, and the arm's seed and policy. Arms are forked from this process,
-so that they need not import torch again.
+when it "begins" then, "serves", and "ends": that word, the process, and the arm's seed and policy. Arms are forked from
+this process, so that they need not import torch again.
 """
 
 from __future__ import annotations
@@ -77,6 +77,14 @@ def main() -> int:
             file.write(f"{os.getpid()}\n")
         log("begins", options)
         engine = fake(**options)
+        add_request = engine.add_request
+
+        def first_request(*request):
+            log("serves", options)
+            engine.add_request = add_request
+            return add_request(*request)
+
+        engine.add_request = first_request
         engine.shutdown = lambda: log("ends", options)
         return engine
 

@@ -176,7 +176,7 @@ def test_children_that_die_are_one_line_each(arguments, tmp_path, results, capsy
         "error: arm 2 of 6: seed=2: killed by SIGSEGV",
         "error: arm 3 of 6: seed=3: ended with exit code 9 and no output",
         "error: arm 4 of 6: seed=4: ended without the record that it was to make: "
-        "did what it reads change since the sweep began?",
+        "did what it reads change since the sweep began, or is this another kind of GPU?",
         "error: arm 5 of 6: seed=5: this",
     ]
     assert list(load_runs(sweep_file(results))["seed"]) == [6]
