@@ -79,4 +79,4 @@ def gpus_of(experiment: Experiment) -> int:
     if experiment.hardware.device == "cpu":
         return 0
     engine = experiment.engine
-    return engine.tensor_parallel_size * getattr(engine, "data_parallel_size", 1)
+    return engine.tensor_parallel_size * engine.data_parallel_size
