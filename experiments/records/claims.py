@@ -129,6 +129,7 @@ def hold(run: Path) -> Iterator[str]:
 
     Raises:
         RunError: the claim can't be written.
+        OSError: its folder can't be made.
     """
     given = os.environ.get(VARIABLE)
     if given is not None and is_mine(run, given):
@@ -140,6 +141,7 @@ def hold(run: Path) -> Iterator[str]:
         finally:
             helper.unlink(missing_ok=True)
         return
+    (run.parent / FOLDER).mkdir(parents=True, exist_ok=True)
     pause = 0.05
     while (claim := _try(run)) is None:
         if pause == 0.05:

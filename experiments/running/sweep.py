@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from statistics import mean
@@ -203,7 +204,11 @@ class Sweep:
         self._begin = time.monotonic()
         self._seconds: dict[tuple[Any, ...], list[float]] = {}
         """Seconds that runs of each kind have taken."""
-        self._progress = Progress(len(arms))
+
+    @cached_property
+    def _progress(self) -> Progress:
+        """Which a terminal shows from the first word on."""
+        return Progress(len(self.arms))
 
     def write(self) -> None:
         """Write the record. Raises UsageError where it can't be written."""
@@ -272,6 +277,8 @@ class Sweep:
 
     def tick(self) -> None:
         titles = [self._titles[number] for number in self._running]
+        if not titles:
+            return
         what = titles[0] if len(titles) == 1 else f"{len(titles)} arms at once"
         ended = len(self.arms) - len(self._waiting) - len(titles)
         self._progress.show(what, ended, len(self.arms), time.monotonic() - self._begin, self._seconds_left())

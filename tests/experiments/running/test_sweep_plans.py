@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,10 +118,21 @@ def test_time_left_counts_the_running_arm_down(launch_sweep, small, monkeypatch)
     launch_sweep(small)
     assert seen == [], "no arm took a second"
     arm = SimpleNamespace(kind="a", folder=Path("r/x"), overrides=())
-    sweep = Sweep("s", [arm], [])
-    assert sweep._seconds_left([arm], arm, 3.0) is None
-    sweep.seconds = {"a": [10.0]}
-    assert [sweep._seconds_left([arm], arm, spent) for spent in (0, 3, 30)] == [20, 17, 10]
+    sweep = Sweep("s", [arm] * 5)
+
+    def left(running: dict[int, float]) -> float | None:
+        """With so many seconds spent on each that runs."""
+        sweep._running = {number: time.monotonic() - spent for number, spent in running.items()}
+        return pytest.approx(sweep._seconds_left(), abs=0.5) if sweep._seconds else sweep._seconds_left()
+
+    sweep._waiting = [1]
+    assert left({0: 3.0}) is None
+    sweep._seconds = {"a": [10.0]}
+    assert [left({0: spent}) for spent in (0, 3, 30)] == [20, 17, 10]
+    sweep._waiting = [2, 3, 4]
+    assert left({0: 0.0, 1: 0.0}) == 25, "two share what is to go"
+    sweep._waiting = []
+    assert left({0: 0.0, 1: 8.0}) == 10, "the longest lasts"
 
 
 TERMINAL = """
