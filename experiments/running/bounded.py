@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import resource
 import signal
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -49,7 +51,7 @@ def texts(
     here, there = context.Pipe(duplex=False)
     arguments = (there, function, items, seconds, mebibytes, characters)
     child = context.Process(target=_work, args=arguments, daemon=True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _held(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside other threads
         child.start()
     there.close()
@@ -59,6 +61,23 @@ def texts(
         here.close()
         child.kill()
         child.join()
+
+
+@contextmanager
+def _held(*numbers: signal.Signals) -> Iterator[None]:
+    """Signals are answered afterwards: Python drops what a handler raises in the hooks that follow a fork."""
+    if threading.current_thread() is not threading.main_thread():  # whose handlers run elsewhere
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _receive(connection: Connection, child: BaseProcess, seconds: float) -> str:
@@ -81,6 +100,8 @@ def _work(
     gc.disable()  # what this process would collect may belong to a device
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent, which ends this process
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]

@@ -110,6 +110,17 @@ def test_ctrl_c_of_the_terminal_is_for_the_parent_of_what_renders_prompts():
     assert bounded.texts(kill, ["a", "b"], seconds=10, mebibytes=100, characters=10) == ["a", "b"]
 
 
+def test_ctrl_c_during_a_fork_is_not_lost():
+    """Python drops a KeyboardInterrupt in the hooks after a fork, as those of logging."""
+    at_fork = []
+    os.register_at_fork(after_in_parent=lambda: at_fork and os.kill(os.getpid(), at_fork.pop()))
+    at_fork.append(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        bounded.texts(str.upper, ["a"], seconds=10, mebibytes=100, characters=10)
+    assert not at_fork
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_reader_that_has_left_is_no_error(launch, results):
     """As `report ... | head -1`; the first line is longer than a pipe's patience."""
     launch()
