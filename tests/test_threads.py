@@ -120,7 +120,7 @@ def test_what_the_user_chose_stays(imported, variables):
 
 def test_an_engine_on_a_cpu_warns(monkeypatch, tmp_path):
     called = []
-    monkeypatch.setattr("zipage.engine.startup.warn_of_spinning", lambda: called.append(1))
+    monkeypatch.setattr("zipage.worker.worker.warn_of_spinning", lambda: called.append(1))
     make_llm(save_tiny_model("llama", tmp_path), None)
     assert called == [1]
 

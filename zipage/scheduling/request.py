@@ -37,7 +37,7 @@ class Request:
 
     Each field has one writer, after the constructor has set what is known by then. Anybody may read.
 
-    By `InputProcessor`:
+    By `PromptOrder`:
         request_id, index: of the prompt, and which of its samples this is.
         siblings: all samples of this prompt, this one included; they share the prompt's blocks.
         sampling_params, seed, stop_ids: what is asked for; `stop_ids` end the request.
