@@ -36,8 +36,7 @@ class Communicator:
     """`zipage.models.shard.Collectives` of the forward pass.
 
     Where the GPUs of a host can share memory (`reserve`), a rank writes its part of a product where the others read it;
-    each sums a part of the rows, and all read the sums ("two-shot", PyTorch's). For the few rows of a decode that takes
-    less time than NCCL's all-reduce.
+    each sums a part of the rows, and all read the sums ("two-shot", PyTorch's).
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
