@@ -89,6 +89,7 @@ def prepare(
     records.check_writable(Path(experiment.results_dir).expanduser())
     grader_of(experiment)
     factory = get_backend(experiment.backend, backends)
+    arrival_times(experiment.scenario, 0)  # a trace's faults under the name of the option that was given
     problems = load_problems(experiment.workload, experiment.limit)
     model = find_model(experiment.model)
     experiment, memory = with_budget(experiment, model.path)
@@ -149,7 +150,7 @@ class Job:
         traced = self.experiment.scenario.arrival == "trace"
         arrivals = arrival_times(self.experiment.scenario, len(self.problems)) if traced else []
         questions = [
-            [p.id, p.question, p.gold, *p.history, *([] if p.error is None else [p.error]), *p.follow_ups]
+            [p.id, p.question, p.gold, *p.history, *([] if p.error is None else [p.error]), *p.follow_ups, *p.pieces]
             for p in self.problems
         ]
         return records.content_hash(questions + [part for part in (lengths, arrivals, worked) if part])
