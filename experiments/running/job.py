@@ -21,7 +21,7 @@ from experiments.errors import RunError, UsageError, after_record, one_line
 from experiments.graders import Grader, get_grader
 from experiments.graders.ungraded import grade_none
 from experiments.records import provenance, schemas, sources
-from experiments.reporting.runs_table import never_bound, runs_table
+from experiments.reporting.runs_table import latency_table, never_bound, runs_table, timed
 from experiments.running import fidelity, outcomes, tracebacks
 from experiments.running.equal_bytes import with_budget
 from experiments.running.models import LocalModel, find_model, model_name
@@ -101,6 +101,8 @@ def _show(runs: pd.DataFrame, table: bool) -> None:
     run = runs.iloc[0]
     if table:
         print(runs_table(runs))
+    if table and timed(runs).any():
+        print(latency_table(runs))
     if table and never_bound(run):
         print("the budget never bound: no request was compressed, so this run equals full KV")
     print(f"record: {run['path']}", flush=True)
