@@ -100,7 +100,7 @@ def _trace(experiment: Experiment) -> str | None:
     scenario = experiment.scenario
     if experiment.workload.generator in READERS:
         trace, name = read_trace(experiment.workload.path), f"workload.path={experiment.workload.path}"
-        return None if not trace.failed else f"{name}: {trace.failed} failed requests, without tokens, are left out"
+        return None if not trace.failed else f"{name}: failed requests, without tokens, are left out: {trace.failed}"
     if scenario.arrival != "trace" or not (columns := read_trace(scenario.path).more):
         return None
     return (

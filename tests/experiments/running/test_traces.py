@@ -208,7 +208,7 @@ class TestRuns:
 
     def test_failed_requests_are_counted(self, write, launch, capsys):
         assert launch("scenario=trace", f"scenario.path={write('b.csv', BURST)}", "scenario.speed=100") == 0
-        assert "1 failed requests, without tokens, are left out" in capsys.readouterr().out
+        assert "failed requests, without tokens, are left out: 1" in capsys.readouterr().out
 
     def test_times_count_from_when_a_request_was_due(self, write, launch, results):
         """One that comes while a step runs waits for its end, and its TTFT says so."""
