@@ -27,6 +27,7 @@ def summarise(
     seconds: float,
     evicts: bool,
     memory: Mapping[str, Any] | None = None,
+    timed: bool = True,
 ) -> dict[str, Any]:
     """Accuracy, throughput and latency of a run, and how far its budget bound it.
 
@@ -37,6 +38,7 @@ def summarise(
         seconds: from the first arrival to the end of the last request.
         evicts: whether the policy can evict at all.
         memory: the engine's memory plan; None where it tells none.
+        timed: whether requests arrived by a clock; otherwise no rate was offered.
 
     Returns:
         `accuracy` is the mean grade over all samples, refused prompts included (pass@1; None where nothing is graded),
@@ -78,7 +80,10 @@ def summarise(
         "output_tokens_per_second": output_tokens / seconds,
         "total_tokens_per_second": (prompt_tokens + output_tokens) / seconds,
         "requests_per_second": len(requests) / seconds,
-        "rate": {"offered": offered_rate(requests), "achieved": len({row["prompt_id"] for row in answered}) / seconds},
+        "rate": {
+            "offered": offered_rate(requests) if timed else None,
+            "achieved": len({row["prompt_id"] for row in answered}) / seconds,
+        },
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
         "cached_tokens": sum(row.get("cached_tokens") or 0 for row in requests),

@@ -231,7 +231,13 @@ class Job:
             evicts = self.experiment.policy.name != "full"
             memory = asdict(backend.memory_plan)
             summary = summarise(
-                request_rows, step_rows, event_rows, seconds=served.seconds, evicts=evicts, memory=memory
+                request_rows,
+                step_rows,
+                event_rows,
+                seconds=served.seconds,
+                evicts=evicts,
+                memory=memory,
+                timed=self.experiment.scenario.arrival != "all_at_once",
             )
             metrics = summary | {"load_seconds": load_seconds, "memory": memory} | counters
             schemas.write_rows(staging / records.REQUESTS, request_rows, schemas.REQUEST_SCHEMA)

@@ -15,6 +15,7 @@ from experiments import run
 from experiments.backends import BACKENDS
 from experiments.bench import gate
 from experiments.config.compose import load_experiment
+from experiments.config.schema import ScenarioConfig
 from experiments.errors import UsageError
 from experiments.records import load_requests, load_runs
 from experiments.running.prompts import PromptRenderer
@@ -136,12 +137,17 @@ class TestFormats:
             ("t.txt", "1\n", "must end in .jsonl or .csv"),
         ],
     )
-    def test_a_fault_is_one_line_that_names_its_place(self, write, launch, tmp_path, capsys, name, text, line):
-        path = tmp_path / name if text is None else write(name, text)
+    def test_a_fault_is_one_line_that_names_its_place(self, write, tmp_path, name, text, line):
+        path = str(tmp_path / name) if text is None else write(name, text)
+        with pytest.raises(UsageError) as caught:
+            arrival_times(ScenarioConfig(arrival="trace", path=path), 0)
+        assert str(caught.value).startswith(f"scenario.path={path}: {line}")
+        assert "\n" not in str(caught.value)
+
+    def test_a_fault_is_found_before_the_model_is_loaded(self, write, launch, capsys):
+        path = write("t.csv", OURS + "2,1,0,0\n")
         assert launch("scenario=trace", f"scenario.path={path}", fail_at=0) == 2
-        err = capsys.readouterr().err
-        assert err.startswith(f"error: scenario.path={path}: {line}")
-        assert err.count("\n") == 1
+        assert capsys.readouterr().err.startswith(f"error: scenario.path={path}: line 5: output_tokens='0'")
 
     def test_what_a_trace_lacks_is_said(self, write):
         with pytest.raises(UsageError, match=r"workload\.path=.*holds arrivals alone, no lengths: name a workload"):
@@ -201,10 +207,16 @@ class TestPrefixes:
 
 class TestRuns:
     def test_speed_is_another_run_and_the_files_place_is_not(self, write, launch, results):
-        for name, *more in (["a.csv"], ["b.csv"], ["a.csv", "scenario.speed=4"]):
+        for name, *more in (
+            ["a.csv", "scenario.speed=8"],
+            ["b.csv", "scenario.speed=8"],
+            ["a.csv", "scenario.speed=4"],
+        ):
             assert launch("scenario=trace", f"scenario.path={write(name, AZURE)}", *more) == 0
         runs = load_runs(results)
-        assert sorted(runs["rate.offered"]) == pytest.approx([2 / 1.5, 8 / 1.5])
+        assert launch("workload=word_problems") == 0
+        assert load_runs(results)["rate.offered"].isna().sum() == 1, "all at once"
+        assert sorted(runs["rate.offered"]) == pytest.approx([8 / 1.5, 16 / 1.5])
 
     def test_failed_requests_are_counted(self, write, launch, capsys):
         assert launch("scenario=trace", f"scenario.path={write('b.csv', BURST)}", "scenario.speed=100") == 0
