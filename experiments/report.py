@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,13 @@ from experiments.command_line import Parser, stoppable
 from experiments.errors import UsageError
 from experiments.records import load_runs
 from experiments.reporting.published import read_published
-from experiments.reporting.runs_table import sweep_table, with_notes
+from experiments.reporting.runs_table import latency_table, sweep_table, with_notes
 
 if TYPE_CHECKING:
     import pandas as pd
+
+LIMITS = ("ttft", "tpot", "e2e")
+"""Times of a request that `--slo` may limit."""
 
 
 @stoppable
@@ -33,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write its pictures as PNG, a file each")
     parser.add_argument("--margin", type=float, default=0.02, help="of non-inferiority to full KV (%(default)s)")
+    parser.add_argument(
+        "--slo", type=limits, default={}, metavar="LIMITS",
+        help="seconds that a request may take to count in the goodput: ttft=2,tpot=0.05,e2e=60, or some of these",
+    )  # fmt: skip
     parser.add_argument("--published", metavar="NAME", help="a table of results/published to set beside ours")
     parser.add_argument("--title", default="Runs compared", help="of the page")
     options = parser.parse_args(arguments)
@@ -48,12 +56,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(*(sweep_table(Path(path), options.wide) for path in paths), sep="\n\n")
         else:
             print(with_notes(runs, options.wide))
+        if options.slo:
+            from experiments.analysis.comparison import compare
+
+            print("", latency_table(runs, options.wide, compare(runs, **options.slo)), sep="\n")
         if published or options.html or options.tables or options.pictures:
             _compare(runs, options, published)
     except (UsageError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def limits(text: str) -> dict[str, float]:
+    """`ttft=2,tpot=0.05` as keywords of `compare`, in seconds."""
+    found = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if name not in LIMITS or not 0 < seconds < math.inf:
+            raise argparse.ArgumentTypeError(f"{part!r}: must be {' or '.join(f'{name}=SECONDS' for name in LIMITS)}")
+        found[name] = seconds
+    return found
 
 
 def _compare(runs: pd.DataFrame, options: argparse.Namespace, published: Mapping[str, Any] | None) -> None:
@@ -65,7 +92,7 @@ def _compare(runs: pd.DataFrame, options: argparse.Namespace, published: Mapping
     from experiments.reporting.published import beside
     from experiments.reporting.tables import comparison_table, to_markdown, write_tables
 
-    compared = compare(runs, options.margin)
+    compared = compare(runs, options.margin, **options.slo)
     try:
         if published:
             print(f"\n{published['title']} ({published['source']})\n\n{to_markdown(beside(runs, compared, published))}")
@@ -80,7 +107,7 @@ def _compare(runs: pd.DataFrame, options: argparse.Namespace, published: Mapping
         if options.html:
             from experiments.reporting.page import page
 
-            text = page(runs, options.margin, options.title, published)
+            text = page(runs, options.margin, options.title, published, options.slo)
             options.html.parent.mkdir(parents=True, exist_ok=True)
             options.html.write_text(text, encoding="utf-8")
             print(f"page: {options.html}")

@@ -44,7 +44,8 @@ RECORDED = (
         "kv_bytes.mean",
         "kv_bytes.max",
     ),
-    *(f"{name}.{figure}" for name in ("ttft", "tpot", "itl") for figure in ("mean", "p50", "p90", "p99", "max")),
+    *("rate.offered", "rate.achieved"),
+    *(f"{name}.{figure}" for name in ("ttft", "tpot", "itl", "e2e") for figure in ("mean", "p50", "p90", "p99", "max")),
 )
 """Columns of `load_runs()` that are taken over."""
 
@@ -63,7 +64,7 @@ DERIVED = (
     ),
     *(f"{baseline}.{name}" for baseline in ("full", "random", "bytes") for name in AGAINST),
     *(f"{figure}{bound}" for figure in FIGURES for bound in ("", ".low", ".high")),
-    *("output_length.inflation", "goodput", "slo_goodput", "correct_per_gpu_hour"),
+    *("output_length.inflation", "goodput", "slo_goodput", "slo_share", "slo_rate", "correct_per_gpu_hour"),
 )
 _TEXTS = ("device", ".run", ".verdict", ".power_warning")
 
@@ -77,6 +78,7 @@ def compare(
     *,
     ttft: float | None = None,
     tpot: float | None = None,
+    e2e: float | None = None,
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int = SEED,
@@ -86,7 +88,8 @@ def compare(
     Args:
         runs: rows of `load_runs()`. Baselines are looked for among them, as `experiments.analysis.baselines` says.
         margin: of non-inferiority, fixed before the runs.
-        ttft, tpot: seconds that an answer may take at most to count in `slo_goodput`; None sets no limit.
+        ttft, tpot, e2e: seconds that an answer may take at most to count in `slo_goodput`, `slo_share` and `slo_rate`;
+            None sets no limit.
         confidence, resamples, seed: of all intervals, see `experiments.analysis.statistics`.
 
     Returns:
@@ -107,6 +110,8 @@ def compare(
             more.
         output_length.inflation: mean output length over that of full KV.
         goodput, slo_goodput: right answers per second, and those in time. A grade between 0 and 1 counts in part.
+        slo_share, slo_rate: share of the requests that were answered in time with all their samples, and how many a
+            second, whatever their grades.
         divergence, agreement, loss, worked_divergence, worked_loss, each with .low and .high: how close the run
             stayed to full KV on the same text, as `experiments.analysis.fidelity` defines them.
         correct_per_gpu_hour: right answers per hour and device, loading left out. On a CPU that is an hour of the
@@ -124,7 +129,7 @@ def compare(
 
     def read(path: str, recorded_loops: float) -> Samples | None:
         try:
-            return read_samples(Path(path), ttft=ttft, tpot=tpot, loops=math.isnan(recorded_loops))
+            return read_samples(Path(path), ttft=ttft, tpot=tpot, e2e=e2e, loops=math.isnan(recorded_loops))
         except (OSError, ValueError, KeyError) as error:
             logger.warning("%s: its samples can't be read (%s)", path, " ".join(str(error).split()))
 
@@ -138,6 +143,9 @@ def compare(
     for i, (row, run) in enumerate(zip(rows, numbers.itertuples(index=False), strict=True)):
         row["cap_hit_share"] = _ratio(0 if math.isnan(run.cut) else run.cut, run.samples - run.errors)
         row["loop_rate"] = samples[i].loop_rate if samples[i] and math.isnan(run.loop_rate) else run.loop_rate
+        if samples[i]:
+            row["slo_share"] = _ratio(samples[i].kept, samples[i].requests)
+            row["slo_rate"] = samples[i].kept / run.seconds
         if i in graded:
             right = graded[i].sums.sum()
             row["goodput"], row["slo_goodput"] = right / run.seconds, graded[i].in_time / run.seconds

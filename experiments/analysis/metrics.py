@@ -27,6 +27,7 @@ def summarise(
     seconds: float,
     evicts: bool,
     memory: Mapping[str, Any] | None = None,
+    timed: bool = True,
 ) -> dict[str, Any]:
     """Accuracy, throughput and latency of a run, and how far its budget bound it.
 
@@ -37,6 +38,7 @@ def summarise(
         seconds: from the first arrival to the end of the last request.
         evicts: whether the policy can evict at all.
         memory: the engine's memory plan; None where it tells none.
+        timed: whether requests arrived by a clock; otherwise no rate was offered.
 
     Returns:
         `accuracy` is the mean grade over all samples, refused prompts included (pass@1; None where nothing is graded),
@@ -50,6 +52,8 @@ def summarise(
         evicts and none was, so that the run equals full KV. `entries_evicted` are per layer and KV head. `loop_rate` is
         the share of the answered samples that end in a loop. `itl` is the time between two tokens of a sample, over all
         tokens: the time from one engine step to the next, counted once for each sample that decodes in it.
+        `rate` is in requests a second: `offered` as they arrived (`offered_rate`), `achieved` as they were answered,
+        over all the `seconds`.
         `blocks_held` is the most blocks that an answered sample held at once, as the engine counted them, and
         `kv_bytes` what these took in bytes: keys and values with scores and positions, and its query slot if it held
         one. With several replicas `steps` counts those of all, `itl` is between the steps of each, and the peaks are of
@@ -76,6 +80,10 @@ def summarise(
         "output_tokens_per_second": output_tokens / seconds,
         "total_tokens_per_second": (prompt_tokens + output_tokens) / seconds,
         "requests_per_second": len(requests) / seconds,
+        "rate": {
+            "offered": offered_rate(requests) if timed else None,
+            "achieved": len({row["prompt_id"] for row in answered}) / seconds,
+        },
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
         "cached_tokens": sum(row.get("cached_tokens") or 0 for row in requests),
@@ -100,6 +108,13 @@ def summarise(
         "peak_running": peak(steps, "num_running"),
         "peak_query_slots": peak(steps, "query_slots_used"),
     }
+
+
+def offered_rate(requests: Sequence[Mapping[str, Any]]) -> float | None:
+    """Requests a second between the first arrival and the last; None where all came at once."""
+    due = {row["prompt_id"]: row["arrival"] for row in requests if row.get("arrival") is not None}.values()
+    span = max(due, default=0.0) - min(due, default=0.0)
+    return (len(due) - 1) / span if span > 0 else None
 
 
 def peak(steps: Sequence[dict[str, Any]], gauge: str) -> int:

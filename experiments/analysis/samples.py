@@ -22,7 +22,8 @@ class Samples:
     Attributes:
         problems: ids of those with a graded sample, ascending, [problems].
         sums, sizes: of the grades of each problem, and their number, [problems].
-        in_time: sum of the grades of the answers that kept the limits on TTFT and TPOT.
+        in_time: sum of the grades of the answers that kept the limits on their times.
+        kept, requests: prompts all of whose samples were answered within the limits, graded or not, and all prompts.
         loop_rate: share of the answered samples that end in a loop; None where it was not asked for or the record
             has no tokens.
     """
@@ -31,6 +32,8 @@ class Samples:
     sums: np.ndarray
     sizes: np.ndarray
     in_time: float
+    kept: int
+    requests: int
     loop_rate: float | None
 
     @property
@@ -38,11 +41,19 @@ class Samples:
         return self.sums / self.sizes
 
 
-def read_samples(folder: Path, *, ttft: float | None = None, tpot: float | None = None, loops: bool = False) -> Samples:
+def read_samples(
+    folder: Path,
+    *,
+    ttft: float | None = None,
+    tpot: float | None = None,
+    e2e: float | None = None,
+    loops: bool = False,
+) -> Samples:
     """Read the grades of a run.
 
     Args:
-        ttft, tpot: limits in seconds for `in_time`; None sets none. A single token has no TPOT and keeps any.
+        ttft, tpot, e2e: limits in seconds for `in_time` and `kept`; None sets none. A single token has no TPOT and
+            keeps any.
         loops: read the tokens too, for `loop_rate`.
 
     Raises:
@@ -50,21 +61,25 @@ def read_samples(folder: Path, *, ttft: float | None = None, tpot: float | None 
     """
     file = pq.ParquetFile(table_path(folder, REQUESTS))
     loops = loops and "output_token_ids" in file.schema_arrow.names  # an archived copy has no tokens
-    names = ["prompt_id", "grade", "ttft", "tpot", *(["error", "output_token_ids"] if loops else [])]
+    names = ["prompt_id", "grade", "error", "ttft", "tpot", "e2e", *(["output_token_ids"] if loops else [])]
     rows = file.read(columns=names, use_threads=False)
     encoded = rows["prompt_id"].combine_chunks().dictionary_encode()
     problems, places = _ascending(tuple(encoded.dictionary.to_pylist()))
     codes = places[encoded.indices.to_numpy()]
-    grades, first, pace = (rows[name].to_numpy() for name in ("grade", "ttft", "tpot"))
+    grades, first, pace, end = (rows[name].to_numpy() for name in ("grade", "ttft", "tpot", "e2e"))
     graded = ~np.isnan(grades)
-    kept = graded if ttft is None else graded & (first <= ttft)
-    kept = kept if tpot is None else kept & ~(pace > tpot)
+    in_time = np.ones(len(grades), bool) if ttft is None else first <= ttft
+    in_time = in_time if tpot is None else in_time & ~(pace > tpot)
+    in_time = in_time if e2e is None else in_time & (end <= e2e)
+    late = np.unique(codes[~(in_time & rows["error"].is_null().to_numpy())])
+    requests = len(problems)
     sums = np.bincount(codes[graded], grades[graded], len(problems))
     sizes = np.bincount(codes[graded], minlength=len(problems))
     if not sizes.all():
         problems = tuple(problem for problem, size in zip(problems, sizes, strict=True) if size)
         sums, sizes = sums[sizes > 0], sizes[sizes > 0]
-    return Samples(problems, sums, sizes, float(grades[kept].sum()), _loop_rate(rows) if loops else None)
+    right = float(grades[graded & in_time].sum())
+    return Samples(problems, sums, sizes, right, requests - len(late), requests, _loop_rate(rows) if loops else None)
 
 
 @lru_cache(maxsize=64)

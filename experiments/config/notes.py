@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from experiments.config.options import asked_budgets, asked_intervals, held_budgets, held_intervals
 from experiments.errors import one_line
 from experiments.graders import GRADERS
-from experiments.running.traces import unread_columns
+from experiments.running.traces import read_trace
+from experiments.workloads import READERS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,11 +98,14 @@ def _equal_samples(experiment: Experiment) -> str | None:
 
 def _trace(experiment: Experiment) -> str | None:
     scenario = experiment.scenario
-    if scenario.arrival != "trace" or not (columns := unread_columns(scenario.path)):
+    if experiment.workload.generator in READERS:
+        trace, name = read_trace(experiment.workload.path), f"workload.path={experiment.workload.path}"
+        return None if not trace.failed else f"{name}: failed requests, without tokens, are left out: {trace.failed}"
+    if scenario.arrival != "trace" or not (columns := read_trace(scenario.path).more):
         return None
     return (
         f"scenario.path={scenario.path}: only arrivals are read of it, not {', '.join(columns)}; "
-        "the workload sets how long requests are (workload=lengths)"
+        "workload=trace makes requests as long as those of the trace"
     )
 
 

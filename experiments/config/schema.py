@@ -123,12 +123,12 @@ class PolicyConfig:
 class WorkloadConfig:
     """Which questions are asked, how they are put, and how answers are graded.
 
-    The questions come from the file at `path` where one is given, else from a `generator`, else from `hub_id`, or else
-    from the `parts`.
+    The questions come from the file at `path` where one is given (the `generator` "trace" reads it), else from a
+    `generator`, else from `hub_id`, or else from the `parts`.
 
     Attributes:
         name: in run ids and tables.
-        generator: a name in `workloads.GENERATORS`, or None.
+        generator: a name in `workloads.GENERATORS` or `workloads.READERS`, or None.
         seed, options: of the generator; `seed` also shuffles `parts`, chains and conversations.
         path: JSONL, gzipped JSONL (.jsonl.gz) or parquet file.
         hub_id, subset, split, revision: of a data set on the hub.
@@ -188,7 +188,8 @@ class ScenarioConfig:
         arrival: "all_at_once", "poisson" or "trace".
         rate: mean arrivals per second of a Poisson process.
         seed: of its gaps.
-        path: file with the times of a trace (see `experiments.running.traces`).
+        path: file of a trace (see `experiments.running.traces`).
+        speed: how many times as fast as in the trace requests arrive.
         loads: of "engine_bench": names in `conf/bench/`, NAME/ARM for one arm, or YAML files.
         repeats: of a benchmark: measurements of each row.
         options: of "kernels": the fields of `kernels.bench_shapes.KernelShapes`.
@@ -200,6 +201,7 @@ class ScenarioConfig:
     rate: float | None = None
     seed: int = 0
     path: str | None = None
+    speed: float = 1.0
     loads: list[str] = field(default_factory=list)
     repeats: int | None = None
     options: dict[str, Any] = field(default_factory=dict)

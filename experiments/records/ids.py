@@ -25,6 +25,7 @@ LATER: dict[str, Any] = {
     "policy.bytes_as": None,
     "engine.async_scheduling": False,
     "engine.data_parallel_size": 1,
+    "scenario.speed": 1.0,
     "sampling.presence_penalty": 0.0,
     "sampling.frequency_penalty": 0.0,
     "sampling.bad_words": [],

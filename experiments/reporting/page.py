@@ -60,14 +60,16 @@ def page(
     margin: float = 0.02,
     title: str = "Runs compared",
     published: Mapping[str, Any] | None = None,
+    slo: Mapping[str, float] | None = None,
 ) -> str:
     """The page for rows of `load_runs()`.
 
     Args:
         margin: of non-inferiority, fixed before the runs.
         published: figures to set beside ours, of `read_published`.
+        slo: limits on times in seconds, as `compare` takes them.
     """
-    compared = compare(runs, margin)
+    compared = compare(runs, margin, **(slo or {}))
     parts = [f"<h1>{escape(title)}</h1>", *_summary(runs, compared)]
     parts.append("<h2>Comparison</h2>")
     loads = by_load(compared)

@@ -89,6 +89,24 @@ def pictures(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tuple[str, 
         lambda: plots.latency_cdfs(runs),
     )
     yield (
+        "Tails against rate",
+        "Of requests that arrive over time, by how many a second do: p99 with markers, p50 dotted. Where the p99 "
+        "leaves the p50, requests wait.",
+        lambda: plots.tails_by_rate(runs),
+    )
+    yield (
+        "Goodput against rate",
+        "Requests a second that were answered within the limits of --slo, or at all where there are none. A line that "
+        "leaves the diagonal has found its highest rate.",
+        lambda: plots.goodput_by_rate(runs, compared),
+    )
+    yield (
+        "Throughput against speed for a user",
+        "Output tokens a second of each GPU against those that one user sees. A line joins the rates of a policy; up "
+        "and to the right is better.",
+        lambda: plots.throughput_by_user(runs),
+    )
+    yield (
         "Output length",
         "Evicted thoughts that lose their way grow longer, which flatters tokens per second. Boxes are quartiles over "
         "problems, whiskers 5 and 95 %.",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.analysis.metrics import PERCENTILES
 from experiments.config.notes import notes_on
 from experiments.config.options import budget_texts, in_order, readable_options, short_names, told_apart
 from experiments.records import load_runs
@@ -68,14 +70,14 @@ OPTION = Column("", leaves=3)
 """An option in which the runs differ; its columns stand behind the budget."""
 
 
-def runs_table(runs: pd.DataFrame, wide: bool = False) -> str:
+def runs_table(runs: pd.DataFrame, wide: bool = False, columns: Mapping[str, Column] = COLUMNS) -> str:
     """The runs as a Markdown table: full KV first in each workload, then by policy and budget.
 
     Budgets are those that held. Each option in which the runs differ has a column. At most `WIDTH` columns of text
     unless it is `wide`: values that all rows share stand in a line above, columns that don't fit are named below.
     """
     runs, options = in_order(runs), told_apart(runs)
-    columns = dict(COLUMNS)
+    columns = dict(columns)
     if runs["model.name"].nunique() <= 1:
         del columns["model.name"]
     columns = _insert(columns, "budget", {option: _of_option(option, short_names(options)) for option in options})
@@ -137,12 +139,61 @@ def sweep_table(path: Path, wide: bool = False) -> str:
 
 
 def with_notes(runs: pd.DataFrame, wide: bool = False) -> str:
-    """`runs_table`, below it a line for each thing that must be known to read it, and the conclusion."""
+    """`runs_table`, below it a line for each thing that must be known to read it, the latencies of traffic, and the
+    conclusion."""
     notes = [*notes_on(runs), *filter(None, [mixture(runs)])]
     lines = [runs_table(runs, wide), *(_wrapped(f"note: {line}") for line in notes)]
+    if timed(runs).any():
+        lines += ["", latency_table(runs[timed(runs)], wide)]
     if found := conclusions(runs):
         lines += ["", *map(_wrapped, found)]
     return "\n".join(lines)
+
+
+TAILS = {"ttft": ("s", 1), "itl": ("ms", 1000), "tpot": ("ms", 1000), "e2e": ("s", 1)}
+"""Times of a request that `latency_table` shows -> the unit, and how many of it are a second."""
+
+LATENCY = {
+    **{name: COLUMNS[name] for name in ("run", "model.name", "workload.name", "policy", "budget")},
+    "rate.offered": Column("offered/s", "{:.3g}"),
+    "rate.achieved": Column("achieved/s", "{:.3g}"),
+    "slo_rate": Column("goodput/s", "{:.3g}"),
+    "slo_share": Column("in time", "{:.1%}"),
+    **{
+        name: Column(f"{name.upper()} p50/90/99 {unit}", wide=f"{name.upper()} p50 / p90 / p99 ({unit})", leaves=leaves)
+        for (name, (unit, _)), leaves in zip(TAILS.items(), (0, 4, 6, 5), strict=True)
+    },
+    "errors": COLUMNS["errors"],
+}
+
+
+def timed(runs: pd.DataFrame) -> pd.Series:
+    """Of which rows of `load_runs()` requests arrived over time, not all at once."""
+    return runs.reindex(columns=["rate.offered"]).astype(float).iloc[:, 0].notna()
+
+
+def latency_table(runs: pd.DataFrame, wide: bool = False, compared: pd.DataFrame | None = None) -> str:
+    """Rates and the tails of latency, p50 / p90 / p99, as a table like `runs_table`.
+
+    Args:
+        compared: what `compare()` made of the runs with limits on times: the goodput under them.
+    """
+    shown = runs.copy()
+    for name, (_, unit) in TAILS.items():
+        points = runs.reindex(columns=[f"{name}.p{p}" for p in PERCENTILES]).astype(float) * unit
+        shown[name] = [None if row.isna().any() else " / ".join(map(_figures, row)) for _, row in points.iterrows()]
+    columns = dict(LATENCY)
+    for name in ("slo_rate", "slo_share"):
+        if compared is None:
+            del columns[name]
+        else:
+            shown[name] = compared[name]
+    return runs_table(shown, wide, columns)
+
+
+def _figures(value: float) -> str:
+    """Three figures, and all before the point."""
+    return f"{value:#.3g}".rstrip(".") if value < 100 else f"{value:.0f}"
 
 
 def mixture(runs: pd.DataFrame) -> str | None:

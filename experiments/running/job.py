@@ -21,7 +21,7 @@ from experiments.errors import RunError, UsageError, after_record, one_line
 from experiments.graders import Grader, get_grader
 from experiments.graders.ungraded import grade_none
 from experiments.records import provenance, schemas, sources
-from experiments.reporting.runs_table import never_bound, runs_table
+from experiments.reporting.runs_table import latency_table, never_bound, runs_table, timed
 from experiments.running import fidelity, outcomes, tracebacks
 from experiments.running.equal_bytes import with_budget
 from experiments.running.models import LocalModel, find_model, model_name
@@ -89,6 +89,7 @@ def prepare(
     records.check_writable(Path(experiment.results_dir).expanduser())
     grader_of(experiment)
     factory = get_backend(experiment.backend, backends)
+    arrival_times(experiment.scenario, 0)  # a trace's faults under the name of the option that was given
     problems = load_problems(experiment.workload, experiment.limit)
     model = find_model(experiment.model)
     experiment, memory = with_budget(experiment, model.path)
@@ -100,6 +101,8 @@ def _show(runs: pd.DataFrame, table: bool) -> None:
     run = runs.iloc[0]
     if table:
         print(runs_table(runs))
+    if table and timed(runs).any():
+        print(latency_table(runs))
     if table and never_bound(run):
         print("the budget never bound: no request was compressed, so this run equals full KV")
     print(f"record: {run['path']}", flush=True)
@@ -149,7 +152,7 @@ class Job:
         traced = self.experiment.scenario.arrival == "trace"
         arrivals = arrival_times(self.experiment.scenario, len(self.problems)) if traced else []
         questions = [
-            [p.id, p.question, p.gold, *p.history, *([] if p.error is None else [p.error]), *p.follow_ups]
+            [p.id, p.question, p.gold, *p.history, *([] if p.error is None else [p.error]), *p.follow_ups, *p.pieces]
             for p in self.problems
         ]
         return records.content_hash(questions + [part for part in (lengths, arrivals, worked) if part])
@@ -228,7 +231,13 @@ class Job:
             evicts = self.experiment.policy.name != "full"
             memory = asdict(backend.memory_plan)
             summary = summarise(
-                request_rows, step_rows, event_rows, seconds=served.seconds, evicts=evicts, memory=memory
+                request_rows,
+                step_rows,
+                event_rows,
+                seconds=served.seconds,
+                evicts=evicts,
+                memory=memory,
+                timed=self.experiment.scenario.arrival != "all_at_once",
             )
             metrics = summary | {"load_seconds": load_seconds, "memory": memory} | counters
             schemas.write_rows(staging / records.REQUESTS, request_rows, schemas.REQUEST_SCHEMA)

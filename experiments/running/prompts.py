@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class PromptRenderer:
     def __init__(self, workload: WorkloadConfig, model: ModelConfig, tokenizer: Any) -> None:
         self._workload = workload
         self._tokenizer = tokenizer
+        self._piece = lru_cache(maxsize=1024)(self._tokens_of_piece)
         self._options: Mapping[str, Any] = model.chat_template_options
         self.chat_template = _chat_template(model.chat_template, tokenizer)
 
@@ -117,6 +119,9 @@ class PromptRenderer:
         )
 
     def _prompt(self, problem: Problem, chat: list[dict[str, str]] | None, rendered: Iterator[str]) -> Prompt:
+        if problem.pieces:
+            texts = " ".join(text for text, _ in problem.pieces)
+            return Prompt(texts, self._joined(problem.pieces))
         if chat is None:
             text = problem.question
             tokens = text.encode() if self._tokenizer is None else self._tokenizer(text)["input_ids"]
@@ -132,6 +137,15 @@ class PromptRenderer:
         tails = [next(rendered).partition(MARKER)[2] for _ in problem.follow_ups]
         follow_ups = [self._behind_end(tail) for tail in tails]
         return Prompt("".join([text, *tails]), tokens, follow_ups, self._tokenizer.eos_token_id)
+
+    def _joined(self, pieces: Sequence[tuple[str, int]]) -> list[int]:
+        """The first tokens of each text, one behind the other; special tokens stand before the first alone."""
+        return [token for i, (text, count) in enumerate(pieces) for token in self._piece(text, i == 0)[:count]]
+
+    def _tokens_of_piece(self, text: str, first: bool) -> list[int]:
+        if self._tokenizer is None:
+            return list(text.encode())
+        return list(self._tokenizer(text, add_special_tokens=first)["input_ids"])
 
     def _behind_end(self, tail: str) -> list[int]:
         """Tokens of what stands behind an answer and its end token, which the model draws itself."""

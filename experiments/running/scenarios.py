@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from tqdm import tqdm
 
 from experiments.backends import Backend
 from experiments.config.schema import ScenarioConfig
+from experiments.errors import UsageError
 from experiments.running.traces import read_trace
 from zipage import RequestMetrics, RequestOutput, SamplingParams
 
@@ -35,7 +36,7 @@ def arrival_times(scenario: ScenarioConfig, count: int) -> list[float]:
     if scenario.arrival == "all_at_once":
         return [0.0] * count
     if scenario.arrival == "trace":
-        return read_trace(scenario.path, count)
+        return _traced(scenario, count)
     random, now, times = Random(scenario.seed), 0.0, []
     for _ in range(count):
         now += random.expovariate(scenario.rate)
@@ -43,12 +44,28 @@ def arrival_times(scenario: ScenarioConfig, count: int) -> list[float]:
     return times
 
 
+def _traced(scenario: ScenarioConfig, count: int) -> list[float]:
+    try:
+        requests = read_trace(scenario.path).requests
+    except ValueError as error:
+        raise UsageError(f"scenario.path={scenario.path}: {error}") from error
+    if requests and requests[0].arrival is None:
+        raise UsageError(f"scenario.path={scenario.path}: holds lengths alone, no arrivals")
+    if len(requests) < count:
+        raise UsageError(
+            f"scenario.path={scenario.path}: holds {len(requests)} times for {count} requests: "
+            f"give limit={len(requests)}"
+        )
+    return [request.arrival / scenario.speed for request in requests[:count]]
+
+
 @dataclass
 class Served:
     """The results of a list of requests.
 
     Attributes:
-        outputs: by request id. A refused request has no samples, and `error` set.
+        outputs: by request id. A refused request has no samples, and `error` set. Times count from when a request was
+            due, so that one that had to wait for the end of a step was not faster for it.
         start: host clock (`time.perf_counter`) at the start.
         seconds: from the start to the end of the last request.
     """
@@ -67,6 +84,7 @@ def serve(backend: Backend, requests: Sequence[TimedRequest], progress: bool = T
         progress: show a bar where the output is a terminal.
     """
     outputs: dict[str, RequestOutput] = {}
+    due = {request.id: request.arrival for request in requests}
     waiting = deque(requests)
     tokens = 0
     start = time.perf_counter()
@@ -83,12 +101,22 @@ def serve(backend: Backend, requests: Sequence[TimedRequest], progress: bool = T
             elif waiting and not finished:
                 time.sleep(waiting[0].arrival - now)
             for output in finished:
-                outputs[output.request_id] = output
+                outputs[output.request_id] = _since(start + due[output.request_id], output)
                 tokens += sum(len(sample.token_ids) for sample in output.outputs)
             if finished:
                 bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tok/s", refresh=False)
                 bar.update(len(finished))
     return Served(outputs, start, time.perf_counter() - start)
+
+
+def _since(due: float, output: RequestOutput) -> RequestOutput:
+    for answer in (output, *output.outputs):
+        metrics = answer.metrics
+        late = metrics.arrival - due
+        times = {name: getattr(metrics, name) for name in ("ttft", "e2e", "queued")}
+        later = {name: time + late for name, time in times.items() if time is not None}
+        answer.metrics = replace(metrics, arrival=due, **later)
+    return output
 
 
 def _add(backend: Backend, request: TimedRequest) -> RequestOutput | None:

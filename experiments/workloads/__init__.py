@@ -6,12 +6,21 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import islice
 from random import Random
 from typing import Any
 
 from experiments.config.schema import WorkloadConfig
 from experiments.errors import UsageError
-from experiments.workloads import chained_arithmetic, fragility, lengths, program_trace, reasoning_gym, word_problems
+from experiments.workloads import (
+    chained_arithmetic,
+    fragility,
+    lengths,
+    program_trace,
+    reasoning_gym,
+    trace,
+    word_problems,
+)
 from experiments.workloads.chains import chain
 from experiments.workloads.conversations import converse
 from experiments.workloads.exams import exam
@@ -31,6 +40,9 @@ GENERATORS: dict[str, Callable[..., Iterable[Problem]]] = {
     "program_trace": program_trace.generate,
     "fragility": fragility.generate,
 }
+
+READERS: dict[str, Callable[..., Iterable[Problem]]] = {"trace": trace.generate}
+"""Generators that make their problems of the file at `workload.path`."""
 
 
 def load_problems(config: WorkloadConfig, limit: int | None = None) -> list[Problem]:
@@ -55,8 +67,8 @@ def load_problems(config: WorkloadConfig, limit: int | None = None) -> list[Prob
         problems = chain(load_problems(replace(config, chain=None)), config.chain, config.seed)[:limit]
     elif config.parts and config.path is None:
         problems = _mix(config)[:limit]
-    elif config.generator is not None and config.path is None:
-        problems = _generate(config)[:limit]
+    elif config.generator in READERS or (config.generator is not None and config.path is None):
+        problems = _generate(config, limit)
     else:
         rows = read_file(config.path) if config.path is not None else read_hub(config)
         problems = [_item(row, number, config) for number, row in enumerate(rows[:limit])]
@@ -87,20 +99,22 @@ def _mix(config: WorkloadConfig) -> list[Problem]:
     return problems
 
 
-def _generate(config: WorkloadConfig) -> list[Problem]:
-    if config.generator not in GENERATORS:
-        raise UsageError(f"workload.generator={config.generator}: must be one of {', '.join(GENERATORS)}")
-    generator = GENERATORS[config.generator]
-    known = [name for name in inspect.signature(generator).parameters if name != "seed"]
+def _generate(config: WorkloadConfig, limit: int | None) -> list[Problem]:
+    generators = GENERATORS | READERS
+    if config.generator not in generators:
+        raise UsageError(f"workload.generator={config.generator}: must be one of {', '.join(generators)}")
+    generator = generators[config.generator]
+    given = {"seed": config.seed} | ({"path": config.path} if config.generator in READERS else {})
+    known = [name for name in inspect.signature(generator).parameters if name not in given]
     for name in config.options:
         if name not in known:
             raise UsageError(
                 f"workload.options.{name}: unknown option of {config.generator}; known: {', '.join(known)}"
             )
     try:
-        return list(generator(seed=config.seed, **config.options))
+        return list(islice(generator(**given, **config.options), limit))
     except (TypeError, ValueError) as error:
-        raise UsageError(f"workload.options: {error}") from error
+        raise UsageError(f"workload{'.' if config.generator in READERS else '.options: '}{error}") from error
 
 
 def _item(row: Mapping[str, Any], number: int, config: WorkloadConfig) -> Problem:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
+from experiments.running.traces import read_trace
 from experiments.workloads.problem import Problem
 
 _WORDS = """
@@ -45,7 +46,8 @@ def generate(
         sigma: standard deviation of the logarithm of a lognormal length.
         longest: bound of a lognormal or traced length, in tokens.
         run: folder of a finished run.
-        path: CSV file, compressed or not, with the columns prompt_tokens and output_tokens.
+        path: file of a trace with lengths (see `experiments.running.traces`); workload=trace takes its requests as
+            they come, with their shared prefixes.
 
     Raises:
         ValueError: an option is out of range, or the run or the trace can't be read or is shorter than `count`.
@@ -100,17 +102,14 @@ def _recorded(run: str | None, count: int) -> list[tuple[int, int]]:
 
 
 def _traced(path: str | None, count: int) -> list[tuple[int, int]]:
-    import pandas as pd
-
     if path is None:
-        raise ValueError("path=None: must be given with distribution=trace: a CSV file of requests")
-    columns = ["prompt_tokens", "output_tokens"]
+        raise ValueError("path=None: must be given with distribution=trace: the file of a trace")
     try:
-        rows = pd.read_csv(Path(path).expanduser(), usecols=columns, dtype=int)[columns]
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"path={path}: can't be read ({' '.join(str(error).split())[:200]})") from error
-    if (rows < 1).any(axis=None):
-        raise ValueError(f"path={path}: every length must be at least 1")
-    if len(rows) < count:
-        raise ValueError(f"count={count}: the trace has {len(rows)} requests; ask for no more")
-    return list(rows.itertuples(index=False, name=None))
+        requests = read_trace(path).requests
+    except ValueError as error:
+        raise ValueError(f"path={path}: {error}") from error
+    if requests and requests[0].prompt_tokens is None:
+        raise ValueError(f"path={path}: holds arrivals alone, no lengths")
+    if len(requests) < count:
+        raise ValueError(f"count={count}: the trace has {len(requests)} requests; ask for no more")
+    return [(request.prompt_tokens, request.output_tokens) for request in requests]

@@ -43,6 +43,8 @@ class Problem:
         history: earlier turns, each what was asked and what was answered.
         follow_ups: what the user says in each later turn, once the one before is answered.
         prompt_tokens: where given, the prompt is this many of the question's first tokens, without template.
+        pieces: where given, the prompt is put together of them in place of the question: texts, and how many of the
+            first tokens of each. Prompts that begin with the same pieces share their tokens.
         output_tokens: where given, takes the place of `sampling.max_tokens`.
         solution: the whole thought that leads to the gold, where the generator knows it.
         worked: a worked solution, where the data set has one, in its own words.
@@ -58,6 +60,7 @@ class Problem:
     history: tuple[tuple[str, str], ...] = ()
     follow_ups: tuple[str, ...] = ()
     prompt_tokens: int | None = None
+    pieces: tuple[tuple[str, int], ...] = ()
     output_tokens: int | None = None
     solution: str | None = None
     worked: str | None = None

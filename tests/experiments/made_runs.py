@@ -35,6 +35,8 @@ def make_run(
     *,
     grades: Sequence[float | None] = (1.0, 0.0) * 10,
     lengths: Sequence[int] | None = None,
+    arrivals: Sequence[float] | None = None,
+    errors: Sequence[str | None] | None = None,
     facts: Sequence[tuple[list[int], list[bool]] | None] | None = None,
     places: Sequence[list[float]] | None = None,
     recalls: Sequence[list[float]] | None = None,
@@ -48,6 +50,7 @@ def make_run(
 
     Args:
         lengths: output tokens of each sample.
+        arrivals, errors: of each sample; all at once, and none.
         facts: distances and whether each was known, of each sample.
         places, recalls: grades of each question of a chain or conversation, and of what recalls, of each sample.
         steps, events: values of columns; the other columns hold what changes nothing.
@@ -72,7 +75,13 @@ def make_run(
     for i, grade in enumerate(grades):
         row = {"prompt_id": f"p{i:03d}", "sample_index": 0, "grade": grade, "finish_reason": "stop", "error": None}
         row |= {"prompt_tokens": 20, "output_tokens": lengths[i], "output_token_ids": list(range(lengths[i]))}
-        row |= {"arrival": 0.0, "ttft": 0.1 * (i + 1), "tpot": 0.01 * (i + 1), "e2e": 0.5 * (i + 1)}
+        row |= {"error": errors[i]} if errors is not None else {}
+        row |= {
+            "arrival": 0.0 if arrivals is None else arrivals[i],
+            "ttft": 0.1 * (i + 1),
+            "tpot": 0.01 * (i + 1),
+            "e2e": 0.5 * (i + 1),
+        }
         row |= {"cached_tokens": 0, "preemptions": 0, "pauses": 0, "compressions": int(policy != "full")}
         if facts is not None and facts[i] is not None:
             row |= {"fact_distances": facts[i][0], "facts_known": facts[i][1]}

@@ -17,6 +17,7 @@ import sys
 import tomllib
 import weakref
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,8 @@ def make_run(given: list[str], request) -> None:
             code = shown.code
         assert code == 0, output.readouterr().err
         if not only_shows:
-            policies = next((option.split(",") for option in given if option.startswith("policy=")), [""])
-            assert len(load_runs(request.getfixturevalue("tmp_path") / "small")) == len(policies)
+            arms = prod(option.count(",") + 1 for option in given if "-m" in given and "[" not in option)
+            assert len(load_runs(request.getfixturevalue("tmp_path") / "small")) == arms
 
 
 def held(experiment: Experiment) -> int:

@@ -21,6 +21,7 @@ from experiments.reporting.plots.timeline import (
     latency_cdfs,
     throughput_over_time,
 )
+from experiments.reporting.plots.traffic import goodput_by_rate, tails_by_rate, throughput_by_user
 
 __all__ = [
     "accuracy_by_budget",
@@ -35,9 +36,12 @@ __all__ = [
     "concurrency_over_time",
     "crossover_map",
     "facts_by_distance",
+    "goodput_by_rate",
     "kept_positions",
     "latency_cdfs",
     "length_inflation",
     "recall_by_distance",
+    "tails_by_rate",
+    "throughput_by_user",
     "throughput_over_time",
 ]

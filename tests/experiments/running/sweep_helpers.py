@@ -27,7 +27,7 @@ arms:
 SIX = """
 axes: {engine.block_size: 16, policy.budget_tokens: 64, policy: [full, zipage, random], seed: [0, 1]}
 """
-TIMES = ("seconds", "ttft", "tpot", "itl", "e2e", "time", "_per_second", "provenance.", "path")
+TIMES = ("seconds", "ttft", "tpot", "itl", "e2e", "time", "_per_second", "rate.achieved", "provenance.", "path")
 """Parts of the names of columns that differ from run to run."""
 
 

@@ -15,7 +15,7 @@ from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.records import HASHES, load_requests, load_runs
 from experiments.running.job import sampling_params
-from experiments.running.traces import read_trace
+from experiments.running.scenarios import arrival_times
 from experiments.workloads import load_problems
 
 
@@ -85,7 +85,7 @@ class TestLengths:
         with pytest.raises(UsageError, match="count=41: the trace has 40 requests"):
             load(*traced[:2], "workload.options.count=41")
         table.assign(output_tokens=0).to_csv(path, index=False)
-        with pytest.raises(UsageError, match="every length must be at least 1"):
+        with pytest.raises(UsageError, match="line 2: output_tokens='0': must be a whole number of at least 1 tokens"):
             load(*traced)
 
     def test_a_shape_without_a_tokenizer_will_do(self, tmp_path, results, monkeypatch, capsys):
@@ -138,20 +138,21 @@ class TestTraces:
     )
     def test_times_are_read_in_order(self, tmp_path, name, text):
         (tmp_path / name).write_text(text)
-        assert read_trace(str(tmp_path / name), 3) == [0.0, 0.5, 2.0]
-        assert read_trace(str(tmp_path / name), 2) == [0.0, 0.5]
+        scenario = load_experiment(["scenario=trace", f"scenario.path={tmp_path / name}"]).scenario
+        assert arrival_times(scenario, 3) == [0.0, 0.5, 2.0]
+        assert arrival_times(scenario, 2) == [0.0, 0.5]
 
     @pytest.mark.parametrize(
         ("name", "text", "line"),
         [
             ("t.jsonl", "1\n", "holds 1 times for 3 requests: give limit=1"),
-            ("t.jsonl", "1\n-2\n3\n", "must hold times of 0 or more seconds"),
-            ("t.jsonl", "1\nNaN\n3\n", "must hold times of 0 or more seconds"),
-            ("t.jsonl", "[]\n", "must hold numbers, seconds"),
-            ("t.jsonl", "soon\n", "must hold numbers, seconds"),
-            ("t.jsonl", '{"time": 1}\n', "an item has no 'arrival'"),
-            ("t.csv", "0\n1\n2\n", "an item has no 'arrival'"),
-            ("t.csv", "arrival\nx\n", "must hold numbers, seconds"),
+            ("t.jsonl", "1\n-2\n3\n", "line 2: arrival=-2: must be seconds, 0 or more"),
+            ("t.jsonl", "1\nNaN\n3\n", "line 2: arrival=nan: must be seconds, 0 or more"),
+            ("t.jsonl", "[]\n", "line 1: must be a number, the arrival in seconds, or an object"),
+            ("t.jsonl", "soon\n", "line 1: is not JSON"),
+            ("t.jsonl", '{"time": 1}\n', "has the columns time, which fit no known trace"),
+            ("t.csv", "0\n1\n2\n", "has the columns 0, which fit no known trace"),
+            ("t.csv", "arrival\nx\n", "line 2: arrival='x': must be seconds, 0 or more"),
             ("t.txt", "1\n", "must end in .jsonl or .csv"),
             ("t.jsonl", None, "can't be read (No such file or directory)"),
         ],
@@ -160,7 +161,8 @@ class TestTraces:
         path = tmp_path / name
         if text is not None:
             path.write_text(text)
-        assert launch("scenario=trace", f"scenario.path={path}", "limit=3", fail_at=0) == 2
+        asked = ["workload=word_problems", "scenario=trace", f"scenario.path={path}", "limit=3"]
+        assert launch(*asked, fail_at=0) == 2
         err = capsys.readouterr().err
         assert err.startswith(f"error: scenario.path={path}: {line}")
         assert err.count("\n") == 1
@@ -168,11 +170,13 @@ class TestTraces:
     def test_requests_arrive_when_the_trace_says(self, tmp_path, launch, results):
         path = tmp_path / "t.jsonl"
         path.write_text("0\n0.2\n0.2\n0.4\n0.4\n0.6\n")
-        assert launch("scenario=trace", f"scenario.path={path}") == 0
-        arrivals = load_requests(load_runs(results).iloc[0])["arrival"].tolist()
-        assert all(0 <= seen - asked < 0.15 for seen, asked in zip(arrivals, (0, 0.2, 0.2, 0.4, 0.4, 0.6), strict=True))
+        trace = ["workload=word_problems", "scenario=trace", f"scenario.path={path}"]
+        assert launch(*trace) == 0
+        requests = load_requests(load_runs(results).iloc[0])
+        assert requests["arrival"].tolist() == pytest.approx([0, 0.2, 0.2, 0.4, 0.4, 0.6])
+        assert (requests["ttft"] < 0.15).all()
         path.write_text("0\n0\n0\n0\n0\n0\n")
-        assert launch("scenario=trace", f"scenario.path={path}") == 0
+        assert launch(*trace) == 0
         assert len(load_runs(results)) == 2, "the times decide the run, not the file's name"
 
 
