@@ -101,14 +101,13 @@ class Api:
         try:
             prompts = [await self._tokenized(body, reader) for reader in readers]
             request_id = f"{endpoint.PREFIX}-{uuid.uuid4().hex}"
-            fields = (body.ABOUT, *(name for name in type(body).model_fields if name != "model"))
             generation = Generation(
                 request_id,
                 prompts,
                 params,
                 stream=bool(body.stream),
                 splits_reasoning=self.splits_reasoning,
-                fields=fields,
+                fields=body.fields,
             )
         except BaseException:
             self.engine.leave(num_samples)
@@ -120,7 +119,7 @@ class Api:
         try:
             tokens = await self.engine.tokenize(reader)
         except ValueError as error:
-            raise refusal(str(error), (body.ABOUT,)) from None
+            raise refusal(str(error), body.fields) from None
         if len(tokens.token_ids) >= self.llm.max_model_len:
             raise ApiError(
                 400,

@@ -32,7 +32,7 @@ class Generation:
         prompts: at least one.
         stream: tokens come one by one; otherwise outputs come whole.
         splits_reasoning: marked thoughts are told apart from the answer, where it is a chat.
-        fields: names of the body's fields, of which one is named in an error.
+        fields: of the body, for `refusal`.
 
     Attributes:
         names: the engine's request ids, one a prompt.
@@ -153,10 +153,10 @@ class Generation:
 
 
 def refusal(message: str, fields: Sequence[str]) -> ApiError:
-    """The engine's refusal, `param` being the first of the body's fields that it names.
+    """The engine's refusal, `param` being the first of these fields that it names.
 
     Args:
-        fields: of the body, first those that the message is about where it names none.
+        fields: of the body; first the one that the message is about where it names none.
     """
     message = message.replace("SamplingParams.", "")
     words = re.findall(r"\w+", message)

@@ -69,8 +69,6 @@ class StreamOptions(Body):
 class SamplingBody(Body):
     """What both kinds of requests have. None is the default of `SamplingParams`."""
 
-    RENAMED: ClassVar[dict[str, str]] = {}
-    """Fields of `SamplingParams` that are called otherwise here."""
     ABOUT: ClassVar[str]
     """The field that a refusal is about if it names none."""
 
@@ -113,9 +111,19 @@ class SamplingBody(Body):
             return SamplingParams(**self.sampling())
         except ValueError as error:
             name = str(error).removeprefix("SamplingParams.").partition("=")[0].partition(":")[0]
-            field = self.RENAMED.get(name, name)
+            field = self.renamed.get(name, name)
             message = str(error).removeprefix("SamplingParams.").replace(name, field, 1)
             raise ApiError(400, message, field) from None
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Fields of `SamplingParams` that the body calls otherwise."""
+        return {}
+
+    @property
+    def fields(self) -> list[str]:
+        """Those given; first the one that a refusal is about if it names none."""
+        return [self.ABOUT, *(self.model_fields_set - {"model"})]
 
     @property
     def include_usage(self) -> bool:
@@ -151,7 +159,6 @@ class CompletionRequest(SamplingBody):
 
 class ChatRequest(SamplingBody):
     ABOUT: ClassVar[str] = "messages"
-    RENAMED: ClassVar[dict[str, str]] = {"logprobs": "top_logprobs"}
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
@@ -169,6 +176,11 @@ class ChatRequest(SamplingBody):
         if self.max_completion_tokens is not None:
             given["max_tokens"] = self.max_completion_tokens
         return given
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        newer = {} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+        return {"logprobs": "top_logprobs"} | newer
 
     def check(self) -> None:
         super().check()
