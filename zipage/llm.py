@@ -219,8 +219,8 @@ class LLM:
     # Running
 
     def step(self) -> list[RequestOutput]:
-        """Run one step, or with replicas, which step by themselves, wait for what they tell. Returns the outputs that
-        became complete and were not handed over yet.
+        """Run one step, or with replicas, which step by themselves, wait a little for what they tell. Returns the
+        outputs that became complete and were not handed over yet.
 
         Raises:
             RuntimeError: the engine was shut down or has failed.

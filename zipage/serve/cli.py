@@ -13,6 +13,7 @@ from zipage.serve.config import ServeConfig
 from zipage.serve.flags import add_flags, refusal
 
 USAGE = "zipage serve MODEL [options]"
+PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client")
 EXTRA = "the server needs packages that are not installed ({}): pip install 'zipage[serve]'"
 
 
@@ -42,6 +43,8 @@ def serve(arguments: Sequence[str] | None = None) -> int:
     try:
         from zipage.serve.server import run
     except ModuleNotFoundError as missing:
+        if missing.name not in PACKAGES:
+            raise
         print(f"zipage serve: {EXTRA.format(missing.name)}", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
