@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serve.running import ENGINE, MODEL, POLICY, REASONER, RunningServer, wait_until
+from tests.serve.running import ENGINE, MODEL, POLICY, REASONER, RunningServer, answers, free_port, wait_until
 from zipage import LLM, SamplingParams
 from zipage.config import EngineConfig
 from zipage.serve import server as server_module
@@ -290,18 +290,6 @@ def test_an_address_that_is_taken_is_an_exit_status(monkeypatch, caplog):
         port = taken.getsockname()[1]
         assert server_module.run(EngineConfig(model=REASONER), ServeConfig(port=port)) == 1
     assert f"port={port}: " in caplog.text
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def test_a_signal_drains_the_program():

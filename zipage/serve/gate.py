@@ -61,7 +61,7 @@ async def read_body(request: Request, most: int) -> bytes:
     """A JSON body of at most `most` bytes. Raises ApiError."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise ApiError(415, f"Content-Type={media_type or None!r}: must be application/json")
+        raise ApiError(415, f"Content-Type: {media_type or None!r} must be application/json")
     too_large = ApiError(413, f"the body has more than {most} bytes (--max-body-bytes)")
     declared = request.headers.get("content-length", "0")
     if not declared.isdigit() or int(declared) > most:
