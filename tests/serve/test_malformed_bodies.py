@@ -65,6 +65,7 @@ COMPLETION_FIELDS = [
     ({"stop": 5}, "stop"),
     ({"stop": ["a", 5]}, "stop"),
     ({"stop": ""}, "stop"),
+    ({"stop": ["a"] * 1025}, "stop"),
     ({"stop_token_ids": ["a"]}, "stop_token_ids"),
     ({"stop_token_ids": [99_999]}, "stop_token_ids"),
     ({"max_tokens": -1}, "max_tokens"),

@@ -39,7 +39,7 @@ class ServeConfig:
     served_model_name: tuple[Text, ...] | None = None
     api_key: tuple[Text, ...] | None = None
     chat_template: Text | None = None
-    max_body_bytes: Count = 16 * 2**20
+    max_body_bytes: Count = 4 * 2**20
     max_n: Count = 128
     max_queue: Annotated[int, at_least(0)] = 1024
     shutdown_grace: Annotated[float, at_least(0)] = 30.0

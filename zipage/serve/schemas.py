@@ -52,6 +52,9 @@ OF_MESSAGE = {
 }
 """Fields of a message that the answers of OpenAI's client have, and that are empty here."""
 
+MOST = 1024
+"""Stop strings and the like of a request: each costs all requests time in every step."""
+
 AnyBody = TypeVar("AnyBody", bound="Body")
 
 
@@ -137,6 +140,10 @@ class SamplingBody(Body):
         """What types do not say. Raises ApiError."""
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options: needs stream=true", "stream_options")
+        for name in ("stop", "stop_token_ids", "bad_words", "logit_bias"):
+            given = getattr(self, name)
+            if isinstance(given, list | dict) and len(given) > MOST:
+                raise ApiError(400, f"{name}: {len(given)} items, at most {MOST} are taken", name)
 
 
 class CompletionRequest(SamplingBody):

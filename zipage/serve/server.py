@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 SWITCH = 0.001
 """Seconds after which a thread must let another one run: Python's 5 ms are a good part of a step."""
+INTERRUPTED = 130
+"""The exit status of programs that Ctrl-C ends."""
 LAST_WORDS = 2.0
 """Seconds to send the last chunks of what was aborted."""
 
@@ -84,7 +86,7 @@ def run(engine_config: EngineConfig, config: ServeConfig) -> int:
     """Serve until a signal, or the engine's failure.
 
     Returns:
-        The exit status: 0 after a signal, 1 where something failed.
+        The exit status: 0 after a signal, 1 where something failed, 130 where Ctrl-C came while the model was loaded.
     """
     try:
         sock = _bind(config)  # before the model is loaded, which takes long
@@ -96,6 +98,8 @@ def run(engine_config: EngineConfig, config: ServeConfig) -> int:
     engine = Engine(lambda: LLM(**options))
     try:
         engine.start()
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except Exception as error:
         logger.error("the engine cannot start: %s", error)
         return 1
