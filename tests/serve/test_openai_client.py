@@ -1,12 +1,14 @@
 """OpenAI's own client against the shipped reasoner: what it gets is what `LLM` gives."""
 
 import json
+import math
 
 import openai
 import pytest
 
 from tests.serve.running import MODEL, wait_until
-from zipage import SamplingParams
+from zipage import Logprob, SamplingParams
+from zipage.serve import logprobs
 
 PROMPT = "x=1+2"
 MESSAGES = [{"role": "user", "content": "a=3+4\nb=a*2\nb?"}]
@@ -215,6 +217,15 @@ def test_logprobs_of_a_chat(client):
     assert [token.token for token in streamed] == [token.token for token in content]
     alone = chat(client, logprobs=True).choices[0].logprobs.content
     assert [token.top_logprobs for token in alone] == [[]] * 8
+
+
+def test_no_probability_is_json():
+    tokens = [{5: Logprob(-math.inf, 9, "a"), 6: Logprob(0.0, 1, "b")}]
+    of_completion, of_chat = logprobs.of_completion(tokens, 1), logprobs.of_chat(tokens, 1)
+    assert of_completion["token_logprobs"] == [of_chat["content"][0]["logprob"]] == [-9999.0]
+    assert of_completion["top_logprobs"] == [{"a": -9999.0, "b": 0.0}]
+    assert [one["token"] for one in of_chat["content"][0]["top_logprobs"]] == ["b"]
+    assert logprobs.of_completion([], 1)["text_offset"] == []
 
 
 # Budgets

@@ -9,6 +9,8 @@ from typing import Any
 from zipage.outputs import Logprob
 
 OfToken = dict[int, Logprob]
+LEAST = -9999.0
+"""JSON has no infinity; OpenAI, too, says this of a token without probability."""
 
 
 def of_completion(tokens: Sequence[OfToken], num_top: int, offset: int = 0) -> dict[str, Any]:
@@ -19,11 +21,12 @@ def of_completion(tokens: Sequence[OfToken], num_top: int, offset: int = 0) -> d
         offset: characters of the sample before the first of them.
     """
     chosen = [next(iter(of.values())) for of in tokens]
+    scores = [{_text(one): _value(one) for one in of.values()} for of in tokens]
     texts = [_text(logprob) for logprob in chosen]
     return {
         "tokens": texts,
-        "token_logprobs": [logprob.logprob for logprob in chosen],
-        "top_logprobs": [{_text(one): one.logprob for one in of.values()} for of in tokens] if num_top else None,
+        "token_logprobs": [_value(logprob) for logprob in chosen],
+        "top_logprobs": scores if num_top else None,
         "text_offset": [*accumulate(map(len, texts[:-1]), initial=offset)] if texts else [],
     }
 
@@ -39,7 +42,11 @@ def of_chat(tokens: Sequence[OfToken], num_top: int) -> dict[str, Any]:
 
 def _entry(logprob: Logprob) -> dict[str, Any]:
     text = _text(logprob)
-    return {"token": text, "logprob": logprob.logprob, "bytes": list(text.encode("utf-8", "replace"))}
+    return {"token": text, "logprob": _value(logprob), "bytes": list(text.encode("utf-8", "replace"))}
+
+
+def _value(logprob: Logprob) -> float:
+    return max(logprob.logprob, LEAST)
 
 
 def _text(logprob: Logprob) -> str:
