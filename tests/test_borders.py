@@ -138,6 +138,17 @@ def test_rooms_keep_to_themselves(room):
                 assert not inside(target, ROOMS[room]), f"{path} imports {target}"
 
 
+def test_nothing_imports_the_server():
+    """And its packages, which are an extra, are imported there alone."""
+    extra = {"fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic", "pydantic_core"}
+    inner = modules("zipage/serve")
+    assert {"fastapi", "uvicorn"} <= {module.split(".")[0] for path in inner for module, _ in imports(path)}
+    for path in set(ALL) - set(inner):
+        for module, _ in imports(path):
+            assert not inside(module, ["zipage.serve"]), f"{path} imports {module}"
+            assert module.split(".")[0] not in extra, f"{path} imports {module}"
+
+
 def outside(path: Path) -> Iterator[str]:
     """The imports of a file that its package may not have."""
     package = path.relative_to(ROOT).parts[0]

@@ -34,7 +34,9 @@ NO_OPTIONS = {
     # arguments of the public functions that raise them
     *(
         "request_id",
+        "prompt",
         "prompts",
+        "stream",
         "messages",
         "add_generation_prompt",
         "continue_final_message",

@@ -194,14 +194,14 @@ class EngineConfig:
         policy = registry.make(self.policy, self.policy_options)
         return policy if policy.evicts else None
 
-    def rule(self, policy: Policy, budget_tokens: int, prompt_len: int) -> EvictionRule:
-        """What bounds a request under `policy`.
+    def rule(self, policy: Policy, budget_tokens: int, prompt_len: int, protection: str | None = None) -> EvictionRule:
+        """What bounds a request under `policy`; a `protection` of None is the engine's.
 
         Raises:
             ValueError: policy, budget and protection do not go together; the message names what to change.
         """
-        protection = Protection.parse(self.protection, policy.implied_protection)
-        return EvictionRule.of(policy, self._budget(budget_tokens), protection, self.recent_tokens, prompt_len)
+        leading = Protection.parse(protection or self.protection, policy.implied_protection)
+        return EvictionRule.of(policy, self._budget(budget_tokens), leading, self.recent_tokens, prompt_len)
 
     def largest_rule(self, max_model_len: int) -> EvictionRule | None:
         """What bounds a request whose prompt is as long as can be: with it, protection takes as much as it ever does.

@@ -59,6 +59,8 @@ class LLM:
         self.max_model_len = engine.spec.max_model_len
         self.step_listeners = self._core.listeners.steps
         self.event_listeners = self._core.listeners.events
+        self._events: deque[StreamEvent] = deque()
+        """Of requests that were added with `stream=True`."""
         self._left: deque[str] = deque()
         """Streams that were dropped in the middle of a step."""
         self._numbers = count()
@@ -69,6 +71,31 @@ class LLM:
         """The `transformers` tokenizer, or None with `skip_tokenizer_init`."""
         return self._inputs.tokenizer
 
+    def tokenize(self, prompt: Prompt) -> Tokens:
+        """Text and token ids of a prompt, as `generate` takes it. Any thread may call this, also beside a step.
+
+        Raises:
+            ValueError: it is no prompt, or can't be encoded.
+        """
+        return _read(prompt, self._inputs.tokenize)
+
+    def tokenize_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tokens:
+        """Text and token ids of a conversation, as `chat` takes it. Any thread may call this, also beside a step.
+
+        Raises:
+            ValueError: there is no template, it refuses the messages, or the messages hold more than text.
+        """
+        read = self._with_template(chat_template, add_generation_prompt, continue_final_message, chat_template_kwargs)
+        return _read(messages, read)
+
     def add_request(
         self,
         prompt: Prompt,
@@ -76,6 +103,7 @@ class LLM:
         request_id: str | None = None,
         *,
         params: SamplingParams | None = None,
+        stream: bool = False,
         **unsupported: Any,
     ) -> str:
         """Queue one prompt; `step()` will return its output.
@@ -84,6 +112,7 @@ class LLM:
             prompt: text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
             sampling_params: sampling options; `params` is another name for it.
             request_id: a name that no unfinished request has; None makes one up, "auto-N".
+            stream: its tokens come one by one, from `take_events`, and no output from `step`.
 
         Returns:
             The request's id.
@@ -94,7 +123,15 @@ class LLM:
         """
         _refuse("add_request", unsupported)
         params = _one_of_two(sampling_params, params)
-        return self._add(next(self._numbers), prompt, self._inputs.tokenize, params, request_id).request_id
+        events = self._events if checked("stream", stream, bool) else None
+        return self._add(next(self._numbers), prompt, self._inputs.tokenize, params, request_id, events).request_id
+
+    def take_events(self) -> list[StreamEvent]:
+        """The events of all requests that were added with `stream=True`, since the last call, in the order in which
+        they came. As many steps may lie between two calls as the caller likes."""
+        events = list(self._events)
+        self._events.clear()
+        return events
 
     def _add(
         self,
@@ -103,20 +140,22 @@ class LLM:
         tokenize: Callable[[Any], Tokens],
         params: SamplingParams | None,
         request_id: str | None = None,
-        stream: bool = False,
+        events: deque[StreamEvent] | None = None,
     ) -> PendingPrompt:
         self._core.check_alive()
         params = checked("sampling_params", params, SamplingParams | None) or SamplingParams()
+        if events is not None and params.return_hidden_states:
+            raise ValueError("SamplingParams.return_hidden_states=True: a stream returns none: use generate")
         request_id = checked("request_id", request_id, Text | None)
         if request_id is None:
             request_id = self._free_id(number)
         elif self._outputs.knows(request_id):
             raise ValueError(f"request_id={request_id!r}: already in use")
-        follow = self._outputs.follows(params, stream)
+        follow = self._outputs.follows(params, events is not None)
         text, token_ids = _read(prompt, tokenize)
         samples = self._inputs.samples(token_ids, params, request_id, number, follow)
         first = samples[0]
-        pending = self._outputs.add(request_id, text, first.token_ids, params, stream)
+        pending = self._outputs.add(request_id, text, first.token_ids, params, events)
         self._core.add(samples)
         counters = self._core.counters
         counters.prompt_tokens += first.num_prompt_tokens
@@ -180,8 +219,8 @@ class LLM:
     # Running
 
     def step(self) -> list[RequestOutput]:
-        """Run one step, or with replicas, which step by themselves, wait for what they tell. Returns the outputs that
-        became complete and were not handed over yet.
+        """Run one step, or with replicas, which step by themselves, wait a little for what they tell. Returns the
+        outputs that became complete and were not handed over yet.
 
         Raises:
             RuntimeError: the engine was shut down or has failed.
@@ -268,6 +307,18 @@ class LLM:
         """
         _refuse("chat", unsupported)
         self._core.check_alive()
+        tokenize = self._with_template(
+            chat_template, add_generation_prompt, continue_final_message, chat_template_kwargs
+        )
+        return self._answer(as_conversations(messages), tokenize, sampling_params, use_tqdm)
+
+    def _with_template(
+        self,
+        chat_template: str | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        chat_template_kwargs: Mapping[str, Any] | None,
+    ) -> Callable[[Any], Tokens]:
         options = {
             "add_generation_prompt": checked("add_generation_prompt", add_generation_prompt, bool),
             "continue_final_message": checked("continue_final_message", continue_final_message, bool),
@@ -275,12 +326,11 @@ class LLM:
         if add_generation_prompt and continue_final_message:
             raise ValueError("continue_final_message=True: needs add_generation_prompt=False")
         more = checked("chat_template_kwargs", chat_template_kwargs, Mapping[str, Any] | None) or {}
-        tokenize = partial(
+        return partial(
             self._inputs.tokenize_chat,
             chat_template=checked("chat_template", chat_template, str | None),
             **options | {key: value for key, value in more.items() if key not in ("chat_template", "tokenize")},
         )
-        return self._answer(as_conversations(messages), tokenize, sampling_params, use_tqdm)
 
     def _answer(
         self,
@@ -340,13 +390,12 @@ class LLM:
             RuntimeError: the engine was shut down or has failed.
         """
         params = _one_of_two(sampling_params, params)
-        if getattr(params, "return_hidden_states", False):
-            raise ValueError("SamplingParams.return_hidden_states=True: stream returns none: use generate")
-        events = self._events(self._add(next(self._numbers), prompt, self._inputs.tokenize, params, stream=True))
+        prompt = self._add(next(self._numbers), prompt, self._inputs.tokenize, params, events=deque())
+        events = self._events_of(prompt)
         next(events)
         return events
 
-    def _events(self, prompt: PendingPrompt) -> Iterator[StreamEvent]:
+    def _events_of(self, prompt: PendingPrompt) -> Iterator[StreamEvent]:
         """First None: a generator that is dropped before it has begun would not come to its `finally`."""
         try:
             yield None

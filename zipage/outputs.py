@@ -89,7 +89,8 @@ class RequestOutput:
 class StreamEvent:
     """One new token of one sample. `text` is what became certain with it (may be empty, may span several tokens);
     `finish_reason` is set on the sample's last event, which carries no token when the sample ended without one.
-    `logprob` is the token's, `logprobs` as in `CompletionOutput`, where asked for."""
+    `logprob` is the token's, `logprobs` as in `CompletionOutput`, where asked for. The sample's last event has its
+    `stop_reason` and `metrics` as well."""
 
     request_id: str
     index: int
@@ -99,3 +100,5 @@ class StreamEvent:
     finish_reason: FinishReason | None = None
     error: str | None = None
     logprobs: dict[int, Logprob] | None = None
+    stop_reason: int | str | None = None
+    metrics: RequestMetrics | None = None

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Annotated, Any
 
 from zipage.checks import Count, Share, Text, Unit, at_least, between, check_fields, check_names, shown
+from zipage.eviction.protection import Protection
 from zipage.unsupported import SAMPLING_OPTIONS, drop_unsupported
 
 GREEDY_BELOW = 1e-5
@@ -76,6 +77,8 @@ class SamplingParams:
             `width` numbers a token, copied to the host in every step.
         policy: eviction policy of this request, by its registered name, with its default options: "full", or one that
             needs no more queries and state than the engine's reserves; None takes the engine's with its options.
+        protection: leading entries of this request that always stay: "none", "sink:N", "prompt"; None takes the
+            engine's.
 
     Beside the fields, `edits_logits` says whether logits are changed before a draw, and `needs_history` whether that
     takes the tokens drawn so far.
@@ -111,6 +114,7 @@ class SamplingParams:
     return_hidden_states: bool = False
     budget_tokens: Count | None = None
     policy: Text | None = None
+    protection: Text | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "bad_words"):
@@ -132,6 +136,8 @@ class SamplingParams:
             raise ValueError(
                 f"SamplingParams.detokenize=False: stop={shown(self.stop)} needs the text; use stop_token_ids"
             )
+        if self.protection is not None:
+            Protection.parse(self.protection, where="SamplingParams.")
         self._check_turns()
         needs_history = bool(
             self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.bad_words

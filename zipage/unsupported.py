@@ -63,7 +63,7 @@ LLM_OPTIONS: dict[str, str] = {
     "prefix_caching_hash_algo": "prefixes are compared whole, whatever their hash",
     **dict.fromkeys(("disable_log_stats", "collect_detailed_traces", "otlp_traces_endpoint"), _RECORDS),
     **dict.fromkeys(("show_hidden_metrics_for_version", "kv_events_config", "profiler_config"), _RECORDS),
-    "served_model_name": "there is no server",
+    "served_model_name": "it is an option of `zipage serve`",
     "enable_sleep_mode": "call llm.shutdown() and make a new LLM",
     "disable_async_output_proc": "use async_scheduling=False",
     "additional_config": "each option has a name of its own",

@@ -43,9 +43,10 @@ UNRECORDED = (
     "follow_ups",
     "max_turn_tokens",
     "return_hidden_states",
+    "protection",
 )
-"""Options of `SamplingParams` that no run can choose: answers are text, token ids are the model's own, and turns are
-those of the workload."""
+"""Options of `SamplingParams` that no run can choose: answers are text, token ids are the model's own, turns are
+those of the workload, and protection is the policy's, `policy.protection`."""
 
 
 def _derive(name: str, source: type, left_out: Sequence[str], **instead: tuple[type, Any]) -> type:

@@ -150,9 +150,27 @@ def test_budget_and_policy_of_one_request(folder):
     assert tokens_of(outputs[3:4]) == tokens_of(alone)
 
 
+def test_protection_of_one_request(folder):
+    prompts = random_prompts([20], VOCAB) * 4
+    wanted = [None, "prompt", "sink:4", "none"]
+    bare, guarded = make_llm(folder, RANDOM), make_llm(folder, Case("random", protection="prompt"))
+    seen: dict[str, list[int]] = {}
+    for llm in (bare, guarded):
+        params = [greedy(100, seed=0, protection=protection) for protection in wanted]
+        none, prompt, sink, also_none = tokens_of(llm.generate(prompts, params, use_tqdm=False))
+        own = prompt if llm is guarded else also_none
+        assert none == own
+        for protection, tokens in zip(wanted[1:], (prompt, sink, also_none)):
+            assert seen.setdefault(protection, tokens) == tokens
+    assert len({tuple(tokens) for tokens in seen.values()}) == 3
+    with pytest.raises(ValueError, match=r"SamplingParams\.protection='sink:0': must be none, prompt or sink:N"):
+        SamplingParams(protection="sink:0")
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
+        (SamplingParams(protection="sink:60"), "less than protection=sink:60 and recent_tokens=16 together"),
         (SamplingParams(policy="zipag"), "did you mean 'zipage'"),
         (SamplingParams(policy="zipage"), "needs scores and 16 queries a request, .* engine of policy 'random'"),
         (SamplingParams(policy="tova"), "needs 1 queries a request"),

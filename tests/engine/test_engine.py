@@ -88,6 +88,52 @@ def test_stream_gives_the_same_text_piece_by_piece(llm):
         assert [e.token_id for e in both if e.index == index] == tokens[:9]
 
 
+def test_many_are_streamed_beside_each_other(llm):
+    params = [SamplingParams(seed=i, n=2, max_tokens=9 + i, ignore_eos=True, logprobs=2) for i in range(3)]
+    prompts = ["Once", [1, 2, 3], "upon a time"]
+    expected = llm.generate(prompts, params, use_tqdm=False)
+    ids = [llm.add_request(prompt, p, stream=True) for prompt, p in zip(prompts, params)]
+    whole = llm.add_request("beside", GREEDY)
+    events, outputs, most = [], [], 0
+    while llm.has_unfinished_requests():
+        outputs += llm.step()
+        new = llm.take_events()
+        most = max(most, len(new))
+        events += new
+    assert most == 6
+    assert [output.request_id for output in outputs] == [whole]
+    assert llm.take_events() == []
+    for request_id, output in zip(ids, expected, strict=True):
+        for sample in output.outputs:
+            mine = [e for e in events if (e.request_id, e.index) == (request_id, sample.index)]
+            assert [e.token_id for e in mine] == sample.token_ids
+            assert "".join(e.text for e in mine) == sample.text
+            assert [e.logprobs.keys() for e in mine] == [of.keys() for of in sample.logprobs]
+            last = mine[-1]
+            assert (last.finish_reason, last.metrics.output_tokens) == ("length", len(sample.token_ids))
+            assert all(e.metrics is None for e in mine[:-1])
+    stopped = llm.add_request([1, 2, 3], SamplingParams(max_tokens=500, ignore_eos=True), stream=True)
+    llm.step()
+    assert llm.abort(stopped)
+    assert [e.finish_reason for e in llm.take_events()] == [None, "abort"]
+    with pytest.raises(ValueError, match="a stream returns none"):
+        llm.add_request([1], SamplingParams(return_hidden_states=True), stream=True)
+    assert not llm.has_unfinished_requests()
+
+
+def test_prompts_are_tokenized_as_they_are_served(llm):
+    assert llm.tokenize("hello").token_ids == llm.generate("hello", GREEDY, use_tqdm=False)[0].prompt_token_ids
+    messages = [{"role": "user", "content": "hi"}]
+    (output,) = llm.chat(messages, GREEDY, use_tqdm=False)
+    assert llm.tokenize_chat(messages) == (output.prompt, output.prompt_token_ids)
+    for call in (lambda: llm.tokenize(5), lambda: llm.tokenize_chat([]), lambda: llm.tokenize_chat(messages, **BOTH)):
+        with pytest.raises(ValueError, match=r"prompt|messages"):
+            call()
+
+
+BOTH = {"add_generation_prompt": True, "continue_final_message": True}
+
+
 def test_leaving_a_stream_aborts_it(llm):
     aborted = llm.stats.requests_aborted
     stream = llm.stream("Once upon a time", SamplingParams(max_tokens=500, ignore_eos=True))

@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import sys
+import threading
 import tomllib
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -36,10 +38,13 @@ from experiments.records import load_runs
 from experiments.running import sweep
 from experiments.workloads import load_problems
 from tests.experiments.workloads.test_workload_configs import ITEMS, write
+from tests.serve.running import RunningServer, answers, free_port, wait_until
 from tests.tiny_models import save_tiny_model, save_tiny_tokenizer
 from zipage import LLM, SamplingParams
 from zipage.eviction.budget import Budget
 from zipage.models.decoder import Decoder
+from zipage.serve.cli import serve
+from zipage.serve.server import Server
 
 HELP = CONF / "hydra" / "help" / "zipage.yaml"
 DOCUMENTS = [
@@ -49,7 +54,7 @@ DOCUMENTS = [
     ROOT / "results" / "README.md",
     HELP,
 ]
-PROGRAMS = ("python ", "make ", "pip ", "wandb ", "jupyter ")
+PROGRAMS = ("python ", "make ", "pip ", "wandb ", "jupyter ", "zipage ")
 HARNESS = "python -m experiments.run"
 BENCHMARKS = {"scenario=kernels", "scenario=engine_bench"}
 RECORD_READERS = ("experiments.report", "experiments.regrade", "experiments.archive", "experiments.bench")
@@ -213,6 +218,30 @@ def find_script(file: str, given: list[str]) -> None:
         assert not option.startswith("--") or f'"{option}"' in source
 
 
+def serve_model(given: list[str], request) -> None:
+    """A server starts, answers and is stopped."""
+    patch = request.getfixturevalue("monkeypatch")
+    servers: list[Server] = []
+
+    def make(*arguments: Any) -> Server:
+        servers.append(Server(*arguments))
+        return servers[0]
+
+    patch.setattr("zipage.serve.server.Server", make)
+    patch.setattr("zipage.serve.server.SWITCH", sys.getswitchinterval())
+    port, codes = free_port(), []
+    small = ["--port", str(port), "--device", "cpu", "--num-blocks", "64"]
+    options = [str(request.getfixturevalue("tiny")), *given[1:], *small]
+    thread = threading.Thread(target=lambda: codes.append(serve(options)))
+    thread.start()
+    url = f"http://127.0.0.1:{port}"
+    wait_until(lambda: not thread.is_alive() or answers(url), 60)
+    assert httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=30).status_code == 200
+    servers[0].should_exit = True
+    thread.join(30)
+    assert codes == [0]
+
+
 def find_target(given: list[str]) -> None:
     """It installs, or runs all tests."""
     assert re.search(rf"^{given[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -232,6 +261,11 @@ def find_extra(given: list[str]) -> None:
 
 
 ELSEWHERE = {
+    **dict.fromkeys(
+        ("zipage serve MODEL", "zipage serve MODEL [options]", "python -m zipage.serve MODEL", "zipage serve"),
+        "the form of the others",
+    ),
+    "zipage serve --help": "test_command_line.py",
     f"{HARNESS} [GROUP=CHOICE | GROUP.OPTION=VALUE | OPTION=VALUE] ...": "the form of the others",
     "jupyter lab notebooks": "a server; test_notebooks.py runs the notebooks",
     "wandb sync results/runs/wandb/offline-run-*": "a network; test_tracking.py makes such folders",
@@ -245,6 +279,9 @@ def test_the_command_works(command, request):
     program, *given = shlex.split(command.replace("$(git rev-parse HEAD)", "COMMIT"))
     if program == "make":
         find_target(given)
+    elif program == "zipage":
+        assert given[0] == "serve"
+        serve_model(given[1:], request)
     elif program == "pip":
         find_extra(given)
     elif program == "python" and given[0].endswith(".py"):
@@ -288,7 +325,16 @@ def test_the_budget_that_is_shown_binds(command):
             assert all(len(p.question) + p.expected_tokens > bound for p in load_problems(experiment.workload))
 
 
-def test_python_blocks_work(tiny, runs, monkeypatch, capsys):
+@pytest.fixture
+def served(tiny) -> Iterator[str]:
+    """The address of a server of the tiny model."""
+    llm = {"policy": "zipage", "budget_tokens": 512, "device": "cpu", "block_size": 16, "num_blocks": 256}
+    server = RunningServer(lambda: LLM(str(tiny), **llm), served_model_name=[str(tiny)])
+    yield server.url
+    server.stop()
+
+
+def test_python_blocks_work(tiny, runs, served, capsys):
     """Those of a document after each other, as one reads them."""
     for document in DOCUMENTS:
         names: dict[str, Any] = {}
@@ -296,7 +342,7 @@ def test_python_blocks_work(tiny, runs, monkeypatch, capsys):
             if "@register" in block or SIGNATURE.search(block):  # test_example.py; the test below
                 continue
             for shown, made_small in SMALL.items():
-                block = block.replace(shown, made_small.format(tiny=tiny, runs=runs))
+                block = block.replace(shown, made_small.format(tiny=tiny, runs=runs, served=served))
             exec(compile(block, document.name, "exec"), names)
     assert capsys.readouterr().out
 
@@ -323,6 +369,8 @@ def test_signatures_are_those_of_the_code():
 
 SMALL = {
     "Qwen/Qwen3-0.6B": "{tiny}",
+    "http://127.0.0.1:8000": "{served}",
+    "max_completion_tokens=30_000": "max_completion_tokens=100",
     "max_tokens=30_000": "max_tokens=100",
     "max_tokens=512": "max_tokens=8",
     "budget_tokens=2048": "budget_tokens=512",

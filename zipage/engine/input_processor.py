@@ -104,7 +104,7 @@ class InputProcessor:
         self._eos_token_ids = end_of_sequence_ids(core.eos_token_ids, tokenizer)
         self._rules = Rules(config)
         self.tokenizer = tokenizer
-        self._warned_of_budget = False
+        self._warned_of_idle = False
 
     def samples(
         self, token_ids: list[int], params: SamplingParams, request_id: str, number: int, follow: bool = False
@@ -259,9 +259,10 @@ class InputProcessor:
     def _rule(self, token_ids: list[int], params: SamplingParams) -> EvictionRule | None:
         """What bounds the request's cache; None for full KV."""
         rule = self._rules.of(params, len(token_ids))
-        if rule is None and params.budget_tokens is not None and not self._warned_of_budget:
-            self._warned_of_budget = True
-            logger.warning("policy 'full' never evicts: SamplingParams.budget_tokens has no effect")
+        idle = [name for name in ("budget_tokens", "protection") if getattr(params, name) is not None]
+        if rule is None and idle and not self._warned_of_idle:
+            self._warned_of_idle = True
+            logger.warning("policy 'full' never evicts: SamplingParams.%s has no effect", idle[0])
         return rule
 
     def _limit(self, length: int, params: SamplingParams, rule: EvictionRule | None) -> tuple[int, FinishReason]:

@@ -33,7 +33,7 @@ class _Sample:
 
 @dataclass(slots=True)
 class PendingPrompt:
-    """A prompt with unfinished samples, `unfinished` of them; `events` where it is streamed, until they are read."""
+    """A prompt with unfinished samples, `unfinished` of them; `events` takes those of its tokens, if it is streamed."""
 
     request_id: str
     text: str | None
@@ -76,10 +76,15 @@ class OutputProcessor:
         text: str | None,
         token_ids: Sequence[int],
         params: SamplingParams,
-        stream: bool = False,
+        events: deque[StreamEvent] | None = None,
     ) -> PendingPrompt:
-        """Expect deltas of a prompt's `params.n` samples."""
+        """Expect deltas of a prompt's `params.n` samples.
+
+        Args:
+            events: of its tokens, one by one, for a prompt that is streamed; such a prompt has no output.
+        """
         samples = []
+        stream = events is not None
         for index in range(params.n):
             detokenizer = None
             if self._has_text(params) and self.follows(params, stream):
@@ -92,7 +97,6 @@ class OutputProcessor:
                 )
             output = CompletionOutput(index, "", [], logprobs=None if params.logprobs is None else [])
             samples.append(_Sample(output, detokenizer))
-        events = deque() if stream else None
         prompt = PendingPrompt(request_id, text, list(token_ids), params, samples, events)
         self._prompts[request_id] = prompt
         return prompt
@@ -206,8 +210,9 @@ class OutputProcessor:
             logprobs = delta.logprobs[-1] if delta.logprobs else None
             logprob = None if logprobs is None else logprobs[token_id].logprob
             reason, error = output.finish_reason, output.error
+            last = (output.stop_reason, output.metrics) if is_finished else ()
             prompt.events.append(
-                StreamEvent(prompt.request_id, output.index, token_id, text, logprob, reason, error, logprobs)
+                StreamEvent(prompt.request_id, output.index, token_id, text, logprob, reason, error, logprobs, *last)
             )
         if is_finished:
             prompt.unfinished -= 1

@@ -29,6 +29,8 @@ from zipage.scheduling.request import Request
 from zipage.stats import EngineStats, RequestMetrics
 
 TARGET = "zipage.engine.replica_process:run"
+PATIENCE = 0.005
+"""Seconds that `step` waits for messages at most: its caller may have requests for those that are idle."""
 
 
 def start_replicas(config: EngineConfig) -> tuple[Replicas, CoreSpec]:
@@ -235,8 +237,8 @@ class Replicas(Core):
     # Messages
 
     def _read(self, waiting: bool) -> None:
-        """Take a message of each replica that has one; `waiting` until one has."""
-        for channel in wait(list(self._of_channel), None if waiting else 0):
+        """Take a message of each replica that has one; `waiting` a little for one."""
+        for channel in wait(list(self._of_channel), PATIENCE if waiting else 0):
             self._take(self._of_channel[channel])
 
     def _ask(self, replica: _Replica, question: Abort | Stop | Logits) -> Reply:

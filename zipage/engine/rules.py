@@ -32,7 +32,8 @@ class Rules:
         policy = self._policies[params.policy]
         if policy is None:
             return None
-        return self._config.rule(policy, params.budget_tokens or self._config.budget_tokens, prompt_len)
+        budget = params.budget_tokens or self._config.budget_tokens
+        return self._config.rule(policy, budget, prompt_len, params.protection)
 
     def _make_policy(self, name: str) -> Policy | None:
         if ":" in name and name not in registry.POLICIES:

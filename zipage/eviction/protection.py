@@ -28,18 +28,19 @@ class Protection:
         return f"sink:{self.sinks}" if self.kind == "sink" else self.kind
 
     @classmethod
-    def parse(cls, text: str, implied: str = "none") -> Protection:
+    def parse(cls, text: str, implied: str = "none", where: str = "") -> Protection:
         """Read "none", "sink:m" or "prompt".
 
         Args:
             implied: what "none" means for the policy (`Policy.implied_protection`).
+            where: stands before the option's name in messages.
         """
         text = implied if text == "none" else text
         if text in ("none", "prompt"):
             return cls(text)
         sinks = re.fullmatch("sink:([1-9][0-9]{0,9})", text)
         if sinks is None:
-            raise ValueError(f"protection={shown(text)}: must be none, prompt or sink:N")
+            raise ValueError(f"{where}protection={shown(text)}: must be none, prompt or sink:N")
         return cls("sink", int(sinks[1]))
 
     def check(self, keep: int, recent: int, page: int = 1, budget: str = "the budget") -> None:

@@ -1,0 +1,1 @@
+"""An HTTP server of OpenAI's interface over `LLM`: `zipage serve MODEL`."""

@@ -1,0 +1,5 @@
+import sys
+
+from zipage.serve.cli import serve
+
+sys.exit(serve())

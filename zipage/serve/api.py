@@ -1,0 +1,164 @@
+"""What the endpoints do: read a body, generate, answer."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from zipage.engine.input_processor import Tokens
+from zipage.serve.config import ServeConfig
+from zipage.serve.engine import Engine
+from zipage.serve.errors import ApiError
+from zipage.serve.gate import read_body
+from zipage.serve.generation import Generation, refusal
+from zipage.serve.metrics import Metrics
+from zipage.serve.reasoning import marks_reasoning
+from zipage.serve.schemas import (
+    AnyBody,
+    DetokenizeRequest,
+    SamplingBody,
+    TokenizeRequest,
+    parse,
+    template_options,
+)
+from zipage.serve.streaming import EventStream
+from zipage.serve.usage import Usage
+
+
+class Api:
+    """What the endpoints share.
+
+    Args:
+        engine: started.
+        config: of the server.
+    """
+
+    def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        self.engine = engine
+        self.config = config
+        self.llm = engine.llm
+        self.names = config.served_model_name or (self.llm.config.model,)
+        self.metrics = Metrics(engine, self.names[0])
+        self.created = int(time.time())
+        tokenizer = self.llm.get_tokenizer()
+        template = config.chat_template or getattr(tokenizer, "chat_template", None)
+        self.splits_reasoning = isinstance(template, str) and marks_reasoning(template)
+
+    async def read(self, request: Request, kind: type[AnyBody]) -> AnyBody:
+        """The body, if it asks for a model that is served."""
+        body = parse(kind, await read_body(request, self.config.max_body_bytes))
+        if body.model is not None and body.model not in self.names:
+            served = ", ".join(self.names)
+            raise ApiError(404, f"model={body.model!r} is not served here: {served}", "model", "model_not_found")
+        return body
+
+    async def answer(self, request: Request, kind: type[SamplingBody], endpoint: ModuleType) -> Response:
+        """Generate, streaming or not; `endpoint` knows the format."""
+        body = await self.read(request, kind)
+        generation = await self._submit(body, endpoint)
+        generation.watch(request.receive)
+        head = {
+            "id": generation.request_id,
+            "object": endpoint.Chunks.kind if body.stream else endpoint.KIND,
+            "created": int(time.time()),
+            "model": body.model or self.names[0],
+        }
+        try:
+            await generation.accepted()
+            if not body.stream:
+                return await self._whole(body, generation, head, endpoint)
+        except BaseException:
+            generation.close()
+            raise
+        return EventStream(generation, body, head, endpoint.Chunks(body, generation))
+
+    async def _submit(self, body: SamplingBody, endpoint: ModuleType) -> Generation:
+        params = body.params()
+        readers = endpoint.readers(body, self.llm, self.config.chat_template)
+        num_samples = len(readers) * params.n
+        if num_samples > self.config.max_n:
+            what = f"n={params.n}: at most {self.config.max_n} samples of all prompts together (--max-n)"
+            raise ApiError(400, what, "n")
+        self.engine.admit(num_samples, self.config.max_queue)
+        try:
+            prompts = [await self._tokenized(body, reader) for reader in readers]
+            request_id = f"{endpoint.PREFIX}-{uuid.uuid4().hex}"
+            generation = Generation(
+                request_id,
+                prompts,
+                params,
+                stream=bool(body.stream),
+                splits_reasoning=self.splits_reasoning,
+                fields=body.fields,
+            )
+        except BaseException:
+            self.engine.leave(num_samples)
+            raise
+        self.engine.submit(generation)
+        return generation
+
+    async def _tokenized(self, body: SamplingBody, reader: Callable[[], Tokens]) -> Tokens:
+        try:
+            tokens = await self.engine.tokenize(reader)
+        except ValueError as error:
+            raise refusal(str(error), body.fields) from None
+        if len(tokens.token_ids) >= self.llm.max_model_len:
+            raise ApiError(
+                400,
+                f"{body.ABOUT}: {len(tokens.token_ids)} tokens leave no room for an answer in the model's context of "
+                f"{self.llm.max_model_len}",
+                body.ABOUT,
+                "context_length_exceeded",
+            )
+        return tokens
+
+    async def _whole(
+        self, body: SamplingBody, generation: Generation, head: dict[str, Any], endpoint: ModuleType
+    ) -> Response:
+        usage, choices = Usage(generation), []
+        for output in await generation.outputs():
+            usage.count_all(output)
+            choices += [
+                endpoint.choice(body, generation, len(choices) + number, sample)
+                for number, sample in enumerate(output.outputs)
+            ]
+        generation.close()
+        return JSONResponse(head | {"choices": choices, "usage": usage.total()})
+
+    def models(self) -> dict[str, Any]:
+        length = self.llm.max_model_len
+        shared = {"object": "model", "created": self.created, "owned_by": "zipage", "max_model_len": length}
+        return {"object": "list", "data": [{"id": name, "root": self.llm.config.model} | shared for name in self.names]}
+
+    async def tokenize(self, request: Request) -> dict[str, Any]:
+        body = await self.read(request, TokenizeRequest)
+        options = template_options(body)
+        try:
+            if body.messages is None:
+                tokens = await self.engine.tokenize(lambda: self.llm.tokenize(body.prompt))
+            else:
+                template = self.config.chat_template
+                tokens = await self.engine.tokenize(
+                    lambda: self.llm.tokenize_chat(body.messages, chat_template=template, **options)
+                )
+        except ValueError as error:
+            raise refusal(str(error), ("prompt" if body.messages is None else "messages",)) from None
+        ids = tokens.token_ids
+        spelled = self.llm.get_tokenizer().convert_ids_to_tokens(ids) if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": self.llm.max_model_len, "tokens": ids, "token_strs": spelled}
+
+    async def detokenize(self, request: Request) -> dict[str, Any]:
+        body = await self.read(request, DetokenizeRequest)
+        tokenizer = self.llm.get_tokenizer()
+        if tokenizer is None:
+            raise ApiError(400, "tokens: the engine has no tokenizer (--skip-tokenizer-init)", "tokens")
+        bad = next((token for token in body.tokens if not 0 <= token < len(tokenizer)), None)
+        if bad is not None:
+            raise ApiError(400, f"tokens: {bad} is none of the tokenizer's {len(tokenizer)} tokens", "tokens")
+        return {"prompt": tokenizer.decode(body.tokens)}
