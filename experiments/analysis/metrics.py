@@ -15,6 +15,8 @@ from experiments.analysis.loops import loop_rate
 from experiments.analysis.replicas import at_once
 
 PERCENTILES = (50, 90, 99)
+WINDOWS = 10
+"""Parts of the window of a steady state, each a measurement of its throughput."""
 DISTANCES = (0, 500, 1000, 2000, 4000)
 """Tokens at which a group of recalls begins; each ends before the next."""
 
@@ -92,9 +94,7 @@ def summarise(
         "compressions": sum(row.get("compressions") or 0 for row in requests),
         "budget_bound_share": compressed / len(answered) if evicts and answered else None,
         "budget_never_bound": evicts and not compressed,
-        "entries_evicted": sum(
-            event["entries_before"] - event["entries_after"] for event in events if event["kind"] == "compress"
-        ),
+        "entries_evicted": _evicted(events),
         "loop_rate": loop_rate([row.get("output_token_ids", ()) for row in answered]),
         "output_length": spread([row["output_tokens"] for row in answered]),
         "ttft": spread([row.get("ttft") for row in requests]),
@@ -108,6 +108,53 @@ def summarise(
         "peak_running": peak(steps, "num_running"),
         "peak_query_slots": peak(steps, "query_slots_used"),
     }
+
+
+def in_window(
+    steps: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], window: tuple[float, float], *, evicts: bool
+) -> dict[str, Any]:
+    """Those figures of `summarise` that tell of a steady state by its steps, of the window in which it was timed.
+
+    Args:
+        steps, events: rows of the whole run.
+        window: its begin and end, in seconds after the start.
+
+    Returns:
+        Also `window_rates`: tokens a second in each of `WINDOWS` equal parts of the window. What only requests that
+        ended could tell is None: most are still at work.
+    """
+    begin, end = window
+    steps = [step for step in steps if begin < step["time"] <= end]
+    events = [event for event in events if begin < event["time"] <= end]
+    decoded = np.array([step["num_decode"] for step in steps], dtype=np.float64)
+    parts, _ = np.histogram([step["time"] for step in steps], WINDOWS, window, weights=decoded)
+    compressions = sum(event["kind"] == "compress" for event in events)
+    prefilled, seconds = sum(step["prefill_tokens"] for step in steps), end - begin
+    return {
+        "seconds": seconds,
+        "output_tokens": int(decoded.sum()),
+        "output_tokens_per_second": decoded.sum() / seconds,
+        "total_tokens_per_second": (prefilled + decoded.sum()) / seconds,
+        "window_rates": (parts * WINDOWS / seconds).tolist(),
+        "requests_per_second": None,
+        "rate": {"offered": None, "achieved": None},
+        "prompt_tokens": prefilled,
+        "preemptions": sum(step["num_preempted"] for step in steps),
+        "pauses": sum(step["num_paused"] for step in steps),
+        "compressions": compressions,
+        "budget_bound_share": None,
+        "budget_never_bound": evicts and not compressions,
+        "entries_evicted": _evicted(events),
+        "itl": inter_token_latency(steps),
+        "steps": len(steps),
+        "peak_blocks": peak(steps, "blocks_used"),
+        "peak_running": peak(steps, "num_running"),
+        "peak_query_slots": peak(steps, "query_slots_used"),
+    }
+
+
+def _evicted(events: Sequence[dict[str, Any]]) -> int:
+    return sum(event["entries_before"] - event["entries_after"] for event in events if event["kind"] == "compress")
 
 
 def offered_rate(requests: Sequence[Mapping[str, Any]]) -> float | None:

@@ -12,6 +12,7 @@ from experiments.backends import BackendFactory, get_backend
 from experiments.config.yaml_files import read_yaml
 from experiments.errors import UsageError
 from experiments.paths import CONF
+from experiments.running.steady import held_entries
 from experiments.workloads.lengths import generate
 from zipage import EngineConfig, SamplingParams
 
@@ -158,22 +159,11 @@ def _arm(
 
 
 def _stagger(lengths: list[list[int]], count: int, seed: int, config: EngineConfig) -> list[list[int]]:
-    """The first `count` requests as if a part of each output were there: parts spread evenly, in a random order.
-
-    Past its budget, in whole blocks, a bounded request holds the budget and, from compression to compression, up to an
-    interval more; under pressure alone it may hold everything.
-    """
+    """The first `count` requests as if a part of each output were there: parts spread evenly, in a random order."""
     parts = [(i + 0.5) / count for i in range(count)]
     Random(seed).shuffle(parts)
-    size, budget = config.block_size, None
-    if config.policy != "full" and config.budget_tokens is not None and config.trigger != "pressure":
-        budget = -(-config.budget_tokens // size) * size
-        interval = -(-(config.interval or size) // size) * size
     begun = []
     for part, (prompt, output) in zip(parts, lengths):
         done = int(part * output)
-        held = prompt + done
-        if budget is not None and held > budget:
-            held = budget + 1 + done % interval
-        begun.append([held, output - done])
+        begun.append([held_entries(config, prompt, done), output - done])
     return begun + lengths[count:]

@@ -13,10 +13,12 @@ from zipage import EngineConfig, SamplingParams
 SOURCES = ("path", "generator", "hub_id", "parts")
 WANDB_PROJECT = re.compile(r"[^/\\#?%:]{1,128}")
 FORCE = ("false", "stale", "true")
-ARRIVALS = ("all_at_once", "poisson", "trace")
+ARRIVALS = ("all_at_once", "poisson", "trace", "steady")
 SERVED = ("serve", "fidelity")
 """Kinds of scenario that ask a model the questions of a workload; the others are benchmarks."""
 KINDS = (*SERVED, "kernels", "engine_bench")
+OF_LENGTHS = ("lengths", "trace")
+"""Generators whose problems say how long their outputs are."""
 OF_TURNS, OF_CHAINS = ("turns", "none"), ("chain", "none")
 """Graders that can read conversations, and chains of questions: their golds are lists."""
 LAUNCHERS = ("local", "ray", "slurm")
@@ -36,6 +38,7 @@ def check(experiment: Experiment) -> None:
     )
     threads, limit = experiment.hardware.threads, experiment.limit
     poisson, rate = scenario.arrival == "poisson", scenario.rate
+    steady = scenario.kind == "serve" and scenario.arrival == "steady"
     turns = workload.turns is not None
     sampling, fidelity = experiment.sampling, scenario.kind == "fidelity"
     serve, repeats = scenario.kind in SERVED, scenario.repeats
@@ -72,6 +75,20 @@ def check(experiment: Experiment) -> None:
         ("scenario.path", scenario.arrival != "trace" or scenario.path, "given: the file of a trace"),
         ("scenario.speed", 0 < scenario.speed < math.inf, "above 0: how many times as fast as in the trace"),
         ("scenario.speed", scenario.arrival == "trace" or scenario.speed == 1, "1 but for scenario=trace"),
+        ("scenario.seconds", steady or scenario.seconds is None, "left out: only scenario=steady is timed so long"),
+        ("scenario.seconds", not steady or 0 < (scenario.seconds or 0) < math.inf, "seconds, above 0"),
+        (
+            "policy.protection",
+            not steady or experiment.policy.protection != "prompt",
+            "another one with scenario=steady, where a prompt stands for output too",
+        ),
+        ("sampling.policy", not steady or sampling.policy is None, "left out with scenario=steady"),
+        ("sampling.budget_tokens", not steady or sampling.budget_tokens is None, "left out with scenario=steady"),
+        (
+            "workload.generator",
+            not steady or workload.generator in OF_LENGTHS,
+            f"{' or '.join(OF_LENGTHS)} with scenario=steady, which must know how long outputs are",
+        ),
         ("scenario.rate", not poisson or (rate is not None and 0 < rate < math.inf), "arrivals a second, above 0"),
         ("backend", not fidelity or experiment.backend == "zipage", "zipage: no other tells its distributions"),
         ("sampling.n", not fidelity or sampling.n in (None, 1), "1: scenario=fidelity feeds one answer of full KV"),

@@ -186,11 +186,12 @@ class ScenarioConfig:
         kind: "serve": the questions of the workload arrive as said here; "fidelity": full KV's answers to them are fed
             through the policy's cache (`experiments.running.fidelity`); "kernels", "engine_bench": see
             `experiments.bench`.
-        arrival: "all_at_once", "poisson" or "trace".
+        arrival: "all_at_once", "poisson", "trace" or "steady" (see `experiments.running.steady`).
         rate: mean arrivals per second of a Poisson process.
         seed: of its gaps.
         path: file of a trace (see `experiments.running.traces`).
         speed: how many times as fast as in the trace requests arrive.
+        seconds: of a steady state: how long it is timed.
         loads: of "engine_bench": names in `conf/bench/`, NAME/ARM for one arm, or YAML files.
         repeats: of a benchmark: measurements of each row.
         options: of "kernels": the fields of `kernels.bench_shapes.KernelShapes`.
@@ -203,6 +204,7 @@ class ScenarioConfig:
     seed: int = 0
     path: str | None = None
     speed: float = 1.0
+    seconds: float | None = None
     loads: list[str] = field(default_factory=list)
     repeats: int | None = None
     options: dict[str, Any] = field(default_factory=dict)

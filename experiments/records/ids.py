@@ -26,6 +26,7 @@ LATER: dict[str, Any] = {
     "engine.async_scheduling": False,
     "engine.data_parallel_size": 1,
     "scenario.speed": 1.0,
+    "scenario.seconds": None,
     "sampling.presence_penalty": 0.0,
     "sampling.frequency_penalty": 0.0,
     "sampling.bad_words": [],

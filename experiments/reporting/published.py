@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from scipy.stats import ttest_ind
+
 from experiments.config.options import budget_texts, label, readable_options, told_apart
 from experiments.config.yaml_files import read_yaml
 from experiments.errors import UsageError
@@ -50,13 +53,15 @@ def beside(runs: pd.DataFrame, compared: pd.DataFrame, published: Mapping[str, A
 
     Returns:
         Text: name, "published: ..." for each of its columns, and `OURS`: accuracy, tokens/s, those over full KV's of
-        the same model and load, tokens a step (the requests at work at once), and what the run is. What is not there
-        is "-". Where several runs of ours are meant, each has a row of its own.
+        the same model and load (with an interval where both are steady states), tokens a step (the requests at work at
+        once), and what the run is. What is not there is "-". Where several runs of ours are meant, each has a
+        row of its own.
     """
     import pandas as pd
 
     named, budgets = runs.assign(label=runs.apply(label, axis=1)), budget_texts(compared, full="full KV")
-    speeds = dict(zip(runs["run"], compared["output_tokens_per_second"], strict=True)) if "run" in runs else {}
+    timed = runs.assign(output_tokens_per_second=compared["output_tokens_per_second"])
+    fulls = {record["run"]: record for _, record in timed.iterrows()} if "run" in runs else {}
     options = told_apart(runs)
     settings = readable_options(runs, options)
     rows = []
@@ -74,8 +79,8 @@ def beside(runs: pd.DataFrame, compared: pd.DataFrame, published: Mapping[str, A
         for index, run in matching.iterrows():
             setting = [f"{option} {value}" for option, value in settings.loc[index].items() if value != "-"]
             what = ", ".join([run["model.name"], run["workload.name"], budgets[index], *setting])
-            full = speeds.get(run.get("full.run"))
-            rows.append({"row": row["name"]} | figures | _ours(run, full, runs.loc[index], what))
+            full = fulls.get(run.get("full.run"))
+            rows.append({"row": row["name"]} | figures | _ours(run, full, timed.loc[index], what))
     return pd.DataFrame(rows)
 
 
@@ -88,7 +93,7 @@ OURS = (
 )
 
 
-def _ours(run: pd.Series, full: float | None, record: pd.Series, what: str) -> dict[str, str]:
+def _ours(run: pd.Series, full: pd.Series | None, record: pd.Series, what: str) -> dict[str, str]:
     import pandas as pd
 
     accuracy = "-"
@@ -97,7 +102,17 @@ def _ours(run: pd.Series, full: float | None, record: pd.Series, what: str) -> d
             *(100 * run[name] for name in ("accuracy", "accuracy.low", "accuracy.high"))
         )
     speed = run["output_tokens_per_second"]
-    of_full = f"{100 * speed / full:.0f}" if full else "-"
+    of_full = "-" if full is None else _share(speed / full["output_tokens_per_second"], record, full)
     steps = record.get("steps")
     batch = f"{record['output_tokens'] / steps:,.1f}" if steps and pd.notna(steps) else "-"
     return dict(zip(OURS, (accuracy, f"{speed:,.0f}", of_full, batch, what), strict=True))
+
+
+def _share(ratio: float, record: pd.Series, full: pd.Series) -> str:
+    """A ratio in percent; of two steady states with its 95 % interval over the parts of their windows."""
+    parts = [record.get("window_rates"), full.get("window_rates")]
+    if record["run"] == full["run"] or not all(isinstance(rates, list) and min(rates) > 0 for rates in parts):
+        return f"{100 * ratio:.0f}"
+    interval = ttest_ind(*map(np.log, parts), equal_var=False).confidence_interval()
+    low, high = 100 * np.exp([interval.low, interval.high])
+    return f"{100 * ratio:.0f} [{low:.0f}, {high:.0f}]"

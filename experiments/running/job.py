@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import records
-from experiments.analysis.metrics import summarise
+from experiments.analysis.metrics import in_window, summarise
 from experiments.backends import BACKENDS, Backend, BackendFactory, get_backend
 from experiments.config.check import SERVED
 from experiments.config.notes import notes_before
@@ -27,10 +27,11 @@ from experiments.running.equal_bytes import with_budget
 from experiments.running.models import LocalModel, find_model, model_name
 from experiments.running.prompts import Prompt, PromptRenderer
 from experiments.running.scenarios import Served, TimedRequest, arrival_times, serve
+from experiments.running.steady import serve_steadily
 from experiments.running.tracking import open_tracker
 from experiments.running.turns import AnswerReader, answer_reader, turn_options
 from experiments.workloads import Problem, load_problems
-from zipage import EventStats, RequestMetrics, RequestOutput, SamplingParams, StepStats
+from zipage import EngineConfig, EventStats, RequestMetrics, RequestOutput, SamplingParams, StepStats
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -237,8 +238,10 @@ class Job:
                 seconds=served.seconds,
                 evicts=evicts,
                 memory=memory,
-                timed=self.experiment.scenario.arrival != "all_at_once",
+                timed=self.experiment.scenario.arrival not in ("all_at_once", "steady"),
             )
+            if served.window is not None:
+                summary |= in_window(step_rows, event_rows, served.window, evicts=evicts)
             metrics = summary | {"load_seconds": load_seconds, "memory": memory} | counters
             schemas.write_rows(staging / records.REQUESTS, request_rows, schemas.REQUEST_SCHEMA)
             schemas.write_rows(staging / records.STEPS, step_rows, schemas.STEP_SCHEMA)
@@ -287,7 +290,13 @@ class Job:
         try:
             if self.experiment.scenario.kind == "fidelity":
                 measured = fidelity.measure(backend, requests, self._worked(backend), [steps, events])
-            served = serve(backend, requests) if measured is None else measured.own.served
+                served = measured.own.served
+            elif self.experiment.scenario.arrival == "steady":
+                served = self._serve_steadily(backend, requests)
+            else:
+                served = serve(backend, requests)
+        except RunError:
+            raise
         except Exception as error:
             raise _failure(f"the engine failed after {len(steps)} steps", error, staging) from error
         for problem in self.problems:
@@ -295,6 +304,11 @@ class Job:
                 metrics = RequestMetrics(arrival=served.start)
                 served.outputs[problem.id] = RequestOutput(problem.id, None, [], [], metrics, error=problem.error)
         return served, measured
+
+    def _serve_steadily(self, backend: Backend, requests: list[TimedRequest]) -> Served:
+        scenario = self.experiment.scenario
+        config = EngineConfig(**engine_options(self.experiment, str(self.model.path)))
+        return serve_steadily(backend, requests, config, seconds=scenario.seconds, seed=scenario.seed)
 
     def _worked(self, backend: Backend) -> dict[str, list[int]]:
         """Tokens of the worked solutions that the workload has, by problem."""
@@ -315,7 +329,9 @@ class Job:
         grader, samples = grader_of(self.experiment), self.experiment.sampling.n
         rows: list[dict[str, Any]] = []
         for problem, prompt in zip(self.problems, prompts, strict=True):
-            output = served.outputs[problem.id]
+            output = served.outputs.get(problem.id)
+            if output is None and served.window is not None:
+                continue  # still at work, or never handed over
             rows += outcomes.request_rows(problem, prompt, output, samples, grader, served.start, reader)
         for column, what in (("error", "could not be answered"), ("grader_error", "could not be graded, score 0")):
             faults = [row for row in rows if row.get(column) is not None]

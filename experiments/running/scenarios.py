@@ -33,7 +33,7 @@ def arrival_times(scenario: ScenarioConfig, count: int) -> list[float]:
     Raises:
         UsageError: the trace can't be read, or is too short.
     """
-    if scenario.arrival == "all_at_once":
+    if scenario.arrival in ("all_at_once", "steady"):
         return [0.0] * count
     if scenario.arrival == "trace":
         return _traced(scenario, count)
@@ -68,11 +68,13 @@ class Served:
             due, so that one that had to wait for the end of a step was not faster for it.
         start: host clock (`time.perf_counter`) at the start.
         seconds: from the start to the end of the last request.
+        window: of a steady state: its begin and end in seconds after the start. Only what ended has an output.
     """
 
     outputs: dict[str, RequestOutput]
     start: float
     seconds: float
+    window: tuple[float, float] | None = None
 
 
 def serve(backend: Backend, requests: Sequence[TimedRequest], progress: bool = True) -> Served:
