@@ -77,11 +77,6 @@ def check(experiment: Experiment) -> None:
         ("scenario.speed", scenario.arrival == "trace" or scenario.speed == 1, "1 but for scenario=trace"),
         ("scenario.seconds", steady or scenario.seconds is None, "left out: only scenario=steady is timed so long"),
         ("scenario.seconds", not steady or 0 < (scenario.seconds or 0) < math.inf, "seconds, above 0"),
-        (
-            "policy.protection",
-            not steady or experiment.policy.protection != "prompt",
-            "another one with scenario=steady, where a prompt stands for output too",
-        ),
         ("sampling.policy", not steady or sampling.policy is None, "left out with scenario=steady"),
         ("sampling.budget_tokens", not steady or sampling.budget_tokens is None, "left out with scenario=steady"),
         (

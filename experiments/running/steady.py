@@ -42,17 +42,19 @@ def held_entries(config: EngineConfig, prompt: int, done: int) -> int:
 def begun(requests: Sequence[TimedRequest], config: EngineConfig, seed: int) -> Iterator[TimedRequest]:
     """Requests under way, without end: one of `requests`, drawn by its output, some time after it began.
 
-    The samples of a prompt began together and are requests of their own here, with a prompt in common.
+    The samples of a prompt began together and are requests of their own here, with a prompt in common. No prompt of
+    theirs is protected, since it stands for output too.
     """
+    protection = None if config.protection == "none" else "none"
     random = Random(f"{seed} begun")
     lengths, number = [request.params.max_tokens for request in requests], 0
     while True:
         (drawn,) = random.choices(requests, lengths)
         done = random.randrange(drawn.params.max_tokens)
-        held = held_entries(config, len(drawn.token_ids), done)
+        left, held = drawn.params.max_tokens - done, held_entries(config, len(drawn.token_ids), done)
         for _ in range(drawn.params.n):
             tokens = [*drawn.token_ids, *random.choices(drawn.token_ids, k=max(0, held - len(drawn.token_ids)))]
-            params = replace(drawn.params, n=1, max_tokens=drawn.params.max_tokens - done, seed=number)
+            params = replace(drawn.params, n=1, max_tokens=left, seed=number, protection=protection)
             yield TimedRequest(f"begun-{number}", tokens[:held], params)
             number += 1
 

@@ -86,10 +86,13 @@ def test_speed_is_taken_at_the_shapes_of_the_papers_models():
     for arm in arms:
         assert arm.model.load_format == "dummy"
         assert arm.sampling.ignore_eos
-        assert arm.engine.kv_cache_memory_bytes is None
+        assert arm.scenario.arrival == "steady"
         assert arm.workload.options["path"] == "t.csv"
         shape = ModelShape.read(ROOT / arm.model.path, "bfloat16", "cuda")
         sizes.setdefault(arm.model.name, (shape.weight_bytes / 2e9, shape.kv_bytes))
+        gpus = arm.engine.tensor_parallel_size
+        used = arm.engine.kv_cache_memory_bytes + shape.weight_bytes / gpus
+        assert 72e9 < used < 77e9  # of 80 GiB, of which the engine takes nine tenths, with room for activations
     entry = 2 * 8 * 128 * 2  # bytes of K and V in a layer
     assert sizes == {
         "qwen3-0.6b-shape": (pytest.approx(0.6, abs=0.05), 28 * entry),
@@ -97,8 +100,11 @@ def test_speed_is_taken_at_the_shapes_of_the_papers_models():
         "qwen3-4b-shape": (pytest.approx(4.0, abs=0.05), 36 * entry),
         "qwen3-8b-shape": (pytest.approx(8.2 - 0.6, abs=0.05), 36 * entry),  # the input embedding is only looked up
         "qwen3-14b-shape": (pytest.approx(14.8 - 0.8, abs=0.05), 40 * entry),
+        "qwen3-32b-shape": (pytest.approx(32.8 - 0.8, abs=0.05), 64 * entry),
     }
-    assert [(arm.policy.name, arm.policy.budget_tokens) for arm in arms[5:]] == [("zipage", 2048)] * 5
+    assert [(arm.policy.name, arm.policy.budget_tokens) for arm in arms[6:]] == [("zipage", 2048)] * 6
+    assert [arm.model.name for arm in arms[6:]] == [arm.model.name for arm in arms[:6]]
+    assert [arm.engine.tensor_parallel_size for arm in arms] == 2 * [1, 1, 1, 1, 1, 2]
 
 
 def test_policy_sweep_has_every_policy():

@@ -66,6 +66,13 @@ class TestBegun:
             done = 500 - request.params.max_tokens
             assert len(request.token_ids) == held_entries(bounded, 8, done)
 
+    def test_what_stands_for_output_is_not_protected(self):
+        protected = config(policy="random", budget_tokens=32, protection="prompt")
+        (first,) = islice(begun(requests(500), protected, seed=0), 1)
+        assert first.params.protection == "none"
+        (first,) = islice(begun(requests(500), config(), seed=0), 1)
+        assert first.params.protection is None
+
     def test_samples_of_a_prompt_have_it_in_common_and_began_together(self):
         first, second, other = islice(begun(requests(90, n=2, prompt=40), config(), seed=1), 3)
         assert first.token_ids[:40] == second.token_ids[:40]
@@ -127,7 +134,6 @@ def test_a_request_that_the_engine_refuses_ends_it():
     [
         (["scenario.seconds=0"], "scenario.seconds=0"),
         (["scenario.seconds=null"], "scenario.seconds=None"),
-        (["policy=zipage", "policy.budget_tokens=64", "policy.protection=prompt"], "policy.protection='prompt'"),
         (["+sampling.policy=full"], "sampling.policy='full'"),
         (["workload=gsm8k"], "workload.generator=None"),
         (["scenario=all_at_once", "+scenario.seconds=3"], "scenario.seconds=3"),
