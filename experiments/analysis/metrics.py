@@ -121,7 +121,7 @@ def in_window(
 
     Returns:
         Also `window_rates`: tokens a second in each of `WINDOWS` equal parts of the window. What only requests that
-        ended could tell is None: most are still at work.
+        ended could tell is None: most are still at work, and those that ended are the short ones.
     """
     begin, end = window
     steps = [step for step in steps if begin < step["time"] <= end]
@@ -138,6 +138,7 @@ def in_window(
         "window_rates": (parts * WINDOWS / seconds).tolist(),
         "requests_per_second": None,
         "rate": {"offered": None, "achieved": None},
+        **dict.fromkeys(("output_length", "ttft", "e2e", "blocks_held", "kv_bytes"), spread([])),
         "prompt_tokens": prefilled,
         "preemptions": sum(step["num_preempted"] for step in steps),
         "pauses": sum(step["num_paused"] for step in steps),

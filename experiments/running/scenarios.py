@@ -95,7 +95,7 @@ def serve(backend: Backend, requests: Sequence[TimedRequest], progress: bool = T
             now = time.perf_counter() - start
             finished = []
             while waiting and waiting[0].arrival <= now:
-                refused = _add(backend, waiting.popleft())
+                refused = hand_over(backend, waiting.popleft())
                 if refused is not None:
                     finished.append(refused)
             if backend.has_unfinished_requests():
@@ -121,7 +121,7 @@ def _since(due: float, output: RequestOutput) -> RequestOutput:
     return output
 
 
-def _add(backend: Backend, request: TimedRequest) -> RequestOutput | None:
+def hand_over(backend: Backend, request: TimedRequest) -> RequestOutput | None:
     """Queue a request. Returns its output where the engine refuses it; the others are not affected."""
     try:
         backend.add_request(request.token_ids, request.params, request.id)

@@ -14,13 +14,15 @@ from random import Random
 
 from experiments.backends import Backend
 from experiments.errors import RunError
-from experiments.running.scenarios import Served, TimedRequest
-from zipage import EngineConfig, StepStats
+from experiments.running.scenarios import Served, TimedRequest, hand_over
+from zipage import EngineConfig, RequestOutput, StepStats
 
 QUIET_STEPS = 16
 """Steps without prefill, while requests wait, that show that the pool is full."""
 BACKLOG = 8
 """Requests that wait at least."""
+MOST_REFUSED = 100
+"""Requests in a row that the engine refuses before the run is given up."""
 WARM_UP = 0.2
 """Part of the window that runs before it, in which graphs are captured that no step before has asked for."""
 
@@ -73,15 +75,21 @@ class _Watched:
         self.quiet += bool(step.num_waiting and step.num_decode and not step.num_prefill)
         self.running = max(self.running, step.num_running)
 
-    def keep_waiting(self, source: Iterator[TimedRequest]) -> None:
-        """Hand over requests until `BACKLOG` samples wait."""
-        waiting = sum(self._waiting.values())
+    def keep_waiting(self, source: Iterator[TimedRequest]) -> list[RequestOutput]:
+        """Hand over requests until `BACKLOG` samples wait. Returns the outputs of those that the engine refuses."""
+        waiting, refused = sum(self._waiting.values()), []
         while waiting < BACKLOG:
             request = next(source, None)
             if request is None:
                 raise RunError("the requests ran out: raise workload.options.count, or take fewer scenario.seconds")
-            self._backend.add_request(request.token_ids, request.params, request.id)
-            waiting += request.params.n
+            output = hand_over(self._backend, request)
+            if output is None:
+                waiting += request.params.n
+                continue
+            refused.append(output)
+            if len(refused) == MOST_REFUSED:
+                raise RunError(f"the engine refuses one request after another: {output.error}")
+        return refused
 
     def close(self) -> None:
         self._backend.step_listeners.remove(self._note)
@@ -102,14 +110,15 @@ def serve_steadily(
         The outputs that ended, those of requests under way left out, and the window. The engine is left with the rest.
 
     Raises:
-        RunError: the requests ran out, or the engine takes none of them.
+        RunError: the requests ran out, or the engine refuses one after another.
     """
     outputs = {}
     watched = _Watched(backend)
     start = time.perf_counter()
 
     def run(source: Iterator[TimedRequest]) -> None:
-        watched.keep_waiting(source)
+        for output in watched.keep_waiting(source):
+            outputs[output.request_id] = output
         for output in backend.step():
             outputs[output.request_id] = output
             watched.ended += 1
@@ -125,8 +134,6 @@ def serve_steadily(
         begin = time.perf_counter()
         while (end := time.perf_counter()) < begin + seconds:
             run(fresh)
-    except ValueError as error:
-        raise RunError(f"the engine refuses a request: {error}") from error
     finally:
         watched.close()
     own = {request.id for request in requests}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 
 from tests.engine.compressed import random_prompts, tokens_of
+from tests.gpu.__main__ import commit_of_tree
 from tests.tiny_models import VOCAB, save_tiny_model
 from zipage import LLM, SamplingParams
 
@@ -63,6 +65,7 @@ def main() -> int:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--requests", type=int, default=256, help="for each replica")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", default=os.environ.get("ZIPAGE_COMMIT") or commit_of_tree(), help="of the code")
     given = parser.parse_args()
     sizes = sorted(size for size in given.sizes if size <= torch.cuda.device_count())
     rows = []
@@ -80,7 +83,15 @@ def main() -> int:
         row["tokens_equal"] = row["tokens"] == one["tokens"]
         wrong += not (row["tokens_equal"] and row["parent_is_clean"])
     shown = [{key: value for key, value in row.items() if key != "tokens"} for row in rows]
-    given.out.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": shown}, indent=2) + "\n")
+    head = {
+        "gpu": torch.cuda.get_device_name(),
+        "commit": given.commit,
+        "gpus": torch.cuda.device_count(),
+        "torch": torch.__version__,
+        "requests": given.requests,
+        "command": " ".join(["python", "-m", "tests.gpu.check_replicas", *sys.argv[1:]]),
+    }
+    given.out.write_text(json.dumps(head | {"rows": shown}, indent=2) + "\n")
     print(json.dumps(shown))
     return 1 if wrong else 0
 

@@ -160,6 +160,9 @@ BENCHMARK_IDS = {
     "one_gpu": "engine_bench-e670a65b5a50",
     "two_gpus": "engine_bench-2d7a6185df03",
     "four_gpus": "engine_bench-9792d05144ac",
+    "two_h100": "engine_bench-84498b79ceba",
+    "four_h100": "engine_bench-8f6e448c6d43",
+    "vllm_four_h100": "engine_bench-4100e46e310d",
     "kernels_scenario_h100": "kernels-ff324622f983",
 }
 

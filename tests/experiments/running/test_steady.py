@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -93,6 +94,7 @@ class TestWindow:
         assert found["output_tokens"] == 5 + 6 + 7 + 8
         assert found["output_tokens_per_second"] == 26
         assert found["total_tokens_per_second"] == 26 + 4 * 3
+        assert found["kv_bytes"]["max"] is None  # of the short requests that ended
         assert (found["steps"], found["preemptions"], found["pauses"]) == (4, 4, 8)
         assert (found["compressions"], found["entries_evicted"], found["budget_never_bound"]) == (2, 60, False)
 
@@ -123,10 +125,20 @@ def test_requests_that_run_out_are_told(launch, capsys):
     assert "raise workload.options.count" in capsys.readouterr().err
 
 
-def test_a_request_that_the_engine_refuses_ends_it():
+def test_an_engine_that_refuses_everything_ends_it():
     (engine,) = (factory(model="m") for factory in fake_backend(max_prompt=4).values())
-    with pytest.raises(RunError, match="the prompt has 8 tokens"):
+    with pytest.raises(RunError, match="the pool holds 4"):
         serve_steadily(engine, requests(*[9] * 9), config(), seconds=0.1, seed=0)
+
+
+def test_a_request_that_the_engine_refuses_costs_itself():
+    (engine,) = (factory(model="m") for factory in fake_backend(max_prompt=300, step_seconds=0.002).values())
+    some = [*requests(*[9] * 3), *(replace(r, id=f"long-{r.id}") for r in requests(9, prompt=400))]
+    some += [replace(r, id=f"more-{i}") for i, r in enumerate(requests(*[9] * 2000))]
+    served = serve_steadily(engine, some, config(), seconds=0.1, seed=0)
+    refused = [name for name, output in served.outputs.items() if output.error is not None]
+    assert refused == ["long-0"]
+    assert len(served.outputs) > 4
 
 
 @pytest.mark.parametrize(
