@@ -64,7 +64,7 @@ def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> t
         rows: list[dict] = []
         for number, arm in enumerate(arms, 1):
             print(f"{number}/{len(arms)} {arm.title}", flush=True)
-            begin, measured = time.perf_counter(), len(rows)
+            begin = time.perf_counter()
             try:
                 for row in _rows(arm, rows, vocab_size, threads):
                     rows.append(row)
@@ -74,8 +74,7 @@ def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> t
             except KeyboardInterrupt:
                 if not rows:
                     raise
-                missing = arms[number - (len(rows) == measured) :]
-                rows += [_names(late) | {"refused": "interrupted"} for late in missing]
+                rows += [_names(late) | {"refused": "interrupted"} for late in arms[number - 1 :]]
                 print("interrupted: what was measured is recorded", flush=True)
                 break
             except Exception as error:  # an arm's, whatever it is, costs the others nothing

@@ -89,9 +89,7 @@ class Fake:
             f"{self.waiting}\nvllm:generation_tokens_total{labels} {self.made}\nvllm:num_preemptions_total{labels} 0\n"
         )
 
-    async def _complete(
-        self, body: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _complete(self, body: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.asked.append(body)
         if self.dies_after is not None and len(self.asked) > self.dies_after:
             print("RuntimeError: the fake is dead", flush=True)

@@ -21,7 +21,12 @@ def stream(ttft: float | None, gap: float = 0.02, tokens: int = 11, outcome: str
 
 def test_a_quantile_is_a_value_that_was_seen():
     values = sorted(range(1, 101))
-    assert (quantile(values, 0.5), quantile(values, 0.99), quantile(values, 1.0), quantile([7], 0.5)) == (50, 99, 100, 7)
+    assert (quantile(values, 0.5), quantile(values, 0.99), quantile(values, 1.0), quantile([7], 0.5)) == (
+        50,
+        99,
+        100,
+        7,
+    )
 
 
 def test_figures_of_a_rate():
