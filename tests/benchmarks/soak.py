@@ -20,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -66,9 +67,13 @@ class Soak:
 
     async def run(self, idle: int, requests: int, streams: int) -> None:
         self._start = clock()
-        for number in (1, 2):
-            await self._idle(f"idle streams, {number}", idle)
-        await self._churn(requests, streams)
+        phases = {f"idle streams, {number}": partial(self._idle, f"idle streams, {number}", idle) for number in (1, 2)}
+        for name, phase in (phases | {"requests": partial(self._churn, requests, streams)}).items():
+            try:
+                await phase()
+            except (OSError, ValueError, TimeoutError) as error:  # it does not answer any more
+                self.checks[name] = {"holds": False, "error": repr(error)}
+                return
 
     def _bodies(self, label: str, outputs: Sequence[int]) -> list[bytes]:
         common = {"model": NAME, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
@@ -160,12 +165,19 @@ class Soak:
 
 
 def soak(
-    model: str, engine: dict[str, Any], idle: int, requests: int, streams: int, words: Sequence[str] = ()
+    model: str,
+    engine: dict[str, Any],
+    idle: int,
+    requests: int,
+    streams: int,
+    words: Sequence[str] = (),
+    open_files: int | None = None,
 ) -> dict[str, Any]:
     """Start a server, soak it, and stop it.
 
     Args:
         words: further flags of the server.
+        open_files: soft limit under which the server starts; None: as here.
 
     Returns:
         The checks and samples, as plain data.
@@ -174,7 +186,7 @@ def soak(
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 2 * idle + 256)), hard))  # this client's
     port = free_port()
     line, environment = command("zipage", {"model": model} | engine, port, {"max_queue": max(1024, 2 * idle)})
-    limit = ["/bin/sh", "-c", f'ulimit -Sn {soft}; exec "$@"', "sh"]  # the server's is as it was
+    limit = ["/bin/sh", "-c", f'ulimit -Sn {open_files or soft}; exec "$@"', "sh"]  # the server's is as it was
     vocab_size = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
     with RunningServer([*limit, *line, *words], port, environment) as server:
         server.wait_until_ready(900)
