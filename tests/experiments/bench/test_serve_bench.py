@@ -25,6 +25,7 @@ from experiments.records import load_rows
 from experiments.records.sources import of_benchmarks
 from tests.child_processes import wait_for_end
 from tests.experiments.bench.bench_runs import bench, record_of, tiny  # noqa: F401
+from tests.experiments.running.test_tracking import no_key  # noqa: F401
 from tests.experiments.serving.test_server import FAKE
 
 LOAD = """
@@ -191,6 +192,17 @@ def test_rates_are_measured_and_recorded(bench, results, tiny, load, faked, tmp_
     assert bench("scenario=serve_bench", f"scenario.loads=[{load(text)}]", "scenario.repeats=1",
                  f"model.path={tiny}") == 0  # fmt: skip
     assert "already done" in capsys.readouterr().out
+
+
+def test_wandb_has_the_rows_and_the_picture(bench, results, tiny, load, faked, no_key, capsys):
+    faked()
+    code, _ = run(bench, load(LOAD), results, f"model.path={tiny}", "tracking=wandb_offline")
+    assert code == 0
+    assert "tracking: wandb failed" not in capsys.readouterr().out
+    (stored,) = (results / "wandb").glob("offline-run-*/*.wandb")
+    for text in (b"row/goodput", b"row/ttft.p99", b"record-serve_bench", b"pictures/benchmark"):
+        assert text in stored.read_bytes()
+    assert list((results / "wandb").rglob("benchmark*.png"))
 
 
 def test_arms_fail_alone(bench, results, tiny, load, faked):

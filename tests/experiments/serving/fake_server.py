@@ -116,7 +116,8 @@ class Fake:
             self.waiting -= 1
         self.running += 1
         try:
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+            fields = b"Content-Type: text/event-stream\r\nConnection: close\r\nTransfer-Encoding: chunked"
+            writer.write(b"HTTP/1.1 200 OK\r\n" + fields + b"\r\n\r\n")
             made, due = 0, time.monotonic() + self.first
             while made < body["max_tokens"]:
                 await asyncio.sleep(due - time.monotonic())
