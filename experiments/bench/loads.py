@@ -165,15 +165,16 @@ def _stagger(lengths: list[list[int]], count: int, seed: int, config: EngineConf
     """
     parts = [(i + 0.5) / count for i in range(count)]
     Random(seed).shuffle(parts)
-    size, budget = config.block_size, None
+    begun = [as_begun(length, int(part * length[1]), config) for part, length in zip(parts, lengths)]
+    return begun + lengths[count:]
+
+
+def as_begun(length: Sequence[int], done: int, config: EngineConfig) -> list[int]:
+    """Prompt and output of a request as if `done` tokens of its output were there."""
+    (prompt, output), size = length, config.block_size
+    held = prompt + done
     if config.policy != "full" and config.budget_tokens is not None and config.trigger != "pressure":
         budget = -(-config.budget_tokens // size) * size
         interval = -(-(config.interval or size) // size) * size
-    begun = []
-    for part, (prompt, output) in zip(parts, lengths):
-        done = int(part * output)
-        held = prompt + done
-        if budget is not None and held > budget:
-            held = budget + 1 + done % interval
-        begun.append([held, output - done])
-    return begun + lengths[count:]
+        held = budget + 1 + done % interval if held > budget else held
+    return [held, output - done]

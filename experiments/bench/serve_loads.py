@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 from experiments.backends import BackendFactory, get_backend
+from experiments.bench.loads import as_begun
 from experiments.config.yaml_files import read_yaml
 from experiments.errors import UsageError
 from experiments.paths import CONF, ROOT
@@ -17,12 +18,16 @@ from experiments.running.traces import read_trace
 from experiments.serving.prompts import Asked
 from experiments.serving.server import command
 from experiments.workloads.lengths import generate
-from zipage import SamplingParams
+from zipage import EngineConfig, SamplingParams
 
 LOADS = CONF / "serve_bench"
+BEGUN = 0.7
+"""Part of the warm-up over which requests come that have begun."""
 LIMITS = ("ttft", "itl", "tpot", "e2e")
 NUMBERS = {"warmup": 0.0, "seconds": 0.1, "drain": 0.0, "patience": 0.1, "startup": 1.0}
 """Options in seconds, and the least of each."""
+MAPPINGS = ("lengths", "engine", "search", "slo", "request")
+"""Options of which a command may change a part."""
 COUNTS = ("warmup_requests", "warmup_tokens")
 OWN = ("model", "load_format", "skip_tokenizer_init", "seed")
 """Options of `EngineConfig` that a load may not set: the run does."""
@@ -46,6 +51,10 @@ class ServeLoad:
         slo: limits in seconds, on the p99: "ttft", "itl", "tpot", "e2e".
         warmup, seconds, drain: requests that are due within `seconds` after `warmup` are measured; they have `drain`
             more to end, and are aborted then.
+        begun: seconds a token: the server begins as if it had long answered at this pace. During the warm-up come the
+            requests that would be running, with prompts of as many entries as they would hold, and outputs as much
+            shorter. None: it begins empty, and a long output's worth of warm-up is needed until it is as full as the
+            rate makes it.
         patience: a rate is broken, and ends, when a request has waited so many seconds for its first token.
         warmup_requests, warmup_tokens: once a server is up: requests that go before all others, and tokens of each
             output at most: as many as it takes to compress.
@@ -66,6 +75,7 @@ class ServeLoad:
     warmup: float = 10.0
     seconds: float = 60.0
     drain: float = 60.0
+    begun: float | None = None
     patience: float = 10.0
     warmup_requests: int = 16
     warmup_tokens: int = 64
@@ -111,11 +121,28 @@ class ServedArm:
         """The requests that arrive at this rate until the end of the drain; the trace begins again where it ends."""
         end = self.spec.warmup + self.spec.seconds + self.spec.drain
         found: list[Asked] = []
+        begun = self._begun(rate)
         for due, request in zip(self._times(rate), _endless(self.requests)):
             if due > end:
-                return found
+                return sorted(found + begun)
             found.append(request._replace(due=due))
         return found
+
+    def _begun(self, rate: float) -> list[Asked]:
+        """Those that would be running when the first arrives, spread over most of the warm-up."""
+        pace, running = self.spec.begun, []
+        if pace is None:
+            return []
+        config = EngineConfig.from_kwargs(**self.options)
+        longest = max(request.output_tokens for request in self.requests)
+        for number in range(math.ceil(longest * pace * rate)):
+            request = self.requests[-1 - number % len(self.requests)]
+            done = int((number + 0.5) / rate / pace)
+            if done < request.output_tokens:
+                length = as_begun((request.prompt_tokens, request.output_tokens), done, config)
+                running.append(Asked(0.0, *length))
+        step = BEGUN * self.spec.warmup / max(1, len(running))
+        return [request._replace(due=number * step) for number, request in enumerate(running)]
 
     def _times(self, rate: float) -> Iterator[float]:
         if self.spec.arrivals == "poisson":
@@ -175,6 +202,10 @@ def read_served_arms(
                 options, flags, backend = _engine(spec, own, given, backends)
                 options |= {"model": model, "load_format": load_format, "seed": seed}
                 options["skip_tokenizer_init"] = not has_tokenizer
+                if spec.begun is not None and EngineConfig.from_kwargs(**options).protection == "prompt":
+                    raise UsageError(
+                        "protection=prompt: the prompt of a request that has `begun` stands for output too"
+                    )
                 command(backend, options, 1, flags)  # what that server can't honour is refused before any starts
             except (TypeError, ValueError, UsageError) as error:
                 raise UsageError(f"{path}: arms.{arm}: {error}") from error
@@ -223,8 +254,11 @@ def _parse(path: Path, changes: Mapping[str, Any]) -> ServeLoad:
             raise UsageError(f"{source}: unknown option {unknown[0]}; known: {', '.join(known)}")
     if "arms" in changes:
         raise UsageError("scenario.options.arms: give a YAML file of your own: scenario.loads=[FILE.yaml]")
-    mappings = {name: content[name] | dict(changes[name]) for name in ("lengths", "slo", "engine") if
-                isinstance(content.get(name), dict) and isinstance(changes.get(name), Mapping)}  # fmt: skip
+    mappings = {
+        name: content[name] | dict(changes[name])
+        for name in MAPPINGS
+        if isinstance(content.get(name), dict) and isinstance(changes.get(name), Mapping)
+    }
     load = ServeLoad(**content | dict(changes) | mappings)
     _check(path, load)
     return load
@@ -243,6 +277,8 @@ def _check(path: Path, load: ServeLoad) -> None:
         value = getattr(load, option)
         if type(value) is not int or value < 0:
             refuse(option, "a whole number of at least 0")
+    if load.begun is not None and not (_is_number(load.begun, 1e-4) and load.warmup):
+        refuse("begun", "seconds a token, beside a warmup, or null")
     if load.arrivals not in ("trace", "poisson"):
         refuse("arrivals", "trace or poisson")
     if load.arrivals == "trace" and "trace" not in load.lengths:

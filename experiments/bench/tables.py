@@ -69,6 +69,7 @@ SERVERS: list[Column] = [
     ("tpot", "TPOT ms", _tails),
     ("e2e", "E2E ms", _tails),
     ("goodput", "in time/s", "{:.2f}".format),
+    ("kept", "kept limits", _percent),
     ("slo_holds", "limits", lambda holds: "hold" if holds else "do not hold"),
     ("broken", "", lambda broken: "broken" if broken else ""),
     ("tokens_per_second", "tokens/s", "{:,.0f}".format),

@@ -26,9 +26,9 @@ def quantiles(values: Iterable[float | None]) -> dict[str, float] | None:
     return {name: quantile(ordered, share) for name, share in QUANTILES.items()} if ordered else None
 
 
-def is_good(stream: Stream, slo: Mapping[str, float]) -> bool:
-    """Whether a request was answered, and kept each limit: on its own TTFT, the p99 of its ITL, its TPOT and E2E."""
-    if stream.outcome != "finished":
+def keeps(stream: Stream, slo: Mapping[str, float]) -> bool:
+    """Whether a request kept each limit while it was watched: on its own TTFT, the p99 of its ITL, its TPOT and E2E."""
+    if stream.outcome == "failed" or stream.first is None:
         return False
     gaps = sorted(stream.gaps)
     own = {"ttft": stream.ttft, "itl": quantile(gaps, 0.99) if gaps else None, "tpot": stream.tpot, "e2e": stream.e2e}
@@ -38,8 +38,9 @@ def is_good(stream: Stream, slo: Mapping[str, float]) -> bool:
 def figures(streams: Sequence[Stream], seconds: float, slo: Mapping[str, float]) -> dict[str, Any]:
     """Of the requests that are measured, all of which have an outcome.
 
-    A request that was aborted before its first token has waited for as long as it was there, which is a lower bound of
-    its TTFT and counts as it. Failed requests have no times.
+    "good" are the requests that were answered and kept the limits; "kept" is the share of those that kept them as long
+    as they were watched, aborted ones included. A request that was aborted before its first token has waited for as
+    long as it was there, which is a lower bound of its TTFT and counts as it. Failed requests have no times.
 
     Args:
         seconds: that they are spread over.
@@ -54,8 +55,9 @@ def figures(streams: Sequence[Stream], seconds: float, slo: Mapping[str, float])
         "tpot": quantiles(stream.tpot for stream in done),
         "e2e": quantiles(stream.e2e for stream in done),
     }
-    good = sum(is_good(stream, slo) for stream in streams)
-    kept = outcomes["failed"] <= MOST_FAILED * len(streams) and all(
+    kept = [stream for stream in streams if keeps(stream, slo)]
+    good = sum(stream.outcome == "finished" for stream in kept)
+    holds = outcomes["failed"] <= MOST_FAILED * len(streams) and all(
         times[name] is not None and times[name]["p99"] <= limit for name, limit in slo.items()
     )
     errors = Counter(stream.error for stream in streams if stream.outcome == "failed")
@@ -67,8 +69,9 @@ def figures(streams: Sequence[Stream], seconds: float, slo: Mapping[str, float])
         "short": sum(stream.tokens < stream.asked for stream in done),
         "error": next((error for error, _ in errors.most_common(1)), None),
         "good": good,
+        "kept": len(kept) / len(streams) if streams else None,
         "goodput": good / seconds if seconds else 0.0,
-        "slo_holds": bool(streams) and kept,
+        "slo_holds": bool(streams) and holds,
         "tokens_per_second_user": 1 / times["tpot"]["p50"] if times["tpot"] and times["tpot"]["p50"] else None,
     }
 

@@ -91,6 +91,21 @@ def test_arrivals_of_a_poisson_process_are_the_same_at_any_rate_but_faster(load)
     assert [2 * request.due for request in fast[:50]] == pytest.approx([request.due for request in slow[:50]])
 
 
+def test_a_server_may_begin_as_full_as_the_rate_makes_it(load):
+    text = MORE.replace("output_tokens: 10", "output_tokens: 100").replace("warmup: 0.1", "warmup: 10")
+    full, zipage = arms_of(load(text), {"begun": 0.02})
+    found = full.arriving(5.0)
+    begun = [request for request in found if request.output_tokens < 100]
+    assert len(begun) == 10, "five a second, two seconds each"
+    assert [request.output_tokens for request in begun] == [95, 85, 75, 65, 55, 45, 35, 25, 15, 5]
+    assert all(request.prompt_tokens + request.output_tokens == 120 for request in begun)
+    assert [request.due for request in begun] == pytest.approx([0.7 * i for i in range(10)])
+    assert found == sorted(found)
+    bounded = [request for request in zipage.arriving(5.0) if request.output_tokens < 100]
+    assert [request.output_tokens for request in bounded] == [request.output_tokens for request in begun]
+    assert max(request.prompt_tokens for request in bounded) <= 32 + 16, "the entries that it would hold"
+
+
 def test_the_warm_up_has_short_outputs(load):
     (arm,) = arms_of(load(LOAD + "warmup_tokens: 4\n"), {"warmup_requests": 2})
     assert [request.output_tokens for request in shortened(arm)] == [4, 4]
@@ -108,6 +123,9 @@ def test_the_warm_up_has_short_outputs(load):
         (LOAD, {"search": {"low": 1}}, "search=.*must be {low"),
         (LOAD, {"slo": {"tttf": 1}}, "slo=.*seconds by name: ttft, itl"),
         (LOAD, {"seconds": 0}, "seconds=0: must be seconds, at least 0.1"),
+        (LOAD, {"begun": 0}, "begun=0: must be seconds a token"),
+        (LOAD, {"begun": 0.02, "warmup": 0}, "begun=0.02: must be seconds a token, beside a warmup"),
+        (MORE.replace("32}", "32, protection: prompt}"), {"begun": 0.02}, "arms.zipage: protection=prompt"),
         (LOAD, {"patience": "long"}, "patience='long': must be seconds"),
         (LOAD, {"streams": 0}, "streams=0: must be a whole number from 1"),
         (LOAD, {"warmup_tokens": -1}, "warmup_tokens=-1: must be a whole number"),
