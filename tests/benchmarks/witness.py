@@ -70,7 +70,7 @@ def aiperfs(program: str, port: int, load: str, seed: int) -> dict[str, float]:
         words = [program, "profile", *server, *AIPERF, *shape, *pace, "--extra-inputs", "ignore_eos:true"]
         words += ["--tokenizer", REASONER, "--random-seed", seed, "--artifact-dir", folder]
         done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, cwd=folder)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
         found = json.loads((Path(folder) / "profile_export_aiperf.json").read_text())
     assert found["request_count"]["avg"] == COUNT, found["request_count"]
     times = {name: {q: found[theirs][q] / 1e3 for q in ("p50", "p99")} for name, theirs in THEIRS.items()}

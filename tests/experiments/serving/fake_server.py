@@ -118,6 +118,8 @@ class Fake:
         try:
             fields = b"Content-Type: text/event-stream\r\nConnection: close\r\nTransfer-Encoding: chunked"
             writer.write(b"HTTP/1.1 200 OK\r\n" + fields + b"\r\n\r\n")
+            common = {"id": "cmpl-0", "object": "text_completion", "created": 0, "model": "bench"}
+            given = {"prompt_tokens": len(body["prompt"])}
             made, due = 0, time.monotonic() + self.first
             while made < body["max_tokens"]:
                 await asyncio.sleep(due - time.monotonic())
@@ -125,9 +127,10 @@ class Fake:
                 new = min(self.tokens, body["max_tokens"] - made)
                 made, self.made = made + new, self.made + new
                 choice = {"index": 0, "text": "x"} | ({"token_ids": [1] * new} if self.ids else {})
-                usage = {"completion_tokens": made} if self.continuous else None
-                writer.write(chunk({"choices": [choice], "usage": usage}))
-            writer.write(chunk({"choices": [], "usage": {"completion_tokens": made}}) + wrapped(b"data: [DONE]\n\n"))
+                usage = given | {"completion_tokens": made} if self.continuous else None
+                writer.write(chunk(common | {"choices": [choice], "usage": usage}))
+            usage = given | {"completion_tokens": made, "total_tokens": made + given["prompt_tokens"]}
+            writer.write(chunk(common | {"choices": [], "usage": usage}) + wrapped(b"data: [DONE]\n\n"))
             writer.write(b"0\r\n\r\n")
             await writer.drain()
         finally:
