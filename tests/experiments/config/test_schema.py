@@ -20,7 +20,7 @@ from zipage import EngineConfig, SamplingParams
 from zipage.eviction import registry
 
 CHOICES = sorted(
-    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("hydra", "bench")
+    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("hydra", "bench", "serve_bench")
 )
 """`conf/bench` is no group: its files are the loads of a benchmark, which test_bench_loads.py reads."""
 
