@@ -108,6 +108,18 @@ def test_it_starts_and_stops(fake):
     wait_for_end(members)
 
 
+def test_it_stops_at_once_where_a_shell_made_it_ignore_sigint(fake, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        server = fake()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    server.wait_until_ready(20)
+    begin = time.monotonic()
+    server.stop()
+    assert time.monotonic() - begin < 10, "it was asked, not killed after its grace"
+
+
 def test_one_that_dies_says_how(fake):
     server = fake(words=(sys.executable, "-c", "import sys; print('loading'); sys.exit('ValueError: no such model')"))
     with pytest.raises(RunError, match=r"the server ended \(ValueError: no such model\); its last lines: loading \|"):
