@@ -58,8 +58,6 @@ def watch() -> None:
     if descriptor is not None:
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm's to a job is the parent's to answer
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # Ray blocks it in what it starts
-        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it in what it starts with &
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         os.set_inheritable(int(descriptor), False)
         threading.Thread(target=_end_with, args=(int(descriptor),), name="lifeline", daemon=True).start()
 

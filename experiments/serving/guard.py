@@ -19,7 +19,8 @@ GRACE = 20.0
 
 def main() -> int:
     lifeline.watch()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too, which a shell makes ignored in what it starts with &
+        signal.signal(number, signal.default_int_handler)
     server = subprocess.Popen(sys.argv[1:])
     try:
         code = server.wait()

@@ -35,6 +35,7 @@ REASONER = str(Path(__file__).parents[2] / "models" / "zipage-reasoner")
 ENGINE = {"device": "cpu", "block_size": 16, "num_blocks": 256, "max_num_seqs": 8, "max_model_len": 512}
 LONG, SHORT, PROMPT = 400, 16, 24
 """Tokens of an idle stream's output, at most of another one's, and of all prompts."""
+COMMAND = ("-m", "tests.benchmarks.soak", "--out", "FILE")
 PATIENCE = 120.0
 """Seconds within which a request must end, or the server be idle."""
 MOST_GROWTH = 0.05
@@ -212,7 +213,11 @@ def main() -> int:
     load = {"model": Path(model).name, "idle": given.idle, "requests": given.requests, "streams": given.streams}
     if given.out:
         record = {"what": "a server under idle streams and clients that go away", "load": load}
-        record |= {"engine": {} if own else ENGINE, "flags": words} | found | {"provenance": provenance.collect()}
+        record |= (
+            {"engine": {} if own else ENGINE, "flags": words}
+            | found
+            | {"provenance": provenance.collect([*COMMAND, *([model] if own else []), *words])}
+        )
         given.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0 if all(check["holds"] for check in found["checks"].values()) else 1
 

@@ -225,12 +225,12 @@ def test_wandb_has_the_rows_and_the_picture(bench, results, tiny, load, faked, n
 
 def test_arms_fail_alone(bench, results, tiny, load, faked):
     faked(full={"dies_after": 3}, zipage={"unready": True}, random={})
-    text = MORE + "  last: {policy: random, budget_tokens: 32}\nstartup: 1.0\n"
+    text = MORE + "  last: {policy: random, budget_tokens: 32}\nstartup: 4.0\n"
     code, rows = run(bench, load(text), results, f"model.path={tiny}")
     assert code == 1
     reasons = rows.set_index("arm")["refused"]
     assert "the server ended (RuntimeError: the fake is dead); its last lines: listening on" in reasons["full"]
-    assert "the server is not ready after 1 s" in reasons["zipage"]
+    assert "the server is not ready after 4 s" in reasons["zipage"]
     assert pd.isna(reasons["last"])
     assert rows.set_index("arm")["finished"]["last"] > 0
 

@@ -16,6 +16,7 @@ import pytest
 from experiments.errors import RunError
 from experiments.serving.server import RunningServer, command, free_port
 from tests.child_processes import is_alive, wait_for_end
+from tests.serve.running import wait_until
 
 FAKE = (sys.executable, "-m", "tests.experiments.serving.fake_server")
 ENGINE = {"model": "m", "load_format": "dummy", "skip_tokenizer_init": True, "seed": 0, "device": "cuda"}
@@ -129,8 +130,9 @@ def test_one_that_dies_says_how(fake):
 
 def test_one_that_does_not_come_up_says_so(fake):
     server = fake(unready=True)
-    with pytest.raises(RunError, match=r"not ready after 1 s; its last lines: listening on"):
-        server.wait_until_ready(1)
+    wait_until(lambda: "listening" in server.last_lines(), 30)
+    with pytest.raises(RunError, match=r"not ready after 0.2 s; its last lines: listening on"):
+        server.wait_until_ready(0.2)
     members = group(server.pid)
     server.stop()
     wait_for_end(members)
