@@ -38,7 +38,7 @@ def test_a_child_answers_with_our_path_and_ends_when_it_is_closed(monkeypatch):
 
 def test_errors_cross_and_the_end_of_a_child_is_named():
     failing, killed = Child("rank 0", f"{TARGETS}:fail"), Child("rank 1", f"{TARGETS}:sleep")
-    missing, bad, odd = (unpacked(*failing.channel.receive()) for _ in range(3))
+    missing, bad, odd = (unpacked(failing.channel.receive()) for _ in range(3))
     assert isinstance(missing, FileNotFoundError)
     assert str(missing) == "[Errno 2] no such thing: 'here'"
     assert isinstance(bad, ValueError)

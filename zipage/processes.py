@@ -7,6 +7,7 @@ importable module, and the module search path is this process's.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import signal
@@ -17,9 +18,10 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import Any, NamedTuple
 
 POLL = 0.5
 """Seconds between two looks of a child whether its parent lives."""
@@ -142,7 +144,14 @@ def _end(process: subprocess.Popen[bytes], channel: Channel, owner: int) -> None
     process.wait()
 
 
-# Errors that cross
+# Errors and lines of the log that cross
+
+
+class Failure(NamedTuple):
+    """An error on its way: of the same type and text where it can be pickled, and its traceback."""
+
+    error: BaseException
+    traceback: str
 
 
 class ChildTraceback(Exception):
@@ -152,8 +161,8 @@ class ChildTraceback(Exception):
         return f"\n{self.args[0]}"
 
 
-def packed(error: BaseException) -> tuple[BaseException, str]:
-    """An error as a message, for `unpacked`: of the same type and text where it can be pickled, and its traceback."""
+def packed(error: BaseException) -> Failure:
+    """An error as a message, for `unpacked`."""
     text = "".join(traceback.format_exception(error))
     try:
         copy = pickle.loads(pickle.dumps(error))
@@ -161,13 +170,44 @@ def packed(error: BaseException) -> tuple[BaseException, str]:
             raise ValueError("it is another after pickling")
     except Exception:
         error = RuntimeError("".join(traceback.format_exception_only(error)).strip())
-    return error, text
+    return Failure(error, text)
 
 
-def unpacked(error: BaseException, text: str) -> BaseException:
+def unpacked(failure: Failure) -> BaseException:
     """The error, to be raised here."""
-    error.__cause__ = ChildTraceback(text)
-    return error
+    failure.error.__cause__ = ChildTraceback(failure.traceback)
+    return failure.error
+
+
+class Log(NamedTuple):
+    """A line for the log, tracebacks included."""
+
+    logger: str
+    level: int
+    text: str
+
+    def repeat(self, name: str | None = None) -> None:
+        """Log it here, as one of the child of that name."""
+        text = self.text if name is None else f"{name}: {self.text}"
+        logging.getLogger(self.logger).log(self.level, "%s", text)
+
+
+def send_logs(logger: str, level: int, send: Callable[[Log], None]) -> None:
+    """In a child: records of a logger and those below it become messages instead of lines on its stderr."""
+    log = logging.getLogger(logger)
+    log.setLevel(level)
+    log.propagate = False
+    log.addHandler(_Sender(send))
+
+
+class _Sender(logging.Handler):
+    def __init__(self, send: Callable[[Log], None]) -> None:
+        super().__init__()
+        self._send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):  # the other end is gone
+            self._send(Log(record.name, record.levelno, self.format(record)))
 
 
 # In the child

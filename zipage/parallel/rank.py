@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import threading
@@ -13,12 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from zipage.eviction import registry
 from zipage.models.loading.loader import load_model
 from zipage.models.shard import Shard
 from zipage.parallel import messages as m
 from zipage.parallel.communicator import Communicator, HostCommunicator, join
-from zipage.processes import Channel, packed
+from zipage.processes import Channel, Log, packed
 from zipage.worker import model_runner
 from zipage.worker.cuda_graph import PROMPT_TOKENS
 from zipage.worker.worker import Worker
@@ -32,13 +30,13 @@ def run(channel: Channel) -> None:
     outbox = Outbox(channel)
     try:
         start: m.Start = channel.receive()
-        _send_logs(outbox, start)
+        start.inherited.take_over(outbox.send if start.rank == 0 else _forget)
         with suppress(EOFError):
             _serve(channel, outbox, start)
         # The other side does this too, unless it was killed.
         shutil.rmtree(os.path.dirname(start.rendezvous), ignore_errors=True)
     except BaseException as error:
-        outbox.send(m.Failure(*packed(error)))
+        outbox.send(packed(error))
     outbox.close()
 
 
@@ -71,8 +69,6 @@ class Outbox:
 
 
 def _serve(channel: Channel, outbox: Outbox, start: m.Start) -> None:
-    torch.set_num_threads(start.num_threads)
-    registry.POLICIES |= start.policies
     config, rank = start.config, start.rank
     size = config.tensor_parallel_size
     device = torch.device("cpu") if config.device == "cpu" else torch.device("cuda", rank)
@@ -162,21 +158,8 @@ class Rank:
                     self._channel.send(self._launched.get().wait())
         except BaseException as error:
             with suppress(OSError):
-                self._channel.send(m.Failure(*packed(error)))
+                self._channel.send(packed(error))
 
 
-def _send_logs(outbox: Outbox, start: m.Start) -> None:
-    """Records of rank 0 become messages; the other ranks do the same and would say the same again."""
-    logger = logging.getLogger("zipage")
-    logger.setLevel(start.log_level)
-    logger.propagate = False
-    logger.addHandler(_Sender(outbox) if start.rank == 0 else logging.NullHandler())
-
-
-class _Sender(logging.Handler):
-    def __init__(self, outbox: Outbox) -> None:
-        super().__init__()
-        self._outbox = outbox
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._outbox.send(m.Log(record.name, record.levelno, self.format(record)))
+def _forget(log: Log) -> None:
+    """What the ranks beside rank 0 log, which do the same and would say the same again."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import defaultdict, deque
 from contextlib import suppress
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 
 from zipage.eviction.fault import first_line
 from zipage.parallel import messages as m
-from zipage.processes import Child, close_all, unpacked
+from zipage.processes import Child, Failure, Log, close_all, unpacked
 
 TARGET = "zipage.parallel.rank:run"
 SILENCE = 600.0
@@ -108,10 +107,10 @@ class RankGroup:
             message = child.channel.receive()
         except (EOFError, OSError):
             self._end_with(self._death())
-        if isinstance(message, m.Failure):
+        if isinstance(message, Failure):
             self._end_because(child, message)
-        if isinstance(message, m.Log):
-            logging.getLogger(message.logger).log(message.level, "%s", message.text)
+        if isinstance(message, Log):
+            message.repeat()
         else:
             self._inboxes[rank][type(message)].append(message)
 
@@ -128,7 +127,7 @@ class RankGroup:
             time.sleep(0.01)
         return min(dead, key=lambda child: child.exit_code >= 0).death()
 
-    def _end_because(self, failed: Child, failure: m.Failure) -> None:
+    def _end_because(self, failed: Child, failure: Failure) -> None:
         """End all after one has failed, perhaps because another died."""
         end = time.monotonic() + LOOK_FOR_DEAD
         while time.monotonic() < end:
@@ -136,7 +135,7 @@ class RankGroup:
                 if child is not failed and child.exit_code is not None and child.exit_code < 0:
                     self._end_with(child.death())
             time.sleep(0.02)
-        error = unpacked(failure.error, failure.traceback)
+        error = unpacked(failure)
         if not self.is_ready and isinstance(error, ValueError | OSError | ImportError):
             self._end_with(str(error), error)
         self._end_with(
