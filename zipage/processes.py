@@ -42,7 +42,10 @@ class Channel:
 
     def send(self, message: Any) -> None:
         """Raises OSError where the other end is gone."""
-        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        self.send_pickled(pickled(message))
+
+    def send_pickled(self, data: bytes) -> None:
+        """`send` what `pickled` has made, which may go through several channels."""
         with self._sending:
             self._connection.send_bytes(data)
 
@@ -59,6 +62,11 @@ class Channel:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def pickled(message: Any) -> bytes:
+    """A message as it crosses."""
+    return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
 
 
 class Child:

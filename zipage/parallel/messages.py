@@ -46,7 +46,7 @@ class Move(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A step without its moves; rank 0 answers with a `StepResult`."""
+    """A step, whose moves were told before; rank 0 answers with a `StepResult`."""
 
     plan: StepPlan
 

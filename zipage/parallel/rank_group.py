@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from zipage.eviction.fault import first_line
 from zipage.parallel import messages as m
-from zipage.processes import Child, Failure, Log, close_all, unpacked
+from zipage.processes import Child, Failure, Log, close_all, pickled, unpacked
 
 TARGET = "zipage.parallel.rank:run"
 SILENCE = 600.0
@@ -55,9 +55,10 @@ class RankGroup:
     def tell(self, message: Any) -> None:
         """Send all the same."""
         self._check()
+        data = pickled(message)
         try:
             for child in self.children:
-                child.channel.send(message)
+                child.channel.send_pickled(data)
         except OSError:
             self._end_with(self._death())
 

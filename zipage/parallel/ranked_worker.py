@@ -119,7 +119,7 @@ class RankedRunner:
         return lost
 
     def launch(self, plan: StepPlan) -> RankedLaunch:
-        self._group.tell(m.Launch(replace(plan, drops=[], saves=[], restores=[], copies=[])))
+        self._group.tell(m.Launch(plan))
         return RankedLaunch(self._group)
 
     def logits(self, hidden: Tensor) -> Tensor:
