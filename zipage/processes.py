@@ -156,10 +156,15 @@ def _end(process: subprocess.Popen[bytes], channel: Channel, owner: int) -> None
 
 
 class Failure(NamedTuple):
-    """An error on its way: of the same type and text where it can be pickled, and its traceback."""
+    """An error on its way: of the same type and text where it can be pickled, and its traceback.
+
+    Attributes:
+        time: at which it was caught, by the host's one monotonic clock.
+    """
 
     error: BaseException
     traceback: str
+    time: float
 
 
 class ChildTraceback(Exception):
@@ -171,6 +176,7 @@ class ChildTraceback(Exception):
 
 def packed(error: BaseException) -> Failure:
     """An error as a message, for `unpacked`."""
+    now = time.monotonic()
     text = "".join(traceback.format_exception(error))
     try:
         copy = pickle.loads(pickle.dumps(error))
@@ -178,7 +184,7 @@ def packed(error: BaseException) -> Failure:
             raise ValueError("it is another after pickling")
     except Exception:
         error = RuntimeError("".join(traceback.format_exception_only(error)).strip())
-    return Failure(error, text)
+    return Failure(error, text, now)
 
 
 def unpacked(failure: Failure) -> BaseException:
@@ -188,16 +194,24 @@ def unpacked(failure: Failure) -> BaseException:
 
 
 class Log(NamedTuple):
-    """A line for the log, tracebacks included."""
+    """A record of a log.
+
+    Attributes:
+        traceback: of the error that it tells of.
+        in_output: as in the record: an output repeats it.
+    """
 
     logger: str
     level: int
     text: str
+    traceback: str | None
+    in_output: bool
 
-    def repeat(self, name: str | None = None) -> None:
+    def repeat(self, name: str) -> None:
         """Log it here, as one of the child of that name."""
-        text = self.text if name is None else f"{name}: {self.text}"
-        logging.getLogger(self.logger).log(self.level, "%s", text)
+        error = None if self.traceback is None else ChildTraceback(self.traceback)
+        extra = {"in_output": True} if self.in_output else None
+        logging.getLogger(self.logger).log(self.level, "%s: %s", name, self.text, exc_info=error, extra=extra)
 
 
 def send_logs(logger: str, level: int, send: Callable[[Log], None]) -> None:
@@ -214,8 +228,10 @@ class _Sender(logging.Handler):
         self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info and "".join(traceback.format_exception(*record.exc_info))
+        log = Log(record.name, record.levelno, record.getMessage(), error or None, getattr(record, "in_output", False))
         with suppress(OSError):  # the other end is gone
-            self._send(Log(record.name, record.levelno, self.format(record)))
+            self._send(log)
 
 
 # In the child

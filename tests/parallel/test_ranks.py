@@ -1,6 +1,7 @@
 """A model spread over processes answers as on one device, and ends with them."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from dataclasses import replace
 from importlib import import_module
 from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,7 +136,9 @@ def test_a_policy_that_fails_costs_its_request(folder, caplog):
         failed = [output for output in outputs if output.error]
         assert len(failed) == 1
         assert "a compression under policy 'fails_once' failed: ArithmeticError: not this one" in failed[0].error
-        assert caplog.text.count("not this one") >= 1
+        said = [record.message for record in caplog.records if record.levelname == "ERROR"]
+        assert len(said) == 1, "what all ranks say is logged once"
+        assert re.match(r"rank [01]: a compression under policy 'fails_once' failed: ArithmeticError: not", said[0])
         params = greedy(80, policy="knorm")
         assert [o.error for o in llm.generate([[1, 2, 3]], params, use_tqdm=False)] == [None]
     finally:
@@ -151,7 +155,7 @@ def test_a_requests_policy_that_ranks_cannot_import_is_refused(two, monkeypatch)
 
 
 @pytest.mark.parametrize(("combines", "failed"), [(True, 1), (False, 2)])
-def test_what_fails_on_one_rank_fails_on_all(folder, combines, failed):
+def test_what_fails_on_one_rank_fails_on_all(folder, combines, failed, caplog):
     """Two requests are due together. Where no rank has moved anything, what is left is tried again one by one."""
     case = Case("tests.parallel.policies:FailsOnOneRank", {"combines": combines})
     llm = engine(folder, case, tensor_parallel_size=2, debug=False, trace_positions=False)
@@ -160,6 +164,9 @@ def test_what_fails_on_one_rank_fails_on_all(folder, combines, failed):
         errors = [output.error for output in outputs if output.error]
         assert len(errors) == failed
         assert all("MemoryError: no memory on this rank" in error for error in errors)
+        (said,) = [record for record in caplog.records if record.levelname == "ERROR"]
+        assert re.match("rank 1: a compression under policy '.*' failed: MemoryError: no memory on this", said.message)
+        assert 'raise MemoryError("no memory on this rank")' in str(said.exc_info[1])
         assert llm.generate([[1, 2, 3]], greedy(80), use_tqdm=False)[0].error is None
     finally:
         llm.shutdown()
@@ -352,11 +359,7 @@ class FakeGroup:
 
 
 def order(number: int, policy: str = "tova") -> CompressionOrder:
-    class Rule:
-        pass
-
-    rule = Rule()
-    rule.policy = registry.make(policy, {})
+    rule = SimpleNamespace(policy=registry.make(policy, {}))
     return CompressionOrder(number, rule, [0], [1], num_entries=16, window_end=16, query_slot=0)
 
 

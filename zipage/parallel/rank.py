@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import threading
@@ -16,7 +17,7 @@ from zipage.models.loading.loader import load_model
 from zipage.models.shard import Shard
 from zipage.parallel import messages as m
 from zipage.parallel.communicator import Communicator, HostCommunicator, join
-from zipage.processes import Channel, Log, packed
+from zipage.processes import Channel, packed
 from zipage.worker import model_runner
 from zipage.worker.cuda_graph import PROMPT_TOKENS
 from zipage.worker.worker import Worker
@@ -30,7 +31,10 @@ def run(channel: Channel) -> None:
     outbox = Outbox(channel)
     try:
         start: m.Start = channel.receive()
-        start.inherited.take_over(outbox.send if start.rank == 0 else _forget)
+        inherited = start.inherited
+        if start.rank:  # what is no fault is the same on all, and rank 0 tells it
+            inherited = inherited._replace(log_level=max(inherited.log_level, logging.WARNING))
+        inherited.take_over(outbox.send)
         with suppress(EOFError):
             _serve(channel, outbox, start)
         # The other side does this too, unless it was killed.
@@ -159,7 +163,3 @@ class Rank:
         except BaseException as error:
             with suppress(OSError):
                 self._channel.send(packed(error))
-
-
-def _forget(log: Log) -> None:
-    """What the ranks beside rank 0 log, which do the same and would say the same again."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict, deque
 from contextlib import suppress
 from multiprocessing.connection import wait
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from zipage.eviction.fault import first_line
 from zipage.parallel import messages as m
@@ -17,8 +18,8 @@ TARGET = "zipage.parallel.rank:run"
 SILENCE = 600.0
 """Seconds without a word from any rank, while an answer is waited for, after which they are taken to hang; to load a
 model may take longer."""
-LOOK_FOR_DEAD = 2.0
-"""Seconds to look for a rank that died, when another failed because of it."""
+LAST_WORDS = 2.0
+"""Seconds in which the others tell, after one has failed or ended, that they did so before."""
 
 Answer = TypeVar("Answer")
 
@@ -41,6 +42,9 @@ class RankGroup:
         self.children: list[Child] = []
         self.is_ready = False
         self._inboxes: list[dict[type, deque[Any]]] = [defaultdict(deque) for _ in starts]
+        self._failures: dict[int, Failure] = {}
+        self._warnings: dict[tuple[int, str], int] = {}
+        """The rank that gave each first."""
         self._failure: str | None = None
         self._folder = folder
         try:
@@ -60,7 +64,7 @@ class RankGroup:
             for child in self.children:
                 child.channel.send_pickled(data)
         except OSError:
-            self._end_with(self._death())
+            self._fail()
 
     def take(self, rank: int, kind: type[Answer]) -> Answer:
         """The next message of a kind from a rank; waits for it."""
@@ -107,45 +111,66 @@ class RankGroup:
         try:
             message = child.channel.receive()
         except (EOFError, OSError):
-            self._end_with(self._death())
+            self._fail()
         if isinstance(message, Failure):
-            self._end_because(child, message)
+            self._failures[rank] = message
+            self._fail()
         if isinstance(message, Log):
-            message.repeat()
+            self._log(rank, message)
         else:
             self._inboxes[rank][type(message)].append(message)
+
+    def _log(self, rank: int, log: Log) -> None:
+        """What all ranks warn of is logged once."""
+        if log.level < logging.WARNING or self._warnings.setdefault((log.level, log.text), rank) == rank:
+            log.repeat(self.children[rank].name)
 
     def _check(self) -> None:
         if self._failure is not None:
             raise RuntimeError(self._failure)
 
-    def _death(self) -> str:
-        """Who died first, as far as can be told: by a signal before by an error that another's death caused."""
-        end = time.monotonic() + LOOK_FOR_DEAD
-        while not (dead := [child for child in self.children if child.exit_code is not None]):
-            if time.monotonic() > end:
-                return "a rank closed its connection"
-            time.sleep(0.01)
-        return min(dead, key=lambda child: child.exit_code >= 0).death()
+    def _fail(self) -> NoReturn:
+        """End all after one has failed or ended, and say which was the first: the others may only have lost it.
 
-    def _end_because(self, failed: Child, failure: Failure) -> None:
-        """End all after one has failed, perhaps because another died."""
-        end = time.monotonic() + LOOK_FOR_DEAD
-        while time.monotonic() < end:
-            for child in self.children:
-                if child is not failed and child.exit_code is not None and child.exit_code < 0:
-                    self._end_with(child.death())
-            time.sleep(0.02)
+        One that ended without a word was killed, or killed itself. Of others, the earliest failure brought about the
+        later ones.
+        """
+        end = time.monotonic() + LAST_WORDS
+        ended: list[Child] = []
+        while not ended and len(self._failures) < len(self.children) and time.monotonic() < end:
+            time.sleep(0.01)
+            codes = [child.exit_code for child in self.children]  # before what they have said is read
+            self._hear_out()
+            ended = [
+                child
+                for rank, (child, code) in enumerate(zip(self.children, codes, strict=True))
+                if code is not None and rank not in self._failures
+            ]
+        if ended:
+            self._end_with(min(ended, key=lambda child: child.exit_code >= 0).death())
+        if not self._failures:
+            self._end_with("a rank closed its connection")
+        rank, failure = min(self._failures.items(), key=lambda item: item[1].time)
         error = unpacked(failure)
         if not self.is_ready and isinstance(error, ValueError | OSError | ImportError):
             self._end_with(str(error), error)
-        self._end_with(
-            f"{failed.name} failed: {first_line(error)}",
-            RuntimeError(f"{failed.name} failed: {first_line(error)}"),
-            error,
-        )
+        line = f"{self.children[rank].name} failed: {first_line(error)}"
+        self._end_with(line, RuntimeError(line), error)
 
-    def _end_with(self, failure: str, error: BaseException | None = None, cause: BaseException | None = None) -> None:
+    def _hear_out(self) -> None:
+        """Read what is there of the end of each: whether it has failed, and its log."""
+        for rank, child in enumerate(self.children):
+            with suppress(EOFError, OSError):
+                while rank not in self._failures and child.channel.poll():
+                    message = child.channel.receive()
+                    if isinstance(message, Failure):
+                        self._failures[rank] = message
+                    elif isinstance(message, Log):
+                        self._log(rank, message)
+
+    def _end_with(
+        self, failure: str, error: BaseException | None = None, cause: BaseException | None = None
+    ) -> NoReturn:
         self._failure = failure
         with suppress(OSError):
             self._end(grace=0)
