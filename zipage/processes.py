@@ -11,6 +11,8 @@ import logging
 import os
 import pickle
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -41,13 +43,20 @@ class Channel:
         self._sending = threading.Lock()
 
     def send(self, message: Any) -> None:
-        """Raises OSError where the other end is gone."""
+        """Raises OSError where the other end is gone; BlockingIOError where it takes nothing (`limit_sending`)."""
         self.send_pickled(pickled(message))
 
     def send_pickled(self, data: bytes) -> None:
         """`send` what `pickled` has made, which may go through several channels."""
         with self._sending:
             self._connection.send_bytes(data)
+
+    def limit_sending(self, seconds: float) -> None:
+        """How long `send` waits for the other end to take something. What was sent in part then is lost: end it."""
+        whole, part = divmod(seconds, 1)
+        limit = struct.pack("ll", int(whole), int(part * 1e6))
+        with socket.socket(fileno=os.dup(self._connection.fileno())) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def receive(self) -> Any:
         """Wait for a message. Raises EOFError or OSError where the other end is gone."""

@@ -16,8 +16,8 @@ from zipage.processes import Child, Failure, Log, close_all, pickled, unpacked
 
 TARGET = "zipage.parallel.rank:run"
 SILENCE = 600.0
-"""Seconds without a word from any rank, while an answer is waited for, after which they are taken to hang; to load a
-model may take longer."""
+"""Seconds without a word from any rank, while an answer is waited for, or in which one takes no message, after which
+they are taken to hang; to load a model may take longer."""
 LAST_WORDS = 2.0
 """Seconds in which the others tell, after one has failed or ended, that they did so before."""
 
@@ -51,6 +51,7 @@ class RankGroup:
             for start in starts:
                 self.children.append(Child(f"rank {start.rank}", TARGET))
             for child, start in zip(self.children, starts, strict=True):
+                child.channel.limit_sending(SILENCE)
                 child.channel.send(start)
         except BaseException:
             self._end(grace=0)
@@ -63,6 +64,8 @@ class RankGroup:
         try:
             for child in self.children:
                 child.channel.send_pickled(data)
+        except BlockingIOError:
+            self._end_with(f"{child.name} has taken no message for {SILENCE:g} seconds")
         except OSError:
             self._fail()
 
@@ -70,7 +73,7 @@ class RankGroup:
         """The next message of a kind from a rank; waits for it."""
         inbox = self._inboxes[rank][kind]
         while not inbox:
-            self.listen(SILENCE)
+            self.wait()
         return inbox.popleft()
 
     def take_all(self, kind: type[Answer]) -> list[Answer]:
@@ -79,22 +82,27 @@ class RankGroup:
 
     def arrived(self, kind: type[Answer]) -> list[tuple[int, Answer]]:
         """What has arrived of a kind, with the rank that sent it."""
-        self.listen(0.0)
+        self._check()
+        self._listen(0.0)
         found = []
         for rank, inbox in enumerate(self._inboxes):
             messages = inbox[kind]
             found += [(rank, messages.popleft()) for _ in range(len(messages))]
         return found
 
-    def listen(self, seconds: float) -> None:
-        """Sort what has come; wait so long for something to come."""
+    def wait(self) -> None:
+        """Until something comes."""
         self._check()
+        if not self._listen(SILENCE) and self.is_ready:
+            self._end_with(f"no rank has answered for {SILENCE:g} seconds")
+
+    def _listen(self, seconds: float) -> bool:
+        """Sort what has come. Returns whether something has, within that time."""
         ready = wait([child.channel for child in self.children], seconds)
-        if not ready and seconds == SILENCE and self.is_ready:
-            self._end_with(f"no rank has answered for {SILENCE:.0f} seconds")
         for rank, child in enumerate(self.children):
             while child.channel in ready and child.channel.poll():
                 self._sort(rank, child)
+        return bool(ready)
 
     def close(self, grace: float = 10.0) -> None:
         """End the processes."""

@@ -200,7 +200,7 @@ class RankedCompressor:
     def poll(self, wait: bool = False) -> list[CompressionResult]:
         results = self._finished()
         while wait and self._under_way:
-            self._group.listen(1.0)
+            self._group.wait()
             results += self._finished()
         return results
 
