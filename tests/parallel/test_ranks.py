@@ -126,6 +126,22 @@ def test_a_prefix_is_shared(two):
     assert two.generate([prompt], greedy(2), use_tqdm=False)[0].metrics.cached_tokens == 32
 
 
+def test_ranks_agree_though_the_pool_decides_when(folder):
+    """Under `pressure` the parent orders what the pool lacks, and earlier compressions end when they may. Ranks that
+    kept different entries would be found, since all heads of `tova` keep the same.
+    """
+    case = Case("tova", {})
+    options = {"trigger": "pressure", "async_compression": True, "num_blocks": 20, "headroom": 0}
+    llm = engine(folder, case, tensor_parallel_size=2, **options)
+    try:
+        outputs = llm.generate([[number] for number in range(6)], greedy(90), use_tqdm=False)
+        assert [output.error for output in outputs] == [None] * 6
+        assert llm.stats.compressions_applied > 6
+        assert llm.stats.blocks_used == 0
+    finally:
+        llm.shutdown()
+
+
 # What goes wrong
 
 
