@@ -125,18 +125,10 @@ def publish(staging: Path, folder: Path, metrics: Mapping[str, Any]) -> None:
 def stamp(folder: Path) -> tuple[int, int] | None:
     """Tells a complete record from any that replaces it; None where there is none."""
     with contextlib.suppress(OSError):
-        ask_again(folder.parent)
+        claims.ask_again(folder.parent)
         found = (folder / METRICS).stat()
         return found.st_ino, found.st_mtime_ns
     return None
-
-
-def ask_again(folder: Path) -> None:
-    """Make a network file system see what other machines have put into a folder.
-
-    NFS remembers for up to a minute that a name was not there, but asks the server when the folder is opened.
-    """
-    os.close(os.open(folder, os.O_RDONLY))
 
 
 def _json_hash(value: Any) -> str:
