@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 
@@ -30,7 +31,7 @@ _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is there whole or not at all, also after a crash of the machine."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}")  # several machines may write it at once
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
