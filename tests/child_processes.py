@@ -59,6 +59,13 @@ def fail_after(channel: Channel) -> None:
         channel.send(packed(error))
 
 
+def answer_after(channel: Channel) -> None:
+    """The same."""
+    time.sleep(channel.receive().delay)
+    channel.send("ready")
+    read(channel)
+
+
 def read(channel: Channel) -> None:
     """Say nothing."""
     with suppress(EOFError):

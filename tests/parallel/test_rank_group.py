@@ -58,6 +58,13 @@ def test_the_rank_that_failed_first_is_named_with_its_traceback(monkeypatch, ask
             group.tell(m.TellMisranked())
 
 
+def test_a_long_load_is_no_hang(monkeypatch):
+    monkeypatch.setattr(rank_group, "SILENCE", 0.01)
+    with ranks(monkeypatch, "answer_after", 0.2, 0.4) as group:
+        group.is_ready = False
+        assert group.take_all(str) == ["ready", "ready"]
+
+
 def test_compressions_of_a_stopped_rank_are_not_waited_for_without_end(monkeypatch):
     monkeypatch.setattr(rank_group, "SILENCE", 0.5)
     with ranks(monkeypatch, "read", 0.0, 0.0) as group, ended(group, 10):
