@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zipage.eviction.fault import FAULTS, described, files_of, place_in, relative
 from zipage.eviction.policy import Policy
-from zipage.models.shard import WHOLE, Shard
+from zipage.models.shard import WHOLE, PeerFailed, Shard
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import CompressionOrder
 from zipage.worker.compression_batch import CompressionBatch, batches, check_orders
@@ -238,7 +238,8 @@ class CompressionRunner:
         cause = error.__cause__ if isinstance(error, PartlyCompressed) else error
         place = _place(policy, cause)
         message = f"a compression under policy {policy.name!r} failed: {described(cause, place)}"
-        if (fault := (type(cause), place)) not in self._logged:  # the same one may come in every request
+        fault = type(cause), place
+        if fault not in self._logged and not isinstance(cause, PeerFailed):  # the same one may come in every request
             self._logged.add(fault)
             logger.error(message, exc_info=error, extra={"in_output": True})
         return [
