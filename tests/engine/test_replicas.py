@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.child_processes import is_alive, wait_for_end
+from tests.engine.compressed import looks
 from tests.tiny_models import VOCAB, save_tiny_model, save_tiny_tokenizer
 from zipage import LLM, EventStats, SamplingParams, StepStats, share_model
 from zipage.engine.interface import TokenDelta
@@ -126,6 +127,27 @@ def test_seeds_are_of_request_numbers(folder, one, two):
     expected, outputs = (llm.generate(PROMPTS, params, use_tqdm=False) for llm in (one, two))
     assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
     assert [o.request_id for o in outputs] == [o.request_id for o in expected]
+
+
+def test_replicas_tell_what_is_held(one, two):
+    """They step by themselves: what they are asked for falls between other steps than that of one."""
+    params, held_at = SamplingParams(temperature=0, max_tokens=70, ignore_eos=True), []
+    for llm in (one, two):
+        seen, _ = looks(llm, PROMPTS[:4], params)
+        held_at.append(
+            {
+                (number, held.num_tokens, held.positions.shape[2]): held.positions.tolist()
+                for number, found in enumerate(seen.values())
+                for _, held, _ in found
+                if held is not None
+            }
+        )
+        assert any(state.compressions for found in seen.values() for state, _, _ in found)
+    both = held_at[0].keys() & held_at[1].keys()
+    assert len(both) > len(held_at[1]) / 2 > 5
+    assert all(held_at[0][key] == held_at[1][key] for key in both)
+    assert two.held_entries("nobody") is None
+    assert two.snapshot().requests == []
 
 
 def test_conversations_streams_and_aborts(one, two):

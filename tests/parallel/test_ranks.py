@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.child_processes import is_alive, wait_for_end
-from tests.engine.compressed import tokens_of
+from tests.engine.compressed import check_look, looks, tokens_of
 from tests.eviction.cases import SMALL_CHUNK, Case
 from tests.parallel.ranked import TOKEN_POLICIES, answers, engine
 from tests.tiny_models import save_tiny_model
@@ -76,11 +76,22 @@ def test_every_policy_keeps_what_one_device_keeps(one, two, pauses):
     assert two.stats.blocks_used == 0
 
 
+def test_what_ranks_hold_is_told_together(two):
+    seen, _ = looks(two, [[1, 2, 3], [4, 5, 6, 7]], greedy(80))
+    for found in seen.values():
+        assert any(state.compressions and held is not None for state, held, _ in found)
+        for look in found:
+            check_look(*look, heads=(3, 2))
+
+
 def test_four_ranks_of_two_heads_and_whole_pages(folder):
     case = Case("page_attention", {"page_size": 16})
     four = engine(folder, case, tensor_parallel_size=4, async_compression=False)
     assert four.memory_plan.block_bytes * 2 == engine(folder, case).memory_plan.block_bytes
     assert not answers(engine(folder, case), [None, "knorm"]).differences(answers(four, [None, "knorm"]))
+    seen, _ = looks(four, [[1, 2, 3]], greedy(80))
+    for look in seen.popitem()[1]:
+        check_look(*look, heads=(3, 2))
     pids = pids_of(four)
     four.shutdown()
     wait_for_end(pids)

@@ -18,7 +18,7 @@ from zipage.config import EngineConfig
 from zipage.engine.core_spec import CoreSpec
 from zipage.engine.interface import Core, TokenDelta
 from zipage.engine.prompt_order import PromptOrder
-from zipage.engine.replica_messages import Abort, Failure, Log, Logits, Reply, Report, Start, Stop
+from zipage.engine.replica_messages import Abort, Failure, Log, Logits, Look, ReadEntries, Reply, Report, Start, Stop
 from zipage.engine.request_metrics import cut_short
 from zipage.engine.telemetry import Listeners
 from zipage.eviction import registry
@@ -26,7 +26,7 @@ from zipage.eviction.fault import first_line
 from zipage.models.loading.share import is_sharing
 from zipage.processes import Child, close_all, unpacked
 from zipage.scheduling.request import Request
-from zipage.stats import EngineStats, RequestMetrics
+from zipage.stats import EngineStats, HeldEntries, RequestMetrics, Snapshot
 
 TARGET = "zipage.engine.replica_process:run"
 PATIENCE = 0.005
@@ -241,10 +241,18 @@ class Replicas(Core):
         for channel in wait(list(self._of_channel), PATIENCE if waiting else 0):
             self._take(self._of_channel[channel])
 
-    def _ask(self, replica: _Replica, question: Abort | Stop | Logits) -> Reply:
+    def _ask(self, replica: _Replica, question: Abort | Stop | ReadEntries | Logits) -> Reply:
         """The answer, for which a step of the replica may have to end."""
+        self._send(replica, question)
+        return self._answer_of(replica)
+
+    @staticmethod
+    def _send(replica: _Replica, question: Abort | Stop | Look | ReadEntries | Logits) -> None:
         with suppress(OSError):  # it has ended, as will show
             replica.child.channel.send(question)
+
+    def _answer_of(self, replica: _Replica) -> Reply:
+        """To the one question that it was sent."""
         while not self._answers:
             self._take(replica)
         return self._answers.popleft()
@@ -287,6 +295,16 @@ class Replicas(Core):
         if reply.error is not None:
             raise reply.error
         return reply.value
+
+    def snapshot(self) -> Snapshot:
+        for replica in self._replicas:  # all answer after the same time
+            self._send(replica, Look())
+        parts = [self._answer_of(replica).value for replica in self._replicas]
+        return Snapshot([state for part in parts for state in part.requests], sum(part.blocks_cached for part in parts))
+
+    def held_entries(self, request_id: str, index: int) -> HeldEntries | None:
+        prompt = self._prompts.get(request_id)
+        return None if prompt is None else self._ask(prompt.replica, ReadEntries(request_id, index)).value
 
     # Their end
 
