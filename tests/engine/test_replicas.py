@@ -227,7 +227,8 @@ class FakeChild:
 
 def test_prompts_go_where_the_least_is_left_to_compute():
     children = [FakeChild(), FakeChild(), FakeChild()]
-    core = Replicas(children, Listeners())
+    core = Replicas(children, Listeners(), [8, 8, 8])
+    assert core.stats().blocks_total == 24, "before they have told"
 
     def add(name: str, prompt: int, new: int, n: int = 1) -> int:
         before = [len(child.sent) for child in children]
@@ -255,7 +256,7 @@ def test_prompts_go_where_the_least_is_left_to_compute():
 def test_a_sample_that_ended_before_it_was_stopped_is_cut_where_it_was_read():
     child = FakeChild()
     child.name = "replica 0"
-    core = Replicas([child], Listeners())
+    core = Replicas([child], Listeners(), [8])
     order = PromptOrder("a", [1] * 5, SamplingParams(n=2), 0, frozenset(), [], 25, "length", 0.0, True)
     core.add(order.samples(None))
     ended = RequestMetrics(ttft=1.0, e2e=7.0, tpot=2.0, output_tokens=4)

@@ -17,7 +17,9 @@ from typing import Any
 
 OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
 OPTIONS += ("--disable-background-networking", "--force-color-profile=srgb", "--remote-debugging-pipe")
-LAUNCH = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+LAUNCH = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+)
 """The browser reads commands from file descriptor 3 and writes to 4."""
 PATIENCE = 30.0
 """Seconds for a command, or for what a test waits for."""
@@ -146,7 +148,9 @@ class Browser:
 
     def show(self, width: int, height: int, scheme: str) -> None:
         """The size of the window in CSS pixels, and "light" or "dark"."""
-        self.do("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+        self.do(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
+        )
         self.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def screenshot(self) -> bytes:

@@ -67,7 +67,8 @@ def start_replicas(config: EngineConfig) -> tuple[Replicas, CoreSpec]:
         close_all(children, grace=0)
         raise
     smallest = min(specs, key=lambda spec: spec.memory_plan.num_blocks)
-    return Replicas(children, Listeners(strict=config.debug)), smallest
+    num_blocks = [spec.memory_plan.num_blocks for spec in specs]
+    return Replicas(children, Listeners(strict=config.debug), num_blocks), smallest
 
 
 def _environments(config: EngineConfig) -> list[dict[str, str]]:
@@ -164,11 +165,15 @@ class Replicas(Core):
 
     Args:
         children: processes that run `zipage.engine.replica_process` and have loaded the model.
+        num_blocks: in the pool of each.
     """
 
-    def __init__(self, children: Sequence[Child], listeners: Listeners) -> None:
+    def __init__(self, children: Sequence[Child], listeners: Listeners, num_blocks: Sequence[int]) -> None:
         super().__init__(EngineStats(), listeners)
-        self._replicas = [_Replica(number, child) for number, child in enumerate(children)]
+        self._replicas = [
+            _Replica(number, child, stats=EngineStats(blocks_total=blocks))
+            for number, (child, blocks) in enumerate(zip(children, num_blocks, strict=True))
+        ]
         self._of_channel = {replica.child.channel: replica for replica in self._replicas}
         self._prompts: dict[str, _Prompt] = {}
         self._deltas: deque[TokenDelta] = deque()
