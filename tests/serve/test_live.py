@@ -170,8 +170,6 @@ def test_shares_of_a_column():
 @pytest.mark.parametrize(
     ("path", "status", "param"),
     [
-        ("nobody/held", 404, None),
-        ("{name}/held?index=1", 404, None),
         ("{name}/held?index=-1", 400, "index"),
         ("{name}/held?index=x", 400, "index"),
         ("{name}/held?columns=0", 400, "columns"),
@@ -187,6 +185,15 @@ def test_what_cannot_be_read(server, path, status, param):
     assert response.status_code == status
     assert response.json()["error"]["param"] == param
     assert len(response.json()["error"]["message"]) < 200
+
+
+def test_a_request_that_has_ended_or_never_was_has_no_map(server):
+    with running(server) as name:
+        for who, index in (("nobody", 0), (name, 1)):
+            answer = server.http.get(f"/live/requests/{who}/held?index={index}").json()
+            assert answer == {"id": who, "index": index, "status": None, "held": None}
+    server.check_empty()
+    assert server.http.get(f"/live/requests/{name}/held?columns=7").json()["status"] is None
 
 
 def test_a_request_that_waits_has_no_map(start):

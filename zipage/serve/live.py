@@ -143,11 +143,11 @@ class Live:
             query: `index` of the sample (0), and `columns`, the most columns of the map (256).
 
         Returns:
-            `id`, `index`, `status` and what `entry_map` tells; only `held` of None where it has nothing on the device
-            that stands still.
+            `id`, `index`, `status` (None: it has ended, or never was) and what `entry_map` tells; only `held` of None
+            where it has nothing on the device that stands still.
 
         Raises:
-            ApiError: there is no such request, a value is out of range, or the engine has failed.
+            ApiError: a value is out of range, or the engine has failed.
         """
         index = _number(query, "index", 0, 0, 2**31)
         columns = _number(query, "columns", 256, 1, MOST_COLUMNS)
@@ -160,8 +160,6 @@ class Live:
             await asyncio.sleep(max(0.0, self._last_read + READ_EVERY - now))
             status, entries = await self._engine.held_entries(name, index)
             self._last_read = time.monotonic()
-            if status is None:
-                raise ApiError(404, f"no request {name[:80]!r} with a sample {index} runs or waits", code="not_found")
             shown = {"id": name, "index": index, "status": status}
             if entries is None:
                 return shown | {"held": None}
