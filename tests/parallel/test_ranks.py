@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from tests.child_processes import is_alive, wait_for_end
-from tests.engine.compressed import tokens_of
+from tests.engine.compressed import check_look, looks, tokens_of
 from tests.eviction.cases import SMALL_CHUNK, Case
 from tests.parallel.policies import FAILING_SEED, POLICIES
 from tests.parallel.ranked import TOKEN_POLICIES, answers, engine
@@ -89,6 +89,14 @@ def test_every_policy_keeps_what_one_device_keeps(one, two, pauses):
     assert two.stats.blocks_used == 0
 
 
+def test_what_ranks_hold_is_told_together(two):
+    seen, _ = looks(two, [[1, 2, 3], [4, 5, 6, 7]], greedy(80))
+    for found in seen.values():
+        assert any(state.compressions and held is not None for state, held, _ in found)
+        for look in found:
+            check_look(*look, heads=(3, 2))
+
+
 def test_four_ranks_of_two_heads_and_whole_pages(folder):
     case = Case("page_attention", {"page_size": 16})
     four = engine(folder, case, tensor_parallel_size=4, async_compression=False)
@@ -96,6 +104,9 @@ def test_four_ranks_of_two_heads_and_whole_pages(folder):
     expected, found = (answers(llm, [None, "knorm"], max_tokens=40) for llm in (engine(folder, case), four))
     assert found.kept
     assert not expected.differences(found)
+    seen, _ = looks(four, [[1, 2, 3]], greedy(80))
+    for look in seen.popitem()[1]:
+        check_look(*look, heads=(3, 2))
     pids = pids_of(four)
     four.shutdown()
     wait_for_end(pids)

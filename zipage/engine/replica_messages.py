@@ -38,6 +38,17 @@ class Stop(NamedTuple):
     index: int
 
 
+class Look(NamedTuple):
+    """The `Reply` is a `Snapshot`."""
+
+
+class ReadEntries(NamedTuple):
+    """The `Reply` is what each head holds of a sample: `HeldEntries`, or None."""
+
+    request_id: str
+    index: int
+
+
 class Logits(NamedTuple):
     """The `Reply` is the logits, on the host."""
 

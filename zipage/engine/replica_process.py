@@ -12,7 +12,7 @@ from typing import Any
 from zipage.engine.core import EngineCore
 from zipage.engine.interface import TokenDelta
 from zipage.engine.prompt_order import PromptOrder
-from zipage.engine.replica_messages import Abort, Logits, Reply, Report, Start, Stop
+from zipage.engine.replica_messages import Abort, Logits, Look, ReadEntries, Reply, Report, Start, Stop
 from zipage.engine.rules import Rules
 from zipage.engine.startup import build_core
 from zipage.processes import Channel, packed
@@ -95,7 +95,7 @@ class Replica:
             linger = LINGER if isinstance(message, Abort) else 0.0
             yield message
 
-    def _handle(self, message: PromptOrder | Abort | Stop | Logits) -> None:
+    def _handle(self, message: PromptOrder | Abort | Stop | Look | ReadEntries | Logits) -> None:
         core, reply = self._core, Reply(None)
         if isinstance(message, PromptOrder):
             self._add(message)
@@ -105,6 +105,11 @@ class Replica:
                 reply = Reply(core.logits(message.hidden).cpu())
             except ValueError as error:
                 reply = Reply(None, error)
+        elif isinstance(message, Look):
+            reply = Reply(core.snapshot())
+        elif isinstance(message, ReadEntries):
+            with core.whole():
+                reply = Reply(core.held_entries(message.request_id, message.index))
         elif core.is_unfinished(message.request_id):
             with core.whole():
                 if isinstance(message, Abort):

@@ -16,14 +16,14 @@ from zipage.config import EngineConfig
 from zipage.engine.core_spec import CoreSpec
 from zipage.engine.interface import Core, TokenDelta
 from zipage.engine.prompt_order import PromptOrder
-from zipage.engine.replica_messages import Abort, Logits, Reply, Report, Start, Stop
+from zipage.engine.replica_messages import Abort, Logits, Look, ReadEntries, Reply, Report, Start, Stop
 from zipage.engine.request_metrics import cut_short
 from zipage.engine.telemetry import Listeners
 from zipage.eviction.fault import first_line
 from zipage.processes import Child, Failure, Log, close_all, unpacked
 from zipage.scheduling.request import Request
 from zipage.spread import Inherited, check_spread, count_gpus
-from zipage.stats import EngineStats, RequestMetrics
+from zipage.stats import EngineStats, HeldEntries, RequestMetrics, Snapshot
 
 TARGET = "zipage.engine.replica_process:run"
 PATIENCE = 0.005
@@ -55,7 +55,8 @@ def start_replicas(config: EngineConfig) -> tuple[Replicas, CoreSpec]:
         close_all(children, grace=0)
         raise
     smallest = min(specs, key=lambda spec: spec.memory_plan.num_blocks)
-    return Replicas(children, Listeners(strict=config.debug)), smallest
+    num_blocks = [spec.memory_plan.num_blocks for spec in specs]
+    return Replicas(children, Listeners(strict=config.debug), num_blocks), smallest
 
 
 def _environments(config: EngineConfig) -> list[dict[str, str]]:
@@ -135,11 +136,15 @@ class Replicas(Core):
 
     Args:
         children: processes that run `zipage.engine.replica_process` and have loaded the model.
+        num_blocks: in the pool of each.
     """
 
-    def __init__(self, children: Sequence[Child], listeners: Listeners) -> None:
+    def __init__(self, children: Sequence[Child], listeners: Listeners, num_blocks: Sequence[int]) -> None:
         super().__init__(EngineStats(), listeners)
-        self._replicas = [_Replica(number, child) for number, child in enumerate(children)]
+        self._replicas = [
+            _Replica(number, child, stats=EngineStats(blocks_total=blocks))
+            for number, (child, blocks) in enumerate(zip(children, num_blocks, strict=True))
+        ]
         self._of_channel = {replica.child.channel: replica for replica in self._replicas}
         self._prompts: dict[str, _Prompt] = {}
         self._deltas: deque[TokenDelta] = deque()
@@ -212,10 +217,18 @@ class Replicas(Core):
         for channel in wait(list(self._of_channel), PATIENCE if waiting else 0):
             self._take(self._of_channel[channel])
 
-    def _ask(self, replica: _Replica, question: Abort | Stop | Logits) -> Reply:
+    def _ask(self, replica: _Replica, question: Abort | Stop | ReadEntries | Logits) -> Reply:
         """The answer, for which a step of the replica may have to end."""
+        self._send(replica, question)
+        return self._answer_of(replica)
+
+    @staticmethod
+    def _send(replica: _Replica, question: Abort | Stop | Look | ReadEntries | Logits) -> None:
         with suppress(OSError):  # it has ended, as will show
             replica.child.channel.send(question)
+
+    def _answer_of(self, replica: _Replica) -> Reply:
+        """To the one question that it was sent."""
         while not self._answers:
             self._take(replica)
         return self._answers.popleft()
@@ -258,6 +271,16 @@ class Replicas(Core):
         if reply.error is not None:
             raise reply.error
         return reply.value
+
+    def snapshot(self) -> Snapshot:
+        for replica in self._replicas:  # all answer after the same time
+            self._send(replica, Look())
+        parts = [self._answer_of(replica).value for replica in self._replicas]
+        return Snapshot([state for part in parts for state in part.requests], sum(part.blocks_cached for part in parts))
+
+    def held_entries(self, request_id: str, index: int) -> HeldEntries | None:
+        prompt = self._prompts.get(request_id)
+        return None if prompt is None else self._ask(prompt.replica, ReadEntries(request_id, index)).value
 
     # Their end
 

@@ -68,6 +68,13 @@ class TellMisranked(NamedTuple):
     """The answer, once all compressions are through, is `Misranked`."""
 
 
+class ReadPositions(NamedTuple):
+    """The answer is `Positions`; as `CompressionRunner.positions`."""
+
+    table: list[int]
+    num_entries: int
+
+
 class ComputeLogits(NamedTuple):
     """Rank 0 answers with a tensor [T, vocab]; hidden states [T, width]."""
 
@@ -103,6 +110,12 @@ class Part(NamedTuple):
 
 class Compressed(NamedTuple):
     parts: list[Part]
+
+
+class Positions(NamedTuple):
+    """int32 [L, H, num_entries], of the rank's KV heads."""
+
+    positions: np.ndarray
 
 
 class Misranked(NamedTuple):

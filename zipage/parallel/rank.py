@@ -139,6 +139,8 @@ class Rank:
             case m.TellMisranked():
                 worker.compressor.ranks.poll(wait=True)
                 self._outbox.send(m.Misranked([*worker.compressor.ranks.failed]))
+            case m.ReadPositions(table, num_entries):
+                self._outbox.send(m.Positions(worker.compressor.positions(table, num_entries)))
             case m.ComputeLogits(hidden):
                 logits = runner.logits(hidden)
                 if self._rank == 0:

@@ -234,8 +234,7 @@ class RankedCompressor:
 
     def _positions(self, order: CompressionOrder, of_ranks: list[np.ndarray]) -> np.ndarray:
         """int32 [L, H, k] of the model's heads, once it is seen that the ranks agree where they must."""
-        every = np.concatenate(of_ranks, axis=1)
-        copies = every.reshape(len(every), self._num_kv_heads, -1, every.shape[2])
+        copies = self._copies(of_ranks)
         policy = order.rule.policy
         same = (copies == copies[:, :, :1]).all()
         if policy.shared_heads:
@@ -243,6 +242,15 @@ class RankedCompressor:
         if not same:
             raise RuntimeError(f"{order}: ranks kept different entries of the same heads under {policy.name!r}")
         return np.ascontiguousarray(copies[:, :, 0])
+
+    def _copies(self, of_ranks: list[np.ndarray]) -> np.ndarray:
+        """[L, H, copies, k], where several ranks have the same of the model's KV heads."""
+        every = np.concatenate(of_ranks, axis=1)
+        return every.reshape(len(every), self._num_kv_heads, -1, every.shape[2])
+
+    def positions(self, table: list[int], num_entries: int) -> np.ndarray:
+        self._group.tell(m.ReadPositions(table, num_entries))
+        return self._copies([told.positions for told in self._group.take_all(m.Positions)])[:, :, 0]
 
     @property
     def in_flight(self) -> int:

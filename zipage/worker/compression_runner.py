@@ -246,6 +246,13 @@ class CompressionRunner:
             CompressionResult(order, None, None, passed, message) for order, passed in zip(orders, seconds, strict=True)
         ]
 
+    def positions(self, table: list[int], num_entries: int) -> np.ndarray:
+        """int32 [L, H, num_entries], positions of the first entries of a table, behind what is queued on the current
+        stream, for which it waits. The table must not be under compression.
+        """
+        rows = self._cache.positions[:, table].transpose(1, 2).flatten(2)
+        return rows[..., :num_entries].cpu().numpy()
+
     @property
     def in_flight(self) -> int:
         """Orders that were submitted and not handed out."""
@@ -290,7 +297,7 @@ class CompressionRunner:
             failed = self._move(batch, event, rest)
         try:
             sizes = zip(tables, batch.keep, strict=True)
-            positions = [self._positions(table, keep) if self._trace else None for table, keep in sizes]
+            positions = [self.positions(table, keep) if self._trace else None for table, keep in sizes]
             errors = self.ranks.look(batch.policy.name, [order.number for order in batch.orders], failed)
         except Exception as error:
             raise PartlyCompressed(0 if batch.policy.drops_blocks else event.num_layers, [failed]) from error
@@ -311,11 +318,6 @@ class CompressionRunner:
             first_layer=first_layer,
         ).failed
         return failed | was_misranked if was_misranked else failed
-
-    def _positions(self, table: list[int], keep: int) -> np.ndarray:
-        """int32 [L, H, keep], positions of the first `keep` entries of a table."""
-        rows = self._cache.positions[:, table].transpose(1, 2).flatten(2)
-        return rows[..., :keep].cpu().numpy()
 
 
 def _place(policy: Policy, error: BaseException) -> str | None:
