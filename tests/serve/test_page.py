@@ -87,7 +87,7 @@ def contrast(one: str, other: str) -> float:
 
 def test_a_question_its_answer_and_its_cache(server, offline, browser, monkeypatch):
     step = server.engine.llm.step
-    monkeypatch.setattr(server.engine.llm, "step", lambda: time.sleep(0.008) or step())  # of a large model
+    monkeypatch.setattr(server.engine.llm, "step", lambda: time.sleep(0.015) or step())  # of a large model
     open_page(browser, server)
     assert browser.evaluate("document.activeElement === document.body")
     ask(browser)
@@ -96,7 +96,7 @@ def test_a_question_its_answer_and_its_cache(server, offline, browser, monkeypat
     browser.wait("document.querySelector('#map-about').textContent.includes('held by no head')")
 
     # While it runs: the text grows, the cache is flat, and the map is of some entries
-    browser.wait("document.querySelector('.row[aria-pressed=true] polyline').points.length > 7")
+    browser.wait("document.querySelector('.row[aria-pressed=true] polyline')?.points.length > 7")
     text, cache = line(browser, "of-text"), line(browser, "of-cache")
     assert len(text) == len(cache) > 5
     assert all(before[1] < after[1] for before, after in pairwise(text)), "every look finds it longer"
