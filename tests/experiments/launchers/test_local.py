@@ -44,8 +44,12 @@ def most_at_once(log: list[list[str]]) -> int:
     return most
 
 
-def test_two_sweeps_of_two_workers_share_the_work(start_sweep, six, log, results):
-    both = [start_sweep(six, "launcher.workers=2", step_seconds=0.01) for _ in range(2)]
+def test_two_sweeps_of_two_workers_share_the_work(start_sweep, six, log, tmp_path):
+    gate = tmp_path / "loads.gate"
+    gate.touch()
+    both = [start_sweep(six, "launcher.workers=2") for _ in range(2)]
+    wait_for(lambda: len(log()) == 4)
+    gate.unlink()
     outputs = [started.communicate(timeout=120)[0] for started in both]
     assert [started.returncode for started in both] == [0, 0], outputs
     assert Counter(what for what, *_ in log()) == {"begins": 6, "ends": 6}
