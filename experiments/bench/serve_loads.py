@@ -233,7 +233,7 @@ def _engine(
     if backend not in ("zipage", "vllm", "vllm_matched"):
         raise UsageError(f"backend={backend}: has no server; take zipage, vllm or vllm_matched")
     if not isinstance(flags, dict):
-        raise UsageError(f"flags={flags!r}: must be a mapping of the server's own flags")
+        raise UsageError(f"the server's own flags must be a mapping, not {flags!r}")
     for name in OWN:
         if name in options:
             raise UsageError(f"{name}={options[name]!r}: leave it out: the command says it (model=NAME, seed=N)")
