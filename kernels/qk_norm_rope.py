@@ -23,15 +23,16 @@ def qk_norm_rope(
     num_heads: int,
     num_kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm of each query and key head, then rotary embedding (arXiv:2104.09864) of the pairs (i, i + d / 2).
+    """RMSNorm of each query and key head, then rotary embedding (arXiv:2104.09864) of the pairs (i, i + r / 2) of its
+    first r dimensions; the others stay.
 
     Args:
         qkv: [T, (Hq + 2 H) * d], last dimension contiguous, a row the heads of q, k and v; float32, float16 or
             bfloat16. Its memory is taken over: it may be overwritten, and v lies in it.
         q_weight, k_weight: [d], of qkv's dtype; None for both: no norm.
         eps: added to the mean square.
-        cos: float32 [T, 1, d], each half the same, contiguous.
-        sin: float32 [T, 1, d / 2], contiguous.
+        cos: float32 [T, 1, r], each half the same, contiguous; r even, at most d.
+        sin: float32 [T, 1, r / 2], contiguous.
         num_heads, num_kv_heads: Hq and H.
 
     Returns:
@@ -67,7 +68,10 @@ def _check(
     if left_over or head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
         heads = num_heads + 2 * num_kv_heads
         fail("qkv", "width", width, f"give {heads} heads of one even head_dim up to {MAX_HEAD_DIM}")
-    for name, x, columns in (("cos", cos, head_dim), ("sin", sin, head_dim // 2)):
+    rotary_dim = cos.shape[-1] if cos.dim() == 3 else head_dim
+    if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
+        fail("cos", "width", rotary_dim, f"give an even number of columns up to head_dim {head_dim}")
+    for name, x, columns in (("cos", cos, rotary_dim), ("sin", sin, rotary_dim // 2)):
         check_index(name, x, torch.float32, (tokens, 1, columns), qkv.device, "qkv")
         if not x.is_contiguous():
             fail(name, "stride", x.stride(), "make it contiguous")
@@ -88,16 +92,17 @@ def qk_norm_rope_reference(
     num_heads: int,
     num_kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`qk_norm_rope`: the norms, rounded, then the rotation of each pair (i, i + d / 2), in float32."""
+    """`qk_norm_rope`: the norms, rounded, then the rotation of each pair (i, i + r / 2), in float32."""
     heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, -1))
     q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     if q_weight is not None:
         q, k = rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps)
 
     def rotate(x: Tensor) -> Tensor:
-        first, second = x.float().chunk(2, dim=-1)
-        cosine = cos[..., : sin.shape[2]]
-        turned = torch.cat((first * cosine - second * sin, second * cosine + first * sin), dim=-1)
+        half = sin.shape[2]
+        first, second, rest = x.float().split((half, half, x.shape[2] - 2 * half), dim=-1)
+        cosine = cos[..., :half]
+        turned = torch.cat((first * cosine - second * sin, second * cosine + first * sin, rest), dim=-1)
         return turned.to(x.dtype)
 
     return rotate(q), rotate(k), v
@@ -114,16 +119,19 @@ def qk_norm_rope_torch(
     num_kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`qk_norm_rope`, all heads together: q and k are views of one new tensor, v of qkv."""
-    head_dim, half = cos.shape[2], sin.shape[2]
-    heads = qkv.unflatten(1, (-1, head_dim))
+    rotary_dim, half = cos.shape[2], sin.shape[2]
+    heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, -1))
+    head_dim = heads.shape[2]
     qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
     if q_weight is not None:
         q = rms_norm(qk[:, :num_heads], (head_dim,), q_weight, eps)
         k = rms_norm(qk[:, num_heads:], (head_dim,), k_weight, eps)
         qk = torch.cat((q, k), dim=1)
-    rotated = qk * cos
-    rotated[..., :half].addcmul_(qk[..., half:], sin, value=-1)
+    rotated = qk[..., :rotary_dim] * cos
+    rotated[..., :half].addcmul_(qk[..., half:rotary_dim], sin, value=-1)
     rotated[..., half:].addcmul_(qk[..., :half], sin)
+    if rotary_dim < head_dim:
+        rotated = torch.cat((rotated, qk[..., rotary_dim:]), dim=-1)
     q, k = rotated.to(qkv.dtype).split((num_heads, num_kv_heads), dim=1)
     return q, k, v
 

@@ -1,4 +1,4 @@
-"""Tiny random models of the three families, and what transformers generates with them."""
+"""Tiny random models of the families, and what transformers generates with them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.models.tiny import make_model
+from tests.models.tiny import MIXTURE, make_model
 
 VOCAB = 300
 FAMILIES = {
@@ -17,10 +17,26 @@ FAMILIES = {
     "qwen3": ("Qwen3", {"head_dim": 24}),
 }
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 4.0, 6.0, 7.0, 8.0],
+}
+MORE_FAMILIES = {
+    "mistral": ("Mistral", {"head_dim": 24, "sliding_window": 1024}),
+    "phi3": (
+        "Phi3",
+        {"partial_rotary_factor": 0.75, "rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
+    ),
+    "qwen2_moe": ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 40}),
+    "qwen3_moe": ("Qwen3Moe", MIXTURE | {"head_dim": 24, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+}
+"""Those that what is tested of every family is tested of in less breadth."""
+
 
 def save_tiny_model(family: str, folder: Path, **more: Any) -> Path:
     """A model folder without a tokenizer; contexts of 1,024 tokens, no end token; `more` options of its config."""
-    name, options = FAMILIES[family]
+    name, options = (FAMILIES | MORE_FAMILIES)[family]
     shape = {"vocab_size": VOCAB, "max_position_embeddings": 1024, "eos_token_id": None}
     make_model(name, gain=2.0, **(options | shape | more)).save_pretrained(folder)
     return folder

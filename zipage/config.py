@@ -219,7 +219,10 @@ class EngineConfig:
         """
         length = self.max_model_len or max_position
         if length > max_position:
-            raise ValueError(f"max_model_len={length}: the model's positions end at {max_position}")
+            raise ValueError(
+                f"max_model_len={length}: the model's positions end at {max_position}, "
+                "where its context or the sliding window of all its layers does"
+            )
         if not self.enable_chunked_prefill and length > self.max_num_batched_tokens:
             raise ValueError(
                 f"enable_chunked_prefill=False: max_num_batched_tokens={self.max_num_batched_tokens} must hold "

@@ -175,11 +175,12 @@ def check_layer_ops(checks: Checks, grid: Grid) -> None:
             gate_up = 4 * rows(tokens, 2 * width)
             out = silu_mul_triton(gate_up)
             checks.add("silu_mul", name, error(out, silu_mul_reference(gate_up)), bound, **case)
-        for head_dim, heads, norm in product(grid.head_dims, ((14, 2), (32, 8)), (False, True)):
-            case = {"tokens": tokens, "head_dim": head_dim, "heads": heads, "norm": norm}
+        for head_dim, heads, norm, quarters in product(grid.head_dims, ((14, 2), (32, 8)), (False, True), (3, 4)):
+            rotary_dim = head_dim * quarters // 4
+            case = {"tokens": tokens, "head_dim": head_dim, "rotary_dim": rotary_dim, "heads": heads, "norm": norm}
             qkv = rows(tokens, (heads[0] + 2 * heads[1]) * head_dim)
             weights = [torch.randn(head_dim, device=DEVICE, dtype=dtype) if norm else None for _ in range(2)]
-            args = *weights, 1e-6, *rotation(tokens, head_dim), *heads
+            args = *weights, 1e-6, *rotation(tokens, rotary_dim), *heads
             expected = qk_norm_rope_reference(qkv.clone(), *args)
             value = max(error(x, y) for x, y in zip(qk_norm_rope_triton(qkv, *args), expected, strict=True))
             checks.add("qk_norm_rope", name, value, bound, **case)

@@ -98,9 +98,10 @@ def compile_other_kernels() -> None:
     hidden = floats(TOKENS, 256)
     add_rms_norm_triton(hidden, hidden, hidden[0], 1e-6)
     silu_mul_triton(hidden)
-    angles = torch.zeros(TOKENS, 1, DIM)
     qkv, weight = floats(TOKENS, (GROUP + 2) * HEADS * DIM), floats(DIM)
-    qk_norm_rope_triton(qkv, weight, weight, 1e-6, angles, angles, HEADS * GROUP, HEADS)
+    for rotary_dim in (DIM, DIM // 4):
+        cos, sin = torch.zeros(TOKENS, 1, rotary_dim), torch.zeros(TOKENS, 1, rotary_dim // 2)
+        qk_norm_rope_triton(qkv, weight, weight, 1e-6, cos, sin, HEADS * GROUP, HEADS)
     sample_from_logits_triton(hidden, torch.zeros(TOKENS), torch.zeros(TOKENS, dtype=torch.float64))
     cache = floats(LAYERS, 2, HEADS, BLOCK, DIM)
     copy_blocks_triton(cache, cache, longs(1), longs(1))

@@ -95,31 +95,33 @@ def test_silu_mul(backend, dtype, tokens, width, spare, poisoned_empty):
     assert torch.equal(gate_up, before)
 
 
-def angles(tokens, head_dim, factor, device):
+def angles(tokens, rotary_dim, factor, device):
     """cos and sin of positions far apart, as `RotaryEmbedding` gives them."""
     positions = torch.randint(0, 40_000, (tokens, 1, 1)).float()
-    turns = positions * 10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    turns = positions * 10_000.0 ** (-torch.arange(0, rotary_dim, 2) / rotary_dim)
     cos, sin = turns.cos() * factor, turns.sin() * factor
     return torch.cat((cos, cos), dim=-1).to(device), sin.to(device)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 @pytest.mark.parametrize(
-    ("tokens", "heads", "kv_heads", "head_dim", "spare"),
+    ("tokens", "heads", "kv_heads", "head_dim", "rotary_dim", "spare"),
     [
-        pytest.param(1, 4, 2, 64, 0, id="one-token-d64"),
-        pytest.param(3, 14, 2, 96, 0, id="d96"),
-        pytest.param(2, 32, 8, 128, 16, id="d128-strided"),
-        pytest.param(2, 3, 1, 2, 0, id="d2"),
-        pytest.param(0, 4, 2, 64, 0, id="no-tokens"),
+        pytest.param(1, 4, 2, 64, 64, 0, id="one-token-d64"),
+        pytest.param(3, 14, 2, 96, 96, 0, id="d96"),
+        pytest.param(2, 32, 8, 128, 128, 16, id="d128-strided"),
+        pytest.param(2, 24, 8, 128, 96, 16, id="d128-of-which-96-rotate"),
+        pytest.param(3, 4, 2, 64, 16, 0, id="d64-of-which-16-rotate"),
+        pytest.param(2, 3, 1, 2, 2, 0, id="d2"),
+        pytest.param(0, 4, 2, 64, 64, 0, id="no-tokens"),
     ],
 )
 @pytest.mark.parametrize("norm", [False, True], ids=["rotary", "norm"])
-def test_qk_norm_rope(backend, dtype, tokens, heads, kv_heads, head_dim, spare, norm):
+def test_qk_norm_rope(backend, dtype, tokens, heads, kv_heads, head_dim, rotary_dim, spare, norm):
     device = device_of(backend)
     qkv = rows(tokens, (heads + 2 * kv_heads) * head_dim, dtype, device, spare)
     weights = [torch.randn(head_dim).to(device, dtype) if norm else None for _ in range(2)]
-    args = *weights, EPS, *angles(tokens, head_dim, 1.3, device), heads, kv_heads
+    args = *weights, EPS, *angles(tokens, rotary_dim, 1.3, device), heads, kv_heads
     before = qkv.clone()
     outs = ROTATE[backend](qkv, *args)
     assert [x.shape for x in outs] == [(tokens, n, head_dim) for n in (heads, kv_heads, kv_heads)]
@@ -137,6 +139,13 @@ def test_rotary_turns_pairs_of_halves():
     q, k, v = qk_norm_rope_reference(qkv, None, None, EPS, cos, sin, 1, 1)
     assert q.flatten().tolist() == k.flatten().tolist() == [-3.0, 4.0, 1.0, 8.0]
     assert v.flatten().tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_the_rest_of_a_head_that_turns_in_part_stays():
+    """Of head 0 of 4 dimensions: (x0, x1) by one angle."""
+    cos, sin = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[1.0]]])
+    q, k, _ = qk_norm_rope_reference(torch.tensor([[1.0, 2.0, 3.0, 4.0] * 3]), None, None, EPS, cos, sin, 1, 1)
+    assert q.flatten().tolist() == k.flatten().tolist() == [-2.0, 1.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)

@@ -230,6 +230,12 @@ WRONG = [
     (qk_norm_rope, {"qkv": torch.randn(3, 8 * 15)}, r"qkv has width 120: .* even head_dim"),
     (qk_norm_rope, {"num_heads": 0}, r"num_heads has value 0: give an int from 1"),
     (qk_norm_rope, {"cos": torch.randn(3, 16)}, r"cos has shape \(3, 16\): give \[3, 1, 16\]"),
+    (
+        qk_norm_rope,
+        {"cos": torch.randn(3, 1, 18)},
+        r"cos has width 18: give an even number of columns up to head_dim 16",
+    ),
+    (qk_norm_rope, {"cos": torch.randn(3, 1, 12)}, r"sin has shape \(3, 1, 8\): give \[3, 1, 6\]"),
     (qk_norm_rope, {"cos": torch.randn(3, 2, 16)[:, :1]}, r"cos has stride .* make it contiguous"),
     (qk_norm_rope, {"sin": torch.randn(3, 1, 8).half()}, r"sin has dtype torch.float16: .* torch.float32"),
     (qk_norm_rope, {"k_weight": None}, r"k_weight has value None: give both norms' weights or neither"),

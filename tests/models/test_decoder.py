@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.models.dense import dense_attention
-from tests.models.tiny import LENGTH, ROPE, make_model, reference_logits, token_ids
+from tests.models.tiny import LENGTH, MIXTURE, PHI, ROPE, make_model, reference_logits, token_ids
 from zipage.models.loading.loader import load_model
 
 CASES = {
@@ -25,6 +25,15 @@ CASES = {
     "qwen2-mha-yarn": ("Qwen2", {"num_key_value_heads": 4, "rope_parameters": ROPE["yarn"]}),
     "qwen3-head-dim": ("Qwen3", {"head_dim": 32, "num_key_value_heads": 1}),
     "qwen3-tied-biased": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
+    "mistral-gqa": ("Mistral", {"head_dim": 24, "sliding_window": LENGTH}),
+    "phi3-mha-tied": ("Phi3", PHI | {"num_key_value_heads": 4, "tie_word_embeddings": True, "sliding_window": 256}),
+    "phi3-whole-head": ("Phi3", PHI | {"partial_rotary_factor": 1.0}),
+    "phi3-longrope-long": ("Phi3", PHI | {"rope_parameters": ROPE["longrope"]}),
+    "qwen2-moe": ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 40, "norm_topk_prob": True}),
+    "qwen2-moe-no-bias": ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 20, "qkv_bias": False}),
+    "qwen3-moe": ("Qwen3Moe", MIXTURE | {"head_dim": 32, "norm_topk_prob": True, "tie_word_embeddings": True}),
+    "qwen3-moe-some-layers": ("Qwen3Moe", MIXTURE | {"decoder_sparse_step": 2, "moe_intermediate_size": 20}),
+    "qwen3-moe-window": ("Qwen3Moe", MIXTURE | {"use_sliding_window": True, "sliding_window": LENGTH}),
 }
 
 
@@ -71,7 +80,22 @@ def test_attention_is_called_once_a_layer_with_rotated_heads(tmp_path):
     assert calls == [(layer, (5, 4, 32), (5, 2, 32), (5, 2, 32)) for layer in range(3)]
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_rotary_is_that_of_the_longest_context(tmp_path):
+    """As transformers' own for a text of that length, beyond which it takes others for all its tokens."""
+    reference = make_model("Phi3", **PHI, rope_parameters=ROPE["longrope"])
+    reference.save_pretrained(tmp_path)
+    decoder = load_model(str(tmp_path), device="cpu").decoder
+    short = decoder.for_context(32)
+    assert decoder.for_context(33) is decoder
+    assert short.for_context(32) is not decoder
+    assert all(a is b for a, b in zip(short.parameters(), decoder.parameters(), strict=True))
+    for of_context, length in ((short, 32), (decoder, 33), (decoder, LENGTH)):
+        ids = token_ids(length=length)
+        logits = of_context.logits(of_context(ids, torch.arange(length), dense_attention))
+        assert max_error(logits, reference_logits(reference, ids)) < 1e-5, length
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Mistral", "Phi3", "Qwen2Moe", "Qwen3Moe"])
 def test_bfloat16_stays_near_float32(family, tmp_path):
     reference = make_model(family)
     reference.save_pretrained(tmp_path)
@@ -82,8 +106,10 @@ def test_bfloat16_stays_near_float32(family, tmp_path):
     assert max_error(logits.float(), reference_logits(reference, ids)) < 0.05
 
 
-def test_parameters_take_no_gradient_and_views_cover_them(tmp_path):
-    make_model("Llama", attention_bias=True, mlp_bias=True).save_pretrained(tmp_path)
+@pytest.mark.parametrize("case", ["llama-mha-tied-biased", "phi3-longrope-long", "qwen2-moe", "qwen3-moe-some-layers"])
+def test_parameters_take_no_gradient_and_views_cover_them(case, tmp_path):
+    family, options = CASES[case]
+    make_model(family, **options).save_pretrained(tmp_path)
     decoder = load_model(str(tmp_path), device="cpu").decoder
     assert not any(parameter.requires_grad for parameter in decoder.parameters())
     with torch.no_grad():

@@ -1,10 +1,12 @@
 import json
+import math
 
 import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from tests.models.tiny import COMMON, ROPE
+from tests.models.tiny import COMMON, PHI, ROPE
+from zipage.models.expert_spec import ExpertSpec
 from zipage.models.loading.hf_config import hf_config, read_spec, spec_from_config
 from zipage.models.spec import ModelSpec
 
@@ -51,6 +53,43 @@ def test_scaling_stretches_the_longest_position():
     assert spec_of("llama", rope_parameters=ROPE["llama3"]).max_position == 128
 
 
+def test_contexts_end_where_the_window_of_all_layers_does(caplog):
+    assert spec_of("mistral", sliding_window=64).max_position == 64
+    assert "contexts end at 64 tokens" in caplog.text
+    caplog.clear()
+    assert spec_of("mistral", sliding_window=None).max_position == 128
+    assert spec_of("phi3", sliding_window=262144).max_position == 128
+    assert "window" not in caplog.text
+
+
+def test_longrope():
+    spec = spec_of("phi3", **PHI, rope_scaling=ROPE["longrope"] | {"rope_type": "su"})
+    assert len(spec.inv_freq) == len(spec.long_inv_freq) == 6
+    assert spec.frequencies(32) == spec.inv_freq
+    assert spec.frequencies(33) == spec.long_inv_freq
+    assert spec.inv_freq[5] / spec.long_inv_freq[5] == pytest.approx(8 / 1.5)
+    assert spec.rope_attention_factor == pytest.approx((1 + math.log(4) / math.log(32)) ** 0.5)
+
+
+def test_which_layers_have_experts():
+    options = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+    spec = spec_of("qwen3_moe", **options, norm_topk_prob=True)
+    assert spec.experts == ExpertSpec(num_experts=8, num_active=3, width=32, normalized=True)
+    assert spec.experts_of(2) is spec.experts
+    assert spec.mlp_widths() == {"the experts'": 32}
+    spec = spec_of("qwen2_moe", **options, decoder_sparse_step=2, shared_expert_intermediate_size=40)
+    assert spec.experts.dense_layers == (0, 2)
+    assert spec.experts_of(2) is None
+    assert spec.mlp_widths() == {"the MLP's": 96, "the experts'": 32, "the shared expert's": 40}
+    assert spec_of("qwen3_moe", **options, mlp_only_layers=[1]).experts.dense_layers == (1,)
+
+
+def test_the_number_of_active_experts_is_never_that_of_some_other_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(COMMON | {"model_type": "qwen3_moe"}))
+    with pytest.raises(ValueError, match=r"config\.json: num_experts_per_tok is missing"):
+        read_spec(tmp_path)
+
+
 def test_windows_that_reach_no_layer_are_no_windows():
     assert spec_of("qwen2", use_sliding_window=True, max_window_layers=3).num_layers == 3
 
@@ -58,7 +97,7 @@ def test_windows_that_reach_no_layer_are_no_windows():
 @pytest.mark.parametrize(
     ("model_type", "options", "message"),
     [
-        ("mistral", {}, r"'mistral'; supported: llama, qwen2, qwen3"),
+        ("gpt_oss", {}, r"'gpt_oss'; supported: llama, mistral, phi3, qwen2, qwen2_moe, qwen3"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification; supported"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'.*supported: default"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "high_freq_factor"),
@@ -74,6 +113,20 @@ def test_windows_that_reach_no_layer_are_no_windows():
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window must be false"),
         ("qwen2", {"attention_bias": False}, "attention_bias=False"),
         ("qwen3", {"mlp_bias": True}, "mlp_bias=True"),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 5}, "num_active=5: there are 4 experts"),
+        ("qwen3_moe", {"num_experts": 0}, "num_experts=0: must be an integer, at least 1"),
+        ("qwen3_moe", {"num_experts": 2**20}, "num_experts=1048576: must be an integer, at most 4096"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0: must be an integer, at least 1"),
+        ("qwen3_moe", {"mlp_only_layers": [0, "a"]}, "mlp_only_layers=.*: must be a list of integers"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": -1}, "shared_width=-1: must be an integer, at least 1"),
+        ("mistral", {"attention_bias": True}, "attention_bias=True is not supported with mistral"),
+        ("mistral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("mistral", {"sliding_window": 0}, "sliding_window=0: must be an integer, at least 1"),
+        ("phi3", {"mlp_bias": True}, "mlp_bias=True is not supported with phi3"),
+        ("phi3", {"partial_rotary_factor": 0.7}, "rotates 11 of 16 dimensions"),
+        ("phi3", {"rope_parameters": ROPE["longrope"]}, "short_factor field must have length 8, got 6"),
+        ("llama", {"rope_parameters": ROPE["longrope"]}, "short_factor: 6 factors, not 8"),
+        ("phi3", {"rope_parameters": ROPE["longrope"] | {"short_factor": ["a"]}}, "rope_parameters=.*: must be"),
     ],
 )
 def test_what_is_not_supported_is_said(model_type, options, message):

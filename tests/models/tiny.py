@@ -1,5 +1,6 @@
 """Tiny random models of transformers' own classes."""
 
+import copy
 from typing import Any
 
 import torch
@@ -20,8 +21,20 @@ ROPE = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     },
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 32,
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+        "long_factor": [1.0, 2.0, 4.0, 6.0, 7.0, 8.0],
+    },
     "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32},
 }
+
+PHI = {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 32}
+"""12 of 16 dimensions of a head rotate."""
+
+MIXTURE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 COMMON = {
     "vocab_size": 160,
@@ -36,17 +49,17 @@ COMMON = {
 
 
 def make_model(family: str, seed: int = 0, gain: float = 1.0, **options: Any) -> torch.nn.Module:
-    """A float32 model of "Llama", "Qwen2" or "Qwen3" with every parameter random: norms and biases too.
+    """A float32 model of a family, "Llama" or "Phi3" say, with every parameter random: norms and biases too.
 
     At `gain` 2 greedy text wanders; at 1 it soon loops.
     """
-    config = getattr(transformers, f"{family}Config")(**(COMMON | options))
+    config = getattr(transformers, f"{family}Config")(**copy.deepcopy(COMMON | {"pad_token_id": None} | options))
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(gain * noise * parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1 + 0.3 * noise)
+            parameter.copy_(gain * noise * parameter.shape[-1] ** -0.5 if parameter.dim() >= 2 else 1 + 0.3 * noise)
     return model
 
 

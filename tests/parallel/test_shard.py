@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 from kernels.add_rms_norm import add_rms_norm
 from tests.models.loading.gguf_writer import write_gguf
 from tests.models.tiny import make_model
-from tests.tiny_models import FAMILIES, VOCAB, save_tiny_model
+from tests.tiny_models import FAMILIES, MORE_FAMILIES, VOCAB, save_tiny_model
 from zipage.models.attention import AttentionSpec
 from zipage.models.loading.loader import load_model
 from zipage.models.loading.safetensors_folder import SafetensorsFolder
@@ -37,6 +37,7 @@ class Threads:
 
         return SimpleNamespace(
             product=lambda x, weight, place: x @ weight.T,
+            part=lambda x, place: x,
             add_rms_norm=add_rms_norm_of_sum,
             reduce=lambda x: sum(everyone(x)),
             gather=lambda x: torch.stack(everyone(x)),
@@ -72,7 +73,7 @@ def attention(spec):
     return attend
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | MORE_FAMILIES)
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
 def test_ranks_compute_what_one_device_does(family, size, load_format, tmp_path):
@@ -133,6 +134,12 @@ def test_an_mlp_that_does_not_divide_is_refused(tmp_path):
         load_model(str(folder), device="cpu", shard=Shard(1, 4))
 
 
+def test_experts_that_do_not_divide_are_refused(tmp_path):
+    folder = save_tiny_model("qwen2_moe", tmp_path, shared_expert_intermediate_size=42)
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=4: must divide the shared expert's width of 42"):
+        load_model(str(folder), device="cpu", shard=Shard(1, 4))
+
+
 def test_a_rank_reads_its_own_rows_and_columns(tmp_path, monkeypatch):
     folder = save_tiny_model("llama", tmp_path)
     read = {}
@@ -170,4 +177,5 @@ def test_rows_and_columns_of_a_gguf_file(family, tmp_path):
         shard = load_model(str(path), device="cpu", shard=Shard(rank, 2)).decoder
         views, pieces = shard.weight_views(), shard.weight_pieces()
         for name, view in views.items():
-            assert torch.equal(view, pieces[name].of(whole[name]) if name in pieces else whole[name]), name
+            parts = [piece.of(whole[name]) for piece in pieces.get(name, ())]
+            assert torch.equal(view, torch.cat(parts, dim=pieces[name][0].axis) if parts else whole[name]), name

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.qk_norm_rope import qk_norm_rope
-from kernels.silu_mul import silu_mul
+from zipage.models.mlp import GatedMLP, new_parameter, prefixed, row_pieces, row_views
 from zipage.models.rotary import RotaryEmbedding
 from zipage.models.shard import WHOLE, Piece, Shard
+from zipage.models.sparse_mlp import SparseMLP
 from zipage.models.spec import ModelSpec
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-def _parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
-
 class DecoderLayer(nn.Module):
-    """Pre-norm block: attention, then a gated MLP (SwiGLU, Shazeer 2020, arXiv:2002.05202).
+    """Pre-norm block: attention, then an MLP.
 
-    q, k, v are rows of one weight, in this order, and so are gate and up. RMSNorm: Zhang and Sennrich 2019,
-    arXiv:1910.07467.
+    q, k, v are rows of one weight, in this order. RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
 
     def __init__(self, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device, shard: Shard) -> None:
@@ -38,14 +36,11 @@ class DecoderLayer(nn.Module):
         self.num_kv_heads = heads.num_kv_heads
         self.eps = spec.rms_norm_eps
         self.qkv = shard.head_pieces(whole)
-        self.gate_up = (shard.piece(0, spec.mlp_width),) * 2
         self.output, self.own_columns = shard.output_columns(whole)
-        self.down = shard.piece(1, spec.mlp_width)
-        qkv_width, gate_up_width = (sum(piece.count for piece in pieces) for pieces in (self.qkv, self.gate_up))
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return _parameter(*shape, dtype=dtype, device=device)
-
+        self._qkv_names = ("qkv_proj",) if spec.fused_weights else ("q_proj", "k_proj", "v_proj")
+        qkv_width = sum(piece.count for piece in self.qkv)
+        options = {"dtype": dtype, "device": device}
+        parameter = partial(new_parameter, **options)
         self.input_norm = parameter(spec.width)
         self.qkv_weight = parameter(qkv_width, spec.width)
         self.qkv_bias = parameter(qkv_width) if spec.qkv_bias else None
@@ -54,10 +49,12 @@ class DecoderLayer(nn.Module):
         self.output_weight = parameter(spec.width, self.output.count)
         self.output_bias = parameter(spec.width) if spec.output_bias else None
         self.mlp_norm = parameter(spec.width)
-        self.gate_up_weight = parameter(gate_up_width, spec.width)
-        self.gate_up_bias = parameter(gate_up_width) if spec.mlp_bias else None
-        self.down_weight = parameter(spec.width, self.down.count)
-        self.down_bias = parameter(spec.width) if spec.mlp_bias else None
+        experts = spec.experts_of(index)
+        self.mlp = (
+            GatedMLP(spec.width, spec.mlp_width, bias=spec.mlp_bias, fused=spec.fused_weights, shard=shard, **options)
+            if experts is None
+            else SparseMLP(spec.width, experts, shard=shard, **options)
+        )
 
     def forward(self, hidden: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         """One layer, up to the add of its output, which the next norm does.
@@ -76,55 +73,30 @@ class DecoderLayer(nn.Module):
         q, k, v = qk_norm_rope(qkv, self.q_norm, self.k_norm, self.eps, cos, sin, self.num_heads, self.num_kv_heads)
         attended = attention(self.index, q, k, v).reshape(hidden.shape[0], -1)[:, self.own_columns]
         delta = self.shard.row_parallel(attended, self.output_weight, self.output_bias, 0)
-        normed = self.shard.add_rms_norm(hidden, delta, 0, self.mlp_norm, self.eps)
-        gated = silu_mul(F.linear(normed, self.gate_up_weight, self.gate_up_bias))
-        return self.shard.row_parallel(gated, self.down_weight, self.down_bias, 1)
+        return self.mlp(self.shard.add_rms_norm(hidden, delta, 0, self.mlp_norm, self.eps))
 
     def pieces(self) -> dict[str, tuple[Piece, ...]]:
-        """Of each parameter that a shard splits, by its name, what it holds of the whole, one after another."""
-        return {
-            "qkv_weight": self.qkv,
-            "qkv_bias": self.qkv,
-            "output_weight": (self.output,),
-            "gate_up_weight": self.gate_up,
-            "gate_up_bias": self.gate_up,
-            "down_weight": (self.down,),
-        }
+        """As `Decoder.pieces`."""
+        own = {"qkv_weight": self.qkv, "qkv_bias": self.qkv, "output_weight": (self.output,)}
+        return own | prefixed("mlp", self.mlp.pieces())
 
-    def weight_pieces(self) -> dict[str, Piece]:
-        """The same for the tensors of `weight_views`."""
-        names = [*(f"self_attn.{name}_proj" for name in "qkv"), "mlp.gate_proj", "mlp.up_proj"]
-        rows = dict(zip(names, self.qkv + self.gate_up, strict=True))
-        pieces = {f"{name}.{kind}": piece for name, piece in rows.items() for kind in ("weight", "bias")}
-        return pieces | {"self_attn.o_proj.weight": self.output, "mlp.down_proj.weight": self.down}
+    def weight_pieces(self) -> dict[str, tuple[Piece, ...]]:
+        """As `Decoder.weight_pieces`."""
+        own = row_pieces(self._qkv_names, self.qkv) | {"o_proj.weight": (self.output,)}
+        return prefixed("self_attn", own) | prefixed("mlp", self.mlp.weight_pieces())
 
     def weight_views(self) -> dict[str, Tensor]:
-        """Each tensor of a Hugging Face checkpoint's layer, by its name there, as a view of a parameter: whole, or the
-        piece that the rank holds (`weight_pieces`).
-        """
-        views = {
+        """As `Decoder.weight_views`."""
+        attention = row_views(self._qkv_names, self.qkv, self.qkv_weight, self.qkv_bias)
+        attention["o_proj.weight"] = self.output_weight
+        optional = {"o_proj.bias": self.output_bias, "q_norm.weight": self.q_norm, "k_norm.weight": self.k_norm}
+        attention |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+        return {
             "input_layernorm.weight": self.input_norm,
             "post_attention_layernorm.weight": self.mlp_norm,
-            "self_attn.o_proj.weight": self.output_weight,
-            "mlp.down_proj.weight": self.down_weight,
+            **prefixed("self_attn", attention),
+            **prefixed("mlp", self.mlp.weight_views()),
         }
-        qkv = [f"self_attn.{name}_proj" for name in "qkv"]
-        gate_up = ["mlp.gate_proj", "mlp.up_proj"]
-        for names, pieces, weight, bias in (
-            (qkv, self.qkv, self.qkv_weight, self.qkv_bias),
-            (gate_up, self.gate_up, self.gate_up_weight, self.gate_up_bias),
-        ):
-            widths = [piece.count for piece in pieces]
-            views |= {f"{name}.weight": part for name, part in zip(names, weight.split(widths))}
-            if bias is not None:
-                views |= {f"{name}.bias": part for name, part in zip(names, bias.split(widths))}
-        optional = {
-            "self_attn.o_proj.bias": self.output_bias,
-            "mlp.down_proj.bias": self.down_bias,
-            "self_attn.q_norm.weight": self.q_norm,
-            "self_attn.k_norm.weight": self.k_norm,
-        }
-        return views | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
 
 class Decoder(nn.Module):
@@ -147,16 +119,15 @@ class Decoder(nn.Module):
         self.spec = shard.spec(spec)
         self.shard = shard
         self.vocab = shard.piece(0, spec.vocab_size)
-        self.embedding = _parameter(self.vocab.count, spec.width, dtype=dtype, device=device)
+        self.embedding = new_parameter(self.vocab.count, spec.width, dtype=dtype, device=device)
         self.layers = nn.ModuleList(DecoderLayer(spec, index, dtype, device, shard) for index in range(spec.num_layers))
-        self.norm = _parameter(spec.width, dtype=dtype, device=device)
+        self.norm = new_parameter(spec.width, dtype=dtype, device=device)
         self.lm_head = (
             self.embedding
             if spec.tie_embeddings
-            else _parameter(self.vocab.count, spec.width, dtype=dtype, device=device)
+            else new_parameter(self.vocab.count, spec.width, dtype=dtype, device=device)
         )
-        inv_freq = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)
-        self.rotary = RotaryEmbedding(inv_freq, spec.rope_attention_factor)
+        self.rotary = self._rotary(spec.max_position, device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,6 +136,18 @@ class Decoder(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.embedding.device
+
+    def for_context(self, length: int) -> Decoder:
+        """This decoder, its weights shared, for contexts of up to `length` tokens (`ModelSpec.frequencies`)."""
+        if self.spec.frequencies(length) == self.spec.frequencies(self.spec.max_position):
+            return self
+        other = copy.copy(self)
+        other._modules = self._modules | {"rotary": self._rotary(length, self.device)}
+        return other
+
+    def _rotary(self, length: int, device: torch.device) -> RotaryEmbedding:
+        inv_freq = torch.tensor(self.spec.frequencies(length), dtype=torch.float32, device=device)
+        return RotaryEmbedding(inv_freq, self.spec.rope_attention_factor)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Hidden states after the final norm.
@@ -194,18 +177,19 @@ class Decoder(nn.Module):
         """Of each parameter that a shard splits, by its name, what it holds of the whole, one after another."""
         pieces = {"embedding": (self.vocab,), "lm_head": (self.vocab,)}
         for layer in self.layers:
-            pieces |= {f"layers.{layer.index}.{name}": of_layer for name, of_layer in layer.pieces().items()}
+            pieces |= prefixed(f"layers.{layer.index}", layer.pieces())
         return pieces
 
-    def weight_pieces(self) -> dict[str, Piece]:
-        """Of each tensor of `weight_views` that a shard splits, the piece that is held here."""
-        pieces = {"model.embed_tokens.weight": self.vocab, "lm_head.weight": self.vocab}
+    def weight_pieces(self) -> dict[str, tuple[Piece, ...]]:
+        """The same for the tensors of `weight_views`."""
+        pieces = {"model.embed_tokens.weight": (self.vocab,), "lm_head.weight": (self.vocab,)}
         for layer in self.layers:
-            pieces |= {f"model.layers.{layer.index}.{name}": piece for name, piece in layer.weight_pieces().items()}
+            pieces |= prefixed(f"model.layers.{layer.index}", layer.weight_pieces())
         return pieces
 
     def weight_views(self) -> dict[str, Tensor]:
-        """Each tensor of a Hugging Face checkpoint, by its name there, as a view of a parameter.
+        """Each tensor of a Hugging Face checkpoint, by its name there, as a view of a parameter: whole, or what the
+        rank holds of it (`weight_pieces`).
 
         Writing all of them sets every element of every parameter once. With tied embeddings there is no
         `lm_head.weight`.
@@ -214,5 +198,5 @@ class Decoder(nn.Module):
         if not self.spec.tie_embeddings:
             views["lm_head.weight"] = self.lm_head
         for layer in self.layers:
-            views |= {f"model.layers.{layer.index}.{name}": view for name, view in layer.weight_views().items()}
+            views |= prefixed(f"model.layers.{layer.index}", layer.weight_views())
         return views

@@ -12,6 +12,7 @@ LARGEST = 2**31 - 1
 """Of any size."""
 LARGEST_HEAD = 2**16
 LARGEST_DEPTH = 2**16
+MOST_EXPERTS = 2**12
 
 
 def is_integer(value: Any) -> bool:
@@ -36,12 +37,18 @@ def is_ids(value: Any) -> bool:
     return all(map(is_integer, value)) if isinstance(value, list | tuple) else is_integer(value)
 
 
+def _is_positive(value: Any) -> bool:
+    return is_number(value) and value > 0
+
+
 def _is_rope(value: Any) -> bool:
     def is_right(key: str, inner: Any) -> bool:
         if key in ("rope_type", "type"):
             return is_text(inner)
         if key in ("rope_theta", "factor", "original_max_position_embeddings"):
-            return inner is None or (is_number(inner) and inner > 0)
+            return inner is None or _is_positive(inner)
+        if key in ("short_factor", "long_factor"):
+            return isinstance(inner, list) and all(map(_is_positive, inner))
         return key not in KNOWN_KEYS or inner is None or isinstance(inner, bool) or is_number(inner)
 
     return isinstance(value, Mapping) and all(is_right(*item) for item in value.items())
@@ -55,12 +62,17 @@ def _at_most(limit: int) -> tuple[Callable[[Any], bool], str]:
     return lambda value: is_integer(value) and value <= limit, f"an integer, at most {limit}"
 
 
+def _are_integers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(is_integer, value))
+
+
 _FLAG, _NUMBER, _TEXT = (_is_flag, "true or false"), (is_number, "a finite number"), (is_text, "a text")
 _TEXTS, _ROPE = (is_texts, "a list of texts"), (_is_rope, "an object with a rope_type and finite numbers above 0")
 
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "architectures": _TEXTS,
     "attention_bias": _FLAG,
+    "decoder_sparse_step": _at_most(LARGEST),
     "dtype": _TEXT,
     "eos_token_id": (is_ids, "an integer or a list of integers"),
     "head_dim": _at_most(LARGEST_HEAD),
@@ -71,15 +83,24 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_position_embeddings": _at_most(LARGEST),
     "max_window_layers": _at_most(LARGEST),
     "mlp_bias": _FLAG,
+    "mlp_only_layers": (_are_integers, "a list of integers"),
+    "moe_intermediate_size": _at_most(LARGEST),
+    "norm_topk_prob": _FLAG,
     "num_attention_heads": _at_most(LARGEST),
+    "num_experts": _at_most(MOST_EXPERTS),
+    "num_experts_per_tok": _at_most(MOST_EXPERTS),
     "num_hidden_layers": _at_most(LARGEST_DEPTH),
     "num_key_value_heads": _at_most(LARGEST),
+    "num_local_experts": _at_most(MOST_EXPERTS),
+    "original_max_position_embeddings": (lambda value: _is_positive(value) and is_integer(value), "an integer above 0"),
     "partial_rotary_factor": _NUMBER,
+    "qkv_bias": _FLAG,
     "quantization_config": (lambda _: True, "refused by name"),
     "rms_norm_eps": _NUMBER,
     "rope_parameters": _ROPE,
     "rope_scaling": _ROPE,
     "rope_theta": _NUMBER,
+    "shared_expert_intermediate_size": _at_most(LARGEST),
     "sliding_window": _at_most(LARGEST),
     "tie_word_embeddings": _FLAG,
     "torch_dtype": _TEXT,

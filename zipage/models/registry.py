@@ -6,19 +6,23 @@ from collections.abc import Iterable
 from typing import Any
 
 from zipage.models.families.llama import LLAMA
+from zipage.models.families.mistral import MISTRAL
+from zipage.models.families.phi3 import PHI3
 from zipage.models.families.qwen2 import QWEN2
+from zipage.models.families.qwen2_moe import QWEN2_MOE
 from zipage.models.families.qwen3 import QWEN3
+from zipage.models.families.qwen3_moe import QWEN3_MOE
 from zipage.models.family import Family
 from zipage.models.fields import FIELDS, is_texts, shown
 
-FAMILIES = {family.name: family for family in (LLAMA, QWEN2, QWEN3)}
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE)}
 
 
 def find_family(name: Any, classes: Iterable[str] | None = None) -> Family:
     """The family of a model.
 
     Args:
-        name: `model_type` of its `config.json`, or `general.architecture` of its GGUF file.
+        name: `model_type` of its `config.json`.
         classes: `architectures` of its `config.json`.
 
     Raises:
@@ -33,3 +37,9 @@ def find_family(name: Any, classes: Iterable[str] | None = None) -> Family:
         supported = ", ".join(each.checkpoint_class for each in FAMILIES.values())
         raise ValueError(f"unknown architecture {', '.join(classes)}; supported: {supported}")
     return family
+
+
+def find_gguf_family(architecture: Any) -> Family:
+    """The same of the `general.architecture` of a GGUF file."""
+    names = {family.gguf_name: name for name, family in FAMILIES.items()}
+    return find_family(names.get(architecture, architecture) if isinstance(architecture, str) else architecture)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 # Keys of `rope_parameters` that are read, or that change no result ("type" is the old name of "rope_type").
 KNOWN_KEYS = frozenset(
@@ -30,26 +31,42 @@ KNOWN_KEYS = frozenset(
         "low_freq_factor",
         "high_freq_factor",
         "partial_rotary_factor",
+        "short_factor",
+        "long_factor",
         "finetuned",
     }
 )
 
 
-def rope_frequencies(config: PretrainedConfig, head_dim: int) -> tuple[Tensor, float]:
+@dataclass(frozen=True)
+class Frequencies:
+    """Of a model: float32 [r / 2] on the CPU, where the first r dimensions of a head rotate.
+
+    Attributes:
+        inv_freq: radians per position.
+        attention_factor: factor on cos and sin (`yarn`, `longrope`).
+        long_inv_freq: of contexts longer than `short_context` tokens (`longrope`); None: the same.
+    """
+
+    inv_freq: Tensor
+    attention_factor: float = 1.0
+    long_inv_freq: Tensor | None = None
+    short_context: int = 0
+
+
+def rope_frequencies(config: PretrainedConfig, head_dim: int, *, partial: bool = False) -> Frequencies:
     """Frequencies of a transformers config, as transformers itself computes them.
 
     `linear` divides them (position interpolation, arXiv:2306.15595), `llama3` by wavelength, `yarn` by part
-    (arXiv:2309.00071).
+    (arXiv:2309.00071), `longrope` by a factor each, others in long contexts (arXiv:2402.13753).
 
-    Returns:
-        float32 [head_dim / 2] on the CPU, and the factor on cos and sin (1.0 unless `yarn`).
+    Args:
+        partial: a part of the head alone may rotate (`partial_rotary_factor`).
 
     Raises:
-        ValueError: the type is not one of `ROPE_TYPES`, a key is unknown or lacking, or only a part of the head
-            rotates.
+        ValueError: the type is not one of `ROPE_TYPES`, a key is unknown, lacking or misstated, or only a part of the
+            head rotates and `partial` is false.
     """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     config = copy.deepcopy(config)
     config.head_dim = head_dim
     parameters = config.rope_parameters
@@ -59,16 +76,37 @@ def rope_frequencies(config: PretrainedConfig, head_dim: int) -> tuple[Tensor, f
     unknown = sorted(set(parameters) - KNOWN_KEYS)
     if unknown:
         raise ValueError(f"rope_parameters: {', '.join(unknown)} not supported with rope_type={rope_type!r}")
-    if (parameters.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor={parameters['partial_rotary_factor']!r} is not supported; only 1.0")
+    share = parameters.get("partial_rotary_factor") or 1.0
+    if share != 1.0 and not partial:
+        raise ValueError(f"partial_rotary_factor={share!r} is not supported; only 1.0")
+    rotary_dim = int(head_dim * share)
+    if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
+        raise ValueError(
+            f"partial_rotary_factor={share!r}: rotates {rotary_dim} of {head_dim} dimensions, must be even"
+        )
     try:
-        if rope_type == "default":
-            exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-            return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
-        inv_freq, factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+        return _frequencies(config, rope_type, rotary_dim)
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # RuntimeError: torch's overflow
         raise ValueError(f"rope_parameters of rope_type={rope_type!r} lack or misstate {error}") from error
-    return inv_freq.float(), float(factor)
+
+
+def _frequencies(config: PretrainedConfig, rope_type: str, rotary_dim: int) -> Frequencies:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters, device = config.rope_parameters, torch.device("cpu")
+    if rope_type == "default":
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
+        return Frequencies(1.0 / (parameters["rope_theta"] ** exponents))
+    if rope_type != "longrope":
+        inv_freq, factor = ROPE_INIT_FUNCTIONS[rope_type](config, device)
+        return Frequencies(inv_freq.float(), float(factor))
+    for name in ("short_factor", "long_factor"):
+        if len(parameters[name]) != rotary_dim // 2:
+            raise ValueError(f"{name}: {len(parameters[name])} factors, not {rotary_dim // 2}")
+    short_context = parameters["original_max_position_embeddings"]
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[rope_type](config, device)
+    long_inv_freq, _ = ROPE_INIT_FUNCTIONS[rope_type](config, device, seq_len=short_context + 1)
+    return Frequencies(inv_freq.float(), float(factor), long_inv_freq.float(), short_context)
 
 
 class RotaryEmbedding(torch.nn.Module):
@@ -78,7 +116,7 @@ class RotaryEmbedding(torch.nn.Module):
     lies in memory.
 
     Args:
-        inv_freq: float [head_dim / 2].
+        inv_freq: float [r / 2], where the first r dimensions of a head rotate.
         attention_factor: factor on cos and sin.
     """
 
@@ -88,7 +126,7 @@ class RotaryEmbedding(torch.nn.Module):
         self.attention_factor = attention_factor
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [T] -> float32 cos [T, 1, head_dim] (each half the same) and sin [T, 1, head_dim / 2]."""
+        """int64 [T] -> float32 cos [T, 1, r] (each half the same) and sin [T, 1, r / 2]."""
         angles = (positions[:, None].float() * self.inv_freq)[:, None]
         cos, sin = angles.cos(), angles.sin()
         if self.attention_factor != 1.0:

@@ -6,10 +6,10 @@ its part of the MLP, and what the ranks have computed is summed once after atten
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -46,6 +46,9 @@ class Collectives(Protocol):
     def product(self, x: Tensor, weight: Tensor, place: int) -> Tensor:
         """The rank's part of a product: x [T, k], weight [width, k] -> [T, width], valid until the next in `place`."""
 
+    def part(self, x: Tensor, place: int) -> Tensor:
+        """The same of a part that is computed already: x [T, width], contiguous."""
+
     def add_rms_norm(self, hidden: Tensor, part: Tensor, place: int, weight: Tensor, eps: float) -> Tensor:
         """`kernels.add_rms_norm` of the sum over ranks of `part`, which `product` gave for `place`."""
 
@@ -73,14 +76,14 @@ class Piece:
     count: int
     full: int
 
+    def along(self, axis: int) -> Piece:
+        """The same run of another axis."""
+        return replace(self, axis=axis)
+
     @property
     def stored(self) -> int:
         """How many of `count` the whole tensor has."""
         return max(0, min(self.count, self.full - self.first))
-
-    def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the tensor that a piece of `shape` was cut from."""
-        return (*shape[: self.axis], self.full, *shape[self.axis + 1 :])
 
     def of(self, whole: Tensor) -> Tensor:
         """The run, as far as it is there."""
@@ -117,8 +120,9 @@ class Shard:
                 f"tensor_parallel_size={size}: {heads} query heads and {kv_heads} KV heads go on "
                 f"{', '.join(map(str, fits))} ranks"
             )
-        if spec.mlp_width % size:
-            raise ValueError(f"tensor_parallel_size={size}: must divide the MLP's width of {spec.mlp_width}")
+        for whose, width in spec.mlp_widths().items():
+            if width % size:
+                raise ValueError(f"tensor_parallel_size={size}: must divide {whose} width of {width}")
 
     @property
     def is_whole(self) -> bool:
@@ -169,6 +173,10 @@ class Shard:
         part = self.collectives.product(x, weight, place)
         return part if bias is None or self.rank else part.add_(bias)
 
+    def part(self, x: Tensor, place: int) -> Tensor:
+        """As `row_parallel`, of the rank's part x [T, width] of a sum."""
+        return x if self.is_whole else self.collectives.part(x, place)
+
     def add_rms_norm(self, hidden: Tensor, part: Tensor | None, place: int, weight: Tensor, eps: float) -> Tensor:
         """`kernels.add_rms_norm` of what `row_parallel` gave on all ranks; None: nothing is added."""
         if self.is_whole or part is None:
@@ -202,13 +210,16 @@ WHOLE = Shard()
 """All of a model, on one device."""
 
 
-def joined(pieces: tuple[Piece, ...], whole: Tensor) -> Tensor:
-    """A parameter that holds several pieces one after another, cut from the whole parameter that does."""
+def whole_shape(pieces: tuple[Piece, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the tensor from which what a rank holds, of `shape`, was cut: several pieces one after another."""
     axis = pieces[0].axis
-    parts = []
-    for piece, part in zip(pieces, whole.split([piece.full for piece in pieces], dim=axis), strict=True):
-        shape = [*part.shape]
-        shape[axis] = piece.count
-        parts.append(torch.empty(shape, dtype=part.dtype, device=part.device))
-        piece.fill(parts[-1], piece.of(part))
-    return torch.cat(parts, dim=axis)
+    return (*shape[:axis], sum(piece.full for piece in pieces), *shape[axis + 1 :])
+
+
+def fill_pieces(pieces: tuple[Piece, ...], view: Tensor, read: Callable[[Piece], Tensor]) -> None:
+    """Write what a rank holds of a tensor that is several, one after another; `read` gives a run of the tensor."""
+    total, first = sum(piece.full for piece in pieces), 0
+    for piece, part in zip(pieces, view.split([piece.count for piece in pieces], dim=pieces[0].axis), strict=True):
+        run = replace(piece, first=first + piece.first, full=total)
+        run.fill(part, read(run))
+        first += piece.full

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from zipage.models.attention import AttentionSpec
+from zipage.models.expert_spec import ExpertSpec
 from zipage.models.fields import check_size, is_number, shown
 
 
@@ -20,13 +21,18 @@ class ModelSpec:
         vocab_size: rows of the embedding.
         width: of the residual stream.
         attention: of each layer. All layers have the same heads, since one tensor holds the keys of all.
-        mlp_width: inner width of the gated MLP.
+        mlp_width: inner width of the gated MLP of layers without experts.
+        experts: of the other layers; None: there are none.
         rms_norm_eps: epsilon of every RMSNorm.
-        inv_freq: rotary frequencies in radians per position, `head_dim / 2` of them, scaling applied.
-        rope_attention_factor: factor on cos and sin (YaRN).
-        max_position: positions that the model is made for, rope scaling included.
+        inv_freq: rotary frequencies in radians per position, scaling applied: half as many as dimensions of a head
+            rotate, the first ones.
+        long_inv_freq: those of contexts longer than `short_context` tokens (LongRoPE); None: the same.
+        short_context: where `long_inv_freq` begins.
+        rope_attention_factor: factor on cos and sin (YaRN, LongRoPE).
+        max_position: positions that the model is made for, rope scaling included, or those of its sliding window.
         qkv_bias, output_bias, mlp_bias: which projections carry a bias.
         qk_norm: RMSNorm on each head's q and k before rotary.
+        fused_weights: checkpoints store q, k and v as one tensor, and gate and up as one.
         tie_embeddings: the embedding is the output projection too.
         eos_token_ids: ids that end a sequence, ascending.
         dtype: of the checkpoint; None where its config does not say.
@@ -40,14 +46,18 @@ class ModelSpec:
     width: int
     attention: tuple[AttentionSpec, ...]
     mlp_width: int
+    experts: ExpertSpec | None = None
     rms_norm_eps: float
     inv_freq: tuple[float, ...]
+    long_inv_freq: tuple[float, ...] | None = None
+    short_context: int = 0
     rope_attention_factor: float = 1.0
     max_position: int
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    fused_weights: bool = False
     tie_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
@@ -63,8 +73,28 @@ class ModelSpec:
             found = sorted({getattr(layer, name) for layer in self.attention})
             if len(found) > 1:
                 raise ValueError(f"layers that differ in {name} ({', '.join(map(str, found))}) are not supported")
-        if not all(0 < frequency < math.inf for frequency in self.inv_freq):
+        if not all(0 < frequency < math.inf for frequency in (*self.inv_freq, *(self.long_inv_freq or ()))):
             raise ValueError("a rotary frequency is not above 0 or not finite: rope_theta or its scaling is wrong")
+
+    def frequencies(self, context: int) -> tuple[float, ...]:
+        """Rotary frequencies where no context has more than `context` tokens.
+
+        They are one set for all requests, since keys in the cache stay as they were rotated.
+        """
+        return self.inv_freq if self.long_inv_freq is None or context <= self.short_context else self.long_inv_freq
+
+    def experts_of(self, layer: int) -> ExpertSpec | None:
+        """None: the layer has a plain MLP."""
+        return None if self.experts is None or layer in self.experts.dense_layers else self.experts
+
+    def mlp_widths(self) -> dict[str, int]:
+        """Whose inner width -> the width, of all MLPs that some layer has."""
+        experts = self.experts
+        if experts is None:
+            return {"the MLP's": self.mlp_width}
+        widths = {"the MLP's": self.mlp_width} if experts.dense_layers else {}
+        widths |= {"the experts'": experts.width} if len(experts.dense_layers) < self.num_layers else {}
+        return widths | ({"the shared expert's": experts.shared_width} if experts.shared_width else {})
 
     @property
     def num_layers(self) -> int:

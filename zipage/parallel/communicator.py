@@ -64,6 +64,10 @@ class Communicator:
         out = self._room(place, (len(x), len(weight)), x.dtype)
         return x @ weight.t() if out is None else torch.mm(x, weight.t(), out=out)
 
+    def part(self, x: Tensor, place: int) -> Tensor:
+        out = self._room(place, x.shape, x.dtype)
+        return x if out is None else out.copy_(x)
+
     def add_rms_norm(self, hidden: Tensor, part: Tensor, place: int, weight: Tensor, eps: float) -> Tensor:
         return add_rms_norm(hidden, self._sum(part, self._is_in(part, place)), weight, eps)
 

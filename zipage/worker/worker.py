@@ -59,7 +59,7 @@ class Worker:
         max_model_len: int,
         compression_shard: Shard = WHOLE,
     ) -> None:
-        decoder = loaded.decoder
+        decoder = loaded.decoder.for_context(max_model_len)
         self.config = config
         self.spec = decoder.spec
         self.device, self.dtype = decoder.device, decoder.dtype

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zipage.models.family import no_window
+from zipage.models.fields import MOST_EXPERTS
 from zipage.models.loading.gguf_file import GgufFile
 from zipage.models.loading.hf_config import hf_config, spec_from_config
-from zipage.models.registry import find_family
+from zipage.models.registry import find_family, find_gguf_family
 from zipage.models.shard import Piece
 from zipage.models.spec import ModelSpec
 
 ROPE_FACTORS = "rope_freqs.weight"
+SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 
 # Ends of a turn in the chat templates of these families; a file's own end-of-sequence id may be another token.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
@@ -31,6 +34,7 @@ _LAYER = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
@@ -38,7 +42,26 @@ _LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+
+_FUSED = {"ffn_up": "mlp.gate_up_proj"}
+"""Names that differ where gate and up are one tensor."""
+
+_EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+"""Tensors of all experts of a layer, one after another."""
+
+_EXPERT_KEYS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+"""Keys under the architecture's name -> fields of a `config.json`."""
 
 # Keys under the architecture's name that are read below, or that change no result.
 _KNOWN_KEYS = frozenset(
@@ -70,14 +93,14 @@ def gguf_spec(file: GgufFile) -> ModelSpec:
     """Read the spec from metadata and header.
 
     Biases and tied embeddings are what the file holds tensors for. Llama 3's frequency scaling is a tensor too, of one
-    divisor for each frequency. `dtype` is bfloat16, whatever the file's own types.
+    divisor for each frequency, and LongRoPE's are two. `dtype` is bfloat16, whatever the file's own types.
 
     Raises:
         ValueError: the architecture is unknown, a key is missing, or a key would change results and is not supported.
     """
     architecture = file.metadata.get("general.architecture")
     try:
-        find_family(architecture)
+        find_gguf_family(architecture)
         spec = spec_from_config(hf_config(_config(file, architecture)), gguf_eos_token_ids(file))
     except ValueError as error:
         named = str(error).startswith(str(file.path))
@@ -92,7 +115,7 @@ def gguf_spec(file: GgufFile) -> ModelSpec:
         return dataclasses.replace(
             spec,
             inv_freq=tuple(inv_freq.tolist()),
-            qkv_bias="blk.0.attn_q.bias" in file.tensors,
+            qkv_bias=f"blk.0.{'attn_qkv' if spec.fused_weights else 'attn_q'}.bias" in file.tensors,
             output_bias="blk.0.attn_output.bias" in file.tensors,
             mlp_bias="blk.0.ffn_down.bias" in file.tensors,
             dtype=torch.bfloat16,
@@ -124,16 +147,31 @@ class GgufWeights:
         file.check_layout()
         self._file = file
         self._spec = spec
-        self._gguf_names = {_hf_name(name): name for name in file.tensors if name != ROPE_FACTORS}
-        self.shapes = {name: file.tensors[gguf_name].shape for name, gguf_name in self._gguf_names.items()}
+        of_rotary = (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS)
+        self._sources: dict[str, tuple[str, int | None]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name, tensor in file.tensors.items():
+            if name in of_rotary:
+                continue
+            for hf_name, expert in _hf_names(name, tensor.shape, spec.fused_weights):
+                self._sources[hf_name] = name, expert
+                self.shapes[hf_name] = tensor.shape if expert is None else tensor.shape[1:]
+            if name.endswith("ffn_gate_inp_shexp.weight") and len(tensor.shape) == 1:
+                self.shapes[hf_name] = (1, *tensor.shape)
 
     def read(self, name: str, piece: Piece | None = None) -> Tensor:
         """One tensor on the CPU, as `GgufFile.read` gives it, its rows in Hugging Face's order, or a piece of it.
 
         Of rows no more is read than they are. Rows are cut from whole heads.
         """
+        source, expert = self._sources[name]
+        if expert is not None:
+            whole = self._file.read(source, range(expert, expert + 1))[0]
+            return whole if piece is None else piece.of(whole)
         rows = range(piece.first, piece.first + piece.stored) if piece is not None and piece.axis == 0 else None
-        tensor = self._file.read(self._gguf_names[name], rows)
+        tensor = self._file.read(source, rows)
+        if tensor.dim() < len(self.shapes[name]):
+            return tensor[None]
         is_head = ".q_proj." in name or ".k_proj." in name
         if is_head and find_family(self._spec.architecture).gguf_rotary_pairs:
             tensor = _halves(tensor, tensor.shape[0] // self._spec.head_dim)
@@ -146,21 +184,33 @@ def _halves(tensor: Tensor, num_heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
-def _hf_name(name: str) -> str:
+def _hf_names(name: str, shape: tuple[int, ...], fused: bool) -> list[tuple[str, int | None]]:
+    """Hugging Face's names of a tensor, and which expert each is of all that it holds."""
     stem, dot, suffix = name.rpartition(".")
     if stem in _TOP:
-        return _TOP[stem] + dot + suffix
+        return [(_TOP[stem] + dot + suffix, None)]
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if layer and layer[2] in _LAYER:
-        return f"model.layers.{layer[1]}.{_LAYER[layer[2]]}.{suffix}"
-    return name
+    names = _LAYER | (_FUSED if fused else {})
+    if layer and layer[2] in names:
+        return [(f"model.layers.{layer[1]}.{names[layer[2]]}.{suffix}", None)]
+    if layer and layer[2] in _EXPERTS and len(shape) == 3 and shape[0] <= MOST_EXPERTS:
+        experts = f"model.layers.{layer[1]}.mlp.experts"
+        return [(f"{experts}.{expert}.{_EXPERTS[layer[2]]}.{suffix}", expert) for expert in range(shape[0])]
+    return [(name, None)]
 
 
 def _config(file: GgufFile, architecture: str) -> dict[str, Any]:
     """What a `config.json` of this model would say."""
     prefix = f"{architecture}."
     values = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    unused = sorted(key for key in values.keys() - _KNOWN_KEYS if values[key])
+    family = find_gguf_family(architecture)
+    is_long = LONG_FACTORS in file.tensors and SHORT_FACTORS in file.tensors
+    known = _KNOWN_KEYS | {
+        *(["attention.sliding_window"] if family.window is not no_window else []),
+        *(["rope.scaling.attn_factor"] if is_long else []),
+        *(_EXPERT_KEYS if family.sparse else []),
+    }
+    unused = sorted(key for key in values.keys() - known if values[key])
     if unused:
         raise ValueError(f"GGUF key {', '.join(prefix + key for key in unused)} is not supported")
 
@@ -178,25 +228,42 @@ def _config(file: GgufFile, architecture: str) -> dict[str, Any]:
     if num_heads < 1:
         raise ValueError(f"GGUF key {prefix}attention.head_count is {num_heads}: must be at least 1")
     head_dim = optional("attention.key_length", width // num_heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
+    for key in ("attention.value_length", *(() if family.partial_rotary else ("rope.dimension_count",))):
         if optional(key, head_dim) != head_dim:
             raise ValueError(f"GGUF key {prefix}{key} is {values[key]}, not the head dimension {head_dim}")
-    return {
-        "model_type": architecture,
-        "architectures": [find_family(architecture).checkpoint_class],
-        "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "hidden_size": width,
-        "intermediate_size": required("feed_forward_length"),
-        "num_hidden_layers": required("block_count"),
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": optional("attention.head_count_kv", num_heads),
-        "head_dim": head_dim,
-        "max_position_embeddings": required("context_length"),
-        "rms_norm_eps": required("attention.layer_norm_rms_epsilon", float),
-        "rope_parameters": _rope_parameters(optional),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "eos_token_id": file.get("tokenizer.ggml.eos_token_id", int),
-    }
+    rope = _rope_parameters(optional)
+    if is_long:
+        rope |= {
+            "rope_type": "longrope",
+            "short_factor": file.read(SHORT_FACTORS).tolist(),
+            "long_factor": file.read(LONG_FACTORS).tolist(),
+            "attention_factor": optional("rope.scaling.attn_factor", None, float),
+        }
+    if family.partial_rotary:
+        rope["partial_rotary_factor"] = optional("rope.dimension_count", head_dim) / max(head_dim, 1)
+    more = {field: optional(key, None) for key, field in _EXPERT_KEYS.items()} if family.sparse else {}
+    more["original_max_position_embeddings"] = optional("rope.scaling.original_context_length", 0) or None
+    return (
+        dict(family.gguf_fields)
+        | {name: value for name, value in more.items() if value is not None}
+        | {
+            "model_type": family.name,
+            "architectures": [family.checkpoint_class],
+            "vocab_size": file.tensors["token_embd.weight"].shape[0],
+            "hidden_size": width,
+            "intermediate_size": required("feed_forward_length"),
+            "num_hidden_layers": required("block_count"),
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": optional("attention.head_count_kv", num_heads),
+            "head_dim": head_dim,
+            "max_position_embeddings": required("context_length"),
+            "rms_norm_eps": required("attention.layer_norm_rms_epsilon", float),
+            "rope_parameters": rope,
+            "sliding_window": optional("attention.sliding_window", 0) or None,
+            "tie_word_embeddings": "output.weight" not in file.tensors,
+            "eos_token_id": file.get("tokenizer.ggml.eos_token_id", int),
+        }
+    )
 
 
 def _rope_parameters(optional: Callable[[str, Any, type], Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from zipage.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+logger = logging.getLogger(__name__)
 
 NEVER_LEFT_OUT = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 """Fields of a `config.json` without which transformers takes those of some model, which the weights may seem to fit."""
@@ -44,8 +47,8 @@ def read_spec(folder: Path) -> ModelSpec:
     except ValueError as error:
         raise ValueError(f"{generation}: {error}") from None
     try:
-        find_family(values.get("model_type"), values.get("architectures"))
-        for name in NEVER_LEFT_OUT:
+        family = find_family(values.get("model_type"), values.get("architectures"))
+        for name in (*NEVER_LEFT_OUT, *(["num_experts_per_tok"] if family.sparse else [])):
             if values.get(name) is None:
                 raise ValueError(f"{name} is missing")
         return spec_from_config(hf_config(values), eos)
@@ -89,7 +92,13 @@ def spec_from_config(config: PretrainedConfig, eos_token_ids: Iterable[int] = ()
         head_dim = config.hidden_size // max(config.num_attention_heads, 1)
     if not 1 <= head_dim <= LARGEST_HEAD:
         raise ValueError(f"head_dim={head_dim}: must be at least 1 and at most {LARGEST_HEAD}")
-    inv_freq, attention_factor = rope_frequencies(config, head_dim)
+    rotary = rope_frequencies(config, head_dim, partial=family.partial_rotary)
+    long = rotary.long_inv_freq
+    positions, window = _max_position(config), family.window(config)
+    if window is not None:
+        check_size("sliding_window", window)
+        if window < positions:
+            logger.warning("contexts end at %d tokens, where the sliding window of all layers does", window)
     check_size("num_layers", config.num_hidden_layers)
     attention = family.attention(
         config,
@@ -108,9 +117,11 @@ def spec_from_config(config: PretrainedConfig, eos_token_ids: Iterable[int] = ()
         attention=attention,
         mlp_width=config.intermediate_size,
         rms_norm_eps=config.rms_norm_eps,
-        inv_freq=tuple(inv_freq.tolist()),
-        rope_attention_factor=attention_factor,
-        max_position=_max_position(config),
+        inv_freq=tuple(rotary.inv_freq.tolist()),
+        long_inv_freq=None if long is None else tuple(long.tolist()),
+        short_context=rotary.short_context,
+        rope_attention_factor=rotary.attention_factor,
+        max_position=positions if window is None else min(positions, window),
         tie_embeddings=bool(config.tie_word_embeddings),
         eos_token_ids=tuple(sorted({*token_ids(config.eos_token_id), *eos_token_ids})),
         dtype=_dtype(config.dtype),

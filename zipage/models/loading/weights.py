@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from zipage.models.decoder import Decoder
 from zipage.models.registry import find_family
-from zipage.models.shard import WHOLE, Piece, Shard, joined
+from zipage.models.shard import WHOLE, Piece, Shard, fill_pieces, whole_shape
 from zipage.models.spec import ModelSpec
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -82,7 +83,7 @@ def fill(decoder: Decoder, weights: Weights, source: str) -> None:
         if decoder.shard.is_whole or name not in pieces:
             views[name].copy_(weights.read(name))
         else:
-            pieces[name].fill(views[name], weights.read(name, pieces[name]))
+            fill_pieces(pieces[name], views[name], partial(weights.read, name))
 
 
 def _names_to_read(decoder: Decoder, weights: Weights, source: str) -> list[str]:
@@ -93,7 +94,7 @@ def _names_to_read(decoder: Decoder, weights: Weights, source: str) -> list[str]
     left_over = [name for name in names if name not in views]
     pieces = decoder.weight_pieces()
     shapes = {
-        name: pieces[name].whole_shape(tuple(view.shape)) if name in pieces else tuple(view.shape)
+        name: whole_shape(pieces[name], tuple(view.shape)) if name in pieces else tuple(view.shape)
         for name, view in views.items()
     }
     misshapen = [
@@ -124,17 +125,16 @@ def fill_random(decoder: Decoder, seed: int) -> None:
     for name, parameter in decoder.named_parameters():
         whole, pieces = parameter, pieces_of.get(name)
         if pieces:
-            shape = [*parameter.shape]
-            shape[pieces[0].axis] = sum(piece.full for piece in pieces)
+            shape = whole_shape(pieces, tuple(parameter.shape))
             whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-        if whole.dim() == 2:
-            whole.normal_(0.0, whole.shape[1] ** -0.5, generator=generator)
+        if whole.dim() >= 2:
+            whole.normal_(0.0, whole.shape[-1] ** -0.5, generator=generator)
         elif name.endswith("bias"):
             whole.normal_(0.0, 0.02, generator=generator)
         else:
             whole.fill_(1.0)
         if pieces:
-            parameter.copy_(joined(pieces, whole))
+            fill_pieces(pieces, parameter, lambda run, whole=whole: run.of(whole))
 
 
 def _first(names: Iterable[str], limit: int = 5) -> str:

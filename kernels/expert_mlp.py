@@ -1,0 +1,93 @@
+"""A mixture of gated MLPs, each token through a few of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.layout import check_index, check_rows, fail
+from kernels.silu_mul import silu_mul
+
+GROUPED_BYTES = 16
+"""PyTorch's grouped product wants rows of a multiple of so many bytes."""
+GROUPED_CAPABILITIES = (9, 10)
+"""Major compute capabilities where it reads the groups on the device, in bfloat16. Elsewhere the host reads them."""
+
+
+def expert_mlp(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The sum over a token's experts of share * down(silu(gate(x)) * up(x)).
+
+    Nothing on the host depends on the routing while a CUDA graph is captured.
+
+    Args:
+        x: [T, width], last dimension contiguous; float32, float16 or bfloat16.
+        experts: int64 [T, k], of each token, none of them twice.
+        shares: float32 [T, k].
+        gate_up: [E, 2 * inner, width], contiguous, of x's dtype: of each expert gate and then up.
+        down: [E, width, inner], the same.
+
+    Returns:
+        [T, width], x's dtype.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or layout is not as above.
+    """
+    _check(x, experts, shares, gate_up, down)
+    aligned = all(size * x.itemsize % GROUPED_BYTES == 0 for size in (x.shape[1], down.shape[2]))
+    if aligned and (not x.is_cuda or not torch.cuda.is_current_stream_capturing() or _groups_on_device(x)):
+        return expert_mlp_grouped(x, experts, shares, gate_up, down)
+    return expert_mlp_all(x, experts, shares, gate_up, down)
+
+
+def _groups_on_device(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in GROUPED_CAPABILITIES
+
+
+def _check(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> None:
+    """Check the arguments of `expert_mlp`. Raises ValueError naming the argument, its value and the remedy."""
+    tokens, width = check_rows("x", x)
+    if down.dim() != 3:
+        fail("down", "shape", tuple(down.shape), "give [experts, width, inner]")
+    num_experts, inner = down.shape[0], down.shape[2]
+    active = experts.shape[-1]
+    check_index("experts", experts, torch.int64, (tokens, active), x.device, "x")
+    check_index("shares", shares, torch.float32, (tokens, active), x.device, "x")
+    check_index("gate_up", gate_up, x.dtype, (num_experts, 2 * inner, width), x.device, "x")
+    check_index("down", down, x.dtype, (num_experts, width, inner), x.device, "x")
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        if not weight.is_contiguous():
+            fail(name, "stride", weight.stride(), "make it contiguous")
+
+
+def expert_mlp_reference(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`expert_mlp`, a token and an expert at a time, in float32."""
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for token in range(len(x)):
+        for expert, share in zip(experts[token].tolist(), shares[token], strict=True):
+            gate, up = (gate_up[expert].float() @ x[token].float()).chunk(2)
+            out[token] += share * (down[expert].float() @ (F.silu(gate) * up))
+    return out.to(x.dtype)
+
+
+def expert_mlp_grouped(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`expert_mlp`: tokens sorted by expert, and one product for all experts."""
+    tokens, active = experts.shape
+    ids, order = experts.flatten().sort(stable=True)
+    numbers = torch.arange(len(down), device=x.device)
+    ends = torch.searchsorted(ids, numbers, right=True, out_int32=True)
+    gated = silu_mul(F.grouped_mm(x[order // active], gate_up.mT, offs=ends))
+    sorted_out = F.grouped_mm(gated, down.mT, offs=ends)
+    out = torch.empty_like(sorted_out).index_copy_(0, order, sorted_out).view(tokens, active, x.shape[1])
+    return torch.bmm(shares.to(x.dtype)[:, None], out)[:, 0]
+
+
+def expert_mlp_all(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`expert_mlp`: all tokens through every expert, what is not asked for left out."""
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in range(len(down)):
+        chosen = experts == expert
+        share = shares.masked_fill(~chosen, 0.0).sum(1, keepdim=True)
+        part = F.linear(silu_mul(F.linear(x, gate_up[expert])), down[expert])
+        out += (share * part).masked_fill_(~chosen.any(1, keepdim=True), 0.0)
+    return out.to(x.dtype)
