@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType
 
 from kernels.add_rms_norm import add_rms_norm
 from tests.models.loading.gguf_writer import write_gguf
-from tests.models.tiny import make_model
+from tests.models.tiny import MIXTURE, make_model
 from tests.tiny_models import FAMILIES, MORE_FAMILIES, VOCAB, save_tiny_model
 from zipage.models.attention import AttentionSpec
 from zipage.models.loading.loader import load_model
@@ -167,15 +167,27 @@ def test_the_last_rank_of_an_uneven_vocabulary_is_padded_with_zeros(tmp_path):
     assert not joined[301:].any()
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
-def test_rows_and_columns_of_a_gguf_file(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Llama", {}),
+        ("Qwen2", {}),
+        ("Phi3", {}),
+        ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 64}),
+    ],
+)
+def test_rows_and_columns_of_a_gguf_file(family, options, tmp_path):
     """Rotary pairs are put back within the heads that were read."""
     path = tmp_path / "model.gguf"
-    write_gguf(path, make_model(family), GGMLQuantizationType.Q8_0)
+    write_gguf(path, make_model(family, **options), GGMLQuantizationType.Q8_0)
     whole = load_model(str(path), device="cpu").decoder.weight_views()
     for rank in range(2):
         shard = load_model(str(path), device="cpu", shard=Shard(rank, 2)).decoder
         views, pieces = shard.weight_views(), shard.weight_pieces()
         for name, view in views.items():
-            parts = [piece.of(whole[name]) for piece in pieces.get(name, ())]
-            assert torch.equal(view, torch.cat(parts, dim=pieces[name][0].axis) if parts else whole[name]), name
+            expected = whole[name]
+            if name in pieces:
+                axis, fulls = pieces[name][0].axis, [piece.full for piece in pieces[name]]
+                parts = zip(pieces[name], expected.split(fulls, dim=axis), strict=True)
+                expected = torch.cat([piece.of(part) for piece, part in parts], dim=axis)
+            assert torch.equal(view, expected), name

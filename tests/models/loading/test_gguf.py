@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType as Type
 
 from tests.models.dense import dense_attention
 from tests.models.loading.gguf_writer import write_gguf
-from tests.models.tiny import LENGTH, ROPE, make_model, reference_logits, token_ids
+from tests.models.tiny import LENGTH, MIXTURE, PHI, ROPE, make_model, reference_logits, token_ids
 from zipage.models.loading.gguf_file import GgufFile
 from zipage.models.loading.gguf_model import gguf_spec
 from zipage.models.loading.loader import load_model
@@ -33,6 +33,10 @@ def check_logits(path, model, weights):
         ("Qwen2", {}, Type.Q8_0),
         ("Qwen2", {"tie_word_embeddings": True}, Type.BF16),
         ("Qwen3", {"head_dim": 32}, Type.Q8_0),
+        ("Phi3", PHI | {"num_key_value_heads": 4}, Type.Q8_0),
+        ("Phi3", PHI | {"rope_parameters": ROPE["longrope"], "sliding_window": 96}, Type.F32),
+        ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 64}, Type.Q8_0),
+        ("Qwen3Moe", MIXTURE | {"head_dim": 32, "norm_topk_prob": True}, Type.BF16),
     ],
 )
 def test_logits_equal_transformers(family, options, quantization, tmp_path):
@@ -62,6 +66,12 @@ def test_scaling_by_metadata(rope, keys, tmp_path):
     path = tmp_path / "model.gguf"
     metadata = {f"qwen2.rope.scaling.{key}": value for key, value in keys.items()}
     check_logits(path, model, write_gguf(path, model, Type.F32, metadata))
+
+
+def test_a_window_ends_the_contexts_of_a_file(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, make_model("Phi3", **PHI, sliding_window=96), Type.F32)
+    assert gguf_spec(GgufFile(path)).max_position == 96
 
 
 def test_spec_and_dummy(tmp_path):
