@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from experiments.errors import UsageError
 from zipage import EventStats, RequestOutput, StepStats
@@ -18,8 +19,8 @@ class ModelShape:
     """What a model makes a step read and multiply, on one of the ranks over which it is spread.
 
     Attributes:
-        weight_bytes: of all matrices that a step reads. An input embedding is looked up, not read, unless it is the
-            output's too.
+        weight_bytes: of all matrices that a step reads, of experts those of one token: a step reads more of them, as
+            many as its tokens are sent to. An input embedding is looked up, not read, unless it is the output's too.
         kv_bytes: of one token's K and V in all layers.
         token_flops: operations of one token in the layers' matrices.
         vocab_size: tokens.
@@ -48,7 +49,7 @@ class ModelShape:
             head_dim = config.get("head_dim") or hidden // heads
             kv_heads = config.get("num_key_value_heads") or heads
             attention = 2 * hidden * (heads + kv_heads) * head_dim
-            layers = config["num_hidden_layers"] * (attention + 3 * hidden * config["intermediate_size"])
+            layers = config["num_hidden_layers"] * attention + hidden * _mlp_rows(config)
             vocab = config["vocab_size"]
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(f"model.path={folder}: a benchmark needs a config.json with the model's sizes") from error
@@ -58,6 +59,19 @@ class ModelShape:
         size = DTYPE_BYTES[dtype]
         kv_bytes = 2 * config["num_hidden_layers"] * max(1, kv_heads // ranks) * head_dim * size
         return cls((layers + vocab * hidden) * size // ranks, kv_bytes, 2 * layers // ranks, vocab)
+
+
+def _mlp_rows(config: dict[str, Any]) -> int:
+    """Rows of hidden size in the MLPs of all layers, of experts in those of one token."""
+    layers, plain = config["num_hidden_layers"], 3 * config["intermediate_size"]
+    num_experts = config.get("num_experts") or config.get("num_local_experts")
+    if not num_experts:
+        return layers * plain
+    shared = config.get("shared_expert_intermediate_size") or 0
+    sparse = num_experts + 3 * (config["num_experts_per_tok"] * config["moe_intermediate_size"] + shared)
+    only, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1
+    dense = sum(layer in only or (layer + 1) % step > 0 for layer in range(layers))
+    return dense * plain + (layers - dense) * sparse
 
 
 def step_floor(

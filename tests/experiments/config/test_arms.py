@@ -107,6 +107,19 @@ def test_speed_is_taken_at_the_shapes_of_the_papers_models():
     assert [arm.engine.tensor_parallel_size for arm in arms] == 2 * [1, 1, 1, 1, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "active", "kv_bytes"),
+    [
+        ("phi4-shape", 14.7 - 0.5, 40 * 2 * 10 * 128 * 2),
+        ("qwen3-30b-a3b-shape", 3.3 - 0.3, 48 * 2 * 4 * 128 * 2),  # 3.3 billion of 30.5, as published
+    ],
+)
+def test_shapes_have_the_sizes_of_their_models(name, active, kv_bytes):
+    shape = ModelShape.read(ROOT / "models" / name, "bfloat16", "cuda")
+    assert shape.weight_bytes / 2e9 == pytest.approx(active, abs=0.06)
+    assert shape.kv_bytes == kv_bytes
+
+
 def test_policy_sweep_has_every_policy():
     arms = [load_experiment(arm).policy for arm in expand(["policy"])]
     chosen = {override for arm in expand(["policy"]) for override in arm if override.startswith("policy=")}
