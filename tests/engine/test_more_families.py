@@ -15,7 +15,7 @@ from tests.engine.compressed import (
 )
 from tests.eviction.cases import SMALL_CHUNK, Case
 from tests.eviction.dense_simulation import Simulation
-from tests.parallel.ranked import TOKEN_POLICIES
+from tests.parallel.ranked import TOKEN_POLICIES, answers, engine
 from tests.tiny_models import MORE_FAMILIES, VOCAB, save_tiny_model, transformers_greedy
 from zipage import SamplingParams
 from zipage.worker.paged_attention import PagedAttention
@@ -89,6 +89,17 @@ def test_what_each_head_keeps_equals_the_simulation(folder, case, monkeypatch):
     for event, kept in zip(events, expected, strict=True):
         for (layer, head), positions in kept.items():
             assert event.kept_positions[layer, head].tolist() == positions, (event.round, layer, head)
+
+
+def test_two_ranks_answer_as_one_device(tmp_path):
+    """Experts are spread too, and the routers of both agree."""
+    folder = save_tiny_model("qwen3_moe", tmp_path, num_hidden_layers=NUM_LAYERS)
+    case = Case("zipage", SMALL_CHUNK)
+    one, two = engine(folder, case), engine(folder, case, tensor_parallel_size=2)
+    expected, found = (answers(llm, max_tokens=40) for llm in (one, two))
+    two.shutdown()
+    assert found.kept
+    assert not expected.differences(found)
 
 
 def test_longrope_follows_the_longest_context(tmp_path):

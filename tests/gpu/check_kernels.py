@@ -32,6 +32,7 @@ from kernels.cache_view import CacheView, shared
 from kernels.copy_blocks import copy_blocks_reference
 from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
+from kernels.expert_mlp import expert_mlp, expert_mlp_reference
 from kernels.paged_decode import paged_decode, paged_decode_reference
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill import paged_prefill_reference
@@ -267,8 +268,34 @@ def check_combining(checks: Checks, replays: int = 300, layers: int = 24) -> Non
         checks.add("paged_decode", "bfloat16", value, 2 * BOUNDS["bfloat16"], **case)
 
 
+def check_experts(checks: Checks, grid: Grid) -> None:
+    """A mixture of experts, also in a graph that is replayed with other tokens for other experts."""
+    tokens, width, inner, num_experts, active = (5, 32, 16, 6, 2) if DRY else (64, 2048, 768, 128, 8)
+    for name in grid.dtypes:
+        options = {"device": DEVICE, "dtype": getattr(torch, name)}
+        x = torch.randn(tokens, width, **options)
+        gate_up = torch.randn(num_experts, 2 * inner, width, **options) * width**-0.5
+        down = torch.randn(num_experts, width, inner, **options) * inner**-0.5
+        shares = torch.rand(tokens, active, device=DEVICE)
+        experts = torch.rand(tokens, num_experts, device=DEVICE).topk(active).indices
+        given = x, experts, shares, gate_up, down
+        out, graph = expert_mlp(*given), None
+        for replay in range(1 if DRY else 3):
+            checks.add("expert_mlp", name, error(out, expert_mlp_reference(*given)), 4 * BOUNDS[name], replay=replay)
+            if DRY:
+                continue
+            if graph is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    out = expert_mlp(*given)
+            x.normal_()
+            experts.copy_(torch.rand(tokens, num_experts // 2**replay, device=DEVICE).topk(active).indices)
+            graph.replay()
+
+
 def check_replays(checks: Checks, grid: Grid) -> None:
     """What an interpreter on a CPU can't show: large addresses, and launches of a graph that follow each other."""
+    check_experts(checks, grid)
     if not DRY:
         check_large_addresses(checks)
         check_graph(checks)
