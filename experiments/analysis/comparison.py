@@ -137,7 +137,7 @@ def compare(
         samples = list(threads.map(read, recorded["path"], numbers["loop_rate"]))
     graded = {i: run for i, run in enumerate(samples) if run is not None and run.problems}
 
-    steady = [isinstance(rates, list) for rates in runs.reindex(columns=["window_rates"]).iloc[:, 0]]
+    steady = (runs.reindex(columns=["scenario.arrival"]).iloc[:, 0] == "steady").tolist()
     rows: list[dict[str, Any]] = [
         {"budget": budget, "device": device} for budget, device in zip(held_budgets(runs), devices(runs), strict=True)
     ]

@@ -63,8 +63,8 @@ class _Running:
 
 @dataclass
 class FakeLLM:
-    """One token a step for each of the first `max_num_seqs` samples; `fail_at` raises in that step, `step_seconds` slows
-    each down.
+    """One token a step for each of the first `max_num_seqs` samples; `fail_at` raises in that step, `step_seconds`
+    slows each down.
 
     Under a policy other than "full", a sample that holds its budget and one block more is compressed.
     """

@@ -15,6 +15,8 @@ from experiments.config.check import check
 from experiments.config.compose import load_experiment
 from experiments.errors import RunError, UsageError
 from experiments.records import load_requests, load_runs, load_steps
+from experiments.regrade import regrade
+from experiments.reporting import plots
 from experiments.running.scenarios import TimedRequest
 from experiments.running.steady import begun, held_entries, serve_steadily
 from tests.benchmarks.steady import Clock, full_kv, measure, simulated_time
@@ -252,6 +254,16 @@ def test_a_refused_request_does_not_cost_the_window(launch, results, tmp_path):
     assert row["errors"] == row["samples"] > 0
     assert row["output_tokens_per_second"] > 0
     assert compare(load_runs(results))[["slo_share", "slo_rate"]].isna().all(axis=None)
+
+
+def test_a_window_in_which_nothing_ends_is_read_like_any(launch, results):
+    lengths = ["workload.options.output_tokens=90", "workload.options.count=600", "limit=null"]
+    assert launch(*STEADY, *lengths, "scenario.seconds=0.02", step_seconds=0.004) == 0
+    runs = load_runs(results)
+    assert runs["samples"].tolist() == [0]
+    assert len(regrade(runs.iloc[0])) == 0
+    with pytest.raises(ValueError, match="steady"):
+        plots.latency_cdfs(runs)
 
 
 def test_an_engine_that_refuses_everything_ends_it():
