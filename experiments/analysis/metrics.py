@@ -13,6 +13,7 @@ import numpy as np
 from experiments.analysis import fidelity
 from experiments.analysis.loops import loop_rate
 from experiments.analysis.replicas import at_once
+from experiments.records.files import OF_ENDED
 
 PERCENTILES = (50, 90, 99)
 WINDOWS = 10
@@ -139,7 +140,7 @@ def in_window(
         "window_rates": (parts * WINDOWS / seconds).tolist(),
         "requests_per_second": None,
         "rate": {"offered": None, "achieved": None},
-        **dict.fromkeys(("output_length", "ttft", "tpot", "e2e", "blocks_held", "kv_bytes"), spread([])),
+        **dict.fromkeys(OF_ENDED, spread([])),
         "prompt_tokens": prefilled,
         "preemptions": sum(step["num_preempted"] for step in steps),
         "pauses": sum(step["num_paused"] for step in steps),
