@@ -51,7 +51,7 @@ def test_prompts_are_those_of_transformers(tokenizer):
 
 
 LOOPS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
-ROWS = "{% for a in range(9999) %}{{ 'a' * 9999 }}{% endfor %}"
+ROWS = "{% for a in range(99999) %}{{ 'a' * 9999 }}{% endfor %}"
 
 
 @pytest.mark.parametrize(
