@@ -225,7 +225,7 @@ def test_a_run_times_its_window_alone(launch, results):
     assert launch(*STEADY, *lengths, step_seconds=0.002) == 0
     row = load_runs(results).iloc[0]
     steps = load_steps(row)
-    assert row["seconds"] == pytest.approx(0.5, abs=0.1)
+    assert row["seconds"] >= 0.5
     assert row["output_tokens"] < steps["num_decode"].sum()
     assert row["output_tokens_per_second"] == pytest.approx(row["output_tokens"] / row["seconds"])
     assert len(row["window_rates"]) == 10
@@ -267,16 +267,18 @@ def test_a_window_in_which_nothing_ends_is_read_like_any(launch, results):
 
 
 def test_an_engine_that_refuses_everything_ends_it():
-    (engine,) = (factory(model="m") for factory in fake_backend(max_prompt=4).values())
+    engine = fake_backend(max_prompt=4)["zipage"](model="m")
     with pytest.raises(RunError, match="the pool holds 4"):
         serve_steadily(engine, requests(*[9] * 9), config(), seconds=0.1, seed=0)
 
 
 def test_a_request_that_the_engine_refuses_costs_itself():
-    (engine,) = (factory(model="m") for factory in fake_backend(max_prompt=300, step_seconds=0.002).values())
+    engine = fake_backend(max_prompt=300)["zipage"](model="m", max_num_seqs=16)
     some = [*requests(*[9] * 3), *(replace(r, id=f"long-{r.id}") for r in requests(9, prompt=400))]
     some += [replace(r, id=f"more-{i}") for i, r in enumerate(requests(*[9] * 2000))]
-    served = serve_steadily(engine, some, config(), seconds=0.1, seed=0)
+    with simulated_time() as clock:
+        engine.step_listeners.append(lambda step: setattr(clock, "now", clock.now + 0.01))
+        served = serve_steadily(engine, some, config(), seconds=0.5, seed=0)
     refused = [name for name, output in served.outputs.items() if output.error is not None]
     assert refused == ["long-0"]
     assert len(served.outputs) > 4
