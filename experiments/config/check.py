@@ -92,6 +92,11 @@ def check(experiment: Experiment) -> None:
             not steady or workload.generator in OF_LENGTHS,
             f"{' or '.join(OF_LENGTHS)} with scenario=steady, which must know how long outputs are",
         ),
+        (
+            "backend",
+            not steady or experiment.backend != "transformers",
+            "another one with scenario=steady: its batches last to their end, so no request joins one at work",
+        ),
         ("scenario.rate", not poisson or (rate is not None and 0 < rate < math.inf), "arrivals a second, above 0"),
         ("backend", not fidelity or experiment.backend == "zipage", "zipage: no other tells its distributions"),
         ("sampling.n", not fidelity or sampling.n in (None, 1), "1: scenario=fidelity feeds one answer of full KV"),
