@@ -163,6 +163,12 @@ BENCHMARK_IDS = {
     "four_gpus": "engine_bench-9792d05144ac",
     "two_h100": "engine_bench-84498b79ceba",
     "four_h100": "engine_bench-8f6e448c6d43",
+    "two_again_h100": "engine_bench-84498b79ceba",
+    "vllm_two_h100": "engine_bench-b75d9d7da17d",
+    "two_full_short": "engine_bench-14a9f6f2da98",
+    "two_zipage_short": "engine_bench-a000546c7bdd",
+    "four_full_short": "engine_bench-33c7f9083b5a",
+    "four_zipage_short": "engine_bench-9c37201c3694",
     "vllm_four_h100": "engine_bench-4100e46e310d",
     "kernels_scenario_h100": "kernels-ff324622f983",
 }
