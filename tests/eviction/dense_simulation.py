@@ -40,6 +40,7 @@ DEFAULTS = {
     "keydiff": {},
     "knorm": {},
     "vase": {"mode": "attn", "window": 16, "reserve": 0.25, "pool_width": 5},
+    "lagkv": {"partition": 128, "sink": 4, "cross": False},
     "random": {},
     "random_shared": {"share": "heads"},
     "page_attention": {"page_size": 256, "scope": "shared", "window": 16, "agg": "sum"},
@@ -269,6 +270,28 @@ class Simulation:
         layer, head = place
         norms = [max(np.linalg.norm(k), 1e-8) for k in self.keys[layer, head, self.cache[place].tokens]]
         return [-round(4096 * math.log2(norm)) for norm in norms]
+
+    def _lagkv(self, place, n):
+        o, tokens = self.o, self.cache[place].tokens
+        start, size = max(o["sink"], self._protected()), o["partition"]
+        whole = max(n - start, 0) // size
+        scores = [math.inf] * n
+        for p in range(whole - 1):
+            first = start + p * size
+            raw = [0.0] * size
+            for source in (self.keys[place], self.values[place]):
+                here, after = (source[tokens[first + lag : first + lag + size]] for lag in (0, size))
+                low, width = after.min(axis=0), after.max(axis=0) - after.min(axis=0)
+                spreads = []
+                for entry in here:
+                    y = [(x - a) / w if w >= 1e-8 else 0.0 for x, a, w in zip(entry, low, width, strict=True)]
+                    spreads.append(float(np.std(y, ddof=1)))
+                shares = [math.exp(u - max(spreads)) for u in spreads]
+                raw = [r + x / sum(shares) / 2 for r, x in zip(raw, shares, strict=True)]
+            for j, r in enumerate(raw):
+                below = sum((x, i) < (r, j) for i, x in enumerate(raw))
+                scores[first + j] = r if o["cross"] else below / size
+        return scores
 
     def _random(self, place, n):
         layer, head = place

@@ -16,7 +16,11 @@ from zipage.eviction import registry
 
 LENGTHS = (5, 33, 70)
 TOKENS = 64
-TOKEN_POLICIES = [name for name in registry.POLICIES if registry.make(name, {}).scope == "token" and name != "full"]
+OF_THEIR_OWN = ("lagkv",)
+"""Policies that need options here, which a request can't give."""
+TOKEN_POLICIES = [
+    name for name in registry.POLICIES if name not in ("full", *OF_THEIR_OWN) and registry.make(name).scope == "token"
+]
 """What an engine of policy `zipage` can serve beside its own."""
 
 

@@ -33,7 +33,9 @@ class Rules:
         if policy is None:
             return None
         budget = params.budget_tokens or self._config.budget_tokens
-        return self._config.rule(policy, budget, prompt_len, params.protection)
+        rule = self._config.rule(policy, budget, prompt_len, params.protection)
+        policy.check_budget(keep=rule.keep, protected=rule.protected)
+        return rule
 
     def _make_policy(self, name: str) -> Policy | None:
         if ":" in name and name not in registry.POLICIES:

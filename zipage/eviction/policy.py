@@ -138,6 +138,17 @@ class Policy(ABC):
                 "score: raise recent_tokens or lower the window"
             )
 
+    def check_budget(self, *, keep: int, protected: int) -> None:  # noqa: B027
+        """Check the policy against what one request keeps.
+
+        Args:
+            keep: k, entries after an event.
+            protected: leading entries that always stay.
+
+        Raises:
+            ValueError: the policy has nothing to rank there; the message says what would help.
+        """
+
     @property
     def label(self) -> str:
         """Name of the variant with every option that is not at its default, for tables."""

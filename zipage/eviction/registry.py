@@ -27,6 +27,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "keydiff": "zipage.eviction.policies.keydiff:KeyDiff",
     "knorm": "zipage.eviction.policies.knorm:KNorm",
     "vase": "zipage.eviction.policies.vase:VaSE",
+    "lagkv": "zipage.eviction.policies.lagkv:LagKV",
     "random": "zipage.eviction.policies.random:Random",
     "random_shared": "zipage.eviction.policies.random_shared:RandomShared",
     "page_attention": "zipage.eviction.policies.page_attention:PageAttention",
