@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.calibrations import MADE_UP
 from zipage.eviction import registry
 from zipage.eviction.policy import Policy
 
@@ -70,6 +71,8 @@ CASES = [
     Case("lagkv", {"partition": 8}),
     Case("lagkv", {"partition": 13, "sink": 0}, recent=0),
     Case("lagkv", {"partition": 5, "sink": 2, "cross": True}, protection="prompt"),
+    Case("q_filters", MADE_UP),
+    Case("q_filters", MADE_UP, protection="prompt"),
     Case("random"),
     Case("random", protection="prompt"),
     Case("random_shared"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tests import calibrations
 from zipage.eviction.event import Event
 from zipage.eviction.policy import Policy
 from zipage.eviction.protection import Protection, forced_mask
@@ -187,6 +188,17 @@ class Held:
         return source.gather(2, index)
 
 
+def rotary(head_dim: int) -> Tensor:
+    """float64 [d / 2], as most models have them."""
+    return 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+
+def calibration(policy: Policy, layers: int, heads: int, group: int, dim: int, device="cpu") -> dict[str, Tensor]:
+    """Made-up arrays that the policy asks for, as an event holds them."""
+    made = calibrations.arrays(policy.name, layers, heads, group, dim)
+    return {name: torch.from_numpy(made[name]).to(device) for name in policy.calibration_arrays}
+
+
 def build_event(policy, held, keeps, recent, protection, layers, poison) -> DenseEvent:
     width = max(one.n for one in held)
     window = policy.num_queries
@@ -216,6 +228,14 @@ def build_event(policy, held, keeps, recent, protection, layers, poison) -> Dens
         seeds=[one.tokens.seed for one in held],
         rounds=[one.rounds for one in held],
         prompt_lens=[one.tokens.prompt_len for one in held],
+        logical_lens=torch.tensor([one.seen for one in held], dtype=torch.int32),
+        inv_freq=rotary(head_dim),
+        calibration={
+            name: array[layers]
+            for name, array in calibration(
+                policy, len(held[0].positions), num_heads, held[0].tokens.queries.shape[2] // num_heads, head_dim
+            ).items()
+        },
         layer_offset=layers.start or 0,
         key_entries=keys,
         value_entries=stack([one.entries(one.tokens.values) for one in held], 2),

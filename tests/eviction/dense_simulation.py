@@ -1,6 +1,7 @@
 """What each policy keeps, one layer, head and slot at a time, in float64: written from the definitions alone.
 
-Nothing here comes from `zipage`: defaults, random numbers and protection are its own.
+Nothing here comes from `zipage`: defaults, random numbers and protection are its own. Calibrations are those of
+`tests/calibrations.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from tests import calibrations
 
 DEFAULTS = {
     "zipage": {
@@ -41,6 +44,7 @@ DEFAULTS = {
     "knorm": {},
     "vase": {"mode": "attn", "window": 16, "reserve": 0.25, "pool_width": 5},
     "lagkv": {"partition": 128, "sink": 4, "cross": False},
+    "q_filters": {"calibration": ""},
     "random": {},
     "random_shared": {"share": "heads"},
     "page_attention": {"page_size": 256, "scope": "shared", "window": 16, "agg": "sum"},
@@ -83,6 +87,8 @@ class Simulation:
         self.layers, self.heads = self.keys.shape[:2]
         self.group = self.queries.shape[2] // self.heads
         self.cache = {(layer, head): Head() for layer in range(self.layers) for head in range(self.heads)}
+        made_up = calibrations.arrays(self.policy, self.layers, self.heads, self.group, self.keys.shape[3])
+        self.known = {name: array.astype(np.float64) for name, array in made_up.items()}
         self.seen = 0
         self.t = 0
 
@@ -292,6 +298,10 @@ class Simulation:
                 below = sum((x, i) < (r, j) for i, x in enumerate(raw))
                 scores[first + j] = r if o["cross"] else below / size
         return scores
+
+    def _q_filters(self, place, n):
+        direction = self.known["filters"][place]
+        return [float(self.keys[place][token] @ direction) for token in self.cache[place].tokens]
 
     def _random(self, place, n):
         layer, head = place

@@ -19,8 +19,8 @@ import torch
 
 from tests.child_processes import is_alive, wait_for_end
 from tests.engine.compressed import tokens_of
-from tests.eviction.cases import CASES, SMALL_CHUNK, Case
-from tests.parallel.ranked import OF_THEIR_OWN, TOKEN_POLICIES, answers, engine
+from tests.eviction.cases import SMALL_CHUNK, Case
+from tests.parallel.ranked import OWN_CASES, TOKEN_POLICIES, answers, engine
 from tests.tiny_models import save_tiny_model
 from zipage import LLM, SamplingParams, share_model
 from zipage.eviction import registry
@@ -76,9 +76,8 @@ def test_every_policy_keeps_what_one_device_keeps(one, two, pauses):
     assert two.stats.blocks_used == 0
 
 
-@pytest.mark.parametrize("name", OF_THEIR_OWN)
-def test_policies_that_no_other_engine_serves_keep_what_one_device_keeps(folder, name):
-    case = next(case for case in CASES if case.policy == name)
+@pytest.mark.parametrize("case", OWN_CASES, ids=str)
+def test_policies_that_no_other_engine_serves_keep_what_one_device_keeps(folder, case):
     two = engine(folder, case, tensor_parallel_size=2)
     expected, found = (answers(llm) for llm in (engine(folder, case), two))
     two.shutdown()

@@ -6,7 +6,7 @@ import logging
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from traceback import walk_tb
@@ -78,6 +78,7 @@ class CompressionRunner:
         debug: fail a compression whose policy ranks an entry NaN, which waits for the GPU; otherwise `ranks` counts it.
         shard: what of the model `cache` holds; its collectives are for the runner alone.
         model_heads: KV heads of a layer of the whole model; None: those of `spec`.
+        calibration: of the heads in `cache`, for policies that ask for it (`Event.calibration`).
     """
 
     def __init__(
@@ -91,12 +92,15 @@ class CompressionRunner:
         debug: bool = False,
         shard: Shard = WHOLE,
         model_heads: int | None = None,
+        calibration: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.ranks = RankWatch(strict=debug)
         self._shard = shard
         self._model_heads = model_heads or spec.num_kv_heads
         self._cache = cache
         self._spec = spec
+        self._inv_freq = torch.tensor(spec.inv_freq, dtype=torch.float64, device=cache.k.device)
+        self._calibration = calibration or {}
         self._layer_stride = layer_stride
         self._trace = trace
         self._delayed = asynchronous and not cache.k.is_cuda
@@ -274,7 +278,8 @@ class CompressionRunner:
     @torch.inference_mode()
     def _compress(self, batch: CompressionBatch, rest: _Rest | None) -> list[_Kept]:
         cache, max_keep = self._cache, max(batch.keep)
-        event = batch.event(cache, self._spec, self._shard, self._model_heads)
+        known = self._inv_freq, self._calibration
+        event = batch.event(cache, self._spec, self._shard, self._model_heads, *known)
         if batch.policy.drops_blocks:
             # The same slots stay in all layers and heads, whole blocks of them.
             kept, failed = choose(batch.policy, event, max_keep)
