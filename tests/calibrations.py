@@ -28,6 +28,10 @@ def arrays(kind: str, layers: int, heads: int, group: int, dim: int) -> dict[str
 
     if kind == "q_filters":
         return {"filters": normal(layers, heads, dim)}
+    if kind == "triattention":
+        real, imaginary = (normal(layers, heads * group, dim // 2) for _ in range(2))
+        sizes = np.hypot(real, imaginary) * (1 + np.abs(normal(layers, heads * group, dim // 2)))
+        return {"mean_real": real, "mean_imaginary": imaginary, "mean_size": sizes}
     return {}
 
 

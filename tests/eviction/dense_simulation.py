@@ -45,6 +45,7 @@ DEFAULTS = {
     "vase": {"mode": "attn", "window": 16, "reserve": 0.25, "pool_width": 5},
     "lagkv": {"partition": 128, "sink": 4, "cross": False},
     "q_filters": {"calibration": ""},
+    "triattention": {"calibration": "", "z": True, "scope": "local"},
     "random": {},
     "random_shared": {"share": "heads"},
     "page_attention": {"page_size": 256, "scope": "shared", "window": 16, "agg": "sum"},
@@ -67,6 +68,7 @@ class Simulation:
 
     Attributes:
         keys, values: [L, H, T, d]; queries: [L, T, Hq, d]; arrays of float64.
+        inv_freq, rope_factor: of the rotary embedding that is in keys and queries; None: 10000^(-2f/d).
     """
 
     policy: str
@@ -79,6 +81,8 @@ class Simulation:
     keep: int
     recent: int
     protection: str
+    inv_freq: list[float] | None = None
+    rope_factor: float = 1.0
 
     def __post_init__(self):
         unknown = set(self.options) - set(DEFAULTS[self.policy]) - {"native"}
@@ -144,6 +148,10 @@ class Simulation:
             return {place: self._vase(place, n, forced) for place in self.cache}
         score = self._dkv if self.policy == "vase" else getattr(self, "_" + self.policy)
         scores = {place: score(place, n) for place in self.cache}
+        if self.policy == "triattention" and self.o["scope"] == "shared":
+            for head in range(self.heads):
+                mean = np.mean([scores[layer, head] for layer in range(self.layers)], axis=0).tolist()
+                scores |= {(layer, head): mean for layer in range(self.layers)}
         if self.policy == "tova" and self.o["reduce"] == "layer":
             for layer in range(self.layers):
                 rows = [scores[layer, head] for head in range(self.heads)]
@@ -302,6 +310,30 @@ class Simulation:
     def _q_filters(self, place, n):
         direction = self.known["filters"][place]
         return [float(self.keys[place][token] @ direction) for token in self.cache[place].tokens]
+
+    def _triattention(self, place, n):
+        """The long form: cosines of the distances from queries to come, with keys as they were before RoPE."""
+        layer, head = place
+        half = self.keys.shape[3] // 2
+        w = np.array(self.inv_freq or [10000 ** (-2 * f / self.keys.shape[3]) for f in range(half)])
+        tokens = np.array(self.cache[place].tokens)
+        cached = self.keys[layer, head, tokens]
+        keys = (cached[:, :half] + 1j * cached[:, half:]) * np.exp(-1j * tokens[:, None] * w) / self.rope_factor
+        scores = []
+        for g in range(self.group):
+            row = layer, head * self.group + g
+            m, e = self.known["mean_real"][row] + 1j * self.known["mean_imaginary"][row], self.known["mean_size"][row]
+            phi = np.angle(m * keys.conj())
+            total = np.zeros(n)
+            for i in range(17):
+                distances = self.seen - tokens + 2**i
+                total += (np.abs(m) * np.abs(keys) * np.cos(w * distances[:, None] + phi)).sum(axis=1) / 17
+            total = self.rope_factor**2 * (total + ((e - np.abs(m)) * np.abs(keys)).sum(axis=1))
+            if self.o["z"]:
+                ranked = total[self._protected() :]
+                total = (total - ranked.mean()) / max(ranked.std(), 1e-6)
+            scores.append(total)
+        return np.max(scores, axis=0).tolist()
 
     def _random(self, place, n):
         layer, head = place

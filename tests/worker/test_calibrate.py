@@ -67,6 +67,21 @@ def made(folder, tmp_path, kind: str, **options) -> dict[str, np.ndarray]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
 
 
+def test_triattention(folder, queries, tmp_path):
+    found = made(folder, tmp_path, "triattention")
+    before, _ = queries
+    layers, _, heads, dim = before.shape
+    for layer in range(layers):
+        for head in range(heads):
+            for f in range(dim // 2):
+                pairs = [complex(q[f], q[f + dim // 2]) for q in before[layer, :, head]]
+                mean, size = sum(pairs) / len(pairs), sum(map(abs, pairs)) / len(pairs)
+                place = layer, head, f
+                assert found["mean_real"][place] == pytest.approx(mean.real, abs=1e-4)
+                assert found["mean_imaginary"][place] == pytest.approx(mean.imag, abs=1e-4)
+                assert found["mean_size"][place] == pytest.approx(size, abs=1e-4)
+
+
 @pytest.mark.parametrize("sampled", [3000, 20])
 def test_q_filters(folder, queries, tmp_path, monkeypatch, sampled):
     monkeypatch.setattr(QFilters, "queries", sampled)
@@ -102,7 +117,7 @@ def test_the_file_fits_its_model_alone(tmp_path):
 
 def test_what_cannot_be_calibrated(tmp_path):
     folder = save_tiny_model("llama", tmp_path / "model")
-    with pytest.raises(ValueError, match="kind='zipage': must be one of q_filters"):
+    with pytest.raises(ValueError, match="kind='zipage': must be one of triattention, q_filters"):
         calibrate(folder, SEQUENCES, tmp_path / "file", kind="zipage", source=SOURCE, device="cpu")
     with pytest.raises(ValueError, match="2 sequences: none has a token beyond its first 4"):
         calibrate(folder, [[1, 2], [3] * 4], tmp_path / "file", kind="q_filters", source=SOURCE, device="cpu")

@@ -52,6 +52,27 @@ class QueryStatistics(ABC):
         """Of the calibration file: float64 [L, rows, ...] by name."""
 
 
+class TriAttention(QueryStatistics):
+    """`mean_real`, `mean_imaginary`: E[q_f]; `mean_size`: E|q_f|; [L, Hq, d / 2], queries before RoPE."""
+
+    kind: ClassVar[str] = "triattention"
+
+    def __init__(self, heads: Heads, num_tokens: int, seed: int, device: torch.device) -> None:
+        super().__init__(heads, num_tokens, seed, device)
+        shape = heads.num_layers, heads.num_heads, heads.head_dim // 2
+        self._sum = torch.zeros(shape, dtype=torch.complex128, device=device)
+        self._sizes = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def add(self, layer: int, first: int, before: Tensor, after: Tensor) -> None:
+        pairs = torch.complex(*before.chunk(2, dim=-1))
+        self._sum[layer] += pairs.sum(dim=0)
+        self._sizes[layer] += pairs.abs().sum(dim=0)
+
+    def arrays(self) -> dict[str, Tensor]:
+        mean = self._sum / self.num_tokens
+        return {"mean_real": mean.real, "mean_imaginary": mean.imag, "mean_size": self._sizes / self.num_tokens}
+
+
 class QFilters(QueryStatistics):
     """`filters` [L, H, d]: mean over the group of `sigma v` of `queries` tokens, the same in all heads.
 
@@ -85,5 +106,5 @@ class QFilters(QueryStatistics):
         return {"filters": torch.stack(filters)}
 
 
-STATISTICS: dict[str, type[QueryStatistics]] = {statistics.kind: statistics for statistics in (QFilters,)}
+STATISTICS: dict[str, type[QueryStatistics]] = {statistics.kind: statistics for statistics in (TriAttention, QFilters)}
 """Kind of a calibration file -> what it is made of."""
