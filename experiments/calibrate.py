@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="folder, hub id or GGUF file")
     parser.add_argument("--out", required=True, help="the calibration file, .safetensors")
     parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="policy that reads it (default: %(default)s)")
+    parser.add_argument(
+        "--covariance", choices=("full", "pairs"), help="of expected_attention, whole or in blocks (default: full)"
+    )
     corpora = f"{', '.join(CORPORA)}, or a text file with a prompt a line"
     parser.add_argument("--corpus", help=f"{corpora} (default: reasoner for models trained as the shipped one)")
     parser.add_argument("--tokens", type=int, default=200_000, help="of prompts and answers (default: %(default)s)")
@@ -36,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if min(chosen.tokens, chosen.max_tokens) < 1:
         parser.error(f"--tokens={chosen.tokens} --max-tokens={chosen.max_tokens}: must be at least 1")
+    if chosen.covariance and chosen.kind != "expected_attention":
+        parser.error(f"--covariance={chosen.covariance}: only --kind=expected_attention has one")
+    options = {"full": chosen.covariance != "pairs"} if chosen.kind == "expected_attention" else {}
     name = chosen.corpus or corpus_for(chosen.model)
     try:
         conversations = corpus(name, chosen.seed)
@@ -47,9 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             finally:
                 llm.shutdown()
             source = {"corpus": name, "corpus_sha256": content_hash(sequences)}
-            path = calibrate(
-                chosen.model, sequences, chosen.out, kind=chosen.kind, source=source, seed=chosen.seed, **where
-            )
+            given = {"kind": chosen.kind, "source": source, "options": options, "seed": chosen.seed}
+            path = calibrate(chosen.model, sequences, chosen.out, **given, **where)
     except (UsageError, ValueError, FileNotFoundError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

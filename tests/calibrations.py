@@ -32,6 +32,13 @@ def arrays(kind: str, layers: int, heads: int, group: int, dim: int) -> dict[str
         real, imaginary = (normal(layers, heads * group, dim // 2) for _ in range(2))
         sizes = np.hypot(real, imaginary) * (1 + np.abs(normal(layers, heads * group, dim // 2)))
         return {"mean_real": real, "mean_imaginary": imaginary, "mean_size": sizes}
+    if kind == "expected_attention":
+        mixing = normal(layers, heads * group, dim, dim) / dim**0.5
+        covariance = (mixing @ mixing.swapaxes(2, 3)).astype(np.float32)
+        first, second = np.arange(dim // 2), np.arange(dim // 2, dim)
+        pairs = [covariance[..., a, b] for a, b in ((first, first), (first, second), (second, second))]
+        mean = normal(layers, heads * group, dim)
+        return {"mean": mean, "covariance": covariance, "pairs": np.stack(pairs, axis=-1)}
     return {}
 
 

@@ -22,21 +22,21 @@ NAN = float("nan")
 class DenseEvent(Event):
     """Attributes:
     key_entries, value_entries: [L, R, H, N, d].
-    queries: [L, R, w, Hq, d].
+    query_entries: [L, R, w, Hq, d].
     state_entries: [L, R, H, N].
     poison: what every answer holds where it has no meaning.
     """
 
     key_entries: Tensor
     value_entries: Tensor
-    queries: Tensor
+    query_entries: Tensor
     state_entries: Tensor
     poison: float = NAN
 
     def attention(self, softmax="all", group="max", window="mean"):
         layers, _, heads, _ = self.shape
         keys = torch.where(self.valid[..., None], self.key_entries, 0.0)
-        queries = self.queries.view(layers, -1, self.window, heads, self.group_size, self.head_dim)
+        queries = self.query_entries.view(layers, -1, self.window, heads, self.group_size, self.head_dim)
         logits = torch.einsum("lrwhgd,lrhnd->lrhgwn", queries, keys) / math.sqrt(self.head_dim)
         if softmax == "all":
             last = self.window_start[:, None] + torch.arange(self.window)
@@ -72,6 +72,9 @@ class DenseEvent(Event):
 
     def carried_state(self):
         return self.state_entries
+
+    def queries(self):
+        return self.query_entries
 
     def keys(self):
         return self.key_entries
@@ -239,7 +242,7 @@ def build_event(policy, held, keeps, recent, protection, layers, poison) -> Dens
         layer_offset=layers.start or 0,
         key_entries=keys,
         value_entries=stack([one.entries(one.tokens.values) for one in held], 2),
-        queries=torch.stack([one.tokens.queries[:, one.seen - window : one.seen] for one in held], 1)[layers],
+        query_entries=torch.stack([one.tokens.queries[:, one.seen - window : one.seen] for one in held], 1)[layers],
         state_entries=stack([one.state for one in held], 2),
         poison=poison,
     )

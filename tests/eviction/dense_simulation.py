@@ -46,6 +46,16 @@ DEFAULTS = {
     "lagkv": {"partition": 128, "sink": 4, "cross": False},
     "q_filters": {"calibration": ""},
     "triattention": {"calibration": "", "z": True, "scope": "local"},
+    "expected_attention": {
+        "stats": "file",
+        "calibration": "",
+        "window": 16,
+        "cov": "full",
+        "T": 512,
+        "sink": 4,
+        "eps": 0.0,
+        "vnorm": True,
+    },
     "random": {},
     "random_shared": {"share": "heads"},
     "page_attention": {"page_size": 256, "scope": "shared", "window": 16, "agg": "sum"},
@@ -311,11 +321,49 @@ class Simulation:
         direction = self.known["filters"][place]
         return [float(self.keys[place][token] @ direction) for token in self.cache[place].tokens]
 
+    def _frequencies(self) -> np.ndarray:
+        d = self.keys.shape[3]
+        return np.array(self.inv_freq or [10000 ** (-2 * f / d) for f in range(d // 2)])
+
+    def _turning(self, position: int) -> np.ndarray:
+        """The real matrix [d, d] of RoPE at a position."""
+        angles = self._frequencies() * position
+        cos, sin = np.diag(np.cos(angles)), np.diag(np.sin(angles))
+        return self.rope_factor * np.block([[cos, -sin], [sin, cos]])
+
+    def _expected_attention(self, place, n):
+        """Matrices and vectors after RoPE, with the keys as they are cached."""
+        o, (layer, head) = self.o, place
+        d = self.keys.shape[3]
+        tokens = self.cache[place].tokens
+        turn = sum(self._turning(self.seen + t) for t in range(o["T"])) / o["T"]
+        shares = np.zeros(n)
+        for g in range(self.group):
+            row = layer, head * self.group + g
+            if o["stats"] == "file":
+                mean, covariance = self.known["mean"][row], self.known["covariance"][row]
+            else:
+                seen = range(self.seen - o["window"], self.seen)
+                plain = [np.linalg.inv(self._turning(t)) @ self.queries[layer, t, row[1]] for t in seen]
+                mean, covariance = np.mean(plain, axis=0), np.cov(np.array(plain).T, bias=True)
+            if o["cov"] != "full":
+                same = np.arange(d) % (d // 2)
+                covariance = covariance * (same[:, None] == same) * (o["cov"] == "pairs")
+            mean, covariance = turn @ mean, turn @ covariance @ turn.T
+            keys = self.keys[layer, head, tokens]
+            z = np.array([mean @ k / math.sqrt(d) + k @ covariance @ k / (2 * d) for k in keys])
+            z[: o["sink"]] = -math.inf
+            shares += np.exp(z - z.max()) / np.exp(z - z.max()).sum() / self.group
+        scores = shares + o["eps"]
+        if o["vnorm"]:
+            scores = scores * np.linalg.norm(self.values[layer, head, tokens], axis=1)
+        return [math.inf] * o["sink"] + scores[o["sink"] :].tolist()
+
     def _triattention(self, place, n):
         """The long form: cosines of the distances from queries to come, with keys as they were before RoPE."""
         layer, head = place
         half = self.keys.shape[3] // 2
-        w = np.array(self.inv_freq or [10000 ** (-2 * f / self.keys.shape[3]) for f in range(half)])
+        w = self._frequencies()
         tokens = np.array(self.cache[place].tokens)
         cached = self.keys[layer, head, tokens]
         keys = (cached[:, :half] + 1j * cached[:, half:]) * np.exp(-1j * tokens[:, None] * w) / self.rope_factor

@@ -1,4 +1,4 @@
-"""What policies that know the model's queries beforehand promise: q_filters and triattention."""
+"""What policies that know the model's queries beforehand promise."""
 
 from dataclasses import replace
 
@@ -97,3 +97,51 @@ def test_triattention_of_equal_keys_is_a_tie():
     tokens = with_keys(REQUESTS[0], torch.zeros_like)
     assert (scores_of(policy, [tokens]) == 0).all()
     assert (kept(policy, [tokens], schedule=[[96]]) == torch.arange(32, 96)).all()
+
+
+# expected_attention
+
+
+def test_expected_attention_is_the_mean_over_gaussian_queries():
+    """At one position ahead, the mean of exp(q.K / sqrt(d)) over q ~ N(mu, C), turned to that position, is exp(z)."""
+    policy = make("expected_attention", T=1, sink=0, vnorm=False, **MADE_UP)
+    tokens = with_keys(REQUESTS[0], lambda keys: 0.3 * keys)
+    event = dense_event(policy, [tokens], [80])
+    mean, covariance = (event.calibration[name][1, 2].double() for name in ("mean", "covariance"))
+    root = torch.linalg.cholesky(covariance + 1e-9 * torch.eye(32))
+    queries = mean + torch.randn(200_000, 32, dtype=torch.float64) @ root.T
+    turn = torch.exp(1j * 80 * event.inv_freq)
+    pairs = torch.complex(*queries.chunk(2, dim=-1)) * turn
+    queries = torch.cat((pairs.real, pairs.imag), dim=-1)
+    keys = tokens.keys[1, 1, :80].double()
+    sampled = (queries @ keys.T / 32**0.5).exp().mean(dim=0)
+    # Of the second KV head's two query heads, the first alone.
+    alone = {name: array.unflatten(1, (2, 2))[:, :, :1].flatten(1, 2) for name, array in event.calibration.items()}
+    expected = policy.score(replace(event, group_size=1, calibration=alone))[1, 0, 1].double()
+    torch.testing.assert_close(sampled / sampled.sum(), expected, rtol=0.05, atol=1e-4)
+
+
+def test_expected_attention_of_pairs_is_that_of_a_covariance_in_blocks():
+    full, pairs = (make("expected_attention", cov=cov, **MADE_UP) for cov in ("full", "pairs"))
+    event = dense_event(full, REQUESTS, [80, 96])
+    same = torch.arange(32) % 16
+    blocks = event.calibration["covariance"] * (same[:, None] == same)
+    event = replace(event, calibration=event.calibration | {"covariance": blocks})
+    torch.testing.assert_close(full.score(event), pairs.score(dense_event(pairs, REQUESTS, [80, 96])))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stats": "running"}, "one of file, window"),
+        (
+            {"stats": "window", **MADE_UP},
+            "must be left out without stats=file",
+        ),
+        ({}, "give the calibration file"),
+        ({"T": 0, **MADE_UP}, "at least 1"),
+    ],
+)
+def test_options_of_expected_attention(options, message):
+    with pytest.raises(ValueError, match=message):
+        make("expected_attention", **options)

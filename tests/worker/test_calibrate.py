@@ -82,6 +82,24 @@ def test_triattention(folder, queries, tmp_path):
                 assert found["mean_size"][place] == pytest.approx(size, abs=1e-4)
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_expected_attention(folder, queries, tmp_path, full):
+    found = made(folder, tmp_path, "expected_attention", options={"full": full})
+    before, _ = queries
+    layers, _, heads, dim = before.shape
+    assert set(found) == {"mean", "pairs", *(["covariance"] if full else [])}
+    for layer in range(layers):
+        for head in range(heads):
+            covariance = np.cov(before[layer, :, head].T, bias=True)
+            np.testing.assert_allclose(found["mean"][layer, head], before[layer, :, head].mean(axis=0), atol=1e-4)
+            if full:
+                np.testing.assert_allclose(found["covariance"][layer, head], covariance, atol=1e-3)
+            for f in range(dim // 2):
+                g = f + dim // 2
+                block = covariance[f, f], covariance[f, g], covariance[g, g]
+                np.testing.assert_allclose(found["pairs"][layer, head, f], block, atol=1e-3)
+
+
 @pytest.mark.parametrize("sampled", [3000, 20])
 def test_q_filters(folder, queries, tmp_path, monkeypatch, sampled):
     monkeypatch.setattr(QFilters, "queries", sampled)
@@ -117,7 +135,7 @@ def test_the_file_fits_its_model_alone(tmp_path):
 
 def test_what_cannot_be_calibrated(tmp_path):
     folder = save_tiny_model("llama", tmp_path / "model")
-    with pytest.raises(ValueError, match="kind='zipage': must be one of triattention, q_filters"):
+    with pytest.raises(ValueError, match="kind='zipage': must be one of triattention, q_filters, expected_attention"):
         calibrate(folder, SEQUENCES, tmp_path / "file", kind="zipage", source=SOURCE, device="cpu")
     with pytest.raises(ValueError, match="2 sequences: none has a token beyond its first 4"):
         calibrate(folder, [[1, 2], [3] * 4], tmp_path / "file", kind="q_filters", source=SOURCE, device="cpu")

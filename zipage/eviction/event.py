@@ -171,6 +171,14 @@ class Event(ABC):
         """The state array of the entries, float32 [L, R, H, N]. Slots that carry none may hold anything."""
 
     @abstractmethod
+    def queries(self) -> Tensor:
+        """The window's queries (after RoPE), float32 [L, R, w, Hq, d]: of positions N - w .. N - 1, heads in order.
+
+        Raises:
+            ValueError: the policy asked for no queries.
+        """
+
+    @abstractmethod
     def keys(self) -> Tensor:
         """Keys as cached (after RoPE), float32 [L, R, H, N, d]: a dense copy."""
 

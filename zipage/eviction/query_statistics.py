@@ -106,5 +106,42 @@ class QFilters(QueryStatistics):
         return {"filters": torch.stack(filters)}
 
 
-STATISTICS: dict[str, type[QueryStatistics]] = {statistics.kind: statistics for statistics in (TriAttention, QFilters)}
+class ExpectedAttention(QueryStatistics):
+    """`mean` [L, Hq, d]; `pairs` [L, Hq, d / 2, 3], the products xx, xy, yy of each rotary pair, centred; and, where it
+    is `full`, `covariance` [L, Hq, d, d]. Queries before RoPE.
+    """
+
+    kind: ClassVar[str] = "expected_attention"
+
+    def __init__(self, heads: Heads, num_tokens: int, seed: int, device: torch.device, *, full: bool = True) -> None:
+        super().__init__(heads, num_tokens, seed, device)
+        self._full = full
+        shape, dim = (heads.num_layers, heads.num_heads), heads.head_dim
+        self._sum = torch.zeros(*shape, dim, dtype=torch.float64, device=device)
+        inner = (dim, dim) if full else (dim // 2, 3)
+        self._products = torch.zeros(*shape, *inner, dtype=torch.float64, device=device)
+
+    def add(self, layer: int, first: int, before: Tensor, after: Tensor) -> None:
+        self._sum[layer] += before.sum(dim=0)
+        if self._full:
+            queries = before.transpose(0, 1)
+            self._products[layer] += queries.mT @ queries
+        else:
+            x, y = before.chunk(2, dim=-1)
+            self._products[layer] += torch.stack((x * x, x * y, y * y), dim=-1).sum(dim=0)
+
+    def arrays(self) -> dict[str, Tensor]:
+        mean, products = self._sum / self.num_tokens, self._products / self.num_tokens
+        if not self._full:
+            x, y = mean.chunk(2, dim=-1)
+            return {"mean": mean, "pairs": products - torch.stack((x * x, x * y, y * y), dim=-1)}
+        covariance = products - mean[..., :, None] * mean[..., None, :]
+        half = self.heads.head_dim // 2
+        xy = covariance.diagonal(offset=half, dim1=-2, dim2=-1)
+        xx, yy = covariance.diagonal(dim1=-2, dim2=-1).chunk(2, dim=-1)
+        return {"mean": mean, "pairs": torch.stack((xx, xy, yy), dim=-1), "covariance": covariance}
+
+
+KINDS = TriAttention, QFilters, ExpectedAttention
+STATISTICS: dict[str, type[QueryStatistics]] = {statistics.kind: statistics for statistics in KINDS}
 """Kind of a calibration file -> what it is made of."""

@@ -30,6 +30,7 @@ def calibrate(
     *,
     kind: str,
     source: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -43,6 +44,7 @@ def calibrate(
         out: the file.
         kind: of policy that reads it.
         source: what the texts are, for the file's header.
+        options: of the kind; `expected_attention` takes `full` (True), whether the whole covariance is stored.
         seed: of what is drawn, and of dummy weights.
 
     Raises:
@@ -53,21 +55,21 @@ def calibrate(
         raise ValueError(
             f"kind={kind!r}: must be one of {', '.join(STATISTICS)}" + f"; did you mean {close!r}?" * bool(close)
         )
-    options = {"load_format": load_format, "seed": seed}
-    loaded = obtain_model(str(model), dtype=dtype, device=device, **options)
+    drawn = {"load_format": load_format, "seed": seed}
+    loaded = obtain_model(str(model), dtype=dtype, device=device, **drawn)
     spec = loaded.spec
     num_tokens = sum(max(0, len(sequence) - SKIPPED) for sequence in sequences)
     if num_tokens < 1:
         raise ValueError(f"{len(sequences)} sequences: none has a token beyond its first {SKIPPED}")
     heads = Heads(spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim)
-    statistics = STATISTICS[kind](heads, num_tokens, seed, loaded.decoder.device)
+    statistics = STATISTICS[kind](heads, num_tokens, seed, loaded.decoder.device, **options or {})
     first = 0
     for sequence in sequences:
         read(loaded.decoder, sequence, statistics, first)
         first += max(0, len(sequence) - SKIPPED)
     path = Path(out)
     told = {**source, "tokens": num_tokens, "seed": seed}
-    write_calibration(path, kind, statistics.arrays(), model_identity(str(model), **options), told)
+    write_calibration(path, kind, statistics.arrays(), model_identity(str(model), **drawn), told)
     return path
 
 

@@ -95,8 +95,7 @@ class PagedEvent(Event):
         group: Literal["max", "mean"] = "max",
         window: Literal["mean", "sum", "max"] = "mean",
     ) -> Tensor:
-        if self.q_cache is None:
-            raise ValueError("event.attention needs queries, and the policy asked for none: set num_queries or window")
+        self._check_queries("attention")
         if len({*self.scales}) > 1:  # a launch has one scale
             layers = [self.of_layers(i, i + 1).attention(softmax, group, window) for i in range(self.num_layers)]
             return torch.cat(layers)
@@ -124,6 +123,10 @@ class PagedEvent(Event):
             raise ValueError("the policy carries state: give state_cache")
         return self._gathered(self.state_cache[..., None])[..., 0]
 
+    def queries(self) -> Tensor:
+        self._check_queries("queries")
+        return self._in_order.float()
+
     def keys(self) -> Tensor:
         return self._gathered(self.k_cache)
 
@@ -143,10 +146,19 @@ class PagedEvent(Event):
         width = self.q_cache.shape[2]
         if width == self.window:
             return self.q_cache, self.query_slots, self.logical_lens
-        places = (self.logical_lens[:, None] - self.window + torch.arange(self.window, device=self.device)) % width
-        queries = self.q_cache[:, self.query_slots.long()[:, None], places.long()].contiguous()
         rows = torch.arange(self.num_requests, dtype=torch.int32, device=self.device)
-        return queries, rows, torch.full_like(rows, self.window)
+        return self._in_order.contiguous(), rows, torch.full_like(rows, self.window)
+
+    @property
+    def _in_order(self) -> Tensor:
+        """The latest `window` queries of each request by position, [L, R, window, Hq, d]."""
+        width = self.q_cache.shape[2]
+        places = (self.logical_lens[:, None] - self.window + torch.arange(self.window, device=self.device)) % width
+        return self.q_cache[:, self.query_slots.long()[:, None], places.long()]
+
+    def _check_queries(self, asked: str) -> None:
+        if self.q_cache is None:
+            raise ValueError(f"event.{asked} needs queries, and the policy asked for none: set num_queries or window")
 
     @cached_property
     def _blocks(self) -> Tensor:
