@@ -68,10 +68,10 @@ def corpus(name: str, seed: int) -> Iterator[Conversation]:
         lines = [line for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"--corpus={name}: neither {' nor '.join(CORPORA)}, nor a file of prompts ({error})"
+            f"corpus {name!r}: neither {' nor '.join(CORPORA)}, nor a file of prompts ({error})"
         ) from error
     if not lines:
-        raise UsageError(f"--corpus={name}: the file holds no prompt")
+        raise UsageError(f"corpus {name!r}: the file holds no prompt")
     return itertools.cycle([_conversation(line) for line in lines])
 
 

@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -17,6 +18,7 @@ from zipage.eviction.query_statistics import STATISTICS, Heads, QueryStatistics
 from zipage.models.decoder import Decoder
 from zipage.models.loading.identity import model_identity
 from zipage.models.loading.share import obtain_model
+from zipage.transfer import to_device
 
 SKIPPED = 4
 """Leading tokens of a sequence that no statistics count: attention sinks, whose queries are unlike all others."""
@@ -90,4 +92,4 @@ def read(decoder: Decoder, token_ids: Sequence[int], statistics: QueryStatistics
         scale = decoder.spec.attention[layer].scale
         return scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1)
 
-    decoder(torch.tensor(token_ids, device=decoder.device), positions, attention)
+    decoder(to_device(token_ids, decoder.device, np.int64), positions, attention)

@@ -21,6 +21,7 @@ from zipage.eviction.policy import Policy
 from zipage.models.shard import WHOLE, Shard
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import CompressionOrder
+from zipage.transfer import to_device
 from zipage.worker.compression_batch import CompressionBatch, batches, check_orders
 from zipage.worker.compressor import PartlyCompressed, choose, compress
 from zipage.worker.kv_cache import KVCache
@@ -99,7 +100,7 @@ class CompressionRunner:
         self._model_heads = model_heads or spec.num_kv_heads
         self._cache = cache
         self._spec = spec
-        self._inv_freq = torch.tensor(spec.inv_freq, dtype=torch.float64, device=cache.k.device)
+        self._inv_freq = to_device(spec.inv_freq, cache.k.device, np.float64)
         self._calibration = calibration or {}
         self._layer_stride = layer_stride
         self._trace = trace

@@ -12,8 +12,8 @@ from zipage.checks import one_of
 from zipage.eviction.event import Event
 from zipage.eviction.policy import Policy, option
 
-OFFSETS = tuple(2**i for i in range(17))
-"""Distances from the next token to the queries that will come: 1, 2, 4 .. 65536."""
+DOUBLINGS = 17
+"""The queries that will come are 1, 2, 4 .. 65536 positions behind the next token."""
 LEAST_STD = 1e-6
 
 
@@ -22,9 +22,9 @@ class TriAttention(Policy):
     """`S` = max over the group of the z-scores of `T` [L, R, H, N]. arXiv 2604.04921.
 
     `T[j] = Re sum_f m_f W_f e^{i w_f N} conj(K_f) + sum_f (e_f - |m_f|) |K_f|` of each query head: m_f = E[q_f] and
-    e_f = E|q_f| of the calibration file, before RoPE; W_f = mean of e^{i w_f o} over `OFFSETS`. With keys as cached it
-    needs no positions: it is the published sum of cosines of distances but for a common factor. z is taken over the
-    entries that are not protected. The published code takes queries before q-norm; here they are those after it.
+    e_f = E|q_f| of the calibration file, before RoPE; W_f = mean of e^{i w_f o} over o = 1, 2, 4 .. 65536. With keys as
+    cached it needs no positions: it is the published sum of cosines of distances but for a common factor. z is taken
+    over the entries that are not protected. The published code takes queries before q-norm; here they are those after.
 
     Attributes:
         calibration: file of the model.
@@ -70,7 +70,8 @@ class TriAttention(Policy):
 
 def _turn(event: Event) -> Tensor:
     """`W_f e^{i w_f N}`, complex [R, d / 2]: the mean turn of the queries to come."""
-    ends = event.logical_lens.double()[:, None] + torch.tensor(OFFSETS, dtype=torch.float64, device=event.device)
+    offsets = 2.0 ** torch.arange(DOUBLINGS, dtype=torch.float64, device=event.device)
+    ends = event.logical_lens.double()[:, None] + offsets
     return torch.exp(1j * ends[..., None] * event.inv_freq).mean(dim=1)
 
 
