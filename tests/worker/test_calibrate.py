@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from tests.engine.compressed import make_llm
 from tests.eviction.cases import Case
+from tests.models.loading.gguf_writer import write_gguf
 from tests.tiny_models import save_tiny_model
 from zipage import LLM, calibrate
 from zipage.eviction.query_statistics import QFilters
@@ -139,3 +141,32 @@ def test_what_cannot_be_calibrated(tmp_path):
         calibrate(folder, SEQUENCES, tmp_path / "file", kind="zipage", source=SOURCE, device="cpu")
     with pytest.raises(ValueError, match="2 sequences: none has a token beyond its first 4"):
         calibrate(folder, [[1, 2], [3] * 4], tmp_path / "file", kind="q_filters", source=SOURCE, device="cpu")
+
+
+def test_other_weights_of_one_shape_and_a_gguf_file_are_models_of_their_own(tmp_path):
+    """A hash of the weights tells them apart; a calibration of a GGUF file fits it."""
+    folder = save_tiny_model("llama", tmp_path / "folder", num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    write_gguf(tmp_path / "model.gguf", model, GGMLQuantizationType.F16)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] += 1.0
+    model.save_pretrained(tmp_path / "edited")
+    models = {"folder": folder, "gguf": tmp_path / "model.gguf", "edited": tmp_path / "edited"}
+    options = {
+        "skip_tokenizer_init": True,
+        "device": "cpu",
+        "num_blocks": 8,
+        "policy": "q_filters",
+        "budget_tokens": 64,
+    }
+    for name in ("folder", "gguf"):
+        path = calibrate(
+            models[name], SEQUENCES, tmp_path / f"of_{name}", kind="q_filters", source=SOURCE, device="cpu"
+        )
+        for other, at in models.items():
+            given = options | {"policy_options": {"calibration": str(path)}}
+            if other == name:
+                LLM(str(at), **given)
+                continue
+            with pytest.raises(ValueError, match="weights is .*, not "):
+                LLM(str(at), **given)
