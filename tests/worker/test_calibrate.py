@@ -168,5 +168,5 @@ def test_other_weights_of_one_shape_and_a_gguf_file_are_models_of_their_own(tmp_
             if other == name:
                 LLM(str(at), **given)
                 continue
-            with pytest.raises(ValueError, match="weights is [0-9a-f]{16}, not "):
+            with pytest.raises(ValueError, match=r"weights is [0-9a-f]{16}, not "):
                 LLM(str(at), **given)
