@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from zipage.processes import Channel, Child, packed
+from zipage.processes import Channel, Child, packed, send_logs
 
 
 def echo(channel: Channel) -> None:
@@ -33,6 +35,42 @@ def fail(channel: Channel) -> None:
     for error in errors:
         channel.send(packed(error))
     raise SystemExit(3)
+
+
+def log(channel: Channel) -> None:
+    send_logs("some", logging.INFO, channel.send)
+    logging.getLogger("some.part").info("one %d", 1)
+    logging.getLogger("some.part").debug("two")
+    logging.getLogger("other").error("three")
+    try:
+        raise ArithmeticError
+    except ArithmeticError:
+        logging.getLogger("some").exception("bad", extra={"in_output": True})
+    channel.send("that is all")
+
+
+def fail_after(channel: Channel) -> None:
+    """As a rank that is started with a `delay`, in seconds."""
+    seconds = channel.receive().delay
+    time.sleep(seconds)
+    try:
+        raise ArithmeticError(f"after {seconds} seconds")
+    except ArithmeticError as error:
+        channel.send(packed(error))
+
+
+def answer_after(channel: Channel) -> None:
+    """The same."""
+    time.sleep(channel.receive().delay)
+    channel.send("ready")
+    read(channel)
+
+
+def read(channel: Channel) -> None:
+    """Say nothing."""
+    with suppress(EOFError):
+        while True:
+            channel.receive()
 
 
 def with_grandchild(channel: Channel) -> None:

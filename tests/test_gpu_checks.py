@@ -67,6 +67,18 @@ def test_a_check_that_ends_badly_has_failed_and_the_others_run(tmp_path, capfd, 
     assert "raises | ModuleNotFoundError" in capfd.readouterr().out
 
 
+def test_checks_take_turns_with_gpus_and_those_that_must_be_alone_have_one_each(tmp_path):
+    say = "import os, time; time.sleep(0.5); print(os.environ.get('CUDA_VISIBLE_DEVICES'), time.monotonic())"
+    checks = [fake("wide", say, gpus=2), *(fake(f"beside {i}", say) for i in range(3))]
+    checks += [fake(f"alone {i}", say, alone=True) for i in range(3)]
+    assert runner.run_checks(checks, tmp_path / "record.json", HEAD, jobs=4, gpus=["5", "7"])
+    said = {name: row["summary"].split() for name, row in read(tmp_path / "record.json")[1].items()}
+    assert said["wide"][0] == str(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    assert [said[f"beside {i}"][0] for i in range(3)] == ["5", "7", "5"]
+    assert {said["alone 0"][0], said["alone 1"][0]} == {"5", "7"}
+    assert float(said["alone 2"][1]) >= min(float(said[f"alone {i}"][1]) for i in range(2)) + 0.4
+
+
 def test_only_if_all_pass_the_verdict_is_passed(tmp_path):
     out = tmp_path / "record.json"
     assert runner.run_checks([CHECKS[0], CHECKS[-1]], out, HEAD)

@@ -1,5 +1,6 @@
 """Children answer, and none outlives its parent."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -38,7 +39,7 @@ def test_a_child_answers_with_our_path_and_ends_when_it_is_closed(monkeypatch):
 
 def test_errors_cross_and_the_end_of_a_child_is_named():
     failing, killed = Child("rank 0", f"{TARGETS}:fail"), Child("rank 1", f"{TARGETS}:sleep")
-    missing, bad, odd = (unpacked(*failing.channel.receive()) for _ in range(3))
+    missing, bad, odd = (unpacked(failing.channel.receive()) for _ in range(3))
     assert isinstance(missing, FileNotFoundError)
     assert str(missing) == "[Errno 2] no such thing: 'here'"
     assert isinstance(bad, ValueError)
@@ -53,6 +54,19 @@ def test_errors_cross_and_the_end_of_a_child_is_named():
         killed.channel.receive()
     assert killed.death() == "rank 1 died (signal 9)"
     close_all([failing, killed])
+
+
+def test_log_records_cross(caplog):
+    child = Child("rank 1", f"{TARGETS}:log")
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            child.channel.receive().repeat(child.name)
+    plain, fault = caplog.records
+    assert (plain.name, plain.levelname, plain.message, plain.exc_info) == ("some.part", "INFO", "rank 1: one 1", None)
+    assert (fault.name, fault.levelname, fault.message, fault.in_output) == ("some", "ERROR", "rank 1: bad", True)
+    assert "in log\n" in str(fault.exc_info[1])
+    assert child.channel.receive() == "that is all", "nothing below the level, nothing of other loggers"
+    child.close()
 
 
 def test_a_deaf_child_is_killed_and_a_forgotten_one_too():

@@ -10,7 +10,7 @@ from zipage.config import EngineConfig
 from zipage.eviction.registry import find as find_policy
 from zipage.outputs import CompletionOutput, Logprob, RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams
-from zipage.stats import EngineStats, EventStats, RequestMetrics, StepStats
+from zipage.stats import EngineStats, EventStats, HeldEntries, RequestMetrics, RequestState, Snapshot, StepStats
 
 if TYPE_CHECKING:
     from kernels.bench import measure_ceilings, measure_kernels
@@ -29,11 +29,14 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "EventStats",
+    "HeldEntries",
     "Logprob",
     "RequestMemory",
     "RequestMetrics",
     "RequestOutput",
+    "RequestState",
     "SamplingParams",
+    "Snapshot",
     "StepStats",
     "StreamEvent",
     "calibrate",

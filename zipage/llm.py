@@ -16,13 +16,12 @@ from tqdm import tqdm
 
 from zipage.checks import Text, check_names, checked
 from zipage.config import EngineConfig
-from zipage.engine.input_processor import Message, Prompt, Tokens, as_conversations, as_prompts, text_of
+from zipage.engine.input_processor import Message, Prompt, Tokens, as_conversations, as_prompts, read, text_of
 from zipage.engine.output_processor import PendingPrompt
 from zipage.engine.startup import start
-from zipage.eviction.fault import described
 from zipage.outputs import RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams
-from zipage.stats import EngineStats
+from zipage.stats import EngineStats, HeldEntries, Snapshot
 from zipage.unsupported import CALL_OPTIONS, drop_unsupported
 
 
@@ -77,7 +76,7 @@ class LLM:
         Raises:
             ValueError: it is no prompt, or can't be encoded.
         """
-        return _read(prompt, self._inputs.tokenize)
+        return read(prompt, self._inputs.tokenize)
 
     def tokenize_chat(
         self,
@@ -93,8 +92,10 @@ class LLM:
         Raises:
             ValueError: there is no template, it refuses the messages, or the messages hold more than text.
         """
-        read = self._with_template(chat_template, add_generation_prompt, continue_final_message, chat_template_kwargs)
-        return _read(messages, read)
+        tokenize = self._with_template(
+            chat_template, add_generation_prompt, continue_final_message, chat_template_kwargs
+        )
+        return read(messages, tokenize)
 
     def add_request(
         self,
@@ -152,7 +153,7 @@ class LLM:
         elif self._outputs.knows(request_id):
             raise ValueError(f"request_id={request_id!r}: already in use")
         follow = self._outputs.follows(params, events is not None)
-        text, token_ids = _read(prompt, tokenize)
+        text, token_ids = read(prompt, tokenize)
         samples = self._inputs.samples(token_ids, params, request_id, number, follow)
         first = samples[0]
         pending = self._outputs.add(request_id, text, first.token_ids, params, events)
@@ -419,21 +420,26 @@ class LLM:
         """Counters since the start, and gauges as they are now."""
         return self._core.stats()
 
+    def snapshot(self) -> Snapshot:
+        """The unfinished samples as they are now. Raises RuntimeError as `step`."""
+        with self._core.whole():
+            return self._core.snapshot()
+
+    def held_entries(self, request_id: str, index: int = 0) -> HeldEntries | None:
+        """The positions of a sample's text that each head holds now, for which it waits for the step under way. None
+        where nothing stands still on the device: it has ended, waits, is paused, or is being compressed.
+
+        Raises:
+            RuntimeError: the engine was shut down or has failed.
+        """
+        with self._core.whole():
+            return self._core.held_entries(request_id, index)
+
 
 def _one_of_two(sampling_params: Any, params: Any) -> Any:
     if sampling_params is not None and params is not None:
         raise ValueError("sampling_params and params are two names for the same: give one of them")
     return params if sampling_params is None else sampling_params
-
-
-def _read(prompt: Any, tokenize: Callable[[Any], Tokens]) -> Tokens:
-    """A prompt's tokens. Raises ValueError, whatever its own methods raise."""
-    try:
-        return tokenize(prompt)
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(f"the prompt cannot be read ({described(error)})") from error
 
 
 def _refuse(where: str, options: Mapping[str, Any]) -> None:

@@ -7,9 +7,12 @@ importable module, and the module search path is this process's.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -17,9 +20,10 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import Any, NamedTuple
 
 POLL = 0.5
 """Seconds between two looks of a child whether its parent lives."""
@@ -39,10 +43,20 @@ class Channel:
         self._sending = threading.Lock()
 
     def send(self, message: Any) -> None:
-        """Raises OSError where the other end is gone."""
-        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        """Raises OSError where the other end is gone; BlockingIOError where it takes nothing (`limit_sending`)."""
+        self.send_pickled(pickled(message))
+
+    def send_pickled(self, data: bytes) -> None:
+        """`send` what `pickled` has made, which may go through several channels."""
         with self._sending:
             self._connection.send_bytes(data)
+
+    def limit_sending(self, seconds: float) -> None:
+        """How long `send` waits for the other end to take something. What was sent in part then is lost: end it."""
+        whole, part = divmod(seconds, 1)
+        limit = struct.pack("ll", int(whole), int(part * 1e6))
+        with socket.socket(fileno=os.dup(self._connection.fileno())) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def receive(self) -> Any:
         """Wait for a message. Raises EOFError or OSError where the other end is gone."""
@@ -57,6 +71,11 @@ class Channel:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def pickled(message: Any) -> bytes:
+    """A message as it crosses."""
+    return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
 
 
 class Child:
@@ -142,7 +161,19 @@ def _end(process: subprocess.Popen[bytes], channel: Channel, owner: int) -> None
     process.wait()
 
 
-# Errors that cross
+# Errors and lines of the log that cross
+
+
+class Failure(NamedTuple):
+    """An error on its way: of the same type and text where it can be pickled, and its traceback.
+
+    Attributes:
+        time: at which it was caught, by the host's one monotonic clock.
+    """
+
+    error: BaseException
+    traceback: str
+    time: float
 
 
 class ChildTraceback(Exception):
@@ -152,8 +183,9 @@ class ChildTraceback(Exception):
         return f"\n{self.args[0]}"
 
 
-def packed(error: BaseException) -> tuple[BaseException, str]:
-    """An error as a message, for `unpacked`: of the same type and text where it can be pickled, and its traceback."""
+def packed(error: BaseException) -> Failure:
+    """An error as a message, for `unpacked`."""
+    now = time.monotonic()
     text = "".join(traceback.format_exception(error))
     try:
         copy = pickle.loads(pickle.dumps(error))
@@ -161,13 +193,54 @@ def packed(error: BaseException) -> tuple[BaseException, str]:
             raise ValueError("it is another after pickling")
     except Exception:
         error = RuntimeError("".join(traceback.format_exception_only(error)).strip())
-    return error, text
+    return Failure(error, text, now)
 
 
-def unpacked(error: BaseException, text: str) -> BaseException:
+def unpacked(failure: Failure) -> BaseException:
     """The error, to be raised here."""
-    error.__cause__ = ChildTraceback(text)
-    return error
+    failure.error.__cause__ = ChildTraceback(failure.traceback)
+    return failure.error
+
+
+class Log(NamedTuple):
+    """A record of a log.
+
+    Attributes:
+        traceback: of the error that it tells of.
+        in_output: as in the record: an output repeats it.
+    """
+
+    logger: str
+    level: int
+    text: str
+    traceback: str | None
+    in_output: bool
+
+    def repeat(self, name: str) -> None:
+        """Log it here, as one of the child of that name."""
+        error = None if self.traceback is None else ChildTraceback(self.traceback)
+        extra = {"in_output": True} if self.in_output else None
+        logging.getLogger(self.logger).log(self.level, "%s: %s", name, self.text, exc_info=error, extra=extra)
+
+
+def send_logs(logger: str, level: int, send: Callable[[Log], None]) -> None:
+    """In a child: records of a logger and those below it become messages instead of lines on its stderr."""
+    log = logging.getLogger(logger)
+    log.setLevel(level)
+    log.propagate = False
+    log.addHandler(_Sender(send))
+
+
+class _Sender(logging.Handler):
+    def __init__(self, send: Callable[[Log], None]) -> None:
+        super().__init__()
+        self._send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info and "".join(traceback.format_exception(*record.exc_info))
+        log = Log(record.name, record.levelno, record.getMessage(), error or None, getattr(record, "in_output", False))
+        with suppress(OSError):  # the other end is gone
+            self._send(log)
 
 
 # In the child

@@ -199,6 +199,66 @@ class EventStats:
     replica: int = 0
 
 
+@dataclass(slots=True)
+class RequestState:
+    """A sample that has not ended, as it is now (`LLM.snapshot`).
+
+    Attributes:
+        request_id, sample_index: whose.
+        status: "waiting", "running", "compressing" (out of the batch for a compression under way), "paused" (its
+            entries are in host memory).
+        num_prompt_tokens: the length of the prompt.
+        num_tokens: its logical length, prompt and output so far.
+        max_total_tokens: the logical length at which it ends at the latest.
+        entries: held per layer and KV head.
+        blocks: in its table; a paused one has none.
+        policy: that bounds it; "full" where nothing does.
+        budget_tokens: entries per layer and KV head that a compression leaves; None under full KV.
+        protected: leading entries that always stay.
+        compressions, pauses, preemptions: how often each happened.
+    """
+
+    request_id: str
+    sample_index: int
+    status: Literal["waiting", "running", "compressing", "paused"]
+    num_prompt_tokens: int
+    num_tokens: int
+    max_total_tokens: int
+    entries: int
+    blocks: int
+    policy: str
+    budget_tokens: int | None
+    protected: int
+    compressions: int
+    pauses: int
+    preemptions: int
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """The unfinished samples, in the order in which they were added, and blocks that the prefix index can find, in use
+    or free; with `data_parallel_size` above 1 of all replicas, one after the other."""
+
+    requests: list[RequestState]
+    blocks_cached: int
+
+
+@dataclass(slots=True)
+class HeldEntries:
+    """What each head holds of a sample's text (`LLM.held_entries`).
+
+    Attributes:
+        num_prompt_tokens: the length of the prompt.
+        num_tokens: its logical length.
+        positions: int32 [L, H, entries], logical positions of the entries of each layer and KV head, in the order of
+            their slots, which is ascending.
+    """
+
+    num_prompt_tokens: int
+    num_tokens: int
+    positions: np.ndarray
+
+
 def combine_metrics(samples: list[RequestMetrics]) -> RequestMetrics:
     """One record for all samples of a prompt: first token of any, end of the last, mean pace, summed counts."""
 

@@ -84,19 +84,8 @@ class VllmBackend:
     """
 
     def __init__(self, matched: bool = False, **options: Any) -> None:
-        name = "vllm_matched" if matched else "vllm"
-        config = EngineConfig.from_kwargs(**options)
-        require_full_kv(name, config)
-        if config.device == "cpu":
-            raise ValueError(f"hardware.device=cpu: backend={name} needs a GPU")
-        if config.device not in ("auto", "cuda", "cuda:0"):
-            number = config.device.removeprefix("cuda:")
-            raise ValueError(
-                f"hardware.device={config.device}: backend={name} takes the first GPU that it sees: "
-                f"set CUDA_VISIBLE_DEVICES={number} and hardware.device=cuda"
-            )
-        refuse_others(name, config, (*LIMITS, *SHARED, "device", "num_blocks"))
-        keywords = vllm_options(config, matched)
+        name, config = backend_name(matched), EngineConfig.from_kwargs(**options)
+        keywords = checked_options(config, matched)
         offline = {"HF_HUB_OFFLINE": "1"} if Path(config.model).exists() else {}
         for variable, value in (ENVIRONMENT | offline).items():
             os.environ.setdefault(variable, value)
@@ -195,6 +184,30 @@ class VllmBackend:
         self.stats.prompt_tokens += len(running.prompt)
         self.stats.output_tokens += sum(answer.metrics.output_tokens for answer in answers)
         return RequestOutput(request_id, None, running.prompt, answers, together(answers))
+
+
+def backend_name(matched: bool) -> str:
+    return "vllm_matched" if matched else "vllm"
+
+
+def checked_options(config: EngineConfig, matched: bool) -> dict[str, Any]:
+    """Keywords of `vllm.LLM` for options that vLLM can honour, which its server has as flags.
+
+    Raises:
+        ValueError: one of them it can't.
+    """
+    name = backend_name(matched)
+    require_full_kv(name, config)
+    if config.device == "cpu":
+        raise ValueError(f"hardware.device=cpu: backend={name} needs a GPU")
+    if config.device not in ("auto", "cuda", "cuda:0"):
+        number = config.device.removeprefix("cuda:")
+        raise ValueError(
+            f"hardware.device={config.device}: backend={name} takes the first GPU that it sees: "
+            f"set CUDA_VISIBLE_DEVICES={number} and hardware.device=cuda"
+        )
+    refuse_others(name, config, (*LIMITS, *SHARED, "device", "num_blocks"))
+    return vllm_options(config, matched)
 
 
 def vllm_options(config: EngineConfig, matched: bool) -> dict[str, Any]:

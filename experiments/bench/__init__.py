@@ -1,6 +1,6 @@
 """Benchmarks: runs that time kernels or the engine and ask no questions.
 
-One is chosen as a scenario (`scenario=kernels`, `scenario=engine_bench`) and leaves a folder like any run's, with
+One is chosen as a scenario (`scenario=kernels`, `engine_bench`, `serve_bench`) and leaves a folder like any run's, with
 `rows.json` instead of samples: one row a line of its table. Where the process is killed, the rows that it had are
 in the folder's `.partial` until the next attempt.
 """
@@ -13,19 +13,24 @@ from pathlib import Path
 
 from experiments import records
 from experiments.backends import BACKENDS, BackendFactory
-from experiments.bench import engine, kernels
+from experiments.bench import engine, kernels, serve
 from experiments.bench.kind import Bench
+from experiments.bench.pictures import picture
 from experiments.bench.tables import markdown
 from experiments.config.compose import load_experiment
 from experiments.config.schema import Experiment, to_dict
 from experiments.errors import RunError, UsageError, after_record
 from experiments.records import provenance, sources
+from experiments.running.tracking import open_tracker
 
-ALWAYS = ("hardware.", "scenario.repeats", "results_dir", "force")
+ALWAYS = ("hardware.", "scenario.repeats", "tracking.", "results_dir", "force")
 
 BENCHES = {
     "kernels": Bench(kernels.prepare, ("scenario.options",)),
     "engine_bench": Bench(engine.prepare, ("scenario.loads", "model.", "engine.", "seed")),
+    "serve_bench": Bench(
+        serve.prepare, ("scenario.loads", "scenario.path", "scenario.options", "model.", "engine.", "seed")
+    ),
 }
 
 
@@ -48,7 +53,7 @@ def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKEND
     device = provenance.device_name(experiment.hardware.device)
     run_id = records.benchmark_id(scenario.name, options, inputs=inputs, device=device)
     folder = Path(experiment.results_dir).expanduser() / run_id
-    hashes = sources.of_benchmarks()
+    hashes = sources.of_benchmarks(scenario.kind)
     standing = sources.standing(folder, hashes)
     if standing.state == "damaged" and experiment.force == "false":
         raise UsageError(f"{folder}: its record is damaged ({standing.reason}); force=stale replaces it")
@@ -69,14 +74,22 @@ def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKEND
         code = {"code": provenance.code_state(), "sources": hashes}
         origin = provenance.collect() | code | {"started": started, "inputs": inputs}
 
+        tracker = open_tracker(experiment.tracking, run_id, options, folder.parent)
+
         def keep(rows: list[dict]) -> None:
+            tracker.log_rows(rows)
             records.write_json(staging / records.ROWS, rows)
             records.write_json(staging / records.PROVENANCE, origin | {"ended": provenance.now()})
 
-        rows, common = measure(keep)
-        keep(rows)
-        refused = sum(row["refused"] is not None for row in rows)
-        metrics = {"rows": len(rows), "refused": refused, "seconds": time.perf_counter() - begin} | common
+        metrics = None
+        try:
+            rows, common = measure(keep)
+            keep(rows)
+            refused = sum(row["refused"] is not None for row in rows)
+            metrics = {"rows": len(rows), "refused": refused, "seconds": time.perf_counter() - begin} | common
+            tracker.log_benchmark(staging, lambda: picture(records.load_rows(staging)))
+        finally:
+            tracker.finish(metrics)
         records.publish(staging, folder, metrics)
     with after_record():
         _show(folder)

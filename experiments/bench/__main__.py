@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from experiments import records
+from experiments.bench.pictures import picture
+from experiments.bench.rates import highest
 from experiments.bench.tables import markdown
 from experiments.command_line import Parser, stoppable
 from experiments.errors import UsageError
@@ -14,8 +16,12 @@ from experiments.errors import UsageError
 @stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.bench", description="Show finished benchmarks.")
-    parser.add_argument("records", nargs="+", help="folders of scenario=kernels or scenario=engine_bench")
-    parser.add_argument("--picture", metavar="FILE", help="draw one record's share of the roofline (PNG, SVG or PDF)")
+    parser.add_argument("records", nargs="+", help="folders of scenario=kernels, engine_bench or serve_bench")
+    parser.add_argument(
+        "--picture",
+        metavar="FILE",
+        help="draw one record: the share of the roofline, or tails and goodput by rate (PNG, SVG or PDF)",
+    )
     parser.add_argument("--against", metavar="ARM", help="add ratios of engines to this one, with 95 %% intervals")
     options = parser.parse_args(arguments)
     try:
@@ -28,11 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from experiments.bench.ratios import against
                 from experiments.reporting.tables import to_markdown
 
-                print("\n" + to_markdown(against(rows, options.against)))
+                compared = highest(rows, options.against) if "slo" in rows else against(rows, options.against)
+                print("\n" + to_markdown(compared))
             if options.picture:
-                from experiments.reporting.plots import against_roofline
-
-                against_roofline(rows).savefig(options.picture, dpi=150)
+                picture(rows).savefig(options.picture, dpi=150)
     except (UsageError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

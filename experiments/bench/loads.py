@@ -162,8 +162,11 @@ def _stagger(lengths: list[list[int]], count: int, seed: int, config: EngineConf
     """The first `count` requests as if a part of each output were there: parts spread evenly, in a random order."""
     parts = [(i + 0.5) / count for i in range(count)]
     Random(seed).shuffle(parts)
-    begun = []
-    for part, (prompt, output) in zip(parts, lengths):
-        done = int(part * output)
-        begun.append([held_entries(config, prompt, done), output - done])
+    begun = [as_begun(length, int(part * length[1]), config) for part, length in zip(parts, lengths)]
     return begun + lengths[count:]
+
+
+def as_begun(length: Sequence[int], done: int, config: EngineConfig) -> list[int]:
+    """Prompt and output of a request as if `done` tokens of its output were there."""
+    prompt, output = length
+    return [held_entries(config, prompt, done), output - done]

@@ -16,7 +16,7 @@ FORCE = ("false", "stale", "true")
 ARRIVALS = ("all_at_once", "poisson", "trace", "steady")
 SERVED = ("serve", "fidelity")
 """Kinds of scenario that ask a model the questions of a workload; the others are benchmarks."""
-KINDS = (*SERVED, "kernels", "engine_bench")
+KINDS = (*SERVED, "kernels", "engine_bench", "serve_bench")
 OF_LENGTHS = ("lengths", "trace")
 """Generators whose problems say how long their outputs are."""
 OF_TURNS, OF_CHAINS = ("turns", "none"), ("chain", "none")
@@ -68,8 +68,16 @@ def check(experiment: Experiment) -> None:
             "left out: with policy=full, sampling.policy, sampling.budget_tokens or a benchmark it bounds nothing",
         ),
         ("scenario.kind", scenario.kind in KINDS, " or ".join(KINDS)),
-        ("scenario.loads", not (serve and scenario.loads), "left out: only scenario=engine_bench has loads"),
-        ("scenario.options", not (serve and scenario.options), "left out: only scenario=kernels has options"),
+        (
+            "scenario.loads",
+            not (serve and scenario.loads),
+            "left out: only scenario=engine_bench and scenario=serve_bench have loads",
+        ),
+        (
+            "scenario.options",
+            not (serve and scenario.options),
+            "left out: only scenario=kernels and scenario=serve_bench have options",
+        ),
         ("scenario.repeats", not (serve and repeats), "left out: only benchmarks repeat; take sampling.n or seed=0,1"),
         ("scenario.repeats", serve or (repeats is not None and repeats >= 1), "at least 1"),
         ("scenario.path", scenario.arrival != "trace" or scenario.path, "given: the file of a trace"),
@@ -83,6 +91,11 @@ def check(experiment: Experiment) -> None:
             "workload.generator",
             not steady or workload.generator in OF_LENGTHS,
             f"{' or '.join(OF_LENGTHS)} with scenario=steady, which must know how long outputs are",
+        ),
+        (
+            "backend",
+            not steady or experiment.backend != "transformers",
+            "another one with scenario=steady: its batches last to their end, so no request joins one at work",
         ),
         ("scenario.rate", not poisson or (rate is not None and 0 < rate < math.inf), "arrivals a second, above 0"),
         ("backend", not fidelity or experiment.backend == "zipage", "zipage: no other tells its distributions"),

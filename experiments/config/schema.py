@@ -185,7 +185,7 @@ class ScenarioConfig:
 
     Attributes:
         kind: "serve": the questions of the workload arrive as said here; "fidelity": full KV's answers to them are fed
-            through the policy's cache (`experiments.running.fidelity`); "kernels", "engine_bench": see
+            through the policy's cache (`experiments.running.fidelity`); "kernels", "engine_bench", "serve_bench": see
             `experiments.bench`.
         arrival: "all_at_once", "poisson", "trace" or "steady" (see `experiments.running.steady`).
         rate: mean arrivals per second of a Poisson process.
@@ -193,9 +193,11 @@ class ScenarioConfig:
         path: file of a trace (see `experiments.running.traces`).
         speed: how many times as fast as in the trace requests arrive.
         seconds: of a steady state: how long it is timed.
-        loads: of "engine_bench": names in `conf/bench/`, NAME/ARM for one arm, or YAML files.
+        loads: of "engine_bench" and "serve_bench": names in `conf/bench/` and `conf/serve_bench/`, NAME/ARM for one
+            arm, or YAML files.
         repeats: of a benchmark: measurements of each row.
-        options: of "kernels": the fields of `kernels.bench_shapes.KernelShapes`.
+        options: of "kernels": the fields of `kernels.bench_shapes.KernelShapes`. Of "serve_bench": those of
+            `experiments.bench.serve_loads.ServeLoad`, which win over its files.
     """
 
     name: str = "???"

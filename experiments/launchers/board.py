@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import time
@@ -18,11 +19,14 @@ STOP = "stop"
 
 
 class Stopped(Exception):
-    """The sweep was interrupted where it was started."""
+    """The sweep was interrupted where it was started, or has ended."""
 
 
 class Board:
-    """A `Report` as a file for each arm, which whoever has the claim on its run replaces."""
+    """A `Report` as a file for each arm, which whoever has the claim on its run replaces.
+
+    A worker's methods raise Stopped where the start of the sweep asks for an end, or has removed the folder.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -35,7 +39,7 @@ class Board:
         self._write(task, {"worker": worker, "ended": True, "reason": reason, "seconds": seconds})
 
     def is_over(self, task: Task) -> bool:
-        records.ask_again(self.folder)
+        self._ask_again()
         said = self._read(task)
         return said is not None and said["ended"]
 
@@ -43,8 +47,7 @@ class Board:
         return
 
     def tick(self) -> None:
-        """Raises Stopped where the start of the sweep asks for an end."""
-        records.ask_again(self.folder)
+        self._ask_again()
         if (self.folder / STOP).exists():
             raise Stopped
 
@@ -54,7 +57,7 @@ class Board:
 
     def tell(self, tasks: Sequence[Task], report: Report) -> list[Task]:
         """Pass on what is new of these arms. Returns those that have not ended."""
-        records.ask_again(self.folder)
+        self._ask_again()
         left = []
         for task in tasks:
             said, before = self._read(task), self._told.get(task.number)
@@ -72,14 +75,27 @@ class Board:
         """Who began the arm last, as `tell` has found."""
         return self._told.get(task.number, {}).get("worker")
 
+    def _ask_again(self) -> None:
+        try:
+            records.ask_again(self.folder)
+        except FileNotFoundError:
+            raise Stopped from None
+
     def _write(self, task: Task, said: dict[str, Any]) -> None:
-        records.write_json(self._path(task), said)
+        try:
+            records.write_json(self._path(task), said)
+        except FileNotFoundError:
+            raise Stopped from None
 
     def _read(self, task: Task) -> dict[str, Any] | None:
-        try:
-            return json.loads(self._path(task).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+        while True:
+            try:
+                return json.loads(self._path(task).read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                if error.errno != errno.ESTALE:  # another machine has replaced the file after it was opened
+                    raise
 
     def _path(self, task: Task) -> Path:
         return self.folder / f"{task.number}.json"

@@ -97,7 +97,7 @@ class Local:
                 time.sleep(PAUSE)
                 each_second = time.monotonic() - ticked > 1.0
                 for slot in self._busy:
-                    self._look_at(slot, report, each_second)
+                    self._look_at(slot, waiting, report, each_second)
                 if not each_second:
                     continue
                 ticked = time.monotonic()
@@ -204,20 +204,25 @@ class Local:
             return
         slot.running = Running(task, claim, process)
 
-    def _look_at(self, slot: Slot, report: Report, closely: bool) -> None:
-        """See whether the slot's arm has ended."""
+    def _look_at(self, slot: Slot, waiting: list[Task], report: Report, closely: bool) -> None:
+        """See whether the slot's arm has ended, or is another process's by now and waits for that one's end."""
         running = slot.running
-        if (ended := running.process.poll()) is not None:
-            reason = _reason(running.task, *ended)
-        elif closely and running.claim.is_lost:
+        task, ended = running.task, running.process.poll()
+        has_failed = ended is not None and ended[0] != 0
+        is_lost = (has_failed or (ended is None and closely)) and running.claim.is_lost
+        if ended is None:
+            if not is_lost:
+                return
             stop([running.process.process])
-            reason = "this process was silent for so long that another has taken the arm over"
-        else:
-            return
+        reason = None if is_lost else _reason(task, *ended)
         self._free(slot)
         try:
-            worker = self._name(slot, slot.gpus)
-            report.ended(running.task, worker, reason, time.monotonic() - running.begin)
+            if is_lost:
+                waiting.append(task)
+                line = "this process was silent for so long that another has taken it over"
+                report.note(f"arm {task.number + 1}: {line}")
+            else:
+                report.ended(task, self._name(slot, slot.gpus), reason, time.monotonic() - running.begin)
         finally:
             running.claim.release()  # when its end is known
 

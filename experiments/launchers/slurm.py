@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments import records
 from experiments.config.schema import Experiment, LauncherConfig
 from experiments.errors import UsageError, one_line
 from experiments.launchers.board import Board, work
 from experiments.launchers.local import visible_gpus
-from experiments.launchers.task import Commands, Report, Task, gpus_of
-from experiments.records import provenance
+from experiments.launchers.task import ELSEWHERE, Commands, Report, Task, gpus_of
+from experiments.records import claims, provenance
 from experiments.running.child import GRACE
 
 MOST_JOBS = 1000
@@ -115,7 +116,9 @@ class Slurm:
                 why = jobs.why
             self.lost |= bool(left)
             if len(left) == before:
-                break
+                left, were_held = self._wait_for_others(left, report)
+                if not were_held:
+                    break
             if left:
                 report.note(f"the jobs ended before {len(left)} of the arms did ({why}): these are submitted again")
         for task in left:
@@ -135,6 +138,31 @@ class Slurm:
             if gone:
                 break
         return left
+
+    def _wait_for_others(self, left: list[Task], report: Report) -> tuple[list[Task], bool]:
+        """Wait while processes outside of this sweep, such as jobs of an earlier start, make all of these arms.
+
+        Returns:
+            What is left then, and whether any of it was held by another process.
+        """
+        were_held = False
+        while left:
+            claimed = [claims.take(task.folder) for task in left]
+            free = [task for task, claim in zip(left, claimed, strict=True) if claim is not None]
+            over = [task for task in free if records.stamp(task.folder) != task.before]
+            for claim in filter(None, claimed):
+                claim.release()
+            for task in over:
+                report.ended(task, ELSEWHERE, None, None)
+            left = [task for task in left if task not in over]
+            if len(free) > len(over):
+                break
+            if left and not were_held:
+                report.note(f"other processes are making what is to go ({len(left)}): waiting for them")
+            were_held = True
+            report.tick()
+            time.sleep(LOOK)
+        return left, were_held
 
 
 @dataclass(frozen=True)

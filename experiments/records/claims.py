@@ -1,16 +1,17 @@
 """Claims: which process makes a run, where several processes or machines share a folder of results.
 
 A claim is a file in `.locks/`. Its owner creates it whole, by a hard link, which network file systems make atomic too,
-and touches it every `BEAT` seconds. An owner is lost that was silent for `LOST` seconds, or whose process on this
-machine has ended.
+and touches it every `BEAT` seconds. An owner is lost whose process on this machine has ended, or that was silent for
+`LOST` seconds and stayed so for `WATCH` seconds more under this process's eyes: after a machine was asleep, or the file
+system did not answer, all owners look silent until they get to touch their claims again.
 
 A claim ends once: with the creation of the file named after its token. The owner creates it to give the claim back, or
 one other process to take it over; that file is the new claim then. So no two processes take over the same claim, and an
 owner that was taken for lost and wakes up can't give back what is another's by now.
 
-How old a claim is, is told by two times of the same file system: the claim's, and that of a file just made beside it.
-Clocks of machines do not matter, but where clients write their own time into files, as on Lustre: there they must agree
-within a minute.
+How long an owner was silent, is told by two times of the same file system: the claim's, and that of a file just made
+beside it. Clocks of machines do not matter, but where clients write their own time into files, as on Lustre: there they
+must agree within half a minute.
 """
 
 from __future__ import annotations
@@ -31,13 +32,18 @@ from uuid import uuid4
 from experiments.errors import RunError
 
 FOLDER = ".locks"
-BEAT, LOST = 10.0, 120.0
+BEAT, LOST, WATCH = 10.0, 90.0, 30.0
 """Seconds. NFS may show a time of up to a minute ago."""
+PAUSE = 0.01
+"""Seconds between two tries where claims come and go."""
 VARIABLE = "ZIPAGE_CLAIM"
 """Token of the claim under which a process works that another claimed the run for."""
 
 Link = tuple[Path, str]
 """The file of a claim, and its token."""
+
+_silent: dict[Path, tuple[str, float, float]] = {}
+"""Claims that look lost: token, last sign of life, and since when this process has seen that (its monotonic clock)."""
 
 
 class Claim:
@@ -63,6 +69,7 @@ class Claim:
     def is_lost(self) -> bool:
         """Whether another process took it over, since this one was silent for too long."""
         try:
+            ask_again(self._path.parent)
             return not _stands(self._chain) or _after(self._run, self.token).exists()
         except OSError:  # the file system does not answer, and may again
             return False
@@ -72,9 +79,9 @@ class Claim:
         self._over.set()
         self._heart.join()
         os.close(self._file)
-        with contextlib.suppress(OSError), _draft(self._run, "") as (draft, _):  # else it is lost before long
+        with contextlib.suppress(OSError), _draft(self._run, "") as (draft, token):  # else it is lost before long
             end = _after(self._run, self.token)
-            if not _link(draft, end):
+            if not _link(draft, end, token):
                 return
             if not _stands(self._chain):  # it was lost, and who took it over is done already
                 end.unlink(missing_ok=True)
@@ -104,18 +111,19 @@ def take(run: Path, worker: str = "") -> Claim | None:
     with _draft(run, worker) as (draft, token):
         path, chain = first, []
         while True:
-            if _link(draft, path):
+            if _link(draft, path, token):
                 chain.append((path, token))
                 if _stands(chain):
                     return Claim(run, chain)
                 path.unlink(missing_ok=True)  # what it was to follow was given back meanwhile
             elif (owner := _read(path)) is not None:
-                if _is_alive(run, owner, _now(draft)):
+                if _is_alive(run, path, owner, _now(draft)):
                     return None
                 chain.append((path, owner["token"]))
                 path = _after(run, owner["token"])
                 continue
             path, chain = first, []
+            time.sleep(PAUSE)
 
 
 @contextlib.contextmanager
@@ -133,9 +141,9 @@ def hold(run: Path) -> Iterator[str]:
     """
     given = os.environ.get(VARIABLE)
     if given is not None and is_mine(run, given):
-        with _draft(run, "") as (draft, _):
+        with _draft(run, "") as (draft, token):
             helper = _after(run, f"{given}-{os.getpid()}")
-            _link(draft, helper)
+            _link(draft, helper, token)
         try:
             yield given
         finally:
@@ -164,6 +172,8 @@ def _try(run: Path) -> Claim | None:
 def holder(run: Path) -> dict[str, Any] | None:
     """What the claim on a run says of its owner, alive or lost ("token", "host", "pid", "worker"); None: free."""
     found, path = None, run.parent / FOLDER / run.name
+    with contextlib.suppress(FileNotFoundError):
+        ask_again(path.parent)
     while (owner := _read(path)) is not None:
         found, path = owner, _after(run, owner["token"])
     return found
@@ -172,6 +182,14 @@ def holder(run: Path) -> dict[str, Any] | None:
 def is_mine(run: Path, token: str) -> bool:
     """Whether no one has taken over the claim of that token."""
     return (owner := holder(run)) is not None and owner["token"] == token
+
+
+def ask_again(folder: Path) -> None:
+    """Make a network file system see what other machines have put into a folder.
+
+    NFS remembers for up to a minute that a name was not there, but asks the server when the folder is opened.
+    """
+    os.close(os.open(folder, os.O_RDONLY))
 
 
 def _after(run: Path, token: str) -> Path:
@@ -192,12 +210,12 @@ def _draft(run: Path, worker: str) -> Iterator[tuple[Path, str]]:
         path.unlink(missing_ok=True)
 
 
-def _link(draft: Path, path: Path) -> bool:
+def _link(draft: Path, path: Path, token: str) -> bool:
     """Make the draft the claim `path`; False where there is one."""
     try:
         os.link(draft, path)
     except FileExistsError:
-        return draft.stat().st_nlink > 1  # the answer to a first try may have been lost on the way
+        return _token(path) == token  # the answer to a first try may have been lost on the way
     return True
 
 
@@ -213,7 +231,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         owner = json.loads(text)
     except ValueError:  # the machine crashed while it was written
-        owner = {"token": f"{found.st_ino:012x}"[-12:], "host": "?", "machine": None, "pid": 0, "worker": ""}
+        nobody = {"host": "?", "machine": None, "pid": 0, "begun": 0, "worker": ""}
+        owner = {"token": f"{found.st_ino:012x}"[-12:]} | nobody
     return owner | {"beat": found.st_mtime}
 
 
@@ -233,13 +252,19 @@ def _now(draft: Path) -> float:
     return draft.stat().st_mtime
 
 
-def _is_alive(run: Path, owner: dict[str, Any], now: float) -> bool:
-    if now - owner["beat"] > LOST:
-        return False
-    if owner["machine"] is None or owner["machine"] != _machine():
+def _is_alive(run: Path, path: Path, owner: dict[str, Any], now: float) -> bool:
+    """Whether the owner of the claim `path` is not lost."""
+    if owner["machine"] is not None and owner["machine"] == _machine():
+        helpers = run.parent.glob(f"{FOLDER}/{glob.escape(run.name)}.{owner['token']}-*")
+        if not any(one is not None and _begun(one["pid"]) == one["begun"] for one in (owner, *map(_read, helpers))):
+            return False
+    if now - owner["beat"] <= LOST:
+        _silent.pop(path, None)
         return True
-    helpers = run.parent.glob(f"{FOLDER}/{glob.escape(run.name)}.{owner['token']}-*")
-    return any(one is not None and _begun(one["pid"]) == one["begun"] for one in (owner, *map(_read, helpers)))
+    this, seen = (owner["token"], owner["beat"]), _silent.get(path)
+    if seen is None or seen[:2] != this:
+        seen = _silent[path] = (*this, time.monotonic())
+    return time.monotonic() - seen[2] < WATCH
 
 
 def _machine() -> str | None:

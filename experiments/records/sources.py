@@ -116,8 +116,13 @@ def standing(folder: Path, now: Mapping[str, str]) -> Standing:
     return Standing("stale", reason) if reason else Standing("done")
 
 
-def of_benchmarks() -> dict[str, str]:
-    """`hashes` of the code that decides what a benchmark measures."""
+def of_benchmarks(kind: str) -> dict[str, str]:
+    """`hashes` of the code that decides what a benchmark of this kind measures."""
+    if kind == "serve_bench":
+        server = _files(("zipage.serve.server",), ("zipage",))
+        modules = ("experiments.bench.serve", "experiments.serving.drive", "experiments.serving.guard")
+        packages = ("experiments.bench", "experiments.serving", "experiments.backends")
+        return {"engine": content_hash(_engine("zipage") | server), "client": content_hash(_files(modules, packages))}
     modules = ("kernels.bench", "experiments.bench.engine", "experiments.bench.kernels")
     return {"engine": content_hash(_engine("zipage") | _files(modules, ("kernels", "experiments.bench")))}
 

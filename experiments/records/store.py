@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 
@@ -30,7 +31,7 @@ _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is there whole or not at all, also after a crash of the machine."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}")  # several machines may write it at once
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -125,18 +126,10 @@ def publish(staging: Path, folder: Path, metrics: Mapping[str, Any]) -> None:
 def stamp(folder: Path) -> tuple[int, int] | None:
     """Tells a complete record from any that replaces it; None where there is none."""
     with contextlib.suppress(OSError):
-        ask_again(folder.parent)
+        claims.ask_again(folder.parent)
         found = (folder / METRICS).stat()
         return found.st_ino, found.st_mtime_ns
     return None
-
-
-def ask_again(folder: Path) -> None:
-    """Make a network file system see what other machines have put into a folder.
-
-    NFS remembers for up to a minute that a name was not there, but asks the server when the folder is opened.
-    """
-    os.close(os.open(folder, os.O_RDONLY))
 
 
 def _json_hash(value: Any) -> str:

@@ -55,6 +55,12 @@ class Alone:
         self._output.seek(0)
         return code, self._output.read().decode(errors="replace")
 
+    def tail(self, size: int) -> str:
+        """The last bytes that it printed so far."""
+        # Not a seek: the process writes at the file's own place.
+        number = self._output.fileno()
+        return os.pread(number, size, max(0, os.fstat(number).st_size - size)).decode(errors="replace")
+
     def close(self) -> None:
         """Let go of the process, which has ended."""
         self.process.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from experiments.config.schema import TrackingConfig
 from experiments.errors import one_line
-from experiments.records import flatten
+from experiments.records import flatten, load_rows
 from zipage import StepStats
 
 if TYPE_CHECKING:
@@ -48,6 +49,12 @@ class Tracker(Protocol):
     def log_record(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         """The run is done: its record lies in `folder`, all but the metrics, and `rows` are its samples."""
 
+    def log_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A benchmark has these rows by now; those that it had before are not told again."""
+
+    def log_benchmark(self, folder: Path, draw: Callable[[], Figure]) -> None:
+        """The benchmark is done: its record lies in `folder`, all but the metrics, and this draws it."""
+
     def finish(self, metrics: Mapping[str, Any] | None) -> None:
         """The run is over; `metrics` is None where it failed."""
 
@@ -59,6 +66,12 @@ class NullTracker:
         return
 
     def log_record(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        return
+
+    def log_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        return
+
+    def log_benchmark(self, folder: Path, draw: Callable[[], Figure]) -> None:
         return
 
     def finish(self, metrics: Mapping[str, Any] | None) -> None:
@@ -81,6 +94,7 @@ class WandbTracker:
     def __init__(self, config: TrackingConfig, run_id: str, options: Mapping[str, Any], folder: Path) -> None:
         self._run: Any = None
         self._failed = False
+        self._rows_told = 0
         self._options = options
         self._attempt(lambda: self._start(config, run_id, options, folder))
 
@@ -126,6 +140,33 @@ class WandbTracker:
         self._run.log({"answers": table})
         for name, draw in pictures().items():
             self._run.log({f"pictures/{name}": wandb.Image(_drawn(draw(self._as_row(folder))))})
+        self._send_files(folder)
+
+    def log_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        new, self._rows_told = rows[self._rows_told :], len(rows)
+        for row in new if self._tells else ():
+            self._attempt(lambda row=row: self._run.log({f"row/{key}": value for key, value in flatten(row).items()}))
+
+    def log_benchmark(self, folder: Path, draw: Callable[[], Figure]) -> None:
+        if self._tells:
+            self._attempt(lambda: self._send_benchmark(folder, draw))
+
+    def _send_benchmark(self, folder: Path, draw: Callable[[], Figure]) -> None:
+        import wandb
+
+        rows = [flatten(row) for row in load_rows(folder).to_dict("records")]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        table = wandb.Table(columns=columns, allow_mixed_types=True)
+        for row in rows:
+            table.add_data(*(row.get(column) for column in columns))
+        self._run.log({"rows": table})
+        with contextlib.suppress(ValueError):  # nothing there to draw, such as a roofline on a CPU
+            self._run.log({"pictures/benchmark": wandb.Image(_drawn(draw()))})
+        self._send_files(folder)
+
+    def _send_files(self, folder: Path) -> None:
+        import wandb
+
         artifact = wandb.Artifact(re.sub(r"[^\w.-]", "_", f"record-{self._run.id}", flags=re.ASCII), type="record")
         for path in sorted(folder.iterdir()):
             if path.is_file() and path.suffix in (".yaml", ".json", ".parquet"):

@@ -6,11 +6,12 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tests import calibrations
 from tests.eviction.cases import Case
-from zipage import LLM, EventStats, RequestOutput, SamplingParams
+from zipage import LLM, EventStats, HeldEntries, RequestOutput, RequestState, SamplingParams
 from zipage.scheduling.batch import Batch
 from zipage.scheduling.headroom import HEADROOM
 from zipage.scheduling.planner import plan_step
@@ -114,3 +115,42 @@ def ended_while_paused(events: list[EventStats]) -> int:
     """Samples whose last move was a pause: the step under way then brought their last token. Nothing resumes them."""
     moves = {(e.request_id, e.sample_index): e.kind for e in events if e.kind in ("pause", "resume")}
     return sum(kind == "pause" for kind in moves.values())
+
+
+Look = tuple[RequestState, HeldEntries | None, EventStats | None]
+
+
+def looks(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> tuple[dict[str, list[Look]], list[list[int]]]:
+    """Of each request, its state, what it holds and its last compression, after every step; and the tokens."""
+    events = record_events(llm)
+    seen: dict[str, list[Look]] = {llm.add_request(prompt, params): [] for prompt in prompts}
+    outputs = []
+    while llm.has_unfinished_requests():
+        outputs += llm.step()
+        snapshot = llm.snapshot()
+        assert 0 <= snapshot.blocks_cached <= llm.stats.blocks_total
+        for state in snapshot.requests:
+            compressions = [e for e in events if e.request_id == state.request_id and e.kind == "compress"]
+            held = llm.held_entries(state.request_id, state.sample_index)
+            seen[state.request_id].append((state, held, compressions[-1] if compressions else None))
+    llm.event_listeners.remove(events.append)
+    by_name = {output.request_id: output for output in outputs}
+    return seen, tokens_of([by_name[name] for name in seen])
+
+
+def check_look(state: RequestState, held: HeldEntries | None, event: EventStats | None, heads: tuple[int, int]) -> None:
+    """What stayed at the last compression, with `trace_positions`, and all that came after it."""
+    assert (held is not None) == (state.status == "running"), state
+    if held is None:
+        return
+    assert held.num_tokens == state.num_tokens <= state.max_total_tokens
+    assert held.num_prompt_tokens == state.num_prompt_tokens
+    assert held.positions.shape == (*heads, state.entries)
+    assert (np.diff(held.positions) > 0).all()
+    if event is None:
+        assert (held.positions == np.arange(state.entries)).all()
+    else:
+        keep = state.budget_tokens
+        assert state.compressions == event.round + 1
+        assert (held.positions[..., :keep] == event.kept_positions).all()
+        assert (held.positions[..., keep:] == np.arange(state.entries - keep) + event.num_tokens - 1).all()

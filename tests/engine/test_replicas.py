@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.child_processes import is_alive, wait_for_end
+from tests.engine.compressed import looks
 from tests.tiny_models import VOCAB, save_tiny_model, save_tiny_tokenizer
 from zipage import LLM, EventStats, SamplingParams, StepStats, share_model
 from zipage.engine.interface import TokenDelta
@@ -128,6 +129,27 @@ def test_seeds_are_of_request_numbers(folder, one, two):
     assert [o.request_id for o in outputs] == [o.request_id for o in expected]
 
 
+def test_replicas_tell_what_is_held(one, two):
+    """They step by themselves: what they are asked for falls between other steps than that of one."""
+    params, held_at = SamplingParams(temperature=0, max_tokens=70, ignore_eos=True), []
+    for llm in (one, two):
+        seen, _ = looks(llm, PROMPTS[:4], params)
+        held_at.append(
+            {
+                (number, held.num_tokens, held.positions.shape[2]): held.positions.tolist()
+                for number, found in enumerate(seen.values())
+                for _, held, _ in found
+                if held is not None
+            }
+        )
+        assert any(state.compressions for found in seen.values() for state, _, _ in found)
+    both = held_at[0].keys() & held_at[1].keys()
+    assert len(both) > len(held_at[1]) / 2 > 5
+    assert all(held_at[0][key] == held_at[1][key] for key in both)
+    assert two.held_entries("nobody") is None
+    assert two.snapshot().requests == []
+
+
 def test_conversations_streams_and_aborts(one, two):
     turns = SamplingParams(
         temperature=0, max_tokens=60, follow_ups=[[5, 6], [7]], max_turn_tokens=9, stop_token_ids=[3], ignore_eos=True
@@ -205,7 +227,8 @@ class FakeChild:
 
 def test_prompts_go_where_the_least_is_left_to_compute():
     children = [FakeChild(), FakeChild(), FakeChild()]
-    core = Replicas(children, Listeners())
+    core = Replicas(children, Listeners(), [8, 8, 8])
+    assert core.stats().blocks_total == 24, "before they have told"
 
     def add(name: str, prompt: int, new: int, n: int = 1) -> int:
         before = [len(child.sent) for child in children]
@@ -233,7 +256,7 @@ def test_prompts_go_where_the_least_is_left_to_compute():
 def test_a_sample_that_ended_before_it_was_stopped_is_cut_where_it_was_read():
     child = FakeChild()
     child.name = "replica 0"
-    core = Replicas([child], Listeners())
+    core = Replicas([child], Listeners(), [8])
     order = PromptOrder("a", [1] * 5, SamplingParams(n=2), 0, frozenset(), [], 25, "length", 0.0, True)
     core.add(order.samples(None))
     ended = RequestMetrics(ttft=1.0, e2e=7.0, tpot=2.0, output_tokens=4)

@@ -12,10 +12,8 @@ import pytest
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import DictConfig, OmegaConf
 
 from experiments import run
-from experiments.config import compose as composing
 from experiments.paths import CONF, ROOT
 from experiments.records import sources
 from tests.experiments.fake_engine import fake_backend
@@ -25,12 +23,6 @@ from tests.experiments.fake_engine import fake_backend
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZIPAGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture(autouse=True)
-def _compose_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many tests plan the same arms again and again, each of which takes Hydra a tenth of a second."""
-    monkeypatch.setattr(composing, "compose", lambda name, overrides: _composed(name, tuple(overrides)))
 
 
 @pytest.fixture(autouse=True)
@@ -50,13 +42,6 @@ def _hydra_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @cache
 def _read(provider: str, folder: str, path: str, load=FileConfigSource.load_config) -> ConfigResult:
     return load(FileConfigSource(provider, folder), path)
-
-
-@cache
-def _composed(name: str, overrides: tuple[str, ...], compose=composing.compose) -> DictConfig:
-    config = compose(name, overrides=list(overrides))
-    OmegaConf.set_readonly(config, True)  # it is everyone's
-    return config
 
 
 @pytest.fixture

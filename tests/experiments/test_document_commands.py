@@ -56,7 +56,7 @@ DOCUMENTS = [
 ]
 PROGRAMS = ("python ", "make ", "pip ", "wandb ", "jupyter ", "zipage ")
 HARNESS = "python -m experiments.run"
-BENCHMARKS = {"scenario=kernels", "scenario=engine_bench"}
+BENCHMARKS = {"scenario=kernels", "scenario=engine_bench", "scenario=serve_bench"}
 RECORD_READERS = ("experiments.report", "experiments.regrade", "experiments.archive", "experiments.bench")
 BENCHMARK = ROOT / "results" / "records" / "engine_bench_ample_vllm_h100"
 
@@ -104,6 +104,8 @@ def small(tiny, tmp_path) -> Callable[[list[str]], list[str]]:
 
     def small(given: list[str]) -> list[str]:
         instead: dict[str, Any] = {"results_dir": tmp_path / "small", "hardware": "cpu"}
+        if "scenario=serve_bench" in given:
+            del instead["hardware"]  # vLLM takes a GPU, and nothing is started here
         if not BENCHMARKS & set(given):
             instead["limit"] = 1
             if any(option.startswith("+sweep") for option in given):

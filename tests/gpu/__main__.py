@@ -23,10 +23,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,8 +141,8 @@ class Runner:
             for process in self._running:
                 kill(process)
 
-    def run(self, check: Check, threads: int) -> None:
-        """Run one check, with `threads` of torch on the host, and record its verdict."""
+    def run(self, check: Check, threads: int, gpu: str | None = None) -> None:
+        """Run one check, with `threads` of torch on the host, and record its verdict. It sees only `gpu`, or all."""
         begin = time.monotonic()
         limits = [] if self._full else [check.limit]
         limits += [] if self._deadline is None else [self._deadline - begin]
@@ -149,7 +151,7 @@ class Runner:
             self._record.add(check, False, 0.0, "not begun: no time was left")
             return
         log = self._folder / f"{check.name.replace(' ', '_')}.log"
-        process = self._start(check, log, threads)
+        process = self._start(check, log, threads, gpu)
         if process is None:
             return
         try:
@@ -173,9 +175,10 @@ class Runner:
         if code != 0:
             print("\n".join(f"    {check.name} | {line}" for line in lines[-30:]), flush=True)
 
-    def _start(self, check: Check, log: Path, threads: int) -> subprocess.Popen | None:
+    def _start(self, check: Check, log: Path, threads: int, gpu: str | None) -> subprocess.Popen | None:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         settings = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
+        settings |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         command = check.command(log.with_suffix(".json"), self._commit, self._full)
         env = os.environ | settings | {"PYTHONPATH": path}
         with log.open("wb") as output, self._lock:
@@ -203,8 +206,13 @@ def run_checks(
     full: bool = False,
     jobs: int = 1,
     seconds: float = SECONDS,
+    gpus: Sequence[str] = (),
 ) -> bool:
-    """Whether all passed. `head` is what the record says of code and machine; `jobs` run beside each other."""
+    """Whether all passed. `head` is what the record says of code and machine; `jobs` run beside each other.
+
+    Checks that need one GPU take turns with `gpus`, as CUDA_VISIBLE_DEVICES names them; those that must be alone have
+    one each. Without any, all see what there is.
+    """
     checks = list(checks)
     record = Record(out, head, checks)
     deadline = None if full else time.monotonic() + seconds
@@ -214,12 +222,24 @@ def run_checks(
         ThreadPoolExecutor(jobs) as pool,
         Runner(record, head["commit"], full, deadline, Path(folder)) as runner,
     ):
-        beside = [check for check in checks if not check.alone]
-        for future in [pool.submit(runner.run, check, max(1, cores // jobs)) for check in beside]:
+        turns = cycle(gpus or [None])
+        beside = [(check, next(turns) if check.gpus == 1 else None) for check in checks if not check.alone]
+        for future in [pool.submit(runner.run, check, max(1, cores // jobs), gpu) for check, gpu in beside]:
             future.result()
-        for check in checks:
-            if check.alone:
-                runner.run(check, cores)
+        free: SimpleQueue[str | None] = SimpleQueue()
+        for gpu in gpus or [None]:
+            free.put(gpu)
+
+        def run_alone(check: Check) -> None:
+            gpu = free.get()
+            try:
+                runner.run(check, max(1, cores // max(1, len(gpus))), gpu)
+            finally:
+                free.put(gpu)
+
+        with ThreadPoolExecutor(max(1, len(gpus))) as places:
+            for future in [places.submit(run_alone, check) for check in checks if check.alone]:
+                future.result()
     return record.passed
 
 
@@ -273,7 +293,9 @@ def main() -> int:
         print(f"left out with {head['gpus']} GPU: {', '.join(left_out)}", flush=True)
     checks = [check for check in checks if check.gpus <= head["gpus"]]
     jobs = args.jobs or max(1, min(9, (os.cpu_count() or 1) // 2))
-    passed = run_checks(checks, args.out or RECORD, head, full=args.full, jobs=jobs)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(head["gpus"]))))
+    gpus = visible.replace(" ", "").split(",")[: head["gpus"]]
+    passed = run_checks(checks, args.out or RECORD, head, full=args.full, jobs=jobs, gpus=gpus)
     print("PASSED" if passed else "FAILED")
     return 0 if passed else 1
 

@@ -13,45 +13,55 @@ from zipage.eviction.policy import Policy
 
 @dataclass(frozen=True, kw_only=True)
 class FailsOnce(Policy):
-    """Fails for the first request that an engine has, and combines the heads of all ranks for the others."""
+    """Fails for requests of `FAILING_SEED`, and combines the heads of all ranks for the others."""
 
     name: ClassVar[str] = "fails_once"
     variant: ClassVar[str] = "of tests"
     paper: ClassVar[str] = "none"
 
     def rank(self, event: Event) -> Tensor:
-        if min(event.seeds) == FIRST_SEED:
+        if FAILING_SEED in event.seeds:
             raise ArithmeticError("not this one")
         return event.mean_over_heads(event.key_norms())
 
 
 @dataclass(frozen=True, kw_only=True)
 class FailsOnOneRank(Policy):
-    """The same on the second rank alone. With `combines` the first one waits for it there, else it is done by then."""
+    """The same on the second rank alone, for which the first one waits there."""
 
     name: ClassVar[str] = "fails_on_one_rank"
     variant: ClassVar[str] = "of tests"
     paper: ClassVar[str] = "none"
 
-    combines: bool = True
-
     def rank(self, event: Event) -> Tensor:
-        if event.head_offset and min(event.seeds) == FIRST_SEED:
+        if event.head_offset and FAILING_SEED in event.seeds:
             raise MemoryError("no memory on this rank")
-        norms = event.key_norms()
-        return event.mean_over_heads(norms) if self.combines else norms
+        return self.score_of(event)
+
+    def score_of(self, event: Event) -> Tensor:
+        return event.mean_over_heads(event.key_norms())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailsBesideOne(FailsOnOneRank):
+    """The same, where the first one is done by then."""
+
+    name: ClassVar[str] = "fails_beside_one"
+
+    def score_of(self, event: Event) -> Tensor:
+        return event.key_norms()
 
 
 @dataclass(frozen=True, kw_only=True)
 class CatchesAll(Policy):
-    """Fails on the second rank for the first request that an engine has, and goes on whatever happens elsewhere."""
+    """Fails on the second rank for requests of `FAILING_SEED`, and goes on whatever happens elsewhere."""
 
     name: ClassVar[str] = "catches_all"
     variant: ClassVar[str] = "of tests"
     paper: ClassVar[str] = "none"
 
     def rank(self, event: Event) -> Tensor:
-        if event.head_offset and min(event.seeds) == FIRST_SEED:
+        if event.head_offset and FAILING_SEED in event.seeds:
             raise MemoryError("no memory on this rank")
         norms = event.key_norms()
         try:
@@ -60,4 +70,5 @@ class CatchesAll(Policy):
             return norms
 
 
-FIRST_SEED = 0
+FAILING_SEED = 1234
+POLICIES = (FailsOnce, FailsOnOneRank, FailsBesideOne, CatchesAll)

@@ -22,6 +22,20 @@ def server(shared_server: RunningServer) -> Iterator[RunningServer]:
 
 
 @pytest.fixture
+def start():
+    """Starts servers that end with the test."""
+    servers = []
+
+    def start(make=None, **config) -> RunningServer:
+        servers.append(RunningServer(make, **config))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
 def client(server: RunningServer) -> Iterator[OpenAI]:
     with server.client() as client:
         yield client

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,24 @@ def answers(url: str) -> bool:
         return httpx.get(f"{url}/health").status_code == 200
     except httpx.TransportError:
         return False
+
+
+def events(response: httpx.Response) -> Iterator[tuple[str, dict]]:
+    """Of `/live`: name and data. Dropping the iterator closes the response."""
+    name = "message"
+    for line in response.iter_lines():
+        field, _, value = line.partition(": ")
+        if field == "event":
+            name = value
+        elif field == "data":
+            yield name, json.loads(value)
+            name = "message"
+
+
+def snapshots(server: RunningServer, count: int, watch: str | None = None) -> list[dict]:
+    """The first ones that somebody gets who begins to watch."""
+    with server.http.stream("GET", "/live", params={} if watch is None else {"watch": watch}) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        told = events(response)
+        assert next(told)[0] == "about"
+        return [next(told)[1] for _ in range(count)]

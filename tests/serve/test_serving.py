@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serve.running import ENGINE, MODEL, POLICY, REASONER, RunningServer, answers, free_port, wait_until
+from tests.serve.running import ENGINE, MODEL, POLICY, REASONER, answers, free_port, snapshots, wait_until
 from zipage import LLM, SamplingParams
 from zipage.config import EngineConfig
 from zipage.serve import server as server_module
@@ -29,20 +29,6 @@ LONG = {"model": MODEL, "prompt": "x=1+2", "max_tokens": 400, "extra_body": {"ig
 
 def llm_of(**options) -> LLM:
     return LLM(REASONER, **ENGINE | POLICY | options)
-
-
-@pytest.fixture
-def start():
-    """Starts servers that end with the test."""
-    servers = []
-
-    def start(make=None, **config) -> RunningServer:
-        servers.append(RunningServer(make, **config))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
 
 
 # Limits
@@ -210,7 +196,12 @@ def test_replicas_serve(start):
     params = SamplingParams(max_tokens=8, seed=1)
     with server.client() as client:
         running = client.completions.create(**LONG, stream=True)
-        next(iter(running))
+        name = f"{next(iter(running)).id}-0"
+        (told,) = snapshots(server, 1)
+        assert [(row["id"], row["status"]) for row in told["requests"]] == [(name, "running")]
+        assert told["blocks"]["total"] == 2 * ENGINE["num_blocks"]
+        held = server.http.get(f"/live/requests/{name}/held").json()
+        assert (held["status"], held["layers"], held["heads"]) == ("running", 8, 2)
         texts = [client.completions.create(**BODY).choices[0].text for _ in range(2)]
         running.close()
     server.check_empty()

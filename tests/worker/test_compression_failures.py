@@ -149,7 +149,7 @@ def test_a_move_that_fails_costs_all_whose_entries_it_moved(monkeypatch, call, a
 @either_way
 def test_a_failure_behind_the_moves_moves_nothing_again(monkeypatch, asynchronous):
     serving = Serving(asynchronous=asynchronous, trace=True)
-    positions, calls = serving.runner._positions, []
+    positions, calls = serving.runner.positions, []
 
     def fails_once(*args):
         calls.append(args)
@@ -157,7 +157,7 @@ def test_a_failure_behind_the_moves_moves_nothing_again(monkeypatch, asynchronou
             raise torch.OutOfMemoryError("no memory left")
         return positions(*args)
 
-    monkeypatch.setattr(serving.runner, "_positions", fails_once)
+    monkeypatch.setattr(serving.runner, "positions", fails_once)
     submit(serving, Broken(lambda event: False))
     for result, entries in zip(serving.runner.poll(wait=True), (96, 80, 96), strict=True):
         assert result.error is None

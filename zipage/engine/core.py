@@ -7,20 +7,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zipage.engine.debug import DebugChecks
 from zipage.engine.interface import Core, TokenDelta
 from zipage.engine.request_metrics import request_metrics
+from zipage.engine.request_state import request_state
 from zipage.engine.telemetry import Telemetry
 from zipage.outputs import Logprob
 from zipage.scheduling.batch import Batch
 from zipage.scheduling.plan import StepPlan
 from zipage.scheduling.planner import plan_compression, plan_step
-from zipage.scheduling.request import Request
+from zipage.scheduling.request import Request, Status
 from zipage.scheduling.scheduler import Scheduler
-from zipage.stats import EngineStats, RequestMetrics
+from zipage.stats import EngineStats, HeldEntries, RequestMetrics, Snapshot
 from zipage.worker.compression_runner import CompressionResult, CompressionRunner
 from zipage.worker.model_runner import Launch, ModelRunner, StepResult
 from zipage.worker.sampler import Logprobs
@@ -43,6 +45,7 @@ class EngineCore(Core):
         debug: checks after every step; None for none.
         overlaps: launch a step before the tokens of the one before are waited for.
         async_compression: compressions run beside the steps after them.
+        heads: layers of the model, and KV heads of each.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class EngineCore(Core):
         *,
         overlaps: bool,
         async_compression: bool,
+        heads: tuple[int, int],
     ) -> None:
         super().__init__(telemetry.counters, telemetry.listeners)
         self.scheduler = scheduler
@@ -64,6 +68,7 @@ class EngineCore(Core):
         self.debug = debug
         self.overlaps = overlaps
         self._async_compression = async_compression
+        self._heads = heads
         self._samples: dict[str, list[Request]] = {}
         """Of each unfinished prompt."""
         self._deltas: list[TokenDelta] = []
@@ -123,6 +128,21 @@ class EngineCore(Core):
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.runner.logits(hidden)
+
+    def snapshot(self) -> Snapshot:
+        live = [r for samples in self._samples.values() for r in samples if r.finish_reason is None]
+        return Snapshot([request_state(request) for request in live], self.scheduler.pool.num_cached)
+
+    def held_entries(self, request_id: str, index: int) -> HeldEntries | None:
+        live = (r for r in self._samples.get(request_id, ()) if r.index == index and r.status is Status.RUNNING)
+        request = next(live, None)
+        if request is None:
+            return None
+        if request.num_compressions:
+            positions = self.compressor.positions(request.block_ids, request.cache_len)
+        else:
+            positions = np.broadcast_to(np.arange(request.cache_len, dtype=np.int32), (*self._heads, request.cache_len))
+        return HeldEntries(request.num_prompt_tokens, request.num_tokens, positions)
 
     # A step
 

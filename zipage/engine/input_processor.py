@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +44,16 @@ class Tokens(NamedTuple):
 
     text: str | None
     token_ids: list[int]
+
+
+def read(prompt: Any, tokenize: Callable[[Any], Tokens]) -> Tokens:
+    """A prompt's tokens. Raises ValueError, whatever its own methods raise."""
+    try:
+        return tokenize(prompt)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"the prompt cannot be read ({described(error)})") from error
 
 
 def as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:

@@ -14,7 +14,7 @@ from zipage.engine.telemetry import Listeners
 from zipage.eviction.fault import first_line
 from zipage.outputs import FinishReason, Logprob
 from zipage.scheduling.request import Request
-from zipage.stats import EngineStats, RequestMetrics
+from zipage.stats import EngineStats, HeldEntries, RequestMetrics, Snapshot
 
 
 class TokenDelta(NamedTuple):
@@ -98,6 +98,14 @@ class Core(ABC):
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [N, vocab] of hidden states [N, width]. Raises ValueError where they are not of the model's width."""
+
+    @abstractmethod
+    def snapshot(self) -> Snapshot:
+        """The unfinished samples as they are now."""
+
+    @abstractmethod
+    def held_entries(self, request_id: str, index: int) -> HeldEntries | None:
+        """What each head holds of a sample; None where it has no entries on the device that stand still."""
 
     @abstractmethod
     def _close(self) -> None:

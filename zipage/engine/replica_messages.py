@@ -8,6 +8,7 @@ from torch import Tensor
 
 from zipage.config import EngineConfig
 from zipage.engine.interface import TokenDelta
+from zipage.spread import Inherited
 from zipage.stats import EngineStats, EventStats, StepStats
 
 # To a replica: first `Start`, which it answers with a `CoreSpec`, then any of the others, among them `PromptOrder`.
@@ -18,15 +19,10 @@ class Start(NamedTuple):
 
     Attributes:
         config: of the one replica.
-        policies: where the registered policies are found, by name.
-        num_threads: of torch on the CPU.
-        log_level: of the records to send back.
     """
 
     config: EngineConfig
-    policies: dict[str, str]
-    num_threads: int
-    log_level: int
+    inherited: Inherited
 
 
 class Abort(NamedTuple):
@@ -42,13 +38,24 @@ class Stop(NamedTuple):
     index: int
 
 
+class Look(NamedTuple):
+    """The `Reply` is a `Snapshot`."""
+
+
+class ReadEntries(NamedTuple):
+    """The `Reply` is what each head holds of a sample: `HeldEntries`, or None."""
+
+    request_id: str
+    index: int
+
+
 class Logits(NamedTuple):
     """The `Reply` is the logits, on the host."""
 
     hidden: Tensor
 
 
-# From a replica
+# From a replica, beside `zipage.processes.Log` and, as the last of one that failed, `zipage.processes.Failure`
 
 
 class Report(NamedTuple):
@@ -65,18 +72,3 @@ class Reply(NamedTuple):
 
     value: Any
     error: ValueError | None = None
-
-
-class Failure(NamedTuple):
-    """The last message of a replica that failed: `zipage.processes.packed`."""
-
-    error: BaseException
-    traceback: str
-
-
-class Log(NamedTuple):
-    """A line for the log."""
-
-    logger: str
-    level: int
-    text: str

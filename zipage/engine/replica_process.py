@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -10,15 +9,12 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import torch
-
 from zipage.engine.core import EngineCore
 from zipage.engine.interface import TokenDelta
 from zipage.engine.prompt_order import PromptOrder
-from zipage.engine.replica_messages import Abort, Failure, Log, Logits, Reply, Report, Start, Stop
+from zipage.engine.replica_messages import Abort, Logits, Look, ReadEntries, Reply, Report, Start, Stop
 from zipage.engine.rules import Rules
 from zipage.engine.startup import build_core
-from zipage.eviction import registry
 from zipage.processes import Channel, packed
 from zipage.stats import EventStats, RequestMetrics, StepStats
 
@@ -33,15 +29,13 @@ def run(channel: Channel) -> None:
     core = None
     try:
         start: Start = channel.receive()
-        _forward_logs(channel, start.log_level)
-        torch.set_num_threads(start.num_threads)
-        registry.POLICIES |= start.policies
+        start.inherited.take_over(channel.send)
         core, spec = build_core(start.config)
         channel.send(spec)
         Replica(channel, core, Rules(start.config)).serve()
     except BaseException as error:
         with suppress(OSError):  # the other side is gone
-            channel.send(Failure(*packed(error)))
+            channel.send(packed(error))
     finally:
         if core is not None:
             core.shut_down()
@@ -101,7 +95,7 @@ class Replica:
             linger = LINGER if isinstance(message, Abort) else 0.0
             yield message
 
-    def _handle(self, message: PromptOrder | Abort | Stop | Logits) -> None:
+    def _handle(self, message: PromptOrder | Abort | Stop | Look | ReadEntries | Logits) -> None:
         core, reply = self._core, Reply(None)
         if isinstance(message, PromptOrder):
             self._add(message)
@@ -111,6 +105,11 @@ class Replica:
                 reply = Reply(core.logits(message.hidden).cpu())
             except ValueError as error:
                 reply = Reply(None, error)
+        elif isinstance(message, Look):
+            reply = Reply(core.snapshot())
+        elif isinstance(message, ReadEntries):
+            with core.whole():
+                reply = Reply(core.held_entries(message.request_id, message.index))
         elif core.is_unfinished(message.request_id):
             with core.whole():
                 if isinstance(message, Abort):
@@ -141,21 +140,3 @@ class Replica:
             self._reported = now
             self._steps.clear()
             self._events.clear()
-
-
-def _forward_logs(channel: Channel, level: int) -> None:
-    """Records of this package become messages instead of lines on this process's stderr."""
-    logger = logging.getLogger("zipage")
-    logger.setLevel(level)
-    logger.propagate = False
-    logger.addHandler(_Forward(channel))
-
-
-class _Forward(logging.Handler):
-    def __init__(self, channel: Channel) -> None:
-        super().__init__()
-        self._channel = channel
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):
-            self._channel.send(Log(record.name, record.levelno, self.format(record)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -11,22 +10,20 @@ from dataclasses import dataclass, field, fields, replace
 from multiprocessing.connection import wait
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zipage.config import EngineConfig
 from zipage.engine.core_spec import CoreSpec
 from zipage.engine.interface import Core, TokenDelta
 from zipage.engine.prompt_order import PromptOrder
-from zipage.engine.replica_messages import Abort, Failure, Log, Logits, Reply, Report, Start, Stop
+from zipage.engine.replica_messages import Abort, Logits, Look, ReadEntries, Reply, Report, Start, Stop
 from zipage.engine.request_metrics import cut_short
 from zipage.engine.telemetry import Listeners
-from zipage.eviction import registry
 from zipage.eviction.fault import first_line
-from zipage.models.loading.share import is_sharing
-from zipage.processes import Child, close_all, unpacked
+from zipage.processes import Child, Failure, Log, close_all, unpacked
 from zipage.scheduling.request import Request
-from zipage.stats import EngineStats, RequestMetrics
+from zipage.spread import Inherited, check_spread, count_gpus
+from zipage.stats import EngineStats, HeldEntries, RequestMetrics, Snapshot
 
 TARGET = "zipage.engine.replica_process:run"
 PATIENCE = 0.005
@@ -44,18 +41,9 @@ def start_replicas(config: EngineConfig) -> tuple[Replicas, CoreSpec]:
         Exception: what kept a replica from starting; the others have ended.
     """
     environments = _environments(config)
-    _check_policy(config)
-    if is_sharing():
-        raise ValueError(
-            f"data_parallel_size={config.data_parallel_size}: replicas load the model in processes of their own, which "
-            "share_model does not reach: leave it out"
-        )
-    start = Start(
-        replace(config, data_parallel_size=1),
-        registry.locations(),
-        max(1, torch.get_num_threads() // config.data_parallel_size),
-        logging.getLogger("zipage").getEffectiveLevel(),
-    )
+    size = config.data_parallel_size
+    check_spread("replicas", "data_parallel_size", size, config.policy)
+    start = Start(replace(config, data_parallel_size=1), Inherited.by(size))
     children: list[Child] = []
     try:
         for number, environment in enumerate(environments):
@@ -67,32 +55,20 @@ def start_replicas(config: EngineConfig) -> tuple[Replicas, CoreSpec]:
         close_all(children, grace=0)
         raise
     smallest = min(specs, key=lambda spec: spec.memory_plan.num_blocks)
-    return Replicas(children, Listeners(strict=config.debug)), smallest
+    num_blocks = [spec.memory_plan.num_blocks for spec in specs]
+    return Replicas(children, Listeners(strict=config.debug), num_blocks), smallest
 
 
 def _environments(config: EngineConfig) -> list[dict[str, str]]:
     """By which each replica sees the GPUs that are its own, and no others."""
     size, each = config.data_parallel_size, config.tensor_parallel_size
-    count = 0 if config.device == "cpu" else torch.cuda.device_count()  # does not begin to use them
-    if not count and config.device != "cuda":
+    asked = f"data_parallel_size={size}: with tensor_parallel_size={each}"
+    count = count_gpus(config.device, size * each, "data_parallel_size", asked)
+    if not count:
         return [{} for _ in range(size)]
-    if count < size * each:
-        raise ValueError(
-            f"data_parallel_size={size}: with tensor_parallel_size={each} needs {size * each} GPUs, but {count} are "
-            "visible: lower data_parallel_size, or make more visible by CUDA_VISIBLE_DEVICES"
-        )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(index) for index in range(count)] if visible is None else visible.replace(" ", "").split(",")
     return [{"CUDA_VISIBLE_DEVICES": ",".join(names[m * each : (m + 1) * each])} for m in range(size)]
-
-
-def _check_policy(config: EngineConfig) -> None:
-    if registry.location(registry.find(config.policy)) is None:
-        raise ValueError(
-            f"policy={config.policy!r}: it is defined in the program itself, which the processes of "
-            f"data_parallel_size={config.data_parallel_size} do not run: put it into a module, and give "
-            "'module:Class'"
-        )
 
 
 def _wait_until_ready(children: list[Child]) -> list[CoreSpec]:
@@ -104,9 +80,9 @@ def _wait_until_ready(children: list[Child]) -> list[CoreSpec]:
             child = loading[channel]
             message = _receive(child)
             if isinstance(message, Failure):
-                raise unpacked(message.error, message.traceback)
+                raise unpacked(message)
             if isinstance(message, Log):
-                _log(child, message)
+                message.repeat(child.name)
             else:
                 specs[child.name] = message
     return [specs[child.name] for child in children]
@@ -118,10 +94,6 @@ def _receive(child: Child) -> Any:
         return child.channel.receive()
     except (EOFError, OSError):
         raise RuntimeError(child.death()) from None
-
-
-def _log(child: Child, message: Log) -> None:
-    logging.getLogger(message.logger).log(message.level, "%s: %s", child.name, message.text)
 
 
 @dataclass(slots=True)
@@ -164,11 +136,15 @@ class Replicas(Core):
 
     Args:
         children: processes that run `zipage.engine.replica_process` and have loaded the model.
+        num_blocks: in the pool of each.
     """
 
-    def __init__(self, children: Sequence[Child], listeners: Listeners) -> None:
+    def __init__(self, children: Sequence[Child], listeners: Listeners, num_blocks: Sequence[int]) -> None:
         super().__init__(EngineStats(), listeners)
-        self._replicas = [_Replica(number, child) for number, child in enumerate(children)]
+        self._replicas = [
+            _Replica(number, child, stats=EngineStats(blocks_total=blocks))
+            for number, (child, blocks) in enumerate(zip(children, num_blocks, strict=True))
+        ]
         self._of_channel = {replica.child.channel: replica for replica in self._replicas}
         self._prompts: dict[str, _Prompt] = {}
         self._deltas: deque[TokenDelta] = deque()
@@ -241,10 +217,18 @@ class Replicas(Core):
         for channel in wait(list(self._of_channel), PATIENCE if waiting else 0):
             self._take(self._of_channel[channel])
 
-    def _ask(self, replica: _Replica, question: Abort | Stop | Logits) -> Reply:
+    def _ask(self, replica: _Replica, question: Abort | Stop | ReadEntries | Logits) -> Reply:
         """The answer, for which a step of the replica may have to end."""
+        self._send(replica, question)
+        return self._answer_of(replica)
+
+    @staticmethod
+    def _send(replica: _Replica, question: Abort | Stop | Look | ReadEntries | Logits) -> None:
         with suppress(OSError):  # it has ended, as will show
             replica.child.channel.send(question)
+
+    def _answer_of(self, replica: _Replica) -> Reply:
+        """To the one question that it was sent."""
         while not self._answers:
             self._take(replica)
         return self._answers.popleft()
@@ -265,9 +249,9 @@ class Replicas(Core):
         elif isinstance(message, Reply):
             self._answers.append(message)
         elif isinstance(message, Log):
-            _log(replica.child, message)
+            message.repeat(replica.child.name)
         else:
-            error = unpacked(*message)
+            error = unpacked(message)
             raise RuntimeError(f"{replica.child.name} failed: {first_line(error)}") from error
 
     # What is known of them
@@ -287,6 +271,16 @@ class Replicas(Core):
         if reply.error is not None:
             raise reply.error
         return reply.value
+
+    def snapshot(self) -> Snapshot:
+        for replica in self._replicas:  # all answer after the same time
+            self._send(replica, Look())
+        parts = [self._answer_of(replica).value for replica in self._replicas]
+        return Snapshot([state for part in parts for state in part.requests], sum(part.blocks_cached for part in parts))
+
+    def held_entries(self, request_id: str, index: int) -> HeldEntries | None:
+        prompt = self._prompts.get(request_id)
+        return None if prompt is None else self._ask(prompt.replica, ReadEntries(request_id, index)).value
 
     # Their end
 

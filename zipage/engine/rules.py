@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from zipage.config import EngineConfig
 from zipage.eviction import registry
 from zipage.eviction.policy import Policy
 from zipage.eviction.rule import EvictionRule
 from zipage.sampling_params import SamplingParams
+
+AMPLE = 2**20
+"""A budget that no policy finds too small."""
+
+
+def served_policies(config: EngineConfig) -> list[str]:
+    """Names of the registered policies that a request of an engine may choose, given the budget that they need."""
+    rules, found = Rules(config), []
+    for name in registry.POLICIES:
+        with suppress(ValueError):
+            rules.of(SamplingParams(policy=name, budget_tokens=AMPLE), 1)
+            found.append(name)
+    return found
 
 
 class Rules:

@@ -116,5 +116,6 @@ def _core_on(
         DebugChecks(scheduler, worker.cache) if config.debug else None,
         overlaps=worker.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
         async_compression=config.async_compression,
+        heads=(spec.num_layers, spec.num_kv_heads),
     )
     return core, CoreSpec(plan, max_model_len, spec.vocab_size, spec.eos_token_ids)

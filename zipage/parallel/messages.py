@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zipage.config import EngineConfig
 from zipage.scheduling.plan import CompressionOrder, StepPlan
+from zipage.spread import Inherited
 from zipage.worker.memory_plan import MemoryPlan
 from zipage.worker.worker import DeviceMemory
 
@@ -24,17 +25,12 @@ class Start(NamedTuple):
 
     Attributes:
         rendezvous: path at which the ranks find each other.
-        policies: where the registered policies are found, by name.
-        num_threads: of torch on the CPU.
-        log_level: of the records to send back.
     """
 
     config: EngineConfig
     rank: int
     rendezvous: str
-    policies: dict[str, str]
-    num_threads: int
-    log_level: int
+    inherited: Inherited
 
 
 class Attach(NamedTuple):
@@ -50,7 +46,7 @@ class Move(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A step without its moves; rank 0 answers with a `StepResult`."""
+    """A step, whose moves were told before; rank 0 answers with a `StepResult`."""
 
     plan: StepPlan
 
@@ -72,13 +68,20 @@ class TellMisranked(NamedTuple):
     """The answer, once all compressions are through, is `Misranked`."""
 
 
+class ReadPositions(NamedTuple):
+    """The answer is `Positions`; as `CompressionRunner.positions`."""
+
+    table: list[int]
+    num_entries: int
+
+
 class ComputeLogits(NamedTuple):
     """Rank 0 answers with a tensor [T, vocab]; hidden states [T, width]."""
 
     hidden: Tensor
 
 
-# From a rank
+# From a rank, beside `zipage.processes.Log` and, as the last of one that failed, `zipage.processes.Failure`
 
 
 class Ready(NamedTuple):
@@ -109,22 +112,13 @@ class Compressed(NamedTuple):
     parts: list[Part]
 
 
+class Positions(NamedTuple):
+    """int32 [L, H, num_entries], of the rank's KV heads."""
+
+    positions: np.ndarray
+
+
 class Misranked(NamedTuple):
     """Numbers of the orders in which the policy ranked an entry of this rank NaN."""
 
     numbers: list[int]
-
-
-class Failure(NamedTuple):
-    """The last message of a rank that failed: `zipage.processes.packed`."""
-
-    error: BaseException
-    traceback: str
-
-
-class Log(NamedTuple):
-    """A line for the log."""
-
-    logger: str
-    level: int
-    text: str

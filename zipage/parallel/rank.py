@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from zipage.eviction import registry
 from zipage.models.loading.loader import load_model
 from zipage.models.shard import Shard
 from zipage.parallel import messages as m
@@ -32,13 +31,16 @@ def run(channel: Channel) -> None:
     outbox = Outbox(channel)
     try:
         start: m.Start = channel.receive()
-        _send_logs(outbox, start)
+        inherited = start.inherited
+        if start.rank:  # what is no fault is the same on all, and rank 0 tells it
+            inherited = inherited._replace(log_level=max(inherited.log_level, logging.WARNING))
+        inherited.take_over(outbox.send)
         with suppress(EOFError):
             _serve(channel, outbox, start)
         # The other side does this too, unless it was killed.
         shutil.rmtree(os.path.dirname(start.rendezvous), ignore_errors=True)
     except BaseException as error:
-        outbox.send(m.Failure(*packed(error)))
+        outbox.send(packed(error))
     outbox.close()
 
 
@@ -71,8 +73,6 @@ class Outbox:
 
 
 def _serve(channel: Channel, outbox: Outbox, start: m.Start) -> None:
-    torch.set_num_threads(start.num_threads)
-    registry.POLICIES |= start.policies
     config, rank = start.config, start.rank
     size = config.tensor_parallel_size
     device = torch.device("cpu") if config.device == "cpu" else torch.device("cuda", rank)
@@ -139,6 +139,8 @@ class Rank:
             case m.TellMisranked():
                 worker.compressor.ranks.poll(wait=True)
                 self._outbox.send(m.Misranked([*worker.compressor.ranks.failed]))
+            case m.ReadPositions(table, num_entries):
+                self._outbox.send(m.Positions(worker.compressor.positions(table, num_entries)))
             case m.ComputeLogits(hidden):
                 logits = runner.logits(hidden)
                 if self._rank == 0:
@@ -162,21 +164,4 @@ class Rank:
                     self._channel.send(self._launched.get().wait())
         except BaseException as error:
             with suppress(OSError):
-                self._channel.send(m.Failure(*packed(error)))
-
-
-def _send_logs(outbox: Outbox, start: m.Start) -> None:
-    """Records of rank 0 become messages; the other ranks do the same and would say the same again."""
-    logger = logging.getLogger("zipage")
-    logger.setLevel(start.log_level)
-    logger.propagate = False
-    logger.addHandler(_Sender(outbox) if start.rank == 0 else logging.NullHandler())
-
-
-class _Sender(logging.Handler):
-    def __init__(self, outbox: Outbox) -> None:
-        super().__init__()
-        self._outbox = outbox
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._outbox.send(m.Log(record.name, record.levelno, self.format(record)))
+                self._channel.send(packed(error))

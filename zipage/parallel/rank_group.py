@@ -8,18 +8,18 @@ from collections import defaultdict, deque
 from contextlib import suppress
 from multiprocessing.connection import wait
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from zipage.eviction.fault import first_line
 from zipage.parallel import messages as m
-from zipage.processes import Child, close_all, unpacked
+from zipage.processes import Child, Failure, Log, close_all, pickled, unpacked
 
 TARGET = "zipage.parallel.rank:run"
 SILENCE = 600.0
-"""Seconds without a word from any rank, while an answer is waited for, after which they are taken to hang; to load a
-model may take longer."""
-LOOK_FOR_DEAD = 2.0
-"""Seconds to look for a rank that died, when another failed because of it."""
+"""Seconds without a word from any rank, while an answer is waited for, or in which one takes no message, after which
+they are taken to hang; to load a model may take longer."""
+LAST_WORDS = 2.0
+"""Seconds in which the others tell, after one has failed or ended, that they did so before."""
 
 Answer = TypeVar("Answer")
 
@@ -42,12 +42,16 @@ class RankGroup:
         self.children: list[Child] = []
         self.is_ready = False
         self._inboxes: list[dict[type, deque[Any]]] = [defaultdict(deque) for _ in starts]
+        self._failures: dict[int, Failure] = {}
+        self._warnings: dict[tuple[int, str], int] = {}
+        """The rank that gave each first."""
         self._failure: str | None = None
         self._folder = folder
         try:
             for start in starts:
                 self.children.append(Child(f"rank {start.rank}", TARGET))
             for child, start in zip(self.children, starts, strict=True):
+                child.channel.limit_sending(SILENCE)
                 child.channel.send(start)
         except BaseException:
             self._end(grace=0)
@@ -56,17 +60,20 @@ class RankGroup:
     def tell(self, message: Any) -> None:
         """Send all the same."""
         self._check()
+        data = pickled(message)
         try:
             for child in self.children:
-                child.channel.send(message)
+                child.channel.send_pickled(data)
+        except BlockingIOError:
+            self._end_with(f"{child.name} has taken no message for {SILENCE:g} seconds")
         except OSError:
-            self._end_with(self._death())
+            self._fail()
 
     def take(self, rank: int, kind: type[Answer]) -> Answer:
         """The next message of a kind from a rank; waits for it."""
         inbox = self._inboxes[rank][kind]
         while not inbox:
-            self.listen(SILENCE)
+            self.wait()
         return inbox.popleft()
 
     def take_all(self, kind: type[Answer]) -> list[Answer]:
@@ -75,22 +82,27 @@ class RankGroup:
 
     def arrived(self, kind: type[Answer]) -> list[tuple[int, Answer]]:
         """What has arrived of a kind, with the rank that sent it."""
-        self.listen(0.0)
+        self._check()
+        self._listen(0.0)
         found = []
         for rank, inbox in enumerate(self._inboxes):
             messages = inbox[kind]
             found += [(rank, messages.popleft()) for _ in range(len(messages))]
         return found
 
-    def listen(self, seconds: float) -> None:
-        """Sort what has come; wait so long for something to come."""
+    def wait(self) -> None:
+        """Until something comes."""
         self._check()
+        if not self._listen(SILENCE) and self.is_ready:
+            self._end_with(f"no rank has answered for {SILENCE:g} seconds")
+
+    def _listen(self, seconds: float) -> bool:
+        """Sort what has come. Returns whether something has, within that time."""
         ready = wait([child.channel for child in self.children], seconds)
-        if not ready and seconds == SILENCE and self.is_ready:
-            self._end_with(f"no rank has answered for {SILENCE:.0f} seconds")
         for rank, child in enumerate(self.children):
             while child.channel in ready and child.channel.poll():
                 self._sort(rank, child)
+        return bool(ready)
 
     def close(self, grace: float = 10.0) -> None:
         """End the processes."""
@@ -107,45 +119,66 @@ class RankGroup:
         try:
             message = child.channel.receive()
         except (EOFError, OSError):
-            self._end_with(self._death())
-        if isinstance(message, m.Failure):
-            self._end_because(child, message)
-        if isinstance(message, m.Log):
-            logging.getLogger(message.logger).log(message.level, "%s", message.text)
+            self._fail()
+        if isinstance(message, Failure):
+            self._failures[rank] = message
+            self._fail()
+        if isinstance(message, Log):
+            self._log(rank, message)
         else:
             self._inboxes[rank][type(message)].append(message)
+
+    def _log(self, rank: int, log: Log) -> None:
+        """What all ranks warn of is logged once."""
+        if log.level < logging.WARNING or self._warnings.setdefault((log.level, log.text), rank) == rank:
+            log.repeat(self.children[rank].name)
 
     def _check(self) -> None:
         if self._failure is not None:
             raise RuntimeError(self._failure)
 
-    def _death(self) -> str:
-        """Who died first, as far as can be told: by a signal before by an error that another's death caused."""
-        end = time.monotonic() + LOOK_FOR_DEAD
-        while not (dead := [child for child in self.children if child.exit_code is not None]):
-            if time.monotonic() > end:
-                return "a rank closed its connection"
-            time.sleep(0.01)
-        return min(dead, key=lambda child: child.exit_code >= 0).death()
+    def _fail(self) -> NoReturn:
+        """End all after one has failed or ended, and say which was the first: the others may only have lost it.
 
-    def _end_because(self, failed: Child, failure: m.Failure) -> None:
-        """End all after one has failed, perhaps because another died."""
-        end = time.monotonic() + LOOK_FOR_DEAD
-        while time.monotonic() < end:
-            for child in self.children:
-                if child is not failed and child.exit_code is not None and child.exit_code < 0:
-                    self._end_with(child.death())
-            time.sleep(0.02)
-        error = unpacked(failure.error, failure.traceback)
+        One that ended without a word was killed, or killed itself. Of others, the earliest failure brought about the
+        later ones.
+        """
+        end = time.monotonic() + LAST_WORDS
+        ended: list[Child] = []
+        while not ended and len(self._failures) < len(self.children) and time.monotonic() < end:
+            time.sleep(0.01)
+            codes = [child.exit_code for child in self.children]  # before what they have said is read
+            self._hear_out()
+            ended = [
+                child
+                for rank, (child, code) in enumerate(zip(self.children, codes, strict=True))
+                if code is not None and rank not in self._failures
+            ]
+        if ended:
+            self._end_with(min(ended, key=lambda child: child.exit_code >= 0).death())
+        if not self._failures:
+            self._end_with("a rank closed its connection")
+        rank, failure = min(self._failures.items(), key=lambda item: item[1].time)
+        error = unpacked(failure)
         if not self.is_ready and isinstance(error, ValueError | OSError | ImportError):
             self._end_with(str(error), error)
-        self._end_with(
-            f"{failed.name} failed: {first_line(error)}",
-            RuntimeError(f"{failed.name} failed: {first_line(error)}"),
-            error,
-        )
+        line = f"{self.children[rank].name} failed: {first_line(error)}"
+        self._end_with(line, RuntimeError(line), error)
 
-    def _end_with(self, failure: str, error: BaseException | None = None, cause: BaseException | None = None) -> None:
+    def _hear_out(self) -> None:
+        """Read what is there of the end of each: whether it has failed, and its log."""
+        for rank, child in enumerate(self.children):
+            with suppress(EOFError, OSError):
+                while rank not in self._failures and child.channel.poll():
+                    message = child.channel.receive()
+                    if isinstance(message, Failure):
+                        self._failures[rank] = message
+                    elif isinstance(message, Log):
+                        self._log(rank, message)
+
+    def _end_with(
+        self, failure: str, error: BaseException | None = None, cause: BaseException | None = None
+    ) -> NoReturn:
         self._failure = failure
         with suppress(OSError):
             self._end(grace=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 import time
@@ -15,14 +14,13 @@ import torch
 from torch import Tensor
 
 from zipage.config import EngineConfig
-from zipage.eviction import registry
 from zipage.models.loading.loader import read_shape
-from zipage.models.loading.share import is_sharing
 from zipage.models.shard import PeerFailed, Shard
 from zipage.models.spec import ModelSpec
 from zipage.parallel import messages as m
 from zipage.parallel.rank_group import RankGroup
 from zipage.scheduling.plan import CompressionOrder, StepPlan
+from zipage.spread import Inherited, check_spread, count_gpus
 from zipage.worker.compression_batch import check_orders
 from zipage.worker.compression_runner import CompressionResult
 from zipage.worker.memory_plan import MemoryPlan
@@ -42,28 +40,15 @@ def start_ranks(config: EngineConfig) -> RankedWorker:
         RuntimeError: a rank died.
     """
     size = config.tensor_parallel_size
-    if is_sharing():
-        raise ValueError(
-            f"tensor_parallel_size={size}: ranks load the model in processes of their own, which share_model does not "
-            "reach: leave it out"
-        )
-    device = _device_type(config)
+    check_spread("ranks", "tensor_parallel_size", size, config.policy)
+    gpus = count_gpus(config.device, size, "tensor_parallel_size", f"tensor_parallel_size={size}:")
+    device = "cuda" if gpus else "cpu"
     spec, _ = read_shape(config.model, load_format=config.load_format, dtype=config.dtype, device=device)
     Shard(size=size).check(spec)
-    if registry.location(registry.find(config.policy)) is None:
-        raise ValueError(
-            f"policy={config.policy!r}: it is defined in the program itself, which the processes of "
-            f"tensor_parallel_size={size} do not run: put it into a module, and give 'module:Class'"
-        )
     folder = tempfile.TemporaryDirectory(prefix="zipage-")
     # Where a debug run checks that ranks keep the same entries, they tell which.
     told = replace(config, device=device, trace_positions=config.trace_positions or config.debug)
-    shared = (
-        os.path.join(folder.name, "rendezvous"),
-        registry.locations(),
-        max(1, torch.get_num_threads() // size),
-        logging.getLogger("zipage").getEffectiveLevel(),
-    )
+    shared = os.path.join(folder.name, "rendezvous"), Inherited.by(size)
     group = RankGroup([m.Start(told, rank, *shared) for rank in range(size)], folder)
     try:
         ready = group.take_all(m.Ready)
@@ -72,20 +57,6 @@ def start_ranks(config: EngineConfig) -> RankedWorker:
         group.close(grace=0)
         raise
     return RankedWorker(config, group, spec, device, ready)
-
-
-def _device_type(config: EngineConfig) -> str:
-    """ "cpu" or "cuda"."""
-    size = config.tensor_parallel_size
-    count = 0 if config.device == "cpu" else torch.cuda.device_count()  # does not begin to use them
-    if not count and config.device != "cuda":
-        return "cpu"
-    if count < size:
-        raise ValueError(
-            f"tensor_parallel_size={size}: needs {size} GPUs, but {count} are visible: lower tensor_parallel_size, or "
-            "make more visible by CUDA_VISIBLE_DEVICES"
-        )
-    return "cuda"
 
 
 class RankedWorker:
@@ -148,7 +119,7 @@ class RankedRunner:
         return lost
 
     def launch(self, plan: StepPlan) -> RankedLaunch:
-        self._group.tell(m.Launch(replace(plan, drops=[], saves=[], restores=[], copies=[])))
+        self._group.tell(m.Launch(plan))
         return RankedLaunch(self._group)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -229,7 +200,7 @@ class RankedCompressor:
     def poll(self, wait: bool = False) -> list[CompressionResult]:
         results = self._finished()
         while wait and self._under_way:
-            self._group.listen(1.0)
+            self._group.wait()
             results += self._finished()
         return results
 
@@ -263,8 +234,7 @@ class RankedCompressor:
 
     def _positions(self, order: CompressionOrder, of_ranks: list[np.ndarray]) -> np.ndarray:
         """int32 [L, H, k] of the model's heads, once it is seen that the ranks agree where they must."""
-        every = np.concatenate(of_ranks, axis=1)
-        copies = every.reshape(len(every), self._num_kv_heads, -1, every.shape[2])
+        copies = self._copies(of_ranks)
         policy = order.rule.policy
         same = (copies == copies[:, :, :1]).all()
         if policy.shared_heads:
@@ -272,6 +242,15 @@ class RankedCompressor:
         if not same:
             raise RuntimeError(f"{order}: ranks kept different entries of the same heads under {policy.name!r}")
         return np.ascontiguousarray(copies[:, :, 0])
+
+    def _copies(self, of_ranks: list[np.ndarray]) -> np.ndarray:
+        """[L, H, copies, k], where several ranks have the same of the model's KV heads."""
+        every = np.concatenate(of_ranks, axis=1)
+        return every.reshape(len(every), self._num_kv_heads, -1, every.shape[2])
+
+    def positions(self, table: list[int], num_entries: int) -> np.ndarray:
+        self._group.tell(m.ReadPositions(table, num_entries))
+        return self._copies([told.positions for told in self._group.take_all(m.Positions)])[:, :, 0]
 
     @property
     def in_flight(self) -> int:

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from zipage.engine.input_processor import Tokens
+from zipage.engine.rules import served_policies
 from zipage.serve.config import ServeConfig
 from zipage.serve.engine import Engine
 from zipage.serve.errors import ApiError
@@ -46,8 +47,8 @@ class Api:
         self.names = config.served_model_name or (self.llm.config.model,)
         self.metrics = Metrics(engine, self.names[0])
         self.created = int(time.time())
-        tokenizer = self.llm.get_tokenizer()
-        template = config.chat_template or getattr(tokenizer, "chat_template", None)
+        template = config.chat_template or getattr(self.llm.get_tokenizer(), "chat_template", None)
+        self.has_template = template is not None
         self.splits_reasoning = isinstance(template, str) and marks_reasoning(template)
 
     async def read(self, request: Request, kind: type[AnyBody]) -> AnyBody:
@@ -135,6 +136,20 @@ class Api:
         length = self.llm.max_model_len
         shared = {"object": "model", "created": self.created, "owned_by": "zipage", "max_model_len": length}
         return {"object": "list", "data": [{"id": name, "root": self.llm.config.model} | shared for name in self.names]}
+
+    def about(self) -> dict[str, Any]:
+        """What the page must know to ask."""
+        config = self.llm.config
+        return {
+            "model": self.names[0],
+            "max_model_len": self.llm.max_model_len,
+            "has_text": self.llm.get_tokenizer() is not None,
+            "has_template": self.has_template and self.llm.get_tokenizer() is not None,
+            "policy": config.policy,
+            "policies": served_policies(config),
+            "budget_tokens": config.budget_tokens,
+            "protection": config.protection,
+        }
 
     async def tokenize(self, request: Request) -> dict[str, Any]:
         body = await self.read(request, TokenizeRequest)

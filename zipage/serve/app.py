@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse
+from starlette.responses import HTMLResponse, JSONResponse
 
 from zipage.serve import chat, completions
 from zipage.serve.api import Api
@@ -21,6 +21,8 @@ from zipage.serve.engine import Engine
 from zipage.serve.errors import ApiError
 from zipage.serve.gate import Gate
 from zipage.serve.generation import ClientGone
+from zipage.serve.live import Live
+from zipage.serve.page import PAGE, PAGE_HEADERS
 from zipage.serve.schemas import ChatRequest, CompletionRequest
 
 NOBODY = Response(status_code=499)
@@ -43,6 +45,8 @@ def create_app(engine: Engine, config: ServeConfig) -> Gate:
     app = FastAPI(title="zipage", lifespan=lifespan, openapi_url=None)
     keys = config.api_key or tuple(filter(None, os.environ.get("ZIPAGE_API_KEY", "").split(",")))
     gate = Gate(app, keys)
+    shows_prompts = len(keys) < 2 if config.show_prompts is None else config.show_prompts
+    live = Live(engine, api.about(), shows_prompts, lambda: gate.is_closing)
     _add_error_handlers(app)
 
     @app.post("/v1/completions")
@@ -86,6 +90,18 @@ def create_app(engine: Engine, config: ServeConfig) -> Gate:
     @app.get("/metrics")
     async def show_metrics() -> Response:
         return Response(api.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/")
+    async def page() -> Response:
+        return HTMLResponse(PAGE, headers=PAGE_HEADERS)
+
+    @app.get("/live")
+    async def watch(request: Request) -> Response:
+        return live.stream(request.query_params.get("watch"))
+
+    @app.get("/live/requests/{name}/held")
+    async def held(request: Request, name: str) -> Response:
+        return JSONResponse(await live.held(name, request.query_params))
 
     return gate
 

@@ -28,6 +28,7 @@ class ServeConfig:
         max_n: samples of one request at most, all its prompts together.
         max_queue: samples that may wait beside those that run; further requests are refused with status 429.
         shutdown_grace: seconds that running requests have to finish after SIGTERM or SIGINT.
+        show_prompts: the page at / shows how each prompt begins and ends. None: unless there are several API keys.
         access_log: log a line for every request.
 
     Raises:
@@ -43,6 +44,7 @@ class ServeConfig:
     max_n: Count = 128
     max_queue: Annotated[int, at_least(0)] = 1024
     shutdown_grace: Annotated[float, at_least(0)] = 30.0
+    show_prompts: bool | None = None
     access_log: bool = True
 
     def __post_init__(self) -> None:

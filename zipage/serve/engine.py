@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from zipage.engine.input_processor import Tokens
 from zipage.eviction.fault import first_line
@@ -17,11 +18,12 @@ from zipage.llm import LLM
 from zipage.outputs import RequestOutput, StreamEvent
 from zipage.serve.errors import ApiError
 from zipage.serve.generation import ACCEPTED, Generation, Item
-from zipage.stats import EngineStats
+from zipage.stats import EngineStats, HeldEntries, Snapshot
 
 logger = logging.getLogger(__name__)
 
 Command = Callable[[LLM], None]
+Answer = TypeVar("Answer")
 
 
 class View(NamedTuple):
@@ -34,6 +36,20 @@ class View(NamedTuple):
 
     stats: EngineStats
     num_taken: int
+
+
+class Look(NamedTuple):
+    """What runs.
+
+    Attributes:
+        time: host clock (`time.perf_counter`).
+        prompts: of the requests, by the engine's request id; more than `snapshot` has.
+    """
+
+    time: float
+    stats: EngineStats
+    snapshot: Snapshot
+    prompts: dict[str, Tokens]
 
 
 class Engine:
@@ -141,10 +157,50 @@ class Engine:
         generation.cancel = lambda: self._inbox.put(lambda llm: self._abort(llm, generation))
         self._inbox.put(lambda llm: self._add(llm, generation))
 
+    async def ask(self, question: Callable[[LLM], Answer]) -> Answer:
+        """What the engine answers between two steps, or while it idles.
+
+        Raises:
+            ApiError: the engine has failed.
+            Exception: what `question` raises.
+        """
+        self.check_alive()
+        answer = asyncio.get_running_loop().create_future()
+
+        def command(llm: LLM) -> None:
+            try:
+                self._call(_settle, answer, question(llm), None)
+            except Exception as error:
+                self._call(_settle, answer, None, error)
+
+        self._inbox.put(command)
+        try:
+            return await answer
+        except RuntimeError:
+            self.check_alive()
+            raise
+
+    async def look(self) -> Look:
+        """What runs, as of one moment."""
+        return await self.ask(lambda llm: Look(time.perf_counter(), llm.stats, llm.snapshot(), self._prompts()))
+
+    async def held_entries(self, name: str, index: int) -> tuple[str | None, HeldEntries | None]:
+        """The status of a sample, by the engine's request id, None where it is none; and what its heads hold."""
+        return await self.ask(lambda llm: _held_entries(llm, name, index))
+
     def abort_all(self) -> None:
         self._inbox.put(self._abort_all)
 
     # On the thread
+
+    def _prompts(self) -> dict[str, Tokens]:
+        """Of the unfinished requests, by the engine's request id."""
+        generations = {id(generation): generation for generation, _ in self._requests.values()}
+        return {
+            name: tokens
+            for generation in generations.values()
+            for name, tokens in zip(generation.names, generation.prompts, strict=True)
+        }
 
     def _run(self) -> None:
         try:
@@ -256,3 +312,18 @@ class Engine:
             for observe in self.observers:
                 observe(generation, item)
             generation.put(item)
+
+
+def _held_entries(llm: LLM, name: str, index: int) -> tuple[str | None, HeldEntries | None]:
+    states = (s for s in llm.snapshot().requests if (s.request_id, s.sample_index) == (name, index))
+    state = next(states, None)
+    return (None, None) if state is None else (state.status, llm.held_entries(name, index))
+
+
+def _settle(answer: asyncio.Future, result: object, error: Exception | None) -> None:
+    if answer.done():  # whoever asked is gone
+        return
+    if error is None:
+        answer.set_result(result)
+    else:
+        answer.set_exception(error)

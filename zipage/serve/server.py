@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
@@ -25,6 +27,8 @@ SWITCH = 0.001
 """Seconds after which a thread must let another one run: Python's 5 ms are a good part of a step."""
 INTERRUPTED = 130
 """The exit status of programs that Ctrl-C ends."""
+OPEN_FILES = 65_536
+"""Connections, a file each, that may be open at once where the system allows it."""
 LAST_WORDS = 2.0
 """Seconds to send the last chunks of what was aborted."""
 
@@ -93,6 +97,7 @@ def run(engine_config: EngineConfig, config: ServeConfig) -> int:
     except OSError as error:
         logger.error("host=%s port=%d: %s", config.host, config.port, error)
         return 1
+    _allow_connections()
     sys.setswitchinterval(SWITCH)
     options = {name: getattr(engine_config, name) for name in engine_config.__dataclass_fields__}
     engine = Engine(lambda: LLM(**options))
@@ -110,6 +115,15 @@ def run(engine_config: EngineConfig, config: ServeConfig) -> int:
     finally:
         engine.stop()
     return 1 if engine.failure is not None else 0
+
+
+def _allow_connections() -> None:
+    """Raise the soft limit of open files: the usual 1,024 are fewer than the streams that may run and wait."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _bind(config: ServeConfig) -> socket.socket:

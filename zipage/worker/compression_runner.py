@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zipage.eviction.fault import FAULTS, described, files_of, place_in, relative
 from zipage.eviction.policy import Policy
-from zipage.models.shard import WHOLE, Shard
+from zipage.models.shard import WHOLE, PeerFailed, Shard
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import CompressionOrder
 from zipage.transfer import to_device
@@ -243,12 +243,20 @@ class CompressionRunner:
         cause = error.__cause__ if isinstance(error, PartlyCompressed) else error
         place = _place(policy, cause)
         message = f"a compression under policy {policy.name!r} failed: {described(cause, place)}"
-        if (fault := (type(cause), place)) not in self._logged:  # the same one may come in every request
+        fault = type(cause), place
+        if fault not in self._logged and not isinstance(cause, PeerFailed):  # the same one may come in every request
             self._logged.add(fault)
             logger.error(message, exc_info=error, extra={"in_output": True})
         return [
             CompressionResult(order, None, None, passed, message) for order, passed in zip(orders, seconds, strict=True)
         ]
+
+    def positions(self, table: list[int], num_entries: int) -> np.ndarray:
+        """int32 [L, H, num_entries], positions of the first entries of a table, behind what is queued on the current
+        stream, for which it waits. The table must not be under compression.
+        """
+        rows = self._cache.positions[:, table].transpose(1, 2).flatten(2)
+        return rows[..., :num_entries].cpu().numpy()
 
     @property
     def in_flight(self) -> int:
@@ -295,7 +303,7 @@ class CompressionRunner:
             failed = self._move(batch, event, rest)
         try:
             sizes = zip(tables, batch.keep, strict=True)
-            positions = [self._positions(table, keep) if self._trace else None for table, keep in sizes]
+            positions = [self.positions(table, keep) if self._trace else None for table, keep in sizes]
             errors = self.ranks.look(batch.policy.name, [order.number for order in batch.orders], failed)
         except Exception as error:
             raise PartlyCompressed(0 if batch.policy.drops_blocks else event.num_layers, [failed]) from error
@@ -316,11 +324,6 @@ class CompressionRunner:
             first_layer=first_layer,
         ).failed
         return failed | was_misranked if was_misranked else failed
-
-    def _positions(self, table: list[int], keep: int) -> np.ndarray:
-        """int32 [L, H, keep], positions of the first `keep` entries of a table."""
-        rows = self._cache.positions[:, table].transpose(1, 2).flatten(2)
-        return rows[..., :keep].cpu().numpy()
 
 
 def _place(policy: Policy, error: BaseException) -> str | None:

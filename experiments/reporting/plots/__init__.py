@@ -14,6 +14,7 @@ from experiments.reporting.plots.fidelity import accuracy_by_fidelity
 from experiments.reporting.plots.frontier import accuracy_by_speed_up
 from experiments.reporting.plots.maps import crossover_map, kept_positions
 from experiments.reporting.plots.places import accuracy_by_place, recall_by_distance
+from experiments.reporting.plots.served import served_traffic
 from experiments.reporting.plots.timeline import (
     blocks_over_time,
     cache_over_tokens,
@@ -41,6 +42,7 @@ __all__ = [
     "latency_cdfs",
     "length_inflation",
     "recall_by_distance",
+    "served_traffic",
     "tails_by_rate",
     "throughput_by_user",
     "throughput_over_time",

@@ -20,10 +20,11 @@ from tests.calibrations import CALIBRATED
 from zipage import EngineConfig, SamplingParams
 from zipage.eviction import registry
 
+LOADS = ("bench", "serve_bench")
+"""No groups: their files are the loads of benchmarks, which test_bench_loads.py and test_serve_bench.py read."""
 CHOICES = sorted(
-    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("hydra", "bench")
+    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("hydra", *LOADS)
 )
-"""`conf/bench` is no group: its files are the loads of a benchmark, which test_bench_loads.py reads."""
 
 GROUPS = [(group, choice) for group, choice in CHOICES if group != "sweep"]
 """Sweeps are no part of a run's config: tests/experiments/config/test_arms.py composes their arms."""

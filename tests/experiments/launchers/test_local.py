@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,17 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import launchers, run
+from experiments import launchers, records
 from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.launchers import local
 from experiments.launchers.task import Commands, Task, gpus_of
 from experiments.records import claims, load_runs
 from experiments.running import job, sweep
-from tests.experiments.fake_engine import fake_backend
-from tests.experiments.running.run_process import ROOT, wait_for
+from tests.experiments.running.run_process import wait_for
 from tests.experiments.running.sweep_helpers import launch_sweep, six, small, start_sweep, sweep_file  # noqa: F401
-from tests.experiments.running.test_share_model import share  # noqa: F401
 
 
 @pytest.fixture
@@ -47,8 +44,12 @@ def most_at_once(log: list[list[str]]) -> int:
     return most
 
 
-def test_two_sweeps_of_two_workers_share_the_work(start_sweep, six, log, results):
-    both = [start_sweep(six, "launcher.workers=2", step_seconds=0.01) for _ in range(2)]
+def test_two_sweeps_of_two_workers_share_the_work(start_sweep, six, log, tmp_path):
+    gate = tmp_path / "loads.gate"
+    gate.touch()
+    both = [start_sweep(six, "launcher.workers=2") for _ in range(2)]
+    wait_for(lambda: len(log()) == 4)
+    gate.unlink()
     outputs = [started.communicate(timeout=120)[0] for started in both]
     assert [started.returncode for started in both] == [0, 0], outputs
     assert Counter(what for what, *_ in log()) == {"begins": 6, "ends": 6}
@@ -96,14 +97,6 @@ def test_ctrl_c_ends_every_worker(start_sweep, six, log, results):
             os.kill(int(process), 0)
     assert sorted(path.name for path in results.iterdir()) == [".locks", "sweeps"]
     assert not list((results / claims.FOLDER).iterdir())
-
-
-def test_workers_share_a_model_each(share, capsys):
-    """Two models, two workers: each loads one, and keeps to it."""
-    sweep = "axes: {hardware.threads: [1, 2], engine.block_size: [16, 32, 64]}"
-    code, loads = share(sweep, "launcher.workers=2")
-    assert code == 0, capsys.readouterr().err
-    assert sorted(count for process, count in loads.items() if process != "shut") == [3, 3]
 
 
 def test_a_launcher_changes_no_run(launch_sweep, small, results):
@@ -209,6 +202,53 @@ def test_gpus_are_shared_out(monkeypatch, tmp_path, needs):
     assert sorted(done) == list(range(len(needs)))
 
 
+def test_workers_share_a_model_each(monkeypatch, tmp_path):
+    """Two models, two workers: each loads one, and keeps to it while it has arms."""
+    done, loaded = [], []
+
+    class Worker:
+        process, ended = None, False
+
+        def __init__(self, command, environment):
+            self.arms, self.is_busy = [], False
+            loaded.append(self)
+
+        def start(self, arguments, environment):
+            self.arms += arguments
+            self.is_busy = True
+
+        def poll(self):
+            return None if self.is_busy else (0, "")
+
+        def close(self):
+            assert not self.is_busy
+
+    class Report:
+        def started(self, task, worker):
+            return
+
+        def ended(self, task, worker, reason, seconds):
+            done.append(task.number)
+
+        def is_over(self, task):
+            return False
+
+    def look(seconds):
+        busy = [worker for worker in loaded if worker.is_busy]
+        min(busy, key=lambda worker: len(worker.arms)).is_busy = False
+
+    monkeypatch.setattr(local, "Worker", Worker)
+    monkeypatch.setattr(local, "time", SimpleNamespace(sleep=look, monotonic=time.monotonic))  # between two looks
+    tasks = [Task(n, (f"{n}",), tmp_path / f"arm{n}", None, "aaabbb"[n], 0) for n in range(6)]
+    local.Local(Commands((), ()), [], 2).run(tasks, Report())
+    assert sorted(done) == list(range(6))
+    assert [worker.arms for worker in loaded] == [["0", "1", "2"], ["3", "4", "5"]]
+    loaded.clear()
+    tasks = [Task(n, (f"{n}",), tmp_path / f"arm{n}", None, "abbbbb"[n], 0) for n in range(6)]
+    local.Local(Commands((), ()), [], 2).run(tasks, Report())
+    assert [len(worker.arms) for worker in loaded] == [1, 3, 2], "who has no arms left helps with those of the other"
+
+
 def arms(*options: str) -> list:
     return [load_experiment(["model=reasoner", *options])]
 
@@ -308,12 +348,58 @@ def test_an_arm_that_can_not_be_claimed_costs_itself(launch_sweep, small, result
     assert len(load_runs(sweep_file(results))) == 3
 
 
-def test_an_arm_whose_claim_was_lost_is_ended(arguments, tmp_path, results, monkeypatch, capsys):
-    """As after a machine was asleep, and another process has taken the arm over."""
-    (tmp_path / "one.yaml").write_text("axes: {seed: [0]}")
-    monkeypatch.setattr(claims.Claim, "is_lost", True)
-    code = "import time; time.sleep(60)"
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["run", *arguments, f"+sweep={tmp_path}/one.yaml"])
-    assert run.main(fake_backend(), child=[sys.executable, "-c", code]) == 1
-    assert "silent for so long that another has taken the arm over" in capsys.readouterr().err
+@pytest.mark.parametrize("ended", [None, (1, "error: another process makes the run")])
+def test_an_arm_whose_claim_was_lost_is_the_other_processs(monkeypatch, tmp_path, ended):
+    """As after a machine was asleep. It is stopped, if it did not end itself, and has not failed: another makes it."""
+    said, other, stopped = [], [], []
+    monkeypatch.setattr(local, "AGAIN", 0.1)
+    monkeypatch.setattr(local, "stop", stopped.extend)
+
+    class Alone:
+        process = "its process"
+
+        def __init__(self, command, environment):
+            path = tmp_path / claims.FOLDER / "run"
+            old = time.time() - 2 * claims.LOST
+            os.utime(path, (old, old))
+            with monkeypatch.context() as patch:
+                patch.setattr(claims, "WATCH", 0.0)
+                other.append(claims.take(tmp_path / "run", "another"))
+
+        def poll(self):
+            return ended
+
+        def close(self):
+            return
+
+    class Report:
+        def started(self, task, worker):
+            said.append("started")
+
+        def ended(self, task, worker, reason, seconds):
+            said.append((worker, reason))
+
+        def is_over(self, task):
+            return False
+
+        def note(self, line):
+            said.append(line)
+            if "waiting for them" in line:
+                with records.claim(tmp_path / "made") as staging:
+                    records.publish(staging, tmp_path / "run", {"a": 1})
+                other[0].release()
+
+        def tick(self):
+            return
+
+    monkeypatch.setattr(local, "Alone", Alone)
+    local.Local(Commands((), ()), [], 1).run([Task(3, (), tmp_path / "run", None, None, 0)], Report())
+    assert said == [
+        "started",
+        "arm 4: this process was silent for so long that another has taken it over",
+        "other processes are making what is to go (1): waiting for them",
+        ("another process", None),
+    ]
+    assert stopped == ([] if ended else ["its process"])
+    assert not list((tmp_path / claims.FOLDER).iterdir())
+    assert not local.log_of(tmp_path / "run").exists()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from experiments import records
 from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.launchers import slurm
+from experiments.launchers.task import Commands, Task
 from experiments.records import claims, load_runs
 from tests.experiments.launchers.test_ray import SWEEP, begun, descendants, owners
 from tests.experiments.running.run_process import ROOT, wait_for
@@ -80,6 +85,71 @@ def test_a_machine_without_slurm_is_one_line(launch_sweep, small, capsys, monkey
     err = capsys.readouterr().err
     assert err.startswith("error: launcher=slurm: RuntimeError: Could not detect ")
     assert err.count("\n") == 1
+
+
+def test_arms_that_another_sweep_makes_are_waited_for(monkeypatch, tmp_path):
+    """As after its start was killed and started again, while its jobs run on."""
+    said, submitted = [], []
+    monkeypatch.setattr(slurm, "LOOK", 0.05)
+    tasks = [Task(n, (), tmp_path / f"run{n}", None, None, 0) for n in range(3)]
+    others = [claims.take(task.folder, "another") for task in tasks]
+
+    class Jobs:
+        why = "without an error"
+
+    @contextlib.contextmanager
+    def jobs(submit, stop):
+        submitted.append(len(pickle.loads((tmp_path / slurm.TASKS).read_bytes())))
+        yield Jobs()
+
+    def follow(self, left, jobs, report):
+        return left if len(submitted) == 1 else []  # at first the jobs find nothing to do
+
+    class Report:
+        def ended(self, task, worker, reason, seconds):
+            said.append((task.number, worker, reason))
+
+        def note(self, line):
+            said.append(line)
+            if "waiting" in line:
+                with records.claim(tmp_path / "made") as staging:
+                    records.publish(staging, tasks[0].folder, {"a": 1})
+                others[0].release()
+
+        def tick(self):
+            if len(said) == 3:
+                others[1].release()  # it was interrupted
+
+    monkeypatch.setattr(slurm, "_submitted", jobs)
+    monkeypatch.setattr(slurm.Slurm, "_follow", follow)
+    executor = SimpleNamespace(submit_array=list)
+    launcher = slurm.Slurm(executor, options(), Commands((), ()), None, tmp_path)
+    launcher.run(tasks, Report())
+    notes = [line for line in said if isinstance(line, str)]
+    assert [end for end in said if not isinstance(end, str)] == [(0, "another process", None)]
+    assert notes[1] == "other processes are making what is to go (3): waiting for them"
+    assert submitted == [3, 2]
+    others[2].release()
+
+
+def test_jobs_that_do_nothing_are_not_submitted_for_ever(monkeypatch, tmp_path):
+    said = []
+
+    @contextlib.contextmanager
+    def jobs(submit, stop):
+        yield SimpleNamespace(why="no such partition")
+
+    report = SimpleNamespace(
+        ended=lambda *end: said.append(end), note=lambda line: None, tick=lambda: None, started=lambda *begin: None
+    )
+    monkeypatch.setattr(slurm, "_submitted", jobs)
+    monkeypatch.setattr(slurm.Slurm, "_follow", lambda self, left, jobs, report: left)
+    task = Task(0, (), tmp_path / "run", None, None, 0)
+    executor = SimpleNamespace(submit_array=list)
+    launcher = slurm.Slurm(executor, options(), Commands((), ()), None, tmp_path)
+    launcher.run([task], report)
+    assert said == [(task, "no job", "every job ended before the arm did (no such partition)", None)]
+    assert launcher.lost
 
 
 def options(*given: str):

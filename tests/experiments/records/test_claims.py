@@ -23,6 +23,12 @@ def run(tmp_path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """Who looks silent is lost without a further look."""
+    monkeypatch.setattr(claims, "WATCH", 0.0)
+
+
 def files(run: Path) -> list[str]:
     return sorted(path.name for path in (run.parent / claims.FOLDER).iterdir())
 
@@ -61,6 +67,22 @@ def test_an_owner_on_another_machine_is_believed_while_it_gives_signs_of_life(ru
     assert claim is not None
     claim.release()
     assert files(run) == []
+
+
+def test_an_owner_is_lost_only_to_who_has_watched_it(run, monkeypatch):
+    """After a machine was asleep, or a file system did not answer, all owners look silent until they beat again."""
+    monkeypatch.setattr(claims, "WATCH", 0.3)
+    elsewhere(run)
+    silent(run)
+    assert claims.take(run) is None
+    time.sleep(0.4)
+    os.utime(run.parent / claims.FOLDER / run.name)
+    assert claims.take(run) is None, "it lives"
+    silent(run)
+    assert claims.take(run) is None
+    begin = time.monotonic()
+    wait_for(lambda: claims.take(run) is not None)
+    assert 0.1 < time.monotonic() - begin < 5
 
 
 def test_clocks_of_machines_do_not_matter(run, monkeypatch):
@@ -163,14 +185,14 @@ def test_a_taker_that_comes_too_late_takes_nothing(run, monkeypatch, then):
     silent(run)
     link, others = claims._link, []
 
-    def meanwhile(draft, path):
+    def meanwhile(draft, path, *more):
         if path.name != "run" and not others:
             monkeypatch.setattr(claims, "_link", link)
             others.append(claims.take(run))
             others[0].release()
             if then == "taken":
                 others.append(claims.take(run))
-        return link(draft, path)
+        return link(draft, path, *more)
 
     monkeypatch.setattr(claims, "_link", meanwhile)
     late = claims.take(run)
@@ -180,6 +202,40 @@ def test_a_taker_that_comes_too_late_takes_nothing(run, monkeypatch, then):
     assert files(run) == []
 
 
+def test_a_link_whose_answer_was_lost_is_ours(run, monkeypatch):
+    """NFS asks again, and is told that the file is there. What it remembers of the draft is from before."""
+    link, stat = os.link, Path.stat
+
+    def answered_twice(draft, path):
+        link(draft, path)
+        raise FileExistsError(17, "File exists")
+
+    def remembered(path, **options):
+        found = list(stat(path, **options))
+        found[3] = 1
+        return os.stat_result(found)
+
+    monkeypatch.setattr(os, "link", answered_twice)
+    monkeypatch.setattr(Path, "stat", remembered)
+    claim = claims.take(run)
+    assert claim is not None
+    claim.release()
+    assert files(run) == []
+
+
+def test_the_server_is_asked_whether_a_claim_was_lost(run, monkeypatch):
+    """NFS remembers for up to a minute that no one had taken it over."""
+    claim, asked = claims.take(run), []
+    opened = os.open
+    monkeypatch.setattr(os, "open", lambda path, *more: (asked.append(Path(path)), opened(path, *more))[1])
+    assert not claim.is_lost
+    assert run.parent / claims.FOLDER in asked
+    asked.clear()
+    assert claims.holder(run)["token"] == claim.token
+    assert run.parent / claims.FOLDER in asked
+    claim.release()
+
+
 CONTENDER = """
 import os, random, sys, time
 from pathlib import Path
@@ -187,6 +243,7 @@ from experiments.records import claims
 
 run, inside = Path(sys.argv[1]), Path(sys.argv[1] + ".inside")
 rng = random.Random(int(sys.argv[2]))
+claims.WATCH = 0.0
 until = time.monotonic() + 2.0
 while time.monotonic() < until:
     if (claim := claims.take(run)) is None:

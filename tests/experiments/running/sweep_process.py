@@ -3,8 +3,8 @@
 python -m tests.experiments.running.sweep_process SECONDS LOADS OPTION...
 
 SECONDS slows down each step. Each arm adds a line to the file LOADS when its engine is loaded, and one to LOADS.log
-when it "begins" then, "serves", and "ends": that word, the process, and the arm's seed and policy. Arms are forked from
-this process, so that they need not import torch again.
+when it "begins" then, "serves", and "ends": that word, the process, and the arm's seed and policy. After the first it
+waits while there is a file LOADS.gate. Arms are forked from this process, so that they need not import torch again.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def main() -> int:
         with loads.open("a") as file:
             file.write(f"{os.getpid()}\n")
         log("begins", options)
+        while Path(f"{loads}.gate").exists():
+            time.sleep(0.01)
         engine = fake(**options)
         add_request = engine.add_request
 

@@ -1,0 +1,360 @@
+"""Loads of `scenario=serve_bench`: YAML files, each with requests, rates, limits, and the servers (arms) under them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from experiments.backends import BackendFactory, get_backend
+from experiments.bench.loads import as_begun
+from experiments.config.yaml_files import read_yaml
+from experiments.errors import UsageError
+from experiments.paths import CONF, ROOT
+from experiments.running.traces import read_trace
+from experiments.serving.prompts import Asked
+from experiments.serving.server import command
+from experiments.workloads.lengths import generate
+from zipage import EngineConfig, SamplingParams
+
+LOADS = CONF / "serve_bench"
+BEGUN = 0.7
+"""Part of the warm-up over which requests come that have begun."""
+LIMITS = ("ttft", "itl", "tpot", "e2e")
+NUMBERS = {"warmup": 0.0, "seconds": 0.1, "drain": 0.0, "patience": 0.1, "startup": 1.0}
+"""Options in seconds, and the least of each."""
+MAPPINGS = ("lengths", "engine", "search", "slo", "request")
+"""Options of which a command may change a part."""
+COUNTS = ("warmup_requests", "warmup_tokens")
+OWN = ("model", "load_format", "skip_tokenizer_init", "seed")
+"""Options of `EngineConfig` that a load may not set: the run does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeLoad:
+    """A load as its file has it; `scenario.options` sets any of it but the arms.
+
+    Attributes:
+        lengths: {trace: FILE, count: N, longest: N}: the requests of a trace, its first `count`, what is longer cut;
+            without FILE that of `scenario.path`. Or options of the workload `lengths`.
+        arms: by name, options of `EngineConfig`, and `backend` ("zipage", "vllm" or "vllm_matched"), and `flags` of the
+            server's own.
+        engine: options of `EngineConfig` for all arms.
+        arrivals: "trace": as in the trace, faster or slower; "poisson".
+        rates: requests a second, each measured with every arm.
+        search: {low: R, high: R, steps: N}: bisect for the highest rate at which the limits hold.
+        at_break_of: an arm; those behind it are also measured at the lowest rate at which its limits did not hold.
+        streams: all requests of `lengths`, so many at a time, through HTTP and offline (`LLM` alone).
+        slo: limits in seconds, on the p99: "ttft", "itl", "tpot", "e2e".
+        warmup, seconds, drain: requests that are due within `seconds` after `warmup` are measured; they have `drain`
+            more to end, and are aborted then.
+        begun: seconds a token: the server begins as if it had long answered at this pace. During the warm-up come the
+            requests that would be running, with prompts of as many entries as they would hold, and outputs as much
+            shorter. None: it begins empty, and a long output's worth of warm-up is needed until it is as full as the
+            rate makes it.
+        patience: a rate is broken, and ends, when a request has waited so many seconds for its first token.
+        warmup_requests, warmup_tokens: once a server is up: requests that go before all others, and tokens of each
+            output at most: as many as it takes to compress.
+        temperature: of sampling.
+        request: further fields of each body.
+        startup: seconds that a server has until it is ready.
+    """
+
+    lengths: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
+    engine: dict[str, Any] = field(default_factory=dict)
+    arrivals: str = "poisson"
+    rates: list[float] = field(default_factory=list)
+    search: dict[str, float] | None = None
+    at_break_of: str | None = None
+    streams: int | None = None
+    slo: dict[str, float] = field(default_factory=lambda: {"ttft": 2.0, "itl": 0.05})
+    warmup: float = 10.0
+    seconds: float = 60.0
+    drain: float = 60.0
+    begun: float | None = None
+    patience: float = 10.0
+    warmup_requests: int = 16
+    warmup_tokens: int = 64
+    temperature: float = 0.6
+    request: dict[str, Any] = field(default_factory=dict)
+    startup: float = 900.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedArm:
+    """One server under one load.
+
+    Attributes:
+        options: of `EngineConfig`.
+        flags: of the server's own.
+        requests: of the load, `due` as in the trace.
+    """
+
+    load: str
+    name: str
+    backend: str
+    options: dict[str, Any]
+    flags: dict[str, Any]
+    spec: ServeLoad
+    requests: list[Asked]
+    seed: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.load}/{self.name}"
+
+    @property
+    def gpus(self) -> int:
+        return self.options.get("tensor_parallel_size", 1) * self.options.get("data_parallel_size", 1)
+
+    def plain(self) -> dict[str, Any]:
+        """What decides its figures, without where the model lies."""
+        spec = {name: value for name, value in asdict(self.spec).items() if name not in ("arms", "lengths", "startup")}
+        own = {"load": self.load, "name": self.name, "backend": self.backend, "flags": self.flags, "seed": self.seed}
+        return own | {"options": self.options | {"model": None}, "spec": spec, "requests": self.requests}
+
+    def arriving(self, rate: float) -> list[Asked]:
+        """The requests that arrive at this rate until the end of the drain; the trace begins again where it ends."""
+        end = self.spec.warmup + self.spec.seconds + self.spec.drain
+        found: list[Asked] = []
+        begun = self._begun(rate)
+        for due, request in zip(self._times(rate), _endless(self.requests)):
+            if due > end:
+                return sorted(found + begun)
+            found.append(request._replace(due=due))
+        return found
+
+    def _begun(self, rate: float) -> list[Asked]:
+        """Those that would be running when the first arrives, spread over most of the warm-up."""
+        pace, running = self.spec.begun, []
+        if pace is None:
+            return []
+        config = EngineConfig.from_kwargs(**self.options)
+        longest = max(request.output_tokens for request in self.requests)
+        for number in range(math.ceil(longest * pace * rate)):
+            request = self.requests[-1 - number % len(self.requests)]
+            done = int((number + 0.5) / rate / pace)
+            if done < request.output_tokens:
+                length = as_begun((request.prompt_tokens, request.output_tokens), done, config)
+                running.append(Asked(0.0, *length))
+        step = BEGUN * self.spec.warmup / max(1, len(running))
+        return [request._replace(due=number * step) for number, request in enumerate(running)]
+
+    def _times(self, rate: float) -> Iterator[float]:
+        if self.spec.arrivals == "poisson":
+            random, now = Random(f"{self.seed} arrivals"), 0.0
+            while True:
+                now += random.expovariate(1.0) / rate
+                yield now
+        first, count = self.requests[0].due, len(self.requests)
+        span = self.requests[-1].due - first
+        gap = span / (count - 1) if count > 1 else 1.0
+        scale, turn = 1 / (rate * gap) if gap else 0.0, 0
+        while True:
+            yield from ((request.due - first) * scale + turn * count / rate for request in self.requests)
+            turn += 1
+
+
+def _endless(requests: Sequence[Asked]) -> Iterator[Asked]:
+    while True:
+        yield from requests
+
+
+def read_served_arms(
+    names: Sequence[str], *, model: str, load_format: str, has_tokenizer: bool, given: Mapping[str, Any],
+    changes: Mapping[str, Any], trace: str | None, seed: int, backends: Mapping[str, BackendFactory],
+) -> list[ServedArm]:  # fmt: skip
+    """The arms of loads, in order.
+
+    Args:
+        names: of files in `conf/serve_bench/`, "trace/zipage" for one arm of a file there, or paths of YAML files.
+        model: where the model lies; its text is decoded where it `has_tokenizer`.
+        given: options of `EngineConfig` that win over those of the files.
+        changes: options of `ServeLoad` that do.
+        trace: `scenario.path`.
+
+    Raises:
+        UsageError: a load is unknown, or an option of one is unknown or out of range.
+    """
+    if not names:
+        raise UsageError(f"scenario.loads=[]: name some of {', '.join(_known())}, or YAML files")
+    arms: list[ServedArm] = []
+    used = False
+    for name in names:
+        own_file = name.endswith((".yaml", ".yml"))
+        stem, _, only = (name, "", "") if own_file else name.partition("/")
+        path = Path(name) if own_file else LOADS / f"{stem}.yaml"
+        if not path.is_file():
+            raise UsageError(f"scenario.loads={name}: no such load; known: {', '.join(_known())}, or a YAML file")
+        spec = _parse(path, changes)
+        if only and only not in spec.arms:
+            raise UsageError(f"scenario.loads={name}: no such arm; {stem} has {', '.join(spec.arms)}")
+        requests, from_option = _requests(path, spec, trace, seed)
+        used |= from_option
+        for arm, own in spec.arms.items():
+            if only and arm != only:
+                continue
+            try:
+                options, flags, backend = _engine(spec, own, given, backends)
+                options |= {"model": model, "load_format": load_format, "seed": seed}
+                options["skip_tokenizer_init"] = not has_tokenizer
+                if spec.begun is not None and EngineConfig.from_kwargs(**options).protection == "prompt":
+                    raise UsageError(
+                        "protection=prompt: the prompt of a request that has `begun` stands for output too"
+                    )
+                command(backend, options, 1, flags)  # what that server can't honour is refused before any starts
+            except (TypeError, ValueError, UsageError) as error:
+                raise UsageError(f"{path}: arms.{arm}: {error}") from error
+            arms.append(
+                ServedArm(
+                    load=path.stem, name=arm, backend=backend, options=options, flags=flags, spec=spec,
+                    requests=requests, seed=seed,
+                )
+            )  # fmt: skip
+    if trace is not None and not used:
+        raise UsageError(f"scenario.path={trace}: none of the loads takes a trace; leave it out")
+    return arms
+
+
+def _known() -> list[str]:
+    return sorted(path.stem for path in LOADS.glob("*.yaml"))
+
+
+def _engine(
+    spec: ServeLoad, own: Mapping[str, Any], given: Mapping[str, Any], backends: Mapping[str, BackendFactory]
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    options = spec.engine | dict(own)
+    backend, flags = options.pop("backend", "zipage"), options.pop("flags", {})
+    get_backend(backend, backends)
+    if backend not in ("zipage", "vllm", "vllm_matched"):
+        raise UsageError(f"backend={backend}: has no server; take zipage, vllm or vllm_matched")
+    if not isinstance(flags, dict):
+        raise UsageError(f"the server's own flags must be a mapping, not {flags!r}")
+    for name in OWN:
+        if name in options:
+            raise UsageError(f"{name}={options[name]!r}: leave it out: the command says it (model=NAME, seed=N)")
+    return options | dict(given), flags, backend
+
+
+def _parse(path: Path, changes: Mapping[str, Any]) -> ServeLoad:
+    content, known = read_yaml(path), [f.name for f in fields(ServeLoad)]
+    if not isinstance(content, dict) or not isinstance(content.get("arms"), dict) or not content["arms"]:
+        raise UsageError(f"{path}: must have a mapping `arms` with one arm at least")
+    if not isinstance(content.get("lengths"), dict):
+        raise UsageError(
+            f"{path}: must have a mapping `lengths`: {{trace: FILE}}, or options of the workload `lengths`"
+        )
+    for source, options in ((str(path), content), ("scenario.options", changes)):
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise UsageError(f"{source}: unknown option {unknown[0]}; known: {', '.join(known)}")
+    if "arms" in changes:
+        raise UsageError("scenario.options.arms: give a YAML file of your own: scenario.loads=[FILE.yaml]")
+    mappings = {
+        name: content[name] | dict(changes[name])
+        for name in MAPPINGS
+        if isinstance(content.get(name), dict) and isinstance(changes.get(name), Mapping)
+    }
+    load = ServeLoad(**content | dict(changes) | mappings)
+    _check(path, load)
+    return load
+
+
+def _check(path: Path, load: ServeLoad) -> None:
+    """Raise a UsageError that names the first option that is out of range."""
+
+    def refuse(option: str, what: str) -> None:
+        raise UsageError(f"{path}: {option}={getattr(load, option.partition('.')[0])!r}: must be {what}")
+
+    for option, least in NUMBERS.items():
+        if not _is_number(getattr(load, option), least):
+            refuse(option, f"seconds, at least {least:g}")
+    for option in COUNTS:
+        value = getattr(load, option)
+        if type(value) is not int or value < 0:
+            refuse(option, "a whole number of at least 0")
+    if load.begun is not None and not (_is_number(load.begun, 1e-4) and load.warmup):
+        refuse("begun", "seconds a token, beside a warmup, or null")
+    if load.arrivals not in ("trace", "poisson"):
+        refuse("arrivals", "trace or poisson")
+    if load.arrivals == "trace" and "trace" not in load.lengths:
+        refuse("arrivals", "poisson where `lengths` is no trace")
+    if not isinstance(load.rates, list) or not all(_is_number(rate, 1e-3) for rate in load.rates):
+        refuse("rates", "a list of requests a second, at least 0.001 each")
+    if load.search is not None and not _is_search(load.search):
+        refuse("search", "{low: R, high: R, steps: N}: requests a second, low below high, and bisections from 0 up")
+    if load.at_break_of is not None and load.at_break_of not in load.arms:
+        refuse("at_break_of", f"an arm: {', '.join(load.arms)}")
+    if load.streams is not None and (type(load.streams) is not int or load.streams < 1):
+        refuse("streams", "a whole number from 1 up")
+    if not isinstance(load.slo, dict) or not all(n in LIMITS and _is_number(v, 0.0) for n, v in load.slo.items()):
+        refuse("slo", f"seconds by name: {', '.join(LIMITS)}")
+    if not (load.rates or load.search or load.streams):
+        refuse("rates", "given, or `search` or `streams`")
+    try:
+        SamplingParams(temperature=load.temperature)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def _is_number(value: Any, least: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
+
+
+def _is_search(search: Any) -> bool:
+    return (
+        isinstance(search, dict)
+        and search.keys() == {"low", "high", "steps"}
+        and all(_is_number(search[name], 1e-3) for name in ("low", "high"))
+        and search["low"] < search["high"]
+        and type(search["steps"]) is int
+        and search["steps"] >= 0
+    )
+
+
+def _requests(path: Path, load: ServeLoad, given: str | None, seed: int) -> tuple[list[Asked], bool]:
+    """The requests of a load, and whether they are of `scenario.path`."""
+    if "trace" not in load.lengths:
+        try:
+            found = generate(seed, **load.lengths)
+            return [Asked(0.0, problem.prompt_tokens, problem.output_tokens) for problem in found], False
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{path}: lengths: {error}") from error
+    unknown = sorted(set(load.lengths) - {"trace", "count", "longest"})
+    if unknown:
+        raise UsageError(f"{path}: lengths: unknown option {unknown[0]}; known: trace, count, longest")
+    count, longest = load.lengths.get("count"), load.lengths.get("longest")
+    for name, value in (("count", count), ("longest", longest)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise UsageError(f"{path}: lengths.{name}={value!r}: must be a whole number from 1 up, or null")
+    name = given or load.lengths["trace"]
+    if name is None:
+        raise UsageError(f"{path}: takes a trace: scenario.path=FILE")
+    where = name if Path(name).expanduser().is_file() or given else str(ROOT / name)
+    try:
+        traced = read_trace(where).requests
+    except ValueError as error:
+        raise UsageError(f"scenario.path={name}: {error}") from error
+    if not traced or traced[0].prompt_tokens is None or (load.arrivals == "trace" and traced[0].arrival is None):
+        raise UsageError(f"scenario.path={name}: holds no arrivals with lengths")
+    if count is not None and len(traced) < count:
+        raise UsageError(f"{path}: lengths.count={count}: the trace has {len(traced)} requests; ask for no more")
+    cut = longest or math.inf
+    requests = [
+        Asked(one.arrival or 0.0, min(one.prompt_tokens, cut), min(one.output_tokens, cut), one.hash_ids)
+        for one in traced[:count]
+    ]
+    return requests, given is not None
+
+
+def shortened(arm: ServedArm) -> list[Asked]:
+    """The requests that warm a server up."""
+    most = arm.spec.warmup_tokens
+    return [
+        request._replace(due=0.0, output_tokens=min(request.output_tokens, most))
+        for request in arm.requests[: arm.spec.warmup_requests]
+    ]
