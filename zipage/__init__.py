@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kernels.bench import measure_ceilings, measure_kernels
     from zipage.llm import LLM
     from zipage.models.loading.share import share_model
+    from zipage.worker.calibrate import calibrate
     from zipage.worker.request_memory import RequestMemory
 
 _KERNELS = str(Path(__file__).parents[1] / "kernels")
@@ -38,6 +39,7 @@ __all__ = [
     "Snapshot",
     "StepStats",
     "StreamEvent",
+    "calibrate",
     "closest",
     "find_policy",
     "measure_ceilings",
@@ -60,6 +62,10 @@ def __getattr__(name: str):
         from zipage.models.loading.share import share_model
 
         return share_model
+    if name == "calibrate":
+        from zipage.worker.calibrate import calibrate
+
+        return calibrate
     if name == "RequestMemory":
         from zipage.worker.request_memory import RequestMemory
 

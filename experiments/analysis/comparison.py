@@ -36,6 +36,7 @@ RECORDED = (
     *("run", "path", "model.name", "workload.name", "policy.name", "policy.protection", "policy.budget_tokens"),
     *(
         "provenance.data",
+        "provenance.calibration",
         "output_length.mean",
         "budget_bound_share",
         "place_accuracy",

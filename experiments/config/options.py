@@ -64,11 +64,13 @@ def _by_number(text: str) -> tuple[int, float, str]:
 
 
 def label(run: pd.Series) -> str:
-    """`zipage`, `zipage + prompt`, `full KV`."""
+    """`zipage`, `zipage + prompt`, `full KV`; `q_filters@1a2b3c4d`, by the sha256 of the calibration file."""
     name, protection = run["policy.name"], run["policy.protection"]
     if name == "full":
         return "full KV"
     name, protection = ("random", "prompt") if name == "random_attention" else (name, protection)
+    calibration = run.get("provenance.calibration")
+    name = f"{name}@{calibration[:8]}" if isinstance(calibration, str) else name
     return name if protection == "none" else f"{name} + {protection}"
 
 

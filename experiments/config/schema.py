@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, get_type_hints
 
-from experiments.paths import RESULTS
+from experiments.paths import RESULTS, in_clone
 from zipage import EngineConfig, SamplingParams
 
 HOMES = {
@@ -302,9 +303,17 @@ class Experiment:
     force: str = "false"
 
 
+def calibration_file(experiment: Experiment) -> Path | None:
+    """Where the calibration of the run's policy lies; None where it names none."""
+    path = experiment.policy.options.get("calibration")
+    return in_clone(path) if isinstance(path, str) and path else None
+
+
 def engine_options(experiment: Experiment, model_path: str) -> dict[str, Any]:
     """Keywords of `LLM` for a run; `model_path` is where the model lies after any download."""
     elsewhere = {option: attrgetter(home)(experiment) for option, home in HOMES.items()}
+    if (file := calibration_file(experiment)) is not None:
+        elsewhere["policy_options"] = experiment.policy.options | {"calibration": str(file)}
     return vars(experiment.engine) | elsewhere | FIXED | {"model": model_path}
 
 

@@ -14,11 +14,12 @@ from experiments.records.files import (
     SWEEPS,
     TRACEBACK,
 )
-from experiments.records.ids import benchmark_id, content_hash, file_hash, run_id, shortened
+from experiments.records.ids import CALIBRATION, benchmark_id, content_hash, file_hash, run_id, shortened
 from experiments.records.load import find_runs, load_events, load_requests, load_rows, load_runs, load_steps, read_sweep
 from experiments.records.store import check_writable, claim, publish, stamp, write_config, write_json
 
 __all__ = [
+    "CALIBRATION",
     "CONFIG",
     "EVENTS",
     "HASHES",

@@ -38,6 +38,9 @@ LATER: dict[str, Any] = {
 With that value an option is left out of the hash, so that a new option renames no run. Any other value is another run,
 and so is a default that changes. Every new option of the schema gets a line here."""
 
+CALIBRATION = "policy.options.calibration"
+"""An option that is a file, of which the content is hashed instead of the path."""
+
 LONGEST, _SHORTENED = 100, 32
 """Bytes of the names in the id of a run or sweep, and of each of a run's where they are more: with what goes before and
 after, wandb takes 128 characters, and a file system 255 bytes."""
@@ -73,6 +76,9 @@ def run_id(
     deciding = as_before(config)
     for key in ("tracking", "results_dir", "force"):
         deciding.pop(key, None)
+    if CALIBRATION in (files or {}):
+        options = {name: value for name, value in deciding["policy"]["options"].items() if name != "calibration"}
+        deciding["policy"] = deciding["policy"] | {"options": options}
     for group in ("model", "workload"):
         deciding[group] = {key: value for key, value in deciding[group].items() if key not in _IN_DATA}
     deciding["scenario"] = {

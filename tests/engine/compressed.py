@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests import calibrations
 from tests.eviction.cases import Case
 from zipage import LLM, EventStats, HeldEntries, RequestOutput, RequestState, SamplingParams
 from zipage.scheduling.batch import Batch
@@ -36,7 +37,7 @@ def make_llm(folder: Path, case: Case | None, budget: int = 64, headroom: int = 
     if case is not None:
         defaults |= {
             "policy": case.policy,
-            "policy_options": case.options,
+            "policy_options": calibrations.given(case.options, case.policy, folder),
             "budget_tokens": budget,
             "protection": case.protection,
             "recent_tokens": case.recent,

@@ -180,3 +180,12 @@ def test_a_request_id_is_a_text(llm, request_id):
     with pytest.raises(ValueError, match=r"request_id=.*: must be a text"):
         llm.add_request([1, 2, 3], GREEDY, request_id=request_id)
     assert not llm.has_unfinished_requests()
+
+
+def test_a_prompt_that_leaves_its_policy_nothing_to_rank_costs_itself(folder):
+    """lagkv ranks nothing in its last two partitions; of 64 entries, the longer prompt would take 47."""
+    options = {"policy": "lagkv", "policy_options": {"partition": 9}, "budget_tokens": 64, "protection": "prompt"}
+    llm = make_llm(folder, **options)
+    long, short = llm.generate([[1] * 60, [1] * 40], GREEDY, use_tqdm=False)
+    assert "64 entries kept leave nothing to rank beside 47 leading ones" in long.error
+    assert short.error is None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.calibrations import MADE_UP
 from zipage.eviction import registry
 from zipage.eviction.policy import Policy
 
@@ -67,6 +68,20 @@ CASES = [
     Case("vase"),
     Case("vase", protection="prompt"),
     Case("vase", {"mode": "dkv"}),
+    Case("lagkv", {"partition": 8}),
+    Case("lagkv", {"partition": 13, "sink": 0}, recent=0),
+    Case("lagkv", {"partition": 5, "sink": 2, "cross": True}, protection="prompt"),
+    Case("q_filters", MADE_UP),
+    Case("q_filters", MADE_UP, protection="prompt"),
+    Case("triattention", MADE_UP),
+    Case("triattention", MADE_UP, protection="prompt"),
+    Case("triattention", {**MADE_UP, "z": False}, recent=0),
+    Case("triattention", {**MADE_UP, "scope": "shared"}, protection="sink:4"),
+    Case("expected_attention", MADE_UP),
+    Case("expected_attention", {**MADE_UP, "cov": "pairs", "sink": 0, "eps": 0.01, "T": 64}, protection="prompt"),
+    Case("expected_attention", {**MADE_UP, "cov": "none", "vnorm": False}, recent=0),
+    Case("expected_attention", {"stats": "window"}),
+    Case("expected_attention", {"stats": "window", "window": 8, "cov": "pairs"}, protection="sink:4"),
     Case("random"),
     Case("random", protection="prompt"),
     Case("random_shared"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tests import calibrations
 from zipage.eviction.event import Event
 from zipage.eviction.policy import Policy
 from zipage.eviction.protection import Protection, forced_mask
@@ -21,21 +22,21 @@ NAN = float("nan")
 class DenseEvent(Event):
     """Attributes:
     key_entries, value_entries: [L, R, H, N, d].
-    queries: [L, R, w, Hq, d].
+    query_entries: [L, R, w, Hq, d].
     state_entries: [L, R, H, N].
     poison: what every answer holds where it has no meaning.
     """
 
     key_entries: Tensor
     value_entries: Tensor
-    queries: Tensor
+    query_entries: Tensor
     state_entries: Tensor
     poison: float = NAN
 
     def attention(self, softmax="all", group="max", window="mean"):
         layers, _, heads, _ = self.shape
         keys = torch.where(self.valid[..., None], self.key_entries, 0.0)
-        queries = self.queries.view(layers, -1, self.window, heads, self.group_size, self.head_dim)
+        queries = self.query_entries.view(layers, -1, self.window, heads, self.group_size, self.head_dim)
         logits = torch.einsum("lrwhgd,lrhnd->lrhgwn", queries, keys) / math.sqrt(self.head_dim)
         if softmax == "all":
             last = self.window_start[:, None] + torch.arange(self.window)
@@ -71,6 +72,9 @@ class DenseEvent(Event):
 
     def carried_state(self):
         return self.state_entries
+
+    def queries(self):
+        return self.query_entries
 
     def keys(self):
         return self.key_entries
@@ -187,6 +191,17 @@ class Held:
         return source.gather(2, index)
 
 
+def rotary(head_dim: int) -> Tensor:
+    """float64 [d / 2], as most models have them."""
+    return 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+
+def calibration(policy: Policy, layers: int, heads: int, group: int, dim: int, device="cpu") -> dict[str, Tensor]:
+    """Made-up arrays that the policy asks for, as an event holds them."""
+    made = calibrations.arrays(policy.name, layers, heads, group, dim)
+    return {name: torch.from_numpy(made[name]).to(device) for name in policy.calibration_arrays}
+
+
 def build_event(policy, held, keeps, recent, protection, layers, poison) -> DenseEvent:
     width = max(one.n for one in held)
     window = policy.num_queries
@@ -216,10 +231,18 @@ def build_event(policy, held, keeps, recent, protection, layers, poison) -> Dens
         seeds=[one.tokens.seed for one in held],
         rounds=[one.rounds for one in held],
         prompt_lens=[one.tokens.prompt_len for one in held],
+        logical_lens=torch.tensor([one.seen for one in held], dtype=torch.int32),
+        inv_freq=rotary(head_dim),
+        calibration={
+            name: array[layers]
+            for name, array in calibration(
+                policy, len(held[0].positions), num_heads, held[0].tokens.queries.shape[2] // num_heads, head_dim
+            ).items()
+        },
         layer_offset=layers.start or 0,
         key_entries=keys,
         value_entries=stack([one.entries(one.tokens.values) for one in held], 2),
-        queries=torch.stack([one.tokens.queries[:, one.seen - window : one.seen] for one in held], 1)[layers],
+        query_entries=torch.stack([one.tokens.queries[:, one.seen - window : one.seen] for one in held], 1)[layers],
         state_entries=stack([one.state for one in held], 2),
         poison=poison,
     )

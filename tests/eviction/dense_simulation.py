@@ -1,6 +1,7 @@
 """What each policy keeps, one layer, head and slot at a time, in float64: written from the definitions alone.
 
-Nothing here comes from `zipage`: defaults, random numbers and protection are its own.
+Nothing here comes from `zipage`: defaults, random numbers and protection are its own. Calibrations are those of
+`tests/calibrations.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from tests import calibrations
+from tests.eviction.dense_later import LaterMethods
 
 DEFAULTS = {
     "zipage": {
@@ -40,6 +44,19 @@ DEFAULTS = {
     "keydiff": {},
     "knorm": {},
     "vase": {"mode": "attn", "window": 16, "reserve": 0.25, "pool_width": 5},
+    "lagkv": {"partition": 128, "sink": 4, "cross": False},
+    "q_filters": {"calibration": ""},
+    "triattention": {"calibration": "", "z": True, "scope": "local"},
+    "expected_attention": {
+        "stats": "file",
+        "calibration": "",
+        "window": 16,
+        "cov": "full",
+        "T": 512,
+        "sink": 4,
+        "eps": 0.0,
+        "vnorm": True,
+    },
     "random": {},
     "random_shared": {"share": "heads"},
     "page_attention": {"page_size": 256, "scope": "shared", "window": 16, "agg": "sum"},
@@ -57,11 +74,12 @@ class Head:
 
 
 @dataclass
-class Simulation:
+class Simulation(LaterMethods):
     """One request under one policy.
 
     Attributes:
         keys, values: [L, H, T, d]; queries: [L, T, Hq, d]; arrays of float64.
+        inv_freq, rope_factor: of the rotary embedding that is in keys and queries; None: 10000^(-2f/d).
     """
 
     policy: str
@@ -74,6 +92,8 @@ class Simulation:
     keep: int
     recent: int
     protection: str
+    inv_freq: list[float] | None = None
+    rope_factor: float = 1.0
 
     def __post_init__(self):
         unknown = set(self.options) - set(DEFAULTS[self.policy]) - {"native"}
@@ -82,6 +102,8 @@ class Simulation:
         self.layers, self.heads = self.keys.shape[:2]
         self.group = self.queries.shape[2] // self.heads
         self.cache = {(layer, head): Head() for layer in range(self.layers) for head in range(self.heads)}
+        made_up = calibrations.arrays(self.policy, self.layers, self.heads, self.group, self.keys.shape[3])
+        self.known = {name: array.astype(np.float64) for name, array in made_up.items()}
         self.seen = 0
         self.t = 0
 
@@ -137,6 +159,10 @@ class Simulation:
             return {place: self._vase(place, n, forced) for place in self.cache}
         score = self._dkv if self.policy == "vase" else getattr(self, "_" + self.policy)
         scores = {place: score(place, n) for place in self.cache}
+        if self.policy == "triattention" and self.o["scope"] == "shared":
+            for head in range(self.heads):
+                mean = np.mean([scores[layer, head] for layer in range(self.layers)], axis=0).tolist()
+                scores |= {(layer, head): mean for layer in range(self.layers)}
         if self.policy == "tova" and self.o["reduce"] == "layer":
             for layer in range(self.layers):
                 rows = [scores[layer, head] for head in range(self.heads)]

@@ -205,9 +205,11 @@ def test_full_never_evicts():
         seeds=[0],
         rounds=[0],
         prompt_lens=[1],
+        logical_lens=lens,
+        inv_freq=torch.ones(1),
         key_entries=torch.zeros(1, 1, 1, 4, 1),
         value_entries=torch.zeros(1, 1, 1, 4, 1),
-        queries=torch.zeros(1, 1, 0, 1, 1),
+        query_entries=torch.zeros(1, 1, 0, 1, 1),
         state_entries=torch.zeros(1, 1, 1, 4),
     )
     with pytest.raises(RuntimeError, match="never evicts"):

@@ -1,10 +1,15 @@
-"""What policies that read no queries and draw nothing promise: streaming, keydiff and knorm."""
+"""What policies that read no queries and draw nothing promise: streaming, keydiff, knorm and lagkv."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.eviction.dense_event import Tokens
 from tests.eviction.policy_runs import REQUESTS, kept, make, scores_of, with_keys
+from zipage.eviction.budget import Budget
+from zipage.eviction.policy import HUGE
+from zipage.eviction.protection import Protection
 
 # streaming
 
@@ -91,3 +96,42 @@ def test_knorm_reads_nothing_but_norms():
         for tokens in REQUESTS
     ]
     assert torch.equal(kept(make("knorm")), kept(make("knorm"), changed))
+
+
+# lagkv
+
+
+def test_lagkv_is_invariant_to_each_channels_scale_and_shift():
+    policy = make("lagkv", partition=8)
+    scale, shift = 0.5 + torch.rand(2, 2, 1, 32), 3 * torch.randn(2, 2, 1, 32)
+    changed = [with_keys(tokens, lambda keys: keys * scale + shift) for tokens in REQUESTS]
+    assert torch.equal(kept(policy), kept(policy, changed))
+
+
+def test_lagkv_has_no_order_in_the_last_whole_partition():
+    """Of 80 entries, 4 sinks and 9 partitions of 8: slots 68 .. 75 are the last whole one, a reference and no more."""
+    policy = make("lagkv", partition=8)
+    order = torch.cat([torch.arange(68), 68 + torch.randperm(8), torch.arange(76, 256)])
+    shuffled = [replace(t, keys=t.keys[:, :, order], values=t.values[:, :, order]) for t in REQUESTS]
+    scores = scores_of(policy)
+    assert torch.equal(scores, scores_of(policy, shuffled))
+    assert (scores[..., :4] == HUGE).all()
+    assert (scores[..., 68:] == HUGE).all()
+    for first in range(4, 68, 8):
+        ranks = scores[..., first : first + 8].sort(dim=-1).values
+        assert torch.equal(ranks, (torch.arange(8) / 8).expand_as(ranks))
+
+
+def test_lagkv_keeps_the_younger_of_equal_entries():
+    tokens = replace(REQUESTS[0], keys=torch.ones(2, 2, 256, 32), values=torch.ones(2, 2, 256, 32))
+    scores = scores_of(make("lagkv", partition=8), [tokens])
+    assert torch.equal(scores[..., 4:12], (torch.arange(8) / 8).expand(2, 1, 2, 8))
+
+
+def test_lagkv_wants_a_budget_above_what_it_does_not_rank():
+    policy = make("lagkv")
+    with pytest.raises(ValueError, match=r"256 entries kept .* raise budget_tokens above 260"):
+        Budget(17, 16).check(policy, Protection(), recent=16)
+    Budget(18, 16).check(policy, Protection(), recent=16)
+    with pytest.raises(ValueError, match="above 288"):
+        Budget(18, 16).check(policy, Protection("sink", 32), recent=16)

@@ -213,6 +213,14 @@ def read_training_options(given: list[str], request) -> None:
     assert len(asked) == 1
 
 
+def calibrate_a_little(given: list[str], request) -> None:
+    """In full it takes minutes."""
+    out = request.getfixturevalue("tmp_path") / "file"
+    program = importlib.import_module("experiments.calibrate")
+    assert program.main([*given, "--out", str(out), "--tokens", "200", "--max-tokens", "8", "--device", "cpu"]) == 0
+    assert out.exists()
+
+
 def find_script(file: str, given: list[str]) -> None:
     """It takes a GPU, or writes a picture into the tree: it is there and knows the options."""
     source = (ROOT / file).read_text(encoding="utf-8")
@@ -294,6 +302,8 @@ def test_the_command_works(command, request):
         read_records(given[1], given[2:], request)
     elif program == "python" and given[1] == "experiments.train_reasoner":
         read_training_options(given[2:], request)
+    elif program == "python" and given[1] == "experiments.calibrate":
+        calibrate_a_little(given[2:], request)
     elif program == "python" and given[1] == "pytest":
         find_tests(given[2:])
     elif program == "python" and given[1].startswith("tests."):

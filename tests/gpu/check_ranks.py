@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from tests.eviction.cases import CASES, SMALL_CHUNK, Case
-from tests.parallel.ranked import TOKEN_POLICIES, Answers, answers, engine
+from tests.parallel.ranked import OWN_CASES, TOKEN_POLICIES, Answers, answers, engine
 from tests.tiny_models import save_tiny_model
 
 ENGINES = [
@@ -31,6 +31,7 @@ ENGINES = [
     (Case("zipage", SMALL_CHUNK), TOKEN_POLICIES),
     (Case("page_attention", {"page_size": 16}), [None]),
     (Case("page_random", {"page_size": 16}), [None]),
+    *((case, [None]) for case in OWN_CASES),
 ]
 """Its own policy, and those of its requests; None: its own."""
 AT_ONCE = 8

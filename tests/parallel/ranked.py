@@ -9,15 +9,20 @@ from pathlib import Path
 import numpy as np
 
 from tests.engine.compressed import make_llm, pause_now_and_then, random_prompts, tokens_of
-from tests.eviction.cases import Case
+from tests.eviction.cases import CASES, Case
 from tests.tiny_models import VOCAB
 from zipage import LLM, SamplingParams
 from zipage.eviction import registry
 
 LENGTHS = (5, 33, 70)
 TOKENS = 64
-TOKEN_POLICIES = [name for name in registry.POLICIES if registry.make(name, {}).scope == "token" and name != "full"]
+OF_THEIR_OWN = ("lagkv", "q_filters", "triattention", "expected_attention")
+"""Policies that need options here, which a request can't give."""
+TOKEN_POLICIES = [
+    name for name in registry.POLICIES if name not in ("full", *OF_THEIR_OWN) and registry.make(name).scope == "token"
+]
 """What an engine of policy `zipage` can serve beside its own."""
+OWN_CASES = [next(case for case in CASES if case.policy == name) for name in OF_THEIR_OWN]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tests.child_processes import is_alive, wait_for_end
 from tests.engine.compressed import check_look, looks, tokens_of
 from tests.eviction.cases import SMALL_CHUNK, Case
 from tests.parallel.policies import FAILING_SEED, POLICIES
-from tests.parallel.ranked import TOKEN_POLICIES, answers, engine
+from tests.parallel.ranked import OWN_CASES, TOKEN_POLICIES, answers, engine
 from tests.tiny_models import save_tiny_model
 from zipage import LLM, SamplingParams, share_model
 from zipage.eviction import registry
@@ -87,6 +87,15 @@ def test_every_policy_keeps_what_one_device_keeps(one, two, pauses):
     assert all(positions.shape[1] == 2 for positions in found.kept.values()), "all heads, each once"
     assert (two.stats.pauses > 0) == (pauses > 0)
     assert two.stats.blocks_used == 0
+
+
+@pytest.mark.parametrize("case", OWN_CASES, ids=str)
+def test_policies_that_no_other_engine_serves_keep_what_one_device_keeps(folder, case):
+    two = engine(folder, case, tensor_parallel_size=2)
+    expected, found = (answers(llm) for llm in (engine(folder, case), two))
+    two.shutdown()
+    assert not expected.differences(found)
+    assert len(found.kept) > 5
 
 
 def test_what_ranks_hold_is_told_together(two):

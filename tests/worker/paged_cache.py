@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.cache_view import shared
 from kernels.store_positions import store_positions
 from kernels.store_step import store_step
-from tests.eviction.dense_event import NAN, Tokens
+from tests.eviction.dense_event import NAN, Tokens, calibration, rotary
 from tests.kernels.paged import GARBAGE
 from zipage.eviction.policy import Policy
 from zipage.eviction.protection import Protection, forced_mask
@@ -133,13 +133,15 @@ class PagedCache:
             seeds=[one.tokens.seed for one in held],
             rounds=[one.rounds for one in held],
             prompt_lens=[one.tokens.prompt_len for one in held],
+            logical_lens=self._ints([one.seen for one in held]),
+            inv_freq=rotary(head_dim).to(self.device),
+            calibration=calibration(policy, layers, heads, self.q.shape[3] // heads, head_dim, self.device),
             scales=(head_dim**-0.5,) * layers,
             k_cache=self.k,
             v_cache=self.v,
             block_tables=tables,
             q_cache=self.q if policy.needs_queries else None,
             query_slots=self._ints([one.query_slot for one in held]),
-            window_ends=self._ints([one.seen for one in held]),
             state_cache=self.scores if policy.state else None,
         )
 

@@ -27,7 +27,13 @@ from zipage.worker.compression_runner import CompressionResult, CompressionRunne
 from zipage.worker.kv_cache import KVCache
 
 SPEC = SimpleNamespace(
-    num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, attention=(SimpleNamespace(scale=32**-0.5),) * 2
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    attention=(SimpleNamespace(scale=32**-0.5),) * 2,
+    inv_freq=(1.0,) * 16,
+    rope_attention_factor=1.0,
 )
 BLOCK_SIZE, RECENT, WINDOW = 16, 16, 16
 BUDGET = Budget.from_tokens(64, BLOCK_SIZE)

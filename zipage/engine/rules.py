@@ -48,7 +48,9 @@ class Rules:
         if policy is None:
             return None
         budget = params.budget_tokens or self._config.budget_tokens
-        return self._config.rule(policy, budget, prompt_len, params.protection)
+        rule = self._config.rule(policy, budget, prompt_len, params.protection)
+        policy.check_budget(keep=rule.keep, protected=rule.protected)
+        return rule
 
     def _make_policy(self, name: str) -> Policy | None:
         if ":" in name and name not in registry.POLICIES:
@@ -66,6 +68,7 @@ class Rules:
             )
         needs = {
             "the entries' positions": own is None,
+            "a calibration file": bool(policy.calibration_arrays),
             "scores": policy.state and not (own and own.state),
             f"{policy.num_queries} queries a request": policy.num_queries > (own.num_queries if own else 0),
         }

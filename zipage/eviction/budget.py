@@ -84,3 +84,4 @@ class Budget:
             return
         policy.check(block_size=self.block_size, recent=recent)
         protection.check(self.keep, recent, policy.page, str(self))
+        policy.check_budget(keep=self.keep, protected=protection.sinks)

@@ -7,8 +7,8 @@ blocks and on which device, stays behind this class.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -47,6 +47,12 @@ class Event(ABC):
         seeds: of each request, distinct for the samples of one prompt.
         rounds: t of each request, its compressions before this one.
         prompt_lens: P of each request.
+        logical_lens: int32 [R], N of each request: the position of its next token.
+        inv_freq: float64 [d / 2], w_f, the rotary frequencies in radians per position. Dimensions f and f + d / 2 of a
+            head are a pair.
+        rope_factor: a, the factor on cos and sin, once in a cached key.
+        calibration: the arrays of the policy's calibration file that it asks for, by name: float32 [L, rows, ...] of
+            this launch's layers and heads, `rows` being H, or H * G for query heads.
         layer_offset, head_offset: numbers of the first layer and KV head of this launch in the whole model.
         new_state: what the policy handed to `store`; None without state.
     """
@@ -64,6 +70,10 @@ class Event(ABC):
     seeds: Sequence[int]
     rounds: Sequence[int]
     prompt_lens: Sequence[int]
+    logical_lens: Tensor
+    inv_freq: Tensor
+    rope_factor: float = 1.0
+    calibration: Mapping[str, Tensor] = field(default_factory=dict)
     layer_offset: int = 0
     head_offset: int = 0
     new_state: Tensor | None = None
@@ -159,6 +169,14 @@ class Event(ABC):
     @abstractmethod
     def carried_state(self) -> Tensor:
         """The state array of the entries, float32 [L, R, H, N]. Slots that carry none may hold anything."""
+
+    @abstractmethod
+    def queries(self) -> Tensor:
+        """The window's queries (after RoPE), float32 [L, R, w, Hq, d]: of positions N - w .. N - 1, heads in order.
+
+        Raises:
+            ValueError: the policy asked for no queries.
+        """
 
     @abstractmethod
     def keys(self) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zipage.checks import check_fields, check_names, checked, type_hints
+from zipage.eviction.calibration import COMMAND, file_digest
 from zipage.eviction.event import Event
 
 HUGE = torch.finfo(torch.float32).max / 4
@@ -50,6 +51,18 @@ class Policy(ABC):
 
     def __post_init__(self) -> None:
         check_fields(self, f"{self.name}.")
+        if self.calibration_arrays and not getattr(self, "calibration", ""):
+            raise ValueError(f"{self.name}.calibration: give the calibration file of the model; make it: {COMMAND}")
+
+    @property
+    def calibration_arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that an event needs of the file at the policy's option `calibration`; most need none."""
+        return ()
+
+    @property
+    def calibration_kind(self) -> str:
+        """What that file must be."""
+        return self.name
 
     @property
     def num_queries(self) -> int:
@@ -138,15 +151,31 @@ class Policy(ABC):
                 "score: raise recent_tokens or lower the window"
             )
 
+    def check_budget(self, *, keep: int, protected: int) -> None:  # noqa: B027
+        """Check the policy against what one request keeps.
+
+        Args:
+            keep: k, entries after an event.
+            protected: leading entries that always stay.
+
+        Raises:
+            ValueError: the policy has nothing to rank there; the message says what would help.
+        """
+
     @property
     def label(self) -> str:
         """Name of the variant with every option that is not at its default, for tables."""
         changed = [
-            f"{name}={getattr(self, f.name)}"
+            f"{name}={self._labelled(name, getattr(self, f.name))}"
             for name, f in self.known_options().items()
             if name in self.always_labelled or getattr(self, f.name) != f.default
         ]
         return f"{self.variant} ({', '.join(changed)})" if changed else self.variant
+
+    def _labelled(self, name: str, value: Any) -> Any:
+        """A calibration file goes by the first 8 digits of its sha256, where it is there."""
+        digest = file_digest(value) if name == "calibration" and self.calibration_arrays else None
+        return value if digest is None else digest[:8]
 
     @classmethod
     def known_options(cls) -> dict[str, Field]:

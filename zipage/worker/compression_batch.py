@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -57,14 +57,23 @@ class CompressionBatch:
         self._rounds = [order.num_compressions for order in orders]
         self._prompt_lens = [order.num_prompt_tokens for order in orders]
 
-    def event(self, cache: KVCache, spec: ModelSpec, shard: Shard, model_heads: int) -> PagedEvent:
+    def event(
+        self,
+        cache: KVCache,
+        spec: ModelSpec,
+        shard: Shard,
+        model_heads: int,
+        inv_freq: Tensor,
+        calibration: Mapping[str, Tensor],
+    ) -> PagedEvent:
         """The event over all layers of `cache`. On CUDA its tensors belong to the current stream.
 
         Args:
             spec: of the heads in `cache`, the share `shard` of the `model_heads` KV heads of the model.
+            inv_freq, calibration: as `Event` has them, of all layers and the heads in `cache`.
         """
         device = cache.k.device
-        lens, keep, protected, carried, query_slots, window_ends = to_device(self._numbers, device, np.int32).unbind()
+        lens, keep, protected, carried, query_slots, logical_lens = to_device(self._numbers, device, np.int32).unbind()
         tables = to_device(_rectangle(self.sources), device)
         return PagedEvent(
             num_layers=spec.num_layers,
@@ -80,13 +89,16 @@ class CompressionBatch:
             seeds=self._seeds,
             rounds=self._rounds,
             prompt_lens=self._prompt_lens,
+            logical_lens=logical_lens,
+            inv_freq=inv_freq,
+            rope_factor=spec.rope_attention_factor,
+            calibration=calibration if self.policy.calibration_arrays else {},
             scales=tuple(layer.scale for layer in spec.attention),
             k_cache=cache.k,
             v_cache=cache.v,
             block_tables=tables,
             q_cache=cache.queries if self.policy.needs_queries else None,
             query_slots=query_slots,
-            window_ends=window_ends,
             state_cache=cache.scores if self.policy.state else None,
             head_offset=shard.kv_heads(model_heads).start,
             shard=shard,

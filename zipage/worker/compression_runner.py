@@ -6,7 +6,7 @@ import logging
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from traceback import walk_tb
@@ -21,6 +21,7 @@ from zipage.eviction.policy import Policy
 from zipage.models.shard import WHOLE, PeerFailed, Shard
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import CompressionOrder
+from zipage.transfer import to_device
 from zipage.worker.compression_batch import CompressionBatch, batches, check_orders
 from zipage.worker.compressor import PartlyCompressed, choose, compress
 from zipage.worker.kv_cache import KVCache
@@ -78,6 +79,7 @@ class CompressionRunner:
         debug: fail a compression whose policy ranks an entry NaN, which waits for the GPU; otherwise `ranks` counts it.
         shard: what of the model `cache` holds; its collectives are for the runner alone.
         model_heads: KV heads of a layer of the whole model; None: those of `spec`.
+        calibration: of the heads in `cache`, for policies that ask for it (`Event.calibration`).
     """
 
     def __init__(
@@ -91,12 +93,15 @@ class CompressionRunner:
         debug: bool = False,
         shard: Shard = WHOLE,
         model_heads: int | None = None,
+        calibration: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.ranks = RankWatch(strict=debug)
         self._shard = shard
         self._model_heads = model_heads or spec.num_kv_heads
         self._cache = cache
         self._spec = spec
+        self._inv_freq = to_device(spec.inv_freq, cache.k.device, np.float64)
+        self._calibration = calibration or {}
         self._layer_stride = layer_stride
         self._trace = trace
         self._delayed = asynchronous and not cache.k.is_cuda
@@ -282,7 +287,8 @@ class CompressionRunner:
     @torch.inference_mode()
     def _compress(self, batch: CompressionBatch, rest: _Rest | None) -> list[_Kept]:
         cache, max_keep = self._cache, max(batch.keep)
-        event = batch.event(cache, self._spec, self._shard, self._model_heads)
+        known = self._inv_freq, self._calibration
+        event = batch.event(cache, self._spec, self._shard, self._model_heads, *known)
         if batch.policy.drops_blocks:
             # The same slots stay in all layers and heads, whole blocks of them.
             kept, failed = choose(batch.policy, event, max_keep)

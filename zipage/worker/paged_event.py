@@ -33,7 +33,6 @@ class PagedEvent(Event):
         q_cache: [L, num_query_slots, w_cache, Hq, d] of k_cache's dtype, w_cache >= window: a slot is a ring, with the
             queries of logical position p at p % w_cache. None for a policy that reads no queries.
         query_slots: int32 [R].
-        window_ends: int32 [R], logical lengths: the last query of the window is that of position end - 1.
         state_cache: float32 [L, num_blocks, H, b], what the policy stored for each entry. None for one without state.
         shard: whose heads these are; its collectives serve this event.
         model_heads: KV heads of a layer of the whole model; read where it is spread over ranks.
@@ -45,7 +44,6 @@ class PagedEvent(Event):
     block_tables: Tensor
     q_cache: Tensor | None = None
     query_slots: Tensor | None = None
-    window_ends: Tensor | None = None
     state_cache: Tensor | None = None
     shard: Shard = WHOLE
     model_heads: int = 0
@@ -59,8 +57,8 @@ class PagedEvent(Event):
                 f"(L, R, H, N, d) = {(*self.shape, self.head_dim)}, but caches and block tables are of {wanted}: "
                 "slice the caches to the layers of the launch and give `forced` max_blocks * b slots"
             )
-        if self.window and (self.q_cache is None or self.query_slots is None or self.window_ends is None):
-            raise ValueError(f"window={self.window}: give q_cache, query_slots and window_ends")
+        if self.window and (self.q_cache is None or self.query_slots is None):
+            raise ValueError(f"window={self.window}: give q_cache and query_slots")
         if self.window and self.q_cache.shape[2] < self.window:
             raise ValueError(f"q_cache holds {self.q_cache.shape[2]} queries of a request: the window is {self.window}")
 
@@ -70,6 +68,7 @@ class PagedEvent(Event):
             self,
             num_layers=last - first,
             layer_offset=self.layer_offset + first,
+            calibration={name: array[first:last] for name, array in self.calibration.items()},
             scales=self.scales[first:last],
             k_cache=self.k_cache[first:last],
             v_cache=self.v_cache[first:last],
@@ -96,8 +95,7 @@ class PagedEvent(Event):
         group: Literal["max", "mean"] = "max",
         window: Literal["mean", "sum", "max"] = "mean",
     ) -> Tensor:
-        if self.q_cache is None:
-            raise ValueError("event.attention needs queries, and the policy asked for none: set num_queries or window")
+        self._check_queries("attention")
         if len({*self.scales}) > 1:  # a launch has one scale
             layers = [self.of_layers(i, i + 1).attention(softmax, group, window) for i in range(self.num_layers)]
             return torch.cat(layers)
@@ -125,6 +123,10 @@ class PagedEvent(Event):
             raise ValueError("the policy carries state: give state_cache")
         return self._gathered(self.state_cache[..., None])[..., 0]
 
+    def queries(self) -> Tensor:
+        self._check_queries("queries")
+        return self._in_order.float()
+
     def keys(self) -> Tensor:
         return self._gathered(self.k_cache)
 
@@ -143,11 +145,20 @@ class PagedEvent(Event):
         """
         width = self.q_cache.shape[2]
         if width == self.window:
-            return self.q_cache, self.query_slots, self.window_ends
-        places = (self.window_ends[:, None] - self.window + torch.arange(self.window, device=self.device)) % width
-        queries = self.q_cache[:, self.query_slots.long()[:, None], places.long()].contiguous()
+            return self.q_cache, self.query_slots, self.logical_lens
         rows = torch.arange(self.num_requests, dtype=torch.int32, device=self.device)
-        return queries, rows, torch.full_like(rows, self.window)
+        return self._in_order.contiguous(), rows, torch.full_like(rows, self.window)
+
+    @property
+    def _in_order(self) -> Tensor:
+        """The latest `window` queries of each request by position, [L, R, window, Hq, d]."""
+        width = self.q_cache.shape[2]
+        places = (self.logical_lens[:, None] - self.window + torch.arange(self.window, device=self.device)) % width
+        return self.q_cache[:, self.query_slots.long()[:, None], places.long()]
+
+    def _check_queries(self, asked: str) -> None:
+        if self.q_cache is None:
+            raise ValueError(f"event.{asked} needs queries, and the policy asked for none: set num_queries or window")
 
     @cached_property
     def _blocks(self) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from zipage.eviction.rule import EvictionRule
 from zipage.models.shard import WHOLE, Shard
@@ -35,6 +36,7 @@ def measure_peak(
     layer_stride: int | None = None,
     shard: Shard = WHOLE,
     model_heads: int | None = None,
+    calibration: Mapping[str, Tensor] | None = None,
 ) -> int:
     """Bytes that a step takes at most above what is allocated now (CUDA), caches not counted.
 
@@ -46,7 +48,7 @@ def measure_peak(
         rule: of compressions; None for full KV.
         asynchronous: a compression runs beside a step, so that both peaks may fall together.
         layer_stride: layers of one launch of a compression, as in `compress`.
-        shard, model_heads: of compressions, as `CompressionRunner` takes them. All ranks measure together.
+        shard, model_heads, calibration: of compressions, as `CompressionRunner` takes them. All ranks measure together.
 
     Raises:
         RuntimeError: the largest compression failed.
@@ -66,9 +68,8 @@ def measure_peak(
         longest = -(-runner.max_model_len // block_size)
         # Budget and interval may be beyond any request.
         cache = KVCache(runner.spec, 1 + min(rule.kept_blocks, longest), block_size, dtype, runner.device, **options)
-        compress = partial(
-            run_compression, cache, runner.spec, rule, layer_stride, shard=shard, model_heads=model_heads
-        )
+        options = {"shard": shard, "model_heads": model_heads, "calibration": calibration}
+        compress = partial(run_compression, cache, runner.spec, rule, layer_stride, **options)
         shapes = largest_batches(runner, rule, block_size)
         compression = max(_peak_of(runner.device, partial(compress, *shape)) for shape in shapes)
         # The shape of most compressions to come, so that its kernels are compiled before requests wait for them.
@@ -140,6 +141,7 @@ def run_compression(
     num_requests: int,
     shard: Shard = WHOLE,
     model_heads: int | None = None,
+    calibration: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Compress requests of `num_blocks` blocks in one batch.
 
@@ -155,7 +157,7 @@ def run_compression(
         CompressionOrder(number, rule, *tables, num_entries=num_entries, window_end=num_entries, query_slot=0)
         for number in range(num_requests)
     ]
-    options = {"shard": shard, "model_heads": model_heads}
+    options = {"shard": shard, "model_heads": model_heads, "calibration": calibration}
     runner = CompressionRunner(cache, spec, asynchronous=False, layer_stride=layer_stride, trace=False, **options)
     runner.submit(orders)
     for result in runner.poll(wait=True):

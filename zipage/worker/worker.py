@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from zipage.config import EngineConfig
+from zipage.eviction.calibration import read_calibration
+from zipage.models.loading.identity import model_identity
 from zipage.models.loading.loader import LoadedModel
 from zipage.models.shard import WHOLE, Shard
+from zipage.models.spec import ModelSpec
 from zipage.threads import warn_of_spinning
 from zipage.worker.compression_runner import CompressionRunner
 from zipage.worker.kv_cache import KVCache
@@ -68,6 +72,7 @@ class Worker:
         if self.device.type == "cpu":
             warn_of_spinning()
         self.policy = config.make_policy()
+        self._calibration = self._read_calibration(loaded.spec)
         self.runner = ModelRunner(
             decoder,
             self.spec,
@@ -77,6 +82,19 @@ class Worker:
             enforce_eager=config.enforce_eager,
         )
         self.memory = self._measure(max_model_len)
+
+    def _read_calibration(self, whole: ModelSpec) -> dict[str, Tensor]:
+        """The arrays that the policy asks for, of the heads that are here."""
+        policy, config = self.policy, self.config
+        if policy is None or not policy.calibration_arrays:
+            return {}
+        identity = model_identity(config.model, load_format=config.load_format, seed=config.seed)
+        arrays = read_calibration(policy.calibration, policy.calibration_kind, policy.calibration_arrays, identity)
+        heads, found = self._compression_shard.kv_heads(whole.num_kv_heads), {}
+        for name, array in arrays.items():
+            rows = array.shape[1] // whole.num_kv_heads
+            found[name] = array[:, heads.start * rows : heads.stop * rows].to(self.device)
+        return found
 
     def _measure(self, max_model_len: int) -> DeviceMemory:
         weights = sum(p.numel() * p.itemsize for p in self.runner.decoder.parameters())
@@ -93,6 +111,7 @@ class Worker:
             layer_stride=config.layer_stride,
             shard=self._compression_shard,
             model_heads=self._model_heads,
+            calibration=self._calibration,
         )
         free, total = torch.cuda.mem_get_info(self.device)
         return DeviceMemory(weights, activations, int(free - (1 - config.gpu_memory_utilization) * total - activations))
@@ -121,4 +140,5 @@ class Worker:
             debug=config.debug,
             shard=self._compression_shard,
             model_heads=self._model_heads,
+            calibration=self._calibration,
         )

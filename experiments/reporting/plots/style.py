@@ -31,6 +31,7 @@ MARKERS = "osD^vPX<>ph*"
 ORDER = (
     *("zipage", "random", "random_attention", "streaming", "h2o", "snapkv", "r_kv", "g_kv"),
     *("tova", "morphkv", "keydiff", "knorm", "vase", "random_shared", "page_attention", "page_random"),
+    *("lagkv", "q_filters", "triattention", "expected_attention"),
 )
 """Policies in the order in which they take colours; others follow by name."""
 
@@ -47,6 +48,7 @@ def look(name: str) -> dict[str, object]:
     policy, _, protection = name.partition(" + ")
     if policy == "full KV":
         return {"color": "black", "marker": "none", "linestyle": "-"}
+    policy = policy.partition("@")[0]
     place = ORDER.index(policy) if policy in ORDER else len(ORDER) + sum(map(ord, policy))
     return {
         "color": COLOURS[place % len(COLOURS)],
@@ -133,7 +135,7 @@ def in_order(policies: Iterable[str]) -> list[str]:
 
 def rank(name: str) -> tuple[int, str]:
     """The place of a policy or label: that of its policy in `ORDER`, then by name."""
-    policy = name.partition(" + ")[0].partition(", ")[0]
+    policy = name.partition(" + ")[0].partition(", ")[0].partition("@")[0]
     return (ORDER.index(policy) if policy in ORDER else len(ORDER)), name
 
 

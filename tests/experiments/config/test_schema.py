@@ -16,6 +16,7 @@ from experiments.config.schema import FIXED, HOMES, UNRECORDED, EngineOptions, E
 from experiments.errors import UsageError
 from experiments.paths import CONF
 from experiments.records import flatten
+from tests.calibrations import CALIBRATED
 from zipage import EngineConfig, SamplingParams
 from zipage.eviction import registry
 
@@ -29,25 +30,32 @@ GROUPS = [(group, choice) for group, choice in CHOICES if group != "sweep"]
 """Sweeps are no part of a run's config: tests/experiments/config/test_arms.py composes their arms."""
 
 
+FILE = ["policy.options.calibration=file"]
+
+
 @pytest.mark.parametrize(("group", "choice"), GROUPS)
 def test_every_config_file_composes(group, choice):
     given = {
         "model": ["model.path=folder"],
         "workload": ["workload.path=file.jsonl"],
         "scenario": ["scenario.path=file.jsonl"],
+        "policy": FILE if choice in CALIBRATED else [],
     }.get(group, [])
     experiment = load_experiment([f"{group}={choice}", *given])
     assert getattr(experiment, group)
 
 
 def test_every_policy_has_a_config_file():
-    configs = {choice: load_experiment([f"policy={choice}"]).policy for group, choice in CHOICES if group == "policy"}
+    given = {choice: FILE if choice in CALIBRATED else [] for group, choice in CHOICES if group == "policy"}
+    configs = {choice: load_experiment([f"policy={choice}", *more]).policy for choice, more in given.items()}
     assert set(configs) == {*registry.POLICIES, "random_attention"}
     for choice, policy in configs.items():
         assert policy.name == ("random" if choice == "random_attention" else choice)
         assert policy.protection == ("prompt" if choice == "random_attention" else "none")
         assert policy.budget_tokens == (None if choice == "full" else 512)
-        assert not policy.options or choice.startswith("page_"), "an option's default belongs to the policy"
+        assert not policy.options or given[choice] or choice.startswith("page_"), (
+            "an option's default belongs to the policy"
+        )
 
 
 @pytest.mark.parametrize("policy", ["page_attention", "page_random"])

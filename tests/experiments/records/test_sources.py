@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config.compose import load_experiment
+from experiments.config.options import label
 from experiments.errors import UsageError
 from experiments.records import file_hash, load_runs, sources
 
@@ -143,6 +144,23 @@ def test_edited_chat_template_is_another_run(launch, results, tmp_path):
         for _ in range(2):
             assert launch(f"model.chat_template={template}") == 0
             assert len(load_runs(results)) == number
+
+
+def test_a_run_is_named_by_the_content_of_its_calibration(launch, results, tmp_path, capsys):
+    paths = [tmp_path / name for name in ("one", "other", "copy_of_one")]
+    for path in paths:
+        path.write_text("1" if "one" in path.name else "2")
+    for path, count in zip(paths, (1, 2, 2), strict=True):
+        options = (f"policy.options.calibration={path}", "policy.budget_tokens=48", "engine.block_size=16")
+        assert launch("policy=q_filters", *options) == 0
+        assert len(load_runs(results)) == count
+    runs = load_runs(results)
+    assert set(runs["provenance.calibration"]) == {file_hash(path) for path in paths}
+    assert set(runs.apply(label, axis=1)) == {f"q_filters@{file_hash(path)[:8]}" for path in paths}
+    assert launch("policy=q_filters", "policy.options.calibration=none", *options[1:]) == 2
+    assert "policy.options.calibration=none: there is no such file; make it: python -m" in capsys.readouterr().err
+    assert launch("policy=q_filters", *options[1:]) == 2
+    assert "q_filters.calibration: give the calibration file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,16 @@ def read_shape(
     Raises:
         FileNotFoundError, ValueError: as `load_model`, for what it finds before it reads weights.
     """
-    dummy = load_format == "dummy"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    spec, _ = _open(locate_model(model, CONFIG if dummy else WEIGHTS), dummy, torch.device("cpu"))
+    spec, _ = open_model(model, load_format, torch.device("cpu"))
     return spec, resolve_dtype(dtype, spec, torch.device(device))
+
+
+def open_model(model: str, load_format: str, device: torch.device) -> tuple[ModelSpec, Weights | None]:
+    """The spec of a model, and its weights, unread, unless they are dummies; as `load_model`."""
+    dummy = load_format == "dummy"
+    return _open(locate_model(model, CONFIG if dummy else WEIGHTS), dummy, device)
 
 
 def _open(path: Path, dummy: bool, device: torch.device) -> tuple[ModelSpec, Weights | None]:

@@ -1,0 +1,99 @@
+"""Scores of `dense_simulation.py` for methods that rank by what comes later: the next entries, or queries to come."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+class LaterMethods:
+    """Of one layer and head each; the fields are those of `Simulation`."""
+
+    def _lagkv(self, place, n):
+        o, tokens = self.o, self.cache[place].tokens
+        start, size = max(o["sink"], self._protected()), o["partition"]
+        whole = max(n - start, 0) // size
+        scores = [math.inf] * n
+        for p in range(whole - 1):
+            first = start + p * size
+            raw = [0.0] * size
+            for source in (self.keys[place], self.values[place]):
+                here, after = (source[tokens[first + lag : first + lag + size]] for lag in (0, size))
+                low, width = after.min(axis=0), after.max(axis=0) - after.min(axis=0)
+                spreads = []
+                for entry in here:
+                    y = [(x - a) / w if w >= 1e-8 else 0.0 for x, a, w in zip(entry, low, width, strict=True)]
+                    spreads.append(float(np.std(y, ddof=1)))
+                shares = [math.exp(u - max(spreads)) for u in spreads]
+                raw = [r + x / sum(shares) / 2 for r, x in zip(raw, shares, strict=True)]
+            for j, r in enumerate(raw):
+                below = sum((x, i) < (r, j) for i, x in enumerate(raw))
+                scores[first + j] = r if o["cross"] else below / size
+        return scores
+
+    def _q_filters(self, place, n):
+        direction = self.known["filters"][place]
+        return [float(self.keys[place][token] @ direction) for token in self.cache[place].tokens]
+
+    def _frequencies(self) -> np.ndarray:
+        d = self.keys.shape[3]
+        return np.array(self.inv_freq or [10000 ** (-2 * f / d) for f in range(d // 2)])
+
+    def _turning(self, position: int) -> np.ndarray:
+        """The real matrix [d, d] of RoPE at a position."""
+        angles = self._frequencies() * position
+        cos, sin = np.diag(np.cos(angles)), np.diag(np.sin(angles))
+        return self.rope_factor * np.block([[cos, -sin], [sin, cos]])
+
+    def _expected_attention(self, place, n):
+        """Matrices and vectors after RoPE, with the keys as they are cached."""
+        o, (layer, head) = self.o, place
+        d = self.keys.shape[3]
+        tokens = self.cache[place].tokens
+        turn = sum(self._turning(self.seen + t) for t in range(o["T"])) / o["T"]
+        shares = np.zeros(n)
+        for g in range(self.group):
+            row = layer, head * self.group + g
+            if o["stats"] == "file":
+                mean, covariance = self.known["mean"][row], self.known["covariance"][row]
+            else:
+                seen = range(self.seen - o["window"], self.seen)
+                plain = [np.linalg.inv(self._turning(t)) @ self.queries[layer, t, row[1]] for t in seen]
+                mean, covariance = np.mean(plain, axis=0), np.cov(np.array(plain).T, bias=True)
+            if o["cov"] != "full":
+                same = np.arange(d) % (d // 2)
+                covariance = covariance * (same[:, None] == same) * (o["cov"] == "pairs")
+            mean, covariance = turn @ mean, turn @ covariance @ turn.T
+            keys = self.keys[layer, head, tokens]
+            z = np.array([mean @ k / math.sqrt(d) + k @ covariance @ k / (2 * d) for k in keys])
+            z[: o["sink"]] = -math.inf
+            shares += np.exp(z - z.max()) / np.exp(z - z.max()).sum() / self.group
+        scores = shares + o["eps"]
+        if o["vnorm"]:
+            scores = scores * np.linalg.norm(self.values[layer, head, tokens], axis=1)
+        return [math.inf] * o["sink"] + scores[o["sink"] :].tolist()
+
+    def _triattention(self, place, n):
+        """The long form: cosines of the distances from queries to come, with keys as they were before RoPE."""
+        layer, head = place
+        half = self.keys.shape[3] // 2
+        w = self._frequencies()
+        tokens = np.array(self.cache[place].tokens)
+        cached = self.keys[layer, head, tokens]
+        keys = (cached[:, :half] + 1j * cached[:, half:]) * np.exp(-1j * tokens[:, None] * w) / self.rope_factor
+        scores = []
+        for g in range(self.group):
+            row = layer, head * self.group + g
+            m, e = self.known["mean_real"][row] + 1j * self.known["mean_imaginary"][row], self.known["mean_size"][row]
+            phi = np.angle(m * keys.conj())
+            total = np.zeros(n)
+            for i in range(17):
+                distances = self.seen - tokens + 2**i
+                total += (np.abs(m) * np.abs(keys) * np.cos(w * distances[:, None] + phi)).sum(axis=1) / 17
+            total = self.rope_factor**2 * (total + ((e - np.abs(m)) * np.abs(keys)).sum(axis=1))
+            if self.o["z"]:
+                ranked = total[self._protected() :]
+                total = (total - ranked.mean()) / max(ranked.std(), 1e-6)
+            scores.append(total)
+        return np.max(scores, axis=0).tolist()
