@@ -16,7 +16,7 @@ from tests.engine.compressed import (
 from tests.eviction.cases import SMALL_CHUNK, Case
 from tests.eviction.dense_simulation import Simulation
 from tests.parallel.ranked import TOKEN_POLICIES, answers, engine
-from tests.tiny_models import MORE_FAMILIES, VOCAB, save_tiny_model, transformers_greedy
+from tests.tiny_models import LONGROPE, MORE_FAMILIES, VOCAB, save_tiny_model, transformers_greedy
 from zipage import SamplingParams
 from zipage.worker.paged_attention import PagedAttention
 
@@ -120,3 +120,14 @@ def test_a_window_ends_contexts(tmp_path):
     assert make_llm(folder, None).generate([[1] * 60], greedy(50), use_tqdm=False)[0].outputs[0].token_ids
     with pytest.raises(ValueError, match=r"max_model_len=65: the model's positions end at 64, .* sliding window"):
         make_llm(folder, None, max_model_len=65)
+
+
+def test_policies_that_turn_queries_say_what_they_need(tmp_path):
+    whole = LONGROPE | {name: LONGROPE[name] + [9.0, 10.0] for name in ("short_factor", "long_factor")}
+    for name, options, message in (
+        ("part", {}, "heads whose dimensions all rotate; of this model's 16 12 do"),
+        ("whole", {"partial_rotary_factor": 1.0, "rope_parameters": whole}, "one set of rotary frequencies"),
+    ):
+        folder = save_tiny_model("phi3", tmp_path / name, num_hidden_layers=1, **options)
+        with pytest.raises(ValueError, match=f"policy=expected_attention: needs {message}"):
+            make_llm(folder, Case("expected_attention", {"stats": "window"}))

@@ -69,6 +69,7 @@ class Rules:
         needs = {
             "the entries' positions": own is None,
             "a calibration file": bool(policy.calibration_arrays),
+            "rotary pairs": policy.needs_rotary_pairs and not (own and own.needs_rotary_pairs),
             "scores": policy.state and not (own and own.state),
             f"{policy.num_queries} queries a request": policy.num_queries > (own.num_queries if own else 0),
         }

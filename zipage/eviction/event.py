@@ -49,7 +49,7 @@ class Event(ABC):
         prompt_lens: P of each request.
         logical_lens: int32 [R], N of each request: the position of its next token.
         inv_freq: float64 [d / 2], w_f, the rotary frequencies in radians per position. Dimensions f and f + d / 2 of a
-            head are a pair.
+            head are a pair. For policies with `needs_rotary_pairs`.
         rope_factor: a, the factor on cos and sin, once in a cached key.
         calibration: the arrays of the policy's calibration file that it asks for, by name: float32 [L, rows, ...] of
             this launch's layers and heads, `rows` being H, or H * G for query heads.

@@ -60,6 +60,11 @@ class Policy(ABC):
         return ()
 
     @property
+    def needs_rotary_pairs(self) -> bool:
+        """Whether it reads `Event.inv_freq`: one set of frequencies, and all dimensions of a head in pairs."""
+        return False
+
+    @property
     def calibration_kind(self) -> str:
         """What that file must be."""
         return self.name

@@ -83,6 +83,19 @@ class ModelSpec:
         """
         return self.inv_freq if self.long_inv_freq is None or context <= self.short_context else self.long_inv_freq
 
+    def check_rotary_pairs(self, who: str) -> None:
+        """Raise a ValueError where a part of a head rotates alone, or frequencies depend on the context's length."""
+        rotated = 2 * len(self.inv_freq)
+        if rotated != self.head_dim:
+            raise ValueError(
+                f"policy={who}: needs heads whose dimensions all rotate; of this model's {self.head_dim} {rotated} do: "
+                "take another policy"
+            )
+        if self.long_inv_freq is not None:
+            raise ValueError(
+                f"policy={who}: needs one set of rotary frequencies, and LongRoPE has two: take another policy"
+            )
+
     def experts_of(self, layer: int) -> ExpertSpec | None:
         """None: the layer has a plain MLP."""
         return None if self.experts is None or layer in self.experts.dense_layers else self.experts

@@ -72,6 +72,8 @@ class Worker:
         if self.device.type == "cpu":
             warn_of_spinning()
         self.policy = config.make_policy()
+        if self.policy is not None and self.policy.needs_rotary_pairs:
+            self.spec.check_rotary_pairs(self.policy.name)
         self._calibration = self._read_calibration(loaded.spec)
         self.runner = ModelRunner(
             decoder,

@@ -46,6 +46,10 @@ class TriAttention(Policy):
         return ("mean_real", "mean_imaginary", "mean_size")
 
     @property
+    def needs_rotary_pairs(self) -> bool:
+        return True
+
+    @property
     def all_layers(self) -> bool:
         return self.sets == "shared"
 
