@@ -42,7 +42,7 @@ NEEDS = {
 def test_every_option_is_a_flag(f):
     if f.name == "policy_options":
         arguments, expected = ["--policy=r_kv", "--budget-tokens=512", '--policy-options={"window": 8}'], {"window": 8}
-    elif isinstance(f.default, bool) or f.name in ("async_scheduling", "show_prompts"):
+    elif isinstance(f.default, bool) or f.name in ("async_scheduling", "engine_process", "show_prompts"):
         expected = not f.default
         arguments = [flag(f.name) if expected else f"--no-{flag(f.name)[2:]}"]
     else:

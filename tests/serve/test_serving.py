@@ -191,15 +191,18 @@ def test_metrics_count_what_was_served(server):
     assert "version" in server.http.get("/version").json()
 
 
-def test_replicas_serve(start):
-    server = start(lambda: llm_of(data_parallel_size=2, policy="full", budget_tokens=None))
+@pytest.mark.parametrize("replicas", [2, 1])
+def test_engines_in_other_processes_serve(start, replicas):
+    """Two replicas, or one core that is apart."""
+    options = {"data_parallel_size": replicas, "policy": "full", "budget_tokens": None}
+    server = start(lambda: server_module.LLMApart(REASONER, **ENGINE | options))
     params = SamplingParams(max_tokens=8, seed=1)
     with server.client() as client:
         running = client.completions.create(**LONG, stream=True)
         name = f"{next(iter(running)).id}-0"
         (told,) = snapshots(server, 1)
         assert [(row["id"], row["status"]) for row in told["requests"]] == [(name, "running")]
-        assert told["blocks"]["total"] == 2 * ENGINE["num_blocks"]
+        assert told["blocks"]["total"] == replicas * ENGINE["num_blocks"]
         held = server.http.get(f"/live/requests/{name}/held").json()
         assert (held["status"], held["layers"], held["heads"]) == ("running", 8, 2)
         texts = [client.completions.create(**BODY).choices[0].text for _ in range(2)]
@@ -263,6 +266,19 @@ def _break(plan):
     raise RuntimeError("it broke")
 
 
+def test_a_killed_process_of_the_engine(start):
+    server = start(lambda: server_module.LLMApart(REASONER, **ENGINE))
+    server.engine.has_failed = lambda: None
+    (replica,) = server.engine.llm._core._replicas
+    with server.client() as client:
+        stream = client.completions.create(**LONG, stream=True)
+        next(iter(stream))
+        os.kill(replica.child.pid, signal.SIGKILL)
+        with pytest.raises(openai.APIError, match=r"the engine has failed: .*the engine's process died \(signal 9\)"):
+            list(stream)
+    assert server.http.get("/health").status_code == 503
+
+
 def test_a_failed_engine_is_an_exit_status(monkeypatch):
     made = []
     monkeypatch.setattr(server_module, "LLM", lambda **options: made.append(LLM(**options)) or made[-1])
@@ -287,11 +303,12 @@ def test_an_address_that_is_taken_is_an_exit_status(monkeypatch, caplog):
     assert f"port={port}: " in caplog.text
 
 
-def test_a_signal_drains_the_program():
+@pytest.mark.parametrize("flags", [(), ("--engine-process",)], ids=["thread", "process"])
+def test_a_signal_drains_the_program(flags):
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "zipage.serve", REASONER, "--port", str(port), "--device", "cpu"]
-    command += ["--block-size=16", "--num_blocks=64", "--no-access-log", "--served-model-name", MODEL]
+    command += ["--block-size=16", "--num_blocks=64", "--no-access-log", "--served-model-name", MODEL, *flags]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
     try:
         wait_until(lambda: process.poll() is not None or answers(url), 60)

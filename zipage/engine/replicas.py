@@ -33,6 +33,8 @@ PATIENCE = 0.005
 def start_replicas(config: EngineConfig) -> tuple[Replicas, CoreSpec]:
     """Start `config.data_parallel_size` replicas beside each other, and wait until all have loaded the model.
 
+    One alone is an engine in a process of its own.
+
     Returns:
         The replicas, and what every one of them can serve: the memory plan is that of the smallest.
 
@@ -47,7 +49,7 @@ def start_replicas(config: EngineConfig) -> tuple[Replicas, CoreSpec]:
     children: list[Child] = []
     try:
         for number, environment in enumerate(environments):
-            children.append(Child(f"replica {number}", TARGET, environment))
+            children.append(Child(f"replica {number}" if size > 1 else "the engine's process", TARGET, environment))
         for child in children:
             child.channel.send(start)
         specs = _wait_until_ready(children)
@@ -62,6 +64,8 @@ def start_replicas(config: EngineConfig) -> tuple[Replicas, CoreSpec]:
 def _environments(config: EngineConfig) -> list[dict[str, str]]:
     """By which each replica sees the GPUs that are its own, and no others."""
     size, each = config.data_parallel_size, config.tensor_parallel_size
+    if size == 1:
+        return [{}]
     asked = f"data_parallel_size={size}: with tensor_parallel_size={each}"
     count = count_gpus(config.device, size * each, "data_parallel_size", asked)
     if not count:

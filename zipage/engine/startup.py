@@ -37,13 +37,16 @@ class Engine:
     spec: CoreSpec
 
 
-def start(config: EngineConfig) -> Engine:
+def start(config: EngineConfig, *, apart: bool = False) -> Engine:
     """Load the model and build an engine around it.
+
+    Args:
+        apart: its core in a process of its own, as replicas have it.
 
     Raises:
         ValueError, FileNotFoundError: as `LLM`.
     """
-    core, spec = build_core(config) if config.data_parallel_size == 1 else start_replicas(config)
+    core, spec = start_replicas(config) if apart or config.data_parallel_size > 1 else build_core(config)
     try:
         inputs = build_inputs(config, spec)
     except BaseException:

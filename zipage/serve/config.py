@@ -28,6 +28,7 @@ class ServeConfig:
         max_n: samples of one request at most, all its prompts together.
         max_queue: samples that may wait beside those that run; further requests are refused with status 429.
         shutdown_grace: seconds that running requests have to finish after SIGTERM or SIGINT.
+        engine_process: the engine runs in a process of its own, so that streams do not slow its steps. None: on a GPU.
         show_prompts: the page at / shows how each prompt begins and ends. None: unless there are several API keys.
         access_log: log a line for every request.
 
@@ -44,6 +45,7 @@ class ServeConfig:
     max_n: Count = 128
     max_queue: Annotated[int, at_least(0)] = 1024
     shutdown_grace: Annotated[float, at_least(0)] = 30.0
+    engine_process: bool | None = None
     show_prompts: bool | None = None
     access_log: bool = True
 

@@ -9,13 +9,18 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from zipage.config import EngineConfig
+from zipage.engine.startup import Engine as Parts
+from zipage.engine.startup import start
 from zipage.llm import LLM
+from zipage.models.loading.loader import resolve_device
 from zipage.serve.app import create_app
 from zipage.serve.config import ServeConfig
 from zipage.serve.engine import Engine
@@ -100,7 +105,7 @@ def run(engine_config: EngineConfig, config: ServeConfig) -> int:
     _allow_connections()
     sys.setswitchinterval(SWITCH)
     options = {name: getattr(engine_config, name) for name in engine_config.__dataclass_fields__}
-    engine = Engine(lambda: LLM(**options))
+    engine = Engine(lambda: _make(options, config.engine_process))
     try:
         engine.start()
     except KeyboardInterrupt:
@@ -115,6 +120,18 @@ def run(engine_config: EngineConfig, config: ServeConfig) -> int:
     finally:
         engine.stop()
     return 1 if engine.failure is not None else 0
+
+
+class LLMApart(LLM):
+    """`LLM` with its core in a process of its own: what this process does for the streams holds up no step."""
+
+    def _start(self) -> Parts:
+        return start(self.config, apart=True)
+
+
+def _make(options: Mapping[str, Any], apart: bool | None) -> LLM:
+    apart = resolve_device(options["device"]).type == "cuda" if apart is None else apart
+    return (LLMApart if apart else LLM)(**options)
 
 
 def _allow_connections() -> None:
