@@ -82,6 +82,8 @@ CASES = [
     Case("expected_attention", {**MADE_UP, "cov": "none", "vnorm": False}, recent=0),
     Case("expected_attention", {"stats": "window"}),
     Case("expected_attention", {"stats": "window", "window": 8, "cov": "pairs"}, protection="sink:4"),
+    Case("kvzap", MADE_UP),
+    Case("kvzap", MADE_UP, recent=0, protection="prompt"),
     Case("random"),
     Case("random", protection="prompt"),
     Case("random_shared"),

@@ -23,7 +23,7 @@ class DenseEvent(Event):
     """Attributes:
     key_entries, value_entries: [L, R, H, N, d].
     query_entries: [L, R, w, Hq, d].
-    state_entries: [L, R, H, N].
+    state_entries, predicted_entries: [L, R, H, N].
     poison: what every answer holds where it has no meaning.
     """
 
@@ -31,6 +31,7 @@ class DenseEvent(Event):
     value_entries: Tensor
     query_entries: Tensor
     state_entries: Tensor
+    predicted_entries: Tensor | None = None
     poison: float = NAN
 
     def attention(self, softmax="all", group="max", window="mean"):
@@ -73,6 +74,9 @@ class DenseEvent(Event):
     def carried_state(self):
         return self.state_entries
 
+    def predictions(self):
+        return self.predicted_entries
+
     def queries(self):
         return self.query_entries
 
@@ -103,13 +107,16 @@ def select(scores: Tensor, forced: Tensor, keep: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Tokens:
-    """All a request will ever cache: keys, values [L, H, T, d], queries [L, T, Hq, d]; its seed and prompt length."""
+    """All a request will ever cache: keys, values [L, H, T, d], queries [L, T, Hq, d] and what they are projections of,
+    hidden [L, T, width]; its seed and prompt length.
+    """
 
     keys: Tensor
     values: Tensor
     queries: Tensor
     seed: int
     prompt_len: int
+    hidden: Tensor | None = None
 
 
 def make_tokens(seed: int, total: int = 256, layers=2, heads=2, group=2, head_dim=32, prompt_len=24) -> Tokens:
@@ -133,7 +140,8 @@ def make_tokens(seed: int, total: int = 256, layers=2, heads=2, group=2, head_di
     keys = keys * (0.5 + torch.rand(layers, heads, total, 1, generator=generator))
     values = normal(layers, heads, total, head_dim)
     queries = 1.5 * normal(layers, total, heads * group, head_dim)
-    return Tokens(keys, values, queries, 1000 + seed, prompt_len)
+    hidden = normal(layers, total, calibrations.WIDTH)
+    return Tokens(keys, values, queries, 1000 + seed, prompt_len, hidden)
 
 
 def _near_half(keys: Tensor) -> Tensor:
@@ -198,8 +206,13 @@ def rotary(head_dim: int) -> Tensor:
 
 def calibration(policy: Policy, layers: int, heads: int, group: int, dim: int, device="cpu") -> dict[str, Tensor]:
     """Made-up arrays that the policy asks for, as an event holds them."""
-    made = calibrations.arrays(policy.name, layers, heads, group, dim)
+    made = calibrations.arrays(policy.calibration_kind, layers, heads, group, dim)
     return {name: torch.from_numpy(made[name]).to(device) for name in policy.calibration_arrays}
+
+
+def predicted(known: dict[str, Tensor], tokens: Tokens) -> Tensor:
+    """What the made-up scorer says of all tokens, [L, H, T]."""
+    return known["weight"] @ tokens.hidden.mT + known["bias"][..., None]
 
 
 def build_event(policy, held, keeps, recent, protection, layers, poison) -> DenseEvent:
@@ -217,10 +230,13 @@ def build_event(policy, held, keeps, recent, protection, layers, poison) -> Dens
     lens = torch.tensor([one.n for one in held], dtype=torch.int32)
     keys = stack([one.entries(one.tokens.keys) for one in held], 2)
     num_layers, _, num_heads, _, head_dim = keys.shape
+    group = held[0].tokens.queries.shape[2] // num_heads
+    known = calibration(policy, len(held[0].positions), num_heads, group, head_dim)
+    scored = [one.entries(predicted(known, one.tokens)[..., None])[..., 0] for one in held if policy.predicts]
     return DenseEvent(
         num_layers=num_layers,
         num_heads=num_heads,
-        group_size=held[0].tokens.queries.shape[2] // num_heads,
+        group_size=group,
         head_dim=head_dim,
         window=window,
         lens=lens,
@@ -233,17 +249,13 @@ def build_event(policy, held, keeps, recent, protection, layers, poison) -> Dens
         prompt_lens=[one.tokens.prompt_len for one in held],
         logical_lens=torch.tensor([one.seen for one in held], dtype=torch.int32),
         inv_freq=rotary(head_dim),
-        calibration={
-            name: array[layers]
-            for name, array in calibration(
-                policy, len(held[0].positions), num_heads, held[0].tokens.queries.shape[2] // num_heads, head_dim
-            ).items()
-        },
+        calibration={name: array[layers] for name, array in known.items()},
         layer_offset=layers.start or 0,
         key_entries=keys,
         value_entries=stack([one.entries(one.tokens.values) for one in held], 2),
         query_entries=torch.stack([one.tokens.queries[:, one.seen - window : one.seen] for one in held], 1)[layers],
         state_entries=stack([one.state for one in held], 2),
+        predicted_entries=stack(scored, 2) if scored else None,
         poison=poison,
     )
 

@@ -36,6 +36,10 @@ class LaterMethods:
         direction = self.known["filters"][place]
         return [float(self.keys[place][token] @ direction) for token in self.cache[place].tokens]
 
+    def _kvzap(self, place, n):
+        weight, bias = self.known["weight"][place], self.known["bias"][place]
+        return [round(4096 * float(self.hidden[place[0], token] @ weight + bias)) for token in self.cache[place].tokens]
+
     def _frequencies(self) -> np.ndarray:
         d = self.keys.shape[3]
         return np.array(self.inv_freq or [10000 ** (-2 * f / d) for f in range(d // 2)])

@@ -57,6 +57,7 @@ DEFAULTS = {
         "eps": 0.0,
         "vnorm": True,
     },
+    "kvzap": {"calibration": ""},
     "random": {},
     "random_shared": {"share": "heads"},
     "page_attention": {"page_size": 256, "scope": "shared", "window": 16, "agg": "sum"},
@@ -79,6 +80,7 @@ class Simulation(LaterMethods):
 
     Attributes:
         keys, values: [L, H, T, d]; queries: [L, T, Hq, d]; arrays of float64.
+        hidden: [L, T, width], what keys and queries are projections of; None where no scorer reads them.
         inv_freq, rope_factor: of the rotary embedding that is in keys and queries; None: 10000^(-2f/d).
     """
 
@@ -92,6 +94,7 @@ class Simulation(LaterMethods):
     keep: int
     recent: int
     protection: str
+    hidden: np.ndarray | None = None
     inv_freq: list[float] | None = None
     rope_factor: float = 1.0
 
@@ -102,7 +105,8 @@ class Simulation(LaterMethods):
         self.layers, self.heads = self.keys.shape[:2]
         self.group = self.queries.shape[2] // self.heads
         self.cache = {(layer, head): Head() for layer in range(self.layers) for head in range(self.heads)}
-        made_up = calibrations.arrays(self.policy, self.layers, self.heads, self.group, self.keys.shape[3])
+        width = [] if self.hidden is None else [self.hidden.shape[2]]
+        made_up = calibrations.arrays(self.policy, self.layers, self.heads, self.group, self.keys.shape[3], *width)
         self.known = {name: array.astype(np.float64) for name, array in made_up.items()}
         self.seen = 0
         self.t = 0

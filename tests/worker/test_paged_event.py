@@ -55,6 +55,7 @@ def simulation_of(case: Case, tokens: Tokens) -> Simulation:
         keys=tokens.keys.double().numpy(),
         values=tokens.values.double().numpy(),
         queries=tokens.queries.double().numpy(),
+        hidden=tokens.hidden.double().numpy(),
         seed=tokens.seed,
         prompt_len=tokens.prompt_len,
         keep=KEEP,
@@ -138,7 +139,8 @@ def with_prefix_of(first: Tokens, other: Tokens, length: int) -> Tokens:
         return torch.cat([a.narrow(dim, 0, length), b.narrow(dim, length, b.shape[dim] - length)], dim)
 
     keys, values = joined(first.keys, other.keys, 2), joined(first.values, other.values, 2)
-    return replace(other, keys=keys, values=values, queries=joined(first.queries, other.queries, 1))
+    queries, hidden = joined(first.queries, other.queries, 1), joined(first.hidden, other.hidden, 1)
+    return replace(other, keys=keys, values=values, queries=queries, hidden=hidden)
 
 
 @on_every_device

@@ -69,6 +69,7 @@ class Rules:
         needs = {
             "the entries' positions": own is None,
             "a calibration file": bool(policy.calibration_arrays),
+            "scores of hidden states": policy.predicts,
             "scores": policy.state and not (own and own.state),
             f"{policy.num_queries} queries a request": policy.num_queries > (own.num_queries if own else 0),
         }

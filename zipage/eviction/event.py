@@ -171,6 +171,16 @@ class Event(ABC):
         """The state array of the entries, float32 [L, R, H, N]. Slots that carry none may hold anything."""
 
     @abstractmethod
+    def predictions(self) -> Tensor:
+        """What the policy's trained scorer says of each entry, float32 [L, R, H, N].
+
+        It said so when K and V were stored, from the input of the layer's attention.
+
+        Raises:
+            ValueError: the policy asked for none (`Policy.predicts`).
+        """
+
+    @abstractmethod
     def queries(self) -> Tensor:
         """The window's queries (after RoPE), float32 [L, R, w, Hq, d]: of positions N - w .. N - 1, heads in order.
 

@@ -52,7 +52,8 @@ class Policy(ABC):
     def __post_init__(self) -> None:
         check_fields(self, f"{self.name}.")
         if self.calibration_arrays and not getattr(self, "calibration", ""):
-            raise ValueError(f"{self.name}.calibration: give the calibration file of the model; make it: {COMMAND}")
+            command = self.calibration_command
+            raise ValueError(f"{self.name}.calibration: give the calibration file of the model; make it: {command}")
 
     @property
     def calibration_arrays(self) -> tuple[str, ...]:
@@ -63,6 +64,20 @@ class Policy(ABC):
     def calibration_kind(self) -> str:
         """What that file must be."""
         return self.name
+
+    @property
+    def calibration_command(self) -> str:
+        """What makes that file."""
+        return COMMAND
+
+    @property
+    def predicts(self) -> bool:
+        """A trained scorer gives every new entry a number, which `Event.predictions` tells.
+
+        It is `x @ weight.T + bias`, x the input of the layer's attention. `calibration_arrays` names the two, of
+        [L, H, width] and [L, H].
+        """
+        return False
 
     @property
     def num_queries(self) -> int:

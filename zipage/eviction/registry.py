@@ -31,6 +31,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "q_filters": "zipage.eviction.policies.q_filters:QFilters",
     "triattention": "zipage.eviction.policies.triattention:TriAttention",
     "expected_attention": "zipage.eviction.policies.expected_attention:ExpectedAttention",
+    "kvzap": "zipage.eviction.policies.kvzap:KVzap",
     "random": "zipage.eviction.policies.random:Random",
     "random_shared": "zipage.eviction.policies.random_shared:RandomShared",
     "page_attention": "zipage.eviction.policies.page_attention:PageAttention",

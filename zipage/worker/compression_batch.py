@@ -100,6 +100,7 @@ class CompressionBatch:
             q_cache=cache.queries if self.policy.needs_queries else None,
             query_slots=query_slots,
             state_cache=cache.scores if self.policy.state else None,
+            prediction_cache=cache.predictions if self.policy.predicts else None,
             head_offset=shard.kv_heads(model_heads).start,
             shard=shard,
             model_heads=model_heads,

@@ -317,7 +317,7 @@ class CompressionRunner:
         failed = compress(
             batch.policy,
             event,
-            [self._cache.positions],
+            self._cache.states,
             batch.destinations(event.device),
             max_keep=max(batch.keep),
             stride=stride,

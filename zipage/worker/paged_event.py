@@ -34,6 +34,7 @@ class PagedEvent(Event):
             queries of logical position p at p % w_cache. None for a policy that reads no queries.
         query_slots: int32 [R].
         state_cache: float32 [L, num_blocks, H, b], what the policy stored for each entry. None for one without state.
+        prediction_cache: float32 [L, num_blocks, H, b], of the trained scorer. None for a policy that asks for none.
         shard: whose heads these are; its collectives serve this event.
         model_heads: KV heads of a layer of the whole model; read where it is spread over ranks.
     """
@@ -45,6 +46,7 @@ class PagedEvent(Event):
     q_cache: Tensor | None = None
     query_slots: Tensor | None = None
     state_cache: Tensor | None = None
+    prediction_cache: Tensor | None = None
     shard: Shard = WHOLE
     model_heads: int = 0
 
@@ -74,6 +76,7 @@ class PagedEvent(Event):
             v_cache=self.v_cache[first:last],
             q_cache=None if self.q_cache is None else self.q_cache[first:last],
             state_cache=None if self.state_cache is None else self.state_cache[first:last],
+            prediction_cache=None if self.prediction_cache is None else self.prediction_cache[first:last],
             new_state=None if self.new_state is None else self.new_state[first:last],
         )
 
@@ -122,6 +125,11 @@ class PagedEvent(Event):
         if self.state_cache is None:
             raise ValueError("the policy carries state: give state_cache")
         return self._gathered(self.state_cache[..., None])[..., 0]
+
+    def predictions(self) -> Tensor:
+        if self.prediction_cache is None:
+            raise ValueError("event.predictions needs a trained scorer, and the policy asked for none: set predicts")
+        return self._gathered(self.prediction_cache[..., None])[..., 0]
 
     def queries(self) -> Tensor:
         self._check_queries("queries")

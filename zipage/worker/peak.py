@@ -64,7 +64,8 @@ def measure_peak(
         del graphs, inputs
     del cache
     if rule is not None:
-        options = {"positions": True, "scores": rule.policy.state, "num_query_slots": 1, "window": rule.window}
+        kept = {"positions": True, "scores": rule.policy.state, "predictions": rule.policy.predicts}
+        options = kept | {"num_query_slots": 1, "window": rule.window}
         longest = -(-runner.max_model_len // block_size)
         # Budget and interval may be beyond any request.
         cache = KVCache(runner.spec, 1 + min(rule.kept_blocks, longest), block_size, dtype, runner.device, **options)

@@ -15,6 +15,7 @@ from zipage.models.shard import WHOLE, Shard
 from zipage.models.spec import ModelSpec
 from zipage.threads import warn_of_spinning
 from zipage.worker.compression_runner import CompressionRunner
+from zipage.worker.entry_scorer import EntryScorer
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.memory_plan import MemoryPlan
 from zipage.worker.model_runner import ModelRunner
@@ -80,6 +81,7 @@ class Worker:
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
             enforce_eager=config.enforce_eager,
+            scorer=self._scorer(),
         )
         self.memory = self._measure(max_model_len)
 
@@ -89,12 +91,19 @@ class Worker:
         if policy is None or not policy.calibration_arrays:
             return {}
         identity = model_identity(config.model, load_format=config.load_format, seed=config.seed)
-        arrays = read_calibration(policy.calibration, policy.calibration_kind, policy.calibration_arrays, identity)
+        wanted = policy.calibration_kind, policy.calibration_arrays, identity, policy.calibration_command
+        arrays = read_calibration(policy.calibration, *wanted)
         heads, found = self._compression_shard.kv_heads(whole.num_kv_heads), {}
         for name, array in arrays.items():
             rows = array.shape[1] // whole.num_kv_heads
             found[name] = array[:, heads.start * rows : heads.stop * rows].to(self.device)
         return found
+
+    def _scorer(self) -> EntryScorer | None:
+        """Of new entries, where the policy asks for their scores."""
+        if self.policy is None or not self.policy.predicts:
+            return None
+        return EntryScorer.of(self.policy, self._calibration, self.spec)
 
     def _measure(self, max_model_len: int) -> DeviceMemory:
         weights = sum(p.numel() * p.itemsize for p in self.runner.decoder.parameters())
@@ -127,6 +136,7 @@ class Worker:
             self.device,
             positions=policy is not None,
             scores=policy is not None and policy.state,
+            predictions=policy is not None and policy.predicts,
             num_query_slots=plan.num_query_slots,
             window=0 if policy is None else policy.num_queries,
         )
