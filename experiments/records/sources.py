@@ -165,7 +165,7 @@ def calibration(experiment: Experiment) -> str | None:
         return None
     if not file.is_file():
         raise UsageError(
-            f"{CALIBRATION}={file}: there is no such file; make it: python -m experiments.calibrate MODEL --out FILE"
+            f"{CALIBRATION}={file}: there is no such file; experiments.calibrate makes it, or experiments.train_scorer"
         )
     return file_hash(file)
 

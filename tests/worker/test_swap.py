@@ -15,7 +15,7 @@ on_every_device = pytest.mark.parametrize("device", DEVICES)
 
 
 def make_cache(dtype, device, **options) -> KVCache:
-    options = {"positions": True, "scores": True, "num_query_slots": 4, "window": 5} | options
+    options = {"positions": True, "scores": True, "predictions": True, "num_query_slots": 4, "window": 5} | options
     cache = KVCache(SPEC, 10, 16, dtype, torch.device(device), **options)
     cache.poison(slice(None))
     cache.poison_queries(slice(None))

@@ -189,7 +189,7 @@ class Decoder(nn.Module):
                 after rotary; returns [T, Hq, d]. q, k and v are views: the last two axes are contiguous, the step
                 from token to token is not `heads * d`.
             observe: called once a layer, before its attention, with the layer's index and [T, width], what q, k and v
-                are projections of; it keeps no reference and changes nothing.
+                are projections of; it changes nothing.
 
         Returns:
             [T, width] in the model's dtype.
