@@ -49,10 +49,17 @@ def arrays(kind: str, layers: int, heads: int, group: int, dim: int, width: int 
     return {}
 
 
+def output_projection(layers: int, heads: int, group: int, dim: int, width: int = WIDTH) -> np.ndarray:
+    """Made up, float32 [L, H, G, d, width]."""
+    rng = np.random.default_rng(7)
+    return rng.standard_normal((layers, heads, group, dim, width)).astype(np.float32)
+
+
 def given(options: dict, kind: str, folder: Path) -> dict:
     """`options` with a file of `arrays` for the model in `folder`, where they ask for one."""
     if "calibration" not in options:
         return options
+    kind = options.get("base", kind)
     path = folder / "calibration" / f"{kind}.safetensors"
     if not path.exists():
         identity = model_identity(str(folder))

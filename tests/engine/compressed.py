@@ -113,13 +113,16 @@ class Recorder:
 
         return watched
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """As a `Simulation` takes them."""
+    def arrays(self, llm: LLM) -> dict[str, np.ndarray]:
+        """As a `Simulation` takes them, with the model's output projection."""
         keys, values, queries, hidden = (
             torch.stack([torch.cat(parts[layer]) for layer in sorted(parts)])
             for parts in (self.keys, self.values, self.queries, self.hidden)
         )
         arrays = {"keys": keys.transpose(1, 2), "values": values.transpose(1, 2), "queries": queries, "hidden": hidden}
+        heads, group, dim = keys.shape[2], queries.shape[2] // keys.shape[2], keys.shape[3]
+        weights = torch.stack([layer.output_weight for layer in llm._core.runner.decoder.layers]).double().cpu()
+        arrays["output"] = weights.mT.unflatten(1, (heads, group, dim))
         return {name: array.numpy() for name, array in arrays.items()}
 
 

@@ -94,7 +94,7 @@ def test_what_each_head_keeps_equals_the_simulation_over_a_generation(folder, ca
     events = record_events(llm)
     tokens = random_prompts([prompt], VOCAB, seed=3)
     llm.generate(tokens, greedy(new, seed=5), use_tqdm=False)
-    arrays = recorder.arrays()
+    arrays = recorder.arrays(llm)
     assert arrays["keys"].shape[2] == prompt + new - 1
     simulation = Simulation(
         policy=case.policy,

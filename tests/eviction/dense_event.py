@@ -24,6 +24,8 @@ class DenseEvent(Event):
     key_entries, value_entries: [L, R, H, N, d].
     query_entries: [L, R, w, Hq, d].
     state_entries, predicted_entries: [L, R, H, N].
+    output_matrix: [L, H, G, d, width], the output projection.
+    order: of the norm that the policy asks for.
     poison: what every answer holds where it has no meaning.
     """
 
@@ -32,6 +34,8 @@ class DenseEvent(Event):
     query_entries: Tensor
     state_entries: Tensor
     predicted_entries: Tensor | None = None
+    output_matrix: Tensor | None = None
+    order: int = 0
     poison: float = NAN
 
     def attention(self, softmax="all", group="max", window="mean"):
@@ -76,6 +80,11 @@ class DenseEvent(Event):
 
     def predictions(self):
         return self.predicted_entries
+
+    def output_norms(self):
+        values = torch.where(self.valid[..., None], self.value_entries, self.poison)
+        projected = torch.einsum("lrhnd,lhgdw->lrhgnw", values, self.output_matrix)
+        return projected.norm(p=self.order, dim=-1).mean(dim=3)
 
     def queries(self):
         return self.query_entries
@@ -255,6 +264,10 @@ def build_event(policy, held, keeps, recent, protection, layers, poison) -> Dens
         value_entries=stack([one.entries(one.tokens.values) for one in held], 2),
         query_entries=torch.stack([one.tokens.queries[:, one.seen - window : one.seen] for one in held], 1)[layers],
         state_entries=stack([one.state for one in held], 2),
+        output_matrix=torch.from_numpy(
+            calibrations.output_projection(len(held[0].positions), num_heads, group, head_dim)
+        )[layers],
+        order={"l1": 1, "l2": 2, None: 0}[policy.output_norm],
         predicted_entries=stack(scored, 2) if scored else None,
         poison=poison,
     )

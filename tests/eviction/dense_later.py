@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 
+from tests import calibrations
+
 
 class LaterMethods:
     """Of one layer and head each; the fields are those of `Simulation`."""
@@ -39,6 +41,17 @@ class LaterMethods:
     def _kvzap(self, place, n):
         weight, bias = self.known["weight"][place], self.known["bias"][place]
         return [round(4096 * float(self.hidden[place[0], token] @ weight + bias)) for token in self.cache[place].tokens]
+
+    def _critical(self, place, s, forced):
+        """What the base keeps of its share, then products."""
+        o, shape = self.own, (self.layers, self.heads, self.group, self.keys.shape[3])
+        output = calibrations.output_projection(*shape).astype(np.float64) if self.output is None else self.output
+        values = self.values[place][self.cache[place].tokens]
+        order = {"l1": 1, "l2": 2}[o["norm"]]
+        lengths = np.mean([np.linalg.norm(values @ matrix, order, axis=1) for matrix in output[place]], axis=0)
+        free = sorted((j for j in range(len(s)) if j not in forced), key=lambda j: (-s[j], -j))
+        first = set(free[: math.floor(o["phi"] * (self.keep - len(forced)))])
+        return [math.inf if j in first else (x + o["eps"]) * lengths[j] for j, x in enumerate(s)]
 
     def _frequencies(self) -> np.ndarray:
         d = self.keys.shape[3]

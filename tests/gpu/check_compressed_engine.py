@@ -216,7 +216,7 @@ def check_kept(folder: Path, device: str, full: bool) -> list[dict]:
         simulation = Simulation(
             policy=case.policy,
             options=case.options,
-            **recorder.arrays(),
+            **recorder.arrays(llm),
             seed=5,
             prompt_len=prompt,
             keep=keep,

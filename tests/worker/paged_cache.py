@@ -18,6 +18,7 @@ from tests.kernels.paged import GARBAGE
 from zipage.eviction.policy import Policy
 from zipage.eviction.protection import Protection, forced_mask
 from zipage.worker.compressor import compress
+from zipage.worker.output_norms import OutputNorms
 from zipage.worker.paged_event import PagedEvent
 
 NOWHERE = -7
@@ -151,8 +152,18 @@ class PagedCache:
             q_cache=self.q if policy.needs_queries else None,
             query_slots=self._ints([one.query_slot for one in held]),
             state_cache=self.scores if policy.state else None,
+            outputs=self.outputs(policy),
             prediction_cache=self.predictions if policy.predicts else None,
         )
+
+    def outputs(self, policy: Policy) -> OutputNorms | None:
+        """Of the made-up projection, laid out as a model's weights."""
+        if policy.output_norm is None:
+            return None
+        layers, _, heads, _, dim = self.k.shape
+        made_up = torch.from_numpy(calibrations.output_projection(layers, heads, self.q.shape[3] // heads, dim))
+        weights = made_up.flatten(1, 3).mT.to(self.device, self.dtype)
+        return OutputNorms(list(weights), heads, dim, policy.output_norm)
 
     def compress(self, policy: Policy, batch: Sequence[int], **options) -> Tensor:
         """One event of the requests of `batch`; a request that shares a block moves into blocks of its own.

@@ -70,6 +70,7 @@ class Rules:
             "the entries' positions": own is None,
             "a calibration file": bool(policy.calibration_arrays),
             "scores of hidden states": policy.predicts,
+            "norms of projected values": policy.output_norm not in (None, own and own.output_norm),
             "scores": policy.state and not (own and own.state),
             f"{policy.num_queries} queries a request": policy.num_queries > (own.num_queries if own else 0),
         }

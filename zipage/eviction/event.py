@@ -196,6 +196,15 @@ class Event(ABC):
     def values(self) -> Tensor:
         """Values, float32 [L, R, H, N, d]: a dense copy."""
 
+    @abstractmethod
+    def output_norms(self) -> Tensor:
+        """Mean over the group of |V W_o|, float32 [L, R, H, N]: W_o takes the values of a query head to the residual
+        stream. The norm is the one that the policy asks for.
+
+        Raises:
+            ValueError: it asks for none (`Policy.output_norm`).
+        """
+
     # Reductions over keys and values. A cache may answer them without the dense copy.
 
     def key_norms(self) -> Tensor:

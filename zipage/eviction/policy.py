@@ -80,6 +80,16 @@ class Policy(ABC):
         return False
 
     @property
+    def output_norm(self) -> Literal["l1", "l2"] | None:
+        """The norm in which an event tells how long projected values are (`Event.output_norms`); most need none."""
+        return None
+
+    @property
+    def nonnegative(self) -> bool:
+        """Scores are never below 0, so that they can be multiplied (`critical`)."""
+        return False
+
+    @property
     def num_queries(self) -> int:
         """w, the latest queries of a request that an event reads; 0 for policies that read none."""
         return getattr(self, "window", 0)

@@ -32,6 +32,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "triattention": "zipage.eviction.policies.triattention:TriAttention",
     "expected_attention": "zipage.eviction.policies.expected_attention:ExpectedAttention",
     "kvzap": "zipage.eviction.policies.kvzap:KVzap",
+    "critical": "zipage.eviction.policies.critical:Critical",
     "random": "zipage.eviction.policies.random:Random",
     "random_shared": "zipage.eviction.policies.random_shared:RandomShared",
     "page_attention": "zipage.eviction.policies.page_attention:PageAttention",

@@ -15,6 +15,7 @@ from kernels.pool_scores import pool_scores
 from kernels.redundancy import redundancy
 from zipage.eviction.event import Event, Softmax
 from zipage.models.shard import WHOLE, Shard
+from zipage.worker.output_norms import OutputNorms
 
 POOLINGS = {"max": "max", "mean": "avg"}
 """Pooling as policies call it -> as the kernel does."""
@@ -35,6 +36,7 @@ class PagedEvent(Event):
         query_slots: int32 [R].
         state_cache: float32 [L, num_blocks, H, b], what the policy stored for each entry. None for one without state.
         prediction_cache: float32 [L, num_blocks, H, b], of the trained scorer. None for a policy that asks for none.
+        outputs: of all layers of the model. None for a policy that asks for none.
         shard: whose heads these are; its collectives serve this event.
         model_heads: KV heads of a layer of the whole model; read where it is spread over ranks.
     """
@@ -47,6 +49,7 @@ class PagedEvent(Event):
     query_slots: Tensor | None = None
     state_cache: Tensor | None = None
     prediction_cache: Tensor | None = None
+    outputs: OutputNorms | None = None
     shard: Shard = WHOLE
     model_heads: int = 0
 
@@ -140,6 +143,12 @@ class PagedEvent(Event):
 
     def values(self) -> Tensor:
         return self._gathered(self.v_cache)
+
+    def output_norms(self) -> Tensor:
+        if self.outputs is None:
+            raise ValueError("event.output_norms needs a norm, and the policy asked for none: set output_norm")
+        values = enumerate(self.values(), start=self.layer_offset)
+        return torch.stack([self.outputs.of(layer, of_layer) for layer, of_layer in values])
 
     def value_ranges(self) -> Tensor:
         low, high = self.v_cache[:, self._blocks].aminmax(dim=-1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zipage.config import EngineConfig
 from zipage.eviction.calibration import read_calibration
+from zipage.models.decoder import Decoder
 from zipage.models.loading.identity import model_identity
 from zipage.models.loading.loader import LoadedModel
 from zipage.models.shard import WHOLE, Shard
@@ -19,6 +20,7 @@ from zipage.worker.entry_scorer import EntryScorer
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.memory_plan import MemoryPlan
 from zipage.worker.model_runner import ModelRunner
+from zipage.worker.output_norms import OutputNorms
 from zipage.worker.peak import measure_peak
 
 
@@ -74,6 +76,7 @@ class Worker:
             warn_of_spinning()
         self.policy = config.make_policy()
         self._calibration = self._read_calibration(loaded.spec)
+        self._outputs = self._output_norms(decoder)
         self.runner = ModelRunner(
             decoder,
             self.spec,
@@ -105,6 +108,18 @@ class Worker:
             return None
         return EntryScorer.of(self.policy, self._calibration, self.spec)
 
+    def _output_norms(self, decoder: Decoder) -> OutputNorms | None:
+        """Of values, where the policy asks for them."""
+        if self.policy is None or self.policy.output_norm is None:
+            return None
+        if decoder.shard.size > self._model_heads:
+            raise ValueError(
+                f"tensor_parallel_size={decoder.shard.size}: policy {self.policy.name!r} needs the output projection "
+                f"of whole groups, so at most as many ranks as the model has KV heads, {self._model_heads}"
+            )
+        weights = [layer.output_weight for layer in decoder.layers]
+        return OutputNorms(weights, self.spec.num_kv_heads, self.spec.head_dim, self.policy.output_norm)
+
     def _measure(self, max_model_len: int) -> DeviceMemory:
         weights = sum(p.numel() * p.itemsize for p in self.runner.decoder.parameters())
         if self.device.type == "cpu":
@@ -121,6 +136,7 @@ class Worker:
             shard=self._compression_shard,
             model_heads=self._model_heads,
             calibration=self._calibration,
+            outputs=self._outputs,
         )
         free, total = torch.cuda.mem_get_info(self.device)
         return DeviceMemory(weights, activations, int(free - (1 - config.gpu_memory_utilization) * total - activations))
@@ -151,4 +167,5 @@ class Worker:
             shard=self._compression_shard,
             model_heads=self._model_heads,
             calibration=self._calibration,
+            outputs=self._outputs,
         )
