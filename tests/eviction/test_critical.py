@@ -9,7 +9,6 @@ from tests.calibrations import MADE_UP
 from tests.eviction.dense_event import dense_event
 from tests.eviction.policy_runs import REQUESTS, kept, make
 from zipage.eviction.policies.critical import Critical
-from zipage.worker.output_norms import OutputNorms
 
 BASES = {
     "snapkv": {"window": 8},
@@ -60,26 +59,6 @@ def test_few_free_entries_leave_the_base_no_choice():
     policy = make("critical", phi=0.9)
     event = dense_event(policy, REQUESTS[:1], [80], keep=17)
     assert (policy.score(event) < 1e30).all()  # floor(0.9 * 1) = 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("norm", ["l1", "l2"])
-@pytest.mark.parametrize("most", [1, 2**24])
-def test_output_norms_are_those_of_the_projected_values(dtype, norm, most, monkeypatch):
-    monkeypatch.setattr("zipage.worker.output_norms.PROJECTED", most)
-    heads, group, dim, width = 2, 3, 8, 40
-    weights = [torch.randn(width, heads * group * dim).to(dtype) for _ in range(2)]
-    values = torch.randn(2, heads, 11, dim).to(dtype)
-    found = OutputNorms(weights, heads, dim, norm).of(1, values.float())
-    for row in range(2):
-        for head in range(heads):
-            for entry in range(11):
-                each = []
-                for g in range(head * group, (head + 1) * group):
-                    projected = weights[1][:, g * dim : (g + 1) * dim].double() @ values[row, head, entry].double()
-                    each.append(projected.norm(p={"l1": 1, "l2": 2}[norm]))
-                expected = float(sum(each) / group)
-                assert float(found[row, head, entry]) == pytest.approx(expected, rel=1e-5 if norm == "l2" else 3e-3)
 
 
 def test_options_that_are_not_its_own_are_the_bases():
