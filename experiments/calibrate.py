@@ -21,7 +21,7 @@ KINDS = ("triattention", "q_filters", "expected_attention")
 @stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.calibrate", description=__doc__)
-    add_options(parser)
+    add_options(parser, tokens=200_000)
     parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="policy that reads it (default: %(default)s)")
     parser.add_argument(
         "--covariance", choices=("full", "pairs"), help="of expected_attention, whole or in blocks (default: full)"

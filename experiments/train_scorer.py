@@ -23,7 +23,7 @@ SEPARATOR = "\n\nRepeat the text above.\n\n"
 @stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.train_scorer", description=__doc__)
-    add_options(parser)
+    add_options(parser, tokens=100_000)
     parser.add_argument(
         "--target",
         choices=("repeat", "future"),

@@ -11,12 +11,12 @@ from experiments.records import content_hash
 from zipage import LLM
 
 
-def add_options(parser: Parser) -> None:
+def add_options(parser: Parser, tokens: int) -> None:
     parser.add_argument("model", help="folder, hub id or GGUF file")
     parser.add_argument("--out", required=True, help="the file to write, .safetensors")
     corpora = f"{', '.join(CORPORA)}, or a text file with a prompt a line"
     parser.add_argument("--corpus", help=f"{corpora} (default: reasoner for models trained as the shipped one)")
-    parser.add_argument("--tokens", type=int, default=200_000, help="of prompts and answers (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=tokens, help="of prompts and answers (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=2048, help="longest answer (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, answers and samples (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")

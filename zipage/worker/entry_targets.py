@@ -36,12 +36,13 @@ def entry_targets(
     queries = q.transpose(0, 1) * scale
     sizes = hidden.norm(dim=-1)
     for begin in range(int(first.min()), int(last.max()), ROWS):
-        rows = places[begin : min(begin + ROWS, int(last.max()))]
-        logits = queries[:, rows] @ keys
-        shares = logits.masked_fill(places > rows[:, None], float("-inf")).softmax(dim=-1)
-        counted = (rows[:, None] >= first) & (rows[:, None] < last)
-        shares = (shares[..., : len(first)] / sizes[rows, None]).masked_fill(~counted, 0.0)
-        most = torch.maximum(most, shares.amax(dim=1))
+        end = min(begin + ROWS, int(last.max()))
+        rows, num = places[begin:end, None], min(end, len(first))
+        logits = queries[:, begin:end] @ keys[..., :end]
+        shares = logits.masked_fill(places[:end] > rows, float("-inf")).softmax(dim=-1)[..., :num]
+        counted = (rows >= first[:num]) & (rows < last[:num])
+        added = (shares / sizes[begin:end, None]).masked_fill(~counted, 0.0)
+        most[:, :num] = torch.maximum(most[:, :num], added.amax(dim=1))
     lengths = [
         (v[: len(first), head // (num_heads // heads)] @ part.mT).norm(dim=-1)
         for head, part in enumerate(output.unflatten(1, (num_heads, -1)).unbind(1))
