@@ -89,6 +89,8 @@ CASES = [
     Case("critical", {"base": "tova", "phi": 0.0, "eps": 0.01}, protection="prompt"),
     Case("critical", {"base": "morphkv", "fuse": "max", "phi": 0.9}, protection="sink:4"),
     Case("critical", {"base": "expected_attention", **MADE_UP, "vnorm": False, "sink": 2}),
+    Case("lazy_eviction", {"alpha": 0.01}),
+    Case("lazy_eviction", {"alpha": 0.05, "window": 8}, recent=0, protection="sink:4"),
     Case("random"),
     Case("random", protection="prompt"),
     Case("random_shared"),

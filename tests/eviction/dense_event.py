@@ -23,7 +23,8 @@ class DenseEvent(Event):
     """Attributes:
     key_entries, value_entries: [L, R, H, N, d].
     query_entries: [L, R, w, Hq, d].
-    state_entries, predicted_entries: [L, R, H, N].
+    state_entries: [L, R, H, N], or several.
+    predicted_entries: [L, R, H, N].
     output_matrix: [L, H, G, d, width], the output projection.
     order: of the norm that the policy asks for.
     poison: what every answer holds where it has no meaning.
@@ -32,7 +33,7 @@ class DenseEvent(Event):
     key_entries: Tensor
     value_entries: Tensor
     query_entries: Tensor
-    state_entries: Tensor
+    state_entries: Tensor | list[Tensor]
     predicted_entries: Tensor | None = None
     output_matrix: Tensor | None = None
     order: int = 0
@@ -75,8 +76,8 @@ class DenseEvent(Event):
         smooth = runs.amax(dim=-1) if kind == "max" else runs.sum(dim=-1) / width
         return torch.where(inside, smooth, scores)
 
-    def carried_state(self):
-        return self.state_entries
+    def carried_states(self):
+        return [self.state_entries] if isinstance(self.state_entries, Tensor) else self.state_entries
 
     def predictions(self):
         return self.predicted_entries
@@ -179,11 +180,11 @@ def dense_event(
 
 @dataclass(eq=False)
 class Held:
-    """What a request holds: positions int64 [L, H, n], state [L, H, n]; `carried` and `rounds` as in `Event`."""
+    """What a request holds: positions int64 [L, H, n], states [L, H, n] each; `carried` and `rounds` as in `Event`."""
 
     tokens: Tokens
     positions: Tensor = field(init=False)
-    state: Tensor = field(init=False)
+    states: list[Tensor] = field(init=False)
     seen: int = 0
     carried: int = 0
     rounds: int = 0
@@ -191,7 +192,7 @@ class Held:
     def __post_init__(self):
         shape = (*self.tokens.keys.shape[:2], 0)
         self.positions = torch.zeros(shape, dtype=torch.int64)
-        self.state = torch.zeros(shape)
+        self.states = [torch.zeros(shape), torch.zeros(shape)]
 
     @property
     def n(self) -> int:
@@ -201,7 +202,7 @@ class Held:
         new = torch.arange(self.seen, self.seen + n - self.n)
         self.seen += len(new)
         self.positions = torch.cat([self.positions, new.expand(*self.positions.shape[:2], -1)], dim=-1)
-        self.state = pad(self.state, (0, len(new)), value=NAN)
+        self.states = [pad(state, (0, len(new)), value=NAN) for state in self.states]
 
     def entries(self, source: Tensor) -> Tensor:
         index = self.positions[..., None].expand(-1, -1, -1, source.shape[-1])
@@ -263,7 +264,7 @@ def build_event(policy, held, keeps, recent, protection, layers, poison) -> Dens
         key_entries=keys,
         value_entries=stack([one.entries(one.tokens.values) for one in held], 2),
         query_entries=torch.stack([one.tokens.queries[:, one.seen - window : one.seen] for one in held], 1)[layers],
-        state_entries=stack([one.state for one in held], 2),
+        state_entries=[stack([one.states[i] for one in held], 2) for i in range(policy.num_states)],
         output_matrix=torch.from_numpy(
             calibrations.output_projection(len(held[0].positions), num_heads, group, head_dim)
         )[layers],
@@ -313,13 +314,14 @@ class Run:
             event = build_event(policy, held, keeps, self.recent, self.protection, layers, self.poison)
             scores.append(policy.score(event))
             assert policy.state == (event.new_state is not None)
-            states.append(event.new_state if policy.state else torch.zeros(event.shape))
-        scores, states = torch.cat(scores), torch.cat(states)
+            assert len(event.new_states) == policy.num_states
+            states.append([*event.new_states, *[torch.zeros(event.shape)] * (2 - policy.num_states)])
+        scores, states = torch.cat(scores), [torch.cat(parts) for parts in zip(*states, strict=True)]
         for row, one in enumerate(held):
             assert scores[:, row, :, : one.n].isfinite().all()
             assert (scores[:, row, :, one.n :] == -math.inf).all()
             kept = select(scores[:, row, :, : one.n], event.forced[row, : one.n], self.keep)
             one.positions = one.positions.gather(-1, kept)
-            one.state = states[:, row].gather(-1, kept)
+            one.states = [state[:, row].gather(-1, kept) for state in states]
             one.carried = self.keep
             one.rounds += 1

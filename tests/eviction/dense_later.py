@@ -53,6 +53,23 @@ class LaterMethods:
         first = set(free[: math.floor(o["phi"] * (self.keep - len(forced)))])
         return [math.inf if j in first else (x + o["eps"]) * lengths[j] for j, x in enumerate(s)]
 
+    def _lazy_eviction(self, place, n):
+        o, head = self.o, self.cache[place]
+        weights = [[np.exp(z - z.max()) / np.exp(z - z.max()).sum() for z in row] for row in self._logits(place, n)]
+        now, states, scores = self.seen - self.prompt_len, [], []
+        for j, token in enumerate(head.tokens):
+            last, mri = head.carried[j] or (max(token - self.prompt_len, 0), 0)
+            for q in range(o["window"]):
+                c = self.seen - o["window"] + q - self.prompt_len + 1
+                if c >= 1 and max(row[q][j] for row in weights) >= o["alpha"]:
+                    last, mri = c, max(mri, c - last)
+            states.append((last, mri))
+            score = 2 / (1 + math.exp(min(80, 1 + (now - last) / (mri + 1e-5))))
+            score += 2 / (1 + math.exp(min(80, mri - 1))) if mri > 0 else 0
+            scores.append(float(np.float32(score)))
+        head.carried = states
+        return scores
+
     def _frequencies(self) -> np.ndarray:
         d = self.keys.shape[3]
         return np.array(self.inv_freq or [10000 ** (-2 * f / d) for f in range(d // 2)])

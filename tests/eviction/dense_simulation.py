@@ -59,6 +59,7 @@ DEFAULTS = {
     },
     "kvzap": {"calibration": ""},
     "critical": {"base": "snapkv", "phi": 0.5, "eps": 1e-4, "norm": "l1"},
+    "lazy_eviction": {"observe": "window", "window": 16, "alpha": 1e-4},
     "random": {},
     "random_shared": {"share": "heads"},
     "page_attention": {"page_size": 256, "scope": "shared", "window": 16, "agg": "sum"},

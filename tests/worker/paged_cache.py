@@ -68,7 +68,7 @@ class PagedCache:
         self.v = torch.full_like(self.k, NAN)
         self.positions = torch.full(shape, NOWHERE, dtype=torch.int32, device=self.device)
         self.scores = torch.full(shape, NAN, device=self.device)
-        self.predictions = torch.full(shape, NAN, device=self.device)
+        self.more_scores, self.predictions = (torch.full(shape, NAN, device=self.device) for _ in range(2))
         slots = len(self.all_tokens) + 2
         self.q = torch.full((layers, slots, self.ring, query_heads, head_dim), NAN, dtype=self.dtype).to(self.device)
         self.free = torch.randperm(num_blocks).tolist()
@@ -78,7 +78,7 @@ class PagedCache:
 
     @property
     def everything(self) -> tuple[Tensor, ...]:
-        return self.k, self.v, self.positions, self.scores, self.predictions
+        return self.k, self.v, self.positions, self.scores, self.more_scores, self.predictions
 
     def grow(self, i: int, n: int) -> None:
         """Store the tokens that bring request `i` to `n` entries."""
@@ -151,7 +151,7 @@ class PagedCache:
             block_tables=tables,
             q_cache=self.q if policy.needs_queries else None,
             query_slots=self._ints([one.query_slot for one in held]),
-            state_cache=self.scores if policy.state else None,
+            state_caches=[self.scores, self.more_scores][: policy.num_states],
             outputs=self.outputs(policy),
             prediction_cache=self.predictions if policy.predicts else None,
         )
@@ -195,6 +195,11 @@ class PagedCache:
         """K, V [L, H, n, d], positions and scores [L, H, n] of a request, on the CPU."""
         one = self.requests[i]
         return tuple(x[:, one.blocks].transpose(1, 2).flatten(2, 3)[:, :, : one.n].cpu() for x in self.everything[:4])
+
+    def states(self, i: int) -> list[Tensor]:
+        """What a policy stored of a request's entries, [L, H, n] each, on the CPU."""
+        one, states = self.requests[i], (self.scores, self.more_scores)
+        return [x[:, one.blocks].transpose(1, 2).flatten(2, 3)[:, :, : one.n].cpu() for x in states]
 
     def _take(self) -> int:
         block = self.free.pop()

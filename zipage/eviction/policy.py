@@ -36,7 +36,7 @@ class Policy(ABC):
         variant: what exactly is computed, for tables.
         paper: link.
         evicts: False only where no event ever happens.
-        state: entries carry a float32 from one event to the next.
+        state: entries carry `num_states` numbers (float32) from one event to the next.
         all_layers: one event must span all layers, because scores are averaged over them.
         implied_protection: what "none" means for this policy.
         always_labelled: options that `label` shows at their defaults too.
@@ -103,6 +103,11 @@ class Policy(ABC):
         return False
 
     @property
+    def num_states(self) -> int:
+        """Numbers that an entry carries, 4 bytes each."""
+        return int(self.state)
+
+    @property
     def scope(self) -> Literal["token", "page"]:
         """What goes or stays as a whole."""
         return "token"
@@ -151,7 +156,7 @@ class Policy(ABC):
         """
         valid = event.valid
         scores = event.check_scores(self.rank(event), f"{self.name}: rank must return").float().expand(event.shape)
-        if self.state and event.new_state is None:
+        if self.num_states and len(event.new_states) != self.num_states:
             raise ValueError(f"{self.name}: has state, so rank must hand the new one to event.store")
         return torch.where(valid, scores, float("-inf"))
 

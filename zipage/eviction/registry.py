@@ -33,6 +33,7 @@ POLICIES: dict[str, str | type[Policy]] = {
     "expected_attention": "zipage.eviction.policies.expected_attention:ExpectedAttention",
     "kvzap": "zipage.eviction.policies.kvzap:KVzap",
     "critical": "zipage.eviction.policies.critical:Critical",
+    "lazy_eviction": "zipage.eviction.policies.lazy_eviction:LazyEviction",
     "random": "zipage.eviction.policies.random:Random",
     "random_shared": "zipage.eviction.policies.random_shared:RandomShared",
     "page_attention": "zipage.eviction.policies.page_attention:PageAttention",

@@ -102,7 +102,7 @@ class CompressionBatch:
             block_tables=tables,
             q_cache=cache.queries if self.policy.needs_queries else None,
             query_slots=query_slots,
-            state_cache=cache.scores if self.policy.state else None,
+            state_caches=cache.scores[: self.policy.num_states],
             prediction_cache=cache.predictions if self.policy.predicts else None,
             outputs=outputs if self.policy.output_norm else None,
             head_offset=shard.kv_heads(model_heads).start,

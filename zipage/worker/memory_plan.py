@@ -74,7 +74,7 @@ def block_bytes(
     dtype: torch.dtype,
     *,
     positions: bool = False,
-    scores: bool = False,
+    scores: int = 0,
     predictions: bool = False,
 ) -> int:
     """Bytes of one block over all layers: `L * H * b * (2 * d * itemsize + 4 * (positions + scores + predictions))`."""
@@ -89,7 +89,7 @@ def query_slot_bytes(spec: ModelSpec, window: int, dtype: torch.dtype) -> int:
 
 def bounded_sizes(spec: ModelSpec, block_size: int, dtype: torch.dtype, policy: Policy) -> tuple[int, int]:
     """Bytes of a block and of a query slot, over all layers, under a policy that evicts."""
-    kept = {"positions": True, "scores": policy.state, "predictions": policy.predicts}
+    kept = {"positions": True, "scores": policy.num_states, "predictions": policy.predicts}
     size = block_bytes(spec, block_size, dtype, **kept)
     return size, query_slot_bytes(spec, policy.num_queries, dtype)
 

@@ -67,7 +67,7 @@ def measure_peak(
         del graphs, inputs
     del cache
     if rule is not None:
-        kept = {"positions": True, "scores": rule.policy.state, "predictions": rule.policy.predicts}
+        kept = {"positions": True, "scores": rule.policy.num_states, "predictions": rule.policy.predicts}
         options = kept | {"num_query_slots": 1, "window": rule.window}
         longest = -(-runner.max_model_len // block_size)
         # Budget and interval may be beyond any request.

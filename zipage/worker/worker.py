@@ -151,7 +151,7 @@ class Worker:
             self.dtype,
             self.device,
             positions=policy is not None,
-            scores=policy is not None and policy.state,
+            scores=0 if policy is None else policy.num_states,
             predictions=policy is not None and policy.predicts,
             num_query_slots=plan.num_query_slots,
             window=0 if policy is None else policy.num_queries,
