@@ -30,18 +30,21 @@ class OutputNorms:
 
     def of(self, layer: int, values: Tensor) -> Tensor:
         """Values float32 [R, H, N, d] of a layer -> float32 [R, H, N]."""
-        heads = self._weights[layer].unbind(dim=1)
+        requests, _, slots, _ = values.shape
+        # All entries of a KV head in one product.
+        entries = values.transpose(0, 1).flatten(1, 2)
         norms = self._l1 if self.norm == "l1" else self._l2
-        return torch.stack([norms(values, head) for head in heads]).mean(dim=0)
+        heads = self._weights[layer].unbind(dim=1)
+        mean = torch.stack([norms(entries, head) for head in heads]).mean(dim=0)
+        return mean.unflatten(1, (requests, slots)).transpose(0, 1)
 
     @staticmethod
-    def _l1(values: Tensor, weight: Tensor) -> Tensor:
-        """`weight` [H, d, width]."""
-        width = values.shape[0] * values.shape[1] * weight.shape[-1]
-        parts = values.to(weight.dtype).split(max(1, PROJECTED // width), dim=2)
-        return torch.cat([(part @ weight).abs().sum(dim=-1, dtype=torch.float32) for part in parts], dim=2)
+    def _l1(entries: Tensor, weight: Tensor) -> Tensor:
+        """[H, E, d] and [H, d, width] -> [H, E]."""
+        parts = entries.to(weight.dtype).split(max(1, PROJECTED // (len(weight) * weight.shape[2])), dim=1)
+        return torch.cat([(part @ weight).abs().sum(dim=-1, dtype=torch.float32) for part in parts], dim=1)
 
     @staticmethod
-    def _l2(values: Tensor, gram: Tensor) -> Tensor:
-        """`gram` [H, d, d]."""
-        return ((values @ gram) * values).sum(dim=-1).clamp_min(0.0).sqrt()
+    def _l2(entries: Tensor, gram: Tensor) -> Tensor:
+        """[H, E, d] and [H, d, d] -> [H, E]."""
+        return ((entries @ gram) * entries).sum(dim=-1).clamp_min(0.0).sqrt()

@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zipage.checks import Count, Share, one_of
 from zipage.eviction.event import Event
 from zipage.eviction.policy import Policy
+from zipage.transfer import to_device
 
 LARGEST_EXPONENT = 80.0
 
@@ -57,7 +59,7 @@ class LazyEviction(Policy):
 
     def rank(self, event: Event) -> Tensor:
         device = event.device
-        prompt = torch.tensor(event.prompt_lens, device=device)[:, None]
+        prompt = to_device(event.prompt_lens, device, np.int32)[:, None]
         behind = event.logical_lens[:, None]
         # Entries that carry no state came one after the other, the newest of them last.
         born = (behind - event.lens[:, None] + event.slots - prompt).clamp_min(0).float()[:, None]
