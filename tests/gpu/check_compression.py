@@ -242,8 +242,7 @@ def check_moves(checks: Checks, shapes: list[tuple]) -> None:
     hidden = torch.randn(100, 4096, device=DEVICE).bfloat16()
     scorer = torch.randn(8, 4096, device=DEVICE) / 64, torch.randn(8, device=DEVICE)
     for each in (shared(slots, 8), apart[0]):
-        state = torch.zeros(9, 8, 16, device=DEVICE)
-        expected = state.cpu()
+        state, expected = torch.zeros(9, 8, 16, device=DEVICE), torch.zeros(9, 8, 16)
         store_predictions_triton(hidden, *scorer, state, each)
         store_predictions_reference(hidden.cpu(), *(x.cpu() for x in scorer), expected, each.cpu())
         checks.add("store_predictions", "bfloat16", float((state.cpu() - expected).abs().max()), 2e-5)
