@@ -25,6 +25,7 @@ from zipage.transfer import to_device
 from zipage.worker.compression_batch import CompressionBatch, batches, check_orders
 from zipage.worker.compressor import PartlyCompressed, choose, compress
 from zipage.worker.kv_cache import KVCache
+from zipage.worker.output_norms import OutputNorms
 from zipage.worker.paged_event import PagedEvent
 from zipage.worker.rank_watch import RankWatch
 
@@ -80,6 +81,7 @@ class CompressionRunner:
         shard: what of the model `cache` holds; its collectives are for the runner alone.
         model_heads: KV heads of a layer of the whole model; None: those of `spec`.
         calibration: of the heads in `cache`, for policies that ask for it (`Event.calibration`).
+        outputs: of the heads in `cache`, for policies that ask for them (`Event.output_norms`).
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class CompressionRunner:
         shard: Shard = WHOLE,
         model_heads: int | None = None,
         calibration: Mapping[str, Tensor] | None = None,
+        outputs: OutputNorms | None = None,
     ) -> None:
         self.ranks = RankWatch(strict=debug)
         self._shard = shard
@@ -102,6 +105,7 @@ class CompressionRunner:
         self._spec = spec
         self._inv_freq = to_device(spec.inv_freq, cache.k.device, np.float64)
         self._calibration = calibration or {}
+        self._outputs = outputs
         self._layer_stride = layer_stride
         self._trace = trace
         self._delayed = asynchronous and not cache.k.is_cuda
@@ -287,7 +291,7 @@ class CompressionRunner:
     @torch.inference_mode()
     def _compress(self, batch: CompressionBatch, rest: _Rest | None) -> list[_Kept]:
         cache, max_keep = self._cache, max(batch.keep)
-        known = self._inv_freq, self._calibration
+        known = self._inv_freq, self._calibration, self._outputs
         event = batch.event(cache, self._spec, self._shard, self._model_heads, *known)
         if batch.policy.drops_blocks:
             # The same slots stay in all layers and heads, whole blocks of them.
@@ -317,7 +321,7 @@ class CompressionRunner:
         failed = compress(
             batch.policy,
             event,
-            [self._cache.positions],
+            self._cache.states,
             batch.destinations(event.device),
             max_keep=max(batch.keep),
             stride=stride,

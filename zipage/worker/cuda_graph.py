@@ -14,6 +14,7 @@ from kernels.cache_view import shared
 from kernels.store_positions import store_positions
 from zipage.models.decoder import Decoder
 from zipage.worker.block_tables import BlockTables
+from zipage.worker.entry_scorer import EntryScorer
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.token_batch import TokenBatch
@@ -61,6 +62,7 @@ class StepGraphs:
         tables: of all requests.
         sampled: int64 [max_num_seqs], the tokens of the step before.
         stream: `capture_stream` of the device; None on a CPU, where nothing is captured.
+        scorer: of new entries, where the cache keeps predictions.
 
     Attributes:
         most: tokens of the largest graph.
@@ -73,12 +75,14 @@ class StepGraphs:
         tables: BlockTables,
         sampled: Tensor,
         stream: torch.cuda.Stream | None,
+        scorer: EntryScorer | None = None,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
         self._tables = tables
         self._sampled = sampled
         self._stream = stream
+        self._scorer = scorer
         self.most = len(sampled) + PROMPT_TOKENS
         self._sizes = batch_sizes(self.most)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
@@ -127,7 +131,8 @@ class StepGraphs:
             decode_tables=self._tables.device.index_select(0, rows),
             decode_lens=lens.int(),
         )
-        return self._decoder(known_tokens(token_ids, token_rows, self._sampled), positions, attention)
+        observe = None if self._cache.predictions is None else self._scorer.into(self._cache, slots)
+        return self._decoder(known_tokens(token_ids, token_rows, self._sampled), positions, attention, observe)
 
     @property
     def kept_bytes(self) -> int:

@@ -20,6 +20,7 @@ from zipage.worker.compression_runner import CompressionRunner
 from zipage.worker.compressor import LAUNCH_ENTRIES
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.model_runner import ModelRunner
+from zipage.worker.output_norms import OutputNorms
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.sampler import Sampler
 
@@ -37,6 +38,7 @@ def measure_peak(
     shard: Shard = WHOLE,
     model_heads: int | None = None,
     calibration: Mapping[str, Tensor] | None = None,
+    outputs: OutputNorms | None = None,
 ) -> int:
     """Bytes that a step takes at most above what is allocated now (CUDA), caches not counted.
 
@@ -48,7 +50,8 @@ def measure_peak(
         rule: of compressions; None for full KV.
         asynchronous: a compression runs beside a step, so that both peaks may fall together.
         layer_stride: layers of one launch of a compression, as in `compress`.
-        shard, model_heads, calibration: of compressions, as `CompressionRunner` takes them. All ranks measure together.
+        shard, model_heads, calibration, outputs: of compressions, as `CompressionRunner` takes them. All ranks measure
+            together.
 
     Raises:
         RuntimeError: the largest compression failed.
@@ -64,11 +67,12 @@ def measure_peak(
         del graphs, inputs
     del cache
     if rule is not None:
-        options = {"positions": True, "scores": rule.policy.state, "num_query_slots": 1, "window": rule.window}
+        kept = {"positions": True, "scores": rule.policy.num_states, "predictions": rule.policy.predicts}
+        options = kept | {"num_query_slots": 1, "window": rule.window}
         longest = -(-runner.max_model_len // block_size)
         # Budget and interval may be beyond any request.
         cache = KVCache(runner.spec, 1 + min(rule.kept_blocks, longest), block_size, dtype, runner.device, **options)
-        options = {"shard": shard, "model_heads": model_heads, "calibration": calibration}
+        options = {"shard": shard, "model_heads": model_heads, "calibration": calibration, "outputs": outputs}
         compress = partial(run_compression, cache, runner.spec, rule, layer_stride, **options)
         shapes = largest_batches(runner, rule, block_size)
         compression = max(_peak_of(runner.device, partial(compress, *shape)) for shape in shapes)
@@ -142,6 +146,7 @@ def run_compression(
     shard: Shard = WHOLE,
     model_heads: int | None = None,
     calibration: Mapping[str, Tensor] | None = None,
+    outputs: OutputNorms | None = None,
 ) -> None:
     """Compress requests of `num_blocks` blocks in one batch.
 
@@ -157,7 +162,7 @@ def run_compression(
         CompressionOrder(number, rule, *tables, num_entries=num_entries, window_end=num_entries, query_slot=0)
         for number in range(num_requests)
     ]
-    options = {"shard": shard, "model_heads": model_heads, "calibration": calibration}
+    options = {"shard": shard, "model_heads": model_heads, "calibration": calibration, "outputs": outputs}
     runner = CompressionRunner(cache, spec, asynchronous=False, layer_stride=layer_stride, trace=False, **options)
     runner.submit(orders)
     for result in runner.poll(wait=True):
