@@ -18,6 +18,7 @@ from tests.eviction.dense_simulation import Simulation
 from tests.parallel.ranked import TOKEN_POLICIES, answers, engine
 from tests.tiny_models import LONGROPE, MORE_FAMILIES, VOCAB, save_tiny_model, transformers_greedy
 from zipage import SamplingParams
+from zipage.models.decoder import Decoder
 from zipage.worker.paged_attention import PagedAttention
 
 NUM_TOKENS = 200
@@ -76,13 +77,13 @@ def test_unbounded_budgets_give_the_tokens_of_full_kv(folder, prompts, expected)
 def test_what_each_head_keeps_equals_the_simulation(folder, case, monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(PagedAttention, "__call__", recorder.wrap(PagedAttention.__call__))
+    monkeypatch.setattr(Decoder, "forward", recorder.watch(Decoder.forward))
     llm = make_llm(folder, case, budget=48, trace_positions=True)
     events = record_events(llm)
     llm.generate(random_prompts([24], VOCAB, seed=3), greedy(90, seed=5), use_tqdm=False)
-    keys, values, queries = recorder.arrays()
     simulation = Simulation(
-        policy=case.policy, options=case.options, keys=keys, values=values, queries=queries, seed=5, prompt_len=24,
-        keep=48, recent=case.recent, protection=case.protection,
+        policy=case.policy, options=case.options, **recorder.arrays(llm), seed=5, prompt_len=24, keep=48,
+        recent=case.recent, protection=case.protection,
     )  # fmt: skip
     expected = simulation.run([64] * len(events))
     assert len(events) == 4
