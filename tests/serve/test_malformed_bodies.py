@@ -59,6 +59,7 @@ COMPLETION_FIELDS = [
     ({"logit_bias": {"a": 1}}, "logit_bias"),
     ({"logit_bias": {"1": 101}}, "logit_bias"),
     ({"logit_bias": {"99999": 1}}, "logit_bias"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
     ({"logit_bias": [1]}, "logit_bias"),
     ({"seed": 1.5}, "seed"),
     ({"seed": 2**64}, "seed"),
@@ -79,6 +80,7 @@ COMPLETION_FIELDS = [
     ({"policy": "r_kvv"}, "policy"),
     ({"policy": "examples.my_policy:MyPolicy"}, "policy"),
     ({"policy": "zipage"}, "policy"),
+    ({"policy": "page_random"}, "policy"),
     ({"protection": "sink:0"}, "protection"),
     ({"protection": "sink:60"}, "protection"),
     ({"echo": True}, "echo"),
@@ -118,6 +120,10 @@ CHAT_FIELDS = [
     ({"continue_final_message": True}, "continue_final_message"),
     ({"add_generation_prompt": "no"}, "add_generation_prompt"),
     ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+    *(
+        ({"chat_template_kwargs": {name: "x"}}, "chat_template_kwargs")
+        for name in ("self", "messages", "conversation", "chat_template", "tokenize", "return_tensors", "truncation")
+    ),
 ]
 OTHERS = [
     (TOKENIZE, {}, "prompt"),

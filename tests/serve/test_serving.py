@@ -66,9 +66,11 @@ def test_a_burst_on_an_idle_server_takes_the_free_places(start):
 
 
 def test_keys(start):
-    server = start(api_key=["one", "two"])
+    server = start(api_key=["one", "two", "schlüssel"])
     for key in ("one", "two"):
         assert server.client(key).models.list().data
+    headers = {"Authorization": "Bearer schlüssel".encode()}
+    assert server.http.get("/v1/models", headers=headers).status_code == 200
     for key in ("x", "three", "one,two", "on", "ö"):
         for call in (server.http.get, server.http.post):
             headers = {"Authorization": f"Bearer {key}".encode()}
@@ -104,6 +106,53 @@ def test_max_n(start):
         error = server.post("/v1/completions", BODY | more).json()["error"]
         assert error["param"] == "n"
         assert "at most 3 samples" in error["message"]
+
+
+# Neighbours
+
+
+def test_bad_words_are_not_encoded_between_two_steps(start, monkeypatch):
+    server = start()
+    inputs, threads = server.engine.llm._inputs, []
+    encode = inputs._encode
+    monkeypatch.setattr(
+        inputs, "_encode", lambda text, **kw: threads.append(threading.current_thread().name) or encode(text, **kw)
+    )
+    answer = server.post("/v1/completions", BODY | {"bad_words": ["12", "x="]})
+    assert answer.status_code == 200
+    assert len(threads) == 5  # bare and after a space, and the prompt
+    assert all(name.startswith("tokenizer") for name in threads)
+    server.check_empty()
+
+
+def test_no_short_text_waits_for_a_long_one(start, monkeypatch):
+    server = start()
+    tokenize, goes_on = server.engine.llm.tokenize, threading.Event()
+
+    def slow(prompt):
+        if len(prompt) > 1000:
+            goes_on.wait(20)
+        return tokenize(prompt)
+
+    monkeypatch.setattr(server.engine.llm, "tokenize", slow)
+    long, statuses = {"prompt": "x" * 300_000}, []
+    tasks = [
+        threading.Thread(target=lambda path=path: statuses.append(httpx.post(server.url + path, json=long).status_code))
+        for path in ("/v1/completions", "/tokenize")
+    ]
+    for task in tasks:
+        task.start()
+    try:
+        wait_until(lambda: server.gate.num_inside == 2)
+        assert server.post("/v1/completions", BODY, timeout=5).status_code == 200
+        assert server.post("/tokenize", {"prompt": "x"}, timeout=5).status_code == 200
+        assert not statuses
+    finally:
+        goes_on.set()
+        for task in tasks:
+            task.join(30)
+    assert sorted(statuses) == [200, 400]
+    server.check_empty()
 
 
 # Clients that leave

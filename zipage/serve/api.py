@@ -51,18 +51,19 @@ class Api:
         self.has_template = template is not None
         self.splits_reasoning = isinstance(template, str) and marks_reasoning(template)
 
-    async def read(self, request: Request, kind: type[AnyBody]) -> AnyBody:
-        """The body, if it asks for a model that is served."""
-        body = parse(kind, await read_body(request, self.config.max_body_bytes))
+    async def read(self, request: Request, kind: type[AnyBody]) -> tuple[AnyBody, int]:
+        """The body, if it asks for a model that is served, and its size in bytes."""
+        raw = await read_body(request, self.config.max_body_bytes)
+        body = parse(kind, raw)
         if body.model is not None and body.model not in self.names:
             served = ", ".join(self.names)
             raise ApiError(404, f"model={body.model!r} is not served here: {served}", "model", "model_not_found")
-        return body
+        return body, len(raw)
 
     async def answer(self, request: Request, kind: type[SamplingBody], endpoint: ModuleType) -> Response:
         """Generate, streaming or not; `endpoint` knows the format."""
-        body = await self.read(request, kind)
-        generation = await self._submit(body, endpoint)
+        body, num_bytes = await self.read(request, kind)
+        generation = await self._submit(body, num_bytes, endpoint)
         generation.watch(request.receive)
         head = {
             "id": generation.request_id,
@@ -79,7 +80,7 @@ class Api:
             raise
         return EventStream(generation, body, head, endpoint.Chunks(body, generation))
 
-    async def _submit(self, body: SamplingBody, endpoint: ModuleType) -> Generation:
+    async def _submit(self, body: SamplingBody, num_bytes: int, endpoint: ModuleType) -> Generation:
         params = body.params()
         readers = endpoint.readers(body, self.llm, self.config.chat_template)
         num_samples = len(readers) * params.n
@@ -88,7 +89,9 @@ class Api:
             raise ApiError(400, what, "n")
         self.engine.admit(num_samples, self.config.max_queue)
         try:
-            prompts = [await self._tokenized(body, reader) for reader in readers]
+            if params.bad_words:
+                await self._tokenize(body, num_bytes, lambda: self.llm.prepare(params))
+            prompts = [await self._prompt(body, num_bytes, reader) for reader in readers]
             request_id = f"{endpoint.PREFIX}-{uuid.uuid4().hex}"
             generation = Generation(
                 request_id,
@@ -104,11 +107,14 @@ class Api:
         self.engine.submit(generation)
         return generation
 
-    async def _tokenized(self, body: SamplingBody, reader: Callable[[], Tokens]) -> Tokens:
+    async def _tokenize(self, body: SamplingBody, num_bytes: int, read: Callable[[], Any]) -> Any:
         try:
-            tokens = await self.engine.tokenize(reader)
+            return await self.engine.tokenize(read, num_bytes)
         except ValueError as error:
             raise refusal(str(error), body.fields) from None
+
+    async def _prompt(self, body: SamplingBody, num_bytes: int, reader: Callable[[], Tokens]) -> Tokens:
+        tokens = await self._tokenize(body, num_bytes, reader)
         if len(tokens.token_ids) >= self.llm.max_model_len:
             raise ApiError(
                 400,
@@ -152,28 +158,30 @@ class Api:
         }
 
     async def tokenize(self, request: Request) -> dict[str, Any]:
-        body = await self.read(request, TokenizeRequest)
+        body, num_bytes = await self.read(request, TokenizeRequest)
         options = template_options(body)
         try:
             if body.messages is None:
-                tokens = await self.engine.tokenize(lambda: self.llm.tokenize(body.prompt))
+                tokens = await self.engine.tokenize(lambda: self.llm.tokenize(body.prompt), num_bytes)
             else:
                 template = self.config.chat_template
                 tokens = await self.engine.tokenize(
-                    lambda: self.llm.tokenize_chat(body.messages, chat_template=template, **options)
+                    lambda: self.llm.tokenize_chat(body.messages, chat_template=template, **options), num_bytes
                 )
         except ValueError as error:
             raise refusal(str(error), ("prompt" if body.messages is None else "messages",)) from None
-        ids = tokens.token_ids
-        spelled = self.llm.get_tokenizer().convert_ids_to_tokens(ids) if body.return_token_strs else None
+        ids, spelled = tokens.token_ids, None
+        if body.return_token_strs:
+            tokenizer = self.llm.get_tokenizer()
+            spelled = await self.engine.tokenize(lambda: tokenizer.convert_ids_to_tokens(ids), num_bytes)
         return {"count": len(ids), "max_model_len": self.llm.max_model_len, "tokens": ids, "token_strs": spelled}
 
     async def detokenize(self, request: Request) -> dict[str, Any]:
-        body = await self.read(request, DetokenizeRequest)
+        body, num_bytes = await self.read(request, DetokenizeRequest)
         tokenizer = self.llm.get_tokenizer()
         if tokenizer is None:
             raise ApiError(400, "tokens: the engine has no tokenizer (--skip-tokenizer-init)", "tokens")
         bad = next((token for token in body.tokens if not 0 <= token < len(tokenizer)), None)
         if bad is not None:
             raise ApiError(400, f"tokens: {bad} is none of the tokenizer's {len(tokenizer)} tokens", "tokens")
-        return {"prompt": tokenizer.decode(body.tokens)}
+        return {"prompt": await self.engine.tokenize(lambda: tokenizer.decode(body.tokens), num_bytes)}

@@ -258,7 +258,7 @@ def _is_tokens(value: object) -> bool:
 
 
 def _token(key: str) -> int:
-    if not key.isascii() or not key.isdigit():
+    if not key.isascii() or not key.isdigit() or len(key) > 19:  # of 64 bits
         raise ApiError(400, f"logit_bias: key {shown(key)} must be a token id", "logit_bias")
     return int(key)
 
