@@ -336,6 +336,13 @@ def test_an_address_that_is_taken_is_an_exit_status(monkeypatch, caplog):
     assert f"port={port}: " in caplog.text
 
 
+def test_a_template_that_is_no_jinja_is_an_exit_status(caplog, monkeypatch):
+    monkeypatch.setattr(server_module, "SWITCH", sys.getswitchinterval())
+    config = ServeConfig(port=0, chat_template="{{ messages")
+    assert server_module.run(EngineConfig(model=REASONER, **ENGINE), config) == 1
+    assert "chat_template='{{ messages': is no Jinja template: line 1: " in caplog.text
+
+
 def test_a_signal_drains_the_program():
     port = free_port()
     url = f"http://127.0.0.1:{port}"

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from zipage.checks import shown
 from zipage.engine.input_processor import Tokens
 from zipage.engine.rules import served_policies
+from zipage.llm import LLM
 from zipage.serve.config import ServeConfig
 from zipage.serve.engine import Engine
 from zipage.serve.errors import ApiError
@@ -38,6 +41,9 @@ class Api:
     Args:
         engine: started.
         config: of the server.
+
+    Raises:
+        ValueError: the configured chat template is no Jinja.
     """
 
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
@@ -47,6 +53,8 @@ class Api:
         self.names = config.served_model_name or (self.llm.config.model,)
         self.metrics = Metrics(engine, self.names[0])
         self.created = int(time.time())
+        if config.chat_template is not None:
+            _check_syntax(self.llm, config.chat_template)
         template = config.chat_template or getattr(self.llm.get_tokenizer(), "chat_template", None)
         self.has_template = template is not None
         self.splits_reasoning = isinstance(template, str) and marks_reasoning(template)
@@ -185,3 +193,13 @@ class Api:
         if bad is not None:
             raise ApiError(400, f"tokens: {bad} is none of the tokenizer's {len(tokenizer)} tokens", "tokens")
         return {"prompt": await self.engine.tokenize(lambda: tokenizer.decode(body.tokens), num_bytes)}
+
+
+def _check_syntax(llm: LLM, template: str) -> None:
+    """Raise a ValueError where a template can't be read; what it makes of messages is its own matter."""
+    try:
+        llm.tokenize_chat([{"role": "user", "content": ""}], chat_template=template)
+    except ValueError as error:
+        if isinstance(error.__cause__, TemplateSyntaxError):
+            line, what = error.__cause__.lineno, error.__cause__.message
+            raise ValueError(f"chat_template={shown(template)}: is no Jinja template: line {line}: {what}") from error
