@@ -18,6 +18,7 @@ import pytest
 from tests.serve.running import ENGINE, MODEL, POLICY, REASONER, answers, free_port, snapshots, wait_until
 from zipage import LLM, SamplingParams
 from zipage.config import EngineConfig
+from zipage.serve import api as api_module
 from zipage.serve import server as server_module
 from zipage.serve.config import ServeConfig
 from zipage.serve.generation import Generation
@@ -153,6 +154,20 @@ def test_no_short_text_waits_for_a_long_one(start, monkeypatch):
             task.join(30)
     assert sorted(statuses) == [200, 400]
     server.check_empty()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_logprobs_are_not_written_in_the_event_loop(server, monkeypatch, path):
+    """Those of long samples take seconds, in which nobody else would get a token."""
+    threads, dumps = [], api_module.dumps
+    monkeypatch.setattr(api_module, "dumps", lambda value: threads.append(threading.current_thread()) or dumps(value))
+    body = {"max_tokens": 4, "n": 2, "logprobs": 3, "prompt": "x"}
+    if "chat" in path:
+        body = {"max_tokens": 4, "n": 2, "logprobs": True, "messages": [{"role": "user", "content": "x"}]}
+    answer = server.post(path, body).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert len(threads) == 4  # head, two choices, usage
+    assert server._thread not in threads
 
 
 # Clients that leave

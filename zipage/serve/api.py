@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from zipage.checks import shown
 from zipage.engine.input_processor import Tokens
 from zipage.engine.rules import served_policies
 from zipage.llm import LLM
+from zipage.outputs import RequestOutput
 from zipage.serve.config import ServeConfig
 from zipage.serve.engine import Engine
 from zipage.serve.errors import ApiError
@@ -31,7 +33,7 @@ from zipage.serve.schemas import (
     parse,
     template_options,
 )
-from zipage.serve.streaming import EventStream
+from zipage.serve.streaming import EventStream, dumps
 from zipage.serve.usage import Usage
 
 
@@ -136,15 +138,13 @@ class Api:
     async def _whole(
         self, body: SamplingBody, generation: Generation, head: dict[str, Any], endpoint: ModuleType
     ) -> Response:
-        usage, choices = Usage(generation), []
-        for output in await generation.outputs():
-            usage.count_all(output)
-            choices += [
-                endpoint.choice(body, generation, len(choices) + number, sample)
-                for number, sample in enumerate(output.outputs)
-            ]
+        outputs = await generation.outputs()
+        if body.logprobs:  # up to 21 to a token: seconds, in which the streams of others go on
+            text = await asyncio.to_thread(_rendered, body, generation, outputs, head, endpoint)
+        else:
+            text = _rendered(body, generation, outputs, head, endpoint)
         generation.close()
-        return JSONResponse(head | {"choices": choices, "usage": usage.total()})
+        return Response(text, media_type="application/json")
 
     def models(self) -> dict[str, Any]:
         length = self.llm.max_model_len
@@ -193,6 +193,22 @@ class Api:
         if bad is not None:
             raise ApiError(400, f"tokens: {bad} is none of the tokenizer's {len(tokenizer)} tokens", "tokens")
         return {"prompt": await self.engine.tokenize(lambda: tokenizer.decode(body.tokens), num_bytes)}
+
+
+def _rendered(
+    body: SamplingBody,
+    generation: Generation,
+    outputs: Sequence[RequestOutput],
+    head: dict[str, Any],
+    endpoint: ModuleType,
+) -> str:
+    """The answer that is given whole. JSON of one choice after another, since each keeps all other threads waiting."""
+    usage, choices = Usage(generation), []
+    for output in outputs:
+        usage.count_all(output)
+        for sample in output.outputs:
+            choices.append(dumps(endpoint.choice(body, generation, len(choices), sample)))
+    return f'{dumps(head)[:-1]},"choices":[{",".join(choices)}],"usage":{dumps(usage.total())}}}'
 
 
 def _check_syntax(llm: LLM, template: str) -> None:
