@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -253,6 +254,18 @@ def test_metrics_count_what_was_served(server):
     assert server.metric("vllm:kv_cache_usage_perc") == 0
     assert server.metric("zipage:kv_blocks_total") == 128
     assert "version" in server.http.get("/version").json()
+
+
+def test_times_count_from_when_a_body_was_there(start, monkeypatch):
+    """Not from when its prompt was tokenized, and the engine had ended the step under way."""
+    server = start()
+    tokenize = server.engine.llm.tokenize
+    monkeypatch.setattr(server.engine.llm, "tokenize", lambda prompt: time.sleep(0.5) or tokenize(prompt))
+    for number, stream in enumerate((False, True), 1):
+        assert server.post("/v1/completions", BODY | {"stream": stream}).status_code == 200
+        for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
+            assert server.metric(f"vllm:{name}_seconds_count") == number
+            assert 0.5 * number <= server.metric(f"vllm:{name}_seconds_sum") < 5
 
 
 def test_replicas_serve(start):

@@ -73,7 +73,7 @@ class Api:
     async def answer(self, request: Request, kind: type[SamplingBody], endpoint: ModuleType) -> Response:
         """Generate, streaming or not; `endpoint` knows the format."""
         body, num_bytes = await self.read(request, kind)
-        generation = await self._submit(body, num_bytes, endpoint)
+        generation = await self._submit(body, num_bytes, time.perf_counter(), endpoint)
         generation.watch(request.receive)
         head = {
             "id": generation.request_id,
@@ -90,7 +90,7 @@ class Api:
             raise
         return EventStream(generation, body, head, endpoint.Chunks(body, generation))
 
-    async def _submit(self, body: SamplingBody, num_bytes: int, endpoint: ModuleType) -> Generation:
+    async def _submit(self, body: SamplingBody, num_bytes: int, arrival: float, endpoint: ModuleType) -> Generation:
         params = body.params()
         readers = endpoint.readers(body, self.llm, self.config.chat_template)
         num_samples = len(readers) * params.n
@@ -107,6 +107,7 @@ class Api:
                 request_id,
                 prompts,
                 params,
+                arrival=arrival,
                 stream=bool(body.stream),
                 splits_reasoning=self.splits_reasoning,
                 fields=body.fields,
