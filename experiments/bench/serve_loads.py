@@ -316,7 +316,7 @@ def _requests(path: Path, load: ServeLoad, given: str | None, seed: int) -> tupl
     if not traced:
         raise UsageError(f"{path}: {field}={name}: holds no request that was answered")
     if load.arrivals == "trace" and traced[0].arrival is None:
-        raise UsageError(f"{path}: {field}={name}: holds lengths alone, no arrivals: take arrivals=poisson")
+        raise UsageError(f"{path}: {field}={name}: holds lengths alone, no arrivals: `arrivals: poisson` draws them")
     requests = [Asked(one.arrival or 0.0, one.prompt_tokens, one.output_tokens, one.hash_ids) for one in traced]
     return requests, given is not None
 
