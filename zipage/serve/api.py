@@ -67,7 +67,7 @@ class Api:
         body = parse(kind, raw)
         if body.model is not None and body.model not in self.names:
             served = ", ".join(self.names)
-            raise ApiError(404, f"model={body.model!r} is not served here: {served}", "model", "model_not_found")
+            raise ApiError(404, f"model={shown(body.model)} is not served here: {served}", "model", "model_not_found")
         return body, len(raw)
 
     async def answer(self, request: Request, kind: type[SamplingBody], endpoint: ModuleType) -> Response:
