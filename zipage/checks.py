@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import numpy as np
 
+LONG = 100
+"""Characters or items beyond which a value is no slip of the pen, and is not shown."""
 LARGEST = float(np.finfo(np.float32).max)
 SMALLEST = float(np.finfo(np.float32).tiny)
 """The largest and the smallest normal float32, in which the device computes."""
@@ -194,11 +196,12 @@ SCALARS = {bool: _bool, int: _int, float: _float, str: _str}
 
 def shown(value: Any) -> str:
     """A value in one short line, for messages."""
+    is_cut = type(value) in (str, bytes, list, tuple) and len(value) > LONG
     try:
-        text = " ".join(repr(value).split())
+        text = " ".join(repr(value[:LONG] if is_cut else value).split())
     except Exception:
         text = f"<{type(value).__name__}>"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 80 and not is_cut else f"{text[:77]}..."
 
 
 def check_names(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -217,6 +220,8 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     `budgets` is a part of `budget_tokens`, and `max_len` of `max_model_len`. None where no name is close enough, or
     where several have as few words more.
     """
+    if len(name) > LONG:  # to compare it would take long
+        return None
     known = tuple(known)
     cutoff = 0.6 if len(name) <= 5 else 0.8
     if close := difflib.get_close_matches(name, known, n=1, cutoff=cutoff):

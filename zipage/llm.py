@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import count
 from os import PathLike
 from typing import Any
@@ -95,10 +94,18 @@ class LLM:
         Raises:
             ValueError: there is no template, it refuses the messages, or the messages hold more than text.
         """
-        tokenize = self._with_template(
+        tokenize = self._inputs.with_template(
             chat_template, add_generation_prompt, continue_final_message, chat_template_kwargs
         )
         return read(messages, tokenize)
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Encode bad words, so that `add_request` need not. Any thread may call this, also beside a step.
+
+        Raises:
+            ValueError: one can't be encoded, or there is no tokenizer.
+        """
+        self._inputs.prepare(params)
 
     def add_request(
         self,
@@ -311,30 +318,10 @@ class LLM:
         """
         _refuse("chat", unsupported)
         self._core.check_alive()
-        tokenize = self._with_template(
+        tokenize = self._inputs.with_template(
             chat_template, add_generation_prompt, continue_final_message, chat_template_kwargs
         )
         return self._answer(as_conversations(messages), tokenize, sampling_params, use_tqdm)
-
-    def _with_template(
-        self,
-        chat_template: str | None,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        chat_template_kwargs: Mapping[str, Any] | None,
-    ) -> Callable[[Any], Tokens]:
-        options = {
-            "add_generation_prompt": checked("add_generation_prompt", add_generation_prompt, bool),
-            "continue_final_message": checked("continue_final_message", continue_final_message, bool),
-        }
-        if add_generation_prompt and continue_final_message:
-            raise ValueError("continue_final_message=True: needs add_generation_prompt=False")
-        more = checked("chat_template_kwargs", chat_template_kwargs, Mapping[str, Any] | None) or {}
-        return partial(
-            self._inputs.tokenize_chat,
-            chat_template=checked("chat_template", chat_template, str | None),
-            **options | {key: value for key, value in more.items() if key not in ("chat_template", "tokenize")},
-        )
 
     def _answer(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from random import Random
@@ -44,30 +44,41 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One engine under one load, as plain data that can be handed to another process.
+class AnyArm:
+    """One engine under one load.
 
     Attributes:
+        load: the name of its file.
+        name: of the arm in that file.
         options: of `EngineConfig`.
-        lengths: tokens of each prompt and output.
         seed: of the prompts.
-        repeats: measurements.
     """
 
     load: str
     name: str
     backend: str
     options: dict[str, Any]
-    lengths: list[list[int]]
-    temperature: float
-    warmup_tokens: int
-    window_steps: int | None
     seed: int
-    repeats: int
 
     @property
     def title(self) -> str:
         return f"{self.load}/{self.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm(AnyArm):
+    """One of the engine's benchmark, as plain data that can be handed to another process.
+
+    Attributes:
+        lengths: tokens of each prompt and output.
+        repeats: measurements.
+    """
+
+    lengths: list[list[int]]
+    temperature: float
+    warmup_tokens: int
+    window_steps: int | None
+    repeats: int
 
     @property
     def is_own(self) -> bool:
@@ -92,21 +103,10 @@ def read_arms(
     Raises:
         UsageError: a load is unknown, or an option of one is unknown or out of range.
     """
-    if not names:
-        raise UsageError(f"scenario.loads=[]: name some of {', '.join(_known())}, or YAML files")
     arms = []
-    for name in names:
-        own_file = name.endswith((".yaml", ".yml"))
-        stem, _, only = (name, "", "") if own_file else name.partition("/")
-        path = Path(name) if own_file else LOADS / f"{stem}.yaml"
-        if not path.is_file():
-            raise UsageError(f"scenario.loads={name}: no such load; known: {', '.join(_known())}, or a YAML file")
+    for name, path, only in find_loads(names, LOADS):
         load = _parse(path)
-        if only and only not in load.arms:
-            raise UsageError(f"scenario.loads={name}: no such arm; {stem} has {', '.join(load.arms)}")
-        for arm, own in load.arms.items():
-            if only and arm != only:
-                continue
+        for arm, own in named_arms(load.arms, name, only).items():
             try:
                 arms.append(_arm(path.stem, load, arm, own, model, given, seed, repeats, backends))
             except (TypeError, ValueError, UsageError) as error:
@@ -114,8 +114,32 @@ def read_arms(
     return arms
 
 
-def _known() -> list[str]:
-    return sorted(path.stem for path in LOADS.glob("*.yaml"))
+def find_loads(names: Sequence[str], folder: Path) -> Iterator[tuple[str, Path, str]]:
+    """Of each load its name as given, its file, and its one arm that is asked for ("" for all).
+
+    Args:
+        names: of files in `folder`, "short/zipage" for one arm of a file there, or paths of YAML files.
+
+    Raises:
+        UsageError: there are none, or one is unknown.
+    """
+    known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    if not names:
+        raise UsageError(f"scenario.loads=[]: name some of {known}, or YAML files")
+    for name in names:
+        own_file = name.endswith((".yaml", ".yml"))
+        stem, _, only = (name, "", "") if own_file else name.partition("/")
+        path = Path(name) if own_file else folder / f"{stem}.yaml"
+        if not path.is_file():
+            raise UsageError(f"scenario.loads={name}: no such load; known: {known}, or a YAML file")
+        yield name, path, only
+
+
+def named_arms(arms: Mapping[str, Any], name: str, only: str) -> Mapping[str, Any]:
+    """Those of a load that are asked for. Raises UsageError where it has no such arm."""
+    if only and only not in arms:
+        raise UsageError(f"scenario.loads={name}: no such arm; {name.partition('/')[0]} has {', '.join(arms)}")
+    return {only: arms[only]} if only else arms
 
 
 def _parse(path: Path) -> Load:

@@ -10,11 +10,11 @@ from random import Random
 from typing import Any
 
 from experiments.backends import BackendFactory, get_backend
-from experiments.bench.loads import as_begun
+from experiments.bench.loads import AnyArm, as_begun, find_loads, named_arms
 from experiments.config.yaml_files import read_yaml
 from experiments.errors import UsageError
 from experiments.paths import CONF, ROOT
-from experiments.running.traces import read_trace
+from experiments.running.traces import read_lengths
 from experiments.serving.prompts import Asked
 from experiments.serving.server import command
 from experiments.workloads.lengths import generate
@@ -85,27 +85,17 @@ class ServeLoad:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedArm:
+class ServedArm(AnyArm):
     """One server under one load.
 
     Attributes:
-        options: of `EngineConfig`.
         flags: of the server's own.
         requests: of the load, `due` as in the trace.
     """
 
-    load: str
-    name: str
-    backend: str
-    options: dict[str, Any]
     flags: dict[str, Any]
     spec: ServeLoad
     requests: list[Asked]
-    seed: int
-
-    @property
-    def title(self) -> str:
-        return f"{self.load}/{self.name}"
 
     @property
     def gpus(self) -> int:
@@ -180,24 +170,14 @@ def read_served_arms(
     Raises:
         UsageError: a load is unknown, or an option of one is unknown or out of range.
     """
-    if not names:
-        raise UsageError(f"scenario.loads=[]: name some of {', '.join(_known())}, or YAML files")
     arms: list[ServedArm] = []
     used = False
-    for name in names:
-        own_file = name.endswith((".yaml", ".yml"))
-        stem, _, only = (name, "", "") if own_file else name.partition("/")
-        path = Path(name) if own_file else LOADS / f"{stem}.yaml"
-        if not path.is_file():
-            raise UsageError(f"scenario.loads={name}: no such load; known: {', '.join(_known())}, or a YAML file")
+    for name, path, only in find_loads(names, LOADS):
         spec = _parse(path, changes)
-        if only and only not in spec.arms:
-            raise UsageError(f"scenario.loads={name}: no such arm; {stem} has {', '.join(spec.arms)}")
+        named = named_arms(spec.arms, name, only)
         requests, from_option = _requests(path, spec, trace, seed)
         used |= from_option
-        for arm, own in spec.arms.items():
-            if only and arm != only:
-                continue
+        for arm, own in named.items():
             try:
                 options, flags, backend = _engine(spec, own, given, backends)
                 options |= {"model": model, "load_format": load_format, "seed": seed}
@@ -218,10 +198,6 @@ def read_served_arms(
     if trace is not None and not used:
         raise UsageError(f"scenario.path={trace}: none of the loads takes a trace; leave it out")
     return arms
-
-
-def _known() -> list[str]:
-    return sorted(path.stem for path in LOADS.glob("*.yaml"))
 
 
 def _engine(
@@ -327,27 +303,21 @@ def _requests(path: Path, load: ServeLoad, given: str | None, seed: int) -> tupl
     unknown = sorted(set(load.lengths) - {"trace", "count", "longest"})
     if unknown:
         raise UsageError(f"{path}: lengths: unknown option {unknown[0]}; known: trace, count, longest")
-    count, longest = load.lengths.get("count"), load.lengths.get("longest")
-    for name, value in (("count", count), ("longest", longest)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise UsageError(f"{path}: lengths.{name}={value!r}: must be a whole number from 1 up, or null")
     name = given or load.lengths["trace"]
     if name is None:
         raise UsageError(f"{path}: takes a trace: scenario.path=FILE")
     where = name if Path(name).expanduser().is_file() or given else str(ROOT / name)
+    field = "scenario.path" if given else "lengths.trace"
+    count, longest = load.lengths.get("count"), load.lengths.get("longest")
     try:
-        traced = read_trace(where).requests
+        traced = read_lengths(where, count, longest, field=field, options="lengths.")
     except ValueError as error:
-        raise UsageError(f"scenario.path={name}: {error}") from error
-    if not traced or traced[0].prompt_tokens is None or (load.arrivals == "trace" and traced[0].arrival is None):
-        raise UsageError(f"scenario.path={name}: holds no arrivals with lengths")
-    if count is not None and len(traced) < count:
-        raise UsageError(f"{path}: lengths.count={count}: the trace has {len(traced)} requests; ask for no more")
-    cut = longest or math.inf
-    requests = [
-        Asked(one.arrival or 0.0, min(one.prompt_tokens, cut), min(one.output_tokens, cut), one.hash_ids)
-        for one in traced[:count]
-    ]
+        raise UsageError(f"{path}: {error}") from error
+    if not traced:
+        raise UsageError(f"{path}: {field}={name}: holds no request that was answered")
+    if load.arrivals == "trace" and traced[0].arrival is None:
+        raise UsageError(f"{path}: {field}={name}: holds lengths alone, no arrivals: `arrivals: poisson` draws them")
+    requests = [Asked(one.arrival or 0.0, one.prompt_tokens, one.output_tokens, one.hash_ids) for one in traced]
     return requests, given is not None
 
 

@@ -52,11 +52,13 @@ class Child(subprocess.Popen):
 def watch() -> None:
     """End this process, and those of its group, when the parent that made it a `Child` has ended.
 
-    It is interrupted like by Ctrl-C first. Without such a parent this does nothing.
+    It is interrupted like by Ctrl-C first, which this makes heard: what a shell starts with & ignores it, and so does
+    all that that starts. Without such a parent this does nothing.
     """
     descriptor = os.environ.pop(VARIABLE, None)  # not for children of this process: each has a lifeline of its own
     if descriptor is not None:
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm's to a job is the parent's to answer
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # Ray blocks it in what it starts
         os.set_inheritable(int(descriptor), False)
         threading.Thread(target=_end_with, args=(int(descriptor),), name="lifeline", daemon=True).start()

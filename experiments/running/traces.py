@@ -12,7 +12,7 @@ import json
 import lzma
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,10 @@ from typing import IO, Any
 BLOCK = 512
 """Tokens that a hash id of Mooncake's traces stands for."""
 HASHES = "hash_ids"
+MOST_TOKENS = 10**8
+"""No prompt and no output is that long: a larger number is a slip."""
+MOST_SHOWN = 60
+"""Characters of a wrong value."""
 _OPEN: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -39,6 +43,13 @@ class TracedRequest:
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     hash_ids: tuple[int, ...] = ()
+
+    def cut(self, longest: int | None) -> TracedRequest:
+        """With a prompt and an output of at most so many tokens."""
+        if longest is None or max(self.prompt_tokens, self.output_tokens) <= longest:
+            return self
+        prompt, output = min(self.prompt_tokens, longest), min(self.output_tokens, longest)
+        return replace(self, prompt_tokens=prompt, output_tokens=output, hash_ids=self.hash_ids[: -(-prompt // BLOCK)])
 
 
 @dataclass(frozen=True)
@@ -103,12 +114,44 @@ def read_trace(name: str) -> Trace:
     Raises:
         ValueError: the file can't be read, fits no format, or holds a bad row, whose line is named.
     """
-    path = Path(name).expanduser()
     try:
+        path = Path(name).expanduser()
         stat = path.stat()
         return _read(path.absolute(), stat.st_mtime_ns, stat.st_size)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, RuntimeError, lzma.LZMAError) as error:  # RuntimeError: ~ of whom nobody knows
         raise ValueError(f"can't be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def read_lengths(
+    path: str, count: int | None = None, longest: int | None = None, *, field: str = "path", options: str = ""
+) -> list[TracedRequest]:
+    """The requests of a trace that has lengths.
+
+    Args:
+        count: only the first `count`; None: all.
+        longest: bound of a prompt and of an output, in tokens; what is longer is cut. None: none.
+        field: by which users name the file.
+        options: what stands before "count" and "longest" where they name them.
+
+    Raises:
+        ValueError: as `read_trace`; or an option is out of range, the trace has no lengths, or is shorter than `count`.
+            The message begins with the field or the option.
+    """
+    for option, value in (("count", count), ("longest", longest)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{options}{option}={value!r}: must be a whole number of at least 1, or null")
+    try:
+        requests = read_trace(path).requests
+    except ValueError as error:
+        raise ValueError(f"{field}={path}: {error}") from error
+    if requests and requests[0].prompt_tokens is None:
+        raise ValueError(
+            f"{field}={path}: holds arrivals alone, no lengths: name a workload whose questions arrive then, such as "
+            "workload=lengths"
+        )
+    if count is not None and len(requests) < count:
+        raise ValueError(f"{options}count={count}: the trace has {len(requests)} requests; ask for no more")
+    return [request.cut(longest) for request in requests[:count]]
 
 
 @lru_cache(maxsize=8)
@@ -143,7 +186,9 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if table.fieldnames is not None:
                     _recognise(list(table.fieldnames))
                 for row in table:
-                    row.pop(None, None)
+                    if any(more := row.pop(None, ())):
+                        cells, columns = len(row) + len(more), len(table.fieldnames)
+                        raise ValueError(f"line {table.line_num}: has {cells} cells for {columns} columns")
                     yield table.line_num, row
                 return
             for number, line in enumerate(file, 1):
@@ -158,9 +203,9 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _object(line: str, number: int) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"line {number}: is not JSON ({error})") from error
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return {"arrival": value}
     if not isinstance(value, dict):
         raise ValueError(f"line {number}: must be a number, the arrival in seconds, or an object of a request")
@@ -168,6 +213,8 @@ def _object(line: str, number: int) -> dict[str, Any]:
 
 
 def _recognise(columns: list[str]) -> Format:
+    if twice := next((name for name in columns if name and columns.count(name) > 1), None):
+        raise ValueError(f"has two columns {twice}: rename one")
     for form in FORMATS.values():
         if set(form.columns) <= set(columns):
             return form
@@ -191,31 +238,41 @@ def _request(row: dict[str, Any], line: int, form: Format) -> TracedRequest | No
 
 
 def _arrival(value: Any, line: int, form: Format) -> float:
-    try:
-        seconds = form.seconds(value)
-    except (TypeError, ValueError):
-        seconds = math.nan
+    seconds = _number(value, form.seconds)
     if not 0 <= seconds < math.inf:
         unit = {_of_date: "a date and time", _of_milliseconds: "milliseconds"}.get(form.seconds, "seconds")
-        raise ValueError(f"line {line}: {form.arrival}={value!r}: must be {unit}, 0 or more")
+        raise ValueError(f"line {line}: {form.arrival}={_shown(value)}: must be {unit}, 0 or more")
     return seconds
 
 
 def _tokens(value: Any, least: int, line: int, column: str) -> int:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (number >= least and number.is_integer()):
-        raise ValueError(f"line {line}: {column}={value!r}: must be a whole number of at least {least} tokens")
+    number = _number(value, float)
+    if not (least <= number <= MOST_TOKENS and number.is_integer()):
+        raise ValueError(
+            f"line {line}: {column}={_shown(value)}: must be a whole number of at least {least} tokens, and of at most "
+            f"{MOST_TOKENS:,}"
+        )
     return int(number)
+
+
+def _number(value: Any, read: Callable[[Any], float]) -> float:
+    """NaN where it is none."""
+    try:
+        return math.nan if isinstance(value, bool) else read(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def _hash_ids(value: Any, prompt: int, line: int, column: str) -> tuple[int, ...]:
     if value is None:
         return ()
     if not isinstance(value, list) or not all(type(number) is int for number in value):
-        raise ValueError(f"line {line}: {HASHES}={value!r}: must be a list of whole numbers")
+        raise ValueError(f"line {line}: {HASHES}={_shown(value)}: must be a list of whole numbers")
     if len(value) > (blocks := -(-prompt // BLOCK)):
         raise ValueError(
             f"line {line}: {len(value)} {HASHES} for {column}={prompt}: it has {blocks} blocks of {BLOCK} tokens"

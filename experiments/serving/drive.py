@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import gc
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -221,7 +220,6 @@ def _tokens(load: _Load, seconds: float) -> dict[str, float]:
 
 def main() -> int:
     lifeline.watch()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell makes ignored in what it starts with &
     source, target = map(Path, sys.argv[1:])
     task = Task.of(json.loads(source.read_text(encoding="utf-8")))
     try:

@@ -19,8 +19,7 @@ GRACE = 20.0
 
 def main() -> int:
     lifeline.watch()
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too, which a shell makes ignored in what it starts with &
-        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = subprocess.Popen(sys.argv[1:])
     try:
         code = server.wait()

@@ -72,6 +72,8 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
             words.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, Mapping):
             words += [flag, json.dumps(dict(value))] if value else []
+        elif isinstance(value, list | tuple):
+            words += [flag, *map(str, value)] if value else []
         elif value is not None:
             words += [flag, str(value)]
     return words
@@ -126,6 +128,8 @@ class RunningServer:
         ended = self._alone.poll()
         if ended is not None:
             code, output = ended
+            if 128 < code < 128 + signal.NSIG:  # as the guard tells which signal killed the server
+                code = 128 - code
             raise RunError(f"the server ended ({reason_of(code or 1, output)}){self.last_lines()}")
 
     def last_lines(self, count: int = LAST_LINES) -> str:

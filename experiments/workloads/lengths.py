@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from experiments.running.traces import read_trace
+from experiments.running.traces import read_lengths
 from experiments.workloads.problem import Problem
 
 _WORDS = """
@@ -66,7 +66,7 @@ def generate(
     elif distribution == "recorded":
         lengths = _recorded(run, count)
     elif distribution == "trace":
-        lengths = [tuple(min(longest, n) for n in pair) for pair in random.sample(_traced(path, count), count)]
+        lengths = random.sample(_traced(path, count, longest), count)
     else:
         raise ValueError(f"distribution={distribution}: must be fixed, lognormal, recorded or trace")
     return _problems(lengths, random)
@@ -101,15 +101,10 @@ def _recorded(run: str | None, count: int) -> list[tuple[int, int]]:
     return lengths[:count]
 
 
-def _traced(path: str | None, count: int) -> list[tuple[int, int]]:
+def _traced(path: str | None, count: int, longest: int) -> list[tuple[int, int]]:
     if path is None:
         raise ValueError("path=None: must be given with distribution=trace: the file of a trace")
-    try:
-        requests = read_trace(path).requests
-    except ValueError as error:
-        raise ValueError(f"path={path}: {error}") from error
-    if requests and requests[0].prompt_tokens is None:
-        raise ValueError(f"path={path}: holds arrivals alone, no lengths")
+    requests = read_lengths(path, longest=longest)
     if len(requests) < count:
         raise ValueError(f"count={count}: the trace has {len(requests)} requests; ask for no more")
     return [(request.prompt_tokens, request.output_tokens) for request in requests]

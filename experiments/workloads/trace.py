@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import cache
 from random import Random
 
-from experiments.running.traces import BLOCK, read_trace
+from experiments.running.traces import BLOCK, read_lengths
 from experiments.workloads.lengths import WORDS
 from experiments.workloads.problem import Problem
 
@@ -26,30 +26,15 @@ def generate(seed: int, path: str | None, count: int | None = None, longest: int
     Raises:
         ValueError: an option is out of range, the trace can't be read, has no lengths, or is shorter than `count`.
     """
-    for name, value in (("count", count), ("longest", longest)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"options.{name}={value}: must be a whole number of at least 1, or null")
     if path is None:
         raise ValueError("path=None: must be given: the file of a trace (scenario=trace takes scenario.path)")
-    try:
-        requests = read_trace(path).requests
-    except ValueError as error:
-        raise ValueError(f"path={path}: {error}") from error
-    if requests and requests[0].prompt_tokens is None:
-        raise ValueError(
-            f"path={path}: holds arrivals alone, no lengths: name a workload whose questions arrive then, such as "
-            "workload=lengths"
-        )
-    if count is not None and len(requests) < count:
-        raise ValueError(f"options.count={count}: the trace has {len(requests)} requests; ask for no more")
+    requests = read_lengths(path, count, longest, options="options.")
     block = cache(lambda hash_id: _words(seed, f"block {hash_id}", BLOCK))
-    for number, request in enumerate(requests[:count]):
-        pieces, tokens = [], min(request.prompt_tokens, longest or request.prompt_tokens)
-        left = tokens
+    for number, request in enumerate(requests):
+        pieces, left = [], request.prompt_tokens
         for hash_id in request.hash_ids:
-            if left > 0:
-                pieces.append((block(hash_id), min(BLOCK, left)))
-                left -= BLOCK
+            pieces.append((block(hash_id), min(BLOCK, left)))
+            left -= BLOCK
         if left > 0:
             pieces.append((_words(seed, f"request {number}", left), left))
         yield Problem(
@@ -57,8 +42,8 @@ def generate(seed: int, path: str | None, count: int | None = None, longest: int
             question="",
             gold="",
             pieces=tuple(pieces),
-            prompt_tokens=tokens,
-            output_tokens=min(request.output_tokens, longest or request.output_tokens),
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=request.output_tokens,
         )
 
 

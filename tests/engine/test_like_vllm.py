@@ -93,6 +93,9 @@ def test_chat_is_the_template_s_text(llm):
     template = "{{ messages[0].content }}{{ mood }}"
     (own,) = llm.chat([USER], params, False, chat_template=template, chat_template_kwargs={"mood": "!"})
     assert own.prompt == "hi!"
+    for name in ("messages", "self", "tokenize", "chat_template", "add_generation_prompt"):
+        with pytest.raises(ValueError, match=f"chat_template_kwargs: '{name}' is no variable of the template"):
+            llm.chat([USER], params, False, chat_template_kwargs={name: "x"})
     (failed,) = llm.chat([USER], params, False, chat_template="{{ raise_exception('no') }}")
     assert "the chat template refuses the messages" in failed.error
     assert llm.chat([], params, use_tqdm=False) == []

@@ -63,6 +63,7 @@ class RunningServer:
         engine, stats = self.engine, self.engine.view.stats
         left = [engine._requests, engine.llm._outputs.unfinished, engine.llm._outputs.done, engine._num_pending]
         left += [stats.blocks_used, stats.num_running, stats.num_waiting, self.gate.num_inside, engine.llm._events]
+        left += [observe.__self__._seen for observe in engine.observers]
         return not any(left)
 
     def check_empty(self) -> None:

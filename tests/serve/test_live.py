@@ -2,10 +2,11 @@
 
 import base64
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
@@ -285,6 +286,18 @@ def test_so_many_may_watch(server, monkeypatch):
         next(told)
         with server.http.stream("GET", "/live") as refused:
             assert (refused.status_code, refused.headers["Retry-After"]) == (429, "5")
+    wait_until(lambda: may_watch(server))
+
+
+def test_those_who_come_at_once_are_counted_too(server, monkeypatch):
+    monkeypatch.setattr(live_module, "MOST_WATCHERS", 3)
+    host, port = server.url.removeprefix("http://").split(":")
+    with ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_connection((host, int(port)), timeout=10)) for _ in range(12)]
+        for sock in socks:
+            sock.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        statuses = [sock.recv(12)[9:] for sock in socks]
+    assert sorted(statuses) == [b"200"] * 3 + [b"429"] * 9
     wait_until(lambda: may_watch(server))
 
 

@@ -1,6 +1,7 @@
 """What no request may be: each is refused with a 4xx in OpenAI's format that names the field."""
 
 import json
+import time
 
 import pytest
 
@@ -59,6 +60,7 @@ COMPLETION_FIELDS = [
     ({"logit_bias": {"a": 1}}, "logit_bias"),
     ({"logit_bias": {"1": 101}}, "logit_bias"),
     ({"logit_bias": {"99999": 1}}, "logit_bias"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
     ({"logit_bias": [1]}, "logit_bias"),
     ({"seed": 1.5}, "seed"),
     ({"seed": 2**64}, "seed"),
@@ -79,6 +81,7 @@ COMPLETION_FIELDS = [
     ({"policy": "r_kvv"}, "policy"),
     ({"policy": "examples.my_policy:MyPolicy"}, "policy"),
     ({"policy": "zipage"}, "policy"),
+    ({"policy": "page_random"}, "policy"),
     ({"protection": "sink:0"}, "protection"),
     ({"protection": "sink:60"}, "protection"),
     ({"echo": True}, "echo"),
@@ -118,6 +121,10 @@ CHAT_FIELDS = [
     ({"continue_final_message": True}, "continue_final_message"),
     ({"add_generation_prompt": "no"}, "add_generation_prompt"),
     ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+    *(
+        ({"chat_template_kwargs": {name: "x"}}, "chat_template_kwargs")
+        for name in ("self", "messages", "conversation", "chat_template", "tokenize", "return_tensors", "truncation")
+    ),
 ]
 OTHERS = [
     (TOKENIZE, {}, "prompt"),
@@ -164,6 +171,32 @@ def test_a_field_that_is_wrong_is_named(server, path, body, field):
     assert error["type"] == "invalid_request_error"
     assert error["param"] == field
     assert field.partition("[")[0].rpartition(".")[2] in error["message"] or field in ("messages", "prompt")
+
+
+LARGE = [
+    (COMPLETIONS, {"prompt": "x", "stop": [1] * 1_000_000}, "stop"),
+    (COMPLETIONS, {"prompt": "x", "stop_token_ids": [""] * 1_000_000}, "stop_token_ids"),
+    (COMPLETIONS, {"prompt": "x", "logit_bias": dict.fromkeys(map(str, range(300_000)), "")}, "logit_bias"),
+    (COMPLETIONS, {"prompt": "x", "policy": "a" * 4_000_000}, "policy"),
+    (COMPLETIONS, {"prompt": "x", "a" * 4_000_000: 1}, "a" * 100),
+    (COMPLETIONS, {"prompt": "x", "model": "a" * 4_000_000}, "model"),
+    (COMPLETIONS, {"prompt": [1.5] * 700_000}, "prompt"),
+    (CHAT, {"messages": [1] * 1_000_000}, "messages"),
+    (TOKENIZE, {"messages": [1] * 1_000_000}, "messages"),
+    (DETOKENIZE, {"tokens": [""] * 1_000_000}, "tokens"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "field"), LARGE, ids=lambda value: str(value)[:40])
+def test_a_large_body_that_is_wrong_costs_little(server, path, body, field):
+    """It is read in the event loop, where all others wait."""
+    content = json.dumps(body, separators=(",", ":"))
+    begin = time.process_time()
+    response = server.http.post(path, content=content, headers={"Content-Type": "application/json"})
+    spent = time.process_time() - begin
+    assert error_of(response, 404 if field == "model" else 400)["param"] == field
+    assert len(response.content) < 1000
+    assert spent < 1.5, "seconds of the CPU"
 
 
 def test_a_slip_of_the_pen_is_answered_with_what_was_meant(server):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -18,6 +19,7 @@ import pytest
 from tests.serve.running import ENGINE, MODEL, POLICY, REASONER, answers, free_port, snapshots, wait_until
 from zipage import LLM, SamplingParams
 from zipage.config import EngineConfig
+from zipage.serve import api as api_module
 from zipage.serve import server as server_module
 from zipage.serve.config import ServeConfig
 from zipage.serve.generation import Generation
@@ -66,9 +68,11 @@ def test_a_burst_on_an_idle_server_takes_the_free_places(start):
 
 
 def test_keys(start):
-    server = start(api_key=["one", "two"])
+    server = start(api_key=["one", "two", "schlüssel"])
     for key in ("one", "two"):
         assert server.client(key).models.list().data
+    headers = {"Authorization": "Bearer schlüssel".encode()}
+    assert server.http.get("/v1/models", headers=headers).status_code == 200
     for key in ("x", "three", "one,two", "on", "ö"):
         for call in (server.http.get, server.http.post):
             headers = {"Authorization": f"Bearer {key}".encode()}
@@ -104,6 +108,67 @@ def test_max_n(start):
         error = server.post("/v1/completions", BODY | more).json()["error"]
         assert error["param"] == "n"
         assert "at most 3 samples" in error["message"]
+
+
+# Neighbours
+
+
+def test_bad_words_are_not_encoded_between_two_steps(start, monkeypatch):
+    server = start()
+    inputs, threads = server.engine.llm._inputs, []
+    encode = inputs._encode
+    monkeypatch.setattr(
+        inputs, "_encode", lambda text, **kw: threads.append(threading.current_thread().name) or encode(text, **kw)
+    )
+    answer = server.post("/v1/completions", BODY | {"bad_words": ["12", "x="]})
+    assert answer.status_code == 200
+    assert len(threads) == 5  # bare and after a space, and the prompt
+    assert all(name.startswith("tokenizer") for name in threads)
+    server.check_empty()
+
+
+def test_no_short_text_waits_for_a_long_one(start, monkeypatch):
+    server = start()
+    tokenize, goes_on = server.engine.llm.tokenize, threading.Event()
+
+    def slow(prompt):
+        if len(prompt) > 1000:
+            goes_on.wait(20)
+        return tokenize(prompt)
+
+    monkeypatch.setattr(server.engine.llm, "tokenize", slow)
+    long, statuses = {"prompt": "x" * 300_000}, []
+    tasks = [
+        threading.Thread(target=lambda path=path: statuses.append(httpx.post(server.url + path, json=long).status_code))
+        for path in ("/v1/completions", "/tokenize")
+    ]
+    for task in tasks:
+        task.start()
+    try:
+        wait_until(lambda: server.gate.num_inside == 2)
+        assert server.post("/v1/completions", BODY, timeout=5).status_code == 200
+        assert server.post("/tokenize", {"prompt": "x"}, timeout=5).status_code == 200
+        assert not statuses
+    finally:
+        goes_on.set()
+        for task in tasks:
+            task.join(30)
+    assert sorted(statuses) == [200, 400]
+    server.check_empty()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_logprobs_are_not_written_in_the_event_loop(server, monkeypatch, path):
+    """Those of long samples take seconds, in which nobody else would get a token."""
+    threads, dumps = [], api_module.dumps
+    monkeypatch.setattr(api_module, "dumps", lambda value: threads.append(threading.current_thread()) or dumps(value))
+    body = {"max_tokens": 4, "n": 2, "logprobs": 3, "prompt": "x"}
+    if "chat" in path:
+        body = {"max_tokens": 4, "n": 2, "logprobs": True, "messages": [{"role": "user", "content": "x"}]}
+    answer = server.post(path, body).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert len(threads) == 4  # head, two choices, usage
+    assert server._thread not in threads
 
 
 # Clients that leave
@@ -189,6 +254,18 @@ def test_metrics_count_what_was_served(server):
     assert server.metric("vllm:kv_cache_usage_perc") == 0
     assert server.metric("zipage:kv_blocks_total") == 128
     assert "version" in server.http.get("/version").json()
+
+
+def test_times_count_from_when_a_body_was_there(start, monkeypatch):
+    """Not from when its prompt was tokenized, and the engine had ended the step under way."""
+    server = start()
+    tokenize = server.engine.llm.tokenize
+    monkeypatch.setattr(server.engine.llm, "tokenize", lambda prompt: time.sleep(0.5) or tokenize(prompt))
+    for number, stream in enumerate((False, True), 1):
+        assert server.post("/v1/completions", BODY | {"stream": stream}).status_code == 200
+        for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
+            assert server.metric(f"vllm:{name}_seconds_count") == number
+            assert 0.5 * number <= server.metric(f"vllm:{name}_seconds_sum") < 5
 
 
 @pytest.mark.parametrize("replicas", [2, 1])
@@ -301,6 +378,13 @@ def test_an_address_that_is_taken_is_an_exit_status(monkeypatch, caplog):
         port = taken.getsockname()[1]
         assert server_module.run(EngineConfig(model=REASONER), ServeConfig(port=port)) == 1
     assert f"port={port}: " in caplog.text
+
+
+def test_a_template_that_is_no_jinja_is_an_exit_status(caplog, monkeypatch):
+    monkeypatch.setattr(server_module, "SWITCH", sys.getswitchinterval())
+    config = ServeConfig(port=0, chat_template="{{ messages")
+    assert server_module.run(EngineConfig(model=REASONER, **ENGINE), config) == 1
+    assert "chat_template='{{ messages': is no Jinja template: line 1: " in caplog.text
 
 
 @pytest.mark.parametrize("flags", [(), ("--engine-process",)], ids=["thread", "process"])

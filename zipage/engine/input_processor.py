@@ -6,12 +6,13 @@ import logging
 import time
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from zipage.checks import check_names, shown
+from zipage.checks import check_names, checked, shown
 from zipage.config import EngineConfig
 from zipage.engine.core_spec import CoreSpec
 from zipage.engine.prompt_order import PromptOrder
@@ -35,6 +36,16 @@ Message = Mapping[str, Any]
 """Of a chat: `{"role": ..., "content": ...}`."""
 BYTES = (bytes, bytearray, memoryview)
 """Lists of integers that are no tokens."""
+MOST_WORD_LISTS = 16
+"""Lists of bad words whose tokens are kept."""
+TEMPLATE_OPTIONS = frozenset(
+    [
+        *("self", "messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    ]
+)
+"""Names that are not the template's to read: of arguments that say how the messages become tokens."""
 SEED_STEP = 0x9E3779B97F4A7C15
 """Between the seeds that engines of neighbouring seeds give their requests."""
 
@@ -115,6 +126,7 @@ class InputProcessor:
         self._rules = Rules(config)
         self.tokenizer = tokenizer
         self._warned_of_idle = False
+        self._encoded_words = lru_cache(MOST_WORD_LISTS)(self._encode_words)
 
     def samples(
         self, token_ids: list[int], params: SamplingParams, request_id: str, number: int, follow: bool = False
@@ -138,7 +150,7 @@ class InputProcessor:
             raise ValueError(
                 "SamplingParams.follow_ups: each follows an end token, but there is none: give stop_token_ids"
             )
-        bad_words = self._bad_words(params)
+        bad_words = self._encoded_words(params.bad_words)
         seed = number + self._config.seed * SEED_STEP if params.seed is None else params.seed
         order = PromptOrder(
             request_id,
@@ -154,6 +166,16 @@ class InputProcessor:
         )
         return order.samples(rule)
 
+    def prepare(self, params: SamplingParams) -> None:
+        """Encode bad words, which takes long where they are many: `samples` of the same words then need not.
+
+        Raises:
+            ValueError: one can't be encoded, or there is no tokenizer.
+        """
+        if params.bad_words:
+            self._check_tokens(params)
+            self._encoded_words(params.bad_words)
+
     def tokenize(self, prompt: Prompt) -> Tokens:
         """Raises ValueError for anything that is not a prompt or can't be encoded."""
         if not isinstance(prompt, Mapping):
@@ -166,6 +188,33 @@ class InputProcessor:
                 f'a prompt is text or a list of token ids, as "prompt" or "prompt_token_ids", not {shown(prompt)}'
             )
         return Tokens(text_of(prompt), self._token_ids(text if ids is None else ids))
+
+    def with_template(
+        self,
+        chat_template: str | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        chat_template_kwargs: Mapping[str, Any] | None,
+    ) -> Callable[[Any], Tokens]:
+        """`tokenize_chat` under options as `LLM.chat` takes them.
+
+        Raises:
+            ValueError: one is of the wrong type, two contradict each other, or the template could not read one.
+        """
+        options = {
+            "add_generation_prompt": checked("add_generation_prompt", add_generation_prompt, bool),
+            "continue_final_message": checked("continue_final_message", continue_final_message, bool),
+        }
+        if add_generation_prompt and continue_final_message:
+            raise ValueError("continue_final_message=True: needs add_generation_prompt=False")
+        more = checked("chat_template_kwargs", chat_template_kwargs, Mapping[str, Any] | None) or {}
+        if taken := sorted(more.keys() & TEMPLATE_OPTIONS):
+            raise ValueError(f"chat_template_kwargs: {taken[0]!r} is no variable of the template: leave it out")
+        return partial(
+            self.tokenize_chat,
+            chat_template=checked("chat_template", chat_template, str | None),
+            **options | more,
+        )
 
     def tokenize_chat(self, messages: Sequence[Message], *, chat_template: str | None, **options: Any) -> Tokens:
         """A conversation as the chat template puts it; the template itself writes what special tokens there are.
@@ -254,10 +303,10 @@ class InputProcessor:
             if bad is not None:
                 raise ValueError(f"SamplingParams.{name}: {bad} is outside the vocabulary of {self._vocab_size}")
 
-    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+    def _encode_words(self, bad_words: tuple[str, ...]) -> list[list[int]]:
         """Tokens of each bad word at the beginning of a text and, where they are as many, after a space."""
         words = []
-        for word in params.bad_words:
+        for word in bad_words:
             bare, spaced = (self._encode(space + word.lstrip(), add_special_tokens=False) for space in ("", " "))
             if not bare:
                 raise ValueError(f"SamplingParams.bad_words: {word!r} has no tokens")

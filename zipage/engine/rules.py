@@ -81,4 +81,8 @@ class Rules:
                 f"SamplingParams.policy={name!r}: needs {' and '.join(lacks)}, for which an engine of policy "
                 f"{self._config.policy!r} reserves no memory: start one of policy {name!r}"
             )
+        try:
+            policy.check(block_size=self._config.block_size, recent=self._config.recent_tokens)
+        except ValueError as error:
+            raise ValueError(f"SamplingParams.policy={name!r}: does not go with this engine: {error}") from error
         return policy

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from zipage.checks import shown
 from zipage.engine.input_processor import Tokens
 from zipage.engine.rules import served_policies
+from zipage.llm import LLM
+from zipage.outputs import RequestOutput
 from zipage.serve.config import ServeConfig
 from zipage.serve.engine import Engine
 from zipage.serve.errors import ApiError
@@ -28,7 +33,7 @@ from zipage.serve.schemas import (
     parse,
     template_options,
 )
-from zipage.serve.streaming import EventStream
+from zipage.serve.streaming import EventStream, dumps
 from zipage.serve.usage import Usage
 
 
@@ -38,6 +43,9 @@ class Api:
     Args:
         engine: started.
         config: of the server.
+
+    Raises:
+        ValueError: the configured chat template is no Jinja.
     """
 
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
@@ -47,22 +55,25 @@ class Api:
         self.names = config.served_model_name or (self.llm.config.model,)
         self.metrics = Metrics(engine, self.names[0])
         self.created = int(time.time())
+        if config.chat_template is not None:
+            _check_syntax(self.llm, config.chat_template)
         template = config.chat_template or getattr(self.llm.get_tokenizer(), "chat_template", None)
         self.has_template = template is not None
         self.splits_reasoning = isinstance(template, str) and marks_reasoning(template)
 
-    async def read(self, request: Request, kind: type[AnyBody]) -> AnyBody:
-        """The body, if it asks for a model that is served."""
-        body = parse(kind, await read_body(request, self.config.max_body_bytes))
+    async def read(self, request: Request, kind: type[AnyBody]) -> tuple[AnyBody, int]:
+        """The body, if it asks for a model that is served, and its size in bytes."""
+        raw = await read_body(request, self.config.max_body_bytes)
+        body = parse(kind, raw)
         if body.model is not None and body.model not in self.names:
             served = ", ".join(self.names)
-            raise ApiError(404, f"model={body.model!r} is not served here: {served}", "model", "model_not_found")
-        return body
+            raise ApiError(404, f"model={shown(body.model)} is not served here: {served}", "model", "model_not_found")
+        return body, len(raw)
 
     async def answer(self, request: Request, kind: type[SamplingBody], endpoint: ModuleType) -> Response:
         """Generate, streaming or not; `endpoint` knows the format."""
-        body = await self.read(request, kind)
-        generation = await self._submit(body, endpoint)
+        body, num_bytes = await self.read(request, kind)
+        generation = await self._submit(body, num_bytes, time.perf_counter(), endpoint)
         generation.watch(request.receive)
         head = {
             "id": generation.request_id,
@@ -79,7 +90,7 @@ class Api:
             raise
         return EventStream(generation, body, head, endpoint.Chunks(body, generation))
 
-    async def _submit(self, body: SamplingBody, endpoint: ModuleType) -> Generation:
+    async def _submit(self, body: SamplingBody, num_bytes: int, arrival: float, endpoint: ModuleType) -> Generation:
         params = body.params()
         readers = endpoint.readers(body, self.llm, self.config.chat_template)
         num_samples = len(readers) * params.n
@@ -88,12 +99,15 @@ class Api:
             raise ApiError(400, what, "n")
         self.engine.admit(num_samples, self.config.max_queue)
         try:
-            prompts = [await self._tokenized(body, reader) for reader in readers]
+            if params.bad_words:
+                await self._tokenize(body, num_bytes, lambda: self.llm.prepare(params))
+            prompts = [await self._prompt(body, num_bytes, reader) for reader in readers]
             request_id = f"{endpoint.PREFIX}-{uuid.uuid4().hex}"
             generation = Generation(
                 request_id,
                 prompts,
                 params,
+                arrival=arrival,
                 stream=bool(body.stream),
                 splits_reasoning=self.splits_reasoning,
                 fields=body.fields,
@@ -104,11 +118,14 @@ class Api:
         self.engine.submit(generation)
         return generation
 
-    async def _tokenized(self, body: SamplingBody, reader: Callable[[], Tokens]) -> Tokens:
+    async def _tokenize(self, body: SamplingBody, num_bytes: int, read: Callable[[], Any]) -> Any:
         try:
-            tokens = await self.engine.tokenize(reader)
+            return await self.engine.tokenize(read, num_bytes)
         except ValueError as error:
             raise refusal(str(error), body.fields) from None
+
+    async def _prompt(self, body: SamplingBody, num_bytes: int, reader: Callable[[], Tokens]) -> Tokens:
+        tokens = await self._tokenize(body, num_bytes, reader)
         if len(tokens.token_ids) >= self.llm.max_model_len:
             raise ApiError(
                 400,
@@ -122,15 +139,13 @@ class Api:
     async def _whole(
         self, body: SamplingBody, generation: Generation, head: dict[str, Any], endpoint: ModuleType
     ) -> Response:
-        usage, choices = Usage(generation), []
-        for output in await generation.outputs():
-            usage.count_all(output)
-            choices += [
-                endpoint.choice(body, generation, len(choices) + number, sample)
-                for number, sample in enumerate(output.outputs)
-            ]
+        outputs = await generation.outputs()
+        if body.logprobs:  # up to 21 to a token: seconds, in which the streams of others go on
+            text = await asyncio.to_thread(_rendered, body, generation, outputs, head, endpoint)
+        else:
+            text = _rendered(body, generation, outputs, head, endpoint)
         generation.close()
-        return JSONResponse(head | {"choices": choices, "usage": usage.total()})
+        return Response(text, media_type="application/json")
 
     def models(self) -> dict[str, Any]:
         length = self.llm.max_model_len
@@ -152,28 +167,56 @@ class Api:
         }
 
     async def tokenize(self, request: Request) -> dict[str, Any]:
-        body = await self.read(request, TokenizeRequest)
+        body, num_bytes = await self.read(request, TokenizeRequest)
         options = template_options(body)
         try:
             if body.messages is None:
-                tokens = await self.engine.tokenize(lambda: self.llm.tokenize(body.prompt))
+                tokens = await self.engine.tokenize(lambda: self.llm.tokenize(body.prompt), num_bytes)
             else:
                 template = self.config.chat_template
                 tokens = await self.engine.tokenize(
-                    lambda: self.llm.tokenize_chat(body.messages, chat_template=template, **options)
+                    lambda: self.llm.tokenize_chat(body.messages, chat_template=template, **options), num_bytes
                 )
         except ValueError as error:
             raise refusal(str(error), ("prompt" if body.messages is None else "messages",)) from None
-        ids = tokens.token_ids
-        spelled = self.llm.get_tokenizer().convert_ids_to_tokens(ids) if body.return_token_strs else None
+        ids, spelled = tokens.token_ids, None
+        if body.return_token_strs:
+            tokenizer = self.llm.get_tokenizer()
+            spelled = await self.engine.tokenize(lambda: tokenizer.convert_ids_to_tokens(ids), num_bytes)
         return {"count": len(ids), "max_model_len": self.llm.max_model_len, "tokens": ids, "token_strs": spelled}
 
     async def detokenize(self, request: Request) -> dict[str, Any]:
-        body = await self.read(request, DetokenizeRequest)
+        body, num_bytes = await self.read(request, DetokenizeRequest)
         tokenizer = self.llm.get_tokenizer()
         if tokenizer is None:
             raise ApiError(400, "tokens: the engine has no tokenizer (--skip-tokenizer-init)", "tokens")
         bad = next((token for token in body.tokens if not 0 <= token < len(tokenizer)), None)
         if bad is not None:
             raise ApiError(400, f"tokens: {bad} is none of the tokenizer's {len(tokenizer)} tokens", "tokens")
-        return {"prompt": tokenizer.decode(body.tokens)}
+        return {"prompt": await self.engine.tokenize(lambda: tokenizer.decode(body.tokens), num_bytes)}
+
+
+def _rendered(
+    body: SamplingBody,
+    generation: Generation,
+    outputs: Sequence[RequestOutput],
+    head: dict[str, Any],
+    endpoint: ModuleType,
+) -> str:
+    """The answer that is given whole. JSON of one choice after another, since each keeps all other threads waiting."""
+    usage, choices = Usage(generation), []
+    for output in outputs:
+        usage.count_all(output)
+        for sample in output.outputs:
+            choices.append(dumps(endpoint.choice(body, generation, len(choices), sample)))
+    return f'{dumps(head)[:-1]},"choices":[{",".join(choices)}],"usage":{dumps(usage.total())}}}'
+
+
+def _check_syntax(llm: LLM, template: str) -> None:
+    """Raise a ValueError where a template can't be read; what it makes of messages is its own matter."""
+    try:
+        llm.tokenize_chat([{"role": "user", "content": ""}], chat_template=template)
+    except ValueError as error:
+        if isinstance(error.__cause__, TemplateSyntaxError):
+            line, what = error.__cause__.lineno, error.__cause__.message
+            raise ValueError(f"chat_template={shown(template)}: is no Jinja template: line {line}: {what}") from error

@@ -22,6 +22,9 @@ from zipage.stats import EngineStats, HeldEntries, Snapshot
 
 logger = logging.getLogger(__name__)
 
+LONG = 2**18
+"""Bytes of a body from which on to tokenize it takes a good part of a second."""
+
 Command = Callable[[LLM], None]
 Answer = TypeVar("Answer")
 
@@ -77,6 +80,7 @@ class Engine:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
+        self._tokenizing_long = ThreadPoolExecutor(1, "tokenizer of long texts")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._start_error: BaseException | None = None
         self.view = View(EngineStats(), 0)
@@ -104,6 +108,7 @@ class Engine:
         self._inbox.put(None)
         self._thread.join()
         self._tokenizing.shutdown()
+        self._tokenizing_long.shutdown()
 
     # Requests
 
@@ -134,7 +139,8 @@ class Engine:
         if would_wait > max_queue and not is_idle:
             raise ApiError(
                 429,
-                f"{self.num_waiting} samples wait already, and at most {max_queue} may: try again later",
+                f"{self.num_waiting} samples wait already, {would_wait} would with those of this request, and at most "
+                f"{max_queue} may (--max-queue): try again later",
                 code="queue_full",
                 headers={"Retry-After": "1"},
             )
@@ -148,9 +154,12 @@ class Engine:
         if self.failure is not None:
             raise ApiError(503, f"the engine has failed: {self.failure}", code="engine_failed")
 
-    async def tokenize(self, read: Callable[[], Tokens]) -> Tokens:
-        """Run what tokenizes on a thread beside: long texts take long."""
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, read)
+    async def tokenize(self, read: Callable[[], Answer], num_bytes: int) -> Answer:
+        """Run what tokenizes a body of so many bytes on a thread beside: long ones take long, and no short one waits
+        for them.
+        """
+        threads = self._tokenizing if num_bytes <= LONG else self._tokenizing_long
+        return await asyncio.get_running_loop().run_in_executor(threads, read)
 
     def submit(self, generation: Generation) -> None:
         """Queue a generation, whose samples were admitted; what becomes of it comes to it."""

@@ -48,7 +48,7 @@ class Gate:
     def _refusal(self, headers: Headers) -> ApiError | None:
         if self._keys:
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            known = [secrets.compare_digest(key.strip().encode(), one) for one in self._keys]
+            known = [secrets.compare_digest(key.strip().encode("latin-1"), one) for one in self._keys]
             if scheme.lower() != "bearer" or not any(known):
                 challenge = {"WWW-Authenticate": "Bearer"}
                 return ApiError(401, "an API key is needed, and this is none", None, "invalid_api_key", challenge)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -30,13 +29,13 @@ class Generation:
     Args:
         request_id: of the API.
         prompts: at least one.
+        arrival: host clock (`time.perf_counter`) at which its body was there.
         stream: tokens come one by one; otherwise outputs come whole.
         splits_reasoning: marked thoughts are told apart from the answer, where it is a chat.
         fields: of the body, for `refusal`.
 
     Attributes:
         names: the engine's request ids, one a prompt.
-        arrival: host clock (`time.perf_counter`) at which it was made.
         is_gone: the client went away.
         cancel: withdraws it from the engine.
     """
@@ -47,6 +46,7 @@ class Generation:
         prompts: Sequence[Tokens],
         params: SamplingParams,
         *,
+        arrival: float,
         stream: bool,
         splits_reasoning: bool,
         fields: Sequence[str],
@@ -57,7 +57,7 @@ class Generation:
         self.stream = stream
         self.splits_reasoning = splits_reasoning
         self.names = [f"{request_id}-{number}" for number in range(len(prompts))]
-        self.arrival = time.perf_counter()
+        self.arrival = arrival
         self.is_gone = False
         self.cancel: Callable[[], None] = lambda: None
         self._fields = fields

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from zipage.engine.input_processor import Tokens
 from zipage.serve.engine import Engine, Look
@@ -72,22 +73,21 @@ class Live:
             raise ApiError(
                 429, f"{MOST_WATCHERS} watch already", code="too_many_watchers", headers={"Retry-After": "5"}
             )
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(self._events(watched), media_type="text/event-stream", headers=headers)
+        self.num_watchers += 1
+        return _Watch(self._events(watched), self._leave)
+
+    def _leave(self) -> None:
+        self.num_watchers -= 1
 
     async def _events(self, watched: str | None) -> AsyncIterator[str]:
-        self.num_watchers += 1
-        try:
-            yield f"event: about\ndata: {dumps(self._about)}\n\n"
-            while not self._is_closing():
-                try:
-                    look = await self._latest()
-                except (ApiError, RuntimeError):  # the engine has failed: whoever asks again is told why
-                    return
-                yield f"data: {dumps(self._shown(look, watched))}\n\n"
-                await asyncio.sleep(EVERY)
-        finally:
-            self.num_watchers -= 1
+        yield f"event: about\ndata: {dumps(self._about)}\n\n"
+        while not self._is_closing():
+            try:
+                look = await self._latest()
+            except (ApiError, RuntimeError):  # the engine has failed: whoever asks again is told why
+                return
+            yield f"data: {dumps(self._shown(look, watched))}\n\n"
+            await asyncio.sleep(EVERY)
 
     async def _latest(self) -> Look:
         """One look for all who watch."""
@@ -166,6 +166,22 @@ class Live:
             shown |= await asyncio.to_thread(entry_map, entries, columns)
             self._held[key] = self._last_read, shown
         return shown
+
+
+class _Watch(StreamingResponse):
+    """`leave` is called at its end, also where the client went before the first event."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], leave: Callable[[], None]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._leave = leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._leave()
 
 
 def most_interesting(states: list[RequestState], watched: str | None, most: int) -> list[RequestState]:

@@ -86,12 +86,12 @@ class Metrics:
 
     def observe(self, generation: Generation, item: Item) -> None:
         if isinstance(item, StreamEvent):
-            self._observe_event(item)
+            self._observe_event(generation, item)
         elif isinstance(item, RequestOutput):
             for sample in item.outputs:
-                self._observe_end(sample.finish_reason, sample.metrics)
+                self._observe_end(generation, sample.finish_reason, sample.metrics)
 
-    def _observe_event(self, event: StreamEvent) -> None:
+    def _observe_event(self, generation: Generation, event: StreamEvent) -> None:
         key, now = (event.request_id, event.index), time.perf_counter()
         if event.token_id is not None:
             if (before := self._seen.get(key)) is not None:
@@ -99,18 +99,19 @@ class Metrics:
             self._seen[key] = now
         if event.finish_reason is not None:
             self._seen.pop(key, None)
-            self._observe_end(event.finish_reason, event.metrics)
+            self._observe_end(generation, event.finish_reason, event.metrics)
 
-    def _observe_end(self, reason: FinishReason, metrics: RequestMetrics) -> None:
+    def _observe_end(self, generation: Generation, reason: FinishReason, metrics: RequestMetrics) -> None:
         self._ended.labels(**self._labels, finished_reason=reason).inc()
+        before = metrics.arrival - generation.arrival  # its prompt was tokenized, and the step under way ended
         values = (
-            (self._ttft, metrics.ttft),
-            (self._tpot, metrics.tpot),
-            (self._e2e, metrics.e2e),
-            (self._queued, metrics.queued),
-            (self._prompt, metrics.prompt_tokens),
-            (self._output, metrics.output_tokens),
+            (self._ttft, metrics.ttft, before),
+            (self._tpot, metrics.tpot, 0),
+            (self._e2e, metrics.e2e, before),
+            (self._queued, metrics.queued, before),
+            (self._prompt, metrics.prompt_tokens, 0),
+            (self._output, metrics.output_tokens, 0),
         )
-        for histogram, value in values:
+        for histogram, value, more in values:
             if value is not None:
-                histogram.observe(value)
+                histogram.observe(value + more)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
-from zipage.checks import check_names, shown
+from zipage.checks import LONG, check_names, shown
 from zipage.sampling_params import SamplingParams
 from zipage.serve.errors import ApiError
 from zipage.unsupported import SAMPLING_OPTIONS, drop_unsupported
@@ -54,6 +54,9 @@ OF_MESSAGE = {
 
 MOST = 1024
 """Stop strings and the like of a request: each costs all requests time in every step."""
+
+UNBOUNDED = ("prompt", "messages", "tokens")
+"""Fields that may have more items. `check` looks at these: pydantic would tell of each item that is wrong."""
 
 AnyBody = TypeVar("AnyBody", bound="Body")
 
@@ -140,10 +143,6 @@ class SamplingBody(Body):
         """What types do not say. Raises ApiError."""
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options: needs stream=true", "stream_options")
-        for name in ("stop", "stop_token_ids", "bad_words", "logit_bias"):
-            given = getattr(self, name)
-            if isinstance(given, list | dict) and len(given) > MOST:
-                raise ApiError(400, f"{name}: {len(given)} items, at most {MOST} are taken", name)
 
 
 class CompletionRequest(SamplingBody):
@@ -167,7 +166,7 @@ class CompletionRequest(SamplingBody):
 class ChatRequest(SamplingBody):
     ABOUT: ClassVar[str] = "messages"
 
-    messages: list[dict[str, Any]]
+    messages: list[Any]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -205,7 +204,7 @@ class ChatRequest(SamplingBody):
 class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -219,10 +218,11 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[int]
+    tokens: list[Any]
 
     def check(self) -> None:
-        pass
+        if not _all(self.tokens, int):
+            raise ApiError(400, f"tokens: must be a list of token ids, not {shown(self.tokens)}", "tokens")
 
 
 def template_options(body: ChatRequest | TokenizeRequest) -> dict[str, Any]:
@@ -230,10 +230,12 @@ def template_options(body: ChatRequest | TokenizeRequest) -> dict[str, Any]:
     return {name: getattr(body, name) for name in named if getattr(body, name) is not None}
 
 
-def check_messages(messages: list[dict[str, Any]]) -> None:
+def check_messages(messages: list[Any]) -> None:
     """Role, content and name of each; what else OpenAI's answers carry must be empty, and is taken away."""
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
+        if not isinstance(message, dict):
+            raise ApiError(400, f"{where}={shown(message)}: must be an object with role and content", "messages")
         try:
             drop = [name for name in message.keys() & OF_MESSAGE.keys() if message[name] == []]
             kept = drop_unsupported(where, {k: v for k, v in message.items() if k not in drop}, OF_MESSAGE)
@@ -258,7 +260,7 @@ def _is_tokens(value: object) -> bool:
 
 
 def _token(key: str) -> int:
-    if not key.isascii() or not key.isdigit():
+    if not key.isascii() or not key.isdigit() or len(key) > 19:  # of 64 bits
         raise ApiError(400, f"logit_bias: key {shown(key)} must be a token id", "logit_bias")
     return int(key)
 
@@ -288,7 +290,10 @@ def parse(kind: type[AnyBody], raw: bytes) -> AnyBody:
         check_names(supported, kind.model_fields, "the body")
     except ValueError as error:
         param = next(name for name in supported if name not in kind.model_fields)
-        raise ApiError(400, str(error).replace("unknown option", "unknown field"), param) from None
+        raise ApiError(400, str(error).replace("unknown option", "unknown field"), param[:LONG]) from None
+    for name, value in supported.items():  # before each item is looked at
+        if isinstance(value, list | dict) and len(value) > MOST and name not in UNBOUNDED:
+            raise ApiError(400, f"{name}: {len(value)} items, at most {MOST} are taken", name)
     try:
         body = kind.model_validate(supported)
     except ValidationError as error:

@@ -114,7 +114,11 @@ def run(engine_config: EngineConfig, config: ServeConfig) -> int:
         logger.error("the engine cannot start: %s", error)
         return 1
     try:
-        server = Server(create_app(engine, config), engine, config)
+        try:
+            server = Server(create_app(engine, config), engine, config)
+        except ValueError as error:
+            logger.error("%s", error)
+            return 1
         logger.info("%s on http://%s:%d", engine_config.model, config.host, sock.getsockname()[1])
         server.run(sockets=[sock])
     finally:

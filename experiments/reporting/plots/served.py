@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from experiments.reporting.plots.style import COLOURS, MARKERS, one_legend, panels, require
+from experiments.reporting.plots.style import COLOURS, MARKERS, log_scale, one_legend, panels, require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ def _tail(axis: Axes, part: pd.DataFrame, name: str, text: str) -> None:
     limit = part["slo"].iloc[0].get(name)
     if limit is not None and pd.notna(limit):
         axis.axhline(limit, color="#999999", linewidth=0.8, linestyle="-.", label="_limit")
-    axis.set_yscale("log")
+    log_scale(axis)
     _axis(axis, RATE, text)
 
 

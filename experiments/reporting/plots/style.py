@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatter
 
 from experiments.config.options import (
     asks,
@@ -189,6 +190,18 @@ def same_limits(axes: Iterable[Axes], x: bool = True, y: bool = True) -> None:
             axis.set_xlim(min(left), max(right))
         if y:
             axis.set_ylim(min(bottom), max(top))
+
+
+def log_scale(axis: Axes) -> None:
+    """Seconds upwards by their logarithm, as plain numbers: 0.05, not 5 x 10^-2."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(_PlainNumbers())
+    axis.yaxis.set_minor_formatter(_PlainNumbers(minor_thresholds=(1.6, 0.4)))
+
+
+class _PlainNumbers(LogFormatter):
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def one_legend(figure: Figure, axes: Sequence[Axes], neutral: bool = False) -> None:

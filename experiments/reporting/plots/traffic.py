@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.analysis.comparison import compare
-from experiments.reporting.plots.style import Part, line_looks, one_legend, panels, require, run_names, split
+from experiments.reporting.plots.style import Part, line_looks, log_scale, one_legend, panels, require, run_names, split
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ def tails_by_rate(runs: pd.DataFrame) -> Figure:
             axis.plot(rates, line[f"{name}.p99"].astype(float), label=its, **style)
             thin = style | {"marker": "none", "linestyle": ":", "linewidth": 1}
             axis.plot(rates, line[f"{name}.p50"].astype(float), label=f"_{its} p50", **thin)
-        axis.set_yscale("log")
+        log_scale(axis)
         _axis(axis, "requests offered a second", text)
     one_legend(figure, axes, neutral=_many(parts))
     return figure

@@ -58,3 +58,15 @@ def test_the_table_names_what_each_row_was():
     assert lines[7][head.index("streams")] == "256"
     assert lines[8][head.index("refused")] == "it died"
     assert ["trace", "full", "4", ""] in lines
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.3, 10.0])
+def test_seconds_are_plain_numbers(scale):
+    rows = pd.DataFrame([row("full", rate, scale * (1 + rate / 10)) for rate in (1.0, 2.0, 4.0)])
+    figure = picture(rows)
+    figure.canvas.draw()
+    for axis in figure.axes[:3]:
+        labels = [label.get_text() for label in axis.get_yticklabels(which="both")]
+        told = [label for label in labels if label]
+        assert told
+        assert all(0 < float(label) < 1000 for label in told), told

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.running.lifeline import Child
 from tests.experiments.running.run_process import ROOT, wait_for
 
 SWEEP = """
@@ -35,10 +36,11 @@ from pathlib import Path
 from experiments.running import lifeline
 
 lifeline.GRACE = 0.2
-signal.signal(signal.SIGINT, signal.SIG_IGN)
 helper = os.fork()  # as engines have that compute elsewhere
 if helper:
     lifeline.watch()
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+if helper:
     Path(sys.argv[1]).write_text(f"{os.getpid()} {helper} ")
 time.sleep(60)
 """
@@ -58,6 +60,11 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def ignores(pid: int, number: int) -> bool:
+    lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(lines["SigIgn"], 16) >> (number - 1) & 1)
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -94,3 +101,24 @@ def test_child_that_will_not_be_interrupted_is_killed_with_its_group(tmp_path):
     assert all(map(running, pids))
     kill(starter)
     wait_for(lambda: not any(map(running, pids)), seconds=8)
+
+
+@pytest.mark.parametrize(
+    "module", ["experiments.bench.worker", "experiments.serving.drive", "experiments.serving.guard"]
+)
+def test_child_of_what_a_shell_started_with_an_ampersand_is_interrupted(tmp_path, module):
+    os.mkfifo(tmp_path / "task.json")  # it waits for its task
+    words = [f"{tmp_path}/task.json", "row.json"] if "guard" not in module else ["sleep", "60"]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        child = Child([sys.executable, "-m", module, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        wait_for(lambda: not ignores(child.pid, signal.SIGINT), seconds=20)
+        child.send_signal(signal.SIGINT)
+        child.wait(8)
+    finally:
+        child.kill()
+        child.wait()
+        child.release()

@@ -128,6 +128,28 @@ def test_one_that_dies_says_how(fake):
     server.stop()
 
 
+def test_one_that_is_killed_says_by_what(fake):
+    server = fake(words=(sys.executable, "-c", "import os; print('loading', flush=True); os.kill(os.getpid(), 9)"))
+    with pytest.raises(RunError, match=r"the server ended \(killed by SIGKILL.*\); its last lines: loading"):
+        server.wait_until_ready(20)
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"api_key": ["a", "b"]}, ["--api-key", "a", "b"]),
+        ({"middleware": []}, []),
+        ({"policy_options": {"window": 8}}, ["--policy-options", '{"window": 8}']),
+        ({"access_log": True}, ["--access-log"]),
+    ],
+)
+def test_flags_of_every_kind(flags, words):
+    plain, _ = command("zipage", {"model": "m"}, 1)
+    given, _ = command("zipage", {"model": "m"}, 1, flags)
+    assert [word for word in given if word not in plain] == words
+
+
 def test_one_that_does_not_come_up_says_so(fake):
     server = fake(unready=True)
     wait_until(lambda: "listening" in server.last_lines(), 30)
