@@ -163,6 +163,8 @@ BENCHMARK_IDS = {
     "four_gpus": "engine_bench-9792d05144ac",
     "two_h100": "engine_bench-84498b79ceba",
     "four_h100": "engine_bench-8f6e448c6d43",
+    "full_served": "serve_bench-9a3eeb4e406f",
+    "zipage_served": "serve_bench-137270e56601",
     "two_again_h100": "engine_bench-84498b79ceba",
     "vllm_two_h100": "engine_bench-b75d9d7da17d",
     "two_full_short": "engine_bench-14a9f6f2da98",
