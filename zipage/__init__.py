@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from kernels.bench import measure_ceilings, measure_kernels
     from zipage.llm import LLM
     from zipage.models.loading.share import share_model
+    from zipage.simulation.llm import SimulatedLLM
+    from zipage.simulation.times import CompressionTime, CompressionWork, StepWork
     from zipage.worker.request_memory import RequestMemory
 
 _KERNELS = str(Path(__file__).parents[1] / "kernels")
@@ -25,6 +27,8 @@ if _KERNELS not in kernels.__path__:  # Hugging Face's package of that name came
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "CompressionTime",
+    "CompressionWork",
     "EngineConfig",
     "EngineStats",
     "EventStats",
@@ -35,8 +39,10 @@ __all__ = [
     "RequestOutput",
     "RequestState",
     "SamplingParams",
+    "SimulatedLLM",
     "Snapshot",
     "StepStats",
+    "StepWork",
     "StreamEvent",
     "closest",
     "find_policy",
@@ -60,6 +66,14 @@ def __getattr__(name: str):
         from zipage.models.loading.share import share_model
 
         return share_model
+    if name == "SimulatedLLM":
+        from zipage.simulation.llm import SimulatedLLM
+
+        return SimulatedLLM
+    if name in ("CompressionTime", "CompressionWork", "StepWork"):
+        from zipage.simulation import times
+
+        return getattr(times, name)
     if name == "RequestMemory":
         from zipage.worker.request_memory import RequestMemory
 

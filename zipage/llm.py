@@ -18,7 +18,7 @@ from zipage.checks import Text, check_names, checked
 from zipage.config import EngineConfig
 from zipage.engine.input_processor import Message, Prompt, Tokens, as_conversations, as_prompts, read, text_of
 from zipage.engine.output_processor import PendingPrompt
-from zipage.engine.startup import start
+from zipage.engine.startup import Engine, start
 from zipage.outputs import RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams
 from zipage.stats import EngineStats, HeldEntries, Snapshot
@@ -50,7 +50,7 @@ class LLM:
     def __init__(self, model: str | PathLike[str], **options: Any) -> None:
         self.config = EngineConfig.from_kwargs(model=model, **options)
         self.config.warn_of_idle()
-        engine = start(self.config)
+        engine = self._start()
         self._core = engine.core
         self._inputs = engine.inputs
         self._outputs = engine.outputs
@@ -63,6 +63,9 @@ class LLM:
         self._left: deque[str] = deque()
         """Streams that were dropped in the middle of a step."""
         self._numbers = count()
+
+    def _start(self) -> Engine:
+        return start(self.config)
 
     # Requests
 
