@@ -7,14 +7,13 @@ is there too. From then on fresh requests wait, and a window of seconds is timed
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from random import Random
 
 from experiments.backends import Backend
 from experiments.errors import RunError
-from experiments.running.scenarios import Served, TimedRequest, hand_over
+from experiments.running.scenarios import Served, TimedRequest, clock_of, hand_over
 from zipage import EngineConfig, RequestOutput, StepStats
 
 QUIET_STEPS = 16
@@ -114,7 +113,8 @@ def serve_steadily(
     """
     outputs = {}
     watched = _Watched(backend)
-    start = time.perf_counter()
+    clock = clock_of(backend)
+    start = clock()
 
     def run(source: Iterator[TimedRequest]) -> None:
         for output in watched.keep_waiting(source):
@@ -128,11 +128,11 @@ def serve_steadily(
         while watched.quiet < QUIET_STEPS and (not watched.running or watched.ended < 2 * watched.running):
             run(filling)
         fresh = iter(requests)
-        warm = time.perf_counter() + WARM_UP * seconds
-        while time.perf_counter() < warm:
+        warm = clock() + WARM_UP * seconds
+        while clock() < warm:
             run(fresh)
-        begin = time.perf_counter()
-        while (end := time.perf_counter()) < begin + seconds:
+        begin = clock()
+        while (end := clock()) < begin + seconds:
             run(fresh)
     finally:
         watched.close()
