@@ -25,6 +25,7 @@ class Machine:
         link_bandwidth: bytes a second between GPUs. host_bandwidth: between GPU and host memory.
         weight_share, product_share: of bandwidth and arithmetic that matrix products reach.
         entry_share, prefill_share: the same of attention to the cache, and within prompts.
+        attention_seconds: of a layer's attention beside that.
         layer_seconds: of a layer's small kernels.
         row_passes: how often they move the numbers of a token, `width` of them.
         sample_seconds: of sampling, for each request and token of the vocabulary.
@@ -34,7 +35,9 @@ class Machine:
         eager: no step is a graph.
         move_share, score_share, redundancy_share: of bandwidth, bandwidth and arithmetic that the parts of a
             compression reach.
-        compression_seconds, compression_request_seconds: that the host takes to launch a batch of compressions.
+        compression_seconds: that the host takes to launch a batch of compressions. compression_score_seconds: more for
+            a policy that reads queries.
+        interpreter_share: of these, that the interpreter is kept from the next step.
         beside: how many times as long a compression takes beside a step.
     """
 
@@ -49,6 +52,7 @@ class Machine:
     product_share: float
     entry_share: float
     prefill_share: float
+    attention_seconds: float
     layer_seconds: float
     row_passes: float
     sample_seconds: float
@@ -60,7 +64,8 @@ class Machine:
     score_share: float
     redundancy_share: float
     compression_seconds: float
-    compression_request_seconds: float
+    compression_score_seconds: float
+    interpreter_share: float
     beside: float
     eager: bool = False
 

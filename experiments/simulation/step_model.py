@@ -3,7 +3,7 @@
 A roofline with shares: each part of a step reaches its own share of the machine's bandwidth or arithmetic.
 
     products   = ((weights / bandwidth)^4 + (tokens x operations / flops)^4)^(1/4)      a roofline with a round corner
-    attention  = entries x bytes / bandwidth + prefill pairs x operations / flops
+    attention  = layers x a constant + entries x bytes / bandwidth + prefill pairs x operations / flops
     the rest   = layers x (a constant + tokens x bytes of a row / bandwidth) + sampled tokens x vocabulary x a constant
     ranks      = 2 x layers x (latency + tokens x bytes of a row / link), for more than one GPU
     moves      = blocks to host memory and back / host link
@@ -58,7 +58,7 @@ class StepModel:
         arithmetic = tokens * sizes.token_flops / (m.flops * m.product_share)
         products = (reads**CORNER + arithmetic**CORNER) ** (1 / CORNER)
         entries = decode_entries + is_graph * prefill_entries
-        attention = entries * sizes.kv_bytes / (m.bandwidth * m.entry_share)
+        attention = shape.layers * m.attention_seconds + entries * sizes.kv_bytes / (m.bandwidth * m.entry_share)
         attention += (1 - is_graph) * prefill_entries * shape.pair_flops / (m.flops * m.prefill_share)
         row = 2 * shape.width  # bytes
         rest = shape.layers * (m.layer_seconds + m.row_passes * tokens * row / m.bandwidth)
@@ -82,8 +82,8 @@ class StepModel:
             longest = work.entries / work.num_requests
             pairs = work.entries * min(compared, longest)
             seconds += pairs * self.shape.key_flops / (m.flops * m.redundancy_share)
-        launch = m.compression_seconds + m.compression_request_seconds * work.num_requests
-        return CompressionTime(launch, seconds, m.beside * seconds)
+        launch = m.compression_seconds + m.compression_score_seconds * (work.policy.num_queries > 0)
+        return CompressionTime(launch, m.interpreter_share * launch, seconds, m.beside * seconds)
 
 
 def _compared_keys(policy: Any) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from zipage import CompressionTime, CompressionWork, StepWork
 
-COMPRESSION = CompressionTime(0.001, 0.003, 0.006)
+COMPRESSION = CompressionTime(0.001, 0.0, 0.003, 0.006)
 
 
 @dataclass

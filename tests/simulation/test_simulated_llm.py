@@ -86,7 +86,7 @@ def test_steps_that_do_not_overlap_wait_for_the_host(folder):
 
 
 def seconds_and_steps(folder, **options) -> tuple[float, int, int]:
-    times = FixedTimes(compression_time=CompressionTime(0.001, 0.003, 0.012))
+    times = FixedTimes(compression_time=CompressionTime(0.001, 0.0, 0.003, 0.012))
     llm = SimulatedLLM(folder, times=times, policy="random", **OPTIONS | BOUNDED | options)
     llm.generate([[5] * 10, [6] * 3], SamplingParams(max_tokens=100, ignore_eos=True), use_tqdm=False)
     return llm.clock(), llm.stats.steps, llm.stats.compressions_applied

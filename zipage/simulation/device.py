@@ -38,11 +38,12 @@ class Timeline:
         clock: of the host.
         free: when the step queued last has ended.
         shared: seconds of compressions that run beside the steps to come, and make them longer.
+        interrupted: seconds that another thread kept the host's interpreter from the next step.
     """
 
     def __init__(self, clock: VirtualClock) -> None:
         self.clock = clock
-        self.free = self.shared = 0.0
+        self.free = self.shared = self.interrupted = 0.0
 
     def queue(self, seconds: float) -> float:
         """Queue a step behind the others, and return when it begins."""
@@ -89,7 +90,8 @@ class SimulatedRunner:
 
     def launch(self, plan: PlannedWork) -> SimulatedLaunch:
         clock = self._timeline.clock
-        clock.sleep(self._times.host(plan.work))
+        clock.sleep(self._times.host(plan.work) + self._timeline.interrupted)
+        self._timeline.interrupted = 0.0
         begin = self._timeline.queue(self._times.step(plan.work))
         return SimulatedLaunch(clock, plan.tokens, begin, self._timeline.free)
 
@@ -177,6 +179,7 @@ class SimulatedCompressor:
                 self._worker_free = max(begin, group[-1][1]) + time.launch
                 self._stream_free = max(self._worker_free, self._ready, self._stream_free) + time.beside
                 self._timeline.shared += time.device
+                self._timeline.interrupted += time.interrupts
                 self._batches.append(_Batch(group, self._stream_free))
 
     def _time(self, group: Sequence[tuple[CompressionOrder, float]]) -> CompressionTime:

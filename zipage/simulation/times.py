@@ -48,11 +48,13 @@ class CompressionTime(NamedTuple):
 
     Attributes:
         launch: that the host takes to launch it.
+        interrupts: of these, that it keeps the interpreter from the next step, where a thread of its own launches it.
         device: that the device is busy with it.
         beside: from its begin to its end, where it shares the device with a step.
     """
 
     launch: float
+    interrupts: float
     device: float
     beside: float
 
