@@ -213,6 +213,24 @@ def read_training_options(given: list[str], request) -> None:
     assert len(asked) == 1
 
 
+def simulate(module: str, given: list[str], request) -> None:
+    """Of all records one short one is simulated, and nothing is fitted: tests/experiments/simulation does that."""
+    patch, folder = request.getfixturevalue("monkeypatch"), request.getfixturevalue("tmp_path")
+    program = importlib.import_module(module)
+    if module.endswith("fit"):
+        for stage in ("device_constants", "host_constants"):
+            patch.setattr(program, stage, lambda machine, *_: machine)
+    else:
+        records = [Path(option) for option in given if option.startswith("results/")]
+        assert all(record.is_dir() for record in records) and records
+        short = [ROOT / "results" / "records" / "engine_bench_short_256_h100"]
+        patch.setattr(program, "_benchmarks", lambda record: short)
+        given = [option for option in given if not option.startswith("results/")] + [str(short[0])]
+    if "--out" in given:
+        given[given.index("--out") + 1] = str(folder / "out")
+    assert program.main(given) == 0
+
+
 def find_script(file: str, given: list[str]) -> None:
     """It takes a GPU, or writes a picture into the tree: it is there and knows the options."""
     source = (ROOT / file).read_text(encoding="utf-8")
@@ -294,6 +312,8 @@ def test_the_command_works(command, request):
         read_records(given[1], given[2:], request)
     elif program == "python" and given[1] == "experiments.train_reasoner":
         read_training_options(given[2:], request)
+    elif program == "python" and given[1] in ("experiments.simulate", "experiments.simulation.fit"):
+        simulate(given[1], given[2:], request)
     elif program == "python" and given[1] == "pytest":
         find_tests(given[2:])
     elif program == "python" and given[1].startswith("tests."):
