@@ -1,11 +1,12 @@
 """`python -m experiments.simulation.fit`: a machine's constants from committed records.
 
-Three stages, each with what the stage before has found:
+Four stages, each with what the stage before has found:
 
 1. Shares of a compression and of prefill attention, from the kernels' benchmark.
 2. Shares of products and attention and the constants of a layer, by least squares over a profile's parts of a step and
    over step times of the engine's benchmark. Which steps an arm takes is simulated once: constants change their times.
-3. What the host takes, from arms whose steps are so short that it shows, each simulated anew at every trial.
+3. What a sum over GPUs takes, from an arm on two of them.
+4. What the host takes, from arms whose steps are so short that it shows, each simulated anew at every trial.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ DEVICE = (
     *("attention_seconds", "layer_seconds", "row_passes", "sample_seconds"),
 )
 HOST = ("host_row_seconds", "compression_seconds", "compression_score_seconds", "interpreter_share")
-LARGEST = 0.99
-"""Of a share."""
+LARGEST, SMALLEST = 0.99, 1e-15
+"""Of a share, and of any constant that is fitted as its logarithm."""
 
 
 def kernel_shares(machine: Machine, folder: Path) -> Machine:
@@ -91,7 +92,7 @@ def device_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredArm
             found += _off(measured, base, StepModel(changed, shape), StepModel(machine, shape))
         return found
 
-    begin = np.log([getattr(machine, name) for name in DEVICE])
+    begin = np.log([max(getattr(machine, name), SMALLEST) for name in DEVICE])
     highest = [np.log(LARGEST) if name.endswith("_share") else np.inf for name in DEVICE]
     fitted = least_squares(residuals, np.minimum(begin, np.array(highest) - 1e-6), bounds=(-np.inf, highest))
     return replace(machine, **dict(zip(DEVICE, np.exp(fitted.x).tolist())))
@@ -107,8 +108,17 @@ def _off(measured: MeasuredArm, base: SimulatedArm, now: StepModel, before: Step
     return [float(np.log(rate)), float(np.log(1e3 * np.median(after) / measured.row["step_ms"]["p50"]))]
 
 
+def collective_constant(machine: Machine, measured: MeasuredArm) -> Machine:
+    """Stage 3: what a sum over GPUs must take for the median step of an arm on several of them."""
+    free = replace(machine, collective_seconds=0.0)
+    simulated = simulate_arm(measured.arm, free)
+    lacking = measured.row["step_ms"]["p50"] - simulated.row["step_ms"]["p50"]
+    sums = 2 * simulated.times.shape.layers
+    return replace(machine, collective_seconds=max(0.0, 1e-3 * lacking / sums))
+
+
 def host_constants(machine: Machine, arms: Sequence[MeasuredArm], trials: int) -> Machine:
-    """Stage 3."""
+    """Stage 4."""
 
     def changed(values: np.ndarray) -> Machine:
         found = dict(zip(HOST, np.exp(values).tolist()))
@@ -157,6 +167,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=[str(RECORDS / "engine_bench_policies_h100" / name) for name in ("random", "zipage")],
         help="arms whose host shows",
     )
+    parser.add_argument(
+        "--ranks",
+        default=str(RECORDS / "engine_bench_ranks_h100" / "two_h100" / "two"),
+        metavar="RECORD/ARM",
+        help="an arm on several GPUs",
+    )
     parser.add_argument("--trials", type=int, default=40, help="of the host's constants; 0 leaves them as they are")
     parser.add_argument("--out", type=Path, help="a file of conf/machine/; without, it is printed")
     options = parser.parse_args(arguments)
@@ -164,10 +180,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine = kernel_shares(read_machine(options.machine), options.kernels)
         arms = [arm for folder in options.device for arm in measured_arms(folder)]
         machine = device_constants(machine, options.profile, arms)
+        machine = collective_constant(machine, _one_arm(options.ranks))
         if options.trials:
             machine = host_constants(machine, [_one_arm(name) for name in options.host], options.trials)
         records = [options.kernels.name, options.profile.stem, *(folder.name for folder in options.device)]
-        records += ["/".join(Path(name).parts[-2:]) for name in options.host if options.trials]
+        others = [options.ranks, *(options.host if options.trials else [])]
+        records += ["/".join(Path(name).parts[-2:]) for name in others]
         machine = replace(machine, origin=f"published rates; constants fitted to {', '.join(records)}")
         text = as_yaml(machine, "Made by `python -m experiments.simulation.fit`, which says how.")
     except (UsageError, OSError, KeyError, ValueError) as error:

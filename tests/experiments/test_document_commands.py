@@ -218,11 +218,12 @@ def simulate(module: str, given: list[str], request) -> None:
     patch, folder = request.getfixturevalue("monkeypatch"), request.getfixturevalue("tmp_path")
     program = importlib.import_module(module)
     if module.endswith("fit"):
-        for stage in ("device_constants", "host_constants"):
+        for stage in ("device_constants", "collective_constant", "host_constants"):
             patch.setattr(program, stage, lambda machine, *_: machine)
     else:
         records = [Path(option) for option in given if option.startswith("results/")]
-        assert all(record.is_dir() for record in records) and records
+        assert records
+        assert all(record.is_dir() for record in records)
         short = [ROOT / "results" / "records" / "engine_bench_short_256_h100"]
         patch.setattr(program, "_benchmarks", lambda record: short)
         given = [option for option in given if not option.startswith("results/")] + [str(short[0])]
