@@ -221,9 +221,7 @@ def simulate(module: str, given: list[str], request) -> None:
         for stage in ("device_constants", "collective_constant", "host_constants"):
             patch.setattr(program, stage, lambda machine, *_: machine)
     else:
-        records = [Path(option) for option in given if option.startswith("results/")]
-        assert records
-        assert all(record.is_dir() for record in records)
+        assert [path for option in given if option.startswith("results/") for path in ROOT.glob(option)]
         short = [ROOT / "results" / "records" / "engine_bench_short_256_h100"]
         patch.setattr(program, "_benchmarks", lambda record: short)
         given = [option for option in given if not option.startswith("results/")] + [str(short[0])]
