@@ -20,6 +20,8 @@ from experiments.records import load_requests, load_runs
 if TYPE_CHECKING:
     import pandas as pd
 
+GRADED = ("run", "prompt_id", "sample_index", "grader", "old_grade", "grade", "extracted", "grader_error")
+
 
 def regrade(run: pd.Series, grader: str | None = None, allow_code_execution: bool = False) -> pd.DataFrame:
     """The samples of a run, a row of `load_runs()`, graded again from the recorded output and gold.
@@ -30,8 +32,7 @@ def regrade(run: pd.Series, grader: str | None = None, allow_code_execution: boo
         allow_code_execution: let the grader "code" run the programs in the answers.
 
     Returns:
-        One row a sample: run, prompt_id, sample_index, grader, old_grade, grade, extracted, grader_error. A sample that
-        was refused keeps its grade.
+        One row a sample, with the columns `GRADED`. A sample that was refused keeps its grade.
 
     Raises:
         UsageError: there is no such grader, it can't grade here or not such answers (those of a conversation or a chain
@@ -62,7 +63,7 @@ def regrade(run: pd.Series, grader: str | None = None, allow_code_execution: boo
             row |= {"grade": graded.score, "extracted": graded.extracted, "grader_error": graded.error}
         rows.append(row)
     texts = dict.fromkeys(("extracted", "grader_error"), "string")
-    return pd.DataFrame(rows).astype({"old_grade": "float64", "grade": "float64"} | texts)
+    return pd.DataFrame(rows, columns=list(GRADED)).astype({"old_grade": "float64", "grade": "float64"} | texts)
 
 
 def _check_it_reads(grader: str, run: pd.Series) -> None:

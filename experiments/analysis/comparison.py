@@ -111,7 +111,7 @@ def compare(
         output_length.inflation: mean output length over that of full KV.
         goodput, slo_goodput: right answers per second, and those in time. A grade between 0 and 1 counts in part.
         slo_share, slo_rate: share of the requests that were answered in time with all their samples, and how many a
-            second, whatever their grades.
+            second, whatever their grades. Null of a steady state, of which only short requests end.
         divergence, agreement, loss, worked_divergence, worked_loss, each with .low and .high: how close the run
             stayed to full KV on the same text, as `experiments.analysis.fidelity` defines them.
         correct_per_gpu_hour: right answers per hour and device, loading left out. On a CPU that is an hour of the
@@ -137,13 +137,14 @@ def compare(
         samples = list(threads.map(read, recorded["path"], numbers["loop_rate"]))
     graded = {i: run for i, run in enumerate(samples) if run is not None and run.problems}
 
+    steady = (runs.reindex(columns=["scenario.arrival"]).iloc[:, 0] == "steady").tolist()
     rows: list[dict[str, Any]] = [
         {"budget": budget, "device": device} for budget, device in zip(held_budgets(runs), devices(runs), strict=True)
     ]
     for i, (row, run) in enumerate(zip(rows, numbers.itertuples(index=False), strict=True)):
         row["cap_hit_share"] = _ratio(0 if math.isnan(run.cut) else run.cut, run.samples - run.errors)
         row["loop_rate"] = samples[i].loop_rate if samples[i] and math.isnan(run.loop_rate) else run.loop_rate
-        if samples[i]:
+        if samples[i] and not steady[i]:
             row["slo_share"] = _ratio(samples[i].kept, samples[i].requests)
             row["slo_rate"] = samples[i].kept / run.seconds
         if i in graded:

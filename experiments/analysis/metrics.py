@@ -13,6 +13,7 @@ import numpy as np
 from experiments.analysis import fidelity
 from experiments.analysis.loops import loop_rate
 from experiments.analysis.replicas import at_once
+from experiments.records.files import OF_ENDED
 
 PERCENTILES = (50, 90, 99)
 WINDOWS = 10
@@ -121,7 +122,8 @@ def in_window(
 
     Returns:
         Also `window_rates`: tokens a second in each of `WINDOWS` equal parts of the window. What only requests that
-        ended could tell is None: most are still at work, and those that ended are the short ones.
+        ended could tell is None: most are still at work, and those that ended are the short ones. Output tokens are
+        those of decodes: the first token of a request, which its prefill gives, does not count.
     """
     begin, end = window
     steps = [step for step in steps if begin < step["time"] <= end]
@@ -138,7 +140,7 @@ def in_window(
         "window_rates": (parts * WINDOWS / seconds).tolist(),
         "requests_per_second": None,
         "rate": {"offered": None, "achieved": None},
-        **dict.fromkeys(("output_length", "ttft", "e2e", "blocks_held", "kv_bytes"), spread([])),
+        **dict.fromkeys(OF_ENDED, spread([])),
         "prompt_tokens": prefilled,
         "preemptions": sum(step["num_preempted"] for step in steps),
         "pauses": sum(step["num_paused"] for step in steps),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from experiments.errors import UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def next_rate(measured: Mapping[float, bool], low: float, high: float, steps: int) -> float | None:
@@ -40,6 +42,8 @@ def next_rate(measured: Mapping[float, bool], low: float, high: float, steps: in
 
 def lowest_broken(rows: pd.DataFrame | list[dict], load: str, arm: str) -> float | None:
     """The lowest rate at which an arm's limits did not hold; None where they always did."""
+    import pandas as pd
+
     rows = pd.DataFrame(rows).to_dict("records")
     mine = [row for row in rows if (row["load"], row["arm"]) == (load, arm) and pd.notna(row.get("rate"))]
     return min((row["rate"] for row in mine if row.get("slo_holds") is False), default=None)
@@ -61,6 +65,8 @@ def highest(rows: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     Raises:
         UsageError: no load has a highest rate of that arm.
     """
+    import pandas as pd
+
     found = {}
     for (load, arm), mine in rows[rows["rate"].notna() & rows["refused"].isna()].groupby(["load", "arm"], sort=False):
         held = mine["slo_holds"].astype(bool)

@@ -93,6 +93,11 @@ def check(experiment: Experiment) -> None:
             not steady or workload.generator in OF_LENGTHS,
             f"{' or '.join(OF_LENGTHS)} with scenario=steady, which must know how long outputs are",
         ),
+        (
+            "backend",
+            not steady or experiment.backend != "transformers",
+            "another one with scenario=steady: its batches last to their end, so no request joins one at work",
+        ),
         ("scenario.rate", not poisson or (rate is not None and 0 < rate < math.inf), "arrivals a second, above 0"),
         ("scenario.machine", not simulate or scenario.machine, "given: a name in conf/machine/, or a YAML file"),
         ("scenario.machine", simulate or scenario.machine is None, "left out: only scenario=simulate has a machine"),

@@ -19,6 +19,7 @@ from experiments.records.files import (
     METRICS,
     NAMES,
     NUMBERS,
+    OF_ENDED,
     PROVENANCE,
     REQUESTS,
     ROWS,
@@ -107,6 +108,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     for name in NUMBERS:
         if not isinstance(metrics.get(name), int | float | None):
             raise ValueError(f"{METRICS} has no number as {name}")
+    if options.get("scenario.arrival") == "steady":  # the first records of one told those of its short requests
+        metrics |= {name: None for name in metrics if name.partition(".")[0] in OF_ENDED}
     return {"run": folder.name, "path": str(folder)} | options | flatten({"provenance": provenance}) | metrics
 
 

@@ -16,6 +16,8 @@ NUMBERS = (
     *("facts_known", "loop_rate", "finish_reasons.length"),
 )
 """Options that each record has as texts, and metrics that are numbers where they are there: tables count on it."""
+OF_ENDED = ("output_length", "ttft", "tpot", "e2e", "blocks_held", "kv_bytes")
+"""Metrics of requests that ended, which a steady state does not tell: it ends while most are at work."""
 PARTIAL = ".partial"
 TRACKING = "wandb"
 SWEEPS = "sweeps"

@@ -351,7 +351,7 @@ class Job:
                 continue
             first = f"the first is {faults[0]['prompt_id']}: {faults[0][column]}"
             line = f"{len(faults)} of {len(rows)} samples {what}; {first}"
-            if column == "error" and len(faults) == len(rows):
+            if column == "error" and len(faults) == len(rows) and served.window is None:
                 raise RunError(line + f" (nothing was recorded; traceback: {trace})" * trace.exists())
             if column == "error" and trace.exists():
                 line += f" (traceback: {self.folder / trace.name})"

@@ -6,6 +6,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,8 @@ class _Running:
 
 @dataclass
 class FakeLLM:
-    """One token a step for every request; `fail_at` raises in that step, `step_seconds` slows each down.
+    """One token a step for each of the first `max_num_seqs` samples; `fail_at` raises in that step, `step_seconds`
+    slows each down.
 
     Under a policy other than "full", a sample that holds its budget and one block more is compressed.
     """
@@ -102,16 +104,17 @@ class FakeLLM:
         if self.stats.steps == self.fail_at:
             raise self.error
         now = time.perf_counter()
-        for request in self._running:
+        at_work = self._at_work()
+        for request in at_work:
             request.made += 1
             request.metrics.ttft = request.metrics.ttft or now - request.metrics.arrival
             for index, sample in enumerate(request.samples):
                 sample.held += request.made <= len(sample.text)
                 if self.config.policy != "full" and sample.held >= self._keep + self.config.block_size:
                     self._compress(request, index)
-        done = [request for request in self._running if request.made == max(len(s.text) for s in request.samples)]
+        done = [request for request in at_work if request.made == max(len(s.text) for s in request.samples)]
         self._running = [request for request in self._running if request not in done]
-        running = len(self._running)
+        running = len(at_work) - len(done)
         step = StepStats(
             step=self.stats.steps,
             time=now,
@@ -125,7 +128,7 @@ class FakeLLM:
             num_compressing=0,
             num_stalled=0,
             num_running=running,
-            num_waiting=0,
+            num_waiting=sum(r.params.n for r in self._running) - sum(r.params.n for r in self._at_work()),
             query_slots_used=running * (self.config.policy != "full"),
             blocks_used=running + 1,
             blocks_cached=0,
@@ -138,6 +141,10 @@ class FakeLLM:
         for listener in self.step_listeners:
             listener(step)
         return [_output(request, now) for request in done]
+
+    def _at_work(self) -> list[_Running]:
+        places = accumulate(request.params.n for request in self._running)
+        return [r for r, place in zip(self._running, places, strict=True) if place <= self.config.max_num_seqs]
 
     @property
     def _keep(self) -> int:

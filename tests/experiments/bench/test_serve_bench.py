@@ -137,7 +137,7 @@ def test_the_warm_up_has_short_outputs(load):
         (LOAD.replace("full: {}", "full: {polcy: zipage}"), {}, "arms.full: LLM: unknown option"),
         (LOAD.replace("full: {}", "full: {seed: 3}"), {}, "arms.full: seed=3: leave it out"),
         (LOAD.replace("full: {}", "full: {backend: transformers}"), {}, "backend=transformers: has no server"),
-        (LOAD.replace("full: {}", "full: {flags: 3}"), {}, "flags=3: must be a mapping"),
+        (LOAD.replace("full: {}", "full: {flags: 3}"), {}, "own flags must be a mapping, not 3"),
         (LOAD.replace("full: {}", "full: {backend: vllm}"), {}, "num_blocks=32: backend=vllm has blocks of its own"),
         ("lengths: {trace: null}\nrates: [1]\narms: {full: {}}", {}, "takes a trace: scenario.path=FILE"),
         ("arms: {}", {}, "must have a mapping `arms`"),

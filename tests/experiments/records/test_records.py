@@ -23,6 +23,7 @@ from experiments.config.schema import Experiment, WorkloadConfig, to_dict
 from experiments.errors import RunError, UsageError
 from experiments.paths import ROOT
 from experiments.records import content, ids, schemas
+from experiments.reporting.conclusion import conclusions
 from experiments.running import outcomes
 from experiments.running.job import Job
 from experiments.workloads import load_problems
@@ -188,6 +189,12 @@ def test_committed_records_are_read():
     runs = records.load_runs(ROOT / "results" / "records")
     assert set(runs["run"]) == {run.name for run in COMMITTED}
     assert runs.attrs["incomplete"] == 0
+
+
+def test_committed_steady_states_tell_nothing_of_their_short_requests():
+    runs = records.load_runs(ROOT / "results" / "records" / "paper_speed_h100")
+    assert runs[["kv_bytes.max", "ttft.p50", "tpot.p50", "output_length.mean"]].isna().all(axis=None)
+    assert not any("of its memory" in line for line in conclusions(runs))
 
 
 def test_content_hash_ignores_the_order_of_keys():

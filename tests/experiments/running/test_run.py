@@ -140,8 +140,8 @@ def test_what_is_hardly_meant_is_said_before_the_run(launch, results, tmp_path, 
         "closer",
         "note: sampling.n=4 at temperature 0: unless the policy draws at random, the samples of a problem are equal; "
         "sampling=nucleus draws different ones, sampling.n=1 asks once",
-        f"note: scenario.path={times}: only arrivals are read of it, not prompt_tokens, output_tokens; the workload "
-        "sets how long requests are (workload=lengths)",
+        f"note: scenario.path={times}: only arrivals are read of it, not prompt_tokens, output_tokens; "
+        "workload=trace makes requests as long as those of the trace",
         "note: workload.grader=number: can't read 1 of 2 golds, whose answers score 0; the first is 1: ValueError: the "
         "gold 'four' holds no number",
     ]

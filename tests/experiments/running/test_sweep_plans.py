@@ -67,8 +67,11 @@ def terminal(monkeypatch, width):
     with os.fdopen(child, "w") as stdout, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
         yield shown
-        stdout.flush()
-        shown.append(os.read(parent, 1 << 16).decode())
+    text = b""
+    with contextlib.suppress(OSError):  # the other side is closed: this is its end
+        while part := os.read(parent, 1 << 16):  # one read may bring a part of what was written
+            text += part
+    shown.append(text.decode())
     os.close(parent)
 
 
@@ -81,7 +84,7 @@ def test_a_plan_and_its_progress_fit_the_terminal(launch_sweep, small, monkeypat
         progress.close()
     parts = [part for part in re.split(r"[\r\n]+", re.sub(r"\x1b\[\w", "", shown[0])) if part]
     assert max(map(len, parts)) <= width
-    assert any("..., 0:00:59 left |" in part for part in parts), "the time is not cut off"
+    assert any(re.search(r"\.\.\., 0:00:59 left \|", part) for part in parts), "the time is not cut off"
 
 
 @pytest.mark.parametrize("sweep", ["demo", "reasoner", "granularity", "budget", "paper_table1", "concurrency"])
