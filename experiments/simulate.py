@@ -1,6 +1,6 @@
 """`python -m experiments.simulate RECORD...`: measured arms of `scenario=engine_bench`, simulated, and the errors.
 
-One run is simulated by `python -m experiments.run scenario=simulate`.
+`serve LOAD...`: loads of `scenario=serve_bench`. One run is simulated by `python -m experiments.run scenario=simulate`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,26 @@ from pathlib import Path
 from experiments.command_line import Parser, stoppable
 from experiments.errors import UsageError
 from experiments.records import ROWS
+from experiments.simulation import serve_command
 from experiments.simulation.errors import compared, error_table, machine_of_record
 from experiments.simulation.machine import read_machine
+
+COMMANDS = {"serve": serve_command.main}
 
 
 @stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = COMMANDS.get(arguments[0]) if arguments else None
+    if command is not None:
+        try:
+            return command(arguments[1:])
+        except (UsageError, OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     parser = Parser(
-        prog="python -m experiments.simulate", description="Simulate what was measured, and tell the errors."
+        prog="python -m experiments.simulate",
+        description="Simulate what was measured, and tell the errors; or: serve LOAD... (--help after it).",
     )
     parser.add_argument("records", nargs="+", type=Path, help="folders of scenario=engine_bench, or folders of them")
     parser.add_argument("--machine", help="a name in conf/machine/ or a YAML file; without, that of the record's GPU")

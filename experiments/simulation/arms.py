@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from experiments.simulation.machine import Machine
 from experiments.simulation.shape import SimulatedShape
 from experiments.simulation.step_model import StepModel
 from zipage import CompressionTime, CompressionWork, SimulatedLLM, StepWork
+
+Model = TypeVar("Model", bound=StepModel)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,19 @@ class SimulatedArm:
         return [work for place, work in self.times.compressions if first < place <= last + 1]
 
 
+def times_of(options: Mapping[str, Any], machine: Machine, kind: type[Model] = StepModel) -> Model:
+    """The times of an engine's options on a machine. Raises UsageError for a model without a `config.json`."""
+    ranks = options.get("tensor_parallel_size", 1)
+    shape = SimulatedShape.read(Path(options["model"]), options.get("dtype", "auto"), ranks)
+    machine = replace(machine, eager=machine.eager or options.get("enforce_eager", False))
+    return kind(machine, shape, options.get("block_size", 256))
+
+
+def started(options: Mapping[str, Any], times: StepModel) -> SimulatedLLM:
+    """An engine. Raises ValueError where it can't be started so."""
+    return SimulatedLLM(**{name: value for name, value in options.items() if name != "load_format"}, times=times)
+
+
 def simulate_arm(arm: Arm, machine: Machine) -> SimulatedArm:
     """Run an arm on a machine that is simulated. All repeats of whole loads are alike, so there is one.
 
@@ -103,11 +119,8 @@ def simulate_arm(arm: Arm, machine: Machine) -> SimulatedArm:
     """
     if arm.window_steps is None:
         arm = replace(arm, repeats=1)
-    options = {name: value for name, value in arm.options.items() if name != "load_format"}
-    ranks = options.get("tensor_parallel_size", 1)
-    shape = SimulatedShape.read(Path(options["model"]), options.get("dtype", "auto"), ranks)
-    times = Recorded(machine, shape, options.get("block_size", 256))
-    llm = SimulatedLLM(**options, times=times)
+    times = times_of(arm.options, machine, Recorded)
+    llm, shape = started(arm.options, times), times.shape
     try:
         repeats = repeated(llm, arm, shape.sizes)
     finally:

@@ -37,6 +37,7 @@ from experiments.paths import CONF, ROOT
 from experiments.records import load_runs
 from experiments.running import sweep
 from experiments.workloads import load_problems
+from experiments.workloads.problem import Problem
 from tests.experiments.workloads.test_workload_configs import ITEMS, write
 from tests.serve.running import RunningServer, answers, free_port, wait_until
 from tests.tiny_models import save_tiny_model, save_tiny_tokenizer
@@ -343,7 +344,14 @@ def test_the_budget_that_is_shown_binds(command):
         experiment = load_experiment(arm)
         if bound := held(experiment):
             assert experiment.sampling.max_tokens > bound
-            assert all(len(p.question) + p.expected_tokens > bound for p in load_problems(experiment.workload))
+            assert all(_entries(p) > bound for p in load_problems(experiment.workload))
+
+
+def _entries(problem: Problem) -> int:
+    """Of a request at its end: of its solution, where the model is one of characters, or as its workload says."""
+    if problem.output_tokens is not None:
+        return problem.prompt_tokens + problem.output_tokens
+    return len(problem.question) + problem.expected_tokens
 
 
 @pytest.fixture
