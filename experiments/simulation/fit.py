@@ -5,8 +5,9 @@ Four stages, each with what the stage before has found:
 1. Shares of a compression and of prefill attention, from the kernels' benchmark.
 2. Shares of products and attention and the constants of a layer, by least squares over a profile's parts of a step and
    over step times of the engine's benchmark. Which steps an arm takes is simulated once: constants change their times.
-3. What a sum over GPUs takes, from an arm on two of them.
-4. What the host takes, from arms whose steps are so short that it shows, each simulated anew at every trial.
+3. What a sum over GPUs takes: the link's share from the gather in a profile of two ranks, the rest from an arm on two.
+4. What it takes to launch a layer kernel by kernel, from the slowest steps of an arm of small layers.
+5. What the host takes, from arms whose steps are so short that it shows, each simulated anew at every trial.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from experiments.paths import ROOT
 from experiments.simulation.arms import MeasuredArm, SimulatedArm, measured_arms, simulate_arm
 from experiments.simulation.machine import Machine, read_machine
 from experiments.simulation.shape import SimulatedShape
-from experiments.simulation.step_model import StepModel
+from experiments.simulation.step_model import LOGIT_BYTES, StepModel
 
 RECORDS = ROOT / "results" / "records"
 PROFILED_MODEL = ROOT / "models" / "qwen3-8b-shape"
 """Of `profile_step` and of the kernels' benchmark."""
+PROFILED_ROWS = 64
+"""Requests of the profile of ranks."""
 SHARED = "full:256x1024="
 """A case of the profile whose requests share some of their blocks, so that their attention comes out too fast
 (docs/performance.md)."""
@@ -108,6 +111,25 @@ def _off(measured: MeasuredArm, base: SimulatedArm, now: StepModel, before: Step
     return [float(np.log(rate)), float(np.log(1e3 * np.median(after) / measured.row["step_ms"]["p50"]))]
 
 
+def link_share(machine: Machine, path: Path) -> Machine:
+    """Stage 3, from a profile of ranks: the gather of the logits of `rows` requests in bfloat16."""
+    profile = json.loads(path.read_text(encoding="utf-8"))
+    seconds = 1e-3 * next(row["ms_a_step"] for row in profile["rows"] if "AllGather" in row["kernel"])
+    size = PROFILED_ROWS * SimulatedShape.read(PROFILED_MODEL).sizes.vocab_size * LOGIT_BYTES
+    others = (profile["gpus"] - 1) / profile["gpus"]
+    return replace(machine, link_share=size * others / seconds / machine.link_bandwidth)
+
+
+def launch_constant(machine: Machine, measured: MeasuredArm) -> Machine:
+    """Stage 4: what a layer must take for the 99th percentile of an arm's steps, which are launched kernel by kernel."""
+    for _ in range(3):
+        simulated = simulate_arm(measured.arm, machine)
+        lacking = measured.row["step_ms"]["p99"] - simulated.row["step_ms"]["p99"]
+        seconds = machine.launch_seconds + 1e-3 * lacking / simulated.times.shape.layers
+        machine = replace(machine, launch_seconds=max(0.0, seconds))
+    return machine
+
+
 def collective_constant(machine: Machine, measured: MeasuredArm) -> Machine:
     """Stage 3: what a sum over GPUs must take for the median step of an arm on several of them."""
     free = replace(machine, collective_seconds=0.0)
@@ -118,7 +140,7 @@ def collective_constant(machine: Machine, measured: MeasuredArm) -> Machine:
 
 
 def host_constants(machine: Machine, arms: Sequence[MeasuredArm], trials: int) -> Machine:
-    """Stage 4."""
+    """Stage 5."""
 
     def changed(values: np.ndarray) -> Machine:
         found = dict(zip(HOST, np.exp(values).tolist()))
@@ -173,6 +195,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="RECORD/ARM",
         help="an arm on several GPUs",
     )
+    parser.add_argument("--link", type=Path, default=RECORDS / "ranks_profile_h200.json", help="a profile of ranks")
+    parser.add_argument(
+        "--launch",
+        default=str(RECORDS / "engine_bench_redesign_h100" / "after_small1" / "full"),
+        metavar="RECORD/ARM",
+        help="an arm whose slowest steps the host launches kernel by kernel",
+    )
     parser.add_argument("--trials", type=int, default=40, help="of the host's constants; 0 leaves them as they are")
     parser.add_argument("--out", type=Path, help="a file of conf/machine/; without, it is printed")
     options = parser.parse_args(arguments)
@@ -180,11 +209,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine = kernel_shares(read_machine(options.machine), options.kernels)
         arms = [arm for folder in options.device for arm in measured_arms(folder)]
         machine = device_constants(machine, options.profile, arms)
-        machine = collective_constant(machine, _one_arm(options.ranks))
+        machine = collective_constant(link_share(machine, options.link), _one_arm(options.ranks))
+        machine = launch_constant(machine, _one_arm(options.launch))
         if options.trials:
             machine = host_constants(machine, [_one_arm(name) for name in options.host], options.trials)
         records = [options.kernels.name, options.profile.stem, *(folder.name for folder in options.device)]
-        others = [options.ranks, *(options.host if options.trials else [])]
+        records.append(options.link.stem)
+        others = [options.ranks, options.launch, *(options.host if options.trials else [])]
         records += ["/".join(Path(name).parts[-2:]) for name in others]
         machine = replace(machine, origin=f"published rates; constants fitted to {', '.join(records)}")
         text = as_yaml(machine, "Made by `python -m experiments.simulation.fit`, which says how.")

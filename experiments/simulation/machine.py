@@ -29,9 +29,9 @@ class Machine:
         layer_seconds: of a layer's small kernels.
         row_passes: how often they move the numbers of a token, `width` of them.
         sample_seconds: of sampling, for each request and token of the vocabulary.
-        collective_seconds: of a sum over GPUs, twice a layer.
+        collective_seconds: of a sum over GPUs, twice a layer. link_share: of the link's bandwidth that it reaches.
         host_seconds, host_row_seconds: of scheduling and booking a step, and for each request in it.
-        launch_seconds: of launching a layer that is no part of a graph.
+        launch_seconds: of launching a layer's kernels where they are no part of a graph.
         eager: no step is a graph.
         move_share, score_share, redundancy_share: of bandwidth, bandwidth and arithmetic that the parts of a
             compression reach.
@@ -57,6 +57,7 @@ class Machine:
     row_passes: float
     sample_seconds: float
     collective_seconds: float
+    link_share: float
     host_seconds: float
     host_row_seconds: float
     launch_seconds: float

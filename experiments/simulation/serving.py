@@ -77,6 +77,7 @@ class _Server:
         """Times of steps and the tokens that came of each."""
         self._number = 0
         llm.step_listeners.append(self.steps.append)
+        llm.token_listeners.append(self._hear)
 
     def send(self, request: Asked, due: float) -> None:
         stream = SimulatedStream(due, request.output_tokens, sent=self.clock())
@@ -85,25 +86,21 @@ class _Server:
         self._number += 1
         params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True, temperature=0.6)
         try:
-            self.llm.add_request([0] * request.prompt_tokens, params, name, stream=True)
+            self.llm.add_request([0] * request.prompt_tokens, params, name)
         except ValueError as error:
             stream.ended("failed", self.clock(), str(error))
             return
         self.open[name] = stream
 
+    def _hear(self, now: float, names: list[str]) -> None:
+        for name in names:
+            self.open[name].heard(now)
+        self.heard.append((now, len(names)))
+
     def step(self) -> None:
-        self.llm.step()
-        now, count = self.clock(), 0
-        for event in self.llm.take_events():
-            stream = self.open[event.request_id]
-            if event.token_id is not None:
-                stream.heard(now)
-                count += 1
-            if event.finish_reason is not None:
-                failed = event.finish_reason in ("abort", "error")
-                stream.ended("failed" if failed else "finished", now, event.error)
-                del self.open[event.request_id]
-        self.heard.append((now, count))
+        for output in self.llm.step():
+            stream = self.open.pop(output.request_id)
+            stream.ended("finished" if output.error is None else "failed", stream.last or self.clock(), output.error)
 
     def stop(self) -> None:
         """The clients go away."""
@@ -111,7 +108,6 @@ class _Server:
         for name, stream in self.open.items():
             stream.ended("aborted", now)
             self.llm.abort(name)
-        self.llm.take_events()
         self.open.clear()
 
 

@@ -5,10 +5,13 @@ A roofline with shares: each part of a step reaches its own share of the machine
     products   = ((weights / bandwidth)^4 + (tokens x operations / flops)^4)^(1/4)      a roofline with a round corner
     attention  = layers x a constant + entries x bytes / bandwidth + prefill pairs x operations / flops
     the rest   = layers x (a constant + tokens x bytes of a row / bandwidth) + sampled tokens x vocabulary x a constant
-    ranks      = 2 x layers x (latency + tokens x bytes of a row / link), for more than one GPU
+    ranks      = 2 x layers x (latency + 2 x tokens x bytes of a row / link) + sampled tokens x bytes of logits / link
     moves      = blocks to host memory and back / host link
 
-The host takes a constant, a constant a request, and one a layer where a step is no graph.
+`link` is what a GPU of N has for what the N - 1 others hold: N / (N - 1) of a share of the published bandwidth.
+
+The host takes a constant and a constant a request. A step that is no graph also takes as long as the host launches its
+kernels, a constant a layer.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ LOGITS_COPIES = 48
 """Bytes of each logit that the largest step holds at once, as memory plans show them: float32, twelve times."""
 MLP_BYTES = 3.4
 """The same of each token and number of the MLP's inner width."""
+LOGIT_BYTES = 2
+"""Of a logit that is gathered from the ranks, in bfloat16."""
 
 
 class StepModel:
@@ -64,13 +69,17 @@ class StepModel:
         rest = shape.layers * (m.layer_seconds + m.row_passes * tokens * row / m.bandwidth)
         rest += m.sample_seconds * num_decodes * sizes.vocab_size
         if shape.ranks > 1:
-            rest += 2 * shape.layers * (m.collective_seconds + tokens * row / m.link_bandwidth)
+            link = m.link_bandwidth * m.link_share * shape.ranks / (shape.ranks - 1)
+            rest += 2 * shape.layers * (m.collective_seconds + 2 * tokens * row / link)
+            rest += num_decodes * sizes.vocab_size * LOGIT_BYTES / link
         return products, attention, rest + moved_blocks * self._block_bytes / m.host_bandwidth
 
     def host(self, work: StepWork) -> float:
-        m = self.machine
-        launches = 0.0 if work.is_graph and not m.eager else self.shape.layers * m.launch_seconds
-        return m.host_seconds + m.host_row_seconds * work.num_decodes + launches
+        return self.machine.host_seconds + self.machine.host_row_seconds * work.num_decodes
+
+    def launch(self, work: StepWork) -> float:
+        is_graph = work.is_graph and not self.machine.eager
+        return 0.0 if is_graph else self.shape.layers * self.machine.launch_seconds
 
     def compression(self, work: CompressionWork) -> CompressionTime:
         m, kv_bytes = self.machine, self.shape.sizes.kv_bytes

@@ -13,6 +13,7 @@ COMPRESSION = CompressionTime(0.001, 0.0, 0.003, 0.006)
 class FixedTimes:
     step_seconds: float = 0.010
     host_seconds: float = 0.002
+    launch_seconds: float = 0.0
     compression_time: CompressionTime = COMPRESSION
     memory_bytes: int = 10**9
     steps: list[StepWork] = field(default_factory=list)
@@ -27,6 +28,9 @@ class FixedTimes:
 
     def host(self, work: StepWork) -> float:
         return self.host_seconds
+
+    def launch(self, work: StepWork) -> float:
+        return 0.0 if work.is_graph else self.launch_seconds
 
     def compression(self, work: CompressionWork) -> CompressionTime:
         self.compressions.append(work)

@@ -141,3 +141,29 @@ def test_requests_for_what_is_not_computed_are_refused(folder, option):
     llm = SimulatedLLM(folder, times=FixedTimes(), **OPTIONS)
     with pytest.raises(ValueError, match=next(iter(option))):
         llm.add_request([5] * 10, SamplingParams(**option))
+
+
+def test_a_step_that_is_launched_kernel_by_kernel_ends_no_sooner_than_its_launch(folder):
+    """A prompt too long for a graph: the device works meanwhile, so that the longer of the two counts."""
+    for launch, lasts in ((0.004, 0.010), (0.030, 0.030)):
+        llm = SimulatedLLM(folder, times=FixedTimes(launch_seconds=launch), **OPTIONS | {"max_num_batched_tokens": 400})
+        metrics = llm.generate([[1] * 300], SamplingParams(max_tokens=1), use_tqdm=False)[0].metrics
+        llm.shutdown()
+        assert metrics.ttft == pytest.approx(0.002 + lasts)
+
+
+def test_token_listeners_hear_every_token_when_it_is_there(folder):
+    llm = SimulatedLLM(folder, times=FixedTimes(), **OPTIONS)
+    heard = []
+    llm.token_listeners.append(lambda now, names: heard.extend((name, now) for name in names))
+    llm.add_request([1] * 20, SamplingParams(max_tokens=5, ignore_eos=True), "one")
+    llm.add_request([1] * 20, SamplingParams(max_tokens=3, ignore_eos=True), "two")
+    outputs = {}
+    while llm.has_unfinished_requests():
+        outputs |= {output.request_id: output.metrics for output in llm.step()}
+    for name, count in (("one", 5), ("two", 3)):
+        times = [now for who, now in heard if who == name]
+        assert len(times) == count
+        assert times[0] == pytest.approx(outputs[name].ttft)
+        assert times[-1] == pytest.approx(outputs[name].e2e)
+    llm.shutdown()

@@ -45,10 +45,15 @@ class Timeline:
         self.clock = clock
         self.free = self.shared = self.interrupted = 0.0
 
-    def queue(self, seconds: float) -> float:
-        """Queue a step behind the others, and return when it begins."""
-        begin = max(self.clock(), self.free)
-        self.free = begin + seconds + self.shared
+    def queue(self, seconds: float, launch: float = 0.0) -> float:
+        """Queue a step behind the others, and return when it begins.
+
+        Args:
+            launch: seconds that the host takes from now to launch its kernels one by one; it ends no sooner.
+        """
+        now = self.clock()
+        begin = max(now, self.free)
+        self.free = max(begin + seconds, now + launch) + self.shared
         self.shared = 0.0
         return begin
 
@@ -92,7 +97,9 @@ class SimulatedRunner:
         clock = self._timeline.clock
         clock.sleep(self._times.host(plan.work) + self._timeline.interrupted)
         self._timeline.interrupted = 0.0
-        begin = self._timeline.queue(self._times.step(plan.work))
+        launch = self._times.launch(plan.work)
+        begin = self._timeline.queue(self._times.step(plan.work), launch)
+        clock.sleep(launch)
         return SimulatedLaunch(clock, plan.tokens, begin, self._timeline.free)
 
     def logits(self, hidden: Tensor) -> Tensor:

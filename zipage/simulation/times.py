@@ -72,6 +72,10 @@ class DeviceTimes(Protocol):
         """Seconds of the device."""
 
     def host(self, work: StepWork) -> float:
-        """Seconds of the host: scheduling, the launch, and booking the tokens."""
+        """Seconds of the host before the first kernel of a step: scheduling it, and booking the tokens of another."""
+
+    def launch(self, work: StepWork) -> float:
+        """Seconds in which the host launches a step's kernels, while the device is at work on those before; 0 for a
+        graph."""
 
     def compression(self, work: CompressionWork) -> CompressionTime: ...

@@ -59,13 +59,25 @@ def test_two_gpus_share_the_bytes_and_pay_for_sums(shape):
     assert StepModel(slower, half).step(work) == pytest.approx(shared + 72 * 10e-6)
 
 
+def test_sums_and_logits_cross_the_link(shape):
+    """Twice a layer N - 1 of N parts of a row, there and back, and once those of the logits in bfloat16."""
+    fast = replace(PLAIN, link_bandwidth=1e30)
+    for ranks in (2, 4):
+        part = SimulatedShape.read(MODEL, ranks=ranks)
+        slow = replace(PLAIN, link_bandwidth=1e10, link_share=0.5)
+        more = StepModel(slow, part).step(StepWork(8, 1000)) - StepModel(fast, part).step(StepWork(8, 1000))
+        size = 8 * (72 * 2 * 4096 * 2 + shape.sizes.vocab_size * 2) * (ranks - 1) / ranks
+        assert more == pytest.approx(size / 5e9)
+
+
 def test_what_is_no_graph_costs_the_host_launches(shape):
     graph, eager = StepWork(1, 100), StepWork(0, 0, 1000, 500_500, False)
     model = StepModel(replace(PLAIN, host_seconds=1e-3, host_row_seconds=0.0, launch_seconds=50e-6), shape)
-    assert model.host(graph) == pytest.approx(1e-3)
-    assert model.host(eager) == pytest.approx(1e-3 + 36 * 50e-6)
+    assert model.host(graph) == model.host(eager) == pytest.approx(1e-3)
+    assert model.launch(graph) == 0
+    assert model.launch(eager) == pytest.approx(36 * 50e-6)
     never = StepModel(replace(model.machine, eager=True), shape)
-    assert never.host(graph) == pytest.approx(1e-3 + 36 * 50e-6)
+    assert never.launch(graph) == pytest.approx(36 * 50e-6)
 
 
 @pytest.mark.parametrize(
