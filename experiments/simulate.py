@@ -1,6 +1,7 @@
 """`python -m experiments.simulate RECORD...`: measured arms of `scenario=engine_bench`, simulated, and the errors.
 
-`serve LOAD...`: loads of `scenario=serve_bench`. One run is simulated by `python -m experiments.run scenario=simulate`.
+`serve LOAD...`: loads of `scenario=serve_bench`; `fleet` and `capacity`: on replicas behind a router. One run is
+simulated by `python -m experiments.run scenario=simulate`.
 """
 
 from __future__ import annotations
@@ -8,16 +9,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from experiments.command_line import Parser, stoppable
 from experiments.errors import UsageError
 from experiments.records import ROWS
-from experiments.simulation import serve_command
+from experiments.simulation import fleet_command, serve_command
 from experiments.simulation.errors import compared, error_table, machine_of_record
-from experiments.simulation.machine import read_machine
+from experiments.simulation.machine import file_of, read_machine
+from experiments.simulation.runs import compared_run, measured_runs, run_table
 
-COMMANDS = {"serve": serve_command.main}
+COMMANDS = {"serve": serve_command.main, "fleet": fleet_command.fleet, "capacity": fleet_command.capacity}
 
 
 @stoppable
@@ -32,35 +35,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
     parser = Parser(
         prog="python -m experiments.simulate",
-        description="Simulate what was measured, and tell the errors; or: serve LOAD... (--help after it).",
+        description="Simulate what was measured, and tell the errors; or: serve, fleet, capacity LOAD...",
     )
-    parser.add_argument("records", nargs="+", type=Path, help="folders of scenario=engine_bench, or folders of them")
+    parser.add_argument("records", nargs="+", type=Path, help="of scenario=engine_bench, of runs, or folders of them")
     parser.add_argument("--machine", help="a name in conf/machine/ or a YAML file; without, that of the record's GPU")
+    parser.add_argument("--trace", metavar="FILE", help="stands for the trace that runs took their lengths from")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as JSON")
     options = parser.parse_args(arguments)
-    rows = []
+    rows, runs = [], []
     try:
         machine = None if options.machine is None else read_machine(options.machine)
-        folders = [folder for record in options.records for folder in _benchmarks(record)]
-        for folder in folders:
+        for folder in [folder for record in options.records for folder in _benchmarks(record)]:
             for row in compared(folder, machine or machine_of_record(folder)):
                 rows.append(row)
                 print(f"{len(rows)}: {row['record']} {row['load']}/{row['arm']}", file=sys.stderr, flush=True)
+        for folder in [folder for record in options.records for folder in measured_runs(record)]:
+            name = options.machine or file_of(machine_of_record(folder))
+            with redirect_stdout(sys.stderr):
+                runs.append(compared_run(folder, read_machine(name), name, options.trace))
         if options.out:
-            content = {"what": "simulated arms of engine_bench beside measured ones", "rows": rows}
+            content = {"what": "simulated arms and runs beside measured ones", "rows": rows, "runs": runs}
             options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(error_table(rows))
+    print("\n\n".join([error_table(rows)] * bool(rows) + [run_table(runs)] * bool(runs)))
     return 0
 
 
 def _benchmarks(record: Path) -> list[Path]:
-    """The records of benchmarks in a folder, or the folder itself. Raises UsageError where there is none."""
+    """The records of benchmarks in a folder, or the folder itself. Raises UsageError where is none, and no run."""
     found = sorted(path.parent for path in record.rglob(ROWS))
-    if not found:
-        raise UsageError(f"{record}: holds no record of a benchmark")
+    if not found and not measured_runs(record):
+        raise UsageError(f"{record}: holds no record of a benchmark, and no run on a GPU with outputs of given lengths")
     return found
 
 

@@ -53,7 +53,7 @@ def _schema() -> DictConfig:
 
 
 def recorded(config: Mapping[str, Any]) -> Experiment:
-    """The experiment of a record's config. Raises UsageError where an option of it is none any more, or out of range."""
+    """The experiment of a record's config. Raises UsageError where an option of it is none any more or out of range."""
     try:
         return build(OmegaConf.merge(_schema(), dict(config)))
     except OmegaConfBaseException as error:

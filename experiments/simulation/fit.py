@@ -121,7 +121,7 @@ def link_share(machine: Machine, path: Path) -> Machine:
 
 
 def launch_constant(machine: Machine, measured: MeasuredArm) -> Machine:
-    """Stage 4: what a layer must take for the 99th percentile of an arm's steps, which are launched kernel by kernel."""
+    """Stage 4: what a layer must take for the 99th percentile of an arm's steps, launched kernel by kernel."""
     for _ in range(3):
         simulated = simulate_arm(measured.arm, machine)
         lacking = measured.row["step_ms"]["p99"] - simulated.row["step_ms"]["p99"]
@@ -198,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--link", type=Path, default=RECORDS / "ranks_profile_h200.json", help="a profile of ranks")
     parser.add_argument(
         "--launch",
-        default=str(RECORDS / "engine_bench_redesign_h100" / "after_small1" / "full"),
+        default=str(RECORDS / "engine_bench_policies_h100" / "random"),
         metavar="RECORD/ARM",
         help="an arm whose slowest steps the host launches kernel by kernel",
     )
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records = [options.kernels.name, options.profile.stem, *(folder.name for folder in options.device)]
         records.append(options.link.stem)
         others = [options.ranks, options.launch, *(options.host if options.trials else [])]
-        records += ["/".join(Path(name).parts[-2:]) for name in others]
+        records += ["/".join(Path(name).parts[-2:]) for name in dict.fromkeys(others)]
         machine = replace(machine, origin=f"published rates; constants fitted to {', '.join(records)}")
         text = as_yaml(machine, "Made by `python -m experiments.simulation.fit`, which says how.")
     except (UsageError, OSError, KeyError, ValueError) as error:

@@ -85,6 +85,11 @@ def machine_names() -> list[str]:
     return sorted(path.stem for path in MACHINES.glob("*.yaml"))
 
 
+def file_of(machine: Machine) -> str:
+    """The name under which `conf/machine/` has a machine."""
+    return next(name for name in machine_names() if read_machine(name) == machine)
+
+
 def read_machine(name: str | Path) -> Machine:
     """A machine of `conf/machine/` by its name, or of a YAML file by its path.
 

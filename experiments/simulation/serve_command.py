@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 
 from experiments.backends import BACKENDS
-from experiments.bench.serve_loads import read_served_arms
+from experiments.bench.serve_loads import ServedArm, read_served_arms
 from experiments.command_line import Parser
 from experiments.errors import UsageError
 from experiments.paths import ROOT
@@ -37,8 +38,9 @@ def given_options(texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = Parser(prog="python -m experiments.simulate serve", description="Loads of serve_bench, simulated.")
+def load_parser(command: str, description: str) -> Parser:
+    """Options of a command that puts loads of `scenario=serve_bench` on simulated servers."""
+    parser = Parser(prog=f"python -m experiments.simulate {command}", description=description)
     parser.add_argument("loads", nargs="+", help="names in conf/serve_bench/, LOAD/ARM, or YAML files")
     parser.add_argument("--machine", default="h100", help="a name in conf/machine/ or a YAML file")
     parser.add_argument("--model", default="models/qwen3-8b-shape", help="a folder with a config.json")
@@ -48,18 +50,25 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--engine", nargs="+", default=[], metavar="NAME=VALUE", help="options of EngineConfig")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as JSON")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def arms_of(options: Namespace, **engine: Any) -> list[ServedArm]:
+    """The arms of Zipage's that the options of `load_parser` name, with more options of `EngineConfig`.
+
+    Raises:
+        UsageError: there is none, or as `read_served_arms`.
+    """
     changes = given_options(options.set)
     if options.rates:
         changes |= {"rates": options.rates, "search": None}
-    machine = read_machine(options.machine)
     model = Path(options.model)
     arms = read_served_arms(
         options.loads,
         model=str(model if model.is_absolute() else ROOT / model),
         load_format="dummy",
         has_tokenizer=False,
-        given={"device": "cuda"} | given_options(options.engine),
+        given={"device": "cuda"} | given_options(options.engine) | engine,
         changes=changes,
         trace=options.trace,
         seed=options.seed,
@@ -68,6 +77,12 @@ def main(arguments: Sequence[str]) -> int:
     arms = [arm for arm in arms if arm.backend == "zipage"]
     if not arms:
         raise UsageError(f"{', '.join(options.loads)}: no arm of Zipage's, and no other can be simulated")
+    return arms
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = load_parser("serve", "Loads of serve_bench, simulated.").parse_args(arguments)
+    machine, arms = read_machine(options.machine), arms_of(options)
     rows = []
     for arm in arms:
         for row in simulated_rows(arm, machine):
