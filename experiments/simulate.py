@@ -1,7 +1,7 @@
 """`python -m experiments.simulate RECORD...`: measured arms of `scenario=engine_bench`, simulated, and the errors.
 
-`serve LOAD...`: loads of `scenario=serve_bench`; `fleet` and `capacity`: on replicas behind a router. One run is
-simulated by `python -m experiments.run scenario=simulate`.
+`serve LOAD...`: loads of `scenario=serve_bench`; `fleet` and `capacity`: on replicas behind a router; `paper
+RECORD...`: the paper's options on its own machine. `python -m experiments.run scenario=simulate` simulates one run.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ from pathlib import Path
 from experiments.command_line import Parser, stoppable
 from experiments.errors import UsageError
 from experiments.records import ROWS
-from experiments.simulation import fleet_command, serve_command
+from experiments.simulation import fleet_command, paper, serve_command
 from experiments.simulation.errors import compared, error_table, machine_of_record
 from experiments.simulation.machine import file_of, read_machine
 from experiments.simulation.runs import compared_run, measured_runs, run_table
 
-COMMANDS = {"serve": serve_command.main, "fleet": fleet_command.fleet, "capacity": fleet_command.capacity}
+COMMANDS = {
+    "serve": serve_command.main,
+    "fleet": fleet_command.fleet,
+    "capacity": fleet_command.capacity,
+    "paper": paper.main,
+}
 
 
 @stoppable

@@ -44,14 +44,18 @@ def experiment_of(folder: Path, machine: str, trace: str | None) -> Experiment:
     return replace(experiment, workload=workload, scenario=scenario, force="true")
 
 
-def simulate_run(folder: Path, machine: str, trace: str | None = None) -> dict[str, Any]:
-    """The metrics of a simulated run. Raises RunError or UsageError as a run does."""
+def metrics_of(experiment: Experiment) -> dict[str, Any]:
+    """Of a simulated run whose record is not kept. Raises RunError or UsageError as a run does."""
     from experiments.running import job
 
     with tempfile.TemporaryDirectory() as results:
-        experiment = replace(experiment_of(folder, machine, trace), results_dir=results)
-        made = job.run(experiment, shows=False)
+        made = job.run(replace(experiment, results_dir=results), shows=False)
         return json.loads((made / METRICS).read_text(encoding="utf-8"))
+
+
+def simulate_run(folder: Path, machine: str, trace: str | None = None) -> dict[str, Any]:
+    """The metrics of a run, simulated. Raises as `metrics_of`."""
+    return metrics_of(experiment_of(folder, machine, trace))
 
 
 def compared_run(folder: Path, machine: Machine, name: str, trace: str | None) -> dict[str, Any]:
