@@ -1,7 +1,7 @@
 """Replicas behind a router, each a simulated engine with a clock of its own.
 
-The router sees every request when it is due, and every replica as it was then: replicas are stepped up to that time, the
-last one first. Times are kept as counts in bins of 1 %, so that memory does not grow with traffic.
+The router sees every request when it is due, and every replica as it was then: replicas are stepped up to that time,
+the last one first. Times are kept as counts in bins of 1 %, so that memory does not grow with traffic.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`python -m experiments.simulate paper RECORD...`: the paper's options on another machine, and its ingredients.
 
-Each model has a recorded run of full KV and one of `zipage`. Both are simulated on the machine given, in as much memory as
-the record had, and `zipage` again without one ingredient at a time: hybrid scheduling, asynchronous compression, and
+Each model has a recorded run of full KV and one of `zipage`. Both are simulated on the machine given, in as much memory
+as the record had, and `zipage` again without one ingredient at a time: hybrid scheduling, asynchronous compression, and
 graphs, without which steps are launched kernel by kernel.
 """
 
