@@ -1,12 +1,16 @@
-"""GPUs needed against traffic."""
+"""`python -m experiments.simulation.pictures RECORD... --out FILE`: GPUs needed against traffic."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.command_line import Parser
 from experiments.reporting.plots.style import COLOURS, PANEL
 from experiments.simulation.capacity import gpus_needed
 
@@ -30,3 +34,21 @@ def gpus_against_traffic(borne: Mapping[str, Mapping[int, float]], machine: str)
     axes.legend(title="simulated; dotted: beyond the largest fleet simulated", title_fontsize=7, fontsize=8)
     axes.grid(alpha=0.3, which="both", linewidth=0.4)
     return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m experiments.simulation.pictures", description="GPUs against traffic, simulated.")
+    parser.add_argument("records", nargs="+", type=Path, help="of python -m experiments.simulate capacity --out")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    borne: dict[str, dict[int, float]] = {}
+    for path in options.records:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for name, fleets in record["borne"].items():
+            borne.setdefault(name, {}).update({int(gpus): rate for gpus, rate in fleets.items()})
+    gpus_against_traffic(borne, record["simulated"]["name"]).savefig(options.out, dpi=150)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,6 +10,7 @@ from experiments import simulate
 from experiments.errors import UsageError
 from experiments.serving.figures import quantile
 from experiments.serving.prompts import Asked
+from experiments.simulation import pictures
 from experiments.simulation.capacity import bearable, dollars_per_million, gpus_needed
 from experiments.simulation.fleet import Tails, simulate_fleet
 from experiments.simulation.machine import read_machine
@@ -106,6 +107,9 @@ def test_capacity_says_gpus_cost_and_that_it_is_simulated(words, tmp_path, capsy
     assert found["needed"]["full KV"]["5.0"] == 1
     assert found["needed"]["full KV"]["1000.0"] > 2
     assert picture.stat().st_size > 10_000
+    again = tmp_path / "again.png"
+    assert pictures.main([str(out), "--out", str(again)]) == 0
+    assert again.stat().st_size == pytest.approx(picture.stat().st_size, rel=0.05)
 
 
 def test_options_that_make_no_sense(words, capsys):
