@@ -1,5 +1,6 @@
 """Zipage: LLM inference with Compressed PagedAttention."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from kernels.bench import measure_ceilings, measure_kernels
     from zipage.llm import LLM
     from zipage.models.loading.share import share_model
+    from zipage.simulation.llm import SimulatedLLM
+    from zipage.simulation.times import CompressionTime, CompressionWork, StepWork
     from zipage.worker.calibrate import calibrate
     from zipage.worker.request_memory import RequestMemory
     from zipage.worker.train_scorer import train_scorer
@@ -27,6 +30,8 @@ if _KERNELS not in kernels.__path__:  # Hugging Face's package of that name came
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "CompressionTime",
+    "CompressionWork",
     "EngineConfig",
     "EngineStats",
     "EventStats",
@@ -37,8 +42,10 @@ __all__ = [
     "RequestOutput",
     "RequestState",
     "SamplingParams",
+    "SimulatedLLM",
     "Snapshot",
     "StepStats",
+    "StepWork",
     "StreamEvent",
     "calibrate",
     "closest",
@@ -50,30 +57,24 @@ __all__ = [
 ]
 
 
+_LAZY = {
+    "LLM": "zipage.llm",
+    "RequestMemory": "zipage.worker.request_memory",
+    "SimulatedLLM": "zipage.simulation.llm",
+    "CompressionTime": "zipage.simulation.times",
+    "CompressionWork": "zipage.simulation.times",
+    "StepWork": "zipage.simulation.times",
+    "calibrate": "zipage.worker.calibrate",
+    "measure_ceilings": "kernels.bench",
+    "measure_kernels": "kernels.bench",
+    "share_model": "zipage.models.loading.share",
+    "train_scorer": "zipage.worker.train_scorer",
+}
+"""Where the names are that need torch: the scheduler and the harness's configuration import this package where it is slow
+to load or absent."""
+
+
 def __getattr__(name: str):
-    # The scheduler and the harness's configuration import this package where torch is slow to load or absent.
-    if name == "LLM":
-        from zipage.llm import LLM
-
-        return LLM
-    if name in ("measure_ceilings", "measure_kernels"):
-        from kernels import bench
-
-        return getattr(bench, name)
-    if name == "share_model":
-        from zipage.models.loading.share import share_model
-
-        return share_model
-    if name == "calibrate":
-        from zipage.worker.calibrate import calibrate
-
-        return calibrate
-    if name == "train_scorer":
-        from zipage.worker.train_scorer import train_scorer
-
-        return train_scorer
-    if name == "RequestMemory":
-        from zipage.worker.request_memory import RequestMemory
-
-        return RequestMemory
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

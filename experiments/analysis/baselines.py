@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.config.options import held_budgets, held_intervals
+from experiments.config.options import held_budgets, held_intervals, simulated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,9 +86,11 @@ def random_of_as_many_bytes(runs: pd.DataFrame) -> list[int | None]:
 
 
 def devices(runs: pd.DataFrame) -> list[str]:
-    """The name of each run's GPU, or "cpu"."""
+    """The name of each run's GPU, or "cpu"; of a simulated run the GPU that was simulated, which says so."""
     options = runs.reindex(columns=["hardware.device", "provenance.hardware.gpus"])
-    return [_device(option, gpus) for option, gpus in options.itertuples(index=False)]
+    found = [_device(option, gpus) for option, gpus in options.itertuples(index=False)]
+    told = zip(simulated(runs), options["provenance.hardware.gpus"], found)
+    return [gpus[0] if is_simulated else device for is_simulated, gpus, device in told]
 
 
 def _device(option: object, gpus: object) -> str:

@@ -15,7 +15,7 @@ from experiments.backends import Backend, BackendFactory
 from experiments.bench.loads import Arm
 from experiments.bench.roofline import EntriesRead, ModelShape, step_bytes, step_floor
 from experiments.errors import RunError
-from experiments.running.scenarios import Served, TimedRequest, serve
+from experiments.running.scenarios import Served, TimedRequest, clock_of, serve
 from zipage import EventStats, RequestOutput, SamplingParams, StepStats
 
 SETTLE_STEPS = 16
@@ -59,17 +59,22 @@ def measure(arm: Arm, factory: BackendFactory, ceilings: Mapping[str, float] | N
         )
         _served(backend, arm, "start", [_prompts(arm, shape, "start")[0][:16]], [1])
         startup = time.perf_counter() - begin
-        outputs = [output for _, output in arm.lengths]
         if arm.window_steps is None:
-            warm_up = [min(output, arm.warmup_tokens) for output in outputs]
+            warm_up = [min(output, arm.warmup_tokens) for _, output in arm.lengths]
             _served(backend, arm, "warm-up", _prompts(arm, shape, "warm-up"), warm_up)
-            repeats = [_whole(backend, arm, shape, str(i), outputs) for i in range(arm.repeats)]
-        else:
-            repeats = _windows(backend, arm, shape, outputs)
-        return _row(arm, shape, repeats, ceilings) | {"startup_seconds": startup, "memory_bytes": _used(used_before)}
+        repeats = repeated(backend, arm, shape)
+        return row_of(arm, shape, repeats, ceilings) | {"startup_seconds": startup, "memory_bytes": _used(used_before)}
     finally:
         if hasattr(backend, "shutdown"):
             backend.shutdown()
+
+
+def repeated(backend: Backend, arm: Arm, shape: ModelShape) -> list[Repeat]:
+    """The measurements of an arm by an engine that is warm. Raises RunError as `measure`."""
+    outputs = [output for _, output in arm.lengths]
+    if arm.window_steps is None:
+        return [_whole(backend, arm, shape, str(i), outputs) for i in range(arm.repeats)]
+    return _windows(backend, arm, shape, outputs)
 
 
 def device_used(device: str) -> int | None:
@@ -132,6 +137,7 @@ class _Observed:
         pools = arm.options.get("data_parallel_size", 1)
         self._reads = EntriesRead(None if pool is None else pools * pool / shape.kv_bytes)
         self._backend = backend
+        self.clock = clock_of(backend)
         self.add_request, self.has_unfinished_requests = backend.add_request, backend.has_unfinished_requests
         self.mark()
 
@@ -204,13 +210,14 @@ def _windows(backend: Backend, arm: Arm, shape: ModelShape, outputs: list[int]) 
         repeats = []
         for _ in range(arm.repeats):
             observed.mark()
-            begin = time.perf_counter()
+            begin = observed.clock()
             run(arm.window_steps)
-            repeats.append(observed.repeat(time.perf_counter() - begin))
+            repeats.append(observed.repeat(observed.clock() - begin))
         return repeats
 
 
-def _row(arm: Arm, shape: ModelShape, repeats: list[Repeat], ceilings: Mapping[str, float] | None) -> dict[str, Any]:
+def row_of(arm: Arm, shape: ModelShape, repeats: list[Repeat], ceilings: Mapping[str, float] | None) -> dict[str, Any]:
+    """A row of the table, from what was measured."""
     rates = [repeat.tokens / repeat.seconds for repeat in repeats]
     steps = [step for repeat in repeats for step in repeat.steps]
     times = [step.step_time for step in steps]

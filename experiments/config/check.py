@@ -14,7 +14,7 @@ SOURCES = ("path", "generator", "hub_id", "parts")
 WANDB_PROJECT = re.compile(r"[^/\\#?%:]{1,128}")
 FORCE = ("false", "stale", "true")
 ARRIVALS = ("all_at_once", "poisson", "trace", "steady")
-SERVED = ("serve", "fidelity")
+SERVED = ("serve", "fidelity", "simulate")
 """Kinds of scenario that ask a model the questions of a workload; the others are benchmarks."""
 KINDS = (*SERVED, "kernels", "engine_bench", "serve_bench")
 OF_LENGTHS = ("lengths", "trace")
@@ -38,7 +38,8 @@ def check(experiment: Experiment) -> None:
     )
     threads, limit = experiment.hardware.threads, experiment.limit
     poisson, rate = scenario.arrival == "poisson", scenario.rate
-    steady = scenario.kind == "serve" and scenario.arrival == "steady"
+    simulate = scenario.kind == "simulate"
+    steady = (scenario.kind == "serve" or simulate) and scenario.arrival == "steady"
     turns = workload.turns is not None
     sampling, fidelity = experiment.sampling, scenario.kind == "fidelity"
     serve, repeats = scenario.kind in SERVED, scenario.repeats
@@ -98,6 +99,9 @@ def check(experiment: Experiment) -> None:
             "another one with scenario=steady: its batches last to their end, so no request joins one at work",
         ),
         ("scenario.rate", not poisson or (rate is not None and 0 < rate < math.inf), "arrivals a second, above 0"),
+        ("scenario.machine", not simulate or scenario.machine, "given: a name in conf/machine/, or a YAML file"),
+        ("scenario.machine", simulate or scenario.machine is None, "left out: only scenario=simulate has a machine"),
+        ("backend", not simulate or experiment.backend == "zipage", "zipage: no other engine is simulated"),
         ("backend", not fidelity or experiment.backend == "zipage", "zipage: no other tells its distributions"),
         ("sampling.n", not fidelity or sampling.n in (None, 1), "1: scenario=fidelity feeds one answer of full KV"),
         ("sampling.stop", not (fidelity and sampling.stop), "left out with scenario=fidelity: take stop_token_ids"),

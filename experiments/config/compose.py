@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cache, lru_cache
 from typing import Any
@@ -31,6 +31,10 @@ from experiments.paths import CONF
 def register() -> None:
     """Give Hydra the schema under the name that `conf/config.yaml` lists first, and its way to read files."""
     config_files.use()
+    ConfigStore.instance().store("experiment_schema", _schema())
+
+
+def _schema() -> DictConfig:
     schema = OmegaConf.structured(Experiment)
     # OmegaConf makes the config of a frozen dataclass read-only; here only the dataclass it ends in is.
     OmegaConf.set_readonly(schema, None)
@@ -45,7 +49,15 @@ def register() -> None:
         schema.model.chat_template_options,
     ):
         OmegaConf.set_struct(free, False)
-    ConfigStore.instance().store("experiment_schema", schema)
+    return schema
+
+
+def recorded(config: Mapping[str, Any]) -> Experiment:
+    """The experiment of a record's config. Raises UsageError where an option of it is none any more or out of range."""
+    try:
+        return build(OmegaConf.merge(_schema(), dict(config)))
+    except OmegaConfBaseException as error:
+        raise UsageError(explain(error)) from error
 
 
 def build(config: DictConfig) -> Experiment:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from experiments.config.options import asked_budgets, asked_intervals, held_budgets, held_intervals
+from experiments.config.options import asked_budgets, asked_intervals, held_budgets, held_intervals, simulated
 from experiments.errors import one_line
 from experiments.graders import GRADERS
 from experiments.running.traces import read_trace
@@ -40,7 +40,9 @@ def notes_on(runs: pd.DataFrame) -> list[str]:
     ungraded, unmeasured = column("grader_errors").sum(), column("fidelity.worked_unmeasured").sum()
     misranked = sum(column(f"{of}counters.compressions_misranked").sum() for of in ("", "worked_"))
     unanswered = column("unanswered_turns").sum()
+    modelled = simulated(runs).sum()
     lines = {
+        f"{_runs(modelled)} simulated: times are those of a model, not measured (docs/simulator.md)": modelled,
         f"whole blocks made the budget of {_runs(rounded)} more than 5 % larger than was asked for; "
         "budgets here are those that held": rounded,
         f"whole blocks made policy.interval of {_runs(spaced)} more than 5 % larger than was asked for": spaced,

@@ -74,6 +74,11 @@ def label(run: pd.Series) -> str:
     return name if protection == "none" else f"{name} + {protection}"
 
 
+def simulated(runs: pd.DataFrame) -> pd.Series:
+    """Whether each row of `load_runs()` is of an engine that was simulated."""
+    return runs.reindex(columns=["scenario.kind"]).iloc[:, 0] == "simulate"
+
+
 def held_budgets(runs: pd.DataFrame) -> pd.Series:
     """Entries per layer and KV head that a compression leaves: the budget asked for, in whole blocks.
 

@@ -185,11 +185,13 @@ class ScenarioConfig:
 
     Attributes:
         kind: "serve": the questions of the workload arrive as said here; "fidelity": full KV's answers to them are fed
-            through the policy's cache (`experiments.running.fidelity`); "kernels", "engine_bench", "serve_bench": see
+            through the policy's cache (`experiments.running.fidelity`); "simulate": as "serve", by an engine that is
+            simulated on `machine` (`experiments.simulation`); "kernels", "engine_bench", "serve_bench": see
             `experiments.bench`.
         arrival: "all_at_once", "poisson", "trace" or "steady" (see `experiments.running.steady`).
         rate: mean arrivals per second of a Poisson process.
         seed: of its gaps.
+        machine: of "simulate": a name in `conf/machine/`, or a YAML file.
         path: file of a trace (see `experiments.running.traces`).
         speed: how many times as fast as in the trace requests arrive.
         seconds: of a steady state: how long it is timed.
@@ -205,6 +207,7 @@ class ScenarioConfig:
     arrival: str = "all_at_once"
     rate: float | None = None
     seed: int = 0
+    machine: str | None = None
     path: str | None = None
     speed: float = 1.0
     seconds: float | None = None

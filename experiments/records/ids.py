@@ -27,6 +27,7 @@ LATER: dict[str, Any] = {
     "engine.data_parallel_size": 1,
     "scenario.speed": 1.0,
     "scenario.seconds": None,
+    "scenario.machine": None,
     "sampling.presence_penalty": 0.0,
     "sampling.frequency_penalty": 0.0,
     "sampling.bad_words": [],
@@ -84,7 +85,7 @@ def run_id(
     deciding["scenario"] = {
         key: value
         for key, value in deciding["scenario"].items()
-        if key not in _NOT_SERVED or (key, value) == ("kind", "fidelity")
+        if key not in _NOT_SERVED or (key, value) in (("kind", "fidelity"), ("kind", "simulate"))
     }
     digest = content_hash([deciding, model, data, device, *([dict(files)] if files else [])])
     names = [config[group]["name"] for group in ("model", "workload", "policy")]

@@ -9,12 +9,16 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.paths import ROOT
+
+if TYPE_CHECKING:
+    from experiments.simulation.machine import Machine
 
 PACKAGES = (
     "zipage",
@@ -30,15 +34,18 @@ PACKAGES = (
 )
 
 
-def collect(command: Sequence[str] | None = None) -> dict[str, Any]:
+def collect(command: Sequence[str] | None = None, machine: Machine | None = None) -> dict[str, Any]:
     """Everything about this process and this machine that a number may depend on.
 
     Args:
         command: what was run, where it is not this process's command line.
+        machine: that the engine was simulated on: its GPU stands in the place of this machine's.
     """
     import torch
 
-    return {
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    simulated = {} if machine is None else {"simulated": asdict(machine)}
+    return simulated | {
         "code": code_state(),
         "command": shlex.join([Path(sys.executable).name, *(sys.orig_argv[1:] if command is None else command)]),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
@@ -47,7 +54,7 @@ def collect(command: Sequence[str] | None = None) -> dict[str, Any]:
             "cpus": len(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "gpus": gpus if machine is None else [f"{machine.name} (simulated)"],
             "driver": _driver(),
             "cuda": torch.version.cuda,
         },

@@ -50,6 +50,8 @@ UNKNOWN = "its record is from before records kept hashes of the code"
 def hashes(experiment: Experiment) -> dict[str, str]:
     """A hash of each part of the code that decides what a run measures."""
     engine, policies = _engine(experiment.backend), _policies(experiment)
+    if experiment.scenario.kind == "simulate":
+        engine = engine | _simulator()
     return {
         "engine": content_hash(engine),
         "policy": content_hash({name: digest for name, digest in policies.items() if name not in engine}),
@@ -131,6 +133,11 @@ def of_benchmarks(kind: str) -> dict[str, str]:
 def _engine(backend: str) -> dict[str, str]:
     modules, packages = ENGINES.get(backend, ENGINES["zipage"])
     return _files(modules, packages) | {name: file_hash(_source(name)) for name in HARNESS}
+
+
+@lru_cache
+def _simulator() -> dict[str, str]:
+    return _files(("zipage.simulation.llm", "experiments.simulation.backend"), ("zipage", "experiments.simulation"))
 
 
 @lru_cache

@@ -67,7 +67,8 @@ def _best(part: pd.DataFrame, figure: str) -> pd.Series:
 
 def _named(run: pd.Series) -> str:
     budget = budget_texts(run.to_frame().T, full="").iloc[0]
-    return f"{label(run)} at {budget} entries" if budget else label(run)
+    name = label(run) + (" (simulated)" if str(run.get("device")).endswith("(simulated)") else "")
+    return f"{name} at {budget} entries" if budget else name
 
 
 def _answers(run: pd.Series) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from experiments.config.options import held_budgets, label
+from experiments.config.options import held_budgets, label, simulated
 from experiments.records import EVENTS, load_events
 from experiments.reporting import plots
 from experiments.reporting.plots.style import MOST_LINES
@@ -129,9 +129,18 @@ def drawn(runs: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tuple[str, str
     """Heading, how to read it, and the picture, or None and what the runs lack."""
     for heading, help_text, draw in pictures(runs, compared):
         try:
-            yield heading, help_text, draw(), ""
+            yield heading, help_text, _marked(draw(), runs), ""
         except (ValueError, OSError) as error:  # OSError: a record without one of its files
             yield heading, help_text, None, str(error)
+
+
+def _marked(figure: Figure, runs: pd.DataFrame) -> Figure:
+    """With a line that says so where runs in it are simulated."""
+    count = simulated(runs).sum()
+    if count:
+        what = "simulated" if count == len(runs) else f"{count} of {len(runs)} runs simulated"
+        figure.text(0.995, 0.005, what, ha="right", va="bottom", fontsize=8, color="firebrick")
+    return figure
 
 
 def write_pictures(runs: pd.DataFrame, compared: pd.DataFrame, folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from experiments.analysis.metrics import PERCENTILES
 from experiments.config.notes import notes_on
-from experiments.config.options import budget_texts, in_order, readable_options, short_names, told_apart
+from experiments.config.options import budget_texts, in_order, readable_options, short_names, simulated, told_apart
 from experiments.records import load_runs
 from experiments.reporting.conclusion import RECORDED_ONLY, conclusions
 from experiments.reporting.markdown import markdown
@@ -66,6 +66,7 @@ COLUMNS = {
     "compressions": Column("compr.", "{:.0f}", wide="compressions", leaves=9),
     "errors": Column("errors", "{:.0f}", leaves=4, shared=True),
 }
+SIMULATED = ", simulated"
 OPTION = Column("", leaves=3)
 """An option in which the runs differ; its columns stand behind the budget."""
 
@@ -81,8 +82,9 @@ def runs_table(runs: pd.DataFrame, wide: bool = False, columns: Mapping[str, Col
     if runs["model.name"].nunique() <= 1:
         del columns["model.name"]
     columns = _insert(columns, "budget", {option: _of_option(option, short_names(options)) for option in options})
+    told = zip(runs.iterrows(), simulated(runs))
     own = {
-        "policy": [_policy(run) for _, run in runs.iterrows()],
+        "policy": [_policy(run) + SIMULATED * is_simulated for (_, run), is_simulated in told],
         "budget": budget_texts(runs) + [" (never bound)" * never_bound(run) for _, run in runs.iterrows()],
         "tpot.p50": runs["tpot.p50"].astype(float) * 1000,
         "place_accuracy": [place_text(run.get("place_accuracy")) for _, run in runs.iterrows()],

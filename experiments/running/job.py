@@ -30,6 +30,8 @@ from experiments.running.scenarios import Served, TimedRequest, arrival_times, s
 from experiments.running.steady import serve_steadily
 from experiments.running.tracking import open_tracker
 from experiments.running.turns import AnswerReader, answer_reader, turn_options
+from experiments.simulation.backend import simulated
+from experiments.simulation.machine import Machine, read_machine
 from experiments.workloads import Problem, load_problems
 from zipage import EngineConfig, EventStats, RequestMetrics, RequestOutput, SamplingParams, StepStats
 
@@ -90,6 +92,8 @@ def prepare(
     records.check_writable(Path(experiment.results_dir).expanduser())
     grader_of(experiment)
     factory = get_backend(experiment.backend, backends)
+    if experiment.scenario.kind == "simulate":
+        factory = simulated(read_machine(experiment.scenario.machine))
     arrival_times(experiment.scenario, 0)  # a trace's faults under the name of the option that was given
     problems = load_problems(experiment.workload, experiment.limit)
     model = find_model(experiment.model)
@@ -164,9 +168,17 @@ class Job:
         return sources.calibration(self.experiment)
 
     @cached_property
+    def machine(self) -> Machine | None:
+        """That the engine is simulated on; None for a real one."""
+        scenario = self.experiment.scenario
+        return read_machine(scenario.machine) if scenario.kind == "simulate" else None
+
+    @cached_property
     def run_id(self) -> str:
         device = self.experiment.hardware.device
-        if device == "cpu" or self.accelerator is None:
+        if self.machine is not None:
+            device = f"simulated {records.content_hash(asdict(self.machine))}"
+        elif device == "cpu" or self.accelerator is None:
             device = provenance.device_name(device)
         else:
             device = self.accelerator
@@ -254,7 +266,7 @@ class Job:
             schemas.write_rows(staging / records.STEPS, step_rows, schemas.STEP_SCHEMA)
             schemas.write_rows(staging / records.EVENTS, event_rows, schemas.EVENT_SCHEMA)
             times = {"started": started, "ended": provenance.now()}
-            origin = provenance.collect(self.command) | code | times | self._inputs(prompts, renderer)
+            origin = provenance.collect(self.command, self.machine) | code | times | self._inputs(prompts, renderer)
             records.write_json(staging / records.PROVENANCE, origin)
             tracker.log_record(staging, request_rows)
             if hasattr(backend, "shutdown"):
@@ -377,12 +389,12 @@ def _say_unmeasured(measured: fidelity.Measured) -> None:
 
 
 def grader_of(experiment: Experiment) -> Grader:
-    """Full KV's answers, which `scenario=fidelity` feeds to all policies alike, are not graded.
+    """Full KV's answers, which `scenario=fidelity` feeds to all policies alike, are not graded, nor are simulated ones.
 
     Raises:
         UsageError: it can't grade here.
     """
-    if experiment.scenario.kind == "fidelity":
+    if experiment.scenario.kind in ("fidelity", "simulate"):
         return grade_none
     return get_grader(experiment.workload.grader, experiment.workload.allow_code_execution)
 

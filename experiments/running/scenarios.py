@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,6 +16,18 @@ from experiments.config.schema import ScenarioConfig
 from experiments.errors import UsageError
 from experiments.running.traces import read_trace
 from zipage import RequestMetrics, RequestOutput, SamplingParams
+
+
+class HostClock:
+    """The host's clock, as `SimulatedLLM.clock` is another."""
+
+    __call__ = staticmethod(time.perf_counter)
+    sleep = staticmethod(time.sleep)
+
+
+def clock_of(backend: Backend) -> Any:
+    """The clock by which an engine's time passes: called, it tells the seconds; its `sleep` waits some."""
+    return getattr(backend, "clock", None) or HostClock()
 
 
 @dataclass(frozen=True)
@@ -89,10 +102,11 @@ def serve(backend: Backend, requests: Sequence[TimedRequest], progress: bool = T
     due = {request.id: request.arrival for request in requests}
     waiting = deque(requests)
     tokens = 0
-    start = time.perf_counter()
+    clock = clock_of(backend)
+    start = clock()
     with tqdm(total=len(requests), desc="requests", disable=None if progress else True, dynamic_ncols=True) as bar:
         while waiting or backend.has_unfinished_requests():
-            now = time.perf_counter() - start
+            now = clock() - start
             finished = []
             while waiting and waiting[0].arrival <= now:
                 refused = hand_over(backend, waiting.popleft())
@@ -101,14 +115,14 @@ def serve(backend: Backend, requests: Sequence[TimedRequest], progress: bool = T
             if backend.has_unfinished_requests():
                 finished += backend.step()
             elif waiting and not finished:
-                time.sleep(waiting[0].arrival - now)
+                clock.sleep(waiting[0].arrival - now)
             for output in finished:
                 outputs[output.request_id] = _since(start + due[output.request_id], output)
                 tokens += sum(len(sample.token_ids) for sample in output.outputs)
             if finished:
-                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tok/s", refresh=False)
+                bar.set_postfix_str(f"{tokens / (clock() - start):.0f} tok/s", refresh=False)
                 bar.update(len(finished))
-    return Served(outputs, start, time.perf_counter() - start)
+    return Served(outputs, start, clock() - start)
 
 
 def _since(due: float, output: RequestOutput) -> RequestOutput:
@@ -126,6 +140,6 @@ def hand_over(backend: Backend, request: TimedRequest) -> RequestOutput | None:
     try:
         backend.add_request(request.token_ids, request.params, request.id)
     except ValueError as error:
-        metrics = RequestMetrics(arrival=time.perf_counter(), prompt_tokens=len(request.token_ids))
+        metrics = RequestMetrics(arrival=clock_of(backend)(), prompt_tokens=len(request.token_ids))
         return RequestOutput(request.id, None, request.token_ids, [], metrics, error=str(error))
     return None

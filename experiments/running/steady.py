@@ -10,7 +10,6 @@ drawn evenly, not independently: requests of one length begin at ages that are s
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from random import Random
 
 from experiments.backends import Backend
 from experiments.errors import RunError
-from experiments.running.scenarios import Served, TimedRequest, hand_over
+from experiments.running.scenarios import Served, TimedRequest, clock_of, hand_over
 from zipage import EngineConfig, RequestOutput, StepStats
 
 QUIET_STEPS = 16
@@ -155,10 +154,11 @@ def serve_steadily(
         raise RunError("no output is longer than the token that its prefill gives: nothing is decoded")
     outputs: dict[str, RequestOutput] = {}
     watched = _Watched(backend, config.data_parallel_size)
-    start = time.perf_counter()
+    clock = clock_of(backend)
+    start = clock()
 
     def serve_until(end: float) -> float:
-        while (now := time.perf_counter()) < end:
+        while (now := clock()) < end:
             outputs.update((output.request_id, output) for output in watched.step(fresh, BACKLOG))
         return now
 
@@ -166,7 +166,7 @@ def serve_steadily(
         filling, fresh = begun(requests, config, seed), iter(requests)
         while not watched.is_full:
             watched.step(filling, BACKLOG_OF_FILLING)
-        begin = serve_until(time.perf_counter() + WARM_UP * seconds)
+        begin = serve_until(clock() + WARM_UP * seconds)
         end = serve_until(begin + seconds)
     finally:
         watched.close()

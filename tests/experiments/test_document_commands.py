@@ -37,6 +37,7 @@ from experiments.paths import CONF, ROOT
 from experiments.records import load_runs
 from experiments.running import sweep
 from experiments.workloads import load_problems
+from experiments.workloads.problem import Problem
 from tests.experiments.workloads.test_workload_configs import ITEMS, write
 from tests.serve.running import RunningServer, answers, free_port, wait_until
 from tests.tiny_models import save_tiny_model, save_tiny_tokenizer
@@ -229,6 +230,23 @@ def train_a_little(given: list[str], request) -> None:
     assert program.main([*given, "--tokens", "5000", "--max-tokens", "8", "--device", "cpu"]) == 0
 
 
+def simulate(module: str, given: list[str], request) -> None:
+    """Of all records one short one is simulated, and nothing is fitted: tests/experiments/simulation does that."""
+    patch, folder = request.getfixturevalue("monkeypatch"), request.getfixturevalue("tmp_path")
+    program = importlib.import_module(module)
+    if module.endswith("fit"):
+        for stage in ("device_constants", "collective_constant", "host_constants"):
+            patch.setattr(program, stage, lambda machine, *_: machine)
+    else:
+        assert [path for option in given if option.startswith("results/") for path in ROOT.glob(option)]
+        short = [ROOT / "results" / "records" / "engine_bench_short_256_h100"]
+        patch.setattr(program, "_benchmarks", lambda record: short)
+        given = [option for option in given if not option.startswith("results/")] + [str(short[0])]
+    if "--out" in given:
+        given[given.index("--out") + 1] = str(folder / "out")
+    assert program.main(given) == 0
+
+
 def find_script(file: str, given: list[str]) -> None:
     """It takes a GPU, or writes a picture into the tree: it is there and knows the options."""
     source = (ROOT / file).read_text(encoding="utf-8")
@@ -314,6 +332,8 @@ def test_the_command_works(command, request):
         calibrate_a_little(given[2:], request)
     elif program == "python" and given[1] == "experiments.train_scorer":
         train_a_little(given[2:], request)
+    elif program == "python" and given[1] in ("experiments.simulate", "experiments.simulation.fit"):
+        simulate(given[1], given[2:], request)
     elif program == "python" and given[1] == "pytest":
         find_tests(given[2:])
     elif program == "python" and given[1].startswith("tests."):
@@ -344,7 +364,14 @@ def test_the_budget_that_is_shown_binds(command):
         experiment = load_experiment(arm)
         if bound := held(experiment):
             assert experiment.sampling.max_tokens > bound
-            assert all(len(p.question) + p.expected_tokens > bound for p in load_problems(experiment.workload))
+            assert all(_entries(p) > bound for p in load_problems(experiment.workload))
+
+
+def _entries(problem: Problem) -> int:
+    """Of a request at its end: of its solution, where the model is one of characters, or as its workload says."""
+    if problem.output_tokens is not None:
+        return problem.prompt_tokens + problem.output_tokens
+    return len(problem.question) + problem.expected_tokens
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -46,6 +46,7 @@ class EngineCore(Core):
         overlaps: launch a step before the tokens of the one before are waited for.
         async_compression: compressions run beside the steps after them.
         heads: layers of the model, and KV heads of each.
+        clock: seconds, of the host or of a simulation.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class EngineCore(Core):
         overlaps: bool,
         async_compression: bool,
         heads: tuple[int, int],
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         super().__init__(telemetry.counters, telemetry.listeners)
         self.scheduler = scheduler
@@ -69,6 +71,7 @@ class EngineCore(Core):
         self.overlaps = overlaps
         self._async_compression = async_compression
         self._heads = heads
+        self._clock = clock
         self._samples: dict[str, list[Request]] = {}
         """Of each unfinished prompt."""
         self._deltas: list[TokenDelta] = []
@@ -84,14 +87,14 @@ class EngineCore(Core):
 
     def abort(self, request_id: str) -> list[TokenDelta]:
         live = [r for r in self._samples.get(request_id, ()) if r.finish_reason is None]
-        self.scheduler.finish(live, "abort", time.perf_counter())
+        self.scheduler.finish(live, "abort", self._clock())
         self._end(live)
         self._drain()
         return self._take_deltas()
 
     def stop(self, request_id: str, index: int) -> RequestMetrics:
         request = next(r for r in self._samples[request_id] if r.index == index)
-        self.scheduler.finish([request], "stop", time.perf_counter())
+        self.scheduler.finish([request], "stop", self._clock())
         self._forget(request)
         self._drain()
         return request_metrics(request)
@@ -158,10 +161,10 @@ class EngineCore(Core):
                 return self._take_deltas()
         if not self.scheduler.has_unfinished:
             return self._take_deltas()
-        begin = time.perf_counter()
+        begin = self._clock()
         batch = self._schedule(begin)
         if batch is not None and not batch.is_empty:
-            plan = plan_step(batch, self.scheduler.take_dropped())
+            plan = self._plan(batch)
             lost = self.runner.move(plan)
             self.telemetry.record_moves(batch)
             if lost:
@@ -179,11 +182,14 @@ class EngineCore(Core):
         self._drain()
         return self._take_deltas()
 
+    def _plan(self, batch: Batch) -> StepPlan:
+        return plan_step(batch, self.scheduler.take_dropped())
+
     def _end_lost(self, batch: Batch, lost: Mapping[int, str]) -> None:
         """End the requests whose entries were lost on the way to host memory or back; `lost`: number -> why."""
         moved = {swap.request.number: swap.request for swap in (*batch.paused, *batch.resumed)}
         for number, error in lost.items():
-            self.scheduler.fail(moved[number], error, time.perf_counter())
+            self.scheduler.fail(moved[number], error, self._clock())
         self._end([moved[number] for number in lost])
 
     def _may_overlap(self, batch: Batch) -> bool:
@@ -217,14 +223,14 @@ class EngineCore(Core):
         """Wait for the step under way and book its tokens."""
         step, self._under_way = self._under_way, None
         result = step.launch.wait()
-        now = time.perf_counter()
+        now = self._clock()
         num_tokens = self._book(step.batch, result, now)
         if self.debug:
             self.debug.after()
         # With the next step launched already, this one's time is what has passed since the one before it ended.
         begin = max(step.begin, self._step_ended)
         self.telemetry.record_step(step.batch, num_tokens, begin, result.device_time)
-        self._step_ended = time.perf_counter()
+        self._step_ended = self._clock()
 
     def _compress(self) -> None:
         """Begin the compressions that are due. Synchronous ones are in place for whatever is launched after them."""
@@ -246,7 +252,7 @@ class EngineCore(Core):
     def _complete(self, results: Sequence[CompressionResult]) -> None:
         for result in results:
             if result.error is not None:
-                self._end(self.scheduler.fail_compression(result.order.number, result.error, time.perf_counter()))
+                self._end(self.scheduler.fail_compression(result.order.number, result.error, self._clock()))
                 continue
             done = self.scheduler.complete(result.order.number, result.kept_pages)
             self.telemetry.record_compression(done, result.seconds, result.kept_positions)

@@ -115,10 +115,18 @@ class InputProcessor:
         config: of the engine.
         core: what its core serves.
         tokenizer: None where prompts are token ids only.
+        clock: of the core.
     """
 
-    def __init__(self, config: EngineConfig, core: CoreSpec, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        core: CoreSpec,
+        tokenizer: PreTrainedTokenizerBase | None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._config = config
+        self._clock = clock
         self._memory_plan = core.memory_plan
         self._max_model_len = core.max_model_len
         self._vocab_size = core.vocab_size
@@ -161,7 +169,7 @@ class InputProcessor:
             bad_words=bad_words,
             max_total_tokens=limit,
             limit_reason=reason,
-            arrival=time.perf_counter(),
+            arrival=self._clock(),
             follow=follow,
         )
         return order.samples(rule)

@@ -53,10 +53,17 @@ class OutputProcessor:
     Args:
         tokenizer: None where there is no text.
         counters: of the engine; prompts that end are counted there.
+        clock: of the core.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast | None, counters: EngineStats) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast | None,
+        counters: EngineStats,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._clock = clock
         self._counters = counters
         self._prompts: dict[str, PendingPrompt] = {}
         self._done: dict[str, RequestOutput] = {}
@@ -104,7 +111,7 @@ class OutputProcessor:
     def refuse(self, request_id: str, text: str | None, error: str) -> RequestOutput:
         """The output of a prompt that can't be served."""
         self._counters.requests_failed += 1
-        metrics = RequestMetrics(arrival=time.perf_counter())
+        metrics = RequestMetrics(arrival=self._clock())
         outputs = [CompletionOutput(0, "", [], "error", metrics=metrics)]
         return RequestOutput(request_id, text, [], outputs, metrics, error)
 

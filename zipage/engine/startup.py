@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from zipage.config import EngineConfig
@@ -55,13 +57,16 @@ def start(config: EngineConfig, *, apart: bool = False) -> Engine:
     return Engine(core, inputs, OutputProcessor(inputs.tokenizer, core.counters), spec)
 
 
-def build_inputs(config: EngineConfig, spec: CoreSpec) -> InputProcessor:
+def build_inputs(
+    config: EngineConfig, spec: CoreSpec, clock: Callable[[], float] = time.perf_counter
+) -> InputProcessor:
     """What turns prompts into samples for a core: it loads the tokenizer, and neither weights nor anything on a device.
 
     Raises:
         ValueError, FileNotFoundError: the tokenizer is missing or broken.
     """
-    return InputProcessor(config, spec, None if config.skip_tokenizer_init else load_tokenizer(config.model))
+    tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.model)
+    return InputProcessor(config, spec, tokenizer, clock)
 
 
 def build_core(config: EngineConfig) -> tuple[EngineCore, CoreSpec]:
@@ -73,7 +78,7 @@ def build_core(config: EngineConfig) -> tuple[EngineCore, CoreSpec]:
     if config.tensor_parallel_size > 1:
         worker = start_ranks(config)
         try:
-            return _core_on(worker, config, worker.model, worker.max_model_len)
+            return core_on(worker, config, worker.model, worker.max_model_len)
         except BaseException:
             worker.close()
             raise
@@ -87,13 +92,24 @@ def _build_core(config: EngineConfig) -> tuple[EngineCore, CoreSpec]:
         config.model, load_format=config.load_format, dtype=config.dtype, device=config.device, seed=config.seed
     )
     max_model_len = config.model_len(loaded.spec.max_position)
-    return _core_on(Worker(config, loaded, max_model_len), config, loaded.spec, max_model_len)
+    return core_on(Worker(config, loaded, max_model_len), config, loaded.spec, max_model_len)
 
 
-def _core_on(
-    worker: Worker | RankedWorker, config: EngineConfig, spec: ModelSpec, max_model_len: int
+def core_on(
+    worker: Worker | RankedWorker,
+    config: EngineConfig,
+    spec: ModelSpec,
+    max_model_len: int,
+    core_type: type[EngineCore] = EngineCore,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[EngineCore, CoreSpec]:
-    """A core whose steps `worker` computes; `spec` is of the whole model."""
+    """A core whose steps `worker` computes.
+
+    Args:
+        worker: or what stands for one.
+        spec: of the whole model.
+        core_type, clock: other ones for a simulation.
+    """
     rule = config.largest_rule(max_model_len)
     memory = worker.memory
     plan = plan_memory(
@@ -111,14 +127,15 @@ def _core_on(
         trigger=config.trigger,
         scheduling=config.scheduling,
     )
-    core = EngineCore(
+    core = core_type(
         scheduler,
         worker.runner,
         worker.compressor,
-        Telemetry(scheduler, strict=config.debug),
+        Telemetry(scheduler, strict=config.debug, clock=clock),
         DebugChecks(scheduler, worker.cache) if config.debug else None,
         overlaps=worker.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
         async_compression=config.async_compression,
         heads=(spec.num_layers, spec.num_kv_heads),
+        clock=clock,
     )
     return core, CoreSpec(plan, max_model_len, spec.vocab_size, spec.eos_token_ids)

@@ -59,15 +59,18 @@ class Listeners:
 
 
 class Telemetry:
-    """Fills the records of `zipage.stats`.
+    """Fills the records of `zipage.stats`; `clock` is that of its core.
 
     Attributes:
         counters: those that the scheduler does not keep itself.
         listeners: get the records.
     """
 
-    def __init__(self, scheduler: Scheduler, strict: bool = False) -> None:
+    def __init__(
+        self, scheduler: Scheduler, strict: bool = False, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._scheduler = scheduler
+        self._clock = clock
         self._num_applied = 0
         self.counters = EngineStats(blocks_total=scheduler.pool.num_blocks)
         self.listeners = Listeners(strict)
@@ -75,7 +78,7 @@ class Telemetry:
     def record_step(self, batch: Batch, num_tokens: int, begin: float, device_time: float) -> None:
         """A step of `num_tokens` new tokens that began at `begin` (host clock) and has just ended."""
         scheduler, counters = self._scheduler, self.counters
-        end = time.perf_counter()
+        end = self._clock()
         device_time = min(device_time, end - begin)
         num_applied = scheduler.compressions.num_applied
         step = StepStats(
@@ -143,7 +146,7 @@ class Telemetry:
         event = EventStats(
             kind,
             step=self.counters.steps,
-            time=time.perf_counter(),
+            time=self._clock(),
             request_id=request.request_id,
             sample_index=request.index,
             num_tokens=request.num_tokens,

@@ -20,6 +20,7 @@ from experiments.config.options import (
     readable,
     readable_options,
     short_names,
+    simulated,
     told_apart,
 )
 
@@ -71,7 +72,7 @@ def run_names(runs: pd.DataFrame, budget: bool = True, apart: Sequence[str] = ()
         budget: name the budget too.
         apart: options that the picture shows in another way.
     """
-    names = runs.apply(label, axis=1).astype(str)
+    names = runs.apply(label, axis=1).astype(str) + simulated(runs).map({True: ", simulated", False: ""})
     if budget:
         names += budget_texts(runs, full="").map(lambda text: f", {text}" if text else "")
     told = told_apart(runs)

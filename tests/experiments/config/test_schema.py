@@ -22,8 +22,12 @@ from zipage.eviction import registry
 
 LOADS = ("bench", "serve_bench")
 """No groups: their files are the loads of benchmarks, which test_bench_loads.py and test_serve_bench.py read."""
+MACHINES = "machine"
+"""Nor are these: tests/experiments/simulation reads them."""
 CHOICES = sorted(
-    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("hydra", *LOADS)
+    (path.parent.name, path.stem)
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name not in ("hydra", MACHINES, *LOADS)
 )
 
 GROUPS = [(group, choice) for group, choice in CHOICES if group != "sweep"]

@@ -1,0 +1,107 @@
+"""How far simulated arms of `scenario=engine_bench` are from measured ones."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import one_line
+from experiments.records import PROVENANCE
+from experiments.reporting.markdown import markdown
+from experiments.simulation.arms import MeasuredArm, measured_arms, simulate_arm
+from experiments.simulation.machine import Machine, machine_names, read_machine
+
+COUNTS = ("preemptions", "pauses", "compressions")
+RATIOS = ("tokens_per_second", "steps", "mean_batch")
+
+
+def machine_of_record(folder: Path) -> Machine:
+    """The machine of `conf/machine/` whose name is in that of the record's GPU; an H100 where none is."""
+    gpus = json.loads((folder / PROVENANCE).read_text(encoding="utf-8")).get("hardware", {}).get("gpus") or ["H100"]
+    name = next((name for name in machine_names() if name.partition("_")[0].upper() in gpus[0].upper()), "h100")
+    return read_machine(name)
+
+
+def compared(folder: Path, machine: Machine) -> Iterator[dict[str, Any]]:
+    """A row for each arm of a record: what was measured, what is simulated, and by how much that is off."""
+    for measured in measured_arms(folder):
+        row = {
+            "record": measured.record if measured.record.startswith("engine_bench") else _name(folder),
+            "load": measured.arm.load,
+            "arm": measured.arm.name,
+            "machine": machine.name,
+            "fitted": _is_fitted(machine, folder, measured),
+        }
+        try:
+            simulated = simulate_arm(measured.arm, machine).row
+        except Exception as error:  # an arm costs no other
+            yield row | {"refused": one_line(error)}
+            continue
+        yield row | {"refused": None} | _figures(measured, simulated)
+
+
+def _figures(measured: MeasuredArm, simulated: dict[str, Any]) -> dict[str, Any]:
+    theirs = dict(measured.row)
+    if measured.arm.window_steps is None:
+        theirs["steps"] = theirs["steps"] / measured.arm.repeats
+    figures: dict[str, Any] = {}
+    for name in RATIOS:
+        figures[name] = {"measured": theirs[name], "simulated": simulated[name]}
+        figures[name]["off"] = simulated[name] / theirs[name] - 1
+    low, high = min(theirs["repeats"]), max(theirs["repeats"])
+    figures["tokens_per_second"] |= {"lowest": low, "highest": high}
+    for name in ("p50", "p99"):
+        ours, real = simulated["step_ms"][name], theirs["step_ms"][name]
+        figures[f"step_ms.{name}"] = {"measured": real, "simulated": ours, "off": ours / real - 1}
+    for name in COUNTS:
+        figures[name] = {"measured": theirs.get(name), "simulated": simulated[name]}
+    return figures
+
+
+def _is_fitted(machine: Machine, folder: Path, measured: MeasuredArm) -> bool:
+    """Whether the machine's constants come of this arm too, as its `origin` says."""
+    return any(
+        name in (folder.name, f"{folder.name}/{measured.arm.name}") for name in machine.origin.replace(",", " ").split()
+    )
+
+
+def _name(folder: Path) -> str:
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def error_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows in Markdown, and a line on those that nothing was fitted to."""
+    head = ["record", "arm", "fitted", "tokens/s", "simulated", "off", "steps off", "p50 off"]
+    head += [f"{name}, measured / simulated" for name in COUNTS]
+    cells = []
+    for row in rows:
+        names = [row["record"].removeprefix("engine_bench_"), f"{row['load']}/{row['arm']}", "yes" * row["fitted"]]
+        if row["refused"] is not None:
+            cells.append([*names, f"refused: {row['refused']}", *[""] * (len(head) - 4)])
+            continue
+        speed = row["tokens_per_second"]
+        texts = [f"{speed['measured']:,.0f}", f"{speed['simulated']:,.0f}", f"{speed['off']:+.1%}"]
+        texts += [f"{row['steps']['off']:+.1%}", f"{row['step_ms.p50']['off']:+.1%}"]
+        texts += [_pair(row[name]) for name in COUNTS]
+        cells.append(names + texts)
+    return markdown(head, cells) + "\n\n" + summary(rows)
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """Of the arms that nothing was fitted to: the median and the largest error."""
+    predicted = [row for row in rows if row["refused"] is None and not row["fitted"]]
+    if not predicted:
+        return "no arm was predicted"
+    said = []
+    for name, title in (("tokens_per_second", "tokens/s"), ("steps", "steps")):
+        off = [abs(row[name]["off"]) for row in predicted]
+        said.append(f"{title} off by {statistics.median(off):.1%} in the median and {max(off):.1%} at most")
+    return f"{len(predicted)} arms that nothing was fitted to: {', '.join(said)}"
+
+
+def _pair(figure: dict[str, Any]) -> str:
+    real = figure["measured"]
+    return f"{'-' if real is None else f'{real:g}'} / {figure['simulated']:g}"

@@ -1,0 +1,240 @@
+"""`python -m experiments.simulation.fit`: a machine's constants from committed records.
+
+Four stages, each with what the stage before has found:
+
+1. Shares of a compression and of prefill attention, from the kernels' benchmark.
+2. Shares of products and attention and the constants of a layer, by least squares over a profile's parts of a step and
+   over step times of the engine's benchmark. Which steps an arm takes is simulated once: constants change their times.
+3. What a sum over GPUs takes: the link's share from the gather in a profile of two ranks, the rest from an arm on two.
+4. What it takes to launch a layer kernel by kernel, from the slowest steps of an arm of small layers.
+5. What the host takes, from arms whose steps are so short that it shows, each simulated anew at every trial.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares, minimize
+
+from experiments.command_line import Parser, stoppable
+from experiments.errors import UsageError
+from experiments.paths import ROOT
+from experiments.simulation.arms import MeasuredArm, SimulatedArm, measured_arms, simulate_arm
+from experiments.simulation.machine import Machine, read_machine
+from experiments.simulation.shape import SimulatedShape
+from experiments.simulation.step_model import LOGIT_BYTES, StepModel
+
+RECORDS = ROOT / "results" / "records"
+PROFILED_MODEL = ROOT / "models" / "qwen3-8b-shape"
+"""Of `profile_step` and of the kernels' benchmark."""
+PROFILED_ROWS = 64
+"""Requests of the profile of ranks."""
+SHARED = "full:256x1024="
+"""A case of the profile whose requests share some of their blocks, so that their attention comes out too fast
+(docs/performance.md)."""
+DEVICE = (
+    *("weight_share", "product_share", "entry_share"),
+    *("attention_seconds", "layer_seconds", "row_passes", "sample_seconds"),
+)
+HOST = ("host_row_seconds", "compression_seconds", "compression_score_seconds", "interpreter_share")
+LARGEST, SMALLEST = 0.99, 1e-15
+"""Of a share, and of any constant that is fitted as its logarithm."""
+
+
+def kernel_shares(machine: Machine, folder: Path) -> Machine:
+    """Stage 1: from a record of `scenario=kernels`."""
+    rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+    shapes = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["shapes"]
+    seconds = {row["kernel"]: row["ms"] / 1e3 for row in rows}  # of several shapes the last
+    flops = {row["kernel"]: row["flops"] for row in rows}
+    size = 2 * shapes["layers"] * shapes["kv_heads"] * shapes["head_dim"] * 2
+    entry_bytes = shapes["compressions"] * shapes["entries"] * size
+    return replace(
+        machine,
+        move_share=entry_bytes / seconds["compact_stable"] / machine.bandwidth,
+        score_share=entry_bytes / seconds["attention_score"] / machine.bandwidth,
+        redundancy_share=flops["redundancy"] / seconds["redundancy"] / machine.flops,
+        prefill_share=flops["paged_prefill"] / seconds["paged_prefill"] / machine.flops,
+    )
+
+
+def profiled(path: Path) -> list[tuple[dict[str, Any], tuple[float, float, float]]]:
+    """Of a record of `profile_step`: rows and bytes of a step, and seconds of its products, attention and the rest."""
+    cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+    parts = []
+    for case in cases:
+        us = dict(case["us"])
+        named = [us.pop("matmul"), us.pop("attention")]
+        parts.append((case, tuple(1e-6 * value for value in (*named, sum(us.values())))))
+    return parts
+
+
+def device_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredArm]) -> Machine:
+    """Stage 2."""
+    profile_shape = SimulatedShape.read(PROFILED_MODEL)
+    cases = profiled(profile)
+    simulated = [simulate_arm(measured.arm, machine) for measured in arms]
+    shapes = [simulated_arm.times.shape for simulated_arm in simulated]
+
+    def residuals(values: np.ndarray) -> list[float]:
+        changed = replace(machine, **dict(zip(DEVICE, np.exp(values).tolist())))
+        model, found = StepModel(changed, profile_shape), []
+        for case, measured in cases:
+            entries = case["kv_bytes"] / profile_shape.sizes.kv_bytes
+            parts = np.array(model.parts(case["rows"], entries))
+            parts[2] -= changed.sample_seconds * case["rows"] * profile_shape.sizes.vocab_size  # not profiled
+            off = (parts - measured) / sum(measured)
+            found += [off[0], off[2]] if case["case"] == SHARED else list(off)
+        for measured, base, shape in zip(arms, simulated, shapes):
+            found += _off(measured, base, StepModel(changed, shape), StepModel(machine, shape))
+        return found
+
+    begin = np.log([max(getattr(machine, name), SMALLEST) for name in DEVICE])
+    highest = [np.log(LARGEST) if name.endswith("_share") else np.inf for name in DEVICE]
+    fitted = least_squares(residuals, np.minimum(begin, np.array(highest) - 1e-6), bounds=(-np.inf, highest))
+    return replace(machine, **dict(zip(DEVICE, np.exp(fitted.x).tolist())))
+
+
+def _off(measured: MeasuredArm, base: SimulatedArm, now: StepModel, before: StepModel) -> list[float]:
+    """By how much the time of an arm's steps is off under other constants: their sum and their median."""
+    works = base.works()
+    after = sum(now.parts(*works))
+    seconds = sum(repeat.seconds for repeat in base.repeats) + float(np.sum(after - sum(before.parts(*works))))
+    tokens = sum(repeat.tokens for repeat in base.repeats)
+    rate = tokens / seconds / measured.row["tokens_per_second"]
+    return [float(np.log(rate)), float(np.log(1e3 * np.median(after) / measured.row["step_ms"]["p50"]))]
+
+
+def link_share(machine: Machine, path: Path) -> Machine:
+    """Stage 3, from a profile of ranks: the gather of the logits of `rows` requests in bfloat16."""
+    profile = json.loads(path.read_text(encoding="utf-8"))
+    seconds = 1e-3 * next(row["ms_a_step"] for row in profile["rows"] if "AllGather" in row["kernel"])
+    size = PROFILED_ROWS * SimulatedShape.read(PROFILED_MODEL).sizes.vocab_size * LOGIT_BYTES
+    others = (profile["gpus"] - 1) / profile["gpus"]
+    return replace(machine, link_share=size * others / seconds / machine.link_bandwidth)
+
+
+def launch_constant(machine: Machine, measured: MeasuredArm) -> Machine:
+    """Stage 4: what a layer must take for the 99th percentile of an arm's steps, launched kernel by kernel."""
+    for _ in range(3):
+        simulated = simulate_arm(measured.arm, machine)
+        lacking = measured.row["step_ms"]["p99"] - simulated.row["step_ms"]["p99"]
+        seconds = machine.launch_seconds + 1e-3 * lacking / simulated.times.shape.layers
+        machine = replace(machine, launch_seconds=max(0.0, seconds))
+    return machine
+
+
+def collective_constant(machine: Machine, measured: MeasuredArm) -> Machine:
+    """Stage 3: what a sum over GPUs must take for the median step of an arm on several of them."""
+    free = replace(machine, collective_seconds=0.0)
+    simulated = simulate_arm(measured.arm, free)
+    lacking = measured.row["step_ms"]["p50"] - simulated.row["step_ms"]["p50"]
+    sums = 2 * simulated.times.shape.layers
+    return replace(machine, collective_seconds=max(0.0, 1e-3 * lacking / sums))
+
+
+def host_constants(machine: Machine, arms: Sequence[MeasuredArm], trials: int) -> Machine:
+    """Stage 5."""
+
+    def changed(values: np.ndarray) -> Machine:
+        found = dict(zip(HOST, np.exp(values).tolist()))
+        return replace(machine, **found | {"interpreter_share": min(found["interpreter_share"], LARGEST)})
+
+    def loss(values: np.ndarray) -> float:
+        total = 0.0
+        for measured in arms:
+            row = simulate_arm(measured.arm, changed(values)).row
+            for name in ("tokens_per_second", "steps"):
+                total += np.log(row[name] / measured.row[name]) ** 2
+        return total
+
+    begin = np.log([getattr(machine, name) for name in HOST])
+    simplex = np.vstack([begin, begin + 0.5 * np.eye(len(HOST))])
+    options = {"maxfev": trials, "initial_simplex": simplex, "xatol": 0.02, "fatol": 1e-5}
+    return changed(minimize(loss, begin, method="Nelder-Mead", options=options).x)
+
+
+def as_yaml(machine: Machine, head: str) -> str:
+    lines = [f"# {head}"]
+    for name, value in asdict(machine).items():
+        if name != "eager":
+            lines.append(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+    return "\n".join(lines) + "\n"
+
+
+@stoppable
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m experiments.simulation.fit", description="Fit a machine to committed records.")
+    parser.add_argument("--machine", default="h100", help="whose published rates and first guesses are taken")
+    parser.add_argument("--kernels", type=Path, default=RECORDS / "kernels_scenario_h100", help="of scenario=kernels")
+    parser.add_argument("--profile", type=Path, default=RECORDS / "profile_step_h100.json", help="of profile_step")
+    parser.add_argument(
+        "--device",
+        type=Path,
+        nargs="+",
+        metavar="RECORD",
+        default=[RECORDS / f"engine_bench_{name}_h100" for name in ("factorial", "ample_vllm")],
+        help="of scenario=engine_bench: the device's constants",
+    )
+    parser.add_argument(
+        "--host",
+        nargs="+",
+        metavar="RECORD/ARM",
+        default=[str(RECORDS / "engine_bench_policies_h100" / name) for name in ("random", "zipage")],
+        help="arms whose host shows",
+    )
+    parser.add_argument(
+        "--ranks",
+        default=str(RECORDS / "engine_bench_ranks_h100" / "two_h100" / "two"),
+        metavar="RECORD/ARM",
+        help="an arm on several GPUs",
+    )
+    parser.add_argument("--link", type=Path, default=RECORDS / "ranks_profile_h200.json", help="a profile of ranks")
+    parser.add_argument(
+        "--launch",
+        default=str(RECORDS / "engine_bench_policies_h100" / "random"),
+        metavar="RECORD/ARM",
+        help="an arm whose slowest steps the host launches kernel by kernel",
+    )
+    parser.add_argument("--trials", type=int, default=40, help="of the host's constants; 0 leaves them as they are")
+    parser.add_argument("--out", type=Path, help="a file of conf/machine/; without, it is printed")
+    options = parser.parse_args(arguments)
+    try:
+        machine = kernel_shares(read_machine(options.machine), options.kernels)
+        arms = [arm for folder in options.device for arm in measured_arms(folder)]
+        machine = device_constants(machine, options.profile, arms)
+        machine = collective_constant(link_share(machine, options.link), _one_arm(options.ranks))
+        machine = launch_constant(machine, _one_arm(options.launch))
+        if options.trials:
+            machine = host_constants(machine, [_one_arm(name) for name in options.host], options.trials)
+        records = [options.kernels.name, options.profile.stem, *(folder.name for folder in options.device)]
+        records.append(options.link.stem)
+        others = [options.ranks, options.launch, *(options.host if options.trials else [])]
+        records += ["/".join(Path(name).parts[-2:]) for name in dict.fromkeys(others)]
+        machine = replace(machine, origin=f"published rates; constants fitted to {', '.join(records)}")
+        text = as_yaml(machine, "Made by `python -m experiments.simulation.fit`, which says how.")
+    except (UsageError, OSError, KeyError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text, end="")
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
+    return 0
+
+
+def _one_arm(name: str) -> MeasuredArm:
+    path = Path(name)
+    for measured in measured_arms(path.parent):
+        if measured.arm.name == path.name:
+            return measured
+    raise UsageError(f"--host {name}: the record has no such arm of Zipage's")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

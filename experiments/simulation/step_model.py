@@ -1,0 +1,101 @@
+"""How long a step or a compression takes on a machine.
+
+A roofline with shares: each part of a step reaches its own share of the machine's bandwidth or arithmetic.
+
+    products   = ((weights / bandwidth)^4 + (tokens x operations / flops)^4)^(1/4)      a roofline with a round corner
+    attention  = layers x a constant + entries x bytes / bandwidth + prefill pairs x operations / flops
+    the rest   = layers x (a constant + tokens x bytes of a row / bandwidth) + sampled tokens x vocabulary x a constant
+    ranks      = 2 x layers x (latency + 2 x tokens x bytes of a row / link) + sampled tokens x bytes of logits / link
+    moves      = blocks to host memory and back / host link
+
+`link` is what a GPU of N has for what the N - 1 others hold: N / (N - 1) of a share of the published bandwidth.
+
+The host takes a constant and a constant a request. A step that is no graph also takes as long as the host launches its
+kernels, a constant a layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experiments.simulation.machine import Machine
+from experiments.simulation.shape import SimulatedShape
+from zipage import CompressionTime, CompressionWork, StepWork
+
+CORNER = 4
+"""How sharp the roofline's corner is: at 48, 128 and 256 rows of Qwen3-8B's shape it is as a profile shows it."""
+LOGITS_COPIES = 48
+"""Bytes of each logit that the largest step holds at once, as memory plans show them: float32, twelve times."""
+MLP_BYTES = 3.4
+"""The same of each token and number of the MLP's inner width."""
+LOGIT_BYTES = 2
+"""Of a logit that is gathered from the ranks, in bfloat16."""
+
+
+class StepModel:
+    """`times` of `SimulatedLLM`: a machine, running a model.
+
+    Args:
+        block_bytes: of one KV block of a rank, for requests that are paused.
+    """
+
+    def __init__(self, machine: Machine, shape: SimulatedShape, block_size: int = 256) -> None:
+        self.machine = machine
+        self.shape = shape
+        self.memory_bytes = int(machine.memory_bytes)
+        self._block_bytes = block_size * shape.sizes.kv_bytes
+
+    def activation_bytes(self, spec: Any, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+        logits = LOGITS_COPIES * min(max_num_seqs, max_num_batched_tokens) * spec.vocab_size
+        return int(logits + MLP_BYTES * max_num_batched_tokens * spec.mlp_width / self.shape.ranks)
+
+    def step(self, work: StepWork) -> float:
+        return sum(self.parts(*work))
+
+    def parts(
+        self, num_decodes: Any, decode_entries: Any, prefill_tokens: Any = 0, prefill_entries: Any = 0,
+        is_graph: Any = 1, moved_blocks: Any = 0,
+    ) -> tuple[Any, Any, Any]:  # fmt: skip
+        """Seconds of the matrix products, of attention and of the rest; of numbers or of arrays."""
+        m, shape, sizes = self.machine, self.shape, self.shape.sizes
+        tokens = num_decodes + prefill_tokens
+        reads = sizes.weight_bytes / (m.bandwidth * m.weight_share)
+        arithmetic = tokens * sizes.token_flops / (m.flops * m.product_share)
+        products = (reads**CORNER + arithmetic**CORNER) ** (1 / CORNER)
+        entries = decode_entries + is_graph * prefill_entries
+        attention = shape.layers * m.attention_seconds + entries * sizes.kv_bytes / (m.bandwidth * m.entry_share)
+        attention += (1 - is_graph) * prefill_entries * shape.pair_flops / (m.flops * m.prefill_share)
+        row = 2 * shape.width  # bytes
+        rest = shape.layers * (m.layer_seconds + m.row_passes * tokens * row / m.bandwidth)
+        rest += m.sample_seconds * num_decodes * sizes.vocab_size
+        if shape.ranks > 1:
+            link = m.link_bandwidth * m.link_share * shape.ranks / (shape.ranks - 1)
+            rest += 2 * shape.layers * (m.collective_seconds + 2 * tokens * row / link)
+            rest += num_decodes * sizes.vocab_size * LOGIT_BYTES / link
+        return products, attention, rest + moved_blocks * self._block_bytes / m.host_bandwidth
+
+    def host(self, work: StepWork) -> float:
+        return self.machine.host_seconds + self.machine.host_row_seconds * work.num_decodes
+
+    def launch(self, work: StepWork) -> float:
+        is_graph = work.is_graph and not self.machine.eager
+        return 0.0 if is_graph else self.shape.layers * self.machine.launch_seconds
+
+    def compression(self, work: CompressionWork) -> CompressionTime:
+        m, kv_bytes = self.machine, self.shape.sizes.kv_bytes
+        seconds = work.entries * kv_bytes / (m.bandwidth * m.move_share)
+        if work.policy.num_queries:
+            seconds += work.entries * kv_bytes / (m.bandwidth * m.score_share)
+        compared = _compared_keys(work.policy)
+        if compared:
+            longest = work.entries / work.num_requests
+            pairs = work.entries * min(compared, longest)
+            seconds += pairs * self.shape.key_flops / (m.flops * m.redundancy_share)
+        launch = m.compression_seconds + m.compression_score_seconds * (work.policy.num_queries > 0)
+        return CompressionTime(launch, m.interpreter_share * launch, seconds, m.beside * seconds)
+
+
+def _compared_keys(policy: Any) -> float:
+    """Keys that a policy compares each key with."""
+    kind = getattr(policy, "redundancy", "full" if hasattr(policy, "tau") else "none")
+    return {"none": 0.0, "full": float("inf")}.get(kind, float(getattr(policy, "chunk", 0)))

@@ -1,0 +1,50 @@
+"""Committed records against their simulation, and a fit to one record that predicts another."""
+
+from dataclasses import replace
+
+import pytest
+
+from experiments import simulate
+from experiments.errors import UsageError
+from experiments.paths import ROOT
+from experiments.simulation.arms import measured_arms, simulate_arm
+from experiments.simulation.errors import compared, error_table
+from experiments.simulation.fit import DEVICE, device_constants, kernel_shares
+from experiments.simulation.machine import read_machine
+
+RECORDS = ROOT / "results" / "records"
+
+
+def arm_of(record: str, name: str):
+    return next(measured for measured in measured_arms(RECORDS / record) if measured.arm.name == name)
+
+
+def test_a_fit_to_one_record_predicts_another():
+    """From first guesses that are wrong by a fifth."""
+    machine = read_machine("h100")
+    wrong = replace(machine, **{name: 0.8 * getattr(machine, name) for name in DEVICE})
+    wrong = kernel_shares(wrong, RECORDS / "kernels_scenario_h100")
+    fitted = device_constants(
+        wrong, RECORDS / "profile_step_h100.json", [arm_of("engine_bench_factorial_h100", "random_async")]
+    )
+    other = arm_of("engine_bench_short_h100", "zipage")
+    measured = other.row["tokens_per_second"]
+    assert simulate_arm(other.arm, wrong).row["tokens_per_second"] / measured < 0.95
+    assert simulate_arm(other.arm, fitted).row["tokens_per_second"] == pytest.approx(measured, rel=0.03)
+
+
+def test_errors_are_told_beside_what_was_measured():
+    rows = list(compared(RECORDS / "engine_bench_short_256_h100", read_machine("h100")))
+    (row,) = rows
+    assert row["compressions"] == {"measured": 1280, "simulated": 1280}
+    assert abs(row["tokens_per_second"]["off"]) < 0.05
+    text = error_table(rows)
+    assert "short_256_h100" in text
+    assert "1 arms that nothing was fitted to" in text
+
+
+def test_a_folder_without_benchmarks_is_refused(tmp_path, capsys):
+    assert simulate.main([str(tmp_path)]) == 2
+    assert "no record of a benchmark" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="no record of scenario=engine_bench"):
+        measured_arms(RECORDS / "kernels_scenario_h100")

@@ -1,0 +1,110 @@
+"""`scenario=simulate`: a run's record, made on a CPU, that says everywhere that it is simulated."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.analysis.baselines import devices, full_kv
+from experiments.config.compose import load_experiment
+from experiments.config.options import told_apart
+from experiments.errors import UsageError
+from experiments.records import load_events, load_requests, load_runs, load_steps
+from experiments.reporting.plots.style import run_names
+from experiments.reporting.runs_table import runs_table, with_notes
+from experiments.running import job
+
+LOAD = [
+    "scenario=simulate",
+    "model=qwen3_06b_shape",
+    "workload=lengths",
+    "workload.options.count=12",
+    "workload.options.prompt_tokens=100",
+    "workload.options.output_tokens=300",
+    "engine.max_model_len=1024",
+    "engine.max_num_seqs=8",
+    "engine.block_size=64",
+]
+BOUNDED = ["policy=zipage", "policy.budget_tokens=128"]
+
+
+def run(folder: Path, *options: str) -> Path:
+    return job.run(load_experiment([*LOAD, f"results_dir={folder}", *options]), shows=False)
+
+
+@pytest.fixture(scope="module", name="bounded")
+def bounded_run(tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("runs"), *BOUNDED, "scenario.arrival=poisson", "scenario.rate=20")
+
+
+def test_the_record_is_a_run_s(bounded):
+    runs, steps, requests, events = (
+        load_runs(bounded),
+        load_steps(bounded),
+        load_requests(bounded),
+        load_events(bounded),
+    )
+    assert (requests["output_tokens"] == 300).all()
+    assert len(events[events["kind"] == "compress"]) == runs["compressions"].iloc[0] > 0
+    assert runs["counters.steps"].iloc[0] == len(steps) >= 300
+    assert runs["ttft.p99"].iloc[0] < 1
+    assert runs["rate.offered"].iloc[0] > 0
+
+
+def test_it_says_everywhere_that_it_is_simulated(bounded):
+    origin = json.loads((bounded / "provenance.json").read_text())
+    assert origin["simulated"]["name"] == "H100"
+    assert origin["hardware"]["gpus"] == ["H100 (simulated)"]
+    runs = load_runs(bounded)
+    assert devices(runs) == ["H100 (simulated)"]
+    assert "zipage, simulated" in runs_table(runs)
+    assert "1 run simulated" in with_notes(runs)
+    assert "simulated" in run_names(runs).iloc[0]
+
+
+def test_a_measured_run_is_no_baseline_of_a_simulated_one(tmp_path):
+    run(tmp_path, *BOUNDED)
+    full = run(tmp_path, "policy=full")
+    runs = load_runs(tmp_path)
+    assert sum(base is not None for base in full_kv(runs)) == 1
+    is_full = runs["path"] == str(full)
+    runs["scenario.kind"] = runs["scenario.kind"].mask(is_full, "serve")
+    runs["scenario.machine"] = runs["scenario.machine"].mask(is_full, None)
+    runs["provenance.hardware.gpus"] = [
+        ["H100"] if full else gpus for full, gpus in zip(is_full, runs["provenance.hardware.gpus"])
+    ]
+    assert full_kv(runs) == [None, None]
+    assert "scenario.machine" in told_apart(runs)
+
+
+def test_the_same_run_on_the_same_machine_is_done(bounded, capsys):
+    options = [*BOUNDED, "scenario.arrival=poisson", "scenario.rate=20"]
+    assert run(bounded.parent, *options) == bounded
+    assert "already done" in capsys.readouterr().out
+    assert run(bounded.parent, *options, "scenario.machine=h200") != bounded
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["scenario.arrival=steady", "scenario.seconds=0.3", "workload.options.count=400"],
+        ["scenario.arrival=all_at_once"],
+    ],
+)
+def test_other_scenarios(tmp_path, options):
+    folder = run(tmp_path, *BOUNDED, *options)
+    assert load_runs(folder)["output_tokens_per_second"].iloc[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["scenario.machine=h999"], "no such machine"),
+        (["scenario.machine=null"], "scenario.machine"),
+        (["backend=transformers"], "backend"),
+        (["scenario=all_at_once", "scenario.machine=h100"], "scenario.machine"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path, options, what):
+    with pytest.raises(UsageError, match=what):
+        run(tmp_path, *options)

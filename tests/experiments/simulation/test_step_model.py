@@ -1,0 +1,134 @@
+"""The model of time: its parts by hand, and machines by their files."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from experiments.errors import UsageError
+from experiments.paths import ROOT
+from experiments.simulation.machine import machine_names, machine_of, read_machine
+from experiments.simulation.shape import SimulatedShape
+from experiments.simulation.step_model import StepModel
+from zipage import CompressionWork, StepWork, find_policy
+
+MODEL = ROOT / "models" / "qwen3-8b-shape"
+PLAIN = replace(
+    read_machine("h100"), name="plain", bandwidth=1e12, flops=1e15, weight_share=0.5, product_share=0.5,
+    entry_share=0.5, prefill_share=0.25, attention_seconds=0.0, layer_seconds=0.0, row_passes=0.0, sample_seconds=0.0,
+    collective_seconds=0.0, move_share=0.5, score_share=0.25, redundancy_share=0.5,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", name="shape")
+def qwen3_8b() -> SimulatedShape:
+    return SimulatedShape.read(MODEL)
+
+
+def test_one_request_reads_the_weights_and_its_entries(shape):
+    seconds = StepModel(PLAIN, shape).step(StepWork(1, 1000))
+    assert seconds == pytest.approx((15.1e9 + 1000 * 147_456) / 0.5e12, rel=0.01)
+
+
+def test_a_long_prompt_is_arithmetic(shape):
+    work = StepWork(0, 0, 8192, 8192 * 8193 // 2, False)
+    pairs = work.prefill_entries * 4 * 36 * 32 * 128
+    products = 8192 * shape.sizes.token_flops / 0.5e15
+    assert StepModel(PLAIN, shape).step(work) == pytest.approx(products + pairs / 0.25e15, rel=0.01)
+
+
+def test_the_corner_of_the_roofline_is_round(shape):
+    rows = int(shape.sizes.weight_bytes / 0.5e12 / (shape.sizes.token_flops / 0.5e15))
+    products, *_ = StepModel(PLAIN, shape).parts(rows, 0)
+    assert products == pytest.approx(2 ** (1 / 4) * shape.sizes.weight_bytes / 0.5e12, rel=0.01)
+
+
+def test_numbers_and_arrays_alike(shape):
+    model = StepModel(read_machine("h100"), shape)
+    works = [StepWork(3, 500), StepWork(7, 100, 512, 4096, False, 2)]
+    arrays = sum(model.parts(*np.array(works, dtype=float).T))
+    assert arrays == pytest.approx([model.step(work) for work in works])
+
+
+def test_two_gpus_share_the_bytes_and_pay_for_sums(shape):
+    half = SimulatedShape.read(MODEL, ranks=2)
+    work = StepWork(1, 1000)
+    shared = StepModel(PLAIN, half).step(work)
+    assert shared == pytest.approx(StepModel(PLAIN, shape).step(work) / 2, rel=0.01)
+    slower = replace(PLAIN, collective_seconds=10e-6)
+    assert StepModel(slower, half).step(work) == pytest.approx(shared + 72 * 10e-6)
+
+
+def test_sums_and_logits_cross_the_link(shape):
+    """Twice a layer N - 1 of N parts of a row, there and back, and once those of the logits in bfloat16."""
+    fast = replace(PLAIN, link_bandwidth=1e30)
+    for ranks in (2, 4):
+        part = SimulatedShape.read(MODEL, ranks=ranks)
+        slow = replace(PLAIN, link_bandwidth=1e10, link_share=0.5)
+        more = StepModel(slow, part).step(StepWork(8, 1000)) - StepModel(fast, part).step(StepWork(8, 1000))
+        size = 8 * (72 * 2 * 4096 * 2 + shape.sizes.vocab_size * 2) * (ranks - 1) / ranks
+        assert more == pytest.approx(size / 5e9)
+
+
+def test_what_is_no_graph_costs_the_host_launches(shape):
+    graph, eager = StepWork(1, 100), StepWork(0, 0, 1000, 500_500, False)
+    model = StepModel(replace(PLAIN, host_seconds=1e-3, host_row_seconds=0.0, launch_seconds=50e-6), shape)
+    assert model.host(graph) == model.host(eager) == pytest.approx(1e-3)
+    assert model.launch(graph) == 0
+    assert model.launch(eager) == pytest.approx(36 * 50e-6)
+    never = StepModel(replace(model.machine, eager=True), shape)
+    assert never.launch(graph) == pytest.approx(36 * 50e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parts"),
+    [
+        ("random", {}, "move"),
+        ("snapkv", {}, "move score"),
+        ("zipage", {}, "move score redundancy"),
+        ("zipage", {"redundancy": "none"}, "move score"),
+    ],
+)
+def test_a_compression_costs_what_its_policy_looks_at(shape, name, options, parts):
+    policy = find_policy(name).from_options(options)
+    seconds = StepModel(PLAIN, shape).compression(CompressionWork(policy, 2, 1280, 1024)).device
+    each = {
+        "move": 1280 * 147_456 / 0.5e12,
+        "score": 1280 * 147_456 / 0.25e12,
+        "redundancy": 1280 * 256 * 2 * 36 * 8 * 128 / 0.5e15,
+    }
+    assert seconds == pytest.approx(sum(each[part] for part in parts.split()))
+
+
+def test_the_machines_that_come_with_it():
+    assert {"h100", "h200", "a100_80gb"} <= set(machine_names())
+    h100, h200, a100 = (read_machine(name) for name in ("h100", "h200", "a100_80gb"))
+    assert h200.weight_share == a100.weight_share == h100.weight_share
+    assert h200.bandwidth > h100.bandwidth > a100.bandwidth
+    assert "published" in a100.origin
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("like: h100\nspeed: 3\n", "unknown option speed"),
+        ("like: h100\nbandwidth: fast\n", "fast"),
+        ("like: h100\nbandwidth: -1\n", "bandwidth"),
+        ("like: h100\nbandwidth: 0\n", "above 0"),
+        ("like: h100\nentry_share: 1.5\n", "entry_share"),
+        ("name: mine\n", "is missing"),
+        ("- 1\n", "mapping"),
+    ],
+)
+def test_a_file_that_is_no_machine(tmp_path, text, what):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("like: h100", f"like: {ROOT}/conf/machine/h100"))
+    with pytest.raises(UsageError, match=what):
+        read_machine(path)
+
+
+def test_an_unknown_machine_names_those_there_are():
+    with pytest.raises(UsageError, match="h100"):
+        read_machine("h999")
+    with pytest.raises(UsageError, match="missing"):
+        machine_of({"name": "x"}, "here")

@@ -1,0 +1,1 @@
+"""The engine without its device: real scheduling under a modelled time."""

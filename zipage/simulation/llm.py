@@ -1,0 +1,142 @@
+"""`SimulatedLLM`: the face of `LLM` on a virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
+import torch
+
+from zipage.config import EngineConfig
+from zipage.engine.core import EngineCore
+from zipage.engine.input_processor import InputProcessor
+from zipage.engine.output_processor import OutputProcessor
+from zipage.engine.startup import Engine, build_inputs, core_on
+from zipage.llm import LLM
+from zipage.models.loading.loader import read_shape
+from zipage.models.registry import find_family
+from zipage.models.shard import Shard
+from zipage.models.spec import ModelSpec
+from zipage.sampling_params import SamplingParams
+from zipage.scheduling.batch import Batch
+from zipage.simulation.device import PlannedWork, SimulatedCompressor, SimulatedRunner, Timeline, VirtualClock
+from zipage.simulation.times import DeviceTimes, StepWork
+from zipage.worker.cuda_graph import PROMPT_READS, PROMPT_TOKENS
+from zipage.worker.memory_plan import MemoryPlan
+from zipage.worker.model_runner import StepResult
+from zipage.worker.worker import DeviceMemory
+
+NUM_TOKENS = 1024
+"""Distinct tokens that simulated requests draw."""
+TokenListener = Callable[[float, list[str]], None]
+
+
+class SimulatedLLM(LLM):
+    """`LLM` with its scheduler, pool, prefix index and limits, and no model: no weight is read and nothing computed.
+
+    Every token is one that ends nothing, so a request ends at its length; the same one for all of a request's tokens.
+    Time passes on `clock`, by `times` alone. Steps and compressions of GPUs overlap as `async_scheduling` and
+    `async_compression` say.
+
+    Args:
+        model: as of `LLM`; only its config is read.
+        times: of the device.
+        **options: the fields of `EngineConfig`. The device is a GPU, whatever `device` says.
+
+    Raises:
+        ValueError: as `LLM`, or an option has no meaning here.
+
+    Attributes:
+        clock: seconds since the start.
+        token_listeners: each is called in a step, with the time and the ids of the requests that got a token. That is
+            much less work than a stream.
+    """
+
+    def __init__(self, model: str | PathLike[str], *, times: DeviceTimes, **options: Any) -> None:
+        for name in ("debug", "trace_positions"):
+            if options.get(name):
+                raise ValueError(f"{name}=True: a simulated engine has no cache to look into; leave it out")
+        if options.get("data_parallel_size", 1) > 1:
+            raise ValueError(f"data_parallel_size={options['data_parallel_size']}: only one replica can be simulated")
+        self.clock = VirtualClock()
+        self._times = times
+        super().__init__(model, **options)
+        self.token_listeners: list[TokenListener] = self._core.token_listeners
+
+    def _add(self, number: int, prompt: Any, tokenize: Any, params: SamplingParams | None, *more: Any) -> Any:
+        for name, absent in (("logprobs", None), ("return_hidden_states", False)):
+            if params is not None and getattr(params, name, absent) is not absent:
+                raise ValueError(f"SamplingParams.{name}: a simulated engine computes none; leave it out")
+        return super()._add(number, prompt, tokenize, params, *more)
+
+    def _start(self) -> Engine:
+        config, clock = self.config, self.clock
+        spec, dtype = read_shape(config.model, load_format="dummy", dtype=config.dtype, device="cuda")
+        worker = SimulatedWorker(config, spec, dtype, self._times, Timeline(clock))
+        max_model_len = config.model_len(spec.max_position)
+        core, core_spec = core_on(worker, config, spec, max_model_len, SimulatedCore, clock)
+        inputs: InputProcessor = build_inputs(config, core_spec, clock)
+        core.set_ends(spec.eos_token_ids, spec.vocab_size)
+        core.token_listeners = []
+        return Engine(core, inputs, OutputProcessor(inputs.tokenizer, core.counters, clock), core_spec)
+
+
+class SimulatedCore(EngineCore):
+    """Hands its runner the work of a step in place of its plan."""
+
+    _tokens: list[int]
+    token_listeners: list[TokenListener]
+
+    def set_ends(self, ends: tuple[int, ...], vocab_size: int) -> None:
+        """Which tokens end a request, so that none of them is drawn."""
+        allowed = (token for token in range(vocab_size) if token not in ends)
+        self._tokens = [token for token, _ in zip(allowed, range(NUM_TOKENS))]
+
+    def _book(self, batch: Batch, result: StepResult, now: float) -> int:
+        if self.token_listeners:
+            heard = [request.request_id for request in batch.sampled if request.finish_reason is None]
+            for listener in self.token_listeners:
+                listener(now, heard)
+        return super()._book(batch, result, now)
+
+    def _plan(self, batch: Batch) -> PlannedWork:
+        self.scheduler.take_dropped()
+        entries = sum([request.cache_len for request in batch.decodes]) + len(batch.decodes)
+        tokens = reads = 0
+        for request, count in batch.prefills:
+            tokens += count
+            reads += count * request.cache_len + count * (count + 1) // 2
+        moved = sum(len(swap.block_ids) - swap.num_shared for swap in (*batch.paused, *batch.resumed))
+        is_graph = tokens <= PROMPT_TOKENS and reads <= PROMPT_READS
+        work = StepWork(len(batch.decodes), entries, tokens, reads, is_graph, moved)
+        if not self.scheduler.pool.enable_prefix_caching:
+            return PlannedWork(work, self._tokens[:1] * len(batch.sampled))
+        drawn, count = self._tokens, len(self._tokens)
+        return PlannedWork(work, [drawn[request.number % count] for request in batch.sampled])
+
+
+class SimulatedWorker:
+    """Stands for `Worker`: the same attributes, and no model."""
+
+    device = torch.device("cuda")
+    """Which it would be on."""
+
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, times: DeviceTimes, timeline: Timeline
+    ) -> None:
+        shard = Shard(size=config.tensor_parallel_size)
+        shard.check(spec)
+        decoder = find_family(spec.architecture).decoder(spec, dtype, torch.device("meta"), shard)
+        weights = sum(parameter.nbytes for parameter in decoder.parameters())
+        activations = times.activation_bytes(spec, config.max_num_seqs, config.max_num_batched_tokens)
+        free = int(config.gpu_memory_utilization * times.memory_bytes) - weights - activations
+        self.spec, self.dtype = shard.spec(spec), dtype
+        self.policy = config.make_policy()
+        self.memory = DeviceMemory(weights, activations, free)
+        self.cache = None
+        self.runner = SimulatedRunner(timeline, times)
+        self.compressor = SimulatedCompressor(timeline, times, config.async_compression)
+
+    def attach(self, plan: MemoryPlan) -> None:
+        """There is no cache to make."""
