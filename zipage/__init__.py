@@ -70,8 +70,8 @@ _LAZY = {
     "share_model": "zipage.models.loading.share",
     "train_scorer": "zipage.worker.train_scorer",
 }
-"""Where the names are that need torch: the scheduler and the harness's configuration import this package where it is slow
-to load or absent."""
+"""Where the names are that need torch: the scheduler and the harness's configuration import this package where it is
+slow to load or absent."""
 
 
 def __getattr__(name: str):

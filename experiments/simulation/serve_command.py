@@ -30,7 +30,7 @@ def given_options(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise UsageError(f"{text}: must be NAME=VALUE")
+            raise UsageError(f"{text}: must be the name of an option, = and its value")
         try:
             found[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:

@@ -34,6 +34,11 @@ class SimulatedShape:
         """From a folder's `config.json`. Raises UsageError as `ModelShape.read`."""
         sizes = ModelShape.read(folder, dtype, "cuda", ranks)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if config.get("num_experts") or config.get("num_local_experts"):
+            raise UsageError(
+                f"model.path={folder}: a mixture of experts can't be simulated: how many experts a step reads is not "
+                "modelled; take a dense model"
+            )
         try:
             layers, width, heads = (
                 int(config[name]) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")

@@ -132,3 +132,8 @@ def test_an_unknown_machine_names_those_there_are():
         read_machine("h999")
     with pytest.raises(UsageError, match="missing"):
         machine_of({"name": "x"}, "here")
+
+
+def test_a_mixture_of_experts_is_refused():
+    with pytest.raises(UsageError, match="a mixture of experts can't be simulated"):
+        SimulatedShape.read(ROOT / "models" / "qwen3-30b-a3b-shape")
