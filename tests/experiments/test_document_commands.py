@@ -235,10 +235,18 @@ def simulate(module: str, given: list[str], request) -> None:
     patch, folder = request.getfixturevalue("monkeypatch"), request.getfixturevalue("tmp_path")
     program = importlib.import_module(module)
     if module.endswith("fit"):
-        for stage in ("device_constants", "collective_constant", "host_constants"):
+        for stage in ("device_constants", "collective_constant", "launch_constant", "host_constants"):
             patch.setattr(program, stage, lambda machine, *_: machine)
+    elif given[0] in ("serve", "fleet", "capacity"):
+        given = [option for option in given if "warmup=" not in option and option != "--set"]
+        given += ["--set", "warmup=1", "seconds=2", "drain=1", "begun=null"]
+    elif given[0] == "paper":
+        rates = dict.fromkeys(("full KV", "zipage"), 1.0)
+        patch.setattr(program.paper, "pairs", lambda folders: {"a model": {}})
+        patch.setattr(program.paper, "_row", lambda model, *_: {"model": model, "measured": rates, "simulated": rates})
     else:
         assert [path for option in given if option.startswith("results/") for path in ROOT.glob(option)]
+        patch.setattr(program, "measured_runs", lambda record: [])
         short = [ROOT / "results" / "records" / "engine_bench_short_256_h100"]
         patch.setattr(program, "_benchmarks", lambda record: short)
         given = [option for option in given if not option.startswith("results/")] + [str(short[0])]
