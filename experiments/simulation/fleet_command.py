@@ -31,6 +31,7 @@ def fleet(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if not options.rates:
         raise UsageError("--rates: give requests a second, of the whole fleet")
+    code = code_state()  # it may change later
     machine, rows = read_machine(options.machine), []
     for arm in arms_of(options):
         for replicas in options.replicas:
@@ -38,7 +39,7 @@ def fleet(arguments: Sequence[str]) -> int:
                 for rate in options.rates:
                     rows.append(simulate_fleet(arm, machine, replicas, router, rate))
                     _say(rows[-1])
-    _keep(options, "fleet", arguments, machine, {"rows": rows})
+    _keep(options, "fleet", arguments, machine, code | {"rows": rows})
     print(f"Simulated on {machine.name}; times in ms.\n\n{fleet_table(rows)}")
     return 0
 
@@ -55,6 +56,7 @@ def capacity(arguments: Sequence[str]) -> int:
     parser.add_argument("--price", type=float, default=2.5, help="dollars for an hour of a GPU")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="GPUs against traffic")
     options = parser.parse_args(arguments)
+    code = code_state()  # it may change later
     machine, rows, borne, tokens = read_machine(options.machine), [], {}, 0.0
     for budget in options.budgets:
         name = "full KV" if budget == "full" else f"zipage {budget}"
@@ -75,7 +77,7 @@ def capacity(arguments: Sequence[str]) -> int:
         raise UsageError(f"--low {options.low}: no fleet holds the limits there; begin lower")
     needed = {name: {rate: gpus_needed(rate, fleets) for rate in options.traffic} for name, fleets in borne.items()}
     found = {"borne": borne, "needed": needed, "price": options.price, "output_tokens": tokens}
-    _keep(options, "capacity", arguments, machine, found | {"rows": rows})
+    _keep(options, "capacity", arguments, machine, code | found | {"rows": rows})
     print(f"Simulated on {machine.name}.\n\n{capacity_table(found)}")
     if options.picture:
         from experiments.simulation.pictures import gpus_against_traffic
@@ -101,7 +103,7 @@ def _say(row: dict[str, Any]) -> None:
 def _keep(options: Namespace, what: str, arguments: Sequence[str], machine: Machine, content: dict[str, Any]) -> None:
     if options.out:
         head = {"what": f"{what}, simulated on {machine.name}", "simulated": vars(machine), "seed": options.seed}
-        head |= {"command": f"python -m experiments.simulate {what} {shlex.join(arguments)}"} | code_state()
+        head |= {"command": f"python -m experiments.simulate {what} {shlex.join(arguments)}"}
         options.out.write_text(json.dumps(head | content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -54,6 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--ingredients", action="store_true", help="also without one ingredient at a time")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as JSON")
     options = parser.parse_args(arguments)
+    code = code_state()  # it may change later
     machine, rows = read_machine(options.machine), []
     for model, runs in pairs([folder for record in options.records for folder in measured_runs(record)]).items():
         if options.models and model not in options.models:
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{model}: {rows[-1]['simulated']}", file=sys.stderr, flush=True)
     if options.out:
         head = {"what": f"the paper's options, simulated on {machine.name}", "simulated": vars(machine)}
-        head |= {"command": f"python -m experiments.simulate paper {shlex.join(arguments)}"} | code_state()
+        head |= {"command": f"python -m experiments.simulate paper {shlex.join(arguments)}"} | code
         options.out.write_text(json.dumps(head | {"published": PUBLISHED, "rows": rows}, indent=1) + "\n")
     print(f"Simulated on {machine.name}; the paper: {PUBLISHED}, A100s, its own loads.\n\n{paper_table(rows)}")
     return 0
