@@ -62,6 +62,10 @@ class ExpectedAttention(Policy):
             return ()
         return ("mean", *{"full": ["covariance"], "pairs": ["pairs"], "none": []}[self.cov])
 
+    @property
+    def comparable(self) -> bool:
+        return True
+
     def rank(self, event: Event) -> Tensor:
         # mu'.K = mu.K" and K^T C' K = K"^T C K" where K" is the key, turned back.
         keys = turned(event.keys(), self._turn(event).conj()[:, None, None])
