@@ -71,6 +71,10 @@ class Allocation(ABC):
     def counts(self, held: Candidates) -> Tensor:
         """Entries that each head keeps: int64 [L, R, H], at least what must stay, at most n."""
 
+    def planned(self, keep: int, must: int, block_size: int, num_layers: int) -> Sequence[int]:
+        """Entries of each head in each layer, as far as scores have no say; k where they have."""
+        return [keep] * num_layers
+
     @property
     def extra_blocks(self) -> int:
         """Blocks that a request may hold beyond those of uniform budgets."""
@@ -86,7 +90,7 @@ class Allocation(ABC):
                 f"allocation={self.name!r}: policy {policy.name!r} keeps the same entries in all layers: "
                 "leave allocation at 'uniform', or choose a policy or scope that does not"
             )
-        if self.pools and not policy.comparable:
+        if self.pools and not (policy.comparable and not policy.shared_heads):
             raise ValueError(
                 f"allocation={self.name!r}: the scores of policy {policy.name!r} with these options do not compare "
                 "across heads: use allocation='pyramid' or 'uniform', or a policy that ranks by shares of attention"
@@ -118,14 +122,18 @@ class Pyramid(Allocation):
     def counts(self, held: Candidates) -> Tensor:
         import torch
 
-        unit, first, layers = self.unit(held.block_size), held.first_layer, held.lens.shape[0]
-        columns = []
-        for keep, must in zip(held.keep, held.must, strict=True):
-            floor = -(-must // unit)
-            free = pyramid(keep // unit - floor, held.num_layers, self.beta)[first : first + layers]
-            columns.append([unit * (floor + units) for units in free])
-        counts = torch.tensor(columns, dtype=torch.int64).T.to(held.lens.device)
+        from zipage.transfer import to_device
+
+        sizes = zip(held.keep, held.must, strict=True)
+        planned = [self.planned(*size, held.block_size, held.num_layers) for size in sizes]
+        last = held.first_layer + held.lens.shape[0]
+        counts = to_device(planned, held.lens.device).T[held.first_layer : last]
         return torch.minimum(counts[:, :, None], held.lens.long())
+
+    def planned(self, keep: int, must: int, block_size: int, num_layers: int) -> Sequence[int]:
+        unit = self.unit(block_size)
+        floor = -(-must // unit)
+        return [unit * (floor + units) for units in pyramid(keep // unit - floor, num_layers, self.beta)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,13 +156,15 @@ class Adaptive(Allocation):
     def counts(self, held: Candidates) -> Tensor:
         import torch
 
+        from zipage.transfer import to_device
+
         unit, lens = self.unit(held.block_size), held.lens.long()
         floors = [-(-must // unit) for must in held.must]
         sizes = [
             (floor + int(Fraction(self.alpha) * (keep // unit - floor)), lens.shape[2] * (keep // unit))
             for keep, floor in zip(held.keep, floors, strict=True)
         ]
-        sure, total = (torch.tensor(x, device=lens.device) for x in zip(*sizes, strict=True))
+        sure, total = to_device(sizes, lens.device).T
         have = (lens + unit - 1).div(unit, rounding_mode="floor")
         sure = torch.minimum(sure[:, None], have)
         scores, positions = _last_of_units(held, unit)
@@ -192,8 +202,10 @@ class Threshold(Allocation):
     def counts(self, held: Candidates) -> Tensor:
         import torch
 
+        from zipage.transfer import to_device
+
         unit, lens = self.unit(held.block_size), held.lens.long()
-        keep, must = (torch.tensor(list(x), device=lens.device)[:, None] for x in (held.keep, held.must))
+        keep, must = to_device([held.keep, held.must], lens.device)[..., None]
         slots = torch.arange(held.scores.shape[3], device=lens.device)
         above = (held.scores >= self.tau) & ~held.forced & (slots < lens[..., None])
         units = (must + above.sum(dim=3) + unit - 1).div(unit, rounding_mode="floor")

@@ -41,7 +41,7 @@ class Compressed(NamedTuple):
 def num_fresh_blocks(request: Request, pool: BlockPool) -> int:
     """Blocks that a compression of the request takes from the pool, since it may not write to shared ones."""
     rule = request.rule
-    if rule.drops_blocks:
+    if rule.cuts_table:
         return 0
     written = request.block_ids[rule.pinned_blocks : rule.kept_blocks]
     return sum(pool.ref_counts[block] > 1 for block in written)

@@ -43,7 +43,7 @@ class Headroom:
         """Blocks that the return or admission of a request takes from the free ones."""
         if request.status is Status.PAUSED:
             shared = self.prefixes.unchanged_blocks(request)
-            total = len(request.block_ids) + self.next_block(request)
+            total = self.pool.cost(request.block_ids) + self.next_block(request)
         else:
             prefix = self.prefixes.find(request)
             if prefix is None:

@@ -36,7 +36,7 @@ class Tova(Policy):
 
     @property
     def comparable(self) -> bool:
-        return True
+        return self.reduce == "group"
 
     def rank(self, event: Event) -> Tensor:
         # Groups are of one size, so the mean of their means is the mean over all query heads.
