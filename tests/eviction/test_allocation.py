@@ -1,11 +1,11 @@
 """Counts of every allocation against a definition in plain Python."""
 
-from fractions import Fraction
 from itertools import product
 
 import pytest
 import torch
 
+from tests.eviction.dense_allocation import by_hand
 from zipage.eviction import allocation
 from zipage.eviction.allocation import Candidates, make, pyramid
 
@@ -46,58 +46,6 @@ def drawn(seed: int, *, layers: int = 3, requests: int = 2, heads: int = 4, bloc
     held = slots < lens[..., None]
     forced = held & ((slots < protected) | (slots >= lens[..., None] - recent))
     return Candidates(scores, forced, positions, lens, keep, must, block, num_layers=layers)
-
-
-def by_hand(name: str, options: dict, rounding: str, held: Candidates) -> torch.Tensor:
-    """The definition, one layer and request at a time."""
-    unit = held.block_size if rounding == "page" else 1
-    layers, requests, heads = held.lens.shape
-    counts = torch.zeros(layers, requests, heads, dtype=torch.int64)
-    for layer, row in product(range(layers), range(requests)):
-        keep, floor = held.keep[row] // unit, -(-held.must[row] // unit)
-        if name == "pyramid":
-            of_layers = shares(keep - floor, held.num_layers, options.get("beta", 20.0))
-            taken = [floor + of_layers[held.first_layer + layer]] * heads
-        elif name == "adaptive":
-            taken = pooled(held, layer, row, keep, floor, unit, options.get("alpha", 0.2))
-        else:
-            taken = []
-            for head in range(heads):
-                length = int(held.lens[layer, row, head])
-                above = sum(
-                    held.scores[layer, row, head, j] >= options["tau"] and not held.forced[layer, row, head, j]
-                    for j in range(length)
-                )
-                taken.append(min(keep, -(-(held.must[row] + int(above)) // unit)))
-        for head in range(heads):
-            counts[layer, row, head] = min(unit * taken[head], int(held.lens[layer, row, head]))
-    return counts
-
-
-def shares(free: int, layers: int, beta: float) -> list[int]:
-    slope, beta = max(layers - 1, 1), Fraction(beta)
-    exact = [free * (2 - 1 / beta - Fraction(layer, slope) * (2 - 2 / beta)) for layer in range(layers)]
-    found = [x.numerator // x.denominator for x in exact]
-    while sum(found) < layers * free:
-        left = [x - n for x, n in zip(exact, found, strict=True)]
-        found[left.index(max(left))] += 1
-    return found
-
-
-def pooled(held: Candidates, layer: int, row: int, keep: int, floor: int, unit: int, alpha: float) -> list[int]:
-    heads = held.lens.shape[2]
-    sure = floor + int(Fraction(alpha) * (keep - floor))
-    taken, pool = [], []
-    for head in range(heads):
-        length = int(held.lens[layer, row, head])
-        line = layer, row, head
-        order = sorted(range(length), key=lambda j: (-int(held.forced[line][j]), -float(held.scores[line][j]), -j))
-        units = [order[i : i + unit] for i in range(0, length, unit)]
-        taken.append(min(sure, len(units)))
-        pool += [(-float(held.scores[line][u[-1]]), -int(held.positions[line][u[-1]]), head) for u in units[sure:]]
-    for _, _, head in sorted(pool)[: heads * keep - sum(taken)]:
-        taken[head] += 1
-    return taken
 
 
 @pytest.mark.parametrize("rounding", ROUNDS)
