@@ -144,6 +144,11 @@ class CompressionOrder(NamedTuple):
     index: int = 0
 
     @property
+    def num_places(self) -> int:
+        """Blocks of the longest head."""
+        return self.block_ids.tiles.shape[1] if self.rule.allocation is not None else len(self.block_ids)
+
+    @property
     def sample_seed(self) -> int:
         """A seed of the sample's own, below 2^63."""
         return (self.seed + self.index * SEED_STEP) % 2**63

@@ -141,10 +141,10 @@ def batches(
     for group in groups.values():
         batch, width = [], 0
         for order in group:
-            wider = max(width, len(order.block_ids))
+            wider = max(width, order.num_places)
             if batch and (len(batch) + 1) * wider > most:
                 yield batch_of(batch, spec, block_size)
-                batch, wider = [], len(order.block_ids)
+                batch, wider = [], order.num_places
             batch.append(order)
             width = wider
         yield batch_of(batch, spec, block_size)

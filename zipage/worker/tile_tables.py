@@ -47,6 +47,11 @@ class TileTables:
         """The row that belongs to no request."""
         return self._tables.shape[1] - 1
 
+    @property
+    def nbytes(self) -> int:
+        """Of the device's."""
+        return self.tables.nbytes + self.extra.nbytes
+
     def write(self, growth: TableGrowth) -> None:
         """Take over the tiles that a row's lines have gained; all of them where its table was replaced."""
         row, first, table = growth
@@ -78,9 +83,9 @@ class TileTables:
         """Tiles of the longest line of some rows."""
         return int(self._counts[rows].max())
 
-    def of(self, rows: Tensor, width: int | None = None) -> Tensor:
-        """int32 [L, n, H, width] of the rows int64 [n]; None: as wide as can be."""
-        return self.tables[..., :width].index_select(1, rows)
+    def of(self, layer: int, rows: Tensor, width: int | None = None) -> Tensor:
+        """int32 [n, H, width], a layer's tables of `rows` int64 [n]; None: as wide as can be."""
+        return self.tables[layer, ..., :width].index_select(0, rows)
 
     def lens_of(self, rows: Tensor, lens: Tensor) -> Tensor:
         """int32 [L, n, H], entries of each head of `rows` int64 [n] where `lens` [n] are cache lengths; 0 where 0."""

@@ -54,6 +54,7 @@ class TiledAttention:
     ) -> None:
         self.cache = cache
         self.layers = layers
+        self._tables, self._width = tables, width
         self._num_decodes = num_decodes
         slots = tables.slots_of(rows, entries)
         num_layers, _, self._heads = slots.shape
@@ -65,9 +66,8 @@ class TiledAttention:
             of_heads = query_indices[:, None] * self._heads + torch.arange(self._heads, device=rows.device)
             self._queries = torch.where(query_indices[:, None] >= 0, of_heads, -1).view(-1)
         if num_decodes:
-            of_decodes = rows[:num_decodes]
-            self._tables = tables.of(of_decodes, width).view(num_layers, num_decodes * self._heads, 1, -1)
-            lens = tables.lens_of(of_decodes, entries[:num_decodes] + 1)
+            self._decodes = rows[:num_decodes]
+            lens = tables.lens_of(self._decodes, entries[:num_decodes] + 1)
             self._lens = lens.view(num_layers, -1, 1)
         self._max_seqlen = max(chunks, default=0)
         if chunks:
@@ -75,10 +75,8 @@ class TiledAttention:
             starts = np.arange(self._heads)[:, None] * bounds[-1] + bounds[:-1]
             self._bounds = to_device([*starts.flat, self._heads * bounds[-1]], rows.device, np.int32)
             last = to_device(num_decodes + bounds[1:] - 1, rows.device)
-            prefills = rows[last]
-            of_heads = tables.of(prefills, width).transpose(1, 2)
-            self._prefill_tables = of_heads.reshape(num_layers, -1, 1, of_heads.shape[-1])
-            lens = tables.lens_of(prefills, entries[last] + 1)
+            self._prefills = rows[last]
+            lens = tables.lens_of(self._prefills, entries[last] + 1)
             self._prefill_lens = lens.transpose(1, 2).reshape(num_layers, -1, 1)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -97,11 +95,13 @@ class TiledAttention:
             store_step(k, v, by_head, k_cache, v_cache, q_cache, self._slots[layer], self._queries)
         parts, n = [], self._num_decodes
         if n:
-            view = CacheView(k_cache, v_cache, self._tables[layer], self._lens[layer])
+            tables = self._tables.of(layer, self._decodes, self._width).flatten(0, 1)[:, None]
+            view = CacheView(k_cache, v_cache, tables, self._lens[layer])
             parts.append(paged_decode(by_head[: n * self._heads], view, scale).view(n, *q.shape[1:]))
         if self._max_seqlen:
             chunks = by_head[n * self._heads :].unflatten(0, (-1, self._heads)).transpose(0, 1)
-            view = CacheView(k_cache, v_cache, self._prefill_tables[layer], self._prefill_lens[layer])
+            tables = self._tables.of(layer, self._prefills, self._width).transpose(0, 1).flatten(0, 1)[:, None]
+            view = CacheView(k_cache, v_cache, tables, self._prefill_lens[layer])
             out = paged_prefill(chunks.flatten(0, 1), view, self._bounds, self._max_seqlen, scale)
             parts.append(out.unflatten(0, (self._heads, -1)).transpose(0, 1).reshape(-1, *q.shape[1:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
