@@ -38,6 +38,7 @@ def register() -> None:
         OmegaConf.set_readonly(schema[group], None)
     for free in (
         schema.policy.options,
+        schema.policy.allocation_options,
         schema.workload.options,
         schema.workload.parts,
         schema.scenario.options,
