@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -53,6 +55,11 @@ class TileTable:
         return TileTable.of_columns(np.take_along_axis(self.tiles, places, axis=1))
 
     @property
+    def num_blocks(self) -> int:
+        """Columns that its tiles fill."""
+        return -(-int(self.counts.sum()) // len(self.counts))
+
+    @property
     def ids(self) -> np.ndarray:
         """int32 [tiles], all, line by line."""
         return self.tiles[self.tiles >= 0]
@@ -96,3 +103,8 @@ class TileTable:
             raise RuntimeError(f"lines of {self.counts} tiles hold {self.lens(cache_len)} entries")
         if ((self.tiles >= 0).sum(axis=1) != self.counts).any():
             raise RuntimeError("a line of a tile table has a hole")
+
+
+def num_blocks(table: Sequence[int] | TileTable) -> int:
+    """Blocks, or columns of tiles, that a table takes."""
+    return table.num_blocks if isinstance(table, TileTable) else len(table)

@@ -87,8 +87,8 @@ class Allocation(ABC):
         """Raises ValueError where the policy's scores do not say how many entries a head needs."""
         if policy.scope == "page" or policy.all_layers or policy.shared_layers:
             raise ValueError(
-                f"allocation={self.name!r}: policy {policy.name!r} keeps the same entries in all layers: "
-                "leave allocation at 'uniform', or choose a policy or scope that does not"
+                f"allocation={self.name!r}: policy {policy.name!r} keeps whole pages, or the same entries in all "
+                "layers: leave allocation at 'uniform', or choose a policy or scope that does not"
             )
         if self.pools and not (policy.comparable and not policy.shared_heads):
             raise ValueError(

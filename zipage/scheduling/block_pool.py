@@ -77,10 +77,6 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
-    def cost(self, table: Sequence[int]) -> int:
-        """Blocks that a table takes."""
-        return len(table)
-
     def allocate_again(self, table: Sequence[int], shared: Sequence[int] = (), reserve: int = 0) -> list[int] | None:
         """Blocks for a table that was given up, the leading `shared` ones among them, as `allocate`."""
         return self.allocate(len(table) - len(shared), shared, reserve)

@@ -10,6 +10,7 @@ from zipage.scheduling.compression import Compressed, Compression, num_fresh_blo
 from zipage.scheduling.query_slots import has_window
 from zipage.scheduling.request import Request, Status
 from zipage.scheduling.triggers import Trigger
+from zipage.tile_table import num_blocks
 
 
 class CompressionScheduler:
@@ -81,7 +82,7 @@ class CompressionScheduler:
         """
         compression = self._take(number)
         request, rule = compression.request, compression.request.rule
-        size_before, entries_after = self.pool.cost(compression.block_ids), rule.keep
+        size_before, entries_after = num_blocks(compression.block_ids), rule.keep
         if rule.allocation is not None:
             new_ids, left = compression.block_ids.cut(kept, rule.keep, self.pool.block_size)
             entries_after = round(sum(kept) / len(kept))
@@ -94,7 +95,7 @@ class CompressionScheduler:
             staying = set(new_ids)
             left = [block for block in compression.block_ids if block not in staying]
         self.pool.free(left)
-        lens, sizes = (request.cache_len, entries_after), (size_before, self.pool.cost(new_ids))
+        lens, sizes = (request.cache_len, entries_after), (size_before, num_blocks(new_ids))
         done = Compressed(request, request.num_compressions, *lens, *sizes, new_ids)
         self.num_applied += 1
         self.num_bound += done.round == 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zipage.outputs import FinishReason, Logprob
 from zipage.sampling_params import SamplingParams
+from zipage.tile_table import num_blocks
 
 if TYPE_CHECKING:
     from zipage.eviction.rule import EvictionRule
@@ -240,9 +241,9 @@ class Request:
         self.block_ids += block_ids
         self.note_fresh(0)
 
-    def note_fresh(self, num_blocks: int) -> None:
+    def note_fresh(self, num_fresh: int) -> None:
         """Blocks that a compression takes besides its table."""
-        held = len(self.block_ids) + num_blocks
+        held = num_blocks(self.block_ids) + num_fresh
         if held > self.peak_blocks:
             self.peak_blocks = held
 

@@ -62,11 +62,8 @@ class TilePool(BlockPool):
             return None
         return TileTable.of_columns(self._take(num_new * self.lines).reshape(self.lines, num_new))
 
-    def cost(self, table: TileTable) -> int:
-        return -(-int(table.counts.sum()) // self.lines)
-
     def allocate_again(self, table: TileTable, shared: Sequence[int] = (), reserve: int = 0) -> TileTable | None:
-        if self.num_free < self.cost(table) + reserve:
+        if self.num_free < table.num_blocks + reserve:
             return None
         return table.like(self._take(int(table.counts.sum())))
 

@@ -23,6 +23,7 @@ from zipage.worker.kv_cache import KVCache
 from zipage.worker.model_runner import ModelRunner
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.sampler import Sampler
+from zipage.worker.tile_tables import TileTables
 from zipage.worker.tiled_attention import TiledAttention
 
 
@@ -116,9 +117,10 @@ def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> No
     entries = np.concatenate([np.arange(n) for n in chunks])
     tensor = partial(to_device, device=runner.device)
     if cache.tiled:
-        lines = runner.spec.num_layers * runner.spec.num_kv_heads
-        tables = runner.block_tables(cache)
-        tiles = np.arange(cache.k.shape[1]).reshape(lines, -1)
+        layers, heads = runner.spec.num_layers, runner.spec.num_kv_heads
+        tiles = np.arange(cache.k.shape[1]).reshape(layers * heads, -1)
+        size = tiles.shape[1], cache.block_size, runner.device
+        tables = TileTables(1, *size, num_layers=layers, num_heads=heads)
         tables.write(TableGrowth(0, 0, TileTable.of_columns(tiles)))
         tables.upload()
         attention = TiledAttention(
