@@ -130,8 +130,8 @@ def test_pool_ties_go_to_the_younger_position_then_the_lower_head():
     ("name", "options", "said"),
     [
         ("pyramids", {}, "must be one of uniform, pyramid, adaptive, threshold"),
-        ("uniform", {"beta": 2.0}, "unknown option"),
-        ("pyramid", {"alpha": 0.2}, "unknown option"),
+        ("uniform", {"beta": 2.0}, "allocation_options={'beta': 2.0}: must be empty with allocation='uniform'"),
+        ("pyramid", {"alpha": 0.2}, "allocation_options of 'pyramid': unknown option 'alpha'; known: round, beta"),
         ("pyramid", {"beta": 0.5}, "allocation_options.beta=0.5: must be at least 1"),
         ("adaptive", {"alpha": 1.5}, r"allocation_options.alpha=1.5: must be in \[0, 1\]"),
         ("adaptive", {"round": "up"}, "must be one of page, entry"),

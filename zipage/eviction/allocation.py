@@ -223,12 +223,13 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Allocation | No
     """
     options = options or {}
     if name == UNIFORM:
-        check_names(options, (), "allocation 'uniform'")
+        if options:
+            raise ValueError(f"allocation_options={shown(options)}: must be empty with allocation='uniform'")
         return None
     if name not in KINDS:
         raise ValueError(f"allocation={shown(name)}: must be one of {', '.join((UNIFORM, *KINDS))}")
     kind = KINDS[name]
-    check_names(options, [f.name for f in fields(kind)], f"allocation {name!r}")
+    check_names(options, [f.name for f in fields(kind)], f"allocation_options of {name!r}")
     return kind(**options)
 
 

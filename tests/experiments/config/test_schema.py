@@ -138,7 +138,9 @@ def test_an_allocation_and_its_options_arrive():
     unequal = ["policy=snapkv", "policy.allocation=adaptive", "engine.enable_prefix_caching=false"]
     experiment = load_experiment([*unequal, "policy.allocation_options.alpha=0.3"])
     assert engine_options(experiment, "folder")["allocation_options"] == {"alpha": 0.3}
-    with pytest.raises(UsageError, match="allocation 'adaptive': unknown option 'alhpa'; did you mean alpha"):
+    with pytest.raises(
+        UsageError, match="allocation_options of 'adaptive': unknown option 'alhpa'; did you mean alpha"
+    ):
         load_experiment([*unequal, "policy.allocation_options.alhpa=0.3"])
     with pytest.raises(UsageError, match="enable_prefix_caching=True: must be False with allocation='adaptive'"):
         load_experiment(unequal[:2])
