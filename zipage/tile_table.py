@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 
@@ -105,6 +103,10 @@ class TileTable:
             raise RuntimeError("a line of a tile table has a hole")
 
 
-def num_blocks(table: Sequence[int] | TileTable) -> int:
+Table = list[int] | TileTable
+"""What a request holds: blocks, or tiles where heads hold unequal lengths."""
+
+
+def num_blocks(table: Table) -> int:
     """Blocks, or columns of tiles, that a table takes."""
     return table.num_blocks if isinstance(table, TileTable) else len(table)

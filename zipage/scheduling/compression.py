@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.request import Request
+from zipage.tile_table import Table
 
 
 @dataclass(slots=True, eq=False)
@@ -21,7 +22,7 @@ class Compression:
 
     number: int
     request: Request
-    block_ids: list[int]
+    block_ids: Table
     new_ids: list[int]
     fresh: list[int]
 
@@ -35,7 +36,7 @@ class Compressed(NamedTuple):
     entries_after: int
     blocks_before: int
     blocks_after: int
-    block_ids: list[int]
+    block_ids: Table
 
 
 def num_fresh_blocks(request: Request, pool: BlockPool) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 
 from zipage.eviction.rule import EvictionRule
 from zipage.sampling_params import SamplingParams
+from zipage.tile_table import Table
 
 SEED_STEP = 0xD1342543DE82EF95
 """Between the samples of a prompt. Odd, so that each gets a seed of its own, and not what lies between the engine's own
@@ -24,7 +25,7 @@ class Save(NamedTuple):
     """Blocks to copy to host memory under a request's number; with the queries of `query_slot`, unless it is -1."""
 
     number: int
-    block_ids: list[int]
+    block_ids: Table
     query_slot: int
 
 
@@ -37,7 +38,7 @@ class Restore(NamedTuple):
     """
 
     number: int
-    block_ids: list[int]
+    block_ids: Table
     num_shared: int
     query_slot: int
 
@@ -67,7 +68,7 @@ class TableGrowth(NamedTuple):
 
     row: int
     first: int
-    block_ids: list[int]
+    block_ids: Table
 
 
 def _none() -> np.ndarray:
@@ -133,7 +134,7 @@ class CompressionOrder(NamedTuple):
 
     number: int
     rule: EvictionRule
-    block_ids: list[int]
+    block_ids: Table
     new_ids: list[int]
     num_entries: int
     window_end: int
