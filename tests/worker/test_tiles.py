@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.decode_pieces_triton import decode_pieces_triton
+from kernels.paged_decode_triton import paged_decode_triton
 from tests.engine.compressed import greedy, make_llm, random_prompts, record_events, tokens_of
 from tests.eviction.cases import SMALL_CHUNK, Case
 from tests.tiny_models import VOCAB, save_tiny_model
@@ -13,6 +15,7 @@ from zipage.models.attention import AttentionSpec
 from zipage.scheduling.plan import TableGrowth
 from zipage.scheduling.tile_pool import TilePool
 from zipage.tile_table import TileTable
+from zipage.worker import tiled_attention
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.tile_tables import TileTables
 from zipage.worker.tiled_attention import TiledAttention
@@ -35,6 +38,8 @@ def interpreted(monkeypatch):
     for name in KERNELS:
         found = getattr(importlib.import_module(f"kernels.{name}_triton"), f"{name}_triton")
         monkeypatch.setattr(importlib.import_module(f"kernels.{name}"), f"{name}_torch", found)
+    monkeypatch.setattr(tiled_attention, "decode_pieces", decode_pieces_triton)
+    monkeypatch.setattr(tiled_attention, "paged_decode", paged_decode_triton)
 
 
 def scrambled(lens: np.ndarray, cache_len: int, length: int, tiles: list[int]) -> TileTable:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.cache_view import CacheView
+from kernels.decode_pieces import decode_pieces
 from kernels.paged_decode import paged_decode
 from kernels.paged_prefill import paged_prefill
 from kernels.store_kv import store_kv
@@ -69,6 +70,7 @@ class TiledAttention:
             self._decodes = rows[:num_decodes]
             lens = tables.lens_of(self._decodes, entries[:num_decodes] + 1)
             self._lens = lens.view(num_layers, -1, 1)
+            self._pieces = decode_pieces(CacheView(cache.k, cache.v, tables.tables[..., :width], self._lens))
         self._max_seqlen = max(chunks, default=0)
         if chunks:
             bounds = np.cumsum([0, *chunks])
@@ -97,7 +99,8 @@ class TiledAttention:
         if n:
             tables = self._tables.of(layer, self._decodes, self._width).flatten(0, 1)[:, None]
             view = CacheView(k_cache, v_cache, tables, self._lens[layer])
-            parts.append(paged_decode(by_head[: n * self._heads], view, scale).view(n, *q.shape[1:]))
+            pieces = None if self._pieces is None else self._pieces.layer(layer)
+            parts.append(paged_decode(by_head[: n * self._heads], view, scale, pieces).view(n, *q.shape[1:]))
         if self._max_seqlen:
             chunks = by_head[n * self._heads :].unflatten(0, (-1, self._heads)).transpose(0, 1)
             tables = self._tables.of(layer, self._prefills, self._width).transpose(0, 1).flatten(0, 1)[:, None]
