@@ -157,17 +157,15 @@ def check_row(tables: TileTables, table: TileTable) -> None:
     assert tables.width(np.array([1])) == table.counts.max()
 
 
-@pytest.mark.parametrize(("policy", "name", "rounding"), [("zipage", "adaptive", "entry"), ("r_kv", "pyramid", "page")])
-def test_an_engine_on_the_kernels_of_a_gpu_keeps_the_same(tmp_path, policy, name, rounding, request):
+def test_an_engine_on_the_kernels_of_a_gpu_keeps_the_same(tmp_path, request):
     folder = save_tiny_model("qwen3", tmp_path, num_hidden_layers=2)
-    case = Case(policy, SMALL_CHUNK if policy == "zipage" else {})
     prompts = random_prompts([44, 47], VOCAB)
     found = []
     for interpret in (False, True):
         if interpret:
             request.getfixturevalue("interpreted")
-        options = {"allocation": name, "allocation_options": {"round": rounding}, "enable_prefix_caching": False}
-        llm = make_llm(folder, case, 32, trace_positions=True, **options)
+        options = {"allocation": "adaptive", "allocation_options": {"round": "entry"}, "enable_prefix_caching": False}
+        llm = make_llm(folder, Case("zipage", SMALL_CHUNK), 32, trace_positions=True, **options)
         events = record_events(llm)
         tokens = tokens_of(llm.generate(prompts, greedy(8), use_tqdm=False))
         found.append((tokens, [event.kept_positions.tolist() for event in events]))
