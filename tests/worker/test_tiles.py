@@ -54,7 +54,7 @@ def scrambled(lens: np.ndarray, cache_len: int, length: int, tiles: list[int]) -
 
 STEPS = {  # cache length before the step, columns, tokens of the step, entries of each line beyond the cache length
     "decodes": [(20, 2, 1, [0] * 6), (40, 3, 1, [-7, 9, 0, 3, -24, 19]), (15, 1, 1, [1, -8, -15, 0, 1, 1])],
-    "prefills": [(0, 2, 20, [0] * 6), (16, 3, 30, [0] * 6), (7, 2, 9, [5, -3, 0, 1, 2, 3])],
+    "prefills": [(0, 1, 7, [0] * 6), (16, 3, 18, [0] * 6), (7, 1, 5, [4, -3, 0, 1, 2, 3])],
     "both": [(31, 2, 1, [1, -5, 0, 2, 9, -30]), (0, 1, 3, [0] * 6), (32, 3, 1, [-16, 16, 0, 0, 32, -32])],
 }
 
