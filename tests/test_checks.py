@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.calibrations import CALIBRATED, MADE_UP
 from tests.eviction.dense_event import dense_event, make_tokens
 from tests.tiny_models import VOCAB, save_tiny_model, save_tiny_tokenizer
 from zipage import LLM, EngineConfig, SamplingParams
@@ -81,8 +82,9 @@ def test_options_of_a_policy(name, option):
     policy = registry.find(name)
     field = policy.known_options()[option].name
     hint = get_type_hints(policy)[field]
-    for make in (lambda junk: registry.make(name, {option: junk}), lambda junk: policy(**{field: junk})):
-        for made in tried(make, f"{name}.{option}="):
+    given = MADE_UP if name in CALIBRATED else {}
+    for make in (lambda x: registry.make(name, given | {option: x}), lambda x: policy(**given | {field: x})):
+        for made in tried(make, f"{name}.{option}=", f"{name}.{option}: give the calibration file"):
             assert is_of(getattr(made, field), hint)
 
 

@@ -42,6 +42,8 @@ NO_OPTIONS = {
         "continue_final_message",
         "batch_tokens",
         "learning_rate",
+        "ridge",
+        "target",
         "slots",
         "resamples",
     ),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from zipage.models.loading.share import share_model
     from zipage.worker.calibrate import calibrate
     from zipage.worker.request_memory import RequestMemory
+    from zipage.worker.train_scorer import train_scorer
 
 _KERNELS = str(Path(__file__).parents[1] / "kernels")
 if _KERNELS not in kernels.__path__:  # Hugging Face's package of that name came first: see `kernels/__init__.py`
@@ -45,6 +46,7 @@ __all__ = [
     "measure_ceilings",
     "measure_kernels",
     "share_model",
+    "train_scorer",
 ]
 
 
@@ -66,6 +68,10 @@ def __getattr__(name: str):
         from zipage.worker.calibrate import calibrate
 
         return calibrate
+    if name == "train_scorer":
+        from zipage.worker.train_scorer import train_scorer
+
+        return train_scorer
     if name == "RequestMemory":
         from zipage.worker.request_memory import RequestMemory
 

@@ -14,7 +14,7 @@ AT_ONCE = 64
 
 def answered(
     llm: LLM, conversations: Iterator[Conversation], num_tokens: int, *, max_tokens: int, seed: int
-) -> list[list[int]]:
+) -> list[tuple[list[int], int]]:
     """Prompt and answer of as many conversations as make up `num_tokens` tokens; the last one is cut there.
 
     Without a chat template, prompts go bare. Answers are drawn at temperature 0.6 and top-p 0.95.
@@ -23,15 +23,18 @@ def answered(
         max_tokens: longest answer.
         seed: of the draws.
 
+    Returns:
+        Token ids of each, and how many of them are the prompt.
+
     Raises:
         UsageError: the model answers none of a batch of prompts.
     """
     has_template = getattr(llm.get_tokenizer(), "chat_template", None) is not None
-    sequences: list[list[int]] = []
+    texts: list[tuple[list[int], int]] = []
     missing = num_tokens
     while missing > 0:
         batch = list(islice(conversations, AT_ONCE))
-        first = seed + len(sequences)
+        first = seed + len(texts)
         params = [
             SamplingParams(temperature=0.6, top_p=0.95, max_tokens=max_tokens, seed=first + i)
             for i in range(len(batch))
@@ -43,9 +46,9 @@ def answered(
         for output in whole:
             tokens = [*output.prompt_token_ids, *output.outputs[0].token_ids][:missing]
             missing -= len(tokens)
-            sequences += [tokens] if tokens else []
+            texts += [(tokens, min(len(output.prompt_token_ids), len(tokens)))] if tokens else []
         print(f"{num_tokens - missing:,} of {num_tokens:,} tokens", flush=True)
-    return sequences
+    return texts
 
 
 def _ask(llm: LLM, batch: list[Conversation], params: list[SamplingParams], chat: bool) -> list[RequestOutput]:

@@ -143,7 +143,10 @@ def _grader(name: str) -> dict[str, str]:
 
 def _policies(experiment: Experiment) -> dict[str, str]:
     found: dict[str, str] = {}
-    for option, name in (("policy.name", experiment.policy.name), ("sampling.policy", experiment.sampling.policy)):
+    named = {"policy.name": experiment.policy.name, "sampling.policy": experiment.sampling.policy}
+    if isinstance(base := experiment.policy.options.get("base"), str):  # of `critical`
+        named["policy.options.base"] = base
+    for option, name in named.items():
         try:
             found |= {} if name is None else _policy(name, find_policy(name))
         except ValueError as error:
@@ -165,7 +168,7 @@ def calibration(experiment: Experiment) -> str | None:
         return None
     if not file.is_file():
         raise UsageError(
-            f"{CALIBRATION}={file}: there is no such file; make it: python -m experiments.calibrate MODEL --out FILE"
+            f"{CALIBRATION}={file}: there is no such file; experiments.calibrate makes it, or experiments.train_scorer"
         )
     return file_hash(file)
 

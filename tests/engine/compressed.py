@@ -81,11 +81,14 @@ def pause_now_and_then(llm: LLM, share: float = 0.2, seed: int = 0) -> None:
 
 @dataclass
 class Recorder:
-    """What a model computed for one request alone: keys, values [L, H, T, d] and queries [L, T, Hq, d], float64."""
+    """What a model computed for one request, in float64: keys, values [L, H, T, d], queries [L, T, Hq, d], and the
+    hidden states [L, T, width] that these are projections of.
+    """
 
     keys: dict[int, list] = field(default_factory=dict)
     values: dict[int, list] = field(default_factory=dict)
     queries: dict[int, list] = field(default_factory=dict)
+    hidden: dict[int, list] = field(default_factory=dict)
 
     def wrap(self, attend):
         """`PagedAttention.__call__`, recorded."""
@@ -97,12 +100,30 @@ class Recorder:
 
         return recorded
 
-    def arrays(self) -> tuple:
-        keys, values, queries = (
+    def watch(self, forward):
+        """`Decoder.forward`, its hidden states recorded."""
+
+        def watched(decoder, token_ids, positions, attention, observe=None):
+            def both(layer, hidden):
+                self.hidden.setdefault(layer, []).append(hidden.double().cpu())
+                if observe is not None:
+                    observe(layer, hidden)
+
+            return forward(decoder, token_ids, positions, attention, both)
+
+        return watched
+
+    def arrays(self, llm: LLM) -> dict[str, np.ndarray]:
+        """As a `Simulation` takes them, with the model's output projection."""
+        keys, values, queries, hidden = (
             torch.stack([torch.cat(parts[layer]) for layer in sorted(parts)])
-            for parts in (self.keys, self.values, self.queries)
+            for parts in (self.keys, self.values, self.queries, self.hidden)
         )
-        return keys.transpose(1, 2).numpy(), values.transpose(1, 2).numpy(), queries.numpy()
+        arrays = {"keys": keys.transpose(1, 2), "values": values.transpose(1, 2), "queries": queries, "hidden": hidden}
+        heads, group, dim = keys.shape[2], queries.shape[2] // keys.shape[2], keys.shape[3]
+        weights = torch.stack([layer.output_weight for layer in llm._core.runner.decoder.layers]).double().cpu()
+        arrays["output"] = weights.mT.unflatten(1, (heads, group, dim))
+        return {name: array.numpy() for name, array in arrays.items()}
 
 
 def record_events(llm: LLM) -> list[EventStats]:

@@ -18,6 +18,7 @@ from tests.engine.compressed import (
 from tests.eviction.cases import CASES, Case
 from tests.eviction.dense_simulation import Simulation
 from tests.tiny_models import VOCAB, save_tiny_model
+from zipage.models.decoder import Decoder
 from zipage.worker.paged_attention import PagedAttention
 
 NUM_LAYERS = 2
@@ -88,18 +89,17 @@ def test_what_each_head_keeps_equals_the_simulation_over_a_generation(folder, ca
     prompt, new, keep, size = (24, 106, 48, 16) if interval is None else (24, 170, 48, 48)
     recorder = Recorder()
     monkeypatch.setattr(PagedAttention, "__call__", recorder.wrap(PagedAttention.__call__))
+    monkeypatch.setattr(Decoder, "forward", recorder.watch(Decoder.forward))
     llm = make_llm(folder, case, budget=keep, interval=interval, trace_positions=True)
     events = record_events(llm)
     tokens = random_prompts([prompt], VOCAB, seed=3)
     llm.generate(tokens, greedy(new, seed=5), use_tqdm=False)
-    keys, values, queries = recorder.arrays()
-    assert keys.shape[2] == prompt + new - 1
+    arrays = recorder.arrays(llm)
+    assert arrays["keys"].shape[2] == prompt + new - 1
     simulation = Simulation(
         policy=case.policy,
         options=case.options,
-        keys=keys,
-        values=values,
-        queries=queries,
+        **arrays,
         seed=5,
         prompt_len=prompt,
         keep=keep,

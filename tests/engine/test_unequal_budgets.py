@@ -22,6 +22,7 @@ from tests.eviction.cases import CASES, SMALL_CHUNK, Case
 from tests.eviction.dense_allocation import UnequalSimulation
 from tests.tiny_models import VOCAB, save_tiny_model
 from zipage import LLM
+from zipage.models.decoder import Decoder
 from zipage.worker.tiled_attention import TiledAttention
 
 NUM_LAYERS = 2
@@ -38,7 +39,7 @@ ONE_OF_EACH = [
     for case in {case.policy: case for case in reversed(CASES)}.values()
     if case.make().scope == "token" and not case.make().shared_layers
 ]
-TAUS = {"zipage": -0.0092, "h2o": 0.5}
+TAUS = {"zipage": -0.0092, "h2o": 0.5, "kvzap": 0.0}
 """Where other scores than shares of attention are cut."""
 
 
@@ -99,6 +100,10 @@ SIMULATED = [
             Case("lagkv", {"partition": 5, "sink": 2}),
             Case("q_filters", calibrations.MADE_UP),
             Case("expected_attention", calibrations.MADE_UP),
+            Case("critical"),
+            Case("critical", {"base": "h2o", "decay": 0.5, "phi": 0.3, "norm": "l2"}),
+            Case("critical", {"base": "expected_attention", **calibrations.MADE_UP, "vnorm": False}),
+            Case("lazy_eviction", {"alpha": 0.01}),
         ),
         ["pyramid"],
         ["entry"],
@@ -106,6 +111,7 @@ SIMULATED = [
     (Case("expected_attention", {"stats": "window", "cov": "pairs"}), "adaptive", "entry"),
     (Case("tova", {"reduce": "group"}), "adaptive", "page"),
     (Case("morphkv"), "adaptive", "entry"),
+    *((Case("kvzap", calibrations.MADE_UP), name, "entry") for name in ("adaptive", "threshold")),
 ]
 
 
@@ -114,13 +120,13 @@ def test_what_each_head_keeps_equals_the_simulation_over_a_generation(folder, ca
     prompt, new, keep, block = 24, 106, 48, 16
     recorder = Recorder()
     monkeypatch.setattr(TiledAttention, "__call__", recorder.wrap(TiledAttention.__call__))
+    monkeypatch.setattr(Decoder, "forward", recorder.watch(Decoder.forward))
     options = KINDS[name] | ({"tau": TAUS[case.policy]} if name == "threshold" and case.policy in TAUS else {})
     llm = make_llm(folder, case, budget=keep, trace_positions=True, **unequal(name, rounding, **options))
     events = record_events(llm)
     llm.generate(random_prompts([prompt], VOCAB, seed=3), greedy(new, seed=5), use_tqdm=False)
-    keys, values, queries = recorder.arrays()
     sizes = {"seed": 5, "prompt_len": prompt, "keep": keep, "recent": case.recent, "protection": case.protection}
-    simulation = UnequalSimulation(case.policy, case.options, keys, values, queries, **sizes)
+    simulation = UnequalSimulation(policy=case.policy, options=case.options, **recorder.arrays(llm), **sizes)
     assert len(events) == (prompt + new - 2 - keep) // block
     gains = [keep + block] + [block] * (len(events) - 1)
     expected = simulation.run_unequal(gains, (name, options, rounding), block)

@@ -75,7 +75,7 @@ class UnequalSimulation(Simulation):
                 head.carried += [None] * new
             self.seen += new
             lens = {place: len(head.tokens) for place, head in self.cache.items()}
-            scores = {place: self._score(place, n) for place, n in lens.items()}
+            scores = {place: self._score(place, n, allocation, block) for place, n in lens.items()}
             counts = self._counts(scores, lens, allocation, block)
             protected = self._protected()
             for place, head in self.cache.items():
@@ -88,10 +88,21 @@ class UnequalSimulation(Simulation):
             history.append({place: list(head.tokens) for place, head in self.cache.items()})
         return history
 
-    def _score(self, place: tuple[int, int], n: int) -> list[float]:
-        if self.policy == "vase":
-            return self._dkv(place, n)
-        return getattr(self, "_" + self.policy)(place, n)
+    def _score(self, place: tuple[int, int], n: int, allocation: tuple[str, dict, str], block: int) -> list[float]:
+        score = self._dkv if self.policy == "vase" else getattr(self, "_" + self.scorer)
+        scores = score(place, n)
+        if self.policy != "critical":
+            return scores
+        kept, (name, options, rounding) = self.keep, allocation
+        assert name == "pyramid", "what a head keeps must be known before it is ranked"
+        unit = block if rounding == "page" else 1
+        floor = -(-(self._protected() + self.recent) // unit)
+        of_layers = shares(kept // unit - floor, self.layers, options.get("beta", 20.0))
+        self.keep = unit * (floor + of_layers[place[0]])
+        try:
+            return self._critical(place, scores, self._must(n))
+        finally:
+            self.keep = kept
 
     def _counts(self, scores: dict, lens: dict, allocation: tuple[str, dict, str], block: int) -> dict:
         shape = self.layers, 1, self.heads

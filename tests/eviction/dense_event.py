@@ -23,14 +23,20 @@ class DenseEvent(Event):
     """Attributes:
     key_entries, value_entries: [L, R, H, N, d].
     query_entries: [L, R, w, Hq, d].
-    state_entries: [L, R, H, N].
+    state_entries: [L, R, H, N], or several.
+    predicted_entries: [L, R, H, N].
+    output_matrix: [L, H, G, d, width], the output projection.
+    order: of the norm that the policy asks for.
     poison: what every answer holds where it has no meaning.
     """
 
     key_entries: Tensor
     value_entries: Tensor
     query_entries: Tensor
-    state_entries: Tensor
+    state_entries: Tensor | list[Tensor]
+    predicted_entries: Tensor | None = None
+    output_matrix: Tensor | None = None
+    order: int = 0
     poison: float = NAN
 
     def attention(self, softmax="all", group="max", window="mean"):
@@ -70,8 +76,16 @@ class DenseEvent(Event):
         smooth = runs.amax(dim=-1) if kind == "max" else runs.sum(dim=-1) / width
         return torch.where(inside, smooth, scores)
 
-    def carried_state(self):
-        return self.state_entries
+    def carried_states(self):
+        return [self.state_entries] if isinstance(self.state_entries, Tensor) else self.state_entries
+
+    def predictions(self):
+        return self.predicted_entries
+
+    def output_norms(self):
+        values = torch.where(self.valid[..., None], self.value_entries, self.poison)
+        projected = torch.einsum("lrhnd,lhgdw->lrhgnw", values, self.output_matrix)
+        return projected.norm(p=self.order, dim=-1).mean(dim=3)
 
     def queries(self):
         return self.query_entries
@@ -103,13 +117,16 @@ def select(scores: Tensor, forced: Tensor, keep: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Tokens:
-    """All a request will ever cache: keys, values [L, H, T, d], queries [L, T, Hq, d]; its seed and prompt length."""
+    """All a request will ever cache: keys, values [L, H, T, d], queries [L, T, Hq, d] and what they are projections of,
+    hidden [L, T, width]; its seed and prompt length.
+    """
 
     keys: Tensor
     values: Tensor
     queries: Tensor
     seed: int
     prompt_len: int
+    hidden: Tensor | None = None
 
 
 def make_tokens(seed: int, total: int = 256, layers=2, heads=2, group=2, head_dim=32, prompt_len=24) -> Tokens:
@@ -133,7 +150,8 @@ def make_tokens(seed: int, total: int = 256, layers=2, heads=2, group=2, head_di
     keys = keys * (0.5 + torch.rand(layers, heads, total, 1, generator=generator))
     values = normal(layers, heads, total, head_dim)
     queries = 1.5 * normal(layers, total, heads * group, head_dim)
-    return Tokens(keys, values, queries, 1000 + seed, prompt_len)
+    hidden = normal(layers, total, calibrations.WIDTH)
+    return Tokens(keys, values, queries, 1000 + seed, prompt_len, hidden)
 
 
 def _near_half(keys: Tensor) -> Tensor:
@@ -162,11 +180,11 @@ def dense_event(
 
 @dataclass(eq=False)
 class Held:
-    """What a request holds: positions int64 [L, H, n], state [L, H, n]; `carried` and `rounds` as in `Event`."""
+    """What a request holds: positions int64 [L, H, n], states [L, H, n] each; `carried` and `rounds` as in `Event`."""
 
     tokens: Tokens
     positions: Tensor = field(init=False)
-    state: Tensor = field(init=False)
+    states: list[Tensor] = field(init=False)
     seen: int = 0
     carried: int = 0
     rounds: int = 0
@@ -174,7 +192,7 @@ class Held:
     def __post_init__(self):
         shape = (*self.tokens.keys.shape[:2], 0)
         self.positions = torch.zeros(shape, dtype=torch.int64)
-        self.state = torch.zeros(shape)
+        self.states = [torch.zeros(shape), torch.zeros(shape)]
 
     @property
     def n(self) -> int:
@@ -184,7 +202,7 @@ class Held:
         new = torch.arange(self.seen, self.seen + n - self.n)
         self.seen += len(new)
         self.positions = torch.cat([self.positions, new.expand(*self.positions.shape[:2], -1)], dim=-1)
-        self.state = pad(self.state, (0, len(new)), value=NAN)
+        self.states = [pad(state, (0, len(new)), value=NAN) for state in self.states]
 
     def entries(self, source: Tensor) -> Tensor:
         index = self.positions[..., None].expand(-1, -1, -1, source.shape[-1])
@@ -198,8 +216,13 @@ def rotary(head_dim: int) -> Tensor:
 
 def calibration(policy: Policy, layers: int, heads: int, group: int, dim: int, device="cpu") -> dict[str, Tensor]:
     """Made-up arrays that the policy asks for, as an event holds them."""
-    made = calibrations.arrays(policy.name, layers, heads, group, dim)
+    made = calibrations.arrays(policy.calibration_kind, layers, heads, group, dim)
     return {name: torch.from_numpy(made[name]).to(device) for name in policy.calibration_arrays}
+
+
+def predicted(known: dict[str, Tensor], tokens: Tokens) -> Tensor:
+    """What the made-up scorer says of all tokens, [L, H, T]."""
+    return known["weight"] @ tokens.hidden.mT + known["bias"][..., None]
 
 
 def build_event(policy, held, keeps, recent, protection, layers, poison) -> DenseEvent:
@@ -217,10 +240,13 @@ def build_event(policy, held, keeps, recent, protection, layers, poison) -> Dens
     lens = torch.tensor([one.n for one in held], dtype=torch.int32)
     keys = stack([one.entries(one.tokens.keys) for one in held], 2)
     num_layers, _, num_heads, _, head_dim = keys.shape
+    group = held[0].tokens.queries.shape[2] // num_heads
+    known = calibration(policy, len(held[0].positions), num_heads, group, head_dim)
+    scored = [one.entries(predicted(known, one.tokens)[..., None])[..., 0] for one in held if policy.predicts]
     return DenseEvent(
         num_layers=num_layers,
         num_heads=num_heads,
-        group_size=held[0].tokens.queries.shape[2] // num_heads,
+        group_size=group,
         head_dim=head_dim,
         window=window,
         lens=lens,
@@ -233,17 +259,17 @@ def build_event(policy, held, keeps, recent, protection, layers, poison) -> Dens
         prompt_lens=[one.tokens.prompt_len for one in held],
         logical_lens=torch.tensor([one.seen for one in held], dtype=torch.int32),
         inv_freq=rotary(head_dim),
-        calibration={
-            name: array[layers]
-            for name, array in calibration(
-                policy, len(held[0].positions), num_heads, held[0].tokens.queries.shape[2] // num_heads, head_dim
-            ).items()
-        },
+        calibration={name: array[layers] for name, array in known.items()},
         layer_offset=layers.start or 0,
         key_entries=keys,
         value_entries=stack([one.entries(one.tokens.values) for one in held], 2),
         query_entries=torch.stack([one.tokens.queries[:, one.seen - window : one.seen] for one in held], 1)[layers],
-        state_entries=stack([one.state for one in held], 2),
+        state_entries=[stack([one.states[i] for one in held], 2) for i in range(policy.num_states)],
+        output_matrix=torch.from_numpy(
+            calibrations.output_projection(len(held[0].positions), num_heads, group, head_dim)
+        )[layers],
+        order={"l1": 1, "l2": 2, None: 0}[policy.output_norm],
+        predicted_entries=stack(scored, 2) if scored else None,
         poison=poison,
     )
 
@@ -288,13 +314,14 @@ class Run:
             event = build_event(policy, held, keeps, self.recent, self.protection, layers, self.poison)
             scores.append(policy.score(event))
             assert policy.state == (event.new_state is not None)
-            states.append(event.new_state if policy.state else torch.zeros(event.shape))
-        scores, states = torch.cat(scores), torch.cat(states)
+            assert len(event.new_states) == policy.num_states
+            states.append([*event.new_states, *[torch.zeros(event.shape)] * (2 - policy.num_states)])
+        scores, states = torch.cat(scores), [torch.cat(parts) for parts in zip(*states, strict=True)]
         for row, one in enumerate(held):
             assert scores[:, row, :, : one.n].isfinite().all()
             assert (scores[:, row, :, one.n :] == -math.inf).all()
             kept = select(scores[:, row, :, : one.n], event.forced[row, : one.n], self.keep)
             one.positions = one.positions.gather(-1, kept)
-            one.state = states[:, row].gather(-1, kept)
+            one.states = [state[:, row].gather(-1, kept) for state in states]
             one.carried = self.keep
             one.rounds += 1

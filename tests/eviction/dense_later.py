@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 
+from tests import calibrations
+
 
 class LaterMethods:
     """Of one layer and head each; the fields are those of `Simulation`."""
@@ -35,6 +37,38 @@ class LaterMethods:
     def _q_filters(self, place, n):
         direction = self.known["filters"][place]
         return [float(self.keys[place][token] @ direction) for token in self.cache[place].tokens]
+
+    def _kvzap(self, place, n):
+        weight, bias = self.known["weight"][place], self.known["bias"][place]
+        return [round(4096 * float(self.hidden[place[0], token] @ weight + bias)) for token in self.cache[place].tokens]
+
+    def _critical(self, place, s, forced):
+        """What the base keeps of its share, then products."""
+        o, shape = self.own, (self.layers, self.heads, self.group, self.keys.shape[3])
+        output = calibrations.output_projection(*shape).astype(np.float64) if self.output is None else self.output
+        values = self.values[place][self.cache[place].tokens]
+        order = {"l1": 1, "l2": 2}[o["norm"]]
+        lengths = np.mean([np.linalg.norm(values @ matrix, order, axis=1) for matrix in output[place]], axis=0)
+        free = sorted((j for j in range(len(s)) if j not in forced), key=lambda j: (-s[j], -j))
+        first = set(free[: math.floor(o["phi"] * (self.keep - len(forced)))])
+        return [math.inf if j in first else (x + o["eps"]) * lengths[j] for j, x in enumerate(s)]
+
+    def _lazy_eviction(self, place, n):
+        o, head = self.o, self.cache[place]
+        weights = [[np.exp(z - z.max()) / np.exp(z - z.max()).sum() for z in row] for row in self._logits(place, n)]
+        now, states, scores = self.seen - self.prompt_len, [], []
+        for j, token in enumerate(head.tokens):
+            last, mri = head.carried[j] or (max(token - self.prompt_len, 0), 0)
+            for q in range(o["window"]):
+                c = self.seen - o["window"] + q - self.prompt_len + 1
+                if c >= 1 and max(row[q][j] for row in weights) >= o["alpha"]:
+                    last, mri = c, max(mri, c - last)
+            states.append((last, mri))
+            score = 2 / (1 + math.exp(min(80, 1 + (now - last) / (mri + 1e-5))))
+            score += 2 / (1 + math.exp(min(80, mri - 1))) if mri > 0 else 0
+            scores.append(float(np.float32(score)))
+        head.carried = states
+        return scores
 
     def _frequencies(self) -> np.ndarray:
         d = self.keys.shape[3]

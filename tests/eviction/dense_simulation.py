@@ -57,6 +57,9 @@ DEFAULTS = {
         "eps": 0.0,
         "vnorm": True,
     },
+    "kvzap": {"calibration": ""},
+    "critical": {"base": "snapkv", "phi": 0.5, "eps": 1e-4, "norm": "l1"},
+    "lazy_eviction": {"observe": "window", "window": 16, "alpha": 1e-4},
     "random": {},
     "random_shared": {"share": "heads"},
     "page_attention": {"page_size": 256, "scope": "shared", "window": 16, "agg": "sum"},
@@ -79,6 +82,8 @@ class Simulation(LaterMethods):
 
     Attributes:
         keys, values: [L, H, T, d]; queries: [L, T, Hq, d]; arrays of float64.
+        hidden: [L, T, width], what keys and queries are projections of; None where no scorer reads them.
+        output: [L, H, G, d, width], the output projection; None: made up.
         inv_freq, rope_factor: of the rotary embedding that is in keys and queries; None: 10000^(-2f/d).
     """
 
@@ -92,17 +97,24 @@ class Simulation(LaterMethods):
     keep: int
     recent: int
     protection: str
+    hidden: np.ndarray | None = None
+    output: np.ndarray | None = None
     inv_freq: list[float] | None = None
     rope_factor: float = 1.0
 
     def __post_init__(self):
-        unknown = set(self.options) - set(DEFAULTS[self.policy]) - {"native"}
+        self.scorer = self.options.get("base", "snapkv") if self.policy == "critical" else self.policy
+        unknown = set(self.options) - set(DEFAULTS[self.scorer]) - set(DEFAULTS[self.policy]) - {"native"}
         assert not unknown, unknown
-        self.o = DEFAULTS[self.policy] | self.options
+        self.own = DEFAULTS[self.policy] | self.options
+        # An option of both is the wrapper's.
+        inner = {name: x for name, x in self.options.items() if name not in DEFAULTS["critical"]}
+        self.o = DEFAULTS[self.scorer] | inner if self.policy == "critical" else self.own
         self.layers, self.heads = self.keys.shape[:2]
         self.group = self.queries.shape[2] // self.heads
         self.cache = {(layer, head): Head() for layer in range(self.layers) for head in range(self.heads)}
-        made_up = calibrations.arrays(self.policy, self.layers, self.heads, self.group, self.keys.shape[3])
+        width = [] if self.hidden is None else [self.hidden.shape[2]]
+        made_up = calibrations.arrays(self.scorer, self.layers, self.heads, self.group, self.keys.shape[3], *width)
         self.known = {name: array.astype(np.float64) for name, array in made_up.items()}
         self.seen = 0
         self.t = 0
@@ -157,18 +169,20 @@ class Simulation(LaterMethods):
             return self._pages(n, forced)
         if self.policy == "vase" and self.o["mode"] == "attn":
             return {place: self._vase(place, n, forced) for place in self.cache}
-        score = self._dkv if self.policy == "vase" else getattr(self, "_" + self.policy)
+        score = self._dkv if self.policy == "vase" else getattr(self, "_" + self.scorer)
         scores = {place: score(place, n) for place in self.cache}
         if self.policy == "triattention" and self.o["scope"] == "shared":
             for head in range(self.heads):
                 mean = np.mean([scores[layer, head] for layer in range(self.layers)], axis=0).tolist()
                 scores |= {(layer, head): mean for layer in range(self.layers)}
-        if self.policy == "tova" and self.o["reduce"] == "layer":
+        if self.scorer == "tova" and self.o["reduce"] == "layer":
             for layer in range(self.layers):
                 rows = [scores[layer, head] for head in range(self.heads)]
                 mean = [sum(row[j] for row in rows) / len(rows) for j in range(n)]
                 for head in range(self.heads):
                     scores[layer, head] = mean
+        if self.policy == "critical":
+            scores = {place: self._critical(place, scores[place], forced) for place in self.cache}
         return {place: self._best(scores[place], forced) for place in self.cache}
 
     # Attention.

@@ -60,7 +60,7 @@ def test_padding_and_unscored_slots_reach_no_score(case, poison):
     options = {"lens": [80, 112], "recent": case.recent, "protection": case.protection}
     expected = policy.score(dense_event(policy, REQUESTS, **options))
     clean = dense_event(policy, REQUESTS, **options, poison=poison)
-    for entries in (clean.key_entries, clean.value_entries, clean.state_entries):
+    for entries in (clean.key_entries, clean.value_entries, *clean.state_entries):
         entries.nan_to_num_(nan=poison)
     assert torch.equal(policy.score(clean), expected)
 

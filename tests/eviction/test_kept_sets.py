@@ -36,6 +36,7 @@ def test_kept_sets_equal_the_simulation(case):
             keys=tokens.keys.double().numpy(),
             values=tokens.values.double().numpy(),
             queries=tokens.queries.double().numpy(),
+            hidden=tokens.hidden.double().numpy(),
             seed=tokens.seed,
             prompt_len=tokens.prompt_len,
             keep=64,

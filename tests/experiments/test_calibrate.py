@@ -64,8 +64,9 @@ def test_answers_are_cut_at_the_number_of_tokens(tmp_path):
     folder = save_tiny_model("qwen3", tmp_path, num_hidden_layers=1)
     save_tiny_tokenizer(folder)
     llm = LLM(str(folder), device="cpu", num_blocks=64, block_size=64)
-    sequences = answered(llm, corpus("instructions", 0), 500, max_tokens=20, seed=0)
-    assert sum(map(len, sequences)) == 500
+    texts = answered(llm, corpus("instructions", 0), 500, max_tokens=20, seed=0)
+    assert sum(len(tokens) for tokens, _ in texts) == 500
+    assert all(0 < prompt <= len(tokens) <= prompt + 20 for tokens, prompt in texts)
     with pytest.raises(UsageError, match="the model answers none of 64 prompts; the first: "):
         answered(llm, iter([[{"role": "user", "content": "x" * 2000}]] * 64), 500, max_tokens=20, seed=0)
 

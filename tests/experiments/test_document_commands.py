@@ -221,6 +221,14 @@ def calibrate_a_little(given: list[str], request) -> None:
     assert out.exists()
 
 
+def train_a_little(given: list[str], request) -> None:
+    """In full it takes minutes."""
+    out = Path(given[given.index("--out") + 1]).name
+    given[given.index("--out") + 1] = str(request.getfixturevalue("tmp_path") / out)
+    program = importlib.import_module("experiments.train_scorer")
+    assert program.main([*given, "--tokens", "5000", "--max-tokens", "8", "--device", "cpu"]) == 0
+
+
 def find_script(file: str, given: list[str]) -> None:
     """It takes a GPU, or writes a picture into the tree: it is there and knows the options."""
     source = (ROOT / file).read_text(encoding="utf-8")
@@ -304,6 +312,8 @@ def test_the_command_works(command, request):
         read_training_options(given[2:], request)
     elif program == "python" and given[1] == "experiments.calibrate":
         calibrate_a_little(given[2:], request)
+    elif program == "python" and given[1] == "experiments.train_scorer":
+        train_a_little(given[2:], request)
     elif program == "python" and given[1] == "pytest":
         find_tests(given[2:])
     elif program == "python" and given[1].startswith("tests."):

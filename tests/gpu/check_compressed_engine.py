@@ -51,6 +51,7 @@ from tests.gpu.compression_times import measure_decode, measure_long, share
 from tests.gpu.pairwise import pairwise
 from tests.tiny_models import VOCAB, save_tiny_model
 from zipage import SamplingParams
+from zipage.models.decoder import Decoder
 from zipage.worker.paged_attention import PagedAttention
 
 ONE_OF_EACH = list({case.policy: case for case in reversed(CASES)}.values())
@@ -198,7 +199,7 @@ def check_loops(folder: Path, device: str, full: bool) -> list[dict]:
 def check_kept(folder: Path, device: str, full: bool) -> list[dict]:
     """One row a case of the policies' tests: events whose kept positions differ from the simulation's."""
     prompt, new, keep, size = 24, 130, 64, 16
-    attend = PagedAttention.__call__
+    attend, forward = PagedAttention.__call__, Decoder.forward
     rows = []
     for case in CASES if full else ONE_OF_EACH:
         recorder = Recorder()
@@ -206,19 +207,16 @@ def check_kept(folder: Path, device: str, full: bool) -> list[dict]:
         options = {"device": device, "dtype": "float32", "trace_positions": True, "enforce_eager": True}
         llm = make_llm(folder, case, budget=keep, **options)
         # Not before: to plan its memory, the engine runs a largest step.
-        PagedAttention.__call__ = recorder.wrap(attend)
+        PagedAttention.__call__, Decoder.forward = recorder.wrap(attend), recorder.watch(forward)
         try:
             events = record_events(llm)
             llm.generate(random_prompts([prompt], VOCAB, seed=3), greedy(new, seed=5), use_tqdm=False)
         finally:
-            PagedAttention.__call__ = attend
-        keys, values, queries = recorder.arrays()
+            PagedAttention.__call__, Decoder.forward = attend, forward
         simulation = Simulation(
             policy=case.policy,
             options=case.options,
-            keys=keys,
-            values=values,
-            queries=queries,
+            **recorder.arrays(llm),
             seed=5,
             prompt_len=prompt,
             keep=keep,

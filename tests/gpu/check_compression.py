@@ -36,6 +36,8 @@ from kernels.select import select, select_reference
 from kernels.select_triton import select_triton
 from kernels.store_positions import store_positions_reference
 from kernels.store_positions_triton import store_positions_triton
+from kernels.store_predictions import store_predictions_reference
+from kernels.store_predictions_triton import store_predictions_triton
 from tests.gpu.kernel_cases import DEVICE, DRY, QUARTERS, Checks, make_paged, provenance
 from tests.gpu.kernel_times import milliseconds, time_copy
 
@@ -236,6 +238,14 @@ def check_moves(checks: Checks, shapes: list[tuple]) -> None:
         store_positions_triton(positions, state[1:4], each)
         store_positions_reference(positions.cpu(), expected[1:4], each.cpu())
         checks.add("store_positions", "int32", differing(state.float(), expected.float()), 0.0)
+
+    hidden = torch.randn(100, 4096, device=DEVICE).bfloat16()
+    scorer = torch.randn(8, 4096, device=DEVICE) / 64, torch.randn(8, device=DEVICE)
+    for each in (shared(slots, 8), apart[0]):
+        state, expected = torch.zeros(9, 8, 16, device=DEVICE), torch.zeros(9, 8, 16)
+        store_predictions_triton(hidden, *scorer, state, each)
+        store_predictions_reference(hidden.cpu(), *(x.cpu() for x in scorer), expected, each.cpu())
+        checks.add("store_predictions", "bfloat16", float((state.cpu() - expected).abs().max()), 2e-5)
 
 
 def check_in_place(checks: Checks) -> None:

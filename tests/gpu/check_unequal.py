@@ -42,6 +42,7 @@ from tests.gpu.check_compressed_engine import LENGTHS, versions
 from tests.gpu.compression_times import QWEN3_8B, dummy_llm, timed_compressions
 from tests.tiny_models import VOCAB, save_tiny_model
 from zipage import SamplingParams
+from zipage.models.decoder import Decoder
 from zipage.worker.tiled_attention import TiledAttention
 
 SLOWER = 1.05
@@ -102,19 +103,19 @@ def check_tokens(folder: Path, device: str, full: bool) -> list[dict]:
 def check_kept(folder: Path, device: str, full: bool) -> list[dict]:
     """One row a kind and policy: events whose kept positions differ from the simulation's."""
     prompt, new, keep, block = 24, 130, 64, 16
-    attend = TiledAttention.__call__
+    attend, forward = TiledAttention.__call__, Decoder.forward
     rows = []
     for case, (name, rounding) in product((SNAPKV, ZIPAGE, Case("r_kv")), kinds(full)):
         recorder = Recorder()
         llm = make_llm(folder, case, keep, device=device, trace_positions=True, **PLAIN | unequal(name, rounding))
-        TiledAttention.__call__ = recorder.wrap(attend)
+        TiledAttention.__call__, Decoder.forward = recorder.wrap(attend), recorder.watch(forward)
         try:
             events = record_events(llm)
             llm.generate(random_prompts([prompt], VOCAB, seed=3), greedy(new, seed=5), use_tqdm=False)
         finally:
-            TiledAttention.__call__ = attend
+            TiledAttention.__call__, Decoder.forward = attend, forward
         sizes = {"seed": 5, "prompt_len": prompt, "keep": keep, "recent": case.recent, "protection": case.protection}
-        simulation = UnequalSimulation(case.policy, case.options, *recorder.arrays(), **sizes)
+        simulation = UnequalSimulation(policy=case.policy, options=case.options, **recorder.arrays(llm), **sizes)
         gains = [keep + block] + [block] * (len(events) - 1)
         expected = simulation.run_unequal(gains, (name, KINDS[name], rounding), block)
         wrong = [

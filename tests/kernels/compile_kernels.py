@@ -29,6 +29,7 @@ from kernels.select_triton import select_triton
 from kernels.silu_mul_triton import silu_mul_triton
 from kernels.store_kv_triton import store_kv_triton
 from kernels.store_positions_triton import store_positions_triton
+from kernels.store_predictions_triton import store_predictions_triton
 from kernels.store_step_triton import store_step_triton
 
 LAYERS, REQUESTS, HEADS, GROUP, DIM, BLOCK, MAX_BLOCKS, TOKENS, WINDOW = 3, 5, 2, 4, 64, 16, 6, 7, 8
@@ -83,6 +84,8 @@ def compile_view_kernels(apart: bool) -> None:
     store_kv_triton(k, v, *layer[:2], spread(longs(TOKENS)))
     store_step_triton(k, v, q, *layer[:2], windows[0], spread(longs(TOKENS)), longs(TOKENS))
     store_positions_triton(ints(TOKENS), state, spread(longs(TOKENS), LAYERS))
+    hidden, predicted = floats(TOKENS, 256), torch.zeros(caches.shape[2:5])
+    store_predictions_triton(hidden, torch.zeros(HEADS, 256), torch.zeros(HEADS), predicted, spread(longs(TOKENS)))
     paged_decode_triton(q[:REQUESTS], layer, 0.1, decode_pieces_triton(layer))
     paged_prefill_triton(q, layer, ints(REQUESTS + 1), TOKENS, 0.1)
     attention_score_triton(windows, layers, lens, lens, 0.1)

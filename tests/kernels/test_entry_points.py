@@ -34,10 +34,12 @@ from kernels.sample_from_logits import sample_from_logits
 from kernels.select import select
 from kernels.silu_mul import silu_mul
 from kernels.store_kv import store_kv
+from kernels.store_predictions import store_predictions
 from kernels.store_step import store_step
 cache, tables, lens = torch.randn(2, 1, 16, 32), torch.ones(1, 1).int(), torch.full((1,), 5).int()
 store_kv(torch.randn(1, 1, 32), torch.randn(1, 1, 32), cache, cache, torch.tensor([[20]]))
 view = CacheView.shared(cache, cache, tables, lens)
+store_predictions(torch.randn(1, 8), torch.ones(1, 8), torch.ones(1), torch.ones(2, 1, 16), torch.tensor([[20]]))
 layers = CacheView.shared(cache[None], cache[None], tables, lens)
 paged_decode(torch.randn(1, 1, 32), view, 1.0)
 paged_prefill(torch.randn(1, 1, 32), view, torch.tensor([0, 1]).int(), 1, 1.0)

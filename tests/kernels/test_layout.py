@@ -20,6 +20,7 @@ from kernels.select import select
 from kernels.silu_mul import silu_mul
 from kernels.store_kv import store_kv
 from kernels.store_positions import store_positions
+from kernels.store_predictions import store_predictions
 from kernels.store_step import store_step
 
 
@@ -91,6 +92,11 @@ def store_positions_arguments() -> dict:
     return {"positions": torch.arange(3, dtype=torch.int32), "state": state, "slots": shared(torch.arange(3), 2, 3)}
 
 
+def store_predictions_arguments() -> dict:
+    scorer = {"weight": torch.zeros(2, 64), "bias": torch.zeros(2)}
+    return {"hidden": torch.randn(3, 64), **scorer, "state": torch.zeros(4, 2, 16), "slots": shared(torch.arange(3), 2)}
+
+
 def store_step_arguments() -> dict:
     queries = {"q": torch.randn(3, 6, 64), "q_cache": torch.zeros(2, 8, 6, 64), "indices": torch.arange(3)}
     return {**store_arguments(), **queries}
@@ -128,6 +134,7 @@ VALID = {
     store_kv: store_arguments,
     copy_blocks: copy_arguments,
     store_positions: store_positions_arguments,
+    store_predictions: store_predictions_arguments,
     store_step: store_step_arguments,
     add_rms_norm: norm_arguments,
     silu_mul: gate_arguments,
@@ -203,6 +210,13 @@ WRONG = [
     (store_positions, {"state": torch.zeros(3, 4, 2, 16)}, r"state has dtype .* use torch.int32"),
     (store_positions, {"state": torch.zeros(4, 2, 16).int()}, r"state has shape"),
     (store_positions, {"slots": torch.zeros(3, 2).long()}, r"slots has shape \(3, 2\): give \[3, 3, 2\]"),
+    (store_predictions, {"hidden": torch.zeros(3, 64).long()}, r"hidden has dtype torch.int64: use float32"),
+    (store_predictions, {"weight": torch.zeros(2, 32)}, r"weight has shape \(2, 32\): give \[2, 64\]"),
+    (store_predictions, {"weight": torch.zeros(64, 2).T}, r"weight has stride \(1, 2\): make it contiguous"),
+    (store_predictions, {"bias": torch.zeros(3)}, r"bias has shape \(3,\): give \[2\]"),
+    (store_predictions, {"state": torch.zeros(3, 4, 2, 16)}, r"state has shape .* give \[num_blocks, heads, slots\]"),
+    (store_predictions, {"state": torch.zeros(4, 2, 16).half()}, r"state has dtype torch.float16"),
+    (store_predictions, {"slots": torch.zeros(2, 2).long()}, r"slots has shape \(2, 2\): give \[3, 2\]"),
     (store_step, {"slots": torch.zeros(4, 2).long()}, r"slots has shape \(4, 2\): give \[3, 2\]"),
     (store_step, {"indices": torch.arange(3).int()}, r"indices has dtype torch.int32"),
     (store_step, {"q_cache": torch.zeros(2, 8, 6, 64).half()}, r"q_cache has dtype .* as k_cache is"),

@@ -16,7 +16,7 @@ from zipage.eviction import registry
 
 LENGTHS = (5, 33, 70)
 TOKENS = 64
-OF_THEIR_OWN = ("lagkv", "q_filters", "triattention", "expected_attention")
+OF_THEIR_OWN = ("lagkv", "q_filters", "triattention", "expected_attention", "kvzap", "critical", "lazy_eviction")
 """Policies that need options here, which a request can't give."""
 TOKEN_POLICIES = [
     name for name in registry.POLICIES if name not in ("full", *OF_THEIR_OWN) and registry.make(name).scope == "token"

@@ -65,10 +65,11 @@ def test_about_is_what_a_page_must_know_to_ask(server):
     assert (about["policy"], about["budget_tokens"], about["protection"]) == ("r_kv", 64, "none")
     assert {"full", "r_kv", "random"} <= set(about["policies"])
     for policy in about["policies"]:
-        body = {"prompt": "x=1", "max_tokens": 2, "policy": policy}
+        body = {"prompt": "x=1", "max_tokens": 2, "policy": policy, "budget_tokens": 512}  # which all can use
         assert server.post("/v1/completions", body).status_code == 200, policy
     for policy in registry.POLICIES.keys() - about["policies"]:
-        assert server.post("/v1/completions", {"prompt": "x", "policy": policy}).status_code == 400, policy
+        body = {"prompt": "x", "policy": policy, "budget_tokens": 512}
+        assert server.post("/v1/completions", body).status_code == 400, policy
 
 
 def state(name: str, tokens: int, status: str = "running") -> RequestState:

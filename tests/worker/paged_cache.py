@@ -10,12 +10,15 @@ from torch import Tensor
 
 from kernels.cache_view import shared
 from kernels.store_positions import store_positions
+from kernels.store_predictions import store_predictions
 from kernels.store_step import store_step
+from tests import calibrations
 from tests.eviction.dense_event import NAN, Tokens, calibration, rotary
 from tests.kernels.paged import GARBAGE
 from zipage.eviction.policy import Policy
 from zipage.eviction.protection import Protection, forced_mask
 from zipage.worker.compressor import compress
+from zipage.worker.output_norms import OutputNorms
 from zipage.worker.paged_event import PagedEvent
 
 NOWHERE = -7
@@ -65,6 +68,7 @@ class PagedCache:
         self.v = torch.full_like(self.k, NAN)
         self.positions = torch.full(shape, NOWHERE, dtype=torch.int32, device=self.device)
         self.scores = torch.full(shape, NAN, device=self.device)
+        self.more_scores, self.predictions = (torch.full(shape, NAN, device=self.device) for _ in range(2))
         slots = len(self.all_tokens) + 2
         self.q = torch.full((layers, slots, self.ring, query_heads, head_dim), NAN, dtype=self.dtype).to(self.device)
         self.free = torch.randperm(num_blocks).tolist()
@@ -73,8 +77,8 @@ class PagedCache:
         self.requests = [Request(tokens, slot) for tokens, slot in zip(self.all_tokens, order, strict=False)]
 
     @property
-    def everything(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.k, self.v, self.positions, self.scores
+    def everything(self) -> tuple[Tensor, ...]:
+        return self.k, self.v, self.positions, self.scores, self.more_scores, self.predictions
 
     def grow(self, i: int, n: int) -> None:
         """Store the tokens that bring request `i` to `n` entries."""
@@ -95,6 +99,11 @@ class PagedCache:
             store_step(k, v, queries, *caches, shared(slots, k.shape[1]), places)
         layers, _, heads, _ = self.positions.shape
         store_positions(new.int().to(self.device), self.positions, shared(slots, heads, layers))
+        if one.tokens.hidden is not None:
+            known = calibrations.arrays("kvzap", layers, heads, self.q.shape[3] // heads, self.k.shape[4])
+            weight, bias = (torch.from_numpy(known[name]).to(self.device) for name in ("weight", "bias"))
+            for layer, hidden in enumerate(one.tokens.hidden[:, new].to(self.device)):
+                store_predictions(hidden, weight[layer], bias[layer], self.predictions[layer], shared(slots, heads))
         one.seen += len(new)
         one.n = n
 
@@ -142,8 +151,19 @@ class PagedCache:
             block_tables=tables,
             q_cache=self.q if policy.needs_queries else None,
             query_slots=self._ints([one.query_slot for one in held]),
-            state_cache=self.scores if policy.state else None,
+            state_caches=[self.scores, self.more_scores][: policy.num_states],
+            outputs=self.outputs(policy),
+            prediction_cache=self.predictions if policy.predicts else None,
         )
+
+    def outputs(self, policy: Policy) -> OutputNorms | None:
+        """Of the made-up projection, laid out as a model's weights."""
+        if policy.output_norm is None:
+            return None
+        layers, _, heads, _, dim = self.k.shape
+        made_up = torch.from_numpy(calibrations.output_projection(layers, heads, self.q.shape[3] // heads, dim))
+        weights = made_up.flatten(1, 3).mT.to(self.device, self.dtype)
+        return OutputNorms(list(weights), heads, dim, policy.output_norm)
 
     def compress(self, policy: Policy, batch: Sequence[int], **options) -> Tensor:
         """One event of the requests of `batch`; a request that shares a block moves into blocks of its own.
@@ -163,7 +183,7 @@ class PagedCache:
             one.blocks = leading + own
             destinations.append([-1] * pinned + own)
         tables = self._tables(destinations)
-        kept = compress(policy, event, [self.positions], tables, max_keep=self.keep, **options).kept
+        kept = compress(policy, event, [self.positions, self.predictions], tables, max_keep=self.keep, **options).kept
         for one, old in zip(held, before, strict=True):
             for block in set(old) - set(one.blocks):
                 self._release(block)
@@ -174,7 +194,12 @@ class PagedCache:
     def entries(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """K, V [L, H, n, d], positions and scores [L, H, n] of a request, on the CPU."""
         one = self.requests[i]
-        return tuple(x[:, one.blocks].transpose(1, 2).flatten(2, 3)[:, :, : one.n].cpu() for x in self.everything)
+        return tuple(x[:, one.blocks].transpose(1, 2).flatten(2, 3)[:, :, : one.n].cpu() for x in self.everything[:4])
+
+    def states(self, i: int) -> list[Tensor]:
+        """What a policy stored of a request's entries, [L, H, n] each, on the CPU."""
+        one, states = self.requests[i], (self.scores, self.more_scores)
+        return [x[:, one.blocks].transpose(1, 2).flatten(2, 3)[:, :, : one.n].cpu() for x in states]
 
     def _take(self) -> int:
         block = self.free.pop()

@@ -87,7 +87,7 @@ def check_alone(serving: Serving, request: Request, kind: type[Broken], entries:
     for have, want in zip(serving.entries(request), alone.entries(twin), strict=True):
         assert torch.equal(have, want)
     if twin.rule.policy.state:
-        scores = [s.cache.scores[:, r.block_ids] for s, r in ((serving, request), (alone, twin))]
+        scores = [s.cache.scores[0][:, r.block_ids] for s, r in ((serving, request), (alone, twin))]
         assert torch.equal(*scores)
 
 

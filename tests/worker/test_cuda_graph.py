@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.calibrations import MADE_UP
 from tests.engine.compressed import greedy, make_llm, random_prompts, tokens_of
 from tests.eviction.cases import Case
 from tests.tiny_models import VOCAB, save_tiny_model
@@ -118,7 +119,7 @@ def test_prompts_run_in_a_graph_while_they_are_short_and_read_little(lens, taken
 
 
 @pytest.mark.parametrize("new_prompts", [[], [40], [1, 33]], ids=str)
-@pytest.mark.parametrize("case", [None, Case("zipage", {"chunk": 32}), Case("random")], ids=str)
+@pytest.mark.parametrize("case", [None, Case("zipage", {"chunk": 32}), Case("random"), Case("kvzap", MADE_UP)], ids=str)
 def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case, new_prompts):
     llm = make_llm(save_tiny_model("qwen3", tmp_path), case, debug=False)
     runner, scheduler = llm._core.runner, llm._core.scheduler
@@ -148,13 +149,14 @@ def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case, new_pr
         torch.testing.assert_close(x, once, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+ZIPAGE, KVZAP = Case("zipage", {"chunk": 32}), Case("kvzap", MADE_UP)
 UNEQUAL = {"allocation": "adaptive", "allocation_options": {"round": "entry"}, "enable_prefix_caching": False}
 
 
 @pytest.mark.parametrize(
     ("case", "options"),
-    [(None, {}), (Case("zipage", {"chunk": 32}), {}), (Case("random"), {}), (Case("zipage", {"chunk": 32}), UNEQUAL)],
-    ids=["full", "zipage", "random", "unequal"],
+    [(None, {}), (ZIPAGE, {}), (Case("random"), {}), (KVZAP, {}), (ZIPAGE, UNEQUAL), (KVZAP, UNEQUAL)],
+    ids=["full", "zipage", "random", "kvzap", "zipage-unequal", "kvzap-unequal"],
 )
 def test_requests_that_run_in_graphs_from_their_first_token_get_the_tokens_of_an_eager_engine(tmp_path, case, options):
     # A small pool: some leave it, and compute their prompt and output anew.

@@ -55,6 +55,7 @@ def simulation_of(case: Case, tokens: Tokens) -> Simulation:
         keys=tokens.keys.double().numpy(),
         values=tokens.values.double().numpy(),
         queries=tokens.queries.double().numpy(),
+        hidden=tokens.hidden.double().numpy(),
         seed=tokens.seed,
         prompt_len=tokens.prompt_len,
         keep=KEEP,
@@ -67,7 +68,7 @@ def assert_equal_after(simulation: Simulation, n: int, cache: PagedCache, policy
     """What request `i` holds is what `simulation` keeps at its next event, of n entries."""
     (expected,) = simulation.run([n])
     tokens, protected = cache.all_tokens[i], cache.protected(policy, i)
-    k, v, positions, scores = cache.entries(i)
+    k, v, positions, _ = cache.entries(i)
     for (layer, head), kept in expected.items():
         where = simulation.t, i, layer, head
         assert positions[layer, head].tolist() == kept, where
@@ -76,8 +77,10 @@ def assert_equal_after(simulation: Simulation, n: int, cache: PagedCache, policy
         if policy.state:
             carried = simulation.cache[layer, head].carried
             assert carried[:protected] == [None] * protected
-            carried = torch.tensor([-1.0 if x is None else x for x in carried[protected:]])
-            torch.testing.assert_close(scores[layer, head, protected:], carried, rtol=1e-4, atol=1e-6)
+            all_carried = [x if isinstance(x, tuple) else (x,) * policy.num_states for x in carried[protected:]]
+            for have, want in zip(cache.states(i), zip(*all_carried, strict=True), strict=False):
+                carried = torch.tensor([-1.0 if x is None else float(x) for x in want])
+                torch.testing.assert_close(have[layer, head, protected:], carried, rtol=1e-4, atol=1e-6)
 
 
 @on_every_device
@@ -138,7 +141,8 @@ def with_prefix_of(first: Tokens, other: Tokens, length: int) -> Tokens:
         return torch.cat([a.narrow(dim, 0, length), b.narrow(dim, length, b.shape[dim] - length)], dim)
 
     keys, values = joined(first.keys, other.keys, 2), joined(first.values, other.values, 2)
-    return replace(other, keys=keys, values=values, queries=joined(first.queries, other.queries, 1))
+    queries, hidden = joined(first.queries, other.queries, 1), joined(first.hidden, other.hidden, 1)
+    return replace(other, keys=keys, values=values, queries=queries, hidden=hidden)
 
 
 @on_every_device
@@ -253,8 +257,8 @@ def test_dense_copies_are_zero_past_the_entries(device):
             assert torch.equal(dense[:, row, :, :n].cpu(), getattr(REQUESTS[row], source)[:, :, :n])
             assert (dense[:, row, :, n:] == 0).all()
     for row, n in enumerate(lens):
-        assert (event.carried_state()[:, row, :, :n] == 0.5).all()
-        assert (event.carried_state()[:, row, :, n:] == 0).all()
+        assert (event.carried_states()[0][:, row, :, :n] == 0.5).all()
+        assert (event.carried_states()[0][:, row, :, n:] == 0).all()
     assert (event.stored == -1).all()
 
 
@@ -272,7 +276,7 @@ def test_mean_pooling_divides_by_the_width_and_stops_at_the_limit():
     ("policy", "change", "arguments", "message"),
     [
         (Case("snapkv"), {"window": 8}, {}, "reads 16 queries"),
-        (Case("h2o"), {"state_cache": None}, {}, "give event.state_cache"),
+        (Case("h2o"), {"state_caches": []}, {}, "give event.state_caches"),
         (Case("knorm"), {}, {"stride": 0}, "at least 1"),
         (Case("h2o"), {}, {"states": "scores"}, "moves anyway"),
     ],

@@ -15,7 +15,7 @@ on_every_device = pytest.mark.parametrize("device", DEVICES)
 
 
 def make_cache(dtype, device, **options) -> KVCache:
-    options = {"positions": True, "scores": True, "num_query_slots": 4, "window": 5} | options
+    options = {"positions": True, "scores": True, "predictions": True, "num_query_slots": 4, "window": 5} | options
     cache = KVCache(SPEC, 10, 16, dtype, torch.device(device), **options)
     cache.poison(slice(None))
     cache.poison_queries(slice(None))
@@ -55,7 +55,7 @@ def test_blocks_and_queries_come_back_elsewhere_bit_for_bit(dtype, device):
     others = [i for i in range(10) if i not in new]
     assert cache.k[:, others].isnan().all()
     assert cache.v[:, others].isnan().all()
-    assert cache.scores[:, others].isnan().all()
+    assert cache.scores[0][:, others].isnan().all()
     assert (cache.positions[:, others] == NOWHERE).all()
     assert cache.queries[:, 1:].isnan().all()
 

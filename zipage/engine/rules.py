@@ -69,7 +69,9 @@ class Rules:
         needs = {
             "the entries' positions": own is None,
             "a calibration file": bool(policy.calibration_arrays),
-            "scores": policy.state and not (own and own.state),
+            "scores of hidden states": policy.predicts,
+            "norms of projected values": policy.output_norm not in (None, own and own.output_norm),
+            "scores": policy.num_states > (own.num_states if own else 0),
             f"{policy.num_queries} queries a request": policy.num_queries > (own.num_queries if own else 0),
         }
         lacks = [what for what, is_missing in needs.items() if is_missing]

@@ -49,8 +49,10 @@ def write_calibration(
     )
 
 
-def read_calibration(path: str, kind: str, names: Sequence[str], identity: Identity) -> dict[str, Tensor]:
-    """The arrays `names` of a file, float32 [L, rows, ...], on the CPU.
+def read_calibration(
+    path: str, kind: str, names: Sequence[str], identity: Identity, command: str = COMMAND
+) -> dict[str, Tensor]:
+    """The arrays `names` of a file, float32 [L, rows, ...], on the CPU. `command` makes one.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -61,13 +63,13 @@ def read_calibration(path: str, kind: str, names: Sequence[str], identity: Ident
 
     where = f"{kind}.calibration={shown(path)}"
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{where}: there is no such file; make it: {COMMAND}")
+        raise FileNotFoundError(f"{where}: there is no such file; make it: {command}")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(f"{where}: no calibration file can be read there ({error}); make it: {COMMAND}") from error
+        raise ValueError(f"{where}: no calibration file can be read there ({error}); make it: {command}") from error
     wanted = {"kind": kind, "version": VERSION, **identity}
     differing = [
         f"{name} is {_told(header.get(name))}, not {_told(value)}"

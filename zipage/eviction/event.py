@@ -54,7 +54,7 @@ class Event(ABC):
         calibration: the arrays of the policy's calibration file that it asks for, by name: float32 [L, rows, ...] of
             this launch's layers and heads, `rows` being H, or H * G for query heads.
         layer_offset, head_offset: numbers of the first layer and KV head of this launch in the whole model.
-        new_state: what the policy handed to `store`; None without state.
+        new_states: what the policy handed to `store`; empty without state.
     """
 
     num_layers: int
@@ -76,7 +76,7 @@ class Event(ABC):
     calibration: Mapping[str, Tensor] = field(default_factory=dict)
     layer_offset: int = 0
     head_offset: int = 0
-    new_state: Tensor | None = None
+    new_states: tuple[Tensor, ...] = ()
 
     @property
     def num_requests(self) -> int:
@@ -167,8 +167,18 @@ class Event(ABC):
         """
 
     @abstractmethod
-    def carried_state(self) -> Tensor:
-        """The state array of the entries, float32 [L, R, H, N]. Slots that carry none may hold anything."""
+    def carried_states(self) -> list[Tensor]:
+        """The state arrays of the entries, each float32 [L, R, H, N]. Slots that carry none may hold anything."""
+
+    @abstractmethod
+    def predictions(self) -> Tensor:
+        """What the policy's trained scorer says of each entry, float32 [L, R, H, N].
+
+        It said so when K and V were stored, from the input of the layer's attention.
+
+        Raises:
+            ValueError: the policy asked for none (`Policy.predicts`).
+        """
 
     @abstractmethod
     def queries(self) -> Tensor:
@@ -185,6 +195,15 @@ class Event(ABC):
     @abstractmethod
     def values(self) -> Tensor:
         """Values, float32 [L, R, H, N, d]: a dense copy."""
+
+    @abstractmethod
+    def output_norms(self) -> Tensor:
+        """Mean over the group of |V W_o|, float32 [L, R, H, N]: W_o takes the values of a query head to the residual
+        stream. The norm is the one that the policy asks for.
+
+        Raises:
+            ValueError: it asks for none (`Policy.output_norm`).
+        """
 
     # Reductions over keys and values. A cache may answer them without the dense copy.
 
@@ -219,20 +238,30 @@ class Event(ABC):
     # State.
 
     @cached_property
-    def stored(self) -> Tensor:
-        """State carried from the last event, float32 [L, R, H, N]; -1 where an entry carries none, protected or new."""
+    def stored_states(self) -> list[Tensor]:
+        """States from the last event, float32 [L, R, H, N] each; -1 where an entry carries none, protected or new."""
         known = ((self.slots >= self.protected[:, None]) & (self.slots < self.carried[:, None]))[:, None]
-        return torch.where(known, self.carried_state(), -1.0)
+        return [torch.where(known, state, -1.0) for state in self.carried_states()]
 
-    def store(self, state: Tensor) -> None:
-        """Hand over the new state of all entries, float32 [L, R, H, N]; survivors take theirs along.
+    @property
+    def stored(self) -> Tensor:
+        """The only or first of them."""
+        return self.stored_states[0]
+
+    @property
+    def new_state(self) -> Tensor | None:
+        """The only or first of `new_states`."""
+        return self.new_states[0] if self.new_states else None
+
+    def store(self, *states: Tensor) -> None:
+        """Hand over the new states of all entries, float32 [L, R, H, N] each; survivors take theirs along.
 
         States are >= 0; a negative one means that the entry carries none. That of a protected entry reaches no event.
 
         Raises:
             ValueError: it is of another shape and does not broadcast to it, not real, or on another device.
         """
-        self.new_state = self.check_scores(state, "event.store takes").float()
+        self.new_states = tuple(self.check_scores(state, "event.store takes").float() for state in states)
 
     def check_scores(self, scores: Tensor, where: str) -> Tensor:
         """`scores`, which a policy made for the entries.

@@ -36,7 +36,7 @@ class Policy(ABC):
         variant: what exactly is computed, for tables.
         paper: link.
         evicts: False only where no event ever happens.
-        state: entries carry a float32 from one event to the next.
+        state: entries carry `num_states` numbers (float32) from one event to the next.
         all_layers: one event must span all layers, because scores are averaged over them.
         implied_protection: what "none" means for this policy.
         always_labelled: options that `label` shows at their defaults too.
@@ -52,7 +52,8 @@ class Policy(ABC):
     def __post_init__(self) -> None:
         check_fields(self, f"{self.name}.")
         if self.calibration_arrays and not getattr(self, "calibration", ""):
-            raise ValueError(f"{self.name}.calibration: give the calibration file of the model; make it: {COMMAND}")
+            command = self.calibration_command
+            raise ValueError(f"{self.name}.calibration: give the calibration file of the model; make it: {command}")
 
     @property
     def calibration_arrays(self) -> tuple[str, ...]:
@@ -63,6 +64,30 @@ class Policy(ABC):
     def calibration_kind(self) -> str:
         """What that file must be."""
         return self.name
+
+    @property
+    def calibration_command(self) -> str:
+        """What makes that file."""
+        return COMMAND
+
+    @property
+    def predicts(self) -> bool:
+        """A trained scorer gives every new entry a number, which `Event.predictions` tells.
+
+        It is `x @ weight.T + bias`, x the input of the layer's attention. `calibration_arrays` names the two, of
+        [L, H, width] and [L, H].
+        """
+        return False
+
+    @property
+    def output_norm(self) -> Literal["l1", "l2"] | None:
+        """The norm in which an event tells how long projected values are (`Event.output_norms`); most need none."""
+        return None
+
+    @property
+    def nonnegative(self) -> bool:
+        """Scores are never below 0, so that they can be multiplied (`critical`)."""
+        return False
 
     @property
     def num_queries(self) -> int:
@@ -76,6 +101,11 @@ class Policy(ABC):
     @property
     def state(self) -> bool:
         return False
+
+    @property
+    def num_states(self) -> int:
+        """Numbers that an entry carries, 4 bytes each."""
+        return int(self.state)
 
     @property
     def scope(self) -> Literal["token", "page"]:
@@ -131,7 +161,7 @@ class Policy(ABC):
         """
         valid = event.valid
         scores = event.check_scores(self.rank(event), f"{self.name}: rank must return").float().expand(event.shape)
-        if self.state and event.new_state is None:
+        if self.num_states and len(event.new_states) != self.num_states:
             raise ValueError(f"{self.name}: has state, so rank must hand the new one to event.store")
         return torch.where(valid, scores, float("-inf"))
 

@@ -16,4 +16,9 @@ def tied(values: Tensor) -> Tensor:
     In a model's first layer, equal tokens have equal values and, up to their rotation, equal keys; what a matrix
     product leaves of that depends on the batch. Tied, the younger stays, whatever the batch.
     """
-    return (values.clamp_min(EPSILON).log2() * STEPS).round()
+    return tied_logs(values.clamp_min(EPSILON).log2())
+
+
+def tied_logs(values: Tensor) -> Tensor:
+    """The same of what are logarithms already."""
+    return (values * STEPS).round()

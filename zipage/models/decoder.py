@@ -15,6 +15,7 @@ from zipage.models.shard import WHOLE, Piece, Shard
 from zipage.models.spec import ModelSpec
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Observe = Callable[[int, Tensor], None]
 
 
 def _parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -59,19 +60,29 @@ class DecoderLayer(nn.Module):
         self.down_weight = parameter(spec.width, self.down.count)
         self.down_bias = parameter(spec.width) if spec.mlp_bias else None
 
-    def forward(self, hidden: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
+        observe: Observe | None = None,
+    ) -> Tensor:
         """One layer, up to the add of its output, which the next norm does.
 
         Args:
             hidden: [T, width], the residual stream; added to in place.
             delta: [T, width], the layer before's output, not yet added; None in the first layer.
             cos, sin: of `RotaryEmbedding`.
-            attention: as in `Decoder.forward`.
+            attention, observe: as in `Decoder.forward`.
 
         Returns:
             [T, width], this layer's output, not yet added.
         """
         normed = self.shard.add_rms_norm(hidden, delta, 1, self.input_norm, self.eps)
+        if observe is not None:
+            observe(self.index, normed)
         qkv = F.linear(normed, self.qkv_weight, self.qkv_bias)
         q, k, v = qk_norm_rope(qkv, self.q_norm, self.k_norm, self.eps, cos, sin, self.num_heads, self.num_kv_heads)
         attended = attention(self.index, q, k, v).reshape(hidden.shape[0], -1)[:, self.own_columns]
@@ -166,7 +177,9 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.device
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: Attention, observe: Observe | None = None
+    ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
@@ -175,6 +188,8 @@ class Decoder(nn.Module):
             attention: called once a layer, in order, with the layer's index, q [T, Hq, d], and k and v [T, H, d]
                 after rotary; returns [T, Hq, d]. q, k and v are views: the last two axes are contiguous, the step
                 from token to token is not `heads * d`.
+            observe: called once a layer, before its attention, with the layer's index and [T, width], what q, k and v
+                are projections of; it changes nothing.
 
         Returns:
             [T, width] in the model's dtype.
@@ -183,7 +198,7 @@ class Decoder(nn.Module):
         cos, sin = self.rotary(positions)
         delta = None
         for layer in self.layers:
-            delta = layer(hidden, delta, cos, sin, attention)
+            delta = layer(hidden, delta, cos, sin, attention, observe)
         return self.shard.add_rms_norm(hidden, delta, 1, self.norm, self.spec.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

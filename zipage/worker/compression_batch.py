@@ -15,6 +15,7 @@ from zipage.scheduling.plan import CompressionOrder
 from zipage.transfer import to_device
 from zipage.worker.compressor import LAUNCH_ENTRIES
 from zipage.worker.kv_cache import KVCache
+from zipage.worker.output_norms import OutputNorms
 from zipage.worker.paged_event import PagedEvent
 from zipage.worker.tile_batch import TileBatch
 
@@ -62,12 +63,14 @@ class CompressionBatch:
         model_heads: int,
         inv_freq: Tensor,
         calibration: Mapping[str, Tensor],
+        outputs: OutputNorms | None,
     ) -> PagedEvent:
         """The event over all layers of `cache`. On CUDA its tensors belong to the current stream.
 
         Args:
             spec: of the heads in `cache`, the share `shard` of the `model_heads` KV heads of the model.
             inv_freq, calibration: as `Event` has them, of all layers and the heads in `cache`.
+            outputs: of all layers and these heads, where a policy asks for them.
         """
         device = cache.k.device
         lens, keep, protected, carried, query_slots, logical_lens = to_device(self._numbers, device, np.int32).unbind()
@@ -96,7 +99,9 @@ class CompressionBatch:
             block_tables=tables,
             q_cache=cache.queries if self.policy.needs_queries else None,
             query_slots=query_slots,
-            state_cache=cache.scores if self.policy.state else None,
+            state_caches=cache.scores[: self.policy.num_states],
+            prediction_cache=cache.predictions if self.policy.predicts else None,
+            outputs=outputs if self.policy.output_norm else None,
             head_offset=shard.kv_heads(model_heads).start,
             shard=shard,
             model_heads=model_heads,

@@ -26,6 +26,7 @@ from zipage.worker.compression_batch import CompressionBatch, batch_of, batches,
 from zipage.worker.compression_rest import Rest, first_layer_of, rests
 from zipage.worker.compressor import PartlyCompressed, choose, compress
 from zipage.worker.kv_cache import KVCache
+from zipage.worker.output_norms import OutputNorms
 from zipage.worker.paged_event import PagedEvent
 from zipage.worker.rank_watch import RankWatch
 from zipage.worker.tile_batch import TileBatch
@@ -86,6 +87,7 @@ class CompressionRunner:
         shard: what of the model `cache` holds; its collectives are for the runner alone.
         model_heads: KV heads of a layer of the whole model; None: those of `spec`.
         calibration: of the heads in `cache`, for policies that ask for it (`Event.calibration`).
+        outputs: of the heads in `cache`, for policies that ask for them (`Event.output_norms`).
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class CompressionRunner:
         shard: Shard = WHOLE,
         model_heads: int | None = None,
         calibration: Mapping[str, Tensor] | None = None,
+        outputs: OutputNorms | None = None,
     ) -> None:
         self.ranks = RankWatch(strict=debug)
         self._shard = shard
@@ -108,8 +111,9 @@ class CompressionRunner:
         self._spec = spec
         self._inv_freq = to_device(spec.inv_freq, cache.k.device, np.float64)
         self._calibration = calibration or {}
+        self._outputs = outputs
         self._layer_stride = layer_stride
-        self._tiles = TileCompressor(cache, spec, self._inv_freq, self._calibration, layer_stride)
+        self._tiles = TileCompressor(cache, spec, self._inv_freq, self._calibration, outputs, layer_stride)
         self._trace = trace
         self._delayed = asynchronous and not cache.k.is_cuda
         self._waiting: deque[_Waiting] = deque()
@@ -303,7 +307,7 @@ class CompressionRunner:
         if isinstance(batch, TileBatch):
             return self._compress_tiles(batch, rest)
         cache, max_keep = self._cache, max(batch.keep)
-        known = self._inv_freq, self._calibration
+        known = self._inv_freq, self._calibration, self._outputs
         event = batch.event(cache, self._spec, self._shard, self._model_heads, *known)
         if batch.policy.drops_blocks:
             # The same slots stay in all layers and heads, whole blocks of them.
@@ -356,7 +360,7 @@ class CompressionRunner:
         failed = compress(
             batch.policy,
             event,
-            [self._cache.positions],
+            self._cache.states,
             batch.destinations(event.device),
             max_keep=max(batch.keep),
             stride=stride,

@@ -63,7 +63,7 @@ def compress(
 ) -> Choice:
     """Evict what `policy` ranks lowest and move the survivors, K, V and states, into the first slots of a request.
 
-    The policy's new state goes with the survivors into `event.state_cache`: afterwards a request has min(keep, n)
+    The policy's new states go with the survivors into `event.state_caches`: afterwards a request has min(keep, n)
     entries, and as many that carry state (`Event.carried`). Only destination blocks are written, so that source blocks
     may be shared, in a launch and beyond it.
 
@@ -71,7 +71,7 @@ def compress(
         policy: one that evicts.
         event: all layers of the model, or any range of them if the policy does not need all at once.
         states: further int32 or float32 [L, num_blocks, H, b] to move along, such as the entries' logical positions;
-            not `event.state_cache`.
+            none of `event.state_caches`.
         dst_tables: int32 [R, dst_blocks], read up to ceil(min(keep, n) / b): a request's private blocks, either its own
             source block of the same place or an earlier one, or one that no request reads. -1 for any of a request's
             leading blocks whose entries are all protected: those stay where they are, slot j in slot j, and nothing of
@@ -91,10 +91,10 @@ def compress(
     """
     if event.window != policy.num_queries:
         raise ValueError(f"event.window={event.window}: {policy.name} reads {policy.num_queries} queries")
-    if policy.state and event.state_cache is None:
-        raise ValueError(f"{policy.name} carries state: give event.state_cache")
-    if any(state is event.state_cache for state in states):
-        raise ValueError("states holds event.state_cache, which moves anyway: give the others")
+    if len(event.state_caches) != policy.num_states:
+        raise ValueError(f"{policy.name} carries state: give event.state_caches, {policy.num_states} of them")
+    if any(state is own for state in states for own in event.state_caches):
+        raise ValueError("states holds one of event.state_caches, which moves anyway: give the others")
     if stride is None:
         stride = max(1, LAUNCH_ENTRIES // (event.num_requests * event.num_heads * event.num_slots))
     if stride < 1:
@@ -125,7 +125,7 @@ def choose(policy: Policy, event: PagedEvent, max_keep: int) -> Choice:
     # A policy that works in place changes copies only.
     seen = replace(event, forced=event.forced.clone(), lens=event.lens.clone(), keep=event.keep.clone())
     scores = policy.score(seen).contiguous()
-    event.new_state = seen.new_state
+    event.new_states = seen.new_states
     forced, keep = event.shared(event.forced), event.shared(event.keep)
     kept = select(scores, forced, event.view.lens, keep, min(max_keep, event.num_slots))
     highest = scores.amax(dim=(0, 2))  # NaN where one is
@@ -137,7 +137,5 @@ def _states_to_move(
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """What moves beside K and V in one launch, and of each the values by source slot that replace the old ones."""
     updates: list[Tensor | None] = [None] * len(states)
-    if policy.state:
-        states = [*states, event.state_cache]
-        updates.append(event.new_state.expand(event.shape).contiguous())
-    return states, updates
+    updates += [state.expand(event.shape).contiguous() for state in event.new_states[: policy.num_states]]
+    return [*states, *event.state_caches], updates

@@ -14,6 +14,7 @@ from kernels.cache_view import shared
 from kernels.store_positions import store_positions
 from zipage.models.decoder import Decoder
 from zipage.worker.block_tables import BlockTables
+from zipage.worker.entry_scorer import EntryScorer
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.tile_tables import TileTables
@@ -63,6 +64,7 @@ class StepGraphs:
         tables: of all requests.
         sampled: int64 [max_num_seqs], the tokens of the step before.
         stream: `capture_stream` of the device; None on a CPU, where nothing is captured.
+        scorer: of new entries, where the cache keeps predictions.
 
     Attributes:
         most: tokens of the largest graph.
@@ -75,12 +77,14 @@ class StepGraphs:
         tables: BlockTables | TileTables,
         sampled: Tensor,
         stream: torch.cuda.Stream | None,
+        scorer: EntryScorer | None = None,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
         self._tables = tables
         self._sampled = sampled
         self._stream = stream
+        self._scorer = scorer
         self.most = len(sampled) + PROMPT_TOKENS
         self._sizes = batch_sizes(self.most)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
@@ -129,7 +133,7 @@ class StepGraphs:
                 query_indices=queries,
                 num_decodes=inputs.shape[1],
             )
-            return self._decoder(known_tokens(token_ids, token_rows, self._sampled), positions, attention)
+            return self._decode(token_ids, token_rows, positions, attention)
         if self._cache.positions is not None:
             layers, _, heads, _ = self._cache.positions.shape
             store_positions(positions.int(), self._cache.positions, shared(slots, heads, layers))
@@ -142,7 +146,13 @@ class StepGraphs:
             decode_tables=self._tables.device.index_select(0, rows),
             decode_lens=lens.int(),
         )
-        return self._decoder(known_tokens(token_ids, token_rows, self._sampled), positions, attention)
+        return self._decode(token_ids, token_rows, positions, attention)
+
+    def _decode(
+        self, token_ids: Tensor, token_rows: Tensor, positions: Tensor, attention: PagedAttention | TiledAttention
+    ) -> Tensor:
+        observe = None if self._cache.predictions is None else self._scorer.into(self._cache, attention.slots)
+        return self._decoder(known_tokens(token_ids, token_rows, self._sampled), positions, attention, observe)
 
     @property
     def kept_bytes(self) -> int:

@@ -15,7 +15,8 @@ class KVCache:
     """Keys and values in blocks, what is kept of each entry beside them, and the latest queries of some requests.
 
     Args:
-        positions, scores: keep them.
+        positions, predictions: keep them.
+        scores: numbers that an eviction policy stores for each entry.
         num_query_slots: M.
         window: w, queries kept in a query slot.
         tiled: heads hold unequal lengths.
@@ -25,7 +26,8 @@ class KVCache:
             layer and head, [1, L * num_blocks * H, 1, b, ...], as is what is kept beside it.
         positions: int32 [L, num_blocks, H, b], the entries' logical positions, which differ by layer and head once
             some were evicted; or None.
-        scores: float32 [L, num_blocks, H, b], what an eviction policy stored for each entry; or None.
+        scores: float32 [L, num_blocks, H, b] each, what an eviction policy stored for each entry.
+        predictions: float32 [L, num_blocks, H, b], what a trained scorer says of each entry; or None.
         queries: [L, M, w, Hq, d] of `dtype`; the query of logical position p is at p % w. None without slots or window.
     """
 
@@ -38,7 +40,8 @@ class KVCache:
         device: torch.device,
         *,
         positions: bool = False,
-        scores: bool = False,
+        scores: int = 0,
+        predictions: bool = False,
         num_query_slots: int = 0,
         window: int = 0,
         tiled: bool = False,
@@ -52,7 +55,8 @@ class KVCache:
         self.k = torch.empty((*shape, spec.head_dim), dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
         self.positions = torch.empty(shape, dtype=torch.int32, device=device) if positions else None
-        self.scores = torch.empty(shape, dtype=torch.float32, device=device) if scores else None
+        self.scores = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(scores)]
+        self.predictions = torch.empty(shape, dtype=torch.float32, device=device) if predictions else None
         self.queries = None
         if num_query_slots and window:
             shape = (spec.num_layers, num_query_slots, window, spec.num_heads, spec.head_dim)
@@ -61,19 +65,24 @@ class KVCache:
     @property
     def entry_tensors(self) -> list[Tensor]:
         """All that a block holds: the tensors [L, num_blocks, ...] that are there."""
-        return [x for x in (self.k, self.v, self.positions, self.scores) if x is not None]
+        return [self.k, self.v, *self.scores, *self.states]
+
+    @property
+    def states(self) -> list[Tensor]:
+        """What is stored with each new entry and goes with it, beside K and V: positions and predictions."""
+        return [x for x in (self.positions, self.predictions) if x is not None]
 
     def poison(self, blocks: int | slice, first_slot: int = 0) -> None:
         """Overwrite the entries of `blocks` from `first_slot` on, in every layer and head.
 
-        Keys, values and scores become NaN, positions `NOWHERE`.
+        Keys, values, scores and predictions become NaN, positions `NOWHERE`.
         """
         self.k[:, blocks, ..., first_slot:, :] = float("nan")
         self.v[:, blocks, ..., first_slot:, :] = float("nan")
         if self.positions is not None:
             self.positions[:, blocks, ..., first_slot:] = NOWHERE
-        if self.scores is not None:
-            self.scores[:, blocks, ..., first_slot:] = float("nan")
+        for x in (*self.scores, *([] if self.predictions is None else [self.predictions])):
+            x[:, blocks, ..., first_slot:] = float("nan")
 
     def poison_queries(self, slot: int | slice) -> None:
         """Overwrite the queries of `slot` with NaN, in every layer."""

@@ -69,10 +69,16 @@ class MemoryPlan:
 
 
 def block_bytes(
-    spec: ModelSpec, block_size: int, dtype: torch.dtype, *, positions: bool = False, scores: bool = False
+    spec: ModelSpec,
+    block_size: int,
+    dtype: torch.dtype,
+    *,
+    positions: bool = False,
+    scores: int = 0,
+    predictions: bool = False,
 ) -> int:
-    """Bytes of one block over all layers: `L * H * b * (2 * d * itemsize + 4 * (positions + scores))`."""
-    entry_bytes = 2 * spec.head_dim * dtype.itemsize + 4 * (positions + scores)
+    """Bytes of one block over all layers: `L * H * b * (2 * d * itemsize + 4 * (positions + scores + predictions))`."""
+    entry_bytes = 2 * spec.head_dim * dtype.itemsize + 4 * (positions + scores + predictions)
     return spec.num_layers * spec.num_kv_heads * block_size * entry_bytes
 
 
@@ -83,7 +89,8 @@ def query_slot_bytes(spec: ModelSpec, window: int, dtype: torch.dtype) -> int:
 
 def bounded_sizes(spec: ModelSpec, block_size: int, dtype: torch.dtype, policy: Policy) -> tuple[int, int]:
     """Bytes of a block and of a query slot, over all layers, under a policy that evicts."""
-    size = block_bytes(spec, block_size, dtype, positions=True, scores=policy.state)
+    kept = {"positions": True, "scores": policy.num_states, "predictions": policy.predicts}
+    size = block_bytes(spec, block_size, dtype, **kept)
     return size, query_slot_bytes(spec, policy.num_queries, dtype)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from zipage.scheduling.plan import StepPlan
 from zipage.transfer import to_device
 from zipage.worker.block_tables import BlockTables
 from zipage.worker.cuda_graph import StepGraphs, capture_stream, known_tokens
+from zipage.worker.entry_scorer import EntryScorer
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.sampler import Logprobs, Sampler
@@ -98,6 +99,7 @@ class ModelRunner:
         max_num_seqs: rows of the batch.
         max_model_len: longest request, in tokens; sizes the block-table rows.
         enforce_eager: on CUDA too, launch every kernel of a step instead of replaying a graph.
+        scorer: of new entries, where the cache keeps predictions.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         enforce_eager: bool = False,
+        scorer: EntryScorer | None = None,
     ) -> None:
         self.decoder = decoder
         self.spec = spec
@@ -116,6 +119,7 @@ class ModelRunner:
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self.enforce_eager = enforce_eager
+        self.scorer = scorer
         self._graphs: StepGraphs | None = None
         self._capture_stream = capture_stream(device) if device.type == "cuda" else None
         self.sampler = Sampler(max_num_seqs, spec.vocab_size, device)
@@ -140,7 +144,7 @@ class ModelRunner:
 
     def step_graphs(self, cache: KVCache, tables: BlockTables | TileTables) -> StepGraphs:
         """Graphs over `cache`, none captured yet."""
-        return StepGraphs(self.decoder, cache, tables, self._sampled, self._capture_stream)
+        return StepGraphs(self.decoder, cache, tables, self._sampled, self._capture_stream, self.scorer)
 
     def block_tables(self, cache: KVCache) -> BlockTables | TileTables:
         """Tables of all rows, none written yet."""
@@ -174,8 +178,8 @@ class ModelRunner:
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         src, dst = (self._tensor(ids) for ids in np.array(copies, dtype=np.int64).T)
         copy_blocks(self.cache.k, self.cache.v, src, dst)
-        if self.cache.positions is not None:
-            self.cache.positions[:, dst] = self.cache.positions[:, src]
+        for x in self.cache.states:
+            x[:, dst] = x[:, src]
         # Scores have no meaning there: only a compression writes them, and the blocks of a compressed request are no
         # longer a prefix of its text that another could take over.
 
@@ -286,7 +290,11 @@ class ModelRunner:
         if self.cache.positions is not None:
             layers, _, heads, _ = self.cache.positions.shape
             store_positions(positions.int(), self.cache.positions, shared(attention.slots, heads, layers))
-        return self.decoder(token_ids, positions, attention)
+        return self.decoder(token_ids, positions, attention, self._observe(attention.slots))
+
+    def _observe(self, slots: Tensor) -> Callable[[int, Tensor], None] | None:
+        """What scores new entries, where the cache keeps predictions."""
+        return None if self.cache.predictions is None else self.scorer.into(self.cache, slots)
 
     def _run_tiled(self, plan: StepPlan, batch: TokenBatch) -> Tensor:
         """`_run_eagerly` where heads hold unequal lengths."""
@@ -306,7 +314,7 @@ class ModelRunner:
             width=self._tables.width(plan.rows),
             chunks=plan.counts[plan.num_decodes :].tolist(),
         )
-        return self.decoder(token_ids, positions, attention)
+        return self.decoder(token_ids, positions, attention, self._observe(attention.slots))
 
     def _tensor(self, values: list | np.ndarray, dtype: type | None = None) -> Tensor:
         return to_device(values, self.device, dtype)

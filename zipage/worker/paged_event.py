@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -15,6 +16,7 @@ from kernels.pool_scores import pool_scores
 from kernels.redundancy import redundancy
 from zipage.eviction.event import Event, Softmax
 from zipage.models.shard import WHOLE, Shard
+from zipage.worker.output_norms import OutputNorms
 
 POOLINGS = {"max": "max", "mean": "avg"}
 """Pooling as policies call it -> as the kernel does."""
@@ -33,7 +35,9 @@ class PagedEvent(Event):
         q_cache: [L, num_query_slots, w_cache, Hq, d] of k_cache's dtype, w_cache >= window: a slot is a ring, with the
             queries of logical position p at p % w_cache. None for a policy that reads no queries.
         query_slots: int32 [R].
-        state_cache: float32 [L, num_blocks, H, b], what the policy stored for each entry. None for one without state.
+        state_caches: float32 [L, num_blocks, H, b] each, what the policy stored for each entry.
+        prediction_cache: float32 [L, num_blocks, H, b], of the trained scorer. None for a policy that asks for none.
+        outputs: of all layers of the model. None for a policy that asks for none.
         shard: whose heads these are; its collectives serve this event.
         model_heads: KV heads of a layer of the whole model; read where it is spread over ranks.
     """
@@ -44,7 +48,9 @@ class PagedEvent(Event):
     block_tables: Tensor
     q_cache: Tensor | None = None
     query_slots: Tensor | None = None
-    state_cache: Tensor | None = None
+    state_caches: Sequence[Tensor] = ()
+    prediction_cache: Tensor | None = None
+    outputs: OutputNorms | None = None
     shard: Shard = WHOLE
     model_heads: int = 0
 
@@ -73,8 +79,9 @@ class PagedEvent(Event):
             k_cache=self.k_cache[first:last],
             v_cache=self.v_cache[first:last],
             q_cache=None if self.q_cache is None else self.q_cache[first:last],
-            state_cache=None if self.state_cache is None else self.state_cache[first:last],
-            new_state=None if self.new_state is None else self.new_state[first:last],
+            state_caches=[state[first:last] for state in self.state_caches],
+            prediction_cache=None if self.prediction_cache is None else self.prediction_cache[first:last],
+            new_states=tuple(state[first:last] for state in self.new_states),
         )
 
     @cached_property
@@ -118,10 +125,15 @@ class PagedEvent(Event):
     def pool(self, scores: Tensor, width: int, kind: Literal["max", "mean"], limit: Tensor) -> Tensor:
         return pool_scores(scores.contiguous(), self.view.lens, width, POOLINGS[kind], self.shared(limit))
 
-    def carried_state(self) -> Tensor:
-        if self.state_cache is None:
-            raise ValueError("the policy carries state: give state_cache")
-        return self._gathered(self.state_cache[..., None])[..., 0]
+    def carried_states(self) -> list[Tensor]:
+        if not self.state_caches:
+            raise ValueError("the policy carries state: give state_caches")
+        return [self._gathered(state[..., None])[..., 0] for state in self.state_caches]
+
+    def predictions(self) -> Tensor:
+        if self.prediction_cache is None:
+            raise ValueError("event.predictions needs a trained scorer, and the policy asked for none: set predicts")
+        return self._gathered(self.prediction_cache[..., None])[..., 0]
 
     def queries(self) -> Tensor:
         self._check_queries("queries")
@@ -132,6 +144,12 @@ class PagedEvent(Event):
 
     def values(self) -> Tensor:
         return self._gathered(self.v_cache)
+
+    def output_norms(self) -> Tensor:
+        if self.outputs is None:
+            raise ValueError("event.output_norms needs a norm, and the policy asked for none: set output_norm")
+        values = enumerate(self.values(), start=self.layer_offset)
+        return torch.stack([self.outputs.of(layer, of_layer) for layer, of_layer in values])
 
     def value_ranges(self) -> Tensor:
         low, high = self.v_cache[:, self._blocks].aminmax(dim=-1)

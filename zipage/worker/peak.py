@@ -21,6 +21,7 @@ from zipage.worker.compression_runner import CompressionRunner
 from zipage.worker.compressor import LAUNCH_ENTRIES
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.model_runner import ModelRunner
+from zipage.worker.output_norms import OutputNorms
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.sampler import Sampler
 from zipage.worker.tile_tables import TileTables
@@ -40,6 +41,7 @@ def measure_peak(
     shard: Shard = WHOLE,
     model_heads: int | None = None,
     calibration: Mapping[str, Tensor] | None = None,
+    outputs: OutputNorms | None = None,
 ) -> int:
     """Bytes that a step takes at most above what is allocated now (CUDA), caches not counted.
 
@@ -51,7 +53,8 @@ def measure_peak(
         rule: of compressions; None for full KV.
         asynchronous: a compression runs beside a step, so that both peaks may fall together.
         layer_stride: layers of one launch of a compression, as in `compress`.
-        shard, model_heads, calibration: of compressions, as `CompressionRunner` takes them. All ranks measure together.
+        shard, model_heads, calibration, outputs: of compressions, as `CompressionRunner` takes them. All ranks measure
+            together.
 
     Raises:
         RuntimeError: the largest compression failed.
@@ -70,12 +73,12 @@ def measure_peak(
         peak += runner.block_tables(cache).nbytes  # a table for each layer and head is not small
     del cache
     if rule is not None:
-        options = {"positions": True, "scores": rule.policy.state, "num_query_slots": 1, "window": rule.window}
-        options["tiled"] = tiled
+        kept = {"positions": True, "scores": rule.policy.num_states, "predictions": rule.policy.predicts}
+        options = kept | {"num_query_slots": 1, "window": rule.window, "tiled": tiled}
         longest = -(-runner.max_model_len // block_size)
         # Budget and interval may be beyond any request.
         cache = KVCache(runner.spec, 1 + min(rule.kept_blocks, longest), block_size, dtype, runner.device, **options)
-        options = {"shard": shard, "model_heads": model_heads, "calibration": calibration}
+        options = {"shard": shard, "model_heads": model_heads, "calibration": calibration, "outputs": outputs}
         compress = partial(run_compression, cache, runner.spec, rule, layer_stride, **options)
         shapes = largest_batches(runner, rule, block_size)
         compression = max(_peak_of(runner.device, partial(compress, *shape)) for shape in shapes)
@@ -169,6 +172,7 @@ def run_compression(
     shard: Shard = WHOLE,
     model_heads: int | None = None,
     calibration: Mapping[str, Tensor] | None = None,
+    outputs: OutputNorms | None = None,
 ) -> None:
     """Compress requests of `num_blocks` blocks in one batch.
 
@@ -188,7 +192,7 @@ def run_compression(
         CompressionOrder(number, rule, *tables, num_entries=num_entries, window_end=num_entries, query_slot=0)
         for number in range(num_requests)
     ]
-    options = {"shard": shard, "model_heads": model_heads, "calibration": calibration}
+    options = {"shard": shard, "model_heads": model_heads, "calibration": calibration, "outputs": outputs}
     runner = CompressionRunner(cache, spec, asynchronous=False, layer_stride=layer_stride, trace=False, **options)
     runner.submit(orders)
     for result in runner.poll(wait=True):

@@ -21,6 +21,7 @@ from zipage.transfer import to_device
 from zipage.worker.compressor import LAUNCH_ENTRIES, PartlyCompressed
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.line_event import LineEvent
+from zipage.worker.output_norms import OutputNorms
 from zipage.worker.tile_batch import TileBatch
 
 
@@ -45,6 +46,7 @@ class TileCompressor:
     Args:
         cache: of tiles, with positions.
         inv_freq, calibration: as `Event` has them, of all layers.
+        outputs: of all layers, where a policy asks for them.
         stride: layers of one launch; None takes what a bound on memory allows.
     """
 
@@ -54,12 +56,14 @@ class TileCompressor:
         spec: ModelSpec,
         inv_freq: Tensor,
         calibration: Mapping[str, Tensor],
+        outputs: OutputNorms | None,
         stride: int | None,
     ) -> None:
         self._cache = cache
         self._spec = spec
         self._inv_freq = inv_freq
         self._calibration = calibration
+        self._outputs = outputs
         self._stride = stride
 
     def compress(self, batch: TileBatch, first_layer: int = 0, stride: int | None = None) -> TileChoice:
@@ -80,9 +84,9 @@ class TileCompressor:
         try:
             for first in range(first_layer, spec.num_layers, step):
                 last = min(first + step, spec.num_layers)
-                event, kept, choice, new_state = self._choose(batch, first, last)
+                event, kept, choice, new_states = self._choose(batch, first, last)
                 untouched = None
-                self._move(event, kept, new_state)
+                self._move(event, kept, new_states)
                 untouched = last
                 choices.append(choice)
             counts, failed = zip(*choices, strict=True)
@@ -93,8 +97,10 @@ class TileCompressor:
             counts = torch.cat([choice.counts for choice in choices]) if choices else None
             raise PartlyCompressed(untouched, [choice.failed for choice in choices], counts) from error
 
-    def _choose(self, batch: TileBatch, first: int, last: int) -> tuple[LineEvent, Tensor, TileChoice, Tensor | None]:
-        """The event of layers first .. last-1, the slots that stay [1, lines, 1, N], and the policy's new state."""
+    def _choose(
+        self, batch: TileBatch, first: int, last: int
+    ) -> tuple[LineEvent, Tensor, TileChoice, Sequence[Tensor]]:
+        """The event of layers first .. last-1, the slots that stay [1, lines, 1, N], and the policy's new states."""
         policy, allocation = batch.policy, batch.orders[0].rule.allocation
         heads, requests = self._spec.num_kv_heads, len(batch.orders)
         size = last - first, requests, heads
@@ -103,18 +109,18 @@ class TileCompressor:
             parts = []
             for layer, head in product(range(first, last), range(heads)):
                 part = self._event(batch, range(layer, layer + 1), range(head, head + 1))
-                parts.append((policy.score(part), part.new_state))
-            scores = torch.stack([scores[0, :, 0] for scores, _ in parts]).unflatten(0, (last - first, heads))
-            new_state = None
-            if policy.state:
-                states = [state.expand(1, requests, 1, event.num_slots)[0, :, 0] for _, state in parts]
-                new_state = event.lines(torch.stack(states).unflatten(0, (last - first, heads)).transpose(1, 2))
-            scores = scores.transpose(1, 2).contiguous()
+                scores = policy.score(part)
+                parts.append([scores, *(state.expand(part.shape) for state in part.new_states)])
+            joined = [
+                torch.stack([x[0, :, 0] for x in of_parts]).unflatten(0, (last - first, heads)).transpose(1, 2)
+                for of_parts in zip(*parts, strict=True)
+            ]
+            scores, new_states = joined[0].contiguous(), [event.lines(state) for state in joined[1:]]
         else:
             # A policy that works in place changes copies only.
             seen = replace(event, forced=event.forced.clone(), lens=event.lens.clone(), keep=event.keep.clone())
             scores = policy.score(seen).reshape(*size, -1).contiguous()
-            new_state = seen.new_state
+            new_states = seen.new_states
         forced, lens = event.forced.view(*size, -1), event.lens.view(size)
         positions = self._cache.positions[0, event.block_tables.clamp_min(0).long(), 0].view(*size, -1)
         counts = allocation.counts(
@@ -125,16 +131,13 @@ class TileCompressor:
         )  # fmt: skip
         kept = select(scores, forced, lens, counts.int(), event.num_slots)
         failed = (scores.isnan() & ~forced).any(dim=3).any(dim=2).any(dim=0)
-        return event, kept.view(1, -1, 1, event.num_slots), TileChoice(counts, failed), new_state
+        return event, kept.view(1, -1, 1, event.num_slots), TileChoice(counts, failed), new_states
 
-    def _move(self, event: LineEvent, kept: Tensor, new_state: Tensor | None) -> None:
-        cache = self._cache
-        states, updates = [cache.positions], [None]
-        if new_state is not None:
-            states.append(cache.scores)
-            updates.append(new_state.expand(event.shape).contiguous())
-        view = event.view
-        compact_stable(view, states, kept, view.block_tables, updates)
+    def _move(self, event: LineEvent, kept: Tensor, new_states: Sequence[Tensor]) -> None:
+        moved = [*self._cache.states, *event.state_caches]
+        updates = [None] * len(self._cache.states)
+        updates += [state.expand(event.shape).contiguous() for state in new_states[: len(event.state_caches)]]
+        compact_stable(event.view, moved, kept, event.view.block_tables, updates)
 
     def _event(self, batch: TileBatch, layers: range, heads: range) -> LineEvent:
         cache, spec, policy = self._cache, self._spec, batch.policy
@@ -192,7 +195,10 @@ class TileCompressor:
             block_tables=tables,
             q_cache=self._queries(batch, layers, heads) if policy.needs_queries else None,
             query_slots=rows,
-            state_cache=cache.scores if policy.state else None,
+            state_caches=cache.scores[: policy.num_states],
+            prediction_cache=cache.predictions if policy.predicts else None,
+            outputs=self._outputs if policy.output_norm else None,
+            model_kv_heads=spec.num_kv_heads,
             head_offset=heads.start,
             size=size,
             request_seeds=batch.seeds,

@@ -81,6 +81,11 @@ class TiledAttention:
             lens = tables.lens_of(self._prefills, entries[last] + 1)
             self._prefill_lens = lens.transpose(1, 2).reshape(num_layers, -1, 1)
 
+    @property
+    def slots(self) -> Tensor:
+        """int64 [L, T * H, 1], where each token's entry goes in each layer and head."""
+        return self._slots
+
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, d], k and v [T, H, d], after rotary -> [T, Hq, d]."""
         cache, scale = self.cache, self.layers[layer].scale

@@ -9,15 +9,18 @@ from torch import Tensor
 
 from zipage.config import EngineConfig
 from zipage.eviction.calibration import read_calibration
+from zipage.models.decoder import Decoder
 from zipage.models.loading.identity import model_identity
 from zipage.models.loading.loader import LoadedModel
 from zipage.models.shard import WHOLE, Shard
 from zipage.models.spec import ModelSpec
 from zipage.threads import warn_of_spinning
 from zipage.worker.compression_runner import CompressionRunner
+from zipage.worker.entry_scorer import EntryScorer
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.memory_plan import MemoryPlan
 from zipage.worker.model_runner import ModelRunner
+from zipage.worker.output_norms import OutputNorms
 from zipage.worker.peak import measure_peak
 
 
@@ -73,6 +76,7 @@ class Worker:
             warn_of_spinning()
         self.policy = config.make_policy()
         self._calibration = self._read_calibration(loaded.spec)
+        self._outputs = self._output_norms(decoder)
         self.runner = ModelRunner(
             decoder,
             self.spec,
@@ -80,6 +84,7 @@ class Worker:
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
             enforce_eager=config.enforce_eager,
+            scorer=self._scorer(),
         )
         self.memory = self._measure(max_model_len)
 
@@ -89,12 +94,31 @@ class Worker:
         if policy is None or not policy.calibration_arrays:
             return {}
         identity = model_identity(config.model, load_format=config.load_format, seed=config.seed)
-        arrays = read_calibration(policy.calibration, policy.calibration_kind, policy.calibration_arrays, identity)
+        wanted = policy.calibration_kind, policy.calibration_arrays, identity, policy.calibration_command
+        arrays = read_calibration(policy.calibration, *wanted)
         heads, found = self._compression_shard.kv_heads(whole.num_kv_heads), {}
         for name, array in arrays.items():
             rows = array.shape[1] // whole.num_kv_heads
             found[name] = array[:, heads.start * rows : heads.stop * rows].to(self.device)
         return found
+
+    def _scorer(self) -> EntryScorer | None:
+        """Of new entries, where the policy asks for their scores."""
+        if self.policy is None or not self.policy.predicts:
+            return None
+        return EntryScorer.of(self.policy, self._calibration, self.spec)
+
+    def _output_norms(self, decoder: Decoder) -> OutputNorms | None:
+        """Of values, where the policy asks for them."""
+        if self.policy is None or self.policy.output_norm is None:
+            return None
+        if decoder.shard.size > self._model_heads:
+            raise ValueError(
+                f"tensor_parallel_size={decoder.shard.size}: policy {self.policy.name!r} needs the output projection "
+                f"of whole groups, so at most as many ranks as the model has KV heads, {self._model_heads}"
+            )
+        weights = [layer.output_weight for layer in decoder.layers]
+        return OutputNorms(weights, self.spec.num_kv_heads, self.spec.head_dim, self.policy.output_norm)
 
     def _measure(self, max_model_len: int) -> DeviceMemory:
         weights = sum(p.numel() * p.itemsize for p in self.runner.decoder.parameters())
@@ -112,6 +136,7 @@ class Worker:
             shard=self._compression_shard,
             model_heads=self._model_heads,
             calibration=self._calibration,
+            outputs=self._outputs,
         )
         free, total = torch.cuda.mem_get_info(self.device)
         return DeviceMemory(weights, activations, int(free - (1 - config.gpu_memory_utilization) * total - activations))
@@ -126,7 +151,8 @@ class Worker:
             self.dtype,
             self.device,
             positions=policy is not None,
-            scores=policy is not None and policy.state,
+            scores=0 if policy is None else policy.num_states,
+            predictions=policy is not None and policy.predicts,
             num_query_slots=plan.num_query_slots,
             window=0 if policy is None else policy.num_queries,
             tiled=config.is_tiled,
@@ -142,4 +168,5 @@ class Worker:
             shard=self._compression_shard,
             model_heads=self._model_heads,
             calibration=self._calibration,
+            outputs=self._outputs,
         )

@@ -31,7 +31,7 @@ MARKERS = "osD^vPX<>ph*"
 ORDER = (
     *("zipage", "random", "random_attention", "streaming", "h2o", "snapkv", "r_kv", "g_kv"),
     *("tova", "morphkv", "keydiff", "knorm", "vase", "random_shared", "page_attention", "page_random"),
-    *("lagkv", "q_filters", "triattention", "expected_attention"),
+    *("lagkv", "q_filters", "triattention", "expected_attention", "kvzap", "critical", "lazy_eviction"),
 )
 """Policies in the order in which they take colours; others follow by name."""
 

@@ -158,7 +158,10 @@ def test_a_run_is_named_by_the_content_of_its_calibration(launch, results, tmp_p
     assert set(runs["provenance.calibration"]) == {file_hash(path) for path in paths}
     assert set(runs.apply(label, axis=1)) == {f"q_filters@{file_hash(path)[:8]}" for path in paths}
     assert launch("policy=q_filters", "policy.options.calibration=none", *options[1:]) == 2
-    assert "policy.options.calibration=none: there is no such file; make it: python -m" in capsys.readouterr().err
+    assert (
+        "policy.options.calibration=none: there is no such file; experiments.calibrate makes it"
+        in capsys.readouterr().err
+    )
     assert launch("policy=q_filters", *options[1:]) == 2
     assert "q_filters.calibration: give the calibration file" in capsys.readouterr().err
 

@@ -53,6 +53,10 @@ class ExpectedAttention(Policy):
         self._require("calibration", self.stats == "file" or not self.calibration, "left out without stats=file")
 
     @property
+    def nonnegative(self) -> bool:
+        return True
+
+    @property
     def num_queries(self) -> int:
         return self.window if self.stats == "window" else 0
 

@@ -37,6 +37,10 @@ class H2O(Policy):
     group: Annotated[str, one_of("mean", "max")] = "mean"
 
     @property
+    def nonnegative(self) -> bool:
+        return True
+
+    @property
     def state(self) -> bool:
         return True
 

@@ -33,6 +33,10 @@ class MorphKV(Policy):
     fuse: Annotated[str, one_of("sum", "max")] = "sum"
 
     @property
+    def nonnegative(self) -> bool:
+        return True
+
+    @property
     def leaves_window_unscored(self) -> bool:
         return True
 

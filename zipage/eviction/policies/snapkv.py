@@ -42,6 +42,10 @@ class SnapKV(Policy):
     pool_kind: Annotated[str, one_of("mean", "max")] = "mean"
 
     @property
+    def nonnegative(self) -> bool:
+        return True
+
+    @property
     def leaves_window_unscored(self) -> bool:
         return self.softmax != "all"
 

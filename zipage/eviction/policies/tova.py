@@ -31,6 +31,10 @@ class Tova(Policy):
     reduce: Annotated[str, one_of("layer", "group")] = "layer"
 
     @property
+    def nonnegative(self) -> bool:
+        return True
+
+    @property
     def shared_heads(self) -> bool:
         return self.reduce == "layer"
 
