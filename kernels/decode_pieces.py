@@ -15,10 +15,11 @@ def decode_pieces(view: CacheView) -> Pieces | None:
     """How `paged_decode` cuts the requests of a step, to be given to it in every layer.
 
     Args:
-        view: of any one layer: its lengths, and the room of its block tables, are those of all.
+        view: of any one layer: its lengths, and the room of its block tables, are those of all. Or of all layers, where
+            lengths differ.
 
     Returns:
-        The pieces; None on a CPU, which cuts nothing.
+        The pieces, of all layers where the view has them; None on a CPU, which cuts nothing.
     """
     if not view.lens.is_cuda:
         return None

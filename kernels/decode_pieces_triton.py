@@ -38,7 +38,7 @@ def _longest(lens_ptr, rows, inside, row_stride, head_stride, LENGTHS: tl.conste
     return longest
 
 
-@triton.jit(do_not_specialize=["lens_ptr", "batch", "num_pieces", "wanted", "head_stride"])
+@triton.jit(do_not_specialize=["lens_ptr", "batch", "num_pieces", "wanted", "layer_stride", "head_stride"])
 def _cut(
     lens_ptr,
     ranges_ptr,
@@ -47,6 +47,7 @@ def _cut(
     batch,
     num_pieces,
     wanted,
+    layer_stride,
     row_stride,
     head_stride,
     KV_HEADS: tl.constexpr,
@@ -56,7 +57,12 @@ def _cut(
     BATCH_PAD: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """PIECES pieces. Every program counts those of all requests anew."""
+    """PIECES pieces of a layer. Every program counts those of all requests anew."""
+    layer = tl.program_id(1)
+    lens_ptr += layer * layer_stride
+    ranges_ptr += layer * 3 * num_pieces
+    starts_ptr += layer * (batch + 1)
+    arrived_ptr += layer * batch * KV_HEADS
     rows = tl.arange(0, BATCH_PAD)
     tiles = tl.cdiv(_longest(lens_ptr, rows, rows < batch, row_stride, head_stride, LENGTHS), TILE)
     most = tl.maximum(tl.cdiv(tl.sum(tiles, 0), wanted), MIN_TILES)
@@ -86,27 +92,28 @@ def cut_requests(lens: Tensor, bound: int, tile: int, wanted: int | None = None)
     """Cut requests into pieces of whole tiles, those of one request of about the same length.
 
     Args:
-        lens: int32 [B, H]; a request is cut as its longest head is.
+        lens: int32 [B, H]; a request is cut as its longest head is. Or [L, B, H]: each layer by itself.
         bound: entries that no request exceeds.
         tile: entries of a tile.
         wanted: pieces aimed at, of all requests. None: as many as fill the GPU a few times over.
 
     Returns:
         At most `wanted` pieces and one more for each request; none is shorter than MIN_PIECE unless its request is.
+        Each tensor has the dimension L where `lens` has.
     """
-    batch, kv_heads = lens.shape
+    *layers, batch, kv_heads = lens.shape
     if wanted is None:
         wanted = max(1, WAVES * PROGRAMS_PER_SM * multiprocessors(lens.device) // kv_heads)
     min_tiles = max(1, MIN_PIECE // tile)
     num_pieces = min(wanted + batch, batch * max(1, triton.cdiv(triton.cdiv(bound, tile), min_tiles)))
-    ranges = torch.empty((3, num_pieces), dtype=torch.int32, device=lens.device)
-    starts = torch.empty(batch + 1, dtype=torch.int32, device=lens.device)
-    arrived = torch.empty((batch, kv_heads), dtype=torch.int32, device=lens.device)
+    ranges = torch.empty((*layers, 3, num_pieces), dtype=torch.int32, device=lens.device)
+    starts = torch.empty((*layers, batch + 1), dtype=torch.int32, device=lens.device)
+    arrived = torch.empty((*layers, batch, kv_heads), dtype=torch.int32, device=lens.device)
     batch_pad = triton.next_power_of_2(max(batch, 2))
     each = max(2, CELLS // batch_pad)
-    _cut[(max(1, triton.cdiv(num_pieces, each)),)](
-        lens, ranges, starts, arrived, batch, num_pieces, wanted, *lens.stride(),
-        KV_HEADS=kv_heads, LENGTHS=kv_heads if lens.stride(1) else 1,
+    _cut[(max(1, triton.cdiv(num_pieces, each)), *(layers or [1]))](
+        lens, ranges, starts, arrived, batch, num_pieces, wanted, *([] if layers else [0]), *lens.stride(),
+        KV_HEADS=kv_heads, LENGTHS=kv_heads if lens.stride(-1) else 1,
         TILE=tile, MIN_TILES=min_tiles, BATCH_PAD=batch_pad, PIECES=each, num_warps=4,
     )  # fmt: skip
     return Pieces(ranges, starts, arrived)

@@ -21,3 +21,7 @@ class Pieces(NamedTuple):
     ranges: Tensor
     starts: Tensor
     arrived: Tensor
+
+    def layer(self, index: int) -> Pieces:
+        """One layer, where each tensor has a leading dimension L."""
+        return Pieces(*(x[index] for x in self))

@@ -21,6 +21,7 @@ from zipage.checks import (
     power_of_two,
     shown,
 )
+from zipage.eviction import allocation as allocations
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.eviction.fault import named
@@ -29,6 +30,7 @@ from zipage.eviction.rule import EvictionRule
 from zipage.unsupported import LLM_OPTIONS, drop_unsupported
 
 if TYPE_CHECKING:
+    from zipage.eviction.allocation import Allocation
     from zipage.eviction.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ EVICTION_DEFAULTS = {
     "budget_tokens": None,
     "interval": None,
     "protection": "none",
+    "allocation": "uniform",
+    "allocation_options": {},
     "recent_tokens": 16,
     "trigger": "block_full",
     "scheduling": "hybrid",
@@ -87,6 +91,10 @@ class EngineConfig:
         interval: entries that a request takes in between two of its compressions, rounded up to whole blocks; None: a
             block. It holds up to budget and interval together. Only with trigger "block_full".
         protection: leading entries that always stay: "none", "sink:N", "prompt".
+        allocation, allocation_options: how many entries each layer and KV head keeps. "uniform": all as many;
+            "pyramid": more in lower layers; "adaptive": heads of a layer share its budget by their scores; "threshold":
+            those that score at least `tau`, the budget being the most. Memory is then handed out by layer and head.
+            Options: `beta`; `alpha`; `tau`; of all three `round`, "page" or "entry".
         recent_tokens: latest entries that always stay.
         trigger: "block_full": a request is compressed when its last block is full and it owns the blocks of its budget
             and interval; "pressure": only when the pool needs the blocks, the most over budget first.
@@ -127,6 +135,8 @@ class EngineConfig:
     budget_tokens: Count | None = None
     interval: Count | None = None
     protection: str = "none"
+    allocation: str = "uniform"
+    allocation_options: Mapping[str, Any] = field(default_factory=dict)
     recent_tokens: Annotated[int, at_least(0)] = 16
     trigger: Annotated[str, one_of("block_full", "pressure")] = "block_full"
     scheduling: Annotated[str, one_of("hybrid", "constrained")] = "hybrid"
@@ -161,6 +171,7 @@ class EngineConfig:
                 "by CUDA_VISIBLE_DEVICES",
             )
         protection = Protection.parse(self.protection)
+        allocation = allocations.make(self.allocation, self.allocation_options)
         if self.policy == "full":
             self._require("policy_options", not self.policy_options, "empty: policy 'full' has no options")
             return
@@ -175,6 +186,25 @@ class EngineConfig:
             self.interval is None or self.trigger == "block_full",
             f"left out with trigger {self.trigger!r}, which compresses when the pool needs the blocks",
         )
+        if allocation is not None:
+            self._check_allocation(allocation, policy)
+
+    def _check_allocation(self, allocation: Allocation, policy: Policy) -> None:
+        with named(self.policy, "used"):
+            allocation.check(policy)
+        unequal = f"with allocation={self.allocation!r}"
+        self._require(
+            "enable_prefix_caching", not self.enable_prefix_caching, f"False {unequal}, whose tiles aren't shared"
+        )
+        self._require(
+            "tensor_parallel_size", self.tensor_parallel_size == 1, f"1 {unequal}, or leave that at 'uniform'"
+        )
+        self._require("trigger", self.trigger == "block_full", f"'block_full' {unequal}")
+
+    @property
+    def is_tiled(self) -> bool:
+        """Heads hold unequal lengths, so that memory is handed out by layer and head."""
+        return self.allocation != allocations.UNIFORM and self.make_policy() is not None
 
     def warn_of_idle(self) -> None:
         """Log which options were set and mean nothing under full KV."""
@@ -201,7 +231,9 @@ class EngineConfig:
             ValueError: policy, budget and protection do not go together; the message names what to change.
         """
         leading = Protection.parse(protection or self.protection, policy.implied_protection)
-        return EvictionRule.of(policy, self._budget(budget_tokens), leading, self.recent_tokens, prompt_len)
+        allocation = allocations.make(self.allocation, self.allocation_options)
+        budget = self._budget(budget_tokens)
+        return EvictionRule.of(policy, budget, leading, self.recent_tokens, prompt_len, allocation)
 
     def largest_rule(self, max_model_len: int) -> EvictionRule | None:
         """What bounds a request whose prompt is as long as can be: with it, protection takes as much as it ever does.

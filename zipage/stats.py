@@ -179,7 +179,8 @@ class EventStats:
         blocks_before, blocks_after: blocks in its table.
         seconds: of a compression, from order to completion as the host saw it; 0 for the other kinds.
         kept_positions: of a compression, with `trace_positions`: int32 [L, H, entries_after], the logical positions
-            that each layer and KV head kept, ascending. None without.
+            that each layer and KV head kept, ascending. None without. Under unequal budgets it is as wide as the
+            longest head, and -1 stands behind the others' own, and entries and blocks are means over heads.
         replica: on which it happened; `step` is its count.
     """
 
@@ -251,7 +252,8 @@ class HeldEntries:
         num_prompt_tokens: the length of the prompt.
         num_tokens: its logical length.
         positions: int32 [L, H, entries], logical positions of the entries of each layer and KV head, in the order of
-            their slots, which is ascending.
+            their slots, which is ascending. Under unequal budgets as wide as the longest head: -1 stands behind the
+            others' own.
     """
 
     num_prompt_tokens: int

@@ -42,6 +42,7 @@ def _schema() -> DictConfig:
         OmegaConf.set_readonly(schema[group], None)
     for free in (
         schema.policy.options,
+        schema.policy.allocation_options,
         schema.workload.options,
         schema.workload.parts,
         schema.scenario.options,

@@ -64,13 +64,16 @@ def _by_number(text: str) -> tuple[int, float, str]:
 
 
 def label(run: pd.Series) -> str:
-    """`zipage`, `zipage + prompt`, `full KV`; `q_filters@1a2b3c4d`, by the sha256 of the calibration file."""
+    """`zipage`, `zipage + prompt`, `full KV`; `q_filters@1a2b3c4d`, by the sha256 of the calibration file; `snapkv,
+    adaptive`, by the allocation where budgets are unequal."""
     name, protection = run["policy.name"], run["policy.protection"]
     if name == "full":
         return "full KV"
     name, protection = ("random", "prompt") if name == "random_attention" else (name, protection)
     calibration = run.get("provenance.calibration")
     name = f"{name}@{calibration[:8]}" if isinstance(calibration, str) else name
+    allocation = run.get("policy.allocation")
+    name = f"{name}, {allocation}" if isinstance(allocation, str) and allocation != "uniform" else name
     return name if protection == "none" else f"{name} + {protection}"
 
 

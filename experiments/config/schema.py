@@ -25,6 +25,8 @@ HOMES = {
     "budget_tokens": "policy.budget_tokens",
     "interval": "policy.interval",
     "protection": "policy.protection",
+    "allocation": "policy.allocation",
+    "allocation_options": "policy.allocation_options",
     "recent_tokens": "policy.recent_tokens",
     "trigger": "policy.trigger",
     "scheduling": "policy.scheduling",
@@ -114,6 +116,8 @@ class PolicyConfig:
     bytes_as: str | None = None
     interval: int | None = None
     protection: str = "none"
+    allocation: str = "uniform"
+    allocation_options: dict[str, Any] = field(default_factory=dict)
     recent_tokens: int = 16
     trigger: str = "block_full"
     scheduling: str = "hybrid"

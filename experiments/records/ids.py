@@ -23,6 +23,8 @@ LATER: dict[str, Any] = {
     "workload.recalls": 0,
     "policy.interval": None,
     "policy.bytes_as": None,
+    "policy.allocation": "uniform",
+    "policy.allocation_options": {},
     "engine.async_scheduling": False,
     "engine.data_parallel_size": 1,
     "scenario.speed": 1.0,

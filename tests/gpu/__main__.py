@@ -70,6 +70,7 @@ class Check:
 
 KERNELS, COMPRESSION = "tests.gpu.check_kernels", "tests.gpu.check_compression"
 ENGINE, COMPRESSED = "tests.gpu.check_engine", "tests.gpu.check_compressed_engine"
+UNEQUAL = "tests.gpu.check_unequal"
 CHECKS = (
     Check("ranks", "tests.gpu.check_ranks", gpus=2),
     # The longest first.
@@ -81,9 +82,11 @@ CHECKS = (
     Check("loops", COMPRESSED, ("--only", "loops")),
     Check("kept", COMPRESSED, ("--only", "kept")),
     Check("other kernels", KERNELS, ("--only", "replays,writes,layer_ops,sampling", "--no-timing")),
+    Check("unequal budgets", UNEQUAL, ("--only", "tokens,kept")),
     Check("requests", ENGINE, ("--only", "requests")),
     Check("memory", ENGINE, ("--only", "memory"), limit=150, alone=True),
     Check("decode", COMPRESSED, ("--only", "decode"), limit=150, alone=True),
+    Check("unequal decode", UNEQUAL, ("--only", "speed"), limit=150, alone=True),
     Check("long", COMPRESSED, ("--only", "long", "--long-tokens", "1500"), limit=150, alone=True),
 )
 

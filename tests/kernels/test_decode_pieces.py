@@ -47,6 +47,17 @@ def test_pieces_cover_each_request_once(kind, heads, batch, wanted, tile):
     assert all(piece[0] == -1 for piece in ranges[starts[-1] :])
 
 
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("batch", "wanted"), [(1, 1), (5, 7), (44, 198)])
+def test_layers_are_cut_each_by_itself(batch, wanted):
+    lens = torch.tensor([lengths("varied", batch + i)[:batch] for i in range(3)], dtype=torch.int32, device=DEVICE)
+    lens = lens.view(3, batch, 1)
+    together = cut_requests(lens, 16_000, tile=64, wanted=wanted)
+    for layer in range(3):
+        alone = cut_requests(lens[layer], 16_000, tile=64, wanted=wanted)
+        assert all(torch.equal(a, b) for a, b in zip(together.layer(layer), alone, strict=True))
+
+
 def test_the_bound_of_the_tables_limits_the_pieces():
     lens = shared(torch.tensor([100, 40], dtype=torch.int32, device=DEVICE), 8)
     assert cut_requests(lens, 256, tile=64, wanted=198).ranges.shape == (3, 4)

@@ -20,6 +20,7 @@ WORDS = {
     "policy": "streaming",
     "policy_options": '{"a": 1}',
     "protection": "prompt",
+    "allocation": "pyramid",
     "trigger": "pressure",
     "scheduling": "constrained",
     "gpu_memory_utilization": "0.5",
@@ -42,6 +43,8 @@ NEEDS = {
 def test_every_option_is_a_flag(f):
     if f.name == "policy_options":
         arguments, expected = ["--policy=r_kv", "--budget-tokens=512", '--policy-options={"window": 8}'], {"window": 8}
+    elif f.name == "allocation_options":
+        arguments, expected = ["--allocation=pyramid", '--allocation-options={"beta": 2}'], {"beta": 2}
     elif isinstance(f.default, bool) or f.name in ("async_scheduling", "engine_process", "show_prompts"):
         expected = not f.default
         arguments = [flag(f.name) if expected else f"--no-{flag(f.name)[2:]}"]

@@ -130,7 +130,9 @@ def test_the_pool_is_planned_from_the_device_s_memory(folder):
     assert (large.num_blocks - small.num_blocks) * large.block_bytes == pytest.approx(freed, abs=large.block_bytes)
 
 
-@pytest.mark.parametrize("option", [{"debug": True}, {"trace_positions": True}, {"data_parallel_size": 2}])
+@pytest.mark.parametrize(
+    "option", [{"debug": True}, {"trace_positions": True}, {"data_parallel_size": 2}, {"allocation": "pyramid"}]
+)
 def test_options_without_meaning_are_refused(folder, option):
     with pytest.raises(ValueError, match=next(iter(option))):
         SimulatedLLM(folder, times=FixedTimes(), **OPTIONS | option)

@@ -149,15 +149,23 @@ def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case, new_pr
         torch.testing.assert_close(x, once, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("case", [None, Case("zipage", {"chunk": 32}), Case("random"), Case("kvzap", MADE_UP)], ids=str)
-def test_requests_that_run_in_graphs_from_their_first_token_get_the_tokens_of_an_eager_engine(tmp_path, case):
+ZIPAGE, KVZAP = Case("zipage", {"chunk": 32}), Case("kvzap", MADE_UP)
+UNEQUAL = {"allocation": "adaptive", "allocation_options": {"round": "entry"}, "enable_prefix_caching": False}
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [(None, {}), (ZIPAGE, {}), (Case("random"), {}), (KVZAP, {}), (ZIPAGE, UNEQUAL), (KVZAP, UNEQUAL)],
+    ids=["full", "zipage", "random", "kvzap", "zipage-unequal", "kvzap-unequal"],
+)
+def test_requests_that_run_in_graphs_from_their_first_token_get_the_tokens_of_an_eager_engine(tmp_path, case, options):
     # A small pool: some leave it, and compute their prompt and output anew.
     model = save_tiny_model("qwen3", tmp_path)
     prompts = random_prompts([5, 20, 70, 33, 1, 180, 64, 90], VOCAB)
     prompts += [prompts[2][:64] + tail for tail in random_prompts([7, 30], VOCAB, seed=1)]
 
     def served(in_graphs: bool) -> tuple[list[list[int]], list[int]]:
-        llm = make_llm(model, case, debug=False, num_blocks=40, headroom=0)
+        llm = make_llm(model, case, debug=False, num_blocks=40, headroom=0, **options)
         sizes, outputs, waiting = run_in_graphs(llm) if in_graphs else [], {}, list(enumerate(prompts))
         while waiting or llm.has_unfinished_requests():
             if waiting:

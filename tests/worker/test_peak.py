@@ -5,12 +5,14 @@ import torch
 
 from tests.tiny_models import save_tiny_model
 from zipage.eviction import registry
+from zipage.eviction.allocation import make
 from zipage.eviction.budget import Budget
 from zipage.eviction.rule import EvictionRule
 from zipage.models.loading.loader import load_model
 from zipage.scheduling.plan import CompressionOrder
 from zipage.worker import compression_batch, peak
 from zipage.worker.compression_batch import batches
+from zipage.worker.cuda_graph import StepGraphs
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.model_runner import ModelRunner
 from zipage.worker.peak import run_compression, run_largest_step
@@ -47,6 +49,22 @@ def test_a_measured_compression_reads_a_block_that_it_does_not_write(loaded, int
     cache.poison(slice(None))
     rule = EvictionRule(registry.make("keydiff", {}), Budget(4, SIZE, interval_blocks), recent=4)
     run_compression(cache, loaded.spec, rule, None, 9, 2)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["pyramid", "adaptive"])
+def test_tiles_are_measured_like_blocks(loaded, monkeypatch, name):
+    made = []
+    monkeypatch.setattr(peak, "_peak_of", lambda device, run: run() is None and 0)
+    monkeypatch.setattr(peak, "KVCache", lambda *args, **options: made.append(KVCache(*args, **options)) or made[-1])
+    options = {"max_num_seqs": 4, "max_model_len": 6 * SIZE}
+    runner = ModelRunner(loaded.decoder, loaded.spec, torch.device("cpu"), **options)
+    monkeypatch.setattr(StepGraphs, "warm_up", StepGraphs.forward)
+    rule = EvictionRule(RULE.policy, Budget(4, SIZE), recent=4, allocation=make(name))
+    table_bytes = 5 * loaded.spec.num_layers * loaded.spec.num_kv_heads * 7 * 4
+    kept = runner.step_graphs(make_cache(loaded), None).kept_bytes
+    assert peak.measure_peak(runner, 7 * SIZE, SIZE, torch.float32, rule=rule) == kept + table_bytes
+    assert [cache.tiled for cache in made] == [True, True]
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 64])

@@ -20,6 +20,9 @@ def test_bytes_by_hand():
     assert memory("random") == RequestMemory(256, 1, 38_043_648, 0) == memory(of="random")
     assert memory(policy_options={"window": 32}).query_slot_bytes == 2 * 4_718_592
     assert memory("random", of="zipage") == memory()
+    unequal = {"allocation": "pyramid", "enable_prefix_caching": False}
+    assert memory(**unequal) == memory()
+    assert memory(**unequal, allocation_options={"round": "entry"}) == RequestMemory(256, 2, 38_338_560, 4_718_592)
 
 
 @pytest.mark.parametrize("interval", [None, 100])

@@ -254,7 +254,8 @@ class EngineCore(Core):
             if result.error is not None:
                 self._end(self.scheduler.fail_compression(result.order.number, result.error, self._clock()))
                 continue
-            done = self.scheduler.complete(result.order.number, result.kept_pages)
+            kept = result.kept_pages if result.kept_counts is None else result.kept_counts
+            done = self.scheduler.complete(result.order.number, kept)
             self.telemetry.record_compression(done, result.seconds, result.kept_positions)
 
     def _book(self, batch: Batch, result: StepResult, now: float) -> int:

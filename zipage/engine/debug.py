@@ -28,6 +28,10 @@ class DebugChecks:
         for request in chain(batch.decodes, (chunk.request for chunk in batch.prefills)):
             if request.query_slot >= 0 and request.queries_from == request.num_computed:
                 self._cache.poison_queries(request.query_slot)
+            if not self._scheduler.pool.shares_blocks:
+                for tile, offset in request.block_ids.unwritten(request.cache_len, size):
+                    self._cache.poison(tile, offset)
+                continue
             first, offset = divmod(request.cache_len, size)
             for block in request.block_ids[first:]:
                 self._cache.poison(block, offset)

@@ -338,7 +338,7 @@ class InputProcessor:
         if params.max_tokens is not None:
             limit = min(length + params.max_tokens, limit)
         plan = self._memory_plan
-        if limit <= plan.num_slots or (rule is not None and rule.max_blocks <= plan.num_blocks):
+        if limit <= plan.num_slots or (rule is not None and rule.peak_blocks <= plan.num_blocks):
             return limit, "length"
         return plan.num_slots, "capacity"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from zipage.scheduling.request import Request, Status
 from zipage.stats import RequestState
+from zipage.tile_table import num_blocks
 
 ON_DEVICE = (Status.RUNNING, Status.COMPRESSING)
 
@@ -18,7 +19,7 @@ def request_state(request: Request) -> RequestState:
         num_tokens=request.num_tokens,
         max_total_tokens=request.max_total_tokens,
         entries=request.cache_len,
-        blocks=len(request.block_ids) if request.status in ON_DEVICE else 0,
+        blocks=num_blocks(request.block_ids) if request.status in ON_DEVICE else 0,
         policy="full" if rule is None else rule.policy.name,
         budget_tokens=None if rule is None else rule.keep,
         protected=0 if rule is None else rule.protected,

@@ -23,7 +23,8 @@ from zipage.models.spec import ModelSpec
 from zipage.parallel.ranked_worker import RankedWorker, start_ranks
 from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.scheduler import Scheduler
-from zipage.worker.memory_plan import plan_memory
+from zipage.scheduling.tile_pool import TilePool
+from zipage.worker.memory_plan import MemoryPlan, plan_memory
 from zipage.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,12 @@ def _build_core(config: EngineConfig) -> tuple[EngineCore, CoreSpec]:
     return core_on(Worker(config, loaded, max_model_len), config, loaded.spec, max_model_len)
 
 
+def _pool(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> BlockPool:
+    if config.is_tiled:
+        return TilePool(plan.num_blocks, config.block_size, spec.num_layers * spec.num_kv_heads)
+    return BlockPool(plan.num_blocks, config.block_size, config.enable_prefix_caching)
+
+
 def core_on(
     worker: Worker | RankedWorker,
     config: EngineConfig,
@@ -114,12 +121,12 @@ def core_on(
     memory = worker.memory
     plan = plan_memory(
         config, worker.spec, worker.dtype, memory.weights, memory.activations, memory.free,
-        policy=worker.policy, max_blocks=rule and rule.max_blocks, max_model_len=max_model_len,
+        policy=worker.policy, max_blocks=rule and rule.peak_blocks, max_model_len=max_model_len,
     )  # fmt: skip
     logger.info("memory plan: %s", plan)
     worker.attach(plan)
     scheduler = Scheduler(
-        BlockPool(plan.num_blocks, config.block_size, config.enable_prefix_caching),
+        _pool(plan, config, spec),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_chunked_prefill=config.enable_chunked_prefill,

@@ -146,6 +146,11 @@ class Policy(ABC):
         """The entries of the window have no score, so they must be among the recent ones that stay."""
         return False
 
+    @property
+    def comparable(self) -> bool:
+        """Scores of different heads compare, as shares of attention do: heads may compete for entries by them."""
+        return False
+
     @abstractmethod
     def rank(self, event: Event) -> Tensor:
         """Scores [L, R, H, N] (or broadcastable to it), higher stays; anything past a request's n entries.

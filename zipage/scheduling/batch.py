@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from zipage.scheduling.request import Request
+from zipage.tile_table import Table
 
 
 class Chunk(NamedTuple):
@@ -33,7 +34,7 @@ class Swap(NamedTuple):
     """
 
     request: Request
-    block_ids: list[int]
+    block_ids: Table
     num_shared: int
     query_slot: int
 

@@ -21,6 +21,9 @@ class BlockPool:
     were freed, and a request's are freed last first, so that the ends of prefixes go before their beginnings.
     """
 
+    shares_blocks = True
+    """Requests may hold a block together."""
+
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -73,6 +76,10 @@ class BlockPool:
             self.ref_counts[block] = 1
             blocks.append(block)
         return blocks
+
+    def allocate_again(self, table: Sequence[int], shared: Sequence[int] = (), reserve: int = 0) -> list[int] | None:
+        """Blocks for a table that was given up, the leading `shared` ones among them, as `allocate`."""
+        return self.allocate(len(table) - len(shared), shared, reserve)
 
     def free(self, blocks: Iterable[int]) -> None:
         """Drop one reference on each block of a table.

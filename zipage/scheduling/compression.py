@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.request import Request
+from zipage.tile_table import Table
 
 
 @dataclass(slots=True, eq=False)
@@ -21,7 +22,7 @@ class Compression:
 
     number: int
     request: Request
-    block_ids: list[int]
+    block_ids: Table
     new_ids: list[int]
     fresh: list[int]
 
@@ -35,13 +36,13 @@ class Compressed(NamedTuple):
     entries_after: int
     blocks_before: int
     blocks_after: int
-    block_ids: list[int]
+    block_ids: Table
 
 
 def num_fresh_blocks(request: Request, pool: BlockPool) -> int:
     """Blocks that a compression of the request takes from the pool, since it may not write to shared ones."""
     rule = request.rule
-    if rule.drops_blocks:
+    if rule.cuts_table:
         return 0
     written = request.block_ids[rule.pinned_blocks : rule.kept_blocks]
     return sum(pool.ref_counts[block] > 1 for block in written)

@@ -10,6 +10,7 @@ from zipage.scheduling.compression import Compressed, Compression, num_fresh_blo
 from zipage.scheduling.query_slots import has_window
 from zipage.scheduling.request import Request, Status
 from zipage.scheduling.triggers import Trigger
+from zipage.tile_table import num_blocks
 
 
 class CompressionScheduler:
@@ -50,7 +51,7 @@ class CompressionScheduler:
         rule, pool = request.rule, self.pool
         new_ids: list[int] = []
         fresh: list[int] = []
-        if not rule.drops_blocks:
+        if not rule.cuts_table:
             taken = pool.allocate(num_fresh_blocks(request, pool))
             if taken is None:
                 return None
@@ -68,26 +69,33 @@ class CompressionScheduler:
         self.num_ordered += 1
         return compression
 
-    def complete(self, number: int, kept_blocks: Sequence[int] | None = None) -> Compressed:
+    def complete(self, number: int, kept: Sequence[int] | None = None) -> Compressed:
         """Book a compression whose survivors lie where they shall; its request may go on with what is returned.
 
         Args:
             number: of the order.
-            kept_blocks: places in its `block_ids` that stay, ascending, where whole blocks are dropped.
+            kept: where whole blocks are dropped, the places in its `block_ids` that stay, ascending; where budgets are
+                unequal, the entries that each layer and KV head holds now.
 
         Raises:
             RuntimeError: it is not in flight.
         """
         compression = self._take(number)
         request, rule = compression.request, compression.request.rule
-        new_ids = compression.new_ids
-        if rule.drops_blocks:
-            if kept_blocks is None or len(kept_blocks) != rule.kept_blocks:
-                raise RuntimeError(f"{request}: {kept_blocks} blocks kept, {rule.kept_blocks} wanted")
-            new_ids = [compression.block_ids[place] for place in kept_blocks]
-        staying = set(new_ids)
-        self.pool.free([block for block in compression.block_ids if block not in staying])
-        lens, sizes = (request.cache_len, rule.keep), (len(compression.block_ids), len(new_ids))
+        size_before, entries_after = num_blocks(compression.block_ids), rule.keep
+        if rule.allocation is not None:
+            new_ids, left = compression.block_ids.cut(kept, rule.keep, self.pool.block_size)
+            entries_after = round(sum(kept) / len(kept))
+        else:
+            new_ids = compression.new_ids
+            if rule.drops_blocks:
+                if kept is None or len(kept) != rule.kept_blocks:
+                    raise RuntimeError(f"{request}: {kept} blocks kept, {rule.kept_blocks} wanted")
+                new_ids = [compression.block_ids[place] for place in kept]
+            staying = set(new_ids)
+            left = [block for block in compression.block_ids if block not in staying]
+        self.pool.free(left)
+        lens, sizes = (request.cache_len, entries_after), (size_before, num_blocks(new_ids))
         done = Compressed(request, request.num_compressions, *lens, *sizes, new_ids)
         self.num_applied += 1
         self.num_bound += done.round == 0
@@ -125,6 +133,6 @@ class CompressionScheduler:
             request = compression.request
             if request.status is not Status.COMPRESSING or request.block_ids is not compression.block_ids:
                 raise RuntimeError(f"{request}: changed while it was being compressed")
-            written = compression.new_ids[request.rule.pinned_blocks :]
+            written = [] if request.rule.cuts_table else compression.new_ids[request.rule.pinned_blocks :]
             if any(self.pool.ref_counts[block] != 1 or self.pool.is_indexed(block) for block in written):
                 raise RuntimeError(f"{request}: a compression writes to a block that others can see")

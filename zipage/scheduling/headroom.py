@@ -8,6 +8,7 @@ from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.prefix_lookup import PrefixLookup
 from zipage.scheduling.request import Request, Status
 from zipage.scheduling.triggers import Trigger
+from zipage.tile_table import num_blocks
 
 HEADROOM = 128
 """Entries of each running request for which room is kept when another is admitted. With less, more are admitted that
@@ -43,7 +44,7 @@ class Headroom:
         """Blocks that the return or admission of a request takes from the free ones."""
         if request.status is Status.PAUSED:
             shared = self.prefixes.unchanged_blocks(request)
-            total = len(request.block_ids) + self.next_block(request)
+            total = num_blocks(request.block_ids) + self.next_block(request)
         else:
             prefix = self.prefixes.find(request)
             if prefix is None:

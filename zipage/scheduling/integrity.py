@@ -31,14 +31,16 @@ def _check_request(request: Request, compressions: CompressionScheduler) -> None
         raise RuntimeError(f"{request}: its lengths are out of order")
     if (request.cache_len < request.num_computed) != (request.num_compressions > 0):
         raise RuntimeError(f"{request}: entries were lost")
-    writable = request.block_ids[request.cache_len // size :]
-    if any(pool.ref_counts[block] != 1 for block in writable):
+    if not pool.shares_blocks:
+        if request.block_ids:
+            request.block_ids.check(request.cache_len, size)
+    elif any(pool.ref_counts[block] != 1 for block in request.block_ids[request.cache_len // size :]):
         raise RuntimeError(f"{request}: a block it will write into is shared")
     if rule is None:
         return
     most = trigger.most_entries(request)
     if request.cache_len > most:
         raise RuntimeError(f"{request}: more entries than its budget allows ({most})")
-    compacted = request.block_ids[rule.pinned_blocks :] if request.num_compressions and not rule.drops_blocks else []
+    compacted = request.block_ids[rule.pinned_blocks :] if request.num_compressions and not rule.cuts_table else []
     if any(map(pool.is_indexed, compacted)):
         raise RuntimeError(f"{request}: the prefix index finds a block that was compacted")

@@ -14,13 +14,18 @@ import numpy as np
 
 from zipage.eviction.rule import EvictionRule
 from zipage.sampling_params import SamplingParams
+from zipage.tile_table import Table
+
+SEED_STEP = 0xD1342543DE82EF95
+"""Between the samples of a prompt. Odd, so that each gets a seed of its own, and not what lies between the engine's own
+seeds: sample 1 under seed 0 is not to draw what sample 0 draws under seed 1."""
 
 
 class Save(NamedTuple):
     """Blocks to copy to host memory under a request's number; with the queries of `query_slot`, unless it is -1."""
 
     number: int
-    block_ids: list[int]
+    block_ids: Table
     query_slot: int
 
 
@@ -33,7 +38,7 @@ class Restore(NamedTuple):
     """
 
     number: int
-    block_ids: list[int]
+    block_ids: Table
     num_shared: int
     query_slot: int
 
@@ -63,7 +68,7 @@ class TableGrowth(NamedTuple):
 
     row: int
     first: int
-    block_ids: list[int]
+    block_ids: Table
 
 
 def _none() -> np.ndarray:
@@ -117,9 +122,9 @@ class CompressionOrder(NamedTuple):
         rule: the request's.
         block_ids: its block table, the sources.
         new_ids: the table afterwards, k / b blocks. Those from `rule.pinned_blocks` on are private and take the
-            survivors; those before it stay as they are. Empty where whole blocks are dropped: what stays is known
-            once the scores are.
-        num_entries: n, entries that it holds.
+            survivors; those before it stay as they are. Empty where whole blocks are dropped or budgets are unequal:
+            what stays is known once the scores are.
+        num_entries: n, entries that it holds; where budgets are unequal, its cache length (`TileTable.lens`).
         window_end: its logical length: the last query of the window is that of position `window_end - 1`.
         query_slot: where the window's queries are, or -1.
         num_compressions: t, before this one.
@@ -129,7 +134,7 @@ class CompressionOrder(NamedTuple):
 
     number: int
     rule: EvictionRule
-    block_ids: list[int]
+    block_ids: Table
     new_ids: list[int]
     num_entries: int
     window_end: int
@@ -138,3 +143,13 @@ class CompressionOrder(NamedTuple):
     num_prompt_tokens: int = 1
     seed: int = 0
     index: int = 0
+
+    @property
+    def num_places(self) -> int:
+        """Blocks of the longest head."""
+        return self.block_ids.tiles.shape[1] if self.rule.allocation is not None else len(self.block_ids)
+
+    @property
+    def sample_seed(self) -> int:
+        """A seed of the sample's own, below 2^63."""
+        return (self.seed + self.index * SEED_STEP) % 2**63

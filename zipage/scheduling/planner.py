@@ -29,8 +29,8 @@ def plan_step(batch: Batch, drops: Sequence[int] = ()) -> StepPlan:
         token_ids.append(np.array(request.token_ids[request.num_computed : end], dtype=np.int64))
     return StepPlan(
         drops=list(drops),
-        saves=[Save(request.number, list(blocks), slot) for request, blocks, _, slot in batch.paused],
-        restores=[Restore(request.number, list(blocks), same, slot) for request, blocks, same, slot in batch.resumed],
+        saves=[Save(request.number, blocks[:], slot) for request, blocks, _, slot in batch.paused],
+        restores=[Restore(request.number, blocks[:], same, slot) for request, blocks, same, slot in batch.resumed],
         copies=batch.copies,
         starts=[_start(request) for request in batch.entered],
         tables=[TableGrowth(r.row, *r.take_growth()) for r in requests if r.num_blocks_told != len(r.block_ids)],
@@ -52,8 +52,8 @@ def plan_compression(compression: Compression) -> CompressionOrder:
     return CompressionOrder(
         compression.number,
         request.rule,
-        list(compression.block_ids),
-        list(compression.new_ids),
+        compression.block_ids[:],
+        compression.new_ids[:],
         num_entries=request.cache_len,
         window_end=request.num_computed,
         query_slot=request.query_slot,

@@ -47,6 +47,8 @@ class PrefixLookup:
         At least one token is left to compute, since the step needs its logits, and as many as the window of the
         request's first compression may reach back to, since it needs their queries.
         """
+        if not self.pool.shares_blocks:
+            return CachedPrefix([], [], 0, None)
         size = self.pool.block_size
         donor = None
         pending = False

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zipage.outputs import FinishReason, Logprob
 from zipage.sampling_params import SamplingParams
+from zipage.tile_table import Table, num_blocks
 
 if TYPE_CHECKING:
     from zipage.eviction.rule import EvictionRule
@@ -86,7 +87,7 @@ class Request:
         turn_begin: number of tokens before the answer that is being drawn.
         token_row: where the newest pending token lies among those that its step samples.
         num_taken: output tokens that `take_new` has given.
-        block_ids: the block table. Of a paused request: the one it had.
+        block_ids: the block table, or that of tiles. Of a paused request: the one it had.
         num_blocks_told: leading blocks of the table that the worker knows of.
         peak_blocks: the most blocks it held at once: its table, and what a compression took beside it.
     """
@@ -190,7 +191,7 @@ class Request:
 
         self.num_computed = 0
         self.cache_len = 0
-        self.block_ids: list[int] = []
+        self.block_ids: Table = []
         self.row = -1
         self.num_blocks_told = 0
         self.prefix_ids: list[int] = []
@@ -229,20 +230,20 @@ class Request:
         """Its length is reached, though the last token may be pending: nothing more is computed for it."""
         return len(self.token_ids) >= self.max_total_tokens
 
-    def hold(self, block_ids: list[int]) -> None:
+    def hold(self, block_ids: Table) -> None:
         """Its table is `block_ids` from now on."""
         self.block_ids = block_ids
         self.num_blocks_told = 0
         self.note_fresh(0)
 
-    def grow(self, block_ids: list[int]) -> None:
+    def grow(self, block_ids: Table) -> None:
         """Its table gains blocks."""
         self.block_ids += block_ids
         self.note_fresh(0)
 
-    def note_fresh(self, num_blocks: int) -> None:
+    def note_fresh(self, num_fresh: int) -> None:
         """Blocks that a compression takes besides its table."""
-        held = len(self.block_ids) + num_blocks
+        held = num_blocks(self.block_ids) + num_fresh
         if held > self.peak_blocks:
             self.peak_blocks = held
 

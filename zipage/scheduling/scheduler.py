@@ -86,12 +86,12 @@ class Scheduler:
             compression.request.status = Status.COMPRESSING
         return begun
 
-    def complete(self, number: int, kept_blocks: Sequence[int] | None = None) -> Compressed:
+    def complete(self, number: int, kept: Sequence[int] | None = None) -> Compressed:
         """Book a compression that is done; see `CompressionScheduler.complete`."""
-        done = self.compressions.complete(number, kept_blocks)
+        done = self.compressions.complete(number, kept)
         request = done.request
         request.hold(done.block_ids)
-        request.cache_len = done.entries_after
+        request.cache_len = request.rule.keep
         request.status = Status.RUNNING
         self.prefixes.cut(request, request.rule.pinned_blocks)
         if request.finish_reason is not None:
@@ -325,8 +325,7 @@ class Scheduler:
         if request.queries_saved and not self.slots.num_free:
             return False
         shared = self.prefixes.unchanged_blocks(request)
-        num_fresh, reserve = len(request.block_ids) - len(shared), self.headroom.next_block(request) + room
-        blocks = self.pool.allocate(num_fresh, shared, reserve)
+        blocks = self.pool.allocate_again(request.block_ids, shared, self.headroom.next_block(request) + room)
         if blocks is None:
             return False
         self._enter(batch, request, blocks)

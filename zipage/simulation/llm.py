@@ -13,6 +13,7 @@ from zipage.engine.core import EngineCore
 from zipage.engine.input_processor import InputProcessor
 from zipage.engine.output_processor import OutputProcessor
 from zipage.engine.startup import Engine, build_inputs, core_on
+from zipage.eviction.allocation import UNIFORM
 from zipage.llm import LLM
 from zipage.models.loading.loader import read_shape
 from zipage.models.registry import find_family
@@ -59,6 +60,8 @@ class SimulatedLLM(LLM):
                 raise ValueError(f"{name}=True: a simulated engine has no cache to look into; leave it out")
         if options.get("data_parallel_size", 1) > 1:
             raise ValueError(f"data_parallel_size={options['data_parallel_size']}: only one replica can be simulated")
+        if options.get("allocation", UNIFORM) != UNIFORM:
+            raise ValueError(f"allocation={options['allocation']!r}: scores decide it, and a simulation computes none")
         self.clock = VirtualClock()
         self._times = times
         super().__init__(model, **options)

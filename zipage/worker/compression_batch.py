@@ -17,10 +17,7 @@ from zipage.worker.compressor import LAUNCH_ENTRIES
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.output_norms import OutputNorms
 from zipage.worker.paged_event import PagedEvent
-
-SEED_STEP = 0xD1342543DE82EF95
-"""Between the samples of a prompt. Odd, so that each gets a seed of its own, and not what lies between the engine's own
-seeds: sample 1 under seed 0 is not to draw what sample 0 draws under seed 1."""
+from zipage.worker.tile_batch import TileBatch
 
 
 class CompressionBatch:
@@ -54,7 +51,7 @@ class CompressionBatch:
             [order.query_slot for order in orders],
             [order.window_end for order in orders],
         )
-        self._seeds = [(order.seed + order.index * SEED_STEP) % 2**63 for order in orders]
+        self._seeds = [order.sample_seed for order in orders]
         self._rounds = [order.num_compressions for order in orders]
         self._prompt_lens = [order.num_prompt_tokens for order in orders]
 
@@ -131,8 +128,17 @@ def check_orders(orders: Iterable[CompressionOrder], block_size: int) -> None:
             raise RuntimeError(f"{order}: {policy.name} drops blocks, and the last one is not full")
 
 
-def batches(orders: Iterable[CompressionOrder], spec: ModelSpec, block_size: int) -> Iterator[CompressionBatch]:
-    """Orders under equal policies together, as many as keep R * H * N within `LAUNCH_ENTRIES`, and at least one."""
+def batch_of(orders: Sequence[CompressionOrder], spec: ModelSpec, block_size: int) -> CompressionBatch | TileBatch:
+    """Orders under one policy."""
+    if orders[0].rule.allocation is not None:
+        return TileBatch(orders, spec, block_size)
+    return CompressionBatch(orders, block_size)
+
+
+def batches(
+    orders: Iterable[CompressionOrder], spec: ModelSpec, block_size: int
+) -> Iterator[CompressionBatch | TileBatch]:
+    """Orders under equal policies, as many as keep R * H * N within `LAUNCH_ENTRIES`, and at least one."""
     groups: dict[tuple, list[CompressionOrder]] = {}
     for order in orders:
         groups.setdefault((order.rule.policy, order.rule.recent), []).append(order)
@@ -140,13 +146,13 @@ def batches(orders: Iterable[CompressionOrder], spec: ModelSpec, block_size: int
     for group in groups.values():
         batch, width = [], 0
         for order in group:
-            wider = max(width, len(order.block_ids))
+            wider = max(width, order.num_places)
             if batch and (len(batch) + 1) * wider > most:
-                yield CompressionBatch(batch, block_size)
-                batch, wider = [], len(order.block_ids)
+                yield batch_of(batch, spec, block_size)
+                batch, wider = [], order.num_places
             batch.append(order)
             width = wider
-        yield CompressionBatch(batch, block_size)
+        yield batch_of(batch, spec, block_size)
 
 
 def _rectangle(rows: Sequence[Sequence[int]]) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -21,13 +20,17 @@ from zipage.eviction.policy import Policy
 from zipage.models.shard import WHOLE, PeerFailed, Shard
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import CompressionOrder
+from zipage.tile_table import TileTable
 from zipage.transfer import to_device
-from zipage.worker.compression_batch import CompressionBatch, batches, check_orders
+from zipage.worker.compression_batch import CompressionBatch, batch_of, batches, check_orders
+from zipage.worker.compression_rest import Rest, first_layer_of, rests
 from zipage.worker.compressor import PartlyCompressed, choose, compress
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.output_norms import OutputNorms
 from zipage.worker.paged_event import PagedEvent
 from zipage.worker.rank_watch import RankWatch
+from zipage.worker.tile_batch import TileBatch
+from zipage.worker.tile_compression import TileCompressor
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,9 @@ class CompressionResult:
         order: what was ordered.
         error: None, or one line that says why it failed; the blocks of its request then hold nothing usable.
         kept_pages: places in `order.block_ids` that stay, ascending, where the policy drops blocks; else None.
-        kept_positions: int32 [L, H, k], logical positions of the survivors, ascending, where traced; else None.
+        kept_counts: int64 [L * H], entries that each layer and KV head holds, where budgets are unequal; else None.
+        kept_positions: int32 [L, H, k], logical positions of the survivors, ascending, where traced; else None. Where
+            budgets are unequal, -1 past a head's own.
         seconds: from `submit` until the host saw it done.
     """
 
@@ -49,6 +54,7 @@ class CompressionResult:
     kept_positions: np.ndarray | None
     seconds: float
     error: str | None = None
+    kept_counts: np.ndarray | None = None
 
 
 class CompressionRunner:
@@ -107,6 +113,7 @@ class CompressionRunner:
         self._calibration = calibration or {}
         self._outputs = outputs
         self._layer_stride = layer_stride
+        self._tiles = TileCompressor(cache, spec, self._inv_freq, self._calibration, outputs, layer_stride)
         self._trace = trace
         self._delayed = asynchronous and not cache.k.is_cuda
         self._waiting: deque[_Waiting] = deque()
@@ -168,10 +175,10 @@ class CompressionRunner:
 
     def _launch(
         self,
-        batch: CompressionBatch,
+        batch: CompressionBatch | TileBatch,
         starts: list[float],
         ready: Iterable[torch.cuda.Event | None],
-        rest: _Rest | None,
+        rest: Rest | None,
     ) -> None:
         """In the worker: launch a batch behind `ready`, or the rest of it. `starts`: when each order was submitted."""
         job = _Job(batch, starts, self._delayed)
@@ -185,18 +192,18 @@ class CompressionRunner:
         except FAULTS as error:
             job.error = error
             if not self._shard.is_whole and self._fail_together(job):
-                for order, start, left in zip(batch.orders, starts, _rests(job, error), strict=True):
-                    self._launch(CompressionBatch([order], self._cache.block_size), [start], ready, left)
+                for order, start, left in zip(batch.orders, starts, rests(len(job.batch.orders), error), strict=True):
+                    self._launch(batch_of([order], self._spec, self._cache.block_size), [start], ready, left)
                 return
         self._pending.append(job)
 
     def _fail_together(self, job: _Job) -> bool:
         """Tell the other ranks. Returns whether all have come equally far, so that what is left can be tried again."""
         error = job.error
-        first_layer = _first_layer(error) if job.kept is None else self._spec.num_layers
+        first_layer = first_layer_of(error) if job.kept is None else self._spec.num_layers
         place = -1 if first_layer is None else first_layer
         places = self._shard.collectives.fail(place)
-        return set(places) == {place} and job.kept is None and _rests(job, error) is not None
+        return set(places) == {place} and job.kept is None and rests(len(job.batch.orders), error) is not None
 
     def poll(self, wait: bool = False) -> list[CompressionResult]:
         """What is done and was not handed out yet, in the order of the launches.
@@ -216,7 +223,7 @@ class CompressionRunner:
             seconds = [now - start for start in job.starts]
             if job.error is None:
                 results += [
-                    CompressionResult(order, kept.pages, kept.positions, passed, kept.error)
+                    CompressionResult(order, kept.pages, kept.positions, passed, kept.error, kept.counts)
                     for order, kept, passed in zip(job.batch.orders, job.kept, seconds, strict=True)
                 ]
             else:
@@ -237,10 +244,10 @@ class CompressionRunner:
     def _failed(self, job: _Job, error: BaseException, seconds: list[float]) -> list[CompressionResult]:
         """Go on with the orders of a failed batch, one by one, where that can help; the results where it can't."""
         orders = job.batch.orders
-        if self._shard.is_whole and (rests := _rests(job, error)) is not None:
+        if self._shard.is_whole and (left := rests(len(job.batch.orders), error)) is not None:
             ready = [self._recorded()]
-            for order, start, rest in zip(orders, job.starts, rests, strict=True):
-                alone = CompressionBatch([order], self._cache.block_size)
+            for order, start, rest in zip(orders, job.starts, left, strict=True):
+                alone = batch_of([order], self._spec, self._cache.block_size)
                 self._tasks.append(self._executor.submit(self._launch, alone, [start], ready, rest))
             return []
         policy = job.batch.policy
@@ -255,10 +262,17 @@ class CompressionRunner:
             CompressionResult(order, None, None, passed, message) for order, passed in zip(orders, seconds, strict=True)
         ]
 
-    def positions(self, table: list[int], num_entries: int) -> np.ndarray:
+    def positions(self, table: list[int] | TileTable, num_entries: int) -> np.ndarray:
         """int32 [L, H, num_entries], positions of the first entries of a table, behind what is queued on the current
-        stream, for which it waits. The table must not be under compression.
+        stream, for which it waits. The table must not be under compression. Where heads hold unequal lengths,
+        `num_entries` is the cache length, and -1 is past a head's own.
         """
+        if isinstance(table, TileTable):
+            lens = table.lens(num_entries)
+            tiles = to_device(table.tiles.clip(0), self._cache.k.device, np.int64)
+            rows = self._cache.positions[0, :, 0][tiles].flatten(1)[:, : lens.max()].cpu().numpy()
+            rows = np.where(np.arange(rows.shape[1]) < lens[:, None], rows, -1)
+            return rows.reshape(self._spec.num_layers, self._spec.num_kv_heads, -1)
         rows = self._cache.positions[:, table].transpose(1, 2).flatten(2)
         return rows[..., :num_entries].cpu().numpy()
 
@@ -276,7 +290,7 @@ class CompressionRunner:
             forgotten.clear()
         self._num_in_flight = 0
 
-    def _compress_beside(self, job: _Job, ready: Iterable[torch.cuda.Event], rest: _Rest | None) -> None:
+    def _compress_beside(self, job: _Job, ready: Iterable[torch.cuda.Event], rest: Rest | None) -> None:
         """What it allocates belongs to the worker's own stream, so nothing here is freed under another's feet."""
         job.done = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
@@ -289,7 +303,9 @@ class CompressionRunner:
                 self._latest.append(job.done)
 
     @torch.inference_mode()
-    def _compress(self, batch: CompressionBatch, rest: _Rest | None) -> list[_Kept]:
+    def _compress(self, batch: CompressionBatch | TileBatch, rest: Rest | None) -> list[_Kept]:
+        if isinstance(batch, TileBatch):
+            return self._compress_tiles(batch, rest)
         cache, max_keep = self._cache, max(batch.keep)
         known = self._inv_freq, self._calibration, self._outputs
         event = batch.event(cache, self._spec, self._shard, self._model_heads, *known)
@@ -313,9 +329,32 @@ class CompressionRunner:
             raise PartlyCompressed(0 if batch.policy.drops_blocks else event.num_layers, [failed]) from error
         return [_Kept(*kept) for kept in zip(pages, positions, errors, strict=True)]
 
-    def _move(self, batch: CompressionBatch, event: PagedEvent, rest: _Rest | None) -> Tensor:
+    def _compress_tiles(self, batch: TileBatch, rest: Rest | None) -> list[_Kept]:
+        """Compress what is not compressed yet, and wait for what each head keeps."""
+        rest = rest or Rest(0, False)
+        counts = [] if rest.counts is None else [rest.counts]
+        failed = torch.full((len(batch.orders),), rest.is_misranked, device=self._cache.k.device)
+        if rest.first_layer < self._spec.num_layers:
+            choice = self._tiles.compress(batch, rest.first_layer, 1 if rest.first_layer else None)
+            counts.append(choice.counts)
+            failed = failed | choice.failed
+        counts = torch.cat(counts)
+        try:
+            kept = counts.transpose(0, 1).flatten(1).cpu().numpy()
+            positions = [None] * len(batch.orders)
+            if self._trace:
+                size = self._cache.block_size
+                for row, (order, of_lines) in enumerate(zip(batch.orders, kept, strict=True)):
+                    table, _ = order.block_ids.cut(of_lines, order.rule.keep, size)
+                    positions[row] = self.positions(table, order.rule.keep)
+            errors = self.ranks.look(batch.policy.name, [order.number for order in batch.orders], failed)
+        except Exception as error:
+            raise PartlyCompressed(self._spec.num_layers, [failed], counts) from error
+        return [_Kept(None, *found) for found in zip(positions, errors, kept, strict=True)]
+
+    def _move(self, batch: CompressionBatch, event: PagedEvent, rest: Rest | None) -> Tensor:
         """Compress into the destinations what is not compressed yet: bool [R], whether a rank of any layer was NaN."""
-        first_layer, was_misranked, stride = (0, False, self._layer_stride) if rest is None else (*rest, 1)
+        first_layer, was_misranked, stride = (0, False, self._layer_stride) if rest is None else (*rest[:2], 1)
         if first_layer == event.num_layers:
             return torch.full((event.num_requests,), was_misranked, device=event.device)
         failed = compress(
@@ -345,18 +384,7 @@ class _Kept(NamedTuple):
     pages: list[int] | None
     positions: np.ndarray | None
     error: str | None
-
-
-class _Rest(NamedTuple):
-    """What is left of a compression whose batch failed.
-
-    Attributes:
-        first_layer: the layers before it are compressed.
-        is_misranked: the policy ranked an entry of theirs NaN.
-    """
-
-    first_layer: int
-    is_misranked: bool
+    counts: np.ndarray | None = None
 
 
 class _Waiting(NamedTuple):
@@ -378,7 +406,7 @@ class _Job:
         done: recorded behind it on the worker's stream, if it has one.
     """
 
-    batch: CompressionBatch
+    batch: CompressionBatch | TileBatch
     starts: list[float]
     delayed: bool
     kept: list[_Kept] | None = None
@@ -388,31 +416,6 @@ class _Job:
     @property
     def is_done(self) -> bool:
         return not self.delayed and (self.done is None or self.done.query())
-
-
-def _first_layer(error: BaseException) -> int | None:
-    """The first layer that is untouched by what failed with `error`; None where what layers hold is unknown."""
-    return error.first_layer if isinstance(error, PartlyCompressed) else 0
-
-
-def _rests(job: _Job, error: BaseException) -> list[_Rest] | None:
-    """What is left of each order of a batch that failed with `error`; None where no order can be helped alone."""
-    first_layer = _first_layer(error)
-    if len(job.batch.orders) == 1 or first_layer is None:
-        return None
-    _drop_tensors(error)
-    misranked = error.failed() if isinstance(error, PartlyCompressed) else [False] * len(job.batch.orders)
-    return [_Rest(first_layer, is_misranked) for is_misranked in misranked]
-
-
-def _drop_tensors(error: BaseException) -> None:
-    """Free what the frames of a failed computation hold: what follows may need their memory."""
-    chain: BaseException | None = error
-    seen = set()  # an error may be its own cause
-    while chain is not None and id(chain) not in seen:
-        seen.add(id(chain))
-        traceback.clear_frames(chain.__traceback__)
-        chain = chain.__cause__ or chain.__context__
 
 
 class _Inline(Executor):

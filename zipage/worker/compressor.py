@@ -25,11 +25,13 @@ class PartlyCompressed(RuntimeError):
     Attributes:
         first_layer: the layers before it are compressed, those from it on untouched. None where a move itself failed:
             what its layers hold is unknown, and the entries can't be used any more.
+        counts: int64 [first_layer, R, H], entries of each head in those layers, where budgets are unequal.
     """
 
-    def __init__(self, first_layer: int | None, failed: Sequence[Tensor]) -> None:
+    def __init__(self, first_layer: int | None, failed: Sequence[Tensor], counts: Tensor | None = None) -> None:
         super().__init__("survivors of some layers were moved")
         self.first_layer = first_layer
+        self.counts = counts
         self._failed = failed
 
     def failed(self) -> list[bool]:

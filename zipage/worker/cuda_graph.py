@@ -17,6 +17,8 @@ from zipage.worker.block_tables import BlockTables
 from zipage.worker.entry_scorer import EntryScorer
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_attention import PagedAttention
+from zipage.worker.tile_tables import TileTables
+from zipage.worker.tiled_attention import TiledAttention
 from zipage.worker.token_batch import TokenBatch
 
 PROMPT_TOKENS = 256
@@ -72,7 +74,7 @@ class StepGraphs:
         self,
         decoder: Decoder,
         cache: KVCache,
-        tables: BlockTables,
+        tables: BlockTables | TileTables,
         sampled: Tensor,
         stream: torch.cuda.Stream | None,
         scorer: EntryScorer | None = None,
@@ -119,6 +121,19 @@ class StepGraphs:
         own, hundreds of megabytes in all.
         """
         token_ids, token_rows, positions, slots, queries, rows, lens = inputs
+        queries = None if self._cache.queries is None else queries
+        if self._cache.tiled:
+            attention = TiledAttention(
+                self._cache,
+                self._decoder.spec.attention,
+                self._tables,
+                rows=rows,
+                entries=slots,
+                positions=positions,
+                query_indices=queries,
+                num_decodes=inputs.shape[1],
+            )
+            return self._decode(token_ids, token_rows, positions, attention)
         if self._cache.positions is not None:
             layers, _, heads, _ = self._cache.positions.shape
             store_positions(positions.int(), self._cache.positions, shared(slots, heads, layers))
@@ -126,12 +141,17 @@ class StepGraphs:
             self._cache,
             self._decoder.spec.attention,
             slots=slots,
-            query_indices=None if self._cache.queries is None else queries,
+            query_indices=queries,
             num_decodes=inputs.shape[1],
             decode_tables=self._tables.device.index_select(0, rows),
             decode_lens=lens.int(),
         )
-        observe = None if self._cache.predictions is None else self._scorer.into(self._cache, slots)
+        return self._decode(token_ids, token_rows, positions, attention)
+
+    def _decode(
+        self, token_ids: Tensor, token_rows: Tensor, positions: Tensor, attention: PagedAttention | TiledAttention
+    ) -> Tensor:
+        observe = None if self._cache.predictions is None else self._scorer.into(self._cache, attention.slots)
         return self._decoder(known_tokens(token_ids, token_rows, self._sampled), positions, attention, observe)
 
     @property

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kernels.cache_view import shared
+from kernels.store_positions import store_positions
 from kernels.store_predictions import store_predictions
 from zipage.checks import shown
 from zipage.eviction.policy import Policy
@@ -46,8 +48,19 @@ class EntryScorer:
     def into(self, cache: KVCache, slots: Tensor) -> Callable[[int, Tensor], None]:
         """What `Decoder.forward` shall call in each layer to score the tokens whose entries go to `slots`, int64 [T].
 
+        Where heads hold unequal lengths, `slots` are those of each layer, token and head, int64 [L, T * H, 1].
+
         It neither waits for the device nor allocates there, so a CUDA graph can hold it.
         """
+        if cache.tiled:
+            state = cache.predictions.view(torch.int32)
+
+            def observe_lines(layer: int, hidden: Tensor) -> None:
+                # A kernel that stores numbers of four bytes by slots takes these as they are.
+                numbers = (hidden.float() @ self.weight[layer].T + self.bias[layer]).view(torch.int32)
+                store_positions(numbers.view(-1), state, slots[layer].view(1, -1, 1))
+
+            return observe_lines
         of_heads = shared(slots, self.weight.shape[1])
 
         def observe(layer: int, hidden: Tensor) -> None:

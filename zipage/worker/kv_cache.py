@@ -19,9 +19,11 @@ class KVCache:
         scores: numbers that an eviction policy stores for each entry.
         num_query_slots: M.
         window: w, queries kept in a query slot.
+        tiled: heads hold unequal lengths.
 
     Attributes:
-        k, v: [L, num_blocks, H, b, d] of `dtype`.
+        k, v: [L, num_blocks, H, b, d] of `dtype`. Where heads hold unequal lengths, the same memory is tiles of any
+            layer and head, [1, L * num_blocks * H, 1, b, ...], as is what is kept beside it.
         positions: int32 [L, num_blocks, H, b], the entries' logical positions, which differ by layer and head once
             some were evicted; or None.
         scores: float32 [L, num_blocks, H, b] each, what an eviction policy stored for each entry.
@@ -42,10 +44,14 @@ class KVCache:
         predictions: bool = False,
         num_query_slots: int = 0,
         window: int = 0,
+        tiled: bool = False,
     ) -> None:
+        self.tiled = tiled
         self.block_size = block_size
         self.window = window
         shape = (spec.num_layers, num_blocks, spec.num_kv_heads, block_size)
+        if tiled:
+            shape = (1, spec.num_layers * num_blocks * spec.num_kv_heads, 1, block_size)
         self.k = torch.empty((*shape, spec.head_dim), dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
         self.positions = torch.empty(shape, dtype=torch.int32, device=device) if positions else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,6 +28,8 @@ from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.sampler import Logprobs, Sampler
 from zipage.worker.swap import HostCopy, restore, save
+from zipage.worker.tile_tables import TileTables
+from zipage.worker.tiled_attention import TiledAttention
 from zipage.worker.token_batch import TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -122,7 +124,7 @@ class ModelRunner:
         self._capture_stream = capture_stream(device) if device.type == "cuda" else None
         self.sampler = Sampler(max_num_seqs, spec.vocab_size, device)
         self.cache: KVCache | None = None
-        self._tables: BlockTables | None = None
+        self._tables: BlockTables | TileTables | None = None
         self._host_copies: dict[int, HostCopy] = {}
         """Of paused requests, by their numbers."""
         self._sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
@@ -140,13 +142,16 @@ class ModelRunner:
         if self.device.type == "cuda" and not self.enforce_eager:
             self._graphs = self.step_graphs(cache, self._tables)
 
-    def step_graphs(self, cache: KVCache, tables: BlockTables) -> StepGraphs:
+    def step_graphs(self, cache: KVCache, tables: BlockTables | TileTables) -> StepGraphs:
         """Graphs over `cache`, none captured yet."""
         return StepGraphs(self.decoder, cache, tables, self._sampled, self._capture_stream, self.scorer)
 
-    def block_tables(self, cache: KVCache) -> BlockTables:
+    def block_tables(self, cache: KVCache) -> BlockTables | TileTables:
         """Tables of all rows, none written yet."""
-        return BlockTables(self.max_num_seqs, -(-self.max_model_len // cache.block_size), cache.block_size, self.device)
+        size = self.max_num_seqs, -(-self.max_model_len // cache.block_size), cache.block_size, self.device
+        if cache.tiled:
+            return TileTables(*size, num_layers=self.spec.num_layers, num_heads=self.spec.num_kv_heads)
+        return BlockTables(*size)
 
     @torch.inference_mode()
     def move(self, plan: StepPlan) -> dict[int, str]:
@@ -261,6 +266,8 @@ class ModelRunner:
 
     def _run_eagerly(self, plan: StepPlan, batch: TokenBatch) -> Tensor:
         """Hidden states [n, width], every kernel launched from here; prompts take prefill attention."""
+        if self.cache.tiled:
+            return self._run_tiled(plan, batch)
         num_decodes = plan.num_decodes
         attention = PagedAttention(self.cache, self.spec.attention, slots=None, num_decodes=num_decodes)
         if num_decodes:
@@ -283,8 +290,31 @@ class ModelRunner:
         if self.cache.positions is not None:
             layers, _, heads, _ = self.cache.positions.shape
             store_positions(positions.int(), self.cache.positions, shared(attention.slots, heads, layers))
-        observe = None if self.cache.predictions is None else self.scorer.into(self.cache, attention.slots)
-        return self.decoder(token_ids, positions, attention, observe)
+        return self.decoder(token_ids, positions, attention, self._observe(attention.slots))
+
+    def _observe(self, slots: Tensor) -> Callable[[int, Tensor], None] | None:
+        """What scores new entries, where the cache keeps predictions."""
+        return None if self.cache.predictions is None else self.scorer.into(self.cache, slots)
+
+    def _run_tiled(self, plan: StepPlan, batch: TokenBatch) -> Tensor:
+        """`_run_eagerly` where heads hold unequal lengths."""
+        fields = batch.token_ids, batch.token_rows, batch.positions, batch.slots, batch.queries, batch.rows
+        token_ids, token_rows, positions, entries, queries, rows = self._tensor(np.stack(fields))
+        if batch.token_rows.max() >= 0:
+            token_ids = known_tokens(token_ids, token_rows, self._sampled)
+        attention = TiledAttention(
+            self.cache,
+            self.spec.attention,
+            self._tables,
+            rows=rows,
+            entries=entries,
+            positions=positions,
+            query_indices=None if self.cache.queries is None else queries,
+            num_decodes=plan.num_decodes,
+            width=self._tables.width(plan.rows),
+            chunks=plan.counts[plan.num_decodes :].tolist(),
+        )
+        return self.decoder(token_ids, positions, attention, self._observe(attention.slots))
 
     def _tensor(self, values: list | np.ndarray, dtype: type | None = None) -> Tensor:
         return to_device(values, self.device, dtype)

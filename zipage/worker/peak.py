@@ -14,7 +14,8 @@ from zipage.eviction.rule import EvictionRule
 from zipage.models.shard import WHOLE, Shard
 from zipage.models.spec import ModelSpec
 from zipage.sampling_params import MOST_LOGPROBS, SamplingParams
-from zipage.scheduling.plan import CompressionOrder, RowStart
+from zipage.scheduling.plan import CompressionOrder, RowStart, TableGrowth
+from zipage.tile_table import TileTable
 from zipage.transfer import to_device
 from zipage.worker.compression_runner import CompressionRunner
 from zipage.worker.compressor import LAUNCH_ENTRIES
@@ -23,6 +24,8 @@ from zipage.worker.model_runner import ModelRunner
 from zipage.worker.output_norms import OutputNorms
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.sampler import Sampler
+from zipage.worker.tile_tables import TileTables
+from zipage.worker.tiled_attention import TiledAttention
 
 
 @torch.inference_mode()
@@ -57,7 +60,8 @@ def measure_peak(
         RuntimeError: the largest compression failed.
     """
     num_blocks = -(-min(num_tokens, runner.max_model_len) // block_size)
-    cache = KVCache(runner.spec, num_blocks, block_size, dtype, runner.device)
+    tiled = rule is not None and rule.allocation is not None
+    cache = KVCache(runner.spec, num_blocks, block_size, dtype, runner.device, positions=tiled, tiled=tiled)
     peak = _peak_of(runner.device, lambda: run_largest_step(runner, cache, num_tokens))
     if not runner.enforce_eager:
         # Graphs keep what they allocate, beside what other steps do; the largest needs most, and all share it.
@@ -65,10 +69,12 @@ def measure_peak(
         inputs = graphs.inputs(None, graphs.most).to(runner.device)
         peak += _peak_of(runner.device, lambda: graphs.warm_up(inputs)) + graphs.kept_bytes
         del graphs, inputs
+    if tiled:
+        peak += runner.block_tables(cache).nbytes  # a table for each layer and head is not small
     del cache
     if rule is not None:
         kept = {"positions": True, "scores": rule.policy.num_states, "predictions": rule.policy.predicts}
-        options = kept | {"num_query_slots": 1, "window": rule.window}
+        options = kept | {"num_query_slots": 1, "window": rule.window, "tiled": tiled}
         longest = -(-runner.max_model_len // block_size)
         # Budget and interval may be beyond any request.
         cache = KVCache(runner.spec, 1 + min(rule.kept_blocks, longest), block_size, dtype, runner.device, **options)
@@ -113,15 +119,35 @@ def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> No
     chunks = [length] * (num_tokens // length) + [num_tokens % length] * bool(num_tokens % length)
     entries = np.concatenate([np.arange(n) for n in chunks])
     tensor = partial(to_device, device=runner.device)
-    attention = PagedAttention(
-        cache,
-        runner.spec.attention,
-        slots=tensor(entries, dtype=np.int64),
-        prefill_tables=tensor(np.tile(np.arange(cache.k.shape[1]), (len(chunks), 1)), dtype=np.int32),
-        prefill_lens=tensor(chunks, dtype=np.int32),
-        cu_seqlens=tensor(np.cumsum([0, *chunks]), dtype=np.int32),
-        max_seqlen=length,
-    )
+    if cache.tiled:
+        layers, heads = runner.spec.num_layers, runner.spec.num_kv_heads
+        tiles = np.arange(cache.k.shape[1]).reshape(layers * heads, -1)
+        size = tiles.shape[1], cache.block_size, runner.device
+        tables = TileTables(1, *size, num_layers=layers, num_heads=heads)
+        tables.write(TableGrowth(0, 0, TileTable.of_columns(tiles)))
+        tables.upload()
+        attention = TiledAttention(
+            cache,
+            runner.spec.attention,
+            tables,
+            rows=tensor(np.zeros(num_tokens), dtype=np.int64),
+            entries=tensor(entries, dtype=np.int64),
+            positions=tensor(entries, dtype=np.int64),
+            query_indices=None,
+            num_decodes=0,
+            width=tiles.shape[1],
+            chunks=chunks,
+        )
+    else:
+        attention = PagedAttention(
+            cache,
+            runner.spec.attention,
+            slots=tensor(entries, dtype=np.int64),
+            prefill_tables=tensor(np.tile(np.arange(cache.k.shape[1]), (len(chunks), 1)), dtype=np.int32),
+            prefill_lens=tensor(chunks, dtype=np.int32),
+            cu_seqlens=tensor(np.cumsum([0, *chunks]), dtype=np.int32),
+            max_seqlen=length,
+        )
     tokens = tensor(np.zeros(num_tokens), dtype=np.int64)
     hidden = runner.decoder(tokens, tensor(entries, dtype=np.int64), attention)
     rows = min(runner.max_num_seqs, num_tokens)
@@ -158,6 +184,10 @@ def run_compression(
     num_entries = num_blocks * cache.block_size
     new_ids = list(range(min(rule.kept_blocks, num_blocks)))
     tables = [len(new_ids)] * num_blocks, new_ids
+    if rule.allocation is not None:  # survivors stay in their lines' own first tiles
+        lines = spec.num_layers * spec.num_kv_heads
+        columns = np.minimum(np.arange(num_blocks), len(new_ids))
+        tables = TileTable.of_columns(columns * lines + np.arange(lines)[:, None]), []
     orders = [
         CompressionOrder(number, rule, *tables, num_entries=num_entries, window_end=num_entries, query_slot=0)
         for number in range(num_requests)

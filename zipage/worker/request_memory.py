@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zipage.config import EngineConfig
+from zipage.eviction import allocation as allocations
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.models.loading.loader import read_shape
@@ -19,7 +20,7 @@ class RequestMemory:
 
     Attributes:
         block_size: entries in a block.
-        interval_blocks: blocks that fill between two compressions.
+        interval_blocks: blocks that fill between two compressions, and what unequal budgets may take beside them.
         block_bytes, query_slot_bytes: as in `MemoryPlan`.
     """
 
@@ -44,7 +45,9 @@ class RequestMemory:
         options = {"load_format": config.load_format, "dtype": config.dtype, "device": config.device}
         spec, dtype = read_shape(config.model, **options)
         budget = Budget.from_tokens(1, config.block_size, config.interval)
-        return cls(config.block_size, budget.interval_blocks, *bounded_sizes(spec, config.block_size, dtype, made))
+        allocation = allocations.make(config.allocation, config.allocation_options)
+        interval_blocks = budget.interval_blocks + (allocation.extra_blocks if allocation else 0)
+        return cls(config.block_size, interval_blocks, *bounded_sizes(spec, config.block_size, dtype, made))
 
     def bytes_of(self, budget_tokens: int) -> int:
         """What a request of this budget holds at most while it decodes: N_max blocks and a query slot."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from zipage.scheduling.plan import StepPlan
 from zipage.worker.block_tables import BlockTables
+from zipage.worker.tile_tables import TileTables
 
 
 @dataclass(slots=True)
@@ -20,7 +21,7 @@ class TokenBatch:
         token_ids: int64 [T]; without meaning where `token_rows` is not -1.
         token_rows: int64 [T], where among the tokens of the step before the token lies, or -1.
         positions: int64 [T], of the tokens.
-        slots: int64 [T], where their entries go.
+        slots: int64 [T], where their entries go; where heads hold unequal lengths, by the cache length of the request.
         queries: int64 [T], where their queries go, -1 for nowhere.
         rows: int64 [T], of the block tables.
         lens: int64 [T], entries of each request up to this one.
@@ -38,7 +39,7 @@ class TokenBatch:
         return len(self.token_ids)
 
     @classmethod
-    def of(cls, plan: StepPlan, tables: BlockTables, window: int) -> TokenBatch:
+    def of(cls, plan: StepPlan, tables: BlockTables | TileTables, window: int) -> TokenBatch:
         """The tokens of a plan that `tables` are up to date with.
 
         Args:

@@ -157,6 +157,7 @@ class Worker:
             predictions=policy is not None and policy.predicts,
             num_query_slots=plan.num_query_slots,
             window=0 if policy is None else policy.num_queries,
+            tiled=config.is_tiled,
         )
         self.runner.attach(self.cache)
         self.compressor = CompressionRunner(

@@ -131,12 +131,12 @@ def survival(kept: list[np.ndarray], length: int) -> np.ndarray:
     """How many compressions each position survived, int [L, H, length].
 
     Args:
-        kept: positions [L, H, entries] that each compression kept.
+        kept: positions [L, H, entries] that each compression kept, -1 where a head kept fewer.
     """
     layers, heads = kept[0].shape[:2]
     survived = np.zeros((layers, heads, length), dtype=int)
     for positions in kept:
-        once = np.zeros_like(survived)
+        once = np.zeros((layers, heads, length + 1), dtype=int)
         np.put_along_axis(once, positions.astype(int), 1, axis=2)
-        survived += once
+        survived += once[..., :length]
     return survived

@@ -121,6 +121,8 @@ def test_every_engine_option_can_be_set_and_arrives():
         "budget_tokens": 77,
         "interval": 77,
         "protection": "sink:4",
+        "allocation": "pyramid",
+        "allocation_options": {},
         "recent_tokens": 7,
         "layer_stride": 3,
         "trigger": "pressure",
@@ -134,6 +136,18 @@ def test_every_engine_option_can_be_set_and_arrives():
     options = [f"{HOMES.get(name, f'engine.{name}')}={value}" for name, value in values.items()]
     experiment = load_experiment(["model=hf", *options])
     assert engine_options(experiment, "folder") == values | FIXED | {"kv_cache_memory_bytes": None}
+
+
+def test_an_allocation_and_its_options_arrive():
+    unequal = ["policy=snapkv", "policy.allocation=adaptive", "engine.enable_prefix_caching=false"]
+    experiment = load_experiment([*unequal, "policy.allocation_options.alpha=0.3"])
+    assert engine_options(experiment, "folder")["allocation_options"] == {"alpha": 0.3}
+    with pytest.raises(
+        UsageError, match="allocation_options of 'adaptive': unknown option 'alhpa'; did you mean alpha"
+    ):
+        load_experiment([*unequal, "policy.allocation_options.alhpa=0.3"])
+    with pytest.raises(UsageError, match="enable_prefix_caching=True: must be False with allocation='adaptive'"):
+        load_experiment(unequal[:2])
 
 
 def test_sampling_options_are_those_of_the_engine():

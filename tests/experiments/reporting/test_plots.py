@@ -217,6 +217,7 @@ class TestKeptPositions:
 
     def test_survival(self):
         assert survival([self.KEPT[0]], 6).tolist() == [[[1, 1, 0, 0, 1, 0]], [[1, 0, 1, 1, 0, 0]]]
+        assert survival([np.array([[[0, 2], [1, -1]]])], 3).tolist() == [[[1, 0, 1], [0, 1, 0]]]
 
     def test_untraced_samples_are_an_error(self, tmp_path):
         run = make_run(tmp_path, "a", "zipage", 64, events=[{"round": 0, "num_tokens": 5}])

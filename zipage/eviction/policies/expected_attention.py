@@ -70,6 +70,10 @@ class ExpectedAttention(Policy):
     def needs_rotary_pairs(self) -> bool:
         return True
 
+    @property
+    def comparable(self) -> bool:
+        return True
+
     def rank(self, event: Event) -> Tensor:
         # mu'.K = mu.K" and K^T C' K = K"^T C K" where K" is the key, turned back.
         keys = turned(event.keys(), self._turn(event).conj()[:, None, None])

@@ -44,6 +44,10 @@ class H2O(Policy):
     def state(self) -> bool:
         return True
 
+    @property
+    def comparable(self) -> bool:
+        return True
+
     def rank(self, event: Event) -> Tensor:
         gained = event.window * event.attention("all", group=self.group, window="mean")
         total = gained + self.decay * event.stored.clamp_min(0.0)

@@ -43,5 +43,9 @@ class KVzap(Policy):
     def predicts(self) -> bool:
         return True
 
+    @property
+    def comparable(self) -> bool:
+        return True
+
     def rank(self, event: Event) -> Tensor:
         return tied_logs(event.predictions())

@@ -46,6 +46,10 @@ class LagKV(Policy):
                 f"ones and two partitions of {self.partition}: raise budget_tokens above {unranked} or lower partition"
             )
 
+    @property
+    def comparable(self) -> bool:
+        return self.cross
+
     def rank(self, event: Event) -> Tensor:
         size = self.partition
         start = event.protected.long().clamp_min(self.sink)

@@ -40,5 +40,9 @@ class MorphKV(Policy):
     def leaves_window_unscored(self) -> bool:
         return True
 
+    @property
+    def comparable(self) -> bool:
+        return True
+
     def rank(self, event: Event) -> Tensor:
         return torch.where(event.before_window, event.attention("cut", group="max", window=self.fuse), 0.0)

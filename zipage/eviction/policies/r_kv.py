@@ -49,6 +49,10 @@ class RKV(Policy):
     def leaves_window_unscored(self) -> bool:
         return True
 
+    @property
+    def comparable(self) -> bool:
+        return True
+
     def rank(self, event: Event) -> Tensor:
         attention = event.attention("group_cut", group="max", window="mean")
         attention = pooled(event, attention, self.pooling, self.pool_width, "max", event.window_start)

@@ -49,6 +49,10 @@ class SnapKV(Policy):
     def leaves_window_unscored(self) -> bool:
         return self.softmax != "all"
 
+    @property
+    def comparable(self) -> bool:
+        return True
+
     def rank(self, event: Event) -> Tensor:
         scores = event.attention(self.softmax, group=self.group, window="mean")
         if self.leaves_window_unscored:

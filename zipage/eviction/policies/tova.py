@@ -38,6 +38,10 @@ class Tova(Policy):
     def shared_heads(self) -> bool:
         return self.reduce == "layer"
 
+    @property
+    def comparable(self) -> bool:
+        return self.reduce == "group"
+
     def rank(self, event: Event) -> Tensor:
         # Groups are of one size, so the mean of their means is the mean over all query heads.
         scores = event.attention("all", group="mean", window="mean")

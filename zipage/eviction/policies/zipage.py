@@ -55,6 +55,10 @@ class Zipage(Policy):
     def state(self) -> bool:
         return self.global_score
 
+    @property
+    def comparable(self) -> bool:
+        return not self.max_norm
+
     def rank(self, event: Event) -> Tensor:
         scores = event.attention("all", group="max", window="mean")
         if self.max_norm:
