@@ -38,6 +38,7 @@ from experiments.records import load_runs
 from experiments.running import sweep
 from experiments.workloads import load_problems
 from experiments.workloads.problem import Problem
+from tests.experiments.document_programs import calibrate_a_little, simulate, train_a_little
 from tests.experiments.workloads.test_workload_configs import ITEMS, write
 from tests.serve.running import RunningServer, answers, free_port, wait_until
 from tests.tiny_models import save_tiny_model, save_tiny_tokenizer
@@ -212,47 +213,6 @@ def read_training_options(given: list[str], request) -> None:
     patch.setattr("experiments.train_reasoner.train", lambda *options: asked.append(options) or record)
     assert importlib.import_module("experiments.train_reasoner").main(given) == 0
     assert len(asked) == 1
-
-
-def calibrate_a_little(given: list[str], request) -> None:
-    """In full it takes minutes."""
-    out = request.getfixturevalue("tmp_path") / "file"
-    program = importlib.import_module("experiments.calibrate")
-    assert program.main([*given, "--out", str(out), "--tokens", "200", "--max-tokens", "8", "--device", "cpu"]) == 0
-    assert out.exists()
-
-
-def train_a_little(given: list[str], request) -> None:
-    """In full it takes minutes."""
-    out = Path(given[given.index("--out") + 1]).name
-    given[given.index("--out") + 1] = str(request.getfixturevalue("tmp_path") / out)
-    program = importlib.import_module("experiments.train_scorer")
-    assert program.main([*given, "--tokens", "5000", "--max-tokens", "8", "--device", "cpu"]) == 0
-
-
-def simulate(module: str, given: list[str], request) -> None:
-    """Of all records one short one is simulated, and nothing is fitted: tests/experiments/simulation does that."""
-    patch, folder = request.getfixturevalue("monkeypatch"), request.getfixturevalue("tmp_path")
-    program = importlib.import_module(module)
-    if module.endswith("fit"):
-        for stage in ("device_constants", "collective_constant", "launch_constant", "host_constants"):
-            patch.setattr(program, stage, lambda machine, *_: machine)
-    elif given[0] in ("serve", "fleet", "capacity"):
-        given = [option for option in given if "warmup=" not in option and option != "--set"]
-        given += ["--set", "warmup=1", "seconds=2", "drain=1", "begun=null"]
-    elif given[0] == "paper":
-        rates = dict.fromkeys(("full KV", "zipage"), 1.0)
-        patch.setattr(program.paper, "pairs", lambda folders: {"a model": {}})
-        patch.setattr(program.paper, "_row", lambda model, *_: {"model": model, "measured": rates, "simulated": rates})
-    else:
-        assert [path for option in given if option.startswith("results/") for path in ROOT.glob(option)]
-        patch.setattr(program, "measured_runs", lambda record: [])
-        short = [ROOT / "results" / "records" / "engine_bench_short_256_h100"]
-        patch.setattr(program, "_benchmarks", lambda record: short)
-        given = [option for option in given if not option.startswith("results/")] + [str(short[0])]
-    if "--out" in given:
-        given[given.index("--out") + 1] = str(folder / "out")
-    assert program.main(given) == 0
 
 
 def find_script(file: str, given: list[str]) -> None:
