@@ -13,13 +13,12 @@ import argparse
 import json
 import platform
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from experiments.running import steady
 from experiments.running.scenarios import TimedRequest
+from experiments.running.steady import serve_steadily
 from experiments.running.traces import read_trace
 from tests.benchmarks.growth import ENTRY, PREFILL, STEP
 from tests.scheduling.fabricated import make_rule, make_samples, make_scheduler
@@ -31,12 +30,12 @@ Lengths = Sequence[tuple[int, int]]
 
 
 class Clock:
-    """Stands for the module `time` where a simulation is timed."""
+    """Tells the seconds of a simulation."""
 
     def __init__(self) -> None:
         self.now = 0.0
 
-    def perf_counter(self) -> float:
+    def __call__(self) -> float:
         return self.now
 
 
@@ -76,16 +75,6 @@ class Simulated:
         return [RequestOutput(request.request_id, None, [], [], RequestMetrics()) for request in ended]
 
 
-@contextmanager
-def simulated_time() -> Iterator[Clock]:
-    """`serve_steadily` goes by the clock that is handed out."""
-    real, steady.time = steady.time, Clock()
-    try:
-        yield steady.time
-    finally:
-        steady.time = real
-
-
 def full_kv(clock: Clock, blocks: int, size: int) -> tuple[Simulated, EngineConfig]:
     engine = Simulated(clock, num_blocks=blocks, block_size=size, max_num_seqs=1024, num_query_slots=0)
     return engine, EngineConfig(model="m", block_size=size)
@@ -119,9 +108,8 @@ def measure(build: Callable[[Clock], tuple[Simulated, EngineConfig]], lengths: L
         TimedRequest(f"{i}", [5] * prompt, SamplingParams(max_tokens=output, ignore_eos=True))
         for i, (prompt, output) in enumerate(lengths)
     ]
-    with simulated_time() as clock:
-        engine, config = build(clock)
-        served = steady.serve_steadily(engine, requests, config, seconds=seconds, seed=seed)
+    engine, config = build(Clock())
+    served = serve_steadily(engine, requests, config, seconds=seconds, seed=seed)
     begin, end = (served.start + edge for edge in served.window)
     decoded = [(step.time, step.num_decode) for step in engine.steps if begin < step.time <= end]
     parts = [

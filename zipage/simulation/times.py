@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from zipage.eviction.policy import Policy
-from zipage.models.spec import ModelSpec
+if TYPE_CHECKING:
+    from zipage.eviction.policy import Policy
+    from zipage.models.spec import ModelSpec
 
 
 class StepWork(NamedTuple):

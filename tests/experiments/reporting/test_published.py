@@ -12,6 +12,7 @@ from experiments.errors import UsageError
 from experiments.paths import CONF
 from experiments.records import flatten
 from experiments.reporting.published import FOLDER, beside, read_published
+from tests.calibrations import CALIBRATED
 
 
 def runs_and_compared():
@@ -55,6 +56,7 @@ def test_rows_hold_published_figures_and_the_runs_that_are_meant():
     assert [name.partition(":")[0] for name in table.columns] == ["published"] * 2 + ["ours"] * 5
 
 
+FILE = ["policy.options.calibration=file"]
 CHOICES = [f"policy={path.stem}" for path in (CONF / "policy").glob("*.yaml")]
 CHOICES += [f"backend={backend}" for backend in BACKENDS]
 
@@ -62,8 +64,9 @@ CHOICES += [f"backend={backend}" for backend in BACKENDS]
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_row_of_ours_can_be_filled(path):
     """What a row means is what some run of the shipped configs records."""
+    common = ["model=hf", "model.path=m", "engine.block_size=256"]
     options = [
-        flatten(to_dict(load_experiment(["model=hf", "model.path=m", "engine.block_size=256", choice])))
+        flatten(to_dict(load_experiment([*common, choice, *FILE * (choice.removeprefix("policy=") in CALIBRATED)])))
         for choice in CHOICES
     ]
     runs = pd.DataFrame(options).assign(**{"model.name": "m"})

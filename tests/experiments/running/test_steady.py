@@ -19,7 +19,7 @@ from experiments.regrade import regrade
 from experiments.reporting import plots
 from experiments.running.scenarios import TimedRequest
 from experiments.running.steady import begun, held_entries, serve_steadily
-from tests.benchmarks.steady import Clock, full_kv, measure, simulated_time
+from tests.benchmarks.steady import Clock, full_kv, measure
 from tests.experiments.fake_engine import fake_backend
 from zipage import EngineConfig, RequestMetrics, RequestOutput, SamplingParams, StepStats
 
@@ -151,9 +151,8 @@ class Slots:
 
 def serve_in_slots(some, seconds=2.0, replicas=1, **options):
     """Returns: tokens a step of the window, requests that end in a step of it, and the engine."""
-    with simulated_time() as clock:
-        engine = Slots(clock, replicas=replicas, **options)
-        served = serve_steadily(engine, some, config(data_parallel_size=replicas), seconds=seconds, seed=0)
+    engine = Slots(Clock(), replicas=replicas, **options)
+    served = serve_steadily(engine, some, config(data_parallel_size=replicas), seconds=seconds, seed=0)
     begin, end = served.window
     steps = [step for step in engine.steps if begin < step.time <= end]
     ended = [name for time, name in engine.ended if begin < time <= end]
@@ -276,9 +275,9 @@ def test_a_request_that_the_engine_refuses_costs_itself():
     engine = fake_backend(max_prompt=300)["zipage"](model="m", max_num_seqs=16)
     some = [*requests(*[9] * 3), *(replace(r, id=f"long-{r.id}") for r in requests(9, prompt=400))]
     some += [replace(r, id=f"more-{i}") for i, r in enumerate(requests(*[9] * 2000))]
-    with simulated_time() as clock:
-        engine.step_listeners.append(lambda step: setattr(clock, "now", clock.now + 0.01))
-        served = serve_steadily(engine, some, config(), seconds=0.5, seed=0)
+    engine.clock = clock = Clock()
+    engine.step_listeners.append(lambda step: setattr(clock, "now", clock.now + 0.01))
+    served = serve_steadily(engine, some, config(), seconds=0.5, seed=0)
     refused = [name for name, output in served.outputs.items() if output.error is not None]
     assert refused == ["long-0"]
     assert len(served.outputs) > 4
