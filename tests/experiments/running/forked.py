@@ -19,7 +19,7 @@ from typing import IO
 ROOT = Path(__file__).parents[3]
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["zipage", "torch", "pandas", "scipy.special", "tests.experiments.running.sweep_process"])
+FORKS.set_forkserver_preload(["zipage", "tests.experiments.running.warm"])
 
 
 class Forked:
