@@ -84,9 +84,11 @@ def code_state() -> dict[str, str]:
 
 def device_name(device: str) -> str:
     """The accelerator that `hardware.device` means here: the GPU's model, or "cpu"."""
+    if device == "cpu":
+        return "cpu"
     import torch
 
-    if device == "cpu" or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return "cpu"
     return torch.cuda.get_device_name(0 if device == "auto" else device)
 

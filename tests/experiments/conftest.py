@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
 import pytest
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra._internal.hydra import Hydra
-from hydra.plugins.config_source import ConfigResult
 
 from experiments import run
-from experiments.paths import CONF, ROOT
+from experiments.paths import ROOT
 from experiments.records import sources
 from tests.experiments.fake_engine import fake_backend
+from tests.experiments.hydra_files import read_once
 
 
 @pytest.fixture(autouse=True)
@@ -27,21 +24,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _hydra_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hydra reads the files of `conf` for each run, and composes it twice, first to see whether the config names
-    another mode than the command line, which ours never does.
-    """
-
-    def load_config(source: FileConfigSource, config_path: str) -> ConfigResult:
-        load = _read if source.path == str(CONF) else _read.__wrapped__
-        return deepcopy(load(source.provider, source.path, config_path))
-
-    monkeypatch.setattr(FileConfigSource, "load_config", load_config)
-    monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
-
-
-@cache
-def _read(provider: str, folder: str, path: str, load=FileConfigSource.load_config) -> ConfigResult:
-    return load(FileConfigSource(provider, folder), path)
+    read_once(monkeypatch)
 
 
 @pytest.fixture

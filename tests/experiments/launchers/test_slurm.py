@@ -6,22 +6,27 @@ import contextlib
 import os
 import pickle
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from experiments import records
+from experiments import records, run
 from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.launchers import slurm
 from experiments.launchers.task import Commands, Task
 from experiments.records import claims, load_runs
-from tests.experiments.launchers.test_ray import SWEEP, begun, descendants, owners
-from tests.experiments.running.run_process import ROOT, wait_for
+from tests.experiments.fake_engine import fake_backend
+from tests.experiments.launchers.test_ray import begun, descendants, owners
+from tests.experiments.running.forked import Forked
+from tests.experiments.running.run_process import CHILD, wait_for
 from tests.experiments.running.sweep_helpers import launch_sweep, small  # noqa: F401
 from tests.experiments.running.test_lifeline import running
+
+
+def sweep_of_processes() -> int:
+    return run.main(fake_backend(), child=[sys.executable, "-c", CHILD, sys.argv.pop(1)])
 
 
 @pytest.fixture
@@ -30,15 +35,8 @@ def start(arguments, tmp_path):
     (tmp_path / "three.yaml").write_text("axes: {engine.block_size: 16, seed: [0, 1, 2]}")
     options = [*arguments, f"+sweep={tmp_path}/three.yaml", "launcher=slurm", "launcher.cluster=local"]
 
-    def start(step_seconds: float, *more: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-c", SWEEP, str(step_seconds), *options, *more],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            process_group=0,
-        )
+    def start(step_seconds: float, *more: str) -> Forked:
+        return Forked(sweep_of_processes, [str(step_seconds), *options, *more])
 
     return start
 

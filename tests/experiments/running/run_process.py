@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+from experiments import run
+from tests.experiments.fake_engine import fake_backend
+from tests.experiments.running.forked import ROOT, Forked  # noqa: F401
 
 CHILD = """
 import sys
@@ -17,10 +17,13 @@ sys.exit(main(fake_backend(step_seconds=float(sys.argv.pop(1)))))
 """
 
 
-def start(step_seconds: float, arguments: list[str]) -> subprocess.Popen:
+def main() -> int:
+    return run.main(fake_backend(step_seconds=float(sys.argv.pop(1))))
+
+
+def start(step_seconds: float, arguments: list[str]) -> Forked:
     """The main job in a process of its own, on the fake engine."""
-    command = [sys.executable, "-c", CHILD, str(step_seconds), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Forked(main, [str(step_seconds), *arguments])
 
 
 def wait_for(condition, seconds: float = 50) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,8 @@ from experiments import run
 from experiments.config.compose import load_experiment
 from experiments.running import job
 from tests.experiments.fake_engine import fake_backend
-from tests.experiments.running.run_process import ROOT
+from tests.experiments.running import sweep_process
+from tests.experiments.running.forked import Forked
 
 SMALL = """
 axes: {engine.block_size: 16}
@@ -92,22 +92,8 @@ def launch_sweep(arguments, monkeypatch):
 def start_sweep(arguments, tmp_path):
     """A sweep in a process of its own, which forks its arms."""
 
-    def start_sweep(*more: str, step_seconds: float = 0.0) -> subprocess.Popen:
-        command = [
-            sys.executable,
-            "-m",
-            "tests.experiments.running.sweep_process",
-            str(step_seconds),
-            str(tmp_path / "loads"),
-        ]
-        return subprocess.Popen(
-            [*command, *arguments, *more],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            process_group=0,
-        )
+    def start_sweep(*more: str, step_seconds: float = 0.0) -> Forked:
+        return Forked(sweep_process.main, [str(step_seconds), str(tmp_path / "loads"), *arguments, *more])
 
     return start_sweep
 

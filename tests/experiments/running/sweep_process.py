@@ -1,6 +1,4 @@
-"""A sweep on the fake engine in a process of its own:
-
-python -m tests.experiments.running.sweep_process SECONDS LOADS OPTION...
+"""A sweep on the fake engine, for a process of its own, which has the arguments SECONDS LOADS OPTION...
 
 SECONDS slows down each step. Each arm adds a line to the file LOADS when its engine is loaded, and one to LOADS.log
 when it "begins" then, "serves", and "ends": that word, the process, and the arm's seed and policy. After the first it
@@ -98,7 +96,3 @@ def main() -> int:
     local.Alone = Fork
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return run.main({"zipage": load}, child=["run"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,17 +8,18 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from experiments import report
+from experiments import report, run
 from experiments.records import load_runs
 from experiments.running.child import run_child
-from tests.experiments.running.run_process import ROOT, wait_for
+from tests.experiments.fake_engine import fake_backend
+from tests.experiments.running.forked import Forked
+from tests.experiments.running.run_process import CHILD, wait_for
 from tests.experiments.running.sweep_helpers import deterministic, launch_sweep, six, small, start_sweep, sweep_file  # noqa: F401
 
 
@@ -149,20 +150,13 @@ def test_child_is_not_in_the_way_of_the_terminal():
     assert run_child([sys.executable, "-c", code], lambda: "") == (0, "True True\n")
 
 
-PARENT = """
-import sys
-from experiments.run import main
-from tests.experiments.fake_engine import fake_backend
-from tests.experiments.running.run_process import CHILD
-
-sys.exit(main(fake_backend(), child=[sys.executable, "-c", CHILD, "10"]))
-"""
+def sweep_of_processes() -> int:
+    return run.main(fake_backend(), child=[sys.executable, "-c", CHILD, "10"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_stops_child_and_sweep(arguments, small, results, number):
-    command = [sys.executable, "-c", PARENT, *arguments, small]
-    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    parent = Forked(sweep_of_processes, [*arguments, small], apart=True)
     wait_for(lambda: list(results.glob("*.partial/config.yaml")))
     (child,) = map(int, Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split())
     parent.send_signal(number)

@@ -1,0 +1,20 @@
+"""What the process has done from which `forked.py` forks programs: what each of them would do again, in seconds."""
+
+import threading
+
+import pandas  # noqa: F401
+import pytest
+import scipy.special  # noqa: F401
+import torch  # noqa: F401
+from tqdm import tqdm
+
+from experiments.config.compose import load_experiment, register
+from experiments.records import sources
+from experiments.running import sweep, tracking  # noqa: F401
+from tests.experiments.hydra_files import read_once
+
+tqdm.set_lock(threading.RLock())  # its own is a semaphore, which stays behind where a process is killed
+read_once(pytest.MonkeyPatch())
+register()
+load_experiment(["model=reasoner", "workload=word_problems", "hardware=cpu"])
+sources._engine("zipage")
