@@ -30,7 +30,8 @@ def simulate(module: str, given: list[str], request) -> None:
         for stage in ("device_constants", "collective_constant", "launch_constant", "host_constants"):
             patch.setattr(program, stage, lambda machine, *_: machine)
     elif given[0] in ("serve", "fleet", "capacity"):
-        given = [option for option in given if "warmup=" not in option and option != "--set"]
+        short = ("warmup=", "seconds=", "drain=")
+        given = [option for option in given if not option.startswith(short) and option != "--set"]
         given += ["--set", "warmup=1", "seconds=2", "drain=1", "begun=null"]
     elif given[0] == "paper":
         rates = dict.fromkeys(("full KV", "zipage"), 1.0)
