@@ -32,6 +32,7 @@ def simulate(module: str, given: list[str], request) -> None:
     elif given[0] in ("serve", "fleet", "capacity"):
         short = ("warmup=", "seconds=", "drain=")
         given = [option for option in given if not option.startswith(short) and option != "--set"]
+        given = ["examples/traffic.csv" if option == "FILE" else option for option in given]
         given += ["--set", "warmup=1", "seconds=2", "drain=1", "begun=null"]
     elif given[0] == "paper":
         rates = dict.fromkeys(("full KV", "zipage"), 1.0)
