@@ -22,13 +22,15 @@ class LaterMethods:
             raw = [0.0] * size
             for source in (self.keys[place], self.values[place]):
                 here, after = (source[tokens[first + lag : first + lag + size]] for lag in (0, size))
-                low, width = after.min(axis=0), after.max(axis=0) - after.min(axis=0)
+                low, high = after.min(axis=0), after.max(axis=0)
+                width, noise = high - low, np.maximum(abs(low), abs(high)) / 4096
                 spreads = []
                 for entry in here:
-                    y = [(x - a) / w if w >= 1e-8 else 0.0 for x, a, w in zip(entry, low, width, strict=True)]
+                    y = [(x - a) / w if w > s else 0.0 for x, a, w, s in zip(entry, low, width, noise, strict=True)]
                     spreads.append(float(np.std(y, ddof=1)))
                 shares = [math.exp(u - max(spreads)) for u in spreads]
-                raw = [r + x / sum(shares) / 2 for r, x in zip(raw, shares, strict=True)]
+                raw = [r + x / sum(shares) for r, x in zip(raw, shares, strict=True)]
+            raw = [round(4096 * math.log2(r)) for r in raw]
             for j, r in enumerate(raw):
                 below = sum((x, i) < (r, j) for i, x in enumerate(raw))
                 scores[first + j] = r if o["cross"] else below / size

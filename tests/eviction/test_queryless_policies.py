@@ -128,6 +128,15 @@ def test_lagkv_keeps_the_younger_of_equal_entries():
     assert torch.equal(scores[..., 4:12], (torch.arange(8) / 8).expand(2, 1, 2, 8))
 
 
+def test_lagkv_takes_what_rounding_leaves_of_equal_values_for_equal():
+    """Otherwise the range of a few last bits would decide, which are others on two ranks or in another batch."""
+    policy, torch_random = make("lagkv", partition=8), torch.Generator().manual_seed(0)
+    equal = [replace(t, values=t.values[:, :, :1].expand_as(t.values).clone()) for t in REQUESTS]
+    noise = [1 + 1e-6 * torch.randn(t.values.shape, generator=torch_random) for t in equal]
+    rounded = [replace(t, values=t.values * x) for t, x in zip(equal, noise, strict=True)]
+    assert torch.equal(kept(policy, equal), kept(policy, rounded))
+
+
 def test_lagkv_wants_a_budget_above_what_it_does_not_rank():
     policy = make("lagkv")
     with pytest.raises(ValueError, match=r"256 entries kept .* raise budget_tokens above 260"):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from zipage.checks import Count, at_least
-from zipage.eviction.event import EPSILON, Event
+from zipage.eviction.event import Event
 from zipage.eviction.policy import HUGE, Policy
+from zipage.eviction.ties import STEPS, tied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class LagKV(Policy):
             return torch.full((), HUGE, device=event.device)
         slots = start[:, None] + torch.arange(most * size, device=event.device)
         inside = slots.clamp_max(event.num_slots - 1)
-        raw = (self._spread(event.keys(), inside) + self._spread(event.values(), inside)) / 2
+        raw = tied(self._spread(event.keys(), inside) + self._spread(event.values(), inside))
         scores = raw if self.cross else _ranks(raw) / size
         # The last whole partition and the rest have no reference.
         ranked = torch.arange(most - 1, device=event.device) < whole[:, None] - 1
@@ -74,7 +75,8 @@ class LagKV(Policy):
         parts = entries.gather(3, index).unflatten(3, (-1, self.partition))
         low, high = parts[:, :, :, 1:].aminmax(dim=4, keepdim=True)
         width = high - low
-        scale = torch.where(width < EPSILON, 0.0, 1 / width)
+        # What rounding leaves of equal values is no range.
+        scale = torch.where(width * STEPS <= torch.maximum(low.abs(), high.abs()), 0.0, 1 / width)
         return ((parts[:, :, :, :-1] - low) * scale).std(dim=-1).softmax(dim=-1)
 
 
