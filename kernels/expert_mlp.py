@@ -35,13 +35,16 @@ def expert_mlp(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down
     """
     _check(x, experts, shares, gate_up, down)
     aligned = all(size * x.itemsize % GROUPED_BYTES == 0 for size in (x.shape[1], down.shape[2]))
-    if aligned and (not x.is_cuda or not torch.cuda.is_current_stream_capturing() or _groups_on_device(x)):
+    if aligned and (groups_on_device(x.dtype, x.device) or not torch.cuda.is_current_stream_capturing()):
         return expert_mlp_grouped(x, experts, shares, gate_up, down)
     return expert_mlp_all(x, experts, shares, gate_up, down)
 
 
-def _groups_on_device(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in GROUPED_CAPABILITIES
+def groups_on_device(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `expert_mlp` groups tokens in a CUDA graph too. Elsewhere a graph holds all experts over all tokens."""
+    if device.type != "cuda":
+        return True
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in GROUPED_CAPABILITIES
 
 
 def _check(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> None:

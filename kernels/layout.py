@@ -88,6 +88,16 @@ def check_queries(q: Tensor, k_cache: Tensor) -> None:
     check_values("q", q, k_cache)
 
 
+def given_or_new(out: Tensor | None, q: Tensor) -> Tensor:
+    """`out`, or uninitialised memory like q, contiguous. Raises ValueError where `out` is not like it."""
+    if out is None:
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.shape != q.shape or not out.is_contiguous():
+        fail("out", "shape and stride", (tuple(out.shape), out.stride()), f"give a contiguous tensor {tuple(q.shape)}")
+    check_like("out", out, q, "q")
+    return out
+
+
 def check_values(name: str, x: Tensor, cache: Tensor, where: str = "k_cache") -> None:
     check_like(name, x, cache, where)
     if x.stride(2) != 1 and x.shape[2] != 1:

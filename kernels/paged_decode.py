@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.cache_view import CacheView, check_view, entries_reference
-from kernels.layout import check_queries, fail
+from kernels.layout import check_queries, fail, given_or_new
 from kernels.paged_prefill import attend_reference
 from kernels.pieces import Pieces
 
@@ -26,7 +26,9 @@ PIECE_BYTES = 2 << 20
 """K copied at a time: still in the caches when it is multiplied, and worth the calls."""
 
 
-def paged_decode(q: Tensor, view: CacheView, scale: float, pieces: Pieces | None = None) -> Tensor:
+def paged_decode(
+    q: Tensor, view: CacheView, scale: float, pieces: Pieces | None = None, out: Tensor | None = None
+) -> Tensor:
     """Attention of one query per request over its entries.
 
     Args:
@@ -34,6 +36,7 @@ def paged_decode(q: Tensor, view: CacheView, scale: float, pieces: Pieces | None
         view: one layer. Lengths count the current token's entry; 0 gives zeros.
         scale: of the scores, before the softmax.
         pieces: `decode_pieces` of these lengths, caches and tables; None: they are made here.
+        out: [B, Hq, d], contiguous, of q's dtype, to write into; None: a new one.
 
     Returns:
         [B, Hq, d], q's dtype. The softmax is in float32.
@@ -44,8 +47,8 @@ def paged_decode(q: Tensor, view: CacheView, scale: float, pieces: Pieces | None
     _check(q, view)
     if q.is_cuda:
         with torch.cuda.device(q.device):
-            return _triton()(q, view, scale, pieces)
-    return paged_decode_torch(q, view, scale)
+            return _triton()(q, view, scale, pieces, out)
+    return paged_decode_torch(q, view, scale, out)
 
 
 def _check(q: Tensor, view: CacheView) -> None:
@@ -70,20 +73,22 @@ def paged_decode_reference(q: Tensor, view: CacheView, scale: float) -> Tensor:
     return out
 
 
-def paged_decode_torch(q: Tensor, view: CacheView, scale: float) -> Tensor:
+def paged_decode_torch(q: Tensor, view: CacheView, scale: float, out: Tensor | None = None) -> Tensor:
     """`paged_decode`, in pieces of requests of about the same length, longest first.
 
     A request's spans are taken with the last, partly filled one first, so that it sits in one place for all; the
     order of entries means nothing to attention.
     """
+    out = given_or_new(out, q)
     if view.heads_differ:
         by_head = q.reshape(view.lens.numel(), -1, q.shape[2])
-        return paged_decode_torch(by_head, view.by_head(), scale).view(q.shape)
+        paged_decode_torch(by_head, view.by_head(), scale, out.view(by_head.shape))
+        return out
     k_cache, v_cache = view.k_cache, view.v_cache
     block_tables, cache_lens = view.block_tables.select(1, 0), view.lens.select(1, 0)
     batch, query_heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1:3]
-    out = torch.zeros((batch, query_heads, head_dim), dtype=q.dtype)
+    out.zero_()
     lens, order = cache_lens.long().sort(descending=True, stable=True)
     spans = (lens + SPAN - 1).div(SPAN, rounding_mode="floor")
     counts = spans.tolist()

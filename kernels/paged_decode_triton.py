@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.cache_view import CacheView
 from kernels.decode_pieces_triton import decode_pieces_triton
+from kernels.layout import given_or_new
 from kernels.pieces import Pieces
 from kernels.tiles import LOG2_E, attend_tile, decode_tile, load_blocks, padded_dim
 
@@ -159,12 +160,14 @@ def _attend_pieces(
             tl.store(arrived, 0)  # for the next layer
 
 
-def paged_decode_triton(q: Tensor, view: CacheView, scale: float, pieces: Pieces | None = None) -> Tensor:
+def paged_decode_triton(
+    q: Tensor, view: CacheView, scale: float, pieces: Pieces | None = None, out: Tensor | None = None
+) -> Tensor:
     """`paged_decode` in one launch; without `pieces`, one more cuts them here."""
     k_cache, v_cache, block_tables, lens = view
     batch, query_heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1:3]
-    out = torch.empty((batch, query_heads, head_dim), dtype=q.dtype, device=q.device)
+    out = given_or_new(out, q)
     if batch == 0:
         return out
     if pieces is None:

@@ -11,24 +11,28 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.cache_view import CacheView, check_view, entries_reference, gather_entries
-from kernels.layout import check_index, check_queries, fail
+from kernels.layout import check_index, check_queries, fail, given_or_new
 
 MASKED_QUERIES = 512
 """Queries whose causal mask is built at a time."""
 
 
-def paged_prefill(q: Tensor, view: CacheView, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+def paged_prefill(
+    q: Tensor, view: CacheView, cu_seqlens: Tensor, max_seqlen: int, scale: float, out: Tensor | None = None
+) -> Tensor:
     """Causal attention of each request's new queries, which are its last entries, over all its entries.
 
     Args:
         q: [T, Hq, d], requests one after the other, last dimension contiguous, of the caches' dtype.
         view: one layer. Lengths count the chunk: query i of n sees entries 0 .. length - n + i of its head.
         cu_seqlens: int32 [B + 1]; request r's queries are q[cu_seqlens[r] : cu_seqlens[r + 1]].
-        max_seqlen: queries of the longest request.
+        max_seqlen: at least the queries of the longest request.
         scale: of the scores, before the softmax.
+        out: [T, Hq, d], contiguous, of q's dtype, to write into; None: a new one.
 
     Returns:
-        [T, Hq, d], q's dtype. The softmax is in float32. Rows of tokens that belong to no request are undefined.
+        [T, Hq, d], q's dtype. The softmax is in float32. Rows of tokens that belong to no request are left alone in a
+        given `out`, and undefined in a new one.
 
     Raises:
         ValueError: an argument's shape, dtype, device or layout is not as above.
@@ -36,8 +40,8 @@ def paged_prefill(q: Tensor, view: CacheView, cu_seqlens: Tensor, max_seqlen: in
     _check(q, view, cu_seqlens, max_seqlen)
     if q.is_cuda:
         with torch.cuda.device(q.device):
-            return _triton()(q, view, cu_seqlens, max_seqlen, scale)
-    return paged_prefill_torch(q, view, cu_seqlens, max_seqlen, scale)
+            return _triton()(q, view, cu_seqlens, max_seqlen, scale, out)
+    return paged_prefill_torch(q, view, cu_seqlens, max_seqlen, scale, out)
 
 
 def _check(q: Tensor, view: CacheView, cu_seqlens: Tensor, max_seqlen: int) -> None:
@@ -74,11 +78,13 @@ def attend_reference(q: Tensor, keys: Tensor, values: Tensor, scale: float, firs
     return (weights @ values).transpose(0, 1).to(q.dtype)
 
 
-def paged_prefill_torch(q: Tensor, view: CacheView, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+def paged_prefill_torch(
+    q: Tensor, view: CacheView, cu_seqlens: Tensor, max_seqlen: int, scale: float, out: Tensor | None = None
+) -> Tensor:
     """`paged_prefill`, request by request through PyTorch's fused attention."""
     k_cache, v_cache, block_tables, lens = view
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
-    out = torch.zeros(q.shape, dtype=q.dtype)
+    out = given_or_new(out, q)
     group = q.shape[1] // kv_heads
     bounds = cu_seqlens.tolist()
     for heads in view.head_groups():

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cache_view import CacheView
+from kernels.layout import given_or_new
 from kernels.tiles import LOG2_E, attend_tile, load_blocks, padded_dim
 
 LARGE_SHARED_MEMORY = 200 * 1024
@@ -124,13 +125,15 @@ def _large_shared_memory(device: torch.device) -> bool:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= LARGE_SHARED_MEMORY
 
 
-def paged_prefill_triton(q: Tensor, view: CacheView, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+def paged_prefill_triton(
+    q: Tensor, view: CacheView, cu_seqlens: Tensor, max_seqlen: int, scale: float, out: Tensor | None = None
+) -> Tensor:
     """`paged_prefill` in one launch; rows of a request past `max_seqlen` are left unwritten."""
     k_cache, v_cache, block_tables, lens = view
-    tokens, query_heads, head_dim = q.shape
+    query_heads, head_dim = q.shape[1:]
     kv_heads, block_size = k_cache.shape[1:3]
     batch = lens.shape[0]
-    out = torch.empty((tokens, query_heads, head_dim), dtype=q.dtype, device=q.device)
+    out = given_or_new(out, q)
     if max_seqlen == 0 or batch == 0:
         return out
     options = tile_config(head_dim, q.element_size(), _large_shared_memory(q.device))

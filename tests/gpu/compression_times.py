@@ -126,10 +126,6 @@ def measure_decode(device: str, full: bool) -> dict:
     return {"shape": "Qwen3-8B", "budget_tokens": 2048, "requests": 128, "rows": rows, "ok": ok}
 
 
-def bytes_of_graphs(llm: LLM) -> int:
-    return sum(x.nbytes for _, *kept in llm._core.runner._graphs._graphs.values() for x in kept)
-
-
 def measure_long(device: str, num_tokens: int, requests: int = 200, limit_s: float = 540.0) -> dict:
     """Twice the requests that the pool holds budgets of, to their end."""
     budget, size = 1024, 256
@@ -157,8 +153,7 @@ def measure_long(device: str, num_tokens: int, requests: int = 200, limit_s: flo
     while llm.has_unfinished_requests() and time.perf_counter() - begin < limit_s:
         outputs += llm.step()
         if len(series) >= 100 * (len(allocated) + 1) and not llm.stats.num_compressing:
-            # Graphs are captured as batch sizes first come, and each keeps a little.
-            allocated.append(torch.cuda.memory_allocated() - bytes_of_graphs(llm))
+            allocated.append(torch.cuda.memory_allocated())
             peak = torch.cuda.max_memory_allocated()
         if len(series) % 5000 == 0:
             print(f"step {len(series)}: {len(outputs)} done, {time.perf_counter() - begin:.0f} s", flush=True)

@@ -25,7 +25,7 @@ from tests.gpu.check_compressed_engine import versions
 from tests.gpu.compression_times import QWEN3_8B
 from zipage import LLM
 from zipage.worker.cuda_graph import batch_sizes
-from zipage.worker.token_batch import TokenBatch
+from zipage.worker.token_batch import PromptChunks, TokenBatch
 
 STEPS = 20
 WEIGHTS = {"qkv": (6144, 4096), "output": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
@@ -83,10 +83,10 @@ def _profile(llm: LLM, count: int, entries: int, equal: bool) -> dict:
     numbers = torch.arange(count).numpy()
     slots = np.array([int(ids[0]) * size for ids in rows])
     batch = TokenBatch(numbers % 100, numbers * 0 - 1, lens - 1, slots, numbers * 0 - 1, numbers, lens)
-    graphs = runner._graphs
+    graphs, none = runner._graphs, PromptChunks(numbers[:0], numbers[:0], np.array([count]))
 
     def step() -> torch.Tensor:
-        return runner.decoder.logits(graphs.run(batch))
+        return runner.decoder.logits(graphs.run(batch, none))
 
     step()
     times = []

@@ -1,11 +1,15 @@
 import pytest
 import torch
 
-from kernels.paged_prefill import paged_prefill_reference, paged_prefill_torch
+from kernels.cache_view import shared
+from kernels.paged_decode import paged_decode, paged_decode_reference, paged_decode_torch
+from kernels.paged_decode_triton import paged_decode_triton
+from kernels.paged_prefill import paged_prefill, paged_prefill_reference, paged_prefill_torch
 from kernels.paged_prefill_triton import paged_prefill_triton
 from tests.kernels.paged import BACKENDS, BOUNDS, device_of, error, fused, make_paged, starts, upcast
 
 ATTEND = {"triton": paged_prefill_triton, "torch": paged_prefill_torch}
+DECODE = {"triton": paged_decode_triton, "torch": paged_decode_torch}
 CASES = [  # queries, contexts, block size, KV heads, group, head_dim
     pytest.param([1], [1], 16, 1, 3, 64, id="n1-c1-b16-g3-d64"),
     pytest.param([63], [63], 64, 1, 2, 96, id="n63-c63-b64-g2-d96"),
@@ -54,6 +58,41 @@ def test_chunks_equal_the_whole(backend):
         bounds, held = starts([last - first], device), view._replace(lens=torch.full_like(view.lens, last))
         part = ATTEND[backend](q[first:last], held, bounds, last - first, 0.125)
         assert error(part, whole[first:last].cpu()) < BOUNDS[torch.float32]
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_decodes_and_chunks_write_into_one_output(backend):
+    """As in a graph of both: three decodes in six rows of them, chunks of 4 and 7 tokens, and two tokens of nobody."""
+    device = device_of(backend)
+    lens = [33, 5, 90, 20, 50, 40]
+    view = make_paged(lens, 16, 2, 64, torch.float32, device)
+    q = torch.randn(16, 6, 64, device=device)
+    decodes = view._replace(lens=shared(torch.tensor([*lens[:3], 0, 0, 0], dtype=torch.int32, device=device), 2))
+    chunks = view._replace(lens=view.lens[3:], block_tables=view.block_tables[3:])
+    bounds = torch.tensor([3, 7, 14, 14], dtype=torch.int32, device=device)
+    out = torch.full_like(q, 7.0)
+    DECODE[backend](q[:6], decodes, 0.125, out=out[:6])
+    assert ATTEND[backend](q, chunks, bounds, 16, 0.125, out) is out
+    expected = torch.full(q.shape, 7.0)
+    expected[:3] = paged_decode_reference(q[:6].cpu(), upcast(decodes), 0.125)[:3]
+    expected[3:14] = paged_prefill_reference(q.cpu(), upcast(chunks), bounds.cpu(), 16, 0.125)[3:14]
+    assert error(out, expected) < BOUNDS[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("out", "field"),
+    [
+        (torch.empty(5, 4, 64), "shape"),
+        (torch.empty(4, 6, 64).transpose(0, 1), "stride"),
+        (torch.empty(6, 4, 64, dtype=torch.half), "dtype"),
+    ],
+)
+def test_an_output_that_does_not_fit_is_refused(out, field):
+    view, q = make_paged([9] * 6, 16, 2, 64, torch.float32), torch.randn(6, 4, 64)
+    with pytest.raises(ValueError, match=f"out has .*{field}"):
+        paged_decode(q, view, 0.125, out=out)
+    with pytest.raises(ValueError, match=f"out has .*{field}"):
+        paged_prefill(q, view, starts([1] * 6, q.device), 1, 0.125, out)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -146,12 +146,13 @@ def test_requests_for_what_is_not_computed_are_refused(folder, option):
 
 
 def test_a_step_that_is_launched_kernel_by_kernel_ends_no_sooner_than_its_launch(folder):
-    """A prompt too long for a graph: the device works meanwhile, so that the longer of the two counts."""
+    """Prompts too many for a graph: the device works meanwhile, so that the longer of the two counts."""
+    prompts, sizes = [[number] * 30 for number in range(9)], {"max_num_batched_tokens": 400, "max_num_seqs": 9}
     for launch, lasts in ((0.004, 0.010), (0.030, 0.030)):
-        llm = SimulatedLLM(folder, times=FixedTimes(launch_seconds=launch), **OPTIONS | {"max_num_batched_tokens": 400})
-        metrics = llm.generate([[1] * 300], SamplingParams(max_tokens=1), use_tqdm=False)[0].metrics
+        llm = SimulatedLLM(folder, times=FixedTimes(launch_seconds=launch), **OPTIONS | sizes)
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
         llm.shutdown()
-        assert metrics.ttft == pytest.approx(0.002 + lasts)
+        assert [output.metrics.ttft for output in outputs] == pytest.approx([0.002 + lasts] * 9)
 
 
 def test_token_listeners_hear_every_token_when_it_is_there(folder):

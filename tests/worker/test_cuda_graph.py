@@ -1,6 +1,7 @@
 """What the graph of a step computes, without a GPU to capture it on."""
 
 from contextlib import contextmanager, nullcontext
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from tests.tiny_models import VOCAB, save_tiny_model
 from zipage import LLM
 from zipage.scheduling.planner import plan_step
 from zipage.worker.cuda_graph import StepGraphs, batch_sizes, capture_stream
-from zipage.worker.token_batch import TokenBatch
+from zipage.worker.token_batch import PromptChunks, TokenBatch
+
+ZIPAGE, KVZAP = Case("zipage", {"chunk": 32}), Case("kvzap", MADE_UP)
+UNEQUAL = {"allocation": "adaptive", "allocation_options": {"round": "entry"}, "enable_prefix_caching": False}
 
 
 @pytest.mark.parametrize(("largest", "sizes"), [(1, [1]), (5, [1, 2, 4, 5]), (33, [1, 2, 4, 8, 16, 32, 33])])
@@ -25,6 +29,7 @@ def test_sizes_of_large_batches():
     sizes = batch_sizes(512)
     assert sizes == sorted(set(sizes))
     assert sizes[-4:] == [416, 448, 480, 512]
+    assert batch_sizes(1300)[-5:] == [960, 1024, 1152, 1280, 1300]
 
 
 @pytest.fixture
@@ -73,38 +78,58 @@ def test_all_graphs_are_captured_on_one_stream_the_largest_first(tmp_path, fake_
     runner = make_llm(save_tiny_model("qwen3", tmp_path), None, debug=False)._core.runner
     runner._capture_stream = capture_stream(torch.device("cuda"))
     graphs = runner.step_graphs(runner.cache, runner._tables)
-    none = np.zeros(3, dtype=np.int64)
-    batch = TokenBatch(none, none - 1, none, none - 1, none - 1, none, none)
     with torch.inference_mode():
         for _ in range(2):
-            assert len(graphs.run(batch)) == 3
-        more = np.zeros(12, dtype=np.int64)
-        graphs.run(TokenBatch(more, more - 1, more, more - 1, more - 1, more, more))
-    assert list(graphs._graphs) == [graphs.most, 4, 16]
+            assert len(graphs.run(empty_batch(3), chunks([], 3))) == 3
+        graphs.run(empty_batch(12), chunks([], 12))
+        graphs.run(empty_batch(70, [65_530] * 50), chunks([65_530], 20, 50))
+    assert list(graphs._graphs) == [(graphs.most, True), (4, False), (16, False), (80, True)]
     made, captured_on = fake_cuda
     assert len(made) == 1
-    assert captured_on == made * 3
-    kept = [sum(x.nbytes for x in tensors) for _, *tensors in graphs._graphs.values()]
-    sizes = [graphs.most, 4, 16]
-    assert sum(kept) * sum(graphs._sizes) == graphs.kept_bytes * sum(sizes)
+    assert captured_on == made * 4
+    assert graphs._inputs.nbytes + graphs._hidden.nbytes == graphs.kept_bytes
 
 
-def run_in_graphs(llm: LLM) -> list[int]:
-    """From here on steps compute what a graph would, with rows of nobody; the list gets the tokens of each."""
-    runner, sizes = llm._core.runner, []
+def run_in_graphs(llm: LLM, all_decode: bool | None = None) -> list[tuple[int, bool]]:
+    """From here on steps compute what a graph would, with rows of nobody.
+
+    Args:
+        all_decode: where tokens of prompts may: whether they attend as decodes.
+
+    Returns:
+        A list that gets the tokens of each step, and whether it had prefill attention.
+    """
+    runner, steps = llm._core.runner, []
     graphs = runner.step_graphs(runner.cache, runner._tables)
 
-    def run(batch: TokenBatch) -> torch.Tensor:
-        sizes.append(len(batch))
-        return graphs.forward(graphs.inputs(batch, len(batch) + 5))[: len(batch)]
+    def run(batch: TokenBatch, chunks: PromptChunks) -> torch.Tensor:
+        size, prompts = len(batch) + 5, not (graphs._all_decode(batch, chunks) if all_decode is None else all_decode)
+        if not len(chunks):
+            prompts = False
+        steps.append((len(batch), prompts))
+        return graphs.forward(graphs.inputs(size, batch, chunks if prompts else None), size)[: len(batch)]
 
     graphs.run = run
     runner._graphs = graphs
-    return sizes
+    return steps
+
+
+def empty_batch(count: int, lens: list[int] = ()) -> TokenBatch:
+    """Tokens of nobody, the last of which read `lens` entries."""
+    zeros = np.zeros(count, dtype=np.int64)
+    read = zeros.copy()
+    read[count - len(lens) :] = lens
+    return TokenBatch(zeros, zeros - 1, zeros, zeros - 1, zeros - 1, zeros, read)
+
+
+def chunks(lens: list[int], decodes: int, tokens: int = 0) -> PromptChunks:
+    """Of so many tokens each, beside `decodes`."""
+    count = np.arange(len(lens) + 1)
+    return PromptChunks(np.zeros(len(lens), dtype=np.int64), np.array(lens, dtype=np.int64), decodes + tokens * count)
 
 
 @pytest.mark.parametrize(
-    ("lens", "taken"),
+    ("lens", "all_decode"),
     [
         ([], True),
         (range(1, 257), True),
@@ -114,13 +139,36 @@ def run_in_graphs(llm: LLM) -> list[int]:
         ([65_537], False),
     ],
 )
-def test_prompts_run_in_a_graph_while_they_are_short_and_read_little(lens, taken):
-    assert StepGraphs.take(np.array(lens, dtype=np.int64)) == taken
+def test_prompts_attend_as_decodes_while_they_are_short_and_read_little(lens, all_decode):
+    batch = empty_batch(3 + len(lens), list(lens))
+    assert StepGraphs._all_decode(batch, chunks([0] * (len(lens) > 0), 3, len(lens))) == all_decode
 
 
-@pytest.mark.parametrize("new_prompts", [[], [40], [1, 33]], ids=str)
-@pytest.mark.parametrize("case", [None, Case("zipage", {"chunk": 32}), Case("random"), Case("kvzap", MADE_UP)], ids=str)
-def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case, new_prompts):
+@pytest.mark.parametrize(
+    ("tokens", "prompts", "options", "taken"),
+    [
+        (300, 1, {}, True),
+        (512, 8, {}, True),
+        (513, 8, {}, False),
+        (300, 9, {}, False),
+        (9, 9, {}, True),  # as decodes
+        (300, 1, UNEQUAL, False),
+        (256, 1, UNEQUAL, True),
+    ],
+)
+def test_longer_prompts_run_in_a_graph_while_they_are_few(tmp_path, tokens, prompts, options, taken):
+    case = ZIPAGE if options else None
+    llm = make_llm(save_tiny_model("qwen3", tmp_path), case, debug=False, max_num_batched_tokens=512, **options)
+    runner = llm._core.runner
+    graphs = runner.step_graphs(runner.cache, runner._tables)
+    assert graphs.takes(empty_batch(tokens, [10] * tokens), chunks([10] * prompts, 0, tokens // prompts)) == taken
+
+
+@pytest.mark.parametrize(
+    ("new_prompts", "all_decode"), [([], True), ([40], True), ([40], False), ([1, 33], True), ([1, 33], False)], ids=str
+)
+@pytest.mark.parametrize("case", [None, ZIPAGE, Case("random"), KVZAP], ids=str)
+def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case, new_prompts, all_decode):
     llm = make_llm(save_tiny_model("qwen3", tmp_path), case, debug=False)
     runner, scheduler = llm._core.runner, llm._core.scheduler
     for prompt in random_prompts([5, 20, 70], VOCAB):
@@ -141,40 +189,42 @@ def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case, new_pr
         computed = [x.clone() for x in tensors]
         for x, before in zip(tensors, state, strict=True):
             x.copy_(before)
-        sizes = run_in_graphs(llm)
+        steps = run_in_graphs(llm, all_decode)
         logits = runner.decoder.logits(runner.forward(plan))
-    assert sizes == [batch.num_tokens]
+    assert steps == [(batch.num_tokens, not all_decode)]
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     for x, once in zip(tensors, computed, strict=True):
         torch.testing.assert_close(x, once, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-ZIPAGE, KVZAP = Case("zipage", {"chunk": 32}), Case("kvzap", MADE_UP)
-UNEQUAL = {"allocation": "adaptive", "allocation_options": {"round": "entry"}, "enable_prefix_caching": False}
-
-
 @pytest.mark.parametrize(
-    ("case", "options"),
-    [(None, {}), (ZIPAGE, {}), (Case("random"), {}), (KVZAP, {}), (ZIPAGE, UNEQUAL), (KVZAP, UNEQUAL)],
-    ids=["full", "zipage", "random", "kvzap", "zipage-unequal", "kvzap-unequal"],
+    ("case", "options", "all_decode"),
+    [
+        *product((None, ZIPAGE, Case("random"), KVZAP), [{}], [True, False]),
+        (ZIPAGE, UNEQUAL, True),
+        (KVZAP, UNEQUAL, True),
+    ],
+    ids=lambda value: "unequal" if value is UNEQUAL else "" if value == {} else str(value),
 )
-def test_requests_that_run_in_graphs_from_their_first_token_get_the_tokens_of_an_eager_engine(tmp_path, case, options):
+def test_requests_that_run_in_graphs_from_their_first_token_get_the_tokens_of_an_eager_engine(
+    tmp_path, case, options, all_decode
+):
     # A small pool: some leave it, and compute their prompt and output anew.
     model = save_tiny_model("qwen3", tmp_path)
     prompts = random_prompts([5, 20, 70, 33, 1, 180, 64, 90], VOCAB)
     prompts += [prompts[2][:64] + tail for tail in random_prompts([7, 30], VOCAB, seed=1)]
 
-    def served(in_graphs: bool) -> tuple[list[list[int]], list[int]]:
+    def served(in_graphs: bool) -> tuple[list[list[int]], list[tuple[int, bool]]]:
         llm = make_llm(model, case, debug=False, num_blocks=40, headroom=0, **options)
-        sizes, outputs, waiting = run_in_graphs(llm) if in_graphs else [], {}, list(enumerate(prompts))
+        steps, outputs, waiting = run_in_graphs(llm, all_decode) if in_graphs else [], {}, list(enumerate(prompts))
         while waiting or llm.has_unfinished_requests():
             if waiting:
                 index, prompt = waiting.pop(0)
                 llm.add_request(prompt, greedy(80), str(index))
             outputs |= {output.request_id: output for _ in range(5) for output in llm.step()}
         assert case is not None or llm.stats.preemptions > 0
-        return tokens_of([outputs[str(index)] for index in range(len(prompts))]), sizes
+        return tokens_of([outputs[str(index)] for index in range(len(prompts))]), steps
 
-    tokens, sizes = served(in_graphs=True)
-    assert len([size for size in sizes if size > 8]) >= len(prompts) // 2
+    tokens, steps = served(in_graphs=True)
+    assert len([tokens for tokens, prompts in steps if tokens > 8 and prompts != all_decode]) >= len(prompts) // 2
     assert tokens == served(in_graphs=False)[0]

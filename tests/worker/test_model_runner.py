@@ -30,7 +30,8 @@ def loaded(tmp_path_factory):
 
 @pytest.fixture
 def runner(loaded):
-    runner = ModelRunner(loaded.decoder, loaded.spec, torch.device("cpu"), max_num_seqs=4, max_model_len=256)
+    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 512, "max_model_len": 256}
+    runner = ModelRunner(loaded.decoder, loaded.spec, torch.device("cpu"), **sizes)
     options = {"positions": True, "scores": True, "num_query_slots": 3, "window": WINDOW}
     cache = KVCache(loaded.spec, 20, SIZE, torch.float32, torch.device("cpu"), **options)
     cache.poison(slice(None))

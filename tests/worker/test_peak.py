@@ -33,7 +33,9 @@ def make_cache(loaded, **options) -> KVCache:
 
 @torch.inference_mode()
 def test_the_largest_step_has_as_many_tokens_as_a_step_may(loaded, monkeypatch):
-    runner = ModelRunner(loaded.decoder, loaded.spec, torch.device("cpu"), max_num_seqs=4, max_model_len=80)
+    runner = ModelRunner(
+        loaded.decoder, loaded.spec, torch.device("cpu"), max_num_seqs=4, max_num_batched_tokens=200, max_model_len=80
+    )
     seen = []
     monkeypatch.setattr(loaded.decoder, "logits", lambda hidden: seen.append(len(hidden)) or torch.zeros(4, 300))
     cache = make_cache(loaded)
@@ -57,14 +59,16 @@ def test_tiles_are_measured_like_blocks(loaded, monkeypatch, name):
     made = []
     monkeypatch.setattr(peak, "_peak_of", lambda device, run: run() is None and 0)
     monkeypatch.setattr(peak, "KVCache", lambda *args, **options: made.append(KVCache(*args, **options)) or made[-1])
-    options = {"max_num_seqs": 4, "max_model_len": 6 * SIZE}
+    options = {"max_num_seqs": 4, "max_num_batched_tokens": 7 * SIZE, "max_model_len": 6 * SIZE}
     runner = ModelRunner(loaded.decoder, loaded.spec, torch.device("cpu"), **options)
-    monkeypatch.setattr(StepGraphs, "warm_up", StepGraphs.forward)
+    warmed = []
+    monkeypatch.setattr(StepGraphs, "warm_up_largest", lambda graphs: warmed.append(graphs.most))
     rule = EvictionRule(RULE.policy, Budget(4, SIZE), recent=4, allocation=make(name))
     table_bytes = 5 * loaded.spec.num_layers * loaded.spec.num_kv_heads * 7 * 4
     kept = runner.step_graphs(make_cache(loaded), None).kept_bytes
-    assert peak.measure_peak(runner, 7 * SIZE, SIZE, torch.float32, rule=rule) == kept + table_bytes
+    assert peak.measure_peak(runner, SIZE, torch.float32, rule=rule) == kept + table_bytes
     assert [cache.tiled for cache in made] == [True, True]
+    assert warmed == [7 * SIZE]
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 64])
@@ -79,8 +83,9 @@ def test_no_batch_of_compressions_is_larger_than_those_that_are_measured(loaded,
     measured = []
     monkeypatch.setattr(peak, "run_compression", lambda *options, **_: measured.append(options[-2:]))
     options = {"max_num_seqs": max_num_seqs, "max_model_len": longest * SIZE, "enforce_eager": True}
+    options["max_num_batched_tokens"] = SIZE
     rule = EvictionRule(RULE.policy, budget)
-    peak.measure_peak(ModelRunner(loaded.decoder, loaded.spec, cpu, **options), SIZE, SIZE, torch.float32, rule=rule)
+    peak.measure_peak(ModelRunner(loaded.decoder, loaded.spec, cpu, **options), SIZE, torch.float32, rule=rule)
     most, blocks = max(requests for _, requests in measured), max(blocks * requests for blocks, requests in measured)
     assert max(table for table, _ in measured) == longest
     assert most <= max_num_seqs
@@ -117,8 +122,9 @@ def test_what_is_measured_fits_in_blocks_of_one_request_however_large_budget_and
     monkeypatch.setattr(peak, "KVCache", Noted)
     monkeypatch.setattr(peak, "_peak_of", lambda device, run: run() or 0)
     monkeypatch.setattr(peak, "LAUNCH_ENTRIES", 256)
-    cpu, options = torch.device("cpu"), {"max_num_seqs": 4, "max_model_len": 5 * SIZE, "enforce_eager": True}
+    cpu = torch.device("cpu")
+    options = {"max_num_seqs": 4, "max_num_batched_tokens": 3 * SIZE, "max_model_len": 5 * SIZE, "enforce_eager": True}
     runner = ModelRunner(loaded.decoder, loaded.spec, cpu, **options)
     rule = EvictionRule(RULE.policy, budget)
-    peak.measure_peak(runner, 3 * SIZE, SIZE, torch.float32, rule=rule)
+    peak.measure_peak(runner, SIZE, torch.float32, rule=rule)
     assert max(sizes) <= 5 + 1

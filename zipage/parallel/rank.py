@@ -19,7 +19,6 @@ from zipage.parallel import messages as m
 from zipage.parallel.communicator import Communicator, HostCommunicator, join
 from zipage.processes import Channel, packed
 from zipage.worker import model_runner
-from zipage.worker.cuda_graph import PROMPT_TOKENS
 from zipage.worker.worker import Worker
 
 PAUSE = 3e-4
@@ -89,8 +88,7 @@ def _serve(channel: Channel, outbox: Outbox, start: m.Start) -> None:
         seed=config.seed,
         shard=Shard(rank, size, communicator),
     )
-    rows = max(config.max_num_batched_tokens, config.max_num_seqs + PROMPT_TOKENS)
-    communicator.reserve(rows, loaded.spec.width, loaded.decoder.dtype)
+    communicator.reserve(config.max_num_batched_tokens, loaded.spec.width, loaded.decoder.dtype)
     worker = Worker(config, loaded, config.model_len(loaded.spec.max_position), Shard(rank, size, beside))
     outbox.send(m.Ready(worker.memory, worker.dtype))
     attach: m.Attach = channel.receive()

@@ -23,7 +23,7 @@ from zipage.sampling_params import SamplingParams
 from zipage.scheduling.batch import Batch
 from zipage.simulation.device import PlannedWork, SimulatedCompressor, SimulatedRunner, Timeline, VirtualClock
 from zipage.simulation.times import DeviceTimes, StepWork
-from zipage.worker.cuda_graph import PROMPT_READS, PROMPT_TOKENS
+from zipage.worker.cuda_graph import DECODED_READS, DECODED_TOKENS, PROMPT_TOKENS, PROMPTS
 from zipage.worker.memory_plan import MemoryPlan
 from zipage.worker.model_runner import StepResult
 from zipage.worker.worker import DeviceMemory
@@ -111,7 +111,8 @@ class SimulatedCore(EngineCore):
             tokens += count
             reads += count * request.cache_len + count * (count + 1) // 2
         moved = sum(len(swap.block_ids) - swap.num_shared for swap in (*batch.paused, *batch.resumed))
-        is_graph = tokens <= PROMPT_TOKENS and reads <= PROMPT_READS
+        few = len(batch.prefills) <= PROMPTS and tokens <= PROMPT_TOKENS
+        is_graph = few or (tokens <= DECODED_TOKENS and reads <= DECODED_READS)
         work = StepWork(len(batch.decodes), entries, tokens, reads, is_graph, moved)
         if not self.scheduler.pool.enable_prefix_caching:
             return PlannedWork(work, self._tokens[:1] * len(batch.sampled))

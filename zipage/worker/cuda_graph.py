@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.cache_view import shared
+from kernels.expert_mlp import groups_on_device
 from kernels.store_positions import store_positions
 from zipage.models.decoder import Decoder
 from zipage.worker.block_tables import BlockTables
@@ -19,19 +20,30 @@ from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.tile_tables import TileTables
 from zipage.worker.tiled_attention import TiledAttention
-from zipage.worker.token_batch import TokenBatch
+from zipage.worker.token_batch import PromptChunks, TokenBatch
 
-PROMPT_TOKENS = 256
-"""Tokens of prompts that a graph takes beside a full batch of decodes. Not tuned: with more of them, launches are less
-of a step, and there are more sizes to capture."""
+DECODED_TOKENS = 256
+"""Tokens of prompts that may attend as decodes beside a full batch of them."""
 
-PROMPT_READS = 2**16
+DECODED_READS = 2**16
 """Entries that these tokens may read. Each reads all before it anew, where prefill attention reads them once a tile."""
+
+PROMPT_TOKENS = 2048
+"""Tokens of prompts that a graph takes beside a full batch of decodes. With more of them a device is busy for longer
+than it takes to launch their kernels."""
+
+PROMPTS = 8
+"""Chunks of prompts that a graph takes. Prefill attention launches programs for as many of the longest length there may
+be, and those that have nothing to do take time too."""
+
+NO_CHUNKS = PromptChunks(*(np.zeros(n, dtype=np.int64) for n in (0, 0, 1)))
 
 
 def batch_sizes(largest: int) -> list[int]:
-    """Batch sizes worth a graph: 1, 2, 4, 8, then steps of 16 to 256 and of 32 beyond; the last is `largest`."""
-    sizes = [1, 2, 4, 8, *range(16, 257, 16), *range(288, largest + 32, 32)]
+    """Batch sizes worth a graph: 1, 2, 4, 8, then in steps of 16 to 256, 32 to 512, 64 to 1,024 and 128 beyond; the
+    last is `largest`.
+    """
+    sizes = [1, 2, 4, 8, *range(16, 256, 16), *range(256, 512, 32), *range(512, 1024, 64), *range(1024, largest, 128)]
     return [size for size in sizes if size < largest] + [largest]
 
 
@@ -49,20 +61,22 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class StepGraphs:
-    """A forward pass in which every token attends as a decode, captured once for each of a few sizes and replayed.
+    """A forward pass, captured once for each of a few sizes and replayed.
 
-    Decodes run here, and prompts beside them while they are short: each of their tokens is a row that attends to its
-    request's entries up to its own, which all rows of a layer store before any attends.
+    There are two kinds. In one every token attends as a decode: decodes do, and beside them prompts while they are
+    short, each token a row that attends to its request's entries up to its own, which all rows of a layer store before
+    any attends. The other has prefill attention too, for up to `PROMPTS` chunks of prompts.
 
     A batch runs in the smallest graph that holds it. The rows beyond it store nothing and attend to nothing, so they
     change nothing. A graph is captured when a batch of its size first comes. All share one pool of memory, and the
     largest is captured first, since what it frees holds all others; a smaller one would leave it too little, and the
-    pool would grow with each.
+    pool would grow with each. They share what they read and what they write, too.
 
     Args:
         decoder, cache: of the engine; queries are stored where the cache has query slots.
         tables: of all requests.
         sampled: int64 [max_num_seqs], the tokens of the step before.
+        max_num_batched_tokens: most tokens of a step.
         stream: `capture_stream` of the device; None on a CPU, where nothing is captured.
         scorer: of new entries, where the cache keeps predictions.
 
@@ -76,6 +90,7 @@ class StepGraphs:
         cache: KVCache,
         tables: BlockTables | TileTables,
         sampled: Tensor,
+        max_num_batched_tokens: int,
         stream: torch.cuda.Stream | None,
         scorer: EntryScorer | None = None,
     ) -> None:
@@ -85,42 +100,65 @@ class StepGraphs:
         self._sampled = sampled
         self._stream = stream
         self._scorer = scorer
-        self.most = len(sampled) + PROMPT_TOKENS
+        grouped = decoder.spec.experts is None or groups_on_device(decoder.dtype, decoder.device)
+        self._take_chunks = grouped and not cache.tiled
+        prompt_tokens = PROMPT_TOKENS if self._take_chunks else DECODED_TOKENS
+        self.most = min(max_num_batched_tokens, len(sampled) + prompt_tokens)
         self._sizes = batch_sizes(self.most)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._inputs: Tensor | None = None
+        self._hidden: Tensor | None = None
+        """Of the largest graph; all others read and write the first places."""
         self._pool: tuple[int, int] | None = None
 
-    @staticmethod
-    def take(prompt_lens: np.ndarray) -> bool:
-        """Whether tokens of prompts may run here, beside decodes or alone; `prompt_lens` as in `TokenBatch.lens`."""
-        return len(prompt_lens) <= PROMPT_TOKENS and prompt_lens.sum() <= PROMPT_READS
+    def takes(self, batch: TokenBatch, chunks: PromptChunks) -> bool:
+        """Whether a step may run here."""
+        few = self._take_chunks and len(chunks) <= PROMPTS and len(batch) <= self.most
+        return few or self._all_decode(batch, chunks)
 
-    def run(self, batch: TokenBatch) -> Tensor:
+    @staticmethod
+    def _all_decode(batch: TokenBatch, chunks: PromptChunks) -> bool:
+        """Whether all tokens of a step may attend as decodes."""
+        lens = batch.lens[chunks.bounds[0] :]
+        return len(lens) <= DECODED_TOKENS and lens.sum() <= DECODED_READS
+
+    def run(self, batch: TokenBatch, chunks: PromptChunks) -> Tensor:
         """Hidden states [n, width], overwritten by the next run."""
         size = self._sizes[bisect_left(self._sizes, len(batch))]
-        if size not in self._graphs:
-            for new in sorted({self.most, size} - self._graphs.keys(), reverse=True):
-                self._graphs[new] = self._capture(new)
-        graph, inputs, hidden = self._graphs[size]
-        inputs.copy_(self.inputs(batch, size).pin_memory(), non_blocking=True)
-        graph.replay()
-        return hidden[: len(batch)]
+        prompts = not self._all_decode(batch, chunks)
+        if (size, prompts) not in self._graphs:
+            self._capture_new(size, prompts)
+        inputs = self.inputs(size, batch, chunks if prompts else None)
+        self._inputs[: len(inputs)].copy_(inputs.pin_memory(), non_blocking=True)
+        self._graphs[size, prompts].replay()
+        return self._hidden[: len(batch)]
 
-    def inputs(self, batch: TokenBatch | None, size: int) -> Tensor:
-        """What a graph reads, int64 [7, size] on the host: the fields of `TokenBatch`, padded with the empty row."""
-        packed = np.zeros((7, size), dtype=np.int64)
+    def inputs(self, size: int, batch: TokenBatch | None, chunks: PromptChunks | None) -> Tensor:
+        """What a graph reads, int64 on the host: the fields of `TokenBatch`, each of `size` and padded with the empty
+        row, and where there are `chunks` their fields, padded to `PROMPTS`. No batch: the padding alone.
+        """
+        flat = np.zeros(7 * size + (0 if chunks is None else 3 * PROMPTS + 1), dtype=np.int64)
+        packed, last = flat[: 7 * size].reshape(7, size), flat[7 * size :]
         packed[[1, 3, 4]] = -1
         packed[5] = self._tables.empty_row
         if batch is not None:
             for line, field in zip(packed, fields(TokenBatch), strict=True):
                 line[: len(batch)] = getattr(batch, field.name)
-        return torch.from_numpy(packed)
+        if chunks is not None:
+            count, decodes = len(chunks), chunks.bounds[0]
+            packed[5, decodes:], packed[6, decodes:] = self._tables.empty_row, 0  # they are of no decode
+            last[:PROMPTS] = self._tables.empty_row
+            last[:count], last[PROMPTS : PROMPTS + count] = chunks.rows, chunks.lens
+            last[2 * PROMPTS :] = chunks.bounds[-1]
+            last[2 * PROMPTS : 2 * PROMPTS + count] = chunks.bounds[:-1]
+        return torch.from_numpy(flat)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, size: int) -> Tensor:
         """The captured computation: hidden states [size, width]. Logits are left out, since each graph would keep its
         own, hundreds of megabytes in all.
         """
-        token_ids, token_rows, positions, slots, queries, rows, lens = inputs
+        token_ids, token_rows, positions, slots, queries, rows, lens = inputs[: 7 * size].view(7, size)
+        chunks = inputs[7 * size :]
         queries = None if self._cache.queries is None else queries
         if self._cache.tiled:
             attention = TiledAttention(
@@ -131,21 +169,26 @@ class StepGraphs:
                 entries=slots,
                 positions=positions,
                 query_indices=queries,
-                num_decodes=inputs.shape[1],
+                num_decodes=size,
             )
             return self._decode(token_ids, token_rows, positions, attention)
         if self._cache.positions is not None:
             layers, _, heads, _ = self._cache.positions.shape
             store_positions(positions.int(), self._cache.positions, shared(slots, heads, layers))
+        decodes = min(size, len(self._sampled)) if len(chunks) else size
         attention = PagedAttention(
             self._cache,
             self._decoder.spec.attention,
             slots=slots,
             query_indices=queries,
-            num_decodes=inputs.shape[1],
-            decode_tables=self._tables.device.index_select(0, rows),
-            decode_lens=lens.int(),
+            num_decodes=decodes,
+            decode_tables=self._tables.device.index_select(0, rows[:decodes]),
+            decode_lens=lens[:decodes].int(),
         )
+        if len(chunks):
+            attention.prefill_tables = self._tables.device.index_select(0, chunks[:PROMPTS])
+            attention.prefill_lens, attention.cu_seqlens = chunks[PROMPTS:].int().split([PROMPTS, PROMPTS + 1])
+            attention.max_seqlen = size
         return self._decode(token_ids, token_rows, positions, attention)
 
     def _decode(
@@ -156,22 +199,44 @@ class StepGraphs:
 
     @property
     def kept_bytes(self) -> int:
-        """What all graphs keep, inputs and hidden states, once each is captured."""
-        return sum(self._sizes) * (7 * 8 + self._decoder.spec.width * self._decoder.dtype.itemsize)
+        """What graphs keep beside their pool: inputs and hidden states."""
+        return (
+            8 * (7 * self.most + 3 * PROMPTS + 1) + self.most * self._decoder.spec.width * self._decoder.dtype.itemsize
+        )
 
-    def warm_up(self, inputs: Tensor) -> None:
-        """Run once what is to be captured: a capture allows neither compiling kernels nor setting up libraries."""
+    def warm_up_largest(self) -> None:
+        """Run once what the largest graph holds."""
+        self._warm_up(self.most, self._take_chunks)
+
+    def _warm_up(self, size: int, prompts: bool) -> Tensor:
+        """Run once what is to be captured: a capture allows neither compiling kernels nor setting up libraries.
+
+        Returns:
+            What the graph reads.
+        """
+        host = self.inputs(size, None, NO_CHUNKS if prompts else None)
+        inputs = host.to(self._cache.k.device) if self._inputs is None else self._inputs[: len(host)].copy_(host)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self.forward(inputs)
+            self.forward(inputs, size)
         torch.cuda.current_stream().wait_stream(self._stream)
+        return inputs
 
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        inputs = self.inputs(None, size).to(self._cache.k.device)
-        self.warm_up(inputs)
+    def _capture_new(self, size: int, prompts: bool) -> None:
+        """Capture a graph, and the largest before it, if there is none yet."""
+        if self._inputs is None:
+            device, spec = self._cache.k.device, self._decoder.spec
+            self._inputs = torch.empty(7 * self.most + 3 * PROMPTS + 1, dtype=torch.int64, device=device)
+            self._hidden = torch.empty(self.most, spec.width, dtype=self._decoder.dtype, device=device)
+            self._capture(self.most, self._take_chunks)
+        if (size, prompts) not in self._graphs:
+            self._capture(size, prompts)
+
+    def _capture(self, size: int, prompts: bool) -> None:
+        inputs = self._warm_up(size, prompts)
         graph = torch.cuda.CUDAGraph()
         # Another thread may be launching a compression meanwhile, which is not part of this.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            hidden = self.forward(inputs)
+            self._hidden[:size].copy_(self.forward(inputs, size))
         self._pool = graph.pool()
-        return graph, inputs, hidden
+        self._graphs[size, prompts] = graph

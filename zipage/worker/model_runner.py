@@ -30,7 +30,7 @@ from zipage.worker.sampler import Logprobs, Sampler
 from zipage.worker.swap import HostCopy, restore, save
 from zipage.worker.tile_tables import TileTables
 from zipage.worker.tiled_attention import TiledAttention
-from zipage.worker.token_batch import TokenBatch
+from zipage.worker.token_batch import PromptChunks, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,7 @@ class ModelRunner:
         decoder: the model, or a shard of it, on `device`.
         spec: its shapes.
         max_num_seqs: rows of the batch.
+        max_num_batched_tokens: most tokens of a step.
         max_model_len: longest request, in tokens; sizes the block-table rows.
         enforce_eager: on CUDA too, launch every kernel of a step instead of replaying a graph.
         scorer: of new entries, where the cache keeps predictions.
@@ -109,6 +110,7 @@ class ModelRunner:
         device: torch.device,
         *,
         max_num_seqs: int,
+        max_num_batched_tokens: int,
         max_model_len: int,
         enforce_eager: bool = False,
         scorer: EntryScorer | None = None,
@@ -117,6 +119,7 @@ class ModelRunner:
         self.spec = spec
         self.device = device
         self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.enforce_eager = enforce_eager
         self.scorer = scorer
@@ -144,7 +147,8 @@ class ModelRunner:
 
     def step_graphs(self, cache: KVCache, tables: BlockTables | TileTables) -> StepGraphs:
         """Graphs over `cache`, none captured yet."""
-        return StepGraphs(self.decoder, cache, tables, self._sampled, self._capture_stream, self.scorer)
+        most = self.max_num_batched_tokens
+        return StepGraphs(self.decoder, cache, tables, self._sampled, most, self._capture_stream, self.scorer)
 
     def block_tables(self, cache: KVCache) -> BlockTables | TileTables:
         """Tables of all rows, none written yet."""
@@ -245,10 +249,11 @@ class ModelRunner:
             self._tables.write(growth)
         self._tables.upload()
         batch = TokenBatch.of(plan, self._tables, self.cache.window)
-        if self._graphs is not None and self._graphs.take(batch.lens[plan.num_decodes :]):
-            hidden = self._graphs.run(batch)
+        chunks = PromptChunks.of(plan)
+        if self._graphs is not None and self._graphs.takes(batch, chunks):
+            hidden = self._graphs.run(batch, chunks)
         else:
-            hidden = self._run_eagerly(plan, batch)
+            hidden = self._run_eagerly(plan, batch, chunks)
         if len(plan.rows) > plan.num_decodes:
             hidden = hidden[self._tensor(self._last_places(plan))]
         return hidden
@@ -264,7 +269,7 @@ class ModelRunner:
         """int64 [N], places of the tokens whose successors are sampled."""
         return (np.cumsum(plan.counts) - 1)[plan.samples]
 
-    def _run_eagerly(self, plan: StepPlan, batch: TokenBatch) -> Tensor:
+    def _run_eagerly(self, plan: StepPlan, batch: TokenBatch, chunks: PromptChunks) -> Tensor:
         """Hidden states [n, width], every kernel launched from here; prompts take prefill attention."""
         if self.cache.tiled:
             return self._run_tiled(plan, batch)
@@ -274,13 +279,11 @@ class ModelRunner:
             lens = batch.lens[:num_decodes]
             attention.decode_lens = self._tensor(lens, np.int32)
             attention.decode_tables = self._tables.of(batch.rows[:num_decodes], int(lens.max()))
-        counts = plan.counts[num_decodes:]
-        if len(counts):
-            lens = plan.lens[num_decodes:] + counts
-            attention.prefill_tables = self._tables.of(plan.rows[num_decodes:], int(lens.max()))
-            attention.prefill_lens = self._tensor(lens, np.int32)
-            attention.cu_seqlens = self._tensor(np.cumsum([0, *counts]), np.int32)
-            attention.max_seqlen = int(counts.max())
+        if len(chunks):
+            attention.prefill_tables = self._tables.of(chunks.rows, int(chunks.lens.max()))
+            attention.prefill_lens = self._tensor(chunks.lens, np.int32)
+            attention.cu_seqlens = self._tensor(chunks.bounds, np.int32)
+            attention.max_seqlen = int(np.diff(chunks.bounds).max())
         fields = batch.token_ids, batch.token_rows, batch.positions, batch.slots, batch.queries
         token_ids, token_rows, positions, attention.slots, queries = self._tensor(np.stack(fields))
         if self.cache.queries is not None:

@@ -23,18 +23,20 @@ from zipage.worker.kv_cache import KVCache
 class PagedAttention:
     """Stores a layer's new keys and values, and the queries that an eviction will read, then attends over block tables.
 
-    The batch is decodes (one token each) followed by prefill chunks.
+    The batch is decodes (one token each) followed by prefill chunks. Tokens of neither attend to nothing; what comes of
+    them has no meaning.
 
     Attributes:
         cache: the paged keys and values.
         layers: attention of each layer.
         slots: int64 [T], where each token's entry goes; the same in every layer.
         query_indices: int64 [T], where each token's queries go (`store_step`); None where no request keeps any.
-        num_decodes: leading tokens that are decodes, one request each.
+        num_decodes: leading tokens that attend as decodes, one request each. Tokens of chunks may be among them, with a
+            length of 0.
         decode_tables, prefill_tables: int32 [B, max blocks of the part].
         decode_lens, prefill_lens: int32 [B], entries of each request with this step's included.
-        cu_seqlens: int32 [prefills + 1], borders of the chunks among the prefill tokens.
-        max_seqlen: longest chunk.
+        cu_seqlens: int32 [prefills + 1], borders of the chunks in the batch.
+        max_seqlen: at least the longest chunk; 0: there is none.
     """
 
     cache: KVCache
@@ -63,14 +65,14 @@ class PagedAttention:
             store_kv(k, v, k_cache, v_cache, self._slots)
         else:
             store_step(k, v, q, k_cache, v_cache, self.cache.queries[layer], self._slots, self.query_indices)
-        parts = []
         n = self.num_decodes
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if n:
-            parts.append(paged_decode(q[:n], CacheView(k_cache, v_cache, *self._decodes), scale, self._pieces))
+            paged_decode(q[:n], CacheView(k_cache, v_cache, *self._decodes), scale, self._pieces, out[:n])
         if self.max_seqlen:
             view = CacheView(k_cache, v_cache, *self._prefills)
-            parts.append(paged_prefill(q[n:], view, self.cu_seqlens, self.max_seqlen, scale))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            paged_prefill(q, view, self.cu_seqlens, self.max_seqlen, scale, out)
+        return out
 
     def _share(self, k_cache: Tensor, v_cache: Tensor) -> None:
         """All KV heads have the same slots, tables and lengths."""

@@ -31,7 +31,6 @@ from zipage.worker.tiled_attention import TiledAttention
 @torch.inference_mode()
 def measure_peak(
     runner: ModelRunner,
-    num_tokens: int,
     block_size: int,
     dtype: torch.dtype,
     *,
@@ -49,7 +48,6 @@ def measure_peak(
     own.
 
     Args:
-        num_tokens: of the step.
         rule: of compressions; None for full KV.
         asynchronous: a compression runs beside a step, so that both peaks may fall together.
         layer_stride: layers of one launch of a compression, as in `compress`.
@@ -59,6 +57,7 @@ def measure_peak(
     Raises:
         RuntimeError: the largest compression failed.
     """
+    num_tokens = runner.max_num_batched_tokens
     num_blocks = -(-min(num_tokens, runner.max_model_len) // block_size)
     tiled = rule is not None and rule.allocation is not None
     cache = KVCache(runner.spec, num_blocks, block_size, dtype, runner.device, positions=tiled, tiled=tiled)
@@ -66,9 +65,8 @@ def measure_peak(
     if not runner.enforce_eager:
         # Graphs keep what they allocate, beside what other steps do; the largest needs most, and all share it.
         graphs = runner.step_graphs(cache, runner.block_tables(cache))
-        inputs = graphs.inputs(None, graphs.most).to(runner.device)
-        peak += _peak_of(runner.device, lambda: graphs.warm_up(inputs)) + graphs.kept_bytes
-        del graphs, inputs
+        peak += _peak_of(runner.device, graphs.warm_up_largest) + graphs.kept_bytes
+        del graphs
     if tiled:
         peak += runner.block_tables(cache).nbytes  # a table for each layer and head is not small
     del cache

@@ -1,4 +1,4 @@
-"""The tokens of a step, on the host."""
+"""The tokens of a step, and its chunks of prompts, on the host."""
 
 from __future__ import annotations
 
@@ -59,3 +59,28 @@ class TokenBatch:
         if window:
             queries = np.where(query_slots >= 0, query_slots * window + positions % window, -1)
         return cls(plan.token_ids, token_rows, positions, tables.slots(rows, entries), queries, rows, entries + 1)
+
+
+@dataclass(slots=True)
+class PromptChunks:
+    """The chunks of prompts that end a batch.
+
+    Attributes:
+        rows: int64 [P], of the block tables.
+        lens: int64 [P], entries of each request with its chunk's.
+        bounds: int64 [P + 1], places of their tokens in the batch.
+    """
+
+    rows: np.ndarray
+    lens: np.ndarray
+    bounds: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> PromptChunks:
+        """The chunks of a plan."""
+        n = plan.num_decodes
+        counts = plan.counts[n:]
+        return cls(plan.rows[n:], plan.lens[n:] + counts, n + np.cumsum([0, *counts]))

@@ -84,6 +84,7 @@ class Worker:
             self.spec,
             self.device,
             max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=max_model_len,
             enforce_eager=config.enforce_eager,
             scorer=self._scorer(),
@@ -129,7 +130,6 @@ class Worker:
         config = self.config
         activations = measure_peak(
             self.runner,
-            config.max_num_batched_tokens,
             config.block_size,
             self.dtype,
             rule=config.largest_rule(max_model_len),
