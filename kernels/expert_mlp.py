@@ -42,7 +42,7 @@ def expert_mlp(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down
 
 def groups_on_device(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `expert_mlp` groups tokens in a CUDA graph too. Elsewhere a graph holds all experts over all tokens."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return True
     return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in GROUPED_CAPABILITIES
 
