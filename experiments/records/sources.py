@@ -250,7 +250,17 @@ def _is_own(package: str) -> bool:
     places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     places += [*site.getsitepackages(), site.getusersitepackages()]
     files = [Path(origin) for origin in origins if origin is not None and Path(origin).is_absolute()]
-    return bool(files) and not any(file.is_relative_to(place) for file in files for place in places)
+    if not files or any(file.is_relative_to(place) for file in files for place in places):
+        return False
+    places = [Path(place).parent for place in (spec.submodule_search_locations or files)]
+    return not any(package in _installed_in(place) for place in places)
+
+
+@lru_cache
+def _installed_in(folder: Path) -> set[str]:
+    """Packages and modules that an installer has put into a folder, such as pip with `--target`."""
+    lines = (line for record in folder.glob("*.dist-info/RECORD") for line in record.read_text("utf-8").splitlines())
+    return {Path(line.partition(",")[0]).parts[0].removesuffix(".py") for line in lines if line}
 
 
 def _imports(name: str, file: Path) -> Iterator[str]:

@@ -89,6 +89,22 @@ def test_policy_of_ones_own_knows_what_it_imports(package):
     assert sources.own_policies(example).keys() == {"examples.my_policy"}
 
 
+def test_what_pip_installs_into_a_folder_is_not_ones_own(package, monkeypatch, tmp_path):
+    """With `--target` it lies where a policy of one's own might; vLLM and all its imports took 100 s to read."""
+    folder = tmp_path / "target"
+    for name in ("installed_there", "beside_it"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text("")
+    record = folder / "installed_there-1.0.dist-info" / "RECORD"
+    record.parent.mkdir()
+    record.write_text("installed_there/__init__.py,sha256=abc,0\ninstalled_there-1.0.dist-info/RECORD,,\n")
+    monkeypatch.syspath_prepend(folder)
+    package("signs.py", "import installed_there\nimport beside_it\nSIGN = 1\n")
+    own = sources.own_policies(load_experiment(OWN))
+    assert "beside_it" in own
+    assert "installed_there" not in own
+
+
 @pytest.mark.parametrize(
     ("use", "name"),
     [
