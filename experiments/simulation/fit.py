@@ -104,8 +104,8 @@ def device_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredArm
 def _off(measured: MeasuredArm, base: SimulatedArm, now: StepModel, before: StepModel) -> list[float]:
     """By how much the time of an arm's steps is off under other constants: their sum and their median."""
     works = base.works()
-    after = sum(now.parts(*works))
-    seconds = sum(repeat.seconds for repeat in base.repeats) + float(np.sum(after - sum(before.parts(*works))))
+    after = sum(now.parts(*works[:-1]))
+    seconds = sum(repeat.seconds for repeat in base.repeats) + float(np.sum(after - sum(before.parts(*works[:-1]))))
     tokens = sum(repeat.tokens for repeat in base.repeats)
     rate = tokens / seconds / measured.row["tokens_per_second"]
     return [float(np.log(rate)), float(np.log(1e3 * np.median(after) / measured.row["step_ms"]["p50"]))]

@@ -50,11 +50,11 @@ class StepModel:
         return int(logits + MLP_BYTES * max_num_batched_tokens * spec.mlp_width / self.shape.ranks)
 
     def step(self, work: StepWork) -> float:
-        return sum(self.parts(*work))
+        return sum(self.parts(*work[:-1]))
 
     def parts(
         self, num_decodes: Any, decode_entries: Any, prefill_tokens: Any = 0, prefill_entries: Any = 0,
-        is_graph: Any = 1, moved_blocks: Any = 0,
+        all_decode: Any = 1, moved_blocks: Any = 0,
     ) -> tuple[Any, Any, Any]:  # fmt: skip
         """Seconds of the matrix products, of attention and of the rest; of numbers or of arrays."""
         m, shape, sizes = self.machine, self.shape, self.shape.sizes
@@ -62,9 +62,9 @@ class StepModel:
         reads = sizes.weight_bytes / (m.bandwidth * m.weight_share)
         arithmetic = tokens * sizes.token_flops / (m.flops * m.product_share)
         products = (reads**CORNER + arithmetic**CORNER) ** (1 / CORNER)
-        entries = decode_entries + is_graph * prefill_entries
+        entries = decode_entries + all_decode * prefill_entries
         attention = shape.layers * m.attention_seconds + entries * sizes.kv_bytes / (m.bandwidth * m.entry_share)
-        attention += (1 - is_graph) * prefill_entries * shape.pair_flops / (m.flops * m.prefill_share)
+        attention += (1 - all_decode) * prefill_entries * shape.pair_flops / (m.flops * m.prefill_share)
         row = 2 * shape.width  # bytes
         rest = shape.layers * (m.layer_seconds + m.row_passes * tokens * row / m.bandwidth)
         rest += m.sample_seconds * num_decodes * sizes.vocab_size

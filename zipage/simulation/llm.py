@@ -112,8 +112,8 @@ class SimulatedCore(EngineCore):
             reads += count * request.cache_len + count * (count + 1) // 2
         moved = sum(len(swap.block_ids) - swap.num_shared for swap in (*batch.paused, *batch.resumed))
         few = len(batch.prefills) <= PROMPTS and tokens <= PROMPT_TOKENS
-        is_graph = few or (tokens <= DECODED_TOKENS and reads <= DECODED_READS)
-        work = StepWork(len(batch.decodes), entries, tokens, reads, is_graph, moved)
+        all_decode = tokens <= DECODED_TOKENS and reads <= DECODED_READS
+        work = StepWork(len(batch.decodes), entries, tokens, reads, all_decode, moved, few or all_decode)
         if not self.scheduler.pool.enable_prefix_caching:
             return PlannedWork(work, self._tokens[:1] * len(batch.sampled))
         drawn, count = self._tokens, len(self._tokens)

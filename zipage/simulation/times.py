@@ -17,16 +17,18 @@ class StepWork(NamedTuple):
         decode_entries: entries that they read, per layer and KV head.
         prefill_tokens: of prompts, in chunks.
         prefill_entries: entries before each of these tokens, its own included, summed over them.
-        is_graph: the step would be one CUDA graph.
+        all_decode: tokens of prompts attend as decodes, so that each reads all before it anew.
         moved_blocks: to host memory and back, of requests that are paused and resumed.
+        is_graph: the step would be one CUDA graph.
     """
 
     num_decodes: int
     decode_entries: int
     prefill_tokens: int = 0
     prefill_entries: int = 0
-    is_graph: bool = True
+    all_decode: bool = True
     moved_blocks: int = 0
+    is_graph: bool = True
 
 
 class CompressionWork(NamedTuple):
