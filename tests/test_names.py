@@ -50,7 +50,7 @@ NO_OPTIONS = {
     # of `PagedEvent`, `Budget` and `Compressor`, which only code of ours calls
     *("window", "event.window", "max_blocks", "interval_blocks", "stride"),
     # of a load in conf/bench/
-    "staggered",
+    *("staggered", "arrivals"),
     # of Hydra's command line and of the environment
     *("CUDA_VISIBLE_DEVICES", "OMP_WAIT_POLICY"),
 }

@@ -27,7 +27,9 @@ ALWAYS = ("hardware.", "scenario.repeats", "tracking.", "results_dir", "force")
 
 BENCHES = {
     "kernels": Bench(kernels.prepare, ("scenario.options",)),
-    "engine_bench": Bench(engine.prepare, ("scenario.loads", "model.", "engine.", "seed")),
+    "engine_bench": Bench(
+        engine.prepare, ("scenario.loads", "scenario.path", "scenario.options", "model.", "engine.", "seed")
+    ),
     "serve_bench": Bench(
         serve.prepare, ("scenario.loads", "scenario.path", "scenario.options", "model.", "engine.", "seed")
     ),

@@ -46,6 +46,8 @@ def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> t
         experiment.scenario.loads,
         model=str(model.path),
         given=given | {"device": device},
+        changes=experiment.scenario.options,
+        trace=experiment.scenario.path,
         seed=experiment.seed,
         repeats=experiment.scenario.repeats,
         backends=backends,

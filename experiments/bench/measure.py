@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -25,7 +25,12 @@ COUNTED = {"compressions": "compressions_applied", "pauses": "pauses", "preempti
 
 @dataclass
 class Repeat:
-    """One measurement. `compressing`: seconds that each compression took, from its order until it was booked."""
+    """One measurement.
+
+    Attributes:
+        compressing: seconds that each compression took, from its order until it was booked.
+        ttft, e2e: seconds from when each request was due to its first token and to its end; empty for windows.
+    """
 
     tokens: int
     seconds: float
@@ -33,6 +38,8 @@ class Repeat:
     entries: list[float]
     compressing: list[float]
     counts: dict[str, int] = field(default_factory=dict)
+    ttft: list[float] = field(default_factory=list)
+    e2e: list[float] = field(default_factory=list)
 
 
 def measure(arm: Arm, factory: BackendFactory, ceilings: Mapping[str, float] | None, used_before: int | None) -> dict:
@@ -104,18 +111,24 @@ def _prompts(arm: Arm, shape: ModelShape, label: str) -> list[list[int]]:
     return [[random.randrange(shape.vocab_size) for _ in range(prompt)] for prompt, _ in arm.lengths]
 
 
-def _requests(arm: Arm, label: str, prompts: list[list[int]], outputs: list[int]) -> list[TimedRequest]:
+def _requests(
+    arm: Arm, label: str, prompts: list[list[int]], outputs: list[int], arrivals: Sequence[float] | None = None
+) -> list[TimedRequest]:
+    times = arrivals or [0.0] * len(prompts)
     return [
         TimedRequest(
-            f"{label}-{i}", prompt, SamplingParams(temperature=arm.temperature, max_tokens=output, ignore_eos=True)
+            f"{label}-{i}", prompt, SamplingParams(temperature=arm.temperature, max_tokens=output, ignore_eos=True), due
         )
-        for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
+        for i, (prompt, output, due) in enumerate(zip(prompts, outputs, times, strict=True))
     ]
 
 
-def _served(backend: Backend, arm: Arm, label: str, prompts: list[list[int]], outputs: list[int]) -> Served:
+def _served(
+    backend: Backend, arm: Arm, label: str, prompts: list[list[int]], outputs: list[int],
+    arrivals: Sequence[float] | None = None,
+) -> Served:  # fmt: skip
     """All requests, answered at full length. Raises RunError where one is not."""
-    requests = _requests(arm, label, prompts, outputs)
+    requests = _requests(arm, label, prompts, outputs, arrivals)
     served = serve(backend, requests, progress=False)
     answers = [served.outputs[request.id] for request in requests]
     refused = [answer.error for answer in answers if answer.error is not None]
@@ -180,11 +193,14 @@ class _Observed:
 
 
 def _whole(backend: Backend, arm: Arm, shape: ModelShape, label: str, outputs: list[int]) -> Repeat:
-    """All requests from the first to the last."""
+    """All requests from the first to the last, each when it is due."""
     prompts = _prompts(arm, shape, label)
     with _Observed(backend, arm, shape) as observed:
-        served = _served(observed, arm, label, prompts, outputs)
-        return observed.repeat(served.seconds, sum(o.metrics.output_tokens for o in served.outputs.values()))
+        served = _served(observed, arm, label, prompts, outputs, arm.arrivals)
+        metrics = [output.metrics for output in served.outputs.values()]
+        repeat = observed.repeat(served.seconds, sum(of.output_tokens for of in metrics))
+        repeat.ttft, repeat.e2e = [of.ttft for of in metrics], [of.e2e for of in metrics]
+        return repeat
 
 
 def _windows(backend: Backend, arm: Arm, shape: ModelShape, outputs: list[int]) -> list[Repeat]:
@@ -229,7 +245,7 @@ def row_of(arm: Arm, shape: ModelShape, repeats: list[Repeat], ceilings: Mapping
         "steps": len(steps),
         "mean_batch": statistics.mean(step.num_decode for step in steps),
         "step_bytes": statistics.mean(step_bytes(shape, entries) for repeat in repeats for entries in repeat.entries),
-        "step_ms": {name: 1e3 * _quantile(times, q) for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))},
+        "step_ms": _tails(times),
     }
     if arm.is_own:  # other engines tell neither
         device = sum(step.device_time for step in steps)
@@ -238,7 +254,10 @@ def row_of(arm: Arm, shape: ModelShape, repeats: list[Repeat], ceilings: Mapping
         row |= {name: statistics.median(repeat.counts[name] for repeat in repeats) for name in COUNTED}
         compressing = [seconds for repeat in repeats for seconds in repeat.compressing]
         row["compression_ms"] = 1e3 * statistics.mean(compressing) if compressing else None
-    if ceilings is not None:
+    if arm.arrivals is not None:
+        waits = {name: [wait for repeat in repeats for wait in getattr(repeat, name)] for name in ("ttft", "e2e")}
+        row |= {f"{name}_ms": _tails(seconds) for name, seconds in waits.items()}
+    elif ceilings is not None:  # a floor is of work that is there, and here the engine waits for some
         bandwidth = max(ceilings["copy"], ceilings["read"])
         floors = [
             sum(
@@ -267,6 +286,11 @@ def _names(arm: Arm) -> dict[str, Any]:
 def refused(arm: Arm, reason: str) -> dict[str, Any]:
     """The row of an arm that was not timed."""
     return _names(arm) | {"refused": reason}
+
+
+def _tails(seconds: list[float]) -> dict[str, float]:
+    """Milliseconds."""
+    return {name: 1e3 * _quantile(seconds, q) for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))}
 
 
 def _quantile(values: list[float], share: float) -> float:

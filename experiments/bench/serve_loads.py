@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from experiments.backends import BackendFactory, get_backend
-from experiments.bench.loads import AnyArm, as_begun, find_loads, named_arms
-from experiments.config.yaml_files import read_yaml
+from experiments.bench.loads import AnyArm, as_begun, find_loads, named_arms, options_of
+from experiments.bench.requests import refuse_unused, requests_of
 from experiments.errors import UsageError
-from experiments.paths import CONF, ROOT
-from experiments.running.traces import read_lengths
+from experiments.paths import CONF
 from experiments.serving.prompts import Asked
 from experiments.serving.server import command
-from experiments.workloads.lengths import generate
 from zipage import EngineConfig, SamplingParams
 
 LOADS = CONF / "serve_bench"
@@ -175,7 +173,7 @@ def read_served_arms(
     for name, path, only in find_loads(names, LOADS):
         spec = _parse(path, changes)
         named = named_arms(spec.arms, name, only)
-        requests, from_option = _requests(path, spec, trace, seed)
+        requests, from_option = requests_of(path, spec.lengths, trace, seed, timed=spec.arrivals == "trace")
         used |= from_option
         for arm, own in named.items():
             try:
@@ -195,8 +193,7 @@ def read_served_arms(
                     requests=requests, seed=seed,
                 )
             )  # fmt: skip
-    if trace is not None and not used:
-        raise UsageError(f"scenario.path={trace}: none of the loads takes a trace; leave it out")
+    refuse_unused(trace, used)
     return arms
 
 
@@ -217,25 +214,7 @@ def _engine(
 
 
 def _parse(path: Path, changes: Mapping[str, Any]) -> ServeLoad:
-    content, known = read_yaml(path), [f.name for f in fields(ServeLoad)]
-    if not isinstance(content, dict) or not isinstance(content.get("arms"), dict) or not content["arms"]:
-        raise UsageError(f"{path}: must have a mapping `arms` with one arm at least")
-    if not isinstance(content.get("lengths"), dict):
-        raise UsageError(
-            f"{path}: must have a mapping `lengths`: {{trace: FILE}}, or options of the workload `lengths`"
-        )
-    for source, options in ((str(path), content), ("scenario.options", changes)):
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise UsageError(f"{source}: unknown option {unknown[0]}; known: {', '.join(known)}")
-    if "arms" in changes:
-        raise UsageError("scenario.options.arms: give a YAML file of your own: scenario.loads=[FILE.yaml]")
-    mappings = {
-        name: content[name] | dict(changes[name])
-        for name in MAPPINGS
-        if isinstance(content.get(name), dict) and isinstance(changes.get(name), Mapping)
-    }
-    load = ServeLoad(**content | dict(changes) | mappings)
+    load = ServeLoad(**options_of(path, changes, ServeLoad, MAPPINGS))
     _check(path, load)
     return load
 
@@ -290,35 +269,6 @@ def _is_search(search: Any) -> bool:
         and type(search["steps"]) is int
         and search["steps"] >= 0
     )
-
-
-def _requests(path: Path, load: ServeLoad, given: str | None, seed: int) -> tuple[list[Asked], bool]:
-    """The requests of a load, and whether they are of `scenario.path`."""
-    if "trace" not in load.lengths:
-        try:
-            found = generate(seed, **load.lengths)
-            return [Asked(0.0, problem.prompt_tokens, problem.output_tokens) for problem in found], False
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"{path}: lengths: {error}") from error
-    unknown = sorted(set(load.lengths) - {"trace", "count", "longest"})
-    if unknown:
-        raise UsageError(f"{path}: lengths: unknown option {unknown[0]}; known: trace, count, longest")
-    name = given or load.lengths["trace"]
-    if name is None:
-        raise UsageError(f"{path}: takes a trace: scenario.path=FILE")
-    where = name if Path(name).expanduser().is_file() or given else str(ROOT / name)
-    field = "scenario.path" if given else "lengths.trace"
-    count, longest = load.lengths.get("count"), load.lengths.get("longest")
-    try:
-        traced = read_lengths(where, count, longest, field=field, options="lengths.")
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}") from error
-    if not traced:
-        raise UsageError(f"{path}: {field}={name}: holds no request that was answered")
-    if load.arrivals == "trace" and traced[0].arrival is None:
-        raise UsageError(f"{path}: {field}={name}: holds lengths alone, no arrivals: `arrivals: poisson` draws them")
-    requests = [Asked(one.arrival or 0.0, one.prompt_tokens, one.output_tokens, one.hash_ids) for one in traced]
-    return requests, given is not None
 
 
 def shortened(arm: ServedArm) -> list[Asked]:

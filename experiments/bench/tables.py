@@ -40,6 +40,8 @@ ENGINES: list[Column] = [
     ("floor_tokens_per_second", "floor", "{:,.0f}".format),
     ("of_floor", "of floor", _percent),
     ("step_ms", "step ms p50 / p90 / p99", lambda value: " / ".join(f"{time:.2f}" for time in value.values())),
+    ("ttft_ms", "TTFT ms", lambda value: " / ".join(f"{time:,.0f}" for time in value.values())),
+    ("e2e_ms", "E2E ms", lambda value: " / ".join(f"{time:,.0f}" for time in value.values())),
     ("host_ms", "host ms", "{:.2f}".format),
     ("gpu_idle", "GPU idle", _percent),
     ("steps", "steps", "{:,.0f}".format),

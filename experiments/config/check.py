@@ -77,7 +77,7 @@ def check(experiment: Experiment) -> None:
         (
             "scenario.options",
             not (serve and scenario.options),
-            "left out: only scenario=kernels and scenario=serve_bench have options",
+            "left out: only scenario=kernels, scenario=engine_bench and scenario=serve_bench have options",
         ),
         ("scenario.repeats", not (serve and repeats), "left out: only benchmarks repeat; take sampling.n or seed=0,1"),
         ("scenario.repeats", serve or (repeats is not None and repeats >= 1), "at least 1"),

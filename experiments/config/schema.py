@@ -202,8 +202,8 @@ class ScenarioConfig:
         loads: of "engine_bench" and "serve_bench": names in `conf/bench/` and `conf/serve_bench/`, NAME/ARM for one
             arm, or YAML files.
         repeats: of a benchmark: measurements of each row.
-        options: of "kernels": the fields of `kernels.bench_shapes.KernelShapes`. Of "serve_bench": those of
-            `experiments.bench.serve_loads.ServeLoad`, which win over its files.
+        options: of "kernels": the fields of `kernels.bench_shapes.KernelShapes`. Of "engine_bench" and "serve_bench":
+            those of `experiments.bench.loads.Load` and `serve_loads.ServeLoad`, which win over their files.
     """
 
     name: str = "???"

@@ -132,6 +132,20 @@ def record_events(llm: LLM) -> list[EventStats]:
     return events
 
 
+def count_orders(llm: LLM) -> list[int]:
+    """Of each time that compressions are ordered, how many."""
+    scheduler, counts = llm._core.scheduler, []
+    order = scheduler.order_compressions
+
+    def counted():
+        orders = order()
+        counts.append(len(orders))
+        return orders
+
+    scheduler.order_compressions = counted
+    return counts
+
+
 def ended_while_paused(events: list[EventStats]) -> int:
     """Samples whose last move was a pause: the step under way then brought their last token. Nothing resumes them."""
     moves = {(e.request_id, e.sample_index): e.kind for e in events if e.kind in ("pause", "resume")}

@@ -8,6 +8,7 @@ import pytest
 from tests.engine.compressed import (
     UNBOUNDED,
     Recorder,
+    count_orders,
     greedy,
     make_llm,
     pause_now_and_then,
@@ -154,6 +155,37 @@ def test_a_batch_equals_its_requests_alone(folder, prompts, bounded, change):
     assert stats.blocks_used == stats.query_slots_used == 0
     if "tight" in change:
         assert stats.pauses + stats.preemptions > 0
+
+
+WAVE = {
+    "in place": {"async_compression": False},
+    "beside": {"async_compression": True},
+    "overlapped": {"async_compression": True, "async_scheduling": True},
+}
+
+
+@pytest.mark.parametrize("case", [c for c in ONE_OF_EACH if c.policy in ("zipage", "page_attention")], ids=str)
+def test_a_wave_that_is_spread_keeps_what_its_requests_keep_alone(folder, case):
+    """Eight requests that are due together, every 16 steps: two behind a step."""
+    prompts = random_prompts([20] * 8, VOCAB, seed=4)
+    params = [greedy(BOUNDED_TOKENS, seed=i) for i in range(8)]
+    alone = []
+    llm = make_llm(folder, case, BUDGET, async_compression=False, trace_positions=True, enable_prefix_caching=False)
+    expected = record_events(llm)
+    for prompt, one in zip(prompts, params, strict=True):
+        alone += tokens_of(llm.generate([prompt], one, use_tqdm=False))
+    for how, options in WAVE.items():
+        # As many blocks as eight requests may hold, and no more.
+        llm = make_llm(folder, case, BUDGET, trace_positions=True, num_blocks=8 * 3, **options)
+        events, orders = record_events(llm), count_orders(llm)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert tokens_of(outputs) == alone, how
+        assert max(orders) == 2, how
+        assert llm.stats.pauses == llm.stats.preemptions == 0
+        places = {output.request_id: place for place, output in enumerate(outputs)}
+        events.sort(key=lambda event: (places[event.request_id], event.round))
+        for one, other in zip(expected, events, strict=True):
+            assert (one.kept_positions == other.kept_positions).all(), how
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])

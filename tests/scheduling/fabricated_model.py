@@ -81,6 +81,7 @@ class FabricatedModel(FabricatedMemory):
     def compress(self) -> int:
         """Order compressions; those without delay are done at once. Returns how many were ordered."""
         orders = self.scheduler.order_compressions()
+        self.events["deferrals"] += sum(map(self.scheduler.trigger.is_deferred, self.scheduler.running))
         self._poison_fresh()
         for order in orders:
             flight = self._begin(order)

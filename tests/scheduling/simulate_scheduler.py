@@ -28,6 +28,7 @@ MUST_OCCUR = (
     "aborts_while_compressing",
     "aborts_while_paused",
     "compressions",
+    "deferrals",
     "ended_while_compressing",
     "forced_pauses",
     "moved_off_shared",

@@ -1,6 +1,7 @@
 """When requests are compressed, what an order does while it is under way, and random loads."""
 
 import os
+from collections import Counter
 
 import pytest
 
@@ -9,6 +10,7 @@ from tests.scheduling.fabricated import make_request, make_rule, make_samples
 from tests.scheduling.simulate_scheduler import missing, simulate
 from zipage.scheduling.compression import num_fresh_blocks
 from zipage.scheduling.request import Status
+from zipage.scheduling.triggers import PACE
 
 # When
 
@@ -161,6 +163,40 @@ def test_while_a_compression_is_under_way_nobody_loses_blocks():
     assert (plan.is_empty, plan.num_stalled, plan.paused, plan.preempted) == (True, 1, [], [])
     scheduler.complete(order.number)
     assert scheduler.schedule().decodes[0] is old
+
+
+@pytest.mark.parametrize("max_delay", [0, 4], ids=["in place", "beside"])
+def test_a_wave_is_spread_and_takes_no_memory_beyond_the_plan(max_delay):
+    """32 requests that are due together every 32 steps, in a pool of what they may hold: 4 at a step."""
+    rule, count = make_rule(2, 32, window=4), 32
+    requests = [make_request(str(i), 8, 200, rule) for i in range(count)]
+    options = {"max_num_seqs": count, "max_num_batched_tokens": 8 * count, "num_query_slots": count}
+    scheduler, model = started(*requests, num_blocks=2 * count, block_size=32, max_delay=max_delay, **options)
+    orders, pauses = [], Counter()
+    while scheduler.has_unfinished:
+        before, tokens = len(model.compressed), [request.num_tokens for request in requests]
+        model.step()
+        orders.append(len(model.compressed) - before)
+        for request, had in zip(requests, tokens, strict=True):
+            pauses[request] = 0 if request.num_tokens > had else pauses[request] + 1
+            assert request.finish_reason or pauses[request] <= 32 // PACE + max_delay + 1, "it starves"
+    assert max(orders) == count * PACE // 32
+    assert [entries for _, entries, _ in model.compressed] == [64] * (5 * count)
+    if not max_delay:
+        assert model.events["deferrals"] == sum(range(4, count, 4)), "the first wave's: the later ones come spread"
+    assert scheduler.num_pauses == model.events["preemptions"] == 0
+
+
+def test_requests_are_admitted_while_others_are_passed_over():
+    rule = make_rule(2, 32)
+    wave = [make_request(str(i), 8, 100, rule) for i in range(16)]
+    scheduler, model = started(*wave, block_size=32, max_num_seqs=17, max_num_batched_tokens=200)
+    step_until(model, lambda: any(map(scheduler.trigger.is_deferred, wave)))
+    late = make_request("late", 8, 4)
+    scheduler.add(late)
+    model.step()
+    assert any(map(scheduler.trigger.is_deferred, wave))
+    assert late.status is Status.RUNNING
 
 
 def test_blocks_that_a_due_request_waits_for_are_left_to_it():

@@ -5,16 +5,16 @@ import pytest
 from tests.scheduling.fabricated import make_request, make_rule
 from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.request import Status
-from zipage.scheduling.triggers import TRIGGERS, BlockFull
+from zipage.scheduling.triggers import PACE, TRIGGERS, BlockFull
 
 THREE_BLOCKS = make_rule(3, 4)
 
 
 def held(name="a", prompt=6, entries=8, compressed=0, rule=THREE_BLOCKS):
     """A running request of N_max 3 blocks of 4, or under another rule, with that many entries."""
-    request = make_request(name, prompt, 100, rule)
+    request = make_request(name, prompt, entries + 100, rule)
     request.status = Status.RUNNING
-    request.block_ids = list(range(-(-entries // 4)))
+    request.block_ids = list(range(-(-entries // rule.budget.block_size)))
     request.cache_len, request.num_computed = entries, entries + 10 * compressed
     request.token_ids.extend([5] * (request.num_computed + 1 - request.num_tokens))
     request.num_compressions = compressed
@@ -76,3 +76,51 @@ def test_an_interval_of_two_blocks():
     most.query_slot = 0
     assert pressure.choose([over, most], (), lambda: 3) == [most], "it gives three blocks back"
     assert pressure.choose([over, most], (), lambda: 4) == [most, over]
+
+
+# A wave
+
+
+def wave(count, entries=640, prompt=6, interval_blocks=1):
+    rule = make_rule(5, 128, interval_blocks=interval_blocks)
+    return [held(str(i), prompt, entries, rule=rule) for i in range(count)]
+
+
+def test_a_wave_is_compressed_at_a_multiple_of_the_rate_of_compressions():
+    """512 requests that are due together, and are due every 128 steps: 16 at a step, oldest first, within 32 steps."""
+    trigger = BlockFull(BlockPool(4096, 128))
+    running = wave(512)
+    waiting = running
+    for step in range(128 // PACE):
+        chosen = trigger.choose(running, (), lambda: 0)
+        assert chosen == waiting[: 512 * PACE // 128], step
+        waiting = waiting[len(chosen) :]
+        assert [request for request in running if trigger.is_deferred(request)] == waiting
+        for request in chosen:
+            request.cache_len, request.block_ids = 512, request.block_ids[:4]
+    assert not waiting
+    assert trigger.choose(running, (), lambda: 0) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "interval_blocks", "most"), [(512, 2, 8), (100, 1, 4), (8, 1, 1), (2, 1, 1), (1, 1, 1)]
+)
+def test_what_a_step_bears_grows_with_those_that_run_and_shrinks_with_their_interval(count, interval_blocks, most):
+    trigger = BlockFull(BlockPool(4096, 128))
+    running = wave(count, interval_blocks=interval_blocks)
+    assert len(trigger.choose(running, (), lambda: 0)) == most
+
+
+def test_a_request_of_more_blocks_than_it_may_hold_is_never_passed_over():
+    trigger = BlockFull(BlockPool(4096, 128))
+    running = wave(8) + wave(3, entries=1280, prompt=1280)
+    assert trigger.choose(running, (), lambda: 0) == [running[0], *running[8:]]
+    assert [trigger.is_deferred(request) for request in running] == [False] + [True] * 7 + [False] * 3
+
+
+def test_pressure_passes_nobody_over():
+    """It chooses no more than memory wants."""
+    trigger = TRIGGERS["pressure"](BlockPool(4096, 128))
+    running = wave(64)
+    assert trigger.choose(running, (), lambda: 64) == running
+    assert not any(map(trigger.is_deferred, running))

@@ -5,6 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.engine.compressed import make_llm
+from tests.eviction.cases import CASES
+from tests.tiny_models import save_tiny_model
 from zipage.config import EngineConfig
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
@@ -106,3 +109,29 @@ def test_the_cache_takes_what_the_plan_says(dtype):
     assert sum(x.nbytes for x in cache.entry_tensors) == it.cache_bytes
     assert cache.queries.shape == (2, 3, 16, 4, 8)
     assert cache.queries.nbytes == it.query_bytes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model("qwen3", tmp_path_factory.mktemp("model"))
+
+
+ONE_OF_EACH = {case.policy: case for case in CASES}
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        (None, {}),
+        *((case, {}) for case in ONE_OF_EACH.values()),
+        (ONE_OF_EACH["snapkv"], {"allocation": "pyramid", "enable_prefix_caching": False}),
+    ],
+    ids=str,
+)
+def test_an_engine_keeps_what_its_plan_says_under_every_policy(folder, case, options):
+    """Keys, values, and all that lies beside them: to the byte."""
+    llm = make_llm(folder, case, num_blocks=None, kv_cache_memory_bytes=3_000_000, **options)
+    cache, it = llm._core.runner.cache, llm.memory_plan
+    queries = 0 if cache.queries is None else cache.queries.nbytes
+    assert (sum(x.nbytes for x in cache.entry_tensors), queries) == (it.cache_bytes, it.query_bytes)
+    assert 0 <= 3_000_000 - it.cache_bytes - it.query_bytes < it.block_bytes

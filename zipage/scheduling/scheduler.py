@@ -169,6 +169,9 @@ class Scheduler:
             is_full = request.cache_len == len(request.block_ids) * size
             if request.rule is not None:
                 if is_full and self.trigger.is_due(request):
+                    if self.trigger.is_deferred(request):
+                        batch.num_stalled += 1
+                        continue
                     self._make_room(batch, request, reserved, to_compress=True)
                     if request.status is Status.RUNNING:
                         reserved += num_fresh_blocks(request, pool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 
@@ -9,6 +10,12 @@ from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.compression import Compression, num_fresh_blocks
 from zipage.scheduling.query_slots import has_window
 from zipage.scheduling.request import Request, Status
+
+PACE = 4
+"""Those that reach N_max together are compressed at so many times the rate at which compressions come on average: a
+wave of all that run takes a quarter of the steps between two compressions of a request, and later ones come as spread.
+With less, more requests stall; with more, a step takes longer (docs/log.md).
+"""
 
 
 class Trigger(ABC):
@@ -34,6 +41,10 @@ class Trigger(ABC):
         """Whether a request whose last block is full must be compressed before its next entry."""
 
     @abstractmethod
+    def is_deferred(self, request: Request) -> bool:
+        """Whether a request that is due was passed over by `choose` the last time, since others come before it."""
+
+    @abstractmethod
     def most_entries(self, request: Request) -> int:
         """Entries that the request holds at most when its next compression comes."""
 
@@ -51,17 +62,39 @@ class Trigger(ABC):
 
 
 class BlockFull(Trigger):
-    """As soon as no further entry fits without a block beyond N_max."""
+    """As soon as no further entry fits without a block beyond N_max, and no more at once than `PACE` allows.
+
+    A request that is passed over stalls, so it is compressed as it would be alone, only later. Those of N_max blocks go
+    by age; those of more, after a long prompt, hold what others may want and are never passed over.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        super().__init__(pool)
+        self._deferred: set[Request] = set()
 
     def choose(
         self, running: Sequence[Request], in_flight: Collection[Compression], num_short: Callable[[], int]
     ) -> list[Request]:
         size = self.pool.block_size
         full = [r for r in running if r.rule is not None and r.cache_len == len(r.block_ids) * size]
-        return [r for r in full if r.status is Status.RUNNING and self.is_due(r) and not r.has_all_tokens]
+        due = [r for r in full if r.status is Status.RUNNING and self.is_due(r) and not r.has_all_tokens]
+        self._deferred.clear()
+        if len(due) > 1:
+            at_bound = [request for request in due if len(request.block_ids) == request.rule.max_blocks]
+            self._deferred.update(at_bound[self._most_at_once(running) :])
+        return [request for request in due if request not in self._deferred] if self._deferred else due
+
+    def _most_at_once(self, running: Sequence[Request]) -> int:
+        """Requests of N_max blocks that are compressed behind one step."""
+        size = self.pool.block_size
+        rate = sum(1 / (r.rule.budget.interval_blocks * size) for r in running if r.rule is not None)
+        return math.ceil(PACE * rate)
 
     def is_due(self, request: Request) -> bool:
         return len(request.block_ids) >= request.rule.max_blocks
+
+    def is_deferred(self, request: Request) -> bool:
+        return request in self._deferred
 
     def most_entries(self, request: Request) -> int:
         size, blocks = self.pool.block_size, request.rule.max_blocks
@@ -118,6 +151,9 @@ class Pressure(Trigger):
         )
 
     def is_due(self, request: Request) -> bool:
+        return False
+
+    def is_deferred(self, request: Request) -> bool:
         return False
 
     def most_entries(self, request: Request) -> int:

@@ -47,5 +47,7 @@ def record_of(results: Path) -> Path:
     return record
 
 
-def arms_of(path: Path | str, model: str = "m", **given):
-    return read_arms([str(path)], model=model, given=given, seed=0, repeats=1, backends=BACKENDS)
+def arms_of(path: Path | str, model: str = "m", changes=None, trace=None, **given):
+    return read_arms(
+        [str(path)], model=model, given=given, changes=changes or {}, trace=trace, seed=0, repeats=1, backends=BACKENDS
+    )

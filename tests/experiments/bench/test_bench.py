@@ -114,6 +114,39 @@ def test_the_engine_is_timed_and_recorded(bench, results, tiny, tmp_path, capsys
     assert (tmp_path / "bench.png").stat().st_size > 0
 
 
+ARRIVING = """
+lengths: {trace: null}
+warmup_tokens: 4
+engine: {block_size: 16, num_blocks: 32, max_num_seqs: 4, max_num_batched_tokens: 64, max_model_len: 256}
+arms:
+  at_once: {}
+  arriving: {arrivals: trace}
+  evicting: {arrivals: trace, policy: zipage, budget_tokens: 32}
+"""
+
+
+def test_requests_of_a_trace_are_waited_for(bench, results, tiny, tmp_path, capsys):
+    """Six of nine, 0.2 s apart: the engine idles in between, and how long one took counts from when it was due."""
+    rows = [f"{i},{12 + i},{60 + i}" for i in range(9)]
+    (tmp_path / "trace.csv").write_text("\n".join(["arrival,prompt_tokens,output_tokens", *rows]))
+    (tmp_path / "load.yaml").write_text(ARRIVING)
+    arguments = [f"scenario.loads=[{tmp_path / 'load.yaml'}]", f"scenario.path={tmp_path / 'trace.csv'}"]
+    options = {"lengths.count": 6, "speed": 5, "engine.max_num_seqs": 6}
+    arguments += [f"scenario.options.{name}={value}" for name, value in options.items()]
+    assert bench("scenario=engine_bench", f"model.path={tiny}", *arguments) == 0
+    rows = load_rows(record_of(results)).set_index("arm")
+    assert (rows["requests"] == 6).all()
+    seconds = sum(range(60, 66)) / rows["tokens_per_second"]
+    assert rows["mean_batch"]["arriving"] < rows["mean_batch"]["at_once"]
+    assert rows["compressions"]["evicting"] > 0
+    assert pd.isna(rows["ttft_ms"]["at_once"])
+    for arm in ("arriving", "evicting"):
+        ttft, e2e = rows["ttft_ms"][arm], rows["e2e_ms"][arm]
+        assert seconds[arm] > 1.0, "the last one comes after a second"
+        assert 0 < ttft["p50"] <= ttft["p99"] < e2e["p99"] < 1e3 * seconds[arm]
+    assert "| TTFT ms |" in " ".join(capsys.readouterr().out.split())
+
+
 def test_an_interruption_costs_the_arms_that_are_not_done(bench, results, tiny, tmp_path, monkeypatch, capsys):
     path = tmp_path / "load.yaml"
     path.write_text(LOAD)
@@ -217,7 +250,8 @@ def test_what_means_nothing_is_refused(bench, tmp_path, capsys, monkeypatch):
         (["scenario=kernels", "hardware.device=cuda"], "sees no CUDA device"),
         (["scenario=engine_bench", "hardware.device=cuda"], "sees no CUDA device"),
         (["scenario=kernels", "scenario.repeats=0"], "scenario.repeats=0: must be at least 1"),
-        (["scenario=engine_bench", "scenario.options.batch=3"], "scenario.options.batch=3: means nothing"),
+        (["scenario=engine_bench", "scenario.options.batch=3"], "scenario.options: unknown option batch; known:"),
+        (["scenario=engine_bench", "scenario.path=x"], "scenario.path=x: none of the loads takes a trace"),
         (["scenario=engine_bench", "workload=gsm8k"], "means nothing to scenario=engine_bench"),
         (["scenario=engine_bench", "scenario.loads=[amle]"], "scenario.loads=amle: no such load; known: ample"),
         (["scenario=engine_bench", "scenario.loads=[short/x]"], "no such arm; short has full, zipage"),

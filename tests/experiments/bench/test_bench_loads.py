@@ -15,9 +15,18 @@ from zipage.models.loading.hf_config import spec_from_config
 from zipage.worker.memory_plan import plan_memory
 
 
+@pytest.fixture
+def trace(tmp_path):
+    """600 requests, each fifth longer than any load takes."""
+    path = tmp_path / "trace.csv"
+    rows = [f"{5 + 2 * i},{10 + i},{20_000 if i % 5 == 4 else 20 + i}" for i in range(600)]
+    path.write_text("\n".join(["arrival,prompt_tokens,output_tokens", *rows]))
+    return str(path)
+
+
 @pytest.mark.parametrize("path", sorted(LOADS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_load_is_sound(path):
-    for arm in arms_of(path):
+def test_every_load_is_sound(path, trace):
+    for arm in arms_of(path, trace=trace if path.stem == "trace" else None):
         longest = max(prompt + output for prompt, output in arm.lengths)
         assert longest <= arm.options["max_model_len"]
         assert arm.window_steps is not None or len(arm.lengths) <= arm.options["max_num_seqs"]
@@ -40,6 +49,69 @@ def test_staggered_requests_hold_what_their_budget_lets_them():
     assert min(held) > 2048
     assert 2048 + 240 < max(held) <= 2048 + 256
     assert sum(held) / len(held) == pytest.approx(2048 + 128, rel=0.01)
+
+
+def test_the_requests_of_a_trace_come_at_once_or_when_they_came(trace):
+    arms = {arm.name: arm for arm in arms_of("trace", trace=trace)}
+    lengths = [[10 + i, 8192 if i % 5 == 4 else 20 + i] for i in range(512)]
+    for name in ("full", "zipage_512", "zipage_2048", "random_prompt", "vllm"):
+        assert arms[name].lengths == arms[f"{name}_arriving"].lengths == lengths
+        assert arms[name].arrivals is None
+        assert arms[f"{name}_arriving"].arrivals == [2.0 * i for i in range(512)]
+    assert "arrivals" not in arms["full"].plain()
+    changes = {"lengths": {"count": 3, "longest": 11}, "speed": 4}
+    (arm,) = arms_of("trace/full_arriving", trace=trace, changes=changes)
+    assert arm.lengths == [[10, 11], [11, 11], [11, 11]]
+    assert arm.arrivals == [0.0, 0.5, 1.0]
+
+
+def test_mixed_lengths_are_lognormal_and_others_with_another_seed():
+    (arm,) = arms_of("mixed/full")
+    prompts, outputs = (sorted(lengths) for lengths in zip(*arm.lengths, strict=True))
+    assert len(prompts) == 160
+    assert 200 < prompts[80] < 320
+    assert 1100 < outputs[80] < 1800
+    assert outputs[-1] <= 7000
+
+
+SMALL = "lengths: {count: 4}\narms: {full: {}}\n"
+TRACED = "lengths: {trace: null, count: 4}\narms: {full: {arrivals: trace}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "reason"),
+    [
+        (SMALL, {"lengths": {"cuont": 3}}, "lengths: .*cuont"),
+        (SMALL, {"lengths": 3}, "lengths=3: must be a mapping"),
+        (SMALL, {"sped": 3}, "scenario.options: unknown option sped; known: lengths, arms, engine"),
+        (SMALL, {"arms": {}}, "scenario.options.arms: give a YAML file of your own"),
+        (SMALL, {"warmup_tokens": True}, "warmup_tokens=True: must be a whole number"),
+        (SMALL.replace("full: {}", "full: {arrivals: soon}"), {}, "arms.full: arrivals=.soon.: must be at_once"),
+        (SMALL.replace("full: {}", "full: {arrivals: trace}"), {}, "arms.full: arrivals=trace: needs the `lengths`"),
+        (SMALL.replace("{}", ""), {}, "arms.full: "),
+        (TRACED, {"window_steps": 3}, "arrivals=trace: needs .*neither `staggered` nor `window_steps`"),
+        (TRACED.replace("trace}}", "trace, staggered: 2}}"), {}, "arrivals=trace: needs .*neither"),
+        (TRACED, {"speed": 0}, "speed=0: must be above 0"),
+        (TRACED, {"lengths": {"count": 601}}, "lengths.count=601: the trace has 600 requests"),
+        (TRACED, {"lengths": {"sigma": 1}}, "lengths: unknown option sigma; known: trace, count, longest"),
+    ],
+)  # fmt: skip
+def test_what_a_load_cannot_be_is_refused(text, changes, reason, tmp_path, trace):
+    path = tmp_path / "load.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=reason):
+        arms_of(path, changes=changes, trace=trace if "trace:" in text else None)
+
+
+def test_a_trace_goes_with_loads_that_take_one(trace, tmp_path):
+    with pytest.raises(UsageError, match=r"takes a trace: scenario\.path=FILE"):
+        arms_of("trace")
+    with pytest.raises(UsageError, match="none of the loads takes a trace; leave it out"):
+        arms_of("ample", trace=trace)
+    (tmp_path / "lengths.csv").write_text("prompt_tokens,output_tokens\n3,4\n")
+    (tmp_path / "load.yaml").write_text(TRACED.replace("4", "1"))
+    with pytest.raises(UsageError, match="lengths alone, no arrivals"):
+        arms_of(tmp_path / "load.yaml", trace=str(tmp_path / "lengths.csv"))
 
 
 STAGGERED = """
