@@ -71,6 +71,18 @@ def test_tiles_are_measured_like_blocks(loaded, monkeypatch, name):
     assert warmed == [7 * SIZE]
 
 
+@pytest.mark.parametrize(("asynchronous", "peak_bytes"), [(False, 100 + 3), (True, 10 + 100 + 3)])
+def test_graphs_keep_their_memory_while_a_compression_runs(loaded, monkeypatch, asynchronous, peak_bytes):
+    """Of a step, the graphs and two compressions."""
+    measured = iter([10, 3, 100, 40])
+    monkeypatch.setattr(peak, "_peak_of", lambda device, run: next(measured))
+    options = {"max_num_seqs": 4, "max_num_batched_tokens": SIZE, "max_model_len": 6 * SIZE}
+    runner = ModelRunner(loaded.decoder, loaded.spec, torch.device("cpu"), **options)
+    kept = runner.step_graphs(make_cache(loaded), None).kept_bytes
+    options = {"rule": RULE, "asynchronous": asynchronous}
+    assert peak.measure_peak(runner, SIZE, torch.float32, **options) == peak_bytes + kept
+
+
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 64])
 @pytest.mark.parametrize("budget", [Budget(4, SIZE), Budget(6, SIZE, 3)])
 def test_no_batch_of_compressions_is_larger_than_those_that_are_measured(loaded, monkeypatch, budget, max_num_seqs):

@@ -61,14 +61,14 @@ def measure_peak(
     num_blocks = -(-min(num_tokens, runner.max_model_len) // block_size)
     tiled = rule is not None and rule.allocation is not None
     cache = KVCache(runner.spec, num_blocks, block_size, dtype, runner.device, positions=tiled, tiled=tiled)
-    peak = _peak_of(runner.device, lambda: run_largest_step(runner, cache, num_tokens))
+    step, held = _peak_of(runner.device, lambda: run_largest_step(runner, cache, num_tokens)), 0
     if not runner.enforce_eager:
         # Graphs keep what they allocate, beside what other steps do; the largest needs most, and all share it.
         graphs = runner.step_graphs(cache, runner.block_tables(cache))
-        peak += _peak_of(runner.device, graphs.warm_up_largest) + graphs.kept_bytes
+        held += _peak_of(runner.device, graphs.warm_up_largest) + graphs.kept_bytes
         del graphs
     if tiled:
-        peak += runner.block_tables(cache).nbytes  # a table for each layer and head is not small
+        held += runner.block_tables(cache).nbytes  # a table for each layer and head is not small
     del cache
     if rule is not None:
         kept = {"positions": True, "scores": rule.policy.num_states, "predictions": rule.policy.predicts}
@@ -83,9 +83,9 @@ def measure_peak(
         # The shape of most compressions to come, so that its kernels are compiled before requests wait for them.
         compress(min(rule.max_blocks, longest), 1)
         del cache, compress
-        peak = peak + compression if asynchronous else max(peak, compression)
+        step = step + compression if asynchronous else max(step, compression)
     torch.cuda.empty_cache()
-    return peak
+    return step + held
 
 
 def largest_batches(runner: ModelRunner, rule: EvictionRule, block_size: int) -> list[tuple[int, int]]:
