@@ -23,15 +23,15 @@ UNTOLD = "not told apart from it"
 
 
 def winners(runs: pd.DataFrame, compared: pd.DataFrame, ranked: pd.DataFrame) -> pd.DataFrame:
-    """A row for each field as text: its best, and the others whose difference from it has an interval that holds zero.
+    """A row for each field as text: its best, and the others that no interval of the difference tells apart from it.
 
     Args:
         runs, compared, ranked: rows of `load_runs()`, and what `compare` and `ranking` made of them.
     """
     rows = []
     for title, field, cells in _fields(runs, compared, ranked):
-        untold = (field["best.low"] <= 0) & (field["best.high"] >= 0)
-        names = cells["policy"][untold.to_numpy()]
+        told = (field["best.low"] > 0) | (field["best.high"] < 0) | (field["place"] == 1)
+        names = cells["policy"][~told.to_numpy()]
         rows.append({"field": title} | cells.iloc[0].to_dict() | {UNTOLD: ", ".join(names) or "-"})
     return _said(pd.DataFrame(rows)).rename(columns={"policy": "best"})
 

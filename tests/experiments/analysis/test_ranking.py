@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 
 from experiments import report
+from experiments.analysis.comparison import compare
 from experiments.analysis.ranking import COLUMNS, ranking
 from experiments.analysis.statistics import paired_difference
 from experiments.records import load_requests, load_runs
-from experiments.reporting.ranking_table import UNTOLD
+from experiments.reporting.ranking_table import UNTOLD, winners
 from tests.experiments import made_runs
 from tests.experiments.analysis.test_comparison import make_run
 
@@ -117,6 +118,9 @@ def test_divergence_ranks_from_below_paired_by_text_and_weighed_by_tokens(tmp_pa
     alone = table.loc["close", "value.high"] - table.loc["close", "value.low"]
     assert high - low == pytest.approx(alone, rel=0.05), "half of it is the run itself: paired"
     assert np.isnan(told(table.loc["other"], "random")).all(), "fed other texts"
+    runs = load_runs(tmp_path)
+    (row,) = winners(runs, compare(runs), ranking(runs)).to_dict("records")
+    assert (row["best"], row[UNTOLD]) == ("r_kv", "snapkv"), "what can't be compared is not told apart"
 
 
 def test_the_report_says_who_wins_and_who_is_not_told_apart(tmp_path, capsys):
