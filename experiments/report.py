@@ -41,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--slo", type=limits, default={}, metavar="LIMITS",
         help="seconds that a request may take to count in the goodput: ttft=2,tpot=0.05,e2e=60, or some of these",
     )  # fmt: skip
+    parser.add_argument(
+        "--ranking", action="store_true",
+        help="print which policy wins at which budget and protection, with its differences; --tables writes it too",
+    )  # fmt: skip
     parser.add_argument("--published", metavar="NAME", help="a table of results/published to set beside ours")
     parser.add_argument("--title", default="Runs compared", help="of the page")
     options = parser.parse_args(arguments)
@@ -60,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from experiments.analysis.comparison import compare
 
             print("", latency_table(runs, options.wide, compare(runs, **options.slo)), sep="\n")
-        if published or options.html or options.tables or options.pictures:
+        if published or options.ranking or options.html or options.tables or options.pictures:
             _compare(runs, options, published)
     except (UsageError, ValueError) as error:
         print(error, file=sys.stderr)
@@ -100,6 +104,8 @@ def _compare(runs: pd.DataFrame, options: argparse.Namespace, published: Mapping
             print("tables:", *write_tables(comparison_table(compared), options.tables, numbers=compared))
             if published:
                 print("tables:", *write_tables(beside(runs, compared, published), options.tables, "published"))
+        if options.ranking:
+            _rank(runs, compared, options.tables)
         if options.pictures:
             from experiments.reporting.pictures import write_pictures
 
@@ -114,6 +120,24 @@ def _compare(runs: pd.DataFrame, options: argparse.Namespace, published: Mapping
     except OSError as error:
         place = error.filename or options.html or options.tables or options.pictures
         raise UsageError(f"{place}: can't be written: {error.strerror}") from error
+
+
+def _rank(runs: pd.DataFrame, compared: pd.DataFrame, folder: Path | None) -> None:
+    """Which policy wins where, printed, and written as `ranking` too where there is a folder."""
+    from experiments.analysis.ranking import ranking
+    from experiments.reporting.ranking_table import standings, winners
+    from experiments.reporting.tables import to_markdown, write_tables
+
+    ranked = ranking(runs, compared)
+    if ranked.empty:
+        raise UsageError("--ranking: no evicting policy was graded or measured for fidelity")
+    table = winners(runs, compared, ranked)
+    for title, field in standings(runs, compared, ranked):
+        print(f"\n{title}\n\n{to_markdown(field)}")
+    print(f"\nthe best of each\n\n{to_markdown(table)}")
+    if folder:
+        numbers = ranked.join(runs.drop(columns=[name for name in ranked if name in runs]))
+        print("tables:", *write_tables(table, folder, "ranking", numbers=numbers))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,12 @@ BUDGET = ("budget", "interval", "engine.block_size", "policy.trigger", "policy.r
 POOL = ("engine.num_blocks", "engine.kv_cache_memory_bytes", "engine.gpu_memory_utilization")
 """What sizes a pool; the first that is set decides."""
 
+PROTECTION = ("policy.protection",)
+ALLOCATION = "policy.allocation"
+
+FIELD = ("engine.enable_prefix_caching",)
+"""What else the runs of a field have in common: unequal budgets share no prefixes."""
+
 REPLICAS = "engine.data_parallel_size"
 
 LOAD = ("engine.max_num_seqs", REPLICAS, "scenario.", "hardware.")
@@ -85,6 +91,50 @@ def random_of_as_many_bytes(runs: pd.DataFrame) -> list[int | None]:
     return found
 
 
+def random_alike(runs: pd.DataFrame) -> list[int | None]:
+    """The position of each run's random eviction of the same budget that protects the same; None as above."""
+    runs = _described(runs)
+    control, compared = _random(runs)
+    return _match(runs, control, compared, MATCHED + BUDGET + PROTECTION, (*PREFERRED, "policy."))
+
+
+def random_nearest_in_bytes(runs: pd.DataFrame) -> list[int | None]:
+    """The same of whatever budget comes nearest to the run's bytes, and within 5 % of them."""
+    runs = _described(runs)
+    control, compared = _random(runs)
+    column, most = BYTES
+    held = runs.reindex(columns=[column]).astype(float).to_numpy()[:, 0]
+    groups = _groups(runs, MATCHED + tuple(name for name in BUDGET if name != "budget") + PROTECTION)
+    found: list[int | None] = [None] * len(runs)
+    for i in np.flatnonzero(compared & (held > 0)):
+        off = np.where(control & (groups == groups[i]) & (held > 0), np.abs(held / held[i] - 1), np.inf)
+        if off.min() <= most - 1:
+            found[i] = int(off.argmin())
+    return found
+
+
+def same_with_equal_budgets(runs: pd.DataFrame) -> list[int | None]:
+    """The position of the run of the same policy, options and budget whose layers and heads keep as many as each other.
+
+    None where there is none, and for a run that is such a one itself.
+    """
+    runs = _described(runs)
+    allocation = runs.reindex(columns=[ALLOCATION]).astype(object).iloc[:, 0]
+    unequal = (allocation.notna() & (allocation != "uniform")).to_numpy()
+    same = ("policy.name", "policy.options.", *PROTECTION)
+    return _match(runs, ~unequal, unequal, MATCHED + BUDGET + same, PREFERRED)
+
+
+def fields(runs: pd.DataFrame) -> list[int | None]:
+    """A number for the field that each run competes in: evicting policies of the same budget that protect the same.
+
+    None under full KV.
+    """
+    runs = _described(runs)
+    groups = _groups(runs, MATCHED + BUDGET + PROTECTION + FIELD)
+    return [None if policy == "full" else int(group) for policy, group in zip(runs["policy"], groups, strict=True)]
+
+
 def devices(runs: pd.DataFrame) -> list[str]:
     """The name of each run's GPU, or "cpu"; of a simulated run the GPU that was simulated, which says so."""
     options = runs.reindex(columns=["hardware.device", "provenance.hardware.gpus"])
@@ -109,7 +159,8 @@ def _described(runs: pd.DataFrame) -> pd.DataFrame:
     held = {"budget": held_budgets(runs), "interval": held_intervals(runs)}
     fidelity = runs.reindex(columns=["scenario.kind"]).iloc[:, 0] == "fidelity"
     replicas = runs.reindex(columns=[REPLICAS]).astype(float).fillna(1)
-    return plain.assign(device=devices(runs), policy=policy, fidelity=fidelity, **held, **replicas)
+    protection = runs.reindex(columns=list(PROTECTION)).mask(policy == "random_attention", "prompt")
+    return plain.assign(device=devices(runs), policy=policy, fidelity=fidelity, **held, **replicas, **protection)
 
 
 def _controls(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -117,6 +168,12 @@ def _controls(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     control = runs["policy"] == "random_attention"
     control |= (runs["policy"] == "random") & (runs["policy.protection"] == "prompt")
     return control.to_numpy(), (~control & (runs["policy"] != "full")).to_numpy()
+
+
+def _random(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Masks over described runs: those of random eviction, whatever it protects, and those to compare with them."""
+    control = runs["policy"].isin(("random", "random_attention")).to_numpy()
+    return control, ~control & (runs["policy"] != "full").to_numpy()
 
 
 def _match(

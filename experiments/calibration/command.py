@@ -21,6 +21,9 @@ def add_options(parser: Parser, tokens: int) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of prompts, answers and samples (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="as the option of the engine (default: %(default)s)")
+    parser.add_argument(
+        "--kv-cache-memory-bytes", type=int, metavar="N", help="likewise, where others share the GPU (default: most)"
+    )
 
 
 def check(parser: Parser, chosen: argparse.Namespace) -> None:
@@ -37,7 +40,8 @@ def ask(chosen: argparse.Namespace, separator: str = "") -> tuple[list[tuple[lis
     """
     name = chosen.corpus or corpus_for(chosen.model)
     conversations = corpus(name, chosen.seed)
-    llm = LLM(chosen.model, seed=chosen.seed, device=chosen.device, dtype=chosen.dtype)
+    memory = {"kv_cache_memory_bytes": chosen.kv_cache_memory_bytes}
+    llm = LLM(chosen.model, seed=chosen.seed, device=chosen.device, dtype=chosen.dtype, **memory)
     try:
         texts = answered(llm, conversations, chosen.tokens, max_tokens=chosen.max_tokens, seed=chosen.seed)
         ids = llm.get_tokenizer().encode(separator, add_special_tokens=False)

@@ -84,6 +84,9 @@ def test_the_command_writes_the_same_file_again(tmp_path, capsys):
     assert calibrate.main([str(folder), "--out", str(tmp_path / "three"), *options, "--corpus", "none"]) == 2
     assert calibrate.main([str(tmp_path / "no"), "--out", str(tmp_path / "three"), *options]) == 2
     assert capsys.readouterr().err.count("error: ") == 2
+    no_room = ["--kv-cache-memory-bytes", "100"]
+    assert calibrate.main([str(folder), "--out", str(tmp_path / "three"), *options, *no_room]) == 2
+    assert "no room for a KV block" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         calibrate.main([str(folder), "--out", str(tmp_path / "three"), "--tokens", "0"])
 

@@ -70,6 +70,18 @@ def test_shipped_sweeps():
     assert len(OF_THE_PAPER) == 12
 
 
+def test_calibration_files_of_a_sweep_are_the_models_own_and_lie_where_the_environment_says(monkeypatch):
+    def files(*arguments: str) -> set[str]:
+        arms = [load_experiment(arm).policy for arm in expand(["qwen_methods"], arguments)]
+        return {policy.options["calibration"] for policy in arms if "calibration" in policy.options}
+
+    monkeypatch.delenv("CALIBRATION", raising=False)
+    kinds = ("expected_attention", "kvzap", "q_filters", "triattention")
+    assert files() == {f"results/calibration/qwen25_coder_1_5b/{kind}.safetensors" for kind in kinds}
+    monkeypatch.setenv("CALIBRATION", "/data/made")
+    assert files("model=qwen25_coder_0_5b") == {f"/data/made/qwen25_coder_0_5b/{kind}.safetensors" for kind in kinds}
+
+
 @pytest.mark.parametrize("name", [*(name for name in OF_THE_PAPER if name.startswith("ablation_")), "paper_budget"])
 def test_sweeps_of_the_paper_have_a_form_for_speed(name):
     path = ["workload.options.path=t.csv", "workload.samples=8"]
