@@ -149,7 +149,7 @@ def _carry_out(
         if number <= 2:
             os.dup2(descriptor.number, number)
     if 0 in descriptors:
-        sys.stdin = open(0, closefd=False)
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
     if (watched := environment.get(lifeline.VARIABLE)) is not None:
         environment[lifeline.VARIABLE] = here[watched]
     os.environ.clear()

@@ -38,6 +38,7 @@ for line in sys.stdin:
     print("done", file=done, flush=True)
 """
 
+
 class Counted(FakeLLM):
     """Writes down who loads it, and that it is shut down."""
 
