@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.config.options import held_budgets, held_intervals, simulated
+from experiments.config.options import first_given, held_budgets, held_intervals, simulated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,7 +105,7 @@ def _described(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs with their device, their requests' policy, the budget that held, whether they measure fidelity, and the
     number of their replicas, which was 1 before there was an option for it.
     """
-    policy = runs.reindex(columns=[_POLICY, "policy.name"]).astype(object).bfill(axis=1).iloc[:, 0]
+    policy = first_given(runs, _POLICY, "policy.name", dtype=object)
     plain = runs.drop(columns=[_POLICY, _BUDGET], errors="ignore")
     held = {"budget": held_budgets(runs), "interval": held_intervals(runs)}
     fidelity = runs.reindex(columns=["scenario.kind"]).iloc[:, 0] == "fidelity"

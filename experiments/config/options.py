@@ -118,12 +118,22 @@ def asked_budgets(runs: pd.DataFrame) -> pd.Series:
 
 
 def _policies(runs: pd.DataFrame) -> pd.Series:
-    return runs.reindex(columns=["sampling.policy", "policy.name"]).astype(object).bfill(axis=1).iloc[:, 0]
+    return first_given(runs, "sampling.policy", "policy.name", dtype=object)
 
 
 def _numbers(runs: pd.DataFrame, *options: str) -> pd.Series:
-    """The first of these options that each run has."""
-    return runs.reindex(columns=list(options)).astype(float).bfill(axis=1).iloc[:, 0]
+    return first_given(runs, *options, dtype=float)
+
+
+def first_given(runs: pd.DataFrame, *options: str, dtype: type) -> pd.Series:
+    """The first of these options that each run has; NaN where it has none."""
+    import pandas as pd
+
+    found = pd.Series(float("nan"), index=runs.index, name=options[0], dtype=dtype)
+    for option in options:
+        if option in runs:
+            found = found.where(found.notna(), runs[option].astype(dtype))
+    return found
 
 
 def budget_texts(runs: pd.DataFrame, full: str = "-") -> pd.Series:
