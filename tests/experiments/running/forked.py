@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from experiments.running import lifeline
+from zipage import processes
 
 ROOT = Path(__file__).parents[3]
 
@@ -87,6 +88,21 @@ class Forked(_Process):
     def communicate(self, timeout: float | None = None) -> tuple[str, str | None]:
         self.wait(timeout)
         return _read(self._out), self._err and _read(self._err)
+
+
+class ForkedPython(_Process):
+    """Stands in for `subprocess.Popen` of a `zipage.processes.Child`: it ends with the process that forks, not ours."""
+
+    def __init__(self, command: Sequence[str], *, stdin: int, pass_fds: Sequence[int], env: Mapping[str, str]) -> None:
+        assert command[1:4] == ["-P", "-m", processes.__name__]
+        super().__init__(_run_child, command[4:], {1: 1, 2: 2} | {number: number for number in pass_fds}, env)
+
+
+def _run_child() -> int:
+    target, descriptor, _ = sys.argv[1:]
+    sys.path[:] = os.environ["PYTHONPATH"].split(os.pathsep)
+    processes._run(target, int(descriptor), os.getppid())
+    return 0
 
 
 class ForkedChild(_Process):
