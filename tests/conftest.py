@@ -2,8 +2,10 @@
 
 import gc
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,17 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture(scope="module")
+def forked_children() -> Iterator[None]:
+    """Children of this process (`zipage.processes`) are forked from one that has imported what they import."""
+    from tests.experiments.running.forked import ForkedPython
+    from zipage import processes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": ForkedPython}))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.config.options import held_budgets, held_intervals, simulated
+from experiments.config.options import first_given, held_budgets, held_intervals, simulated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,7 +155,7 @@ def _described(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs with their device, their requests' policy, the budget that held, whether they measure fidelity, and the
     number of their replicas, which was 1 before there was an option for it.
     """
-    policy = runs.reindex(columns=[_POLICY, "policy.name"]).astype(object).bfill(axis=1).iloc[:, 0]
+    policy = first_given(runs, _POLICY, "policy.name", dtype=object)
     plain = runs.drop(columns=[_POLICY, _BUDGET], errors="ignore")
     held = {"budget": held_budgets(runs), "interval": held_intervals(runs)}
     fidelity = runs.reindex(columns=["scenario.kind"]).iloc[:, 0] == "fidelity"
@@ -206,9 +207,13 @@ def _groups(runs: pd.DataFrame, matched: tuple[str, ...]) -> np.ndarray:
 
 def _codes(runs: pd.DataFrame, names: tuple[str, ...]) -> np.ndarray:
     """A number for each distinct value of each column that `names` stand for, [runs, columns]; no value is one too."""
-    import pandas as pd
+    groups = tuple(name for name in names if name.endswith("."))
+    chosen = [column for column in runs if column in names or column.startswith(groups)]
+    codes = [_numbered(runs[column].tolist()) for column in chosen]
+    return np.array(codes).T if codes else np.zeros((len(runs), 1), int)
 
-    chosen = [c for c in runs if any(c == name or (name.endswith(".") and c.startswith(name)) for name in names)]
-    texts = [runs[column].map(str).where(runs[column].notna(), "") for column in chosen]
-    codes = [pd.factorize(column)[0] for column in texts]
-    return np.stack(codes, axis=1) if codes else np.zeros((len(runs), 1), int)
+
+def _numbered(values: Iterable[Any]) -> list[int]:
+    numbers: dict[str, int] = {}
+    texts = ("" if value is None or value != value else str(value) for value in values)
+    return [numbers.setdefault(text, len(numbers)) for text in texts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -117,12 +118,22 @@ def asked_budgets(runs: pd.DataFrame) -> pd.Series:
 
 
 def _policies(runs: pd.DataFrame) -> pd.Series:
-    return runs.reindex(columns=["sampling.policy", "policy.name"]).astype(object).bfill(axis=1).iloc[:, 0]
+    return first_given(runs, "sampling.policy", "policy.name", dtype=object)
 
 
 def _numbers(runs: pd.DataFrame, *options: str) -> pd.Series:
-    """The first of these options that each run has."""
-    return runs.reindex(columns=list(options)).astype(float).bfill(axis=1).iloc[:, 0]
+    return first_given(runs, *options, dtype=float)
+
+
+def first_given(runs: pd.DataFrame, *options: str, dtype: type) -> pd.Series:
+    """The first of these options that each run has; NaN where it has none."""
+    import pandas as pd
+
+    found = pd.Series(float("nan"), index=runs.index, name=options[0], dtype=dtype)
+    for option in options:
+        if option in runs:
+            found = found.where(found.notna(), runs[option].astype(dtype))
+    return found
 
 
 def budget_texts(runs: pd.DataFrame, full: str = "-") -> pd.Series:
@@ -141,11 +152,14 @@ def budget_texts(runs: pd.DataFrame, full: str = "-") -> pd.Series:
 
 def readable_options(runs: pd.DataFrame, options: list[str]) -> pd.DataFrame:
     """The options as text, budgets as they held. A record from before there was an option has its default."""
-    texts = runs[options].assign(**{BUDGET: held_budgets(runs)} if BUDGET in options else {}).map(readable)
+    import pandas as pd
+
+    texts = {}
     for name in options:
-        if (default := readable(_defaults().get(name))) != "-" and "-" in set(texts[name]):
-            texts[name] = texts[name].replace("-", default)
-    return texts
+        values = held_budgets(runs) if name == BUDGET else runs[name]
+        default = readable(_defaults().get(name))
+        texts[name] = [default if text == "-" else text for text in map(readable, values.tolist())]
+    return pd.DataFrame(texts, index=runs.index, columns=options, dtype=object)
 
 
 def readable(value: Any) -> str:
@@ -170,18 +184,17 @@ def varied_options(runs: pd.DataFrame) -> list[str]:
     options = [name for name in runs if name.partition(".")[0] in GROUPS and name not in REPEATED]
     texts = readable_options(runs, options)
     options = [name for name in options if len(set(texts[name])) > 1]
-    same = [texts[name] for name in ("model.name", "workload.name")]
-    evicting = texts["policy.name"] != "full"
+    evicting = [policy != "full" for policy in texts["policy.name"]]
 
-    def differs(names: list[str], rows: pd.Series | slice, *more: str) -> list[str]:
-        groups = texts.loc[rows].groupby([*(key.loc[rows] for key in same), *(texts.loc[rows, key] for key in more)])
-        several = groups[names].nunique().gt(1).any()
-        return [name for name in names if several[name]]
+    def differs(names: list[str], among: list[bool], *more: str) -> list[str]:
+        keys = [*zip(*(texts[key] for key in ("model.name", "workload.name", *more)), strict=True)]
+        groups = len(set(compress(keys, among)))
+        return [name for name in names if len(set(compress(zip(keys, texts[name], strict=True), among))) > groups]
 
     own = [name for name in options if name.startswith("policy.options.")]
     eviction = [name for name in options if name.startswith("policy.") and name not in (*own, *SHOWN)]
     others = [name for name in options if name not in (*own, *eviction)]
-    found = differs(others, slice(None)) + differs(eviction, evicting) + differs(own, evicting, "policy.name")
+    found = differs(others, [True] * len(runs)) + differs(eviction, evicting) + differs(own, evicting, "policy.name")
     return [name for name in options if name in found]
 
 

@@ -18,7 +18,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from experiments.config.schema import Experiment, calibration_file
@@ -212,7 +212,7 @@ def _files(modules: Iterable[str], packages: tuple[str, ...]) -> dict[str, str]:
         file = _source(name)
         if file is not None:
             found[name] = file_hash(file)
-            waiting += _imports(name, file)
+            waiting += _imports(name, file, found[name])
         if not _inside(name, SHIPPED):
             waiting += [name.rpartition(".")[0]] if "." in name else []
             found |= {} if file is None else {f"{name}/{text}": file_hash(path) for text, path in _data(file)}
@@ -263,8 +263,16 @@ def _installed_in(folder: Path) -> set[str]:
     return {Path(line.partition(",")[0]).parts[0].removesuffix(".py") for line in lines if line}
 
 
-def _imports(name: str, file: Path) -> Iterator[str]:
-    """What a module imports anywhere in its text; for `from a import b` both a and a.b, which may be a module."""
+@cache
+def _imports(name: str, file: Path, digest: str) -> list[str]:
+    """What a module imports anywhere in its text; for `from a import b` both a and a.b, which may be a module.
+
+    The digest is that of the text, which is parsed once: many modules are behind several of the policies.
+    """
+    return [*_imported(name, file)]
+
+
+def _imported(name: str, file: Path) -> Iterator[str]:
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     for node in _nodes(file):
         if isinstance(node, ast.Import):

@@ -1,6 +1,6 @@
 """Compressed PagedAttention from end to end: what must not change a token, and that the right entries stay."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import product
 
 import pytest
@@ -120,7 +120,6 @@ def test_what_each_head_keeps_equals_the_simulation_over_a_generation(folder, ca
 
 BUDGET, BOUNDED_TOKENS = 32, 50
 BINDING = {
-    "alone": {},
     "asynchronous": {"async_compression": True},
     "chunked": {"max_num_batched_tokens": 24},
     "constrained": {"scheduling": "constrained", "num_blocks": 15},
@@ -129,6 +128,28 @@ BINDING = {
     "strided": {"layer_stride": 1},
     "no-prefix-cache": {"enable_prefix_caching": False},
 }
+
+
+PAUSED = {"paused, sync": False, "paused, async": True}
+PREFIX_HITS = "prefix hits"
+ASKED = (
+    *("needs_queries", "num_states", "calibration_arrays", "predicts", "output_norm", "leaves_window_unscored"),
+    *("page", "drops_blocks", "shared_heads", "shared_layers", "all_layers"),
+)
+"""What an engine asks of a policy. Policies that answer the same are of one kind: they only rank differently."""
+
+
+def pairs(*changes: str) -> list[tuple[Case, str]]:
+    """Each change with each kind of policy; the policies of a kind take turns, and each meets several changes."""
+    kinds = defaultdict(list)
+    for case in ONE_OF_EACH:
+        kinds[tuple(getattr(case.make(), name) for name in ASKED)].append(case)
+    names = [*BINDING, *PAUSED, PREFIX_HITS]
+    return [(kind[names.index(change) % len(kind)], change) for kind in kinds.values() for change in changes]
+
+
+def each_kind(*changes: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("bounded", "change"), pairs(*changes), indirect=["bounded"], ids=str)
 
 
 @pytest.fixture(scope="module", params=ONE_OF_EACH, ids=str)
@@ -142,7 +163,13 @@ def bounded(request, folder, prompts):
     return request.param, tokens
 
 
-@pytest.mark.parametrize("change", [name for name in BINDING if name != "alone"])
+def test_every_policy_meets_several_changes():
+    met = Counter(str(case) for case, _ in pairs(*BINDING, *PAUSED, PREFIX_HITS))
+    assert met.keys() == set(map(str, ONE_OF_EACH))
+    assert min(met.values()) > 1
+
+
+@each_kind(*BINDING)
 def test_a_batch_equals_its_requests_alone(folder, prompts, bounded, change):
     case, expected = bounded
     llm = make_llm(folder, case, BUDGET, **{"async_compression": False} | BINDING[change])
@@ -188,17 +215,18 @@ def test_a_wave_that_is_spread_keeps_what_its_requests_keep_alone(folder, case):
             assert (one.kept_positions == other.kept_positions).all(), how
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_paused_equals_unpaused(folder, prompts, bounded, asynchronous):
+@each_kind(*PAUSED)
+def test_paused_equals_unpaused(folder, prompts, bounded, change):
     case, expected = bounded
-    llm = make_llm(folder, case, BUDGET, async_compression=asynchronous)
+    llm = make_llm(folder, case, BUDGET, async_compression=PAUSED[change])
     pause_now_and_then(llm, share=0.3)
     params = [greedy(BOUNDED_TOKENS, seed=i) for i in range(len(prompts))]
     assert tokens_of(llm.generate(prompts, params, use_tqdm=False)) == expected
     assert llm.stats.resumes == llm.stats.pauses > 10
 
 
-def test_prefix_hits_change_nothing(folder, prompts, bounded):
+@each_kind(PREFIX_HITS)
+def test_prefix_hits_change_nothing(folder, prompts, bounded, change):
     case, expected = bounded
     llm = make_llm(folder, case, BUDGET, max_num_batched_tokens=sum(LENGTHS))
     params = [greedy(BOUNDED_TOKENS, seed=i) for i in range(len(prompts))]

@@ -21,6 +21,8 @@ from zipage import SamplingParams
 from zipage.models.decoder import Decoder
 from zipage.worker.paged_attention import PagedAttention
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 NUM_TOKENS = 200
 LENGTHS = (17, 33, 70, 200)
 NUM_LAYERS = 2

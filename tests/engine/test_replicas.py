@@ -26,6 +26,8 @@ from zipage.eviction import registry
 from zipage.eviction.policies.streaming import Streaming
 from zipage.stats import EngineStats, RequestMetrics
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 ROOT = Path(__file__).parents[2]
 PROMPTS = [f"{i}: " + "once upon a time " * (1 + i % 4) for i in range(6)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -68,12 +67,6 @@ def other_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None
         for cached in caches:
             cached.cache_clear()
 
-    monkeypatch.setattr(sources, "_imports", _imports)  # of files that are not really edited
     yield other_code
     for cached in caches:
         cached.cache_clear()
-
-
-@cache
-def _imports(name: str, file: Path, imports=sources._imports) -> list[str]:
-    return [*imports(name, file)]

@@ -8,6 +8,7 @@ from experiments.paths import ROOT
 
 def calibrate_a_little(given: list[str], request) -> None:
     """In full it takes minutes."""
+    request.getfixturevalue("monkeypatch").setattr("experiments.calibration.answers.AT_ONCE", 8)
     out = request.getfixturevalue("tmp_path") / "file"
     program = importlib.import_module("experiments.calibrate")
     assert program.main([*given, "--out", str(out), "--tokens", "200", "--max-tokens", "8", "--device", "cpu"]) == 0
@@ -16,10 +17,11 @@ def calibrate_a_little(given: list[str], request) -> None:
 
 def train_a_little(given: list[str], request) -> None:
     """In full it takes minutes."""
+    request.getfixturevalue("monkeypatch").setattr("experiments.calibration.answers.AT_ONCE", 8)
     out = Path(given[given.index("--out") + 1]).name
     given[given.index("--out") + 1] = str(request.getfixturevalue("tmp_path") / out)
     program = importlib.import_module("experiments.train_scorer")
-    assert program.main([*given, "--tokens", "5000", "--max-tokens", "8", "--device", "cpu"]) == 0
+    assert program.main([*given, "--tokens", "4000", "--max-tokens", "8", "--device", "cpu"]) == 0
 
 
 def simulate(module: str, given: list[str], request) -> None:

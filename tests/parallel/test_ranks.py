@@ -35,6 +35,8 @@ from zipage.processes import Channel
 from zipage.scheduling.plan import CompressionOrder
 from zipage.worker.compression_runner import CompressionResult
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 ROOT = Path(__file__).parents[2]
 ZIPAGE = Case("zipage", SMALL_CHUNK)
 

@@ -24,6 +24,8 @@ from zipage.serve import server as server_module
 from zipage.serve.config import ServeConfig
 from zipage.serve.generation import Generation
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 ROOT = Path(__file__).parents[2]
 BODY = {"model": MODEL, "prompt": "x=1+2", "max_tokens": 8, "seed": 1}
 LONG = {"model": MODEL, "prompt": "x=1+2", "max_tokens": 400, "extra_body": {"ignore_eos": True}}

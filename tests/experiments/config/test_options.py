@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from experiments.config.options import readable_options
 from experiments.reporting.tables import by_option, varied_options
 
 
@@ -41,3 +42,9 @@ def test_budgets_are_those_that_held():
 
 def test_an_option_that_never_varies_alone_tells_nothing():
     assert by_option(runs(), runs(), "policy.name").empty
+
+
+def test_a_record_from_before_there_was_an_option_has_its_default():
+    known = runs().assign(**{"engine.block_size": [16, None, 256, 256]})
+    assert readable_options(known, ["engine.block_size"])["engine.block_size"].tolist() == ["16", "256", "256", "256"]
+    assert "engine.block_size" not in varied_options(known.iloc[1:])

@@ -131,6 +131,13 @@ def test_however_a_policy_comes_by_it_its_edit_is_seen(package, monkeypatch, use
     assert len(seen) == 2
 
 
+def test_an_edit_that_imports_another_module_is_followed(package):
+    """Also by a process that has read the module as it was."""
+    assert "own_policies.other" not in sources.own_policies(load_experiment(OWN))
+    package("signs.py", "from own_policies import other\nSIGN = 1\n")
+    assert "own_policies.other" in sources.own_policies(load_experiment(OWN))
+
+
 def test_a_file_that_an_option_of_ones_own_policy_names_is_hashed(package, tmp_path):
     package("mine.py", POLICY.replace("window: ClassVar[int]", 'weights: str = ""\n    window: ClassVar[int]'))
     path, seen = tmp_path / "weights.txt", set()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client import KernelManager
 from nbclient import NotebookClient
 
 from experiments.paths import ROOT
@@ -29,26 +31,34 @@ def test_they_only_call_the_library():
 
 
 FEW = """
+%reset -f
 from experiments import records
-_all = records.load_runs
-def _few(folder):
-    runs = _all(folder)
+def _few(folder, load=records.load_runs):
+    runs = load(folder)
     chosen = runs["policy.name"].isin(["full", "zipage", "snapkv", "random"])
     return runs[chosen].reset_index(drop=True) if len(runs) > 50 else runs
 records.load_runs = _few
 """
-"""Of a hundred runs, a few policies are enough to draw every picture."""
+"""Nothing is left of the notebook before. Of a hundred runs, a few policies are enough to draw every picture."""
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[KernelManager]:
+    """One for all notebooks: it imports everything once."""
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(ROOT))
+    yield manager
+    manager.shutdown_kernel(now=True)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_and_is_stored_without_outputs(path: Path):
+def test_runs_and_is_stored_without_outputs(path: Path, kernel: KernelManager):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(FEW))
-    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
-    client.execute()  # raises where a cell does
+    NotebookClient(notebook, km=kernel, timeout=120).execute()  # raises where a cell does
     assert all(cell.execution_count for cell in code)
     pictures = [
         output

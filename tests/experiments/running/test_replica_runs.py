@@ -12,6 +12,8 @@ from experiments.run import main
 from experiments.running.sweep import plan
 from tests.tiny_models import save_tiny_model, save_tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 ITEMS = [{"question": f"What is {i} + {i}? " + "Think. " * i, "answer": f"#### {2 * i}"} for i in range(1, 9)]
 
 

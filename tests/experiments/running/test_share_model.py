@@ -15,10 +15,12 @@ import pytest
 from experiments import run
 from experiments.config.compose import load_experiment
 from experiments.records import load_runs
-from experiments.running import job
+from experiments.running import job, worker
 from experiments.running import sweep as sweep_module
 from experiments.running.child import Worker
-from tests.experiments.fake_engine import fake_backend
+from experiments.running.lifeline import Child
+from tests.experiments.fake_engine import FakeLLM, fake_backend
+from tests.experiments.running.forked import ForkedChild
 from tests.experiments.running.run_process import ROOT
 from tests.experiments.running.sweep_helpers import deterministic, in_place_of_processes, sweep_file
 
@@ -36,13 +38,10 @@ for line in sys.stdin:
     print("done", file=done, flush=True)
 """
 
-WORKER = """
-import os, sys
-from pathlib import Path
-from experiments.running import worker
-from tests.experiments.fake_engine import FakeLLM
 
 class Counted(FakeLLM):
+    """Writes down who loads it, and that it is shut down."""
+
     def __post_init__(self):
         super().__post_init__()
         with Path(os.environ["LOADS"]).open("a") as file:
@@ -54,8 +53,13 @@ class Counted(FakeLLM):
         with Path(os.environ["LOADS"]).open("a") as file:
             print("shut", file=file)
 
-sys.exit(worker.main({"zipage": lambda **options: Counted(options), "vllm": None}))
-"""
+
+def fork_functions(command, *how, **with_what) -> Child | ForkedChild:
+    return (ForkedChild if callable(command[0]) else Child)(command, *how, **with_what)
+
+
+def counting_worker() -> int:
+    return worker.main({"zipage": lambda **options: Counted(options), "vllm": None})
 
 
 @pytest.fixture
@@ -69,9 +73,10 @@ def share(arguments, tmp_path, monkeypatch):
         loads.write_text("")
         monkeypatch.setenv("LOADS", str(loads))
         monkeypatch.chdir(ROOT)
+        monkeypatch.setattr("experiments.running.child.Child", fork_functions)
         monkeypatch.setattr(sys, "argv", ["run", *arguments, f"+sweep={path}", "+share_model=true", *more])
         backends = fake_backend() | {"transformers": fake_backend()["zipage"]}
-        code = run.main(backends, child=["/no/such/command"], worker=[sys.executable, "-c", WORKER])
+        code = run.main(backends, child=["/no/such/command"], worker=[counting_worker])
         return code, Counter(loads.read_text().split())
 
     return share
@@ -187,12 +192,13 @@ arms: [{policy: full}, {policy: zipage, policy.budget_tokens: 64, policy.protect
         return 0, output.getvalue()
 
     monkeypatch.setattr("experiments.launchers.local.Alone", in_place_of_processes(run_here))
+    monkeypatch.setattr("experiments.running.child.Child", fork_functions)
     found = []
     for more in ([], ["+share_model=true"]):
         folder = tmp_path / f"runs{len(more)}"
         options = ["hardware=cpu", f"results_dir={folder}", "engine.num_blocks=120", "hardware.threads=1"]
         monkeypatch.setattr(sys, "argv", ["run", f"+sweep={sweep}", *options, *more])
-        assert run.main() == 0, capsys.readouterr().err
+        assert run.main(worker=[worker.main]) == 0, capsys.readouterr().err
         found.append(load_runs(folder / "sweeps" / Path(sweep_file(folder)).name))
     alone, shared = found
     assert shared["compressions"].tolist()[1] > 0

@@ -12,6 +12,8 @@ from experiments.config.compose import load_experiment, register
 from experiments.records import sources
 from experiments.running import sweep, tracking  # noqa: F401
 from tests.experiments.hydra_files import read_once
+from zipage.engine import replica_process  # noqa: F401
+from zipage.parallel import rank  # noqa: F401
 
 tqdm.set_lock(threading.RLock())  # its own is a semaphore, which stays behind where a process is killed
 read_once(pytest.MonkeyPatch())
