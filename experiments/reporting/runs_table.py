@@ -207,7 +207,9 @@ def mixture(runs: pd.DataFrame) -> str | None:
     commits = runs.reindex(columns=["provenance.code.commit"]).astype(str).iloc[:, 0]
     for part, owner in (("engine", "backend"), ("policy", "policy.name"), ("grader", "workload.grader")):
         hashes = runs.reindex(columns=[f"provenance.sources.{part}"]).astype(object).iloc[:, 0].fillna(commits)
-        for name, alike in hashes.groupby(runs.reindex(columns=[owner]).iloc[:, 0]):
+        # A policy around another is of both.
+        owners = runs.reindex(columns=[owner, *["policy.options.base"] * (part == "policy")]).astype(object).fillna("")
+        for (name, *_), alike in hashes.groupby([owners[column] for column in owners]):
             if alike.nunique() > 1:
                 said.append(f"{alike.nunique()} versions of the {part} {name}")
     if not said:

@@ -225,6 +225,9 @@ def test_table_says_where_its_rows_are_of_different_code(tmp_path, capsys):
 
     make("a", "full", "e", "f")
     make("b", "zipage", "e", "z")
+    for base in ("snapkv", "h2o"):
+        origin = {"sources": {"engine": "e", "policy": f"critical and {base}", "grader": "g"}}
+        made_runs.make_run(tmp_path, base, "critical", 64, origin=origin, options={"policy.options.base": base})
     assert "note:" not in printed()
     make("c", "zipage", "e", "z, edited")
     assert "note: these rows were made by 2 versions of the policy zipage: the code is a part of what" in printed()
