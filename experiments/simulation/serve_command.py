@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from experiments.bench.serve_loads import ServedArm, read_served_arms
 from experiments.command_line import Parser
 from experiments.errors import UsageError
 from experiments.paths import ROOT
+from experiments.records.provenance import code_state
 from experiments.reporting.markdown import markdown
 from experiments.simulation.machine import read_machine
 from experiments.simulation.serving import simulated_rows
@@ -82,15 +84,16 @@ def arms_of(options: Namespace, **engine: Any) -> list[ServedArm]:
 
 def main(arguments: Sequence[str]) -> int:
     options = load_parser("serve", "Loads of serve_bench, simulated.").parse_args(arguments)
-    machine, arms = read_machine(options.machine), arms_of(options)
+    machine, arms, code = read_machine(options.machine), arms_of(options), code_state()
     rows = []
     for arm in arms:
         for row in simulated_rows(arm, machine):
             rows.append(row)
             print(f"{arm.title} at {row['rate']:g} requests/s: {_verdict(row)}", file=sys.stderr, flush=True)
     if options.out:
-        content = {"what": f"serve_bench on a simulated {machine.name}", "command": " ".join(arguments), "rows": rows}
-        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        head = {"what": f"serve_bench, simulated on {machine.name}", "simulated": vars(machine), "seed": options.seed}
+        head |= {"command": f"python -m experiments.simulate serve {shlex.join(arguments)}"} | code
+        options.out.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(f"Simulated on {machine.name}; times in ms.\n\n{serve_table(rows)}")
     return 0
 

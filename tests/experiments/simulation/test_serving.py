@@ -57,7 +57,10 @@ def test_an_idle_server_answers_at_the_pace_of_a_step(load, capsys, tmp_path):
     out = tmp_path / "rows.json"
     words = ["serve", f"{load}", "--rates", "0.5", "--model", "models/qwen3-0.6b-shape", "--out", str(out)]
     assert simulate.main(words) == 0
-    row = json.loads(out.read_text())["rows"][0]
+    found = json.loads(out.read_text())
+    assert {"simulated", "seed", "commit", "diff"} <= found.keys()
+    assert found["command"].startswith("python -m experiments.simulate serve")
+    row = found["rows"][0]
     assert row["preemptions"] == 0
     assert row["running"] < 1
     assert row["e2e"]["p50"] == pytest.approx(row["ttft"]["p50"] + 199 * row["itl"]["p50"], rel=0.05)
