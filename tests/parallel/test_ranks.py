@@ -32,6 +32,7 @@ from zipage.parallel import messages as m
 from zipage.parallel.rank import Outbox, Rank
 from zipage.parallel.ranked_worker import RankedCompressor, start_ranks
 from zipage.processes import Channel
+from zipage.scheduling import triggers
 from zipage.scheduling.plan import CompressionOrder
 from zipage.worker.compression_runner import CompressionResult
 
@@ -181,9 +182,11 @@ def test_ranks_agree_though_the_pool_decides_when(folder):
 
 
 def fail_one_of_two(llm: LLM, policy: str) -> list[str]:
-    """Two requests are due together, and the policy fails for the first. Returns their errors; the engine goes on."""
+    """Two are compressed together, and the policy fails for the first. Returns their errors; the engine goes on."""
     params = [greedy(80, policy=policy, seed=FAILING_SEED), greedy(80, policy=policy)]
-    outputs = llm.generate([[1, 2, 3], [4, 5, 6]], params, use_tqdm=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triggers, "PACE", 100)
+        outputs = llm.generate([[1, 2, 3], [4, 5, 6]], params, use_tqdm=False)
     assert llm.generate([[1, 2, 3]], params[1], use_tqdm=False)[0].error is None
     return [output.error for output in outputs if output.error]
 

@@ -27,7 +27,7 @@ def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tor
         decode_lens=torch.tensor([2], dtype=ints),
         prefill_tables=torch.tensor([[1]], dtype=ints),
         prefill_lens=torch.tensor([3], dtype=ints),
-        cu_seqlens=torch.tensor([0, 3], dtype=ints),
+        cu_seqlens=torch.tensor([1, 4], dtype=ints),
         max_seqlen=3,
     )
     return attention(layer, q, k, v)

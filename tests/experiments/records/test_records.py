@@ -116,6 +116,8 @@ def test_committed_records_keep_their_ids():
         gpus = origin["hardware"]["gpus"]
         device = gpus[0] if gpus and config["hardware"]["device"] != "cpu" else "cpu"
         parts = {"model": records.content_hash(origin["model_files"]), "data": origin["data"], "device": device}
+        if calibration := origin.get("calibration"):
+            parts["files"] = {records.CALIBRATION: calibration}
         assert records.run_id(config, **parts) == run.name
         for option, value in records.flatten(today).items():
             group, _, name = option.rpartition(".")
