@@ -120,9 +120,8 @@ def ranking(
 
 def _fields(runs: pd.DataFrame, compared: pd.DataFrame) -> list[list[int]]:
     """Positions of the runs of each field, the best first; fields in the order of `in_order`."""
-    positions = pd.Series(range(len(runs)), runs.index)
     numbers, found = fields(runs), defaultdict(list)
-    for i in positions[in_order(runs).index]:
+    for i in in_order(runs.reset_index(drop=True)).index:
         if numbers[i] is not None and _figure(compared.iloc[i]):
             found[numbers[i]].append(i)
     is_random = runs["policy.name"].isin(("random", "random_attention")).tolist()

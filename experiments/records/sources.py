@@ -259,8 +259,9 @@ def _is_own(package: str) -> bool:
 @lru_cache
 def _installed_in(folder: Path) -> set[str]:
     """Packages and modules that an installer has put into a folder, such as pip with `--target`."""
-    lines = (line for record in folder.glob("*.dist-info/RECORD") for line in record.read_text("utf-8").splitlines())
-    return {Path(line.partition(",")[0]).parts[0].removesuffix(".py") for line in lines if line}
+    records = (record.read_text("utf-8", errors="replace") for record in folder.glob("*.dist-info/RECORD"))
+    paths = (Path(line.partition(",")[0]) for record in records for line in record.splitlines())
+    return {path.parts[0].removesuffix(".py") for path in paths if path.parts}
 
 
 @cache

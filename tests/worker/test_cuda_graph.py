@@ -90,6 +90,22 @@ def test_all_graphs_are_captured_on_one_stream_the_largest_first(tmp_path, fake_
     assert graphs._inputs.nbytes + graphs._hidden.nbytes == graphs.kept_bytes
 
 
+@pytest.mark.parametrize(
+    ("options", "largest"), [({}, [(288, False), (512, True)]), (UNEQUAL, [(264, False)])], ids=["", "unequal"]
+)
+def test_the_largest_graph_of_each_kind_is_measured(tmp_path, fake_cuda, monkeypatch, options, largest):
+    """One has fewer tokens, and block tables for all of them: of long tables these take more than the rest."""
+    case = ZIPAGE if options else None
+    runner = make_llm(save_tiny_model("qwen3", tmp_path), case, debug=False, **options)._core.runner
+    runner._capture_stream = capture_stream(torch.device("cuda"))
+    graphs, ran = runner.step_graphs(runner.cache, runner._tables), []
+    monkeypatch.setattr(graphs, "forward", lambda inputs, size: ran.append((size, len(inputs) > 7 * size)))
+    graphs.warm_up_largest()
+    assert sorted(ran) == largest
+    held = StepGraphs._all_decode(empty_batch(264, [1] * 256), chunks([1] * 256, 8, 1))
+    assert held, "a full batch of decodes and as many tokens of prompts"
+
+
 def run_in_graphs(llm: LLM, all_decode: bool | None = None) -> list[tuple[int, bool]]:
     """From here on steps compute what a graph would, with rows of nobody.
 

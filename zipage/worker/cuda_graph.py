@@ -124,7 +124,7 @@ class StepGraphs:
 
     def run(self, batch: TokenBatch, chunks: PromptChunks) -> Tensor:
         """Hidden states [n, width], overwritten by the next run."""
-        size = self._sizes[bisect_left(self._sizes, len(batch))]
+        size = self._size_for(len(batch))
         prompts = not self._all_decode(batch, chunks)
         if (size, prompts) not in self._graphs:
             self._capture_new(size, prompts)
@@ -205,8 +205,17 @@ class StepGraphs:
         )
 
     def warm_up_largest(self) -> None:
-        """Run once what the largest graph holds."""
-        self._warm_up(self.most, self._take_chunks)
+        """Run once what the largest graph of each kind holds. The one where all tokens attend as decodes is no larger,
+        but it has block tables for all of them.
+        """
+        decoded = min(self.most, len(self._sampled) + DECODED_TOKENS)
+        self._warm_up(self._size_for(decoded), False)
+        if self._take_chunks:
+            self._warm_up(self.most, True)
+
+    def _size_for(self, tokens: int) -> int:
+        """Tokens of the smallest graph that holds so many."""
+        return self._sizes[bisect_left(self._sizes, tokens)]
 
     def _warm_up(self, size: int, prompts: bool) -> Tensor:
         """Run once what is to be captured: a capture allows neither compiling kernels nor setting up libraries.

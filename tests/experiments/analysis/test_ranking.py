@@ -81,6 +81,17 @@ def test_each_field_has_an_order_and_a_control_of_its_own(tmp_path):
     assert table["bytes_of_full"].unique().tolist() == [0.25]
 
 
+def test_runs_loaded_apart_and_put_together_rank_as_those_loaded_at_once(tmp_path):
+    """Their labels repeat: each part counts from 0."""
+    make(tmp_path / "a", "best", "snapkv", graded(0.9))
+    make(tmp_path / "b", "random", "random", graded(0.3))
+    apart = pd.concat([load_runs(tmp_path / part) for part in "ab"])
+    table = ranking(apart)
+    assert table["place"].tolist() == [1, 2]
+    assert table["best.run"].tolist()[1:] == ["best"]
+    pd.testing.assert_frame_equal(table.reset_index(drop=True), ranking(apart.reset_index(drop=True)))
+
+
 def test_as_many_bytes_are_within_a_twentieth_whatever_the_budget(tmp_path):
     make(tmp_path, "a", "r_kv", graded(0.8), held=100.0)
     make(tmp_path, "b", "snapkv", graded(0.8), held=120.0)

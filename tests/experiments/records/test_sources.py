@@ -105,6 +105,23 @@ def test_what_pip_installs_into_a_folder_is_not_ones_own(package, monkeypatch, t
     assert "installed_there" not in own
 
 
+def test_an_odd_list_of_what_pip_installed_costs_no_run(package, monkeypatch, tmp_path):
+    """Names that are not UTF-8, names with a comma, which are quoted, and lines that name nothing."""
+    folder = tmp_path / "target"
+    for name in ("installed_there", "beside_it"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text("")
+    record = folder / "installed_there-1.0.dist-info" / "RECORD"
+    record.parent.mkdir()
+    lines = ['"a,b.py",,', "caf\u00e9.py,,", ",,", ".,,", "../../bin/tool,,", "installed_there/__init__.py,,"]
+    record.write_text("\n".join(lines), "latin-1")
+    monkeypatch.syspath_prepend(folder)
+    package("signs.py", "import installed_there\nimport beside_it\nSIGN = 1\n")
+    own = sources.own_policies(load_experiment(OWN))
+    assert "beside_it" in own
+    assert "installed_there" not in own
+
+
 @pytest.mark.parametrize(
     ("use", "name"),
     [
