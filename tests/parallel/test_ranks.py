@@ -32,7 +32,6 @@ from zipage.parallel import messages as m
 from zipage.parallel.rank import Outbox, Rank
 from zipage.parallel.ranked_worker import RankedCompressor, start_ranks
 from zipage.processes import Channel
-from zipage.scheduling import triggers
 from zipage.scheduling.plan import CompressionOrder
 from zipage.worker.compression_runner import CompressionResult
 
@@ -185,7 +184,7 @@ def fail_one_of_two(llm: LLM, policy: str) -> list[str]:
     """Two are compressed together, and the policy fails for the first. Returns their errors; the engine goes on."""
     params = [greedy(80, policy=policy, seed=FAILING_SEED), greedy(80, policy=policy)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triggers, "PACE", 100)
+        patch.setattr("zipage.scheduling.triggers.PACE", 100)
         outputs = llm.generate([[1, 2, 3], [4, 5, 6]], params, use_tqdm=False)
     assert llm.generate([[1, 2, 3]], params[1], use_tqdm=False)[0].error is None
     return [output.error for output in outputs if output.error]
@@ -205,8 +204,7 @@ def test_a_policy_that_fails_costs_its_request(failing, caplog):
 def test_a_requests_policy_that_ranks_cannot_import_is_refused(two, monkeypatch):
     mine = type("Mine", (Streaming,), {"name": "mine_of_requests", "__module__": "__main__"})
     monkeypatch.setitem(registry.POLICIES, mine.name, mine)
-    params = [greedy(80), greedy(80, policy="mine_of_requests")]
-    fine, refused = two.generate([[1], [2]], params, use_tqdm=False)
+    fine, refused = two.generate([[1], [2]], [greedy(80), greedy(80, policy="mine_of_requests")], use_tqdm=False)
     assert fine.error is None
     assert "policy='mine_of_requests': it is defined in the program itself" in refused.error
 
