@@ -81,8 +81,8 @@ class EngineConfig:
         async_scheduling: plan and queue a step while the device computes the one before, so that the device does not
             wait for the host. A request that an end token ends is then computed for one step more, which is dropped.
             Steps after one that samples under a penalty or bad words wait for its tokens. None: on CUDA.
-        enforce_eager: never use CUDA graphs. Otherwise, on CUDA, steps of decodes and of prompts of up to 256 tokens
-            are graphs, captured when a batch of their size first comes.
+        enforce_eager: never use CUDA graphs. Otherwise, on CUDA, steps of decodes, alone or with up to 2,048 tokens of
+            up to 8 prompts, are graphs, captured when a batch of their size first comes.
         policy, policy_options: the eviction policy, by its registered name or as "package.module:Class", and its
             options.
         budget_tokens: KV budget of a request, per layer and KV head, rounded up to whole blocks; needed by every policy

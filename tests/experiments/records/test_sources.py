@@ -89,33 +89,31 @@ def test_policy_of_ones_own_knows_what_it_imports(package):
     assert sources.own_policies(example).keys() == {"examples.my_policy"}
 
 
-def test_what_pip_installs_into_a_folder_is_not_ones_own(package, monkeypatch, tmp_path):
-    """With `--target` it lies where a policy of one's own might; vLLM and all its imports took 100 s to read."""
+@pytest.fixture
+def pip_list(monkeypatch, tmp_path):
+    """RECORD of a package, in a folder on the path that has another one beside it."""
     folder = tmp_path / "target"
     for name in ("installed_there", "beside_it"):
         (folder / name).mkdir(parents=True)
         (folder / name / "__init__.py").write_text("")
-    record = folder / "installed_there-1.0.dist-info" / "RECORD"
-    record.parent.mkdir()
-    record.write_text("installed_there/__init__.py,sha256=abc,0\ninstalled_there-1.0.dist-info/RECORD,,\n")
+    (folder / "installed_there-1.0.dist-info").mkdir()
     monkeypatch.syspath_prepend(folder)
+    return folder / "installed_there-1.0.dist-info" / "RECORD"
+
+
+def test_what_pip_installs_into_a_folder_is_not_ones_own(package, pip_list):
+    """With `--target` it lies where a policy of one's own might; vLLM and all its imports took 100 s to read."""
+    pip_list.write_text("installed_there/__init__.py,sha256=abc,0\ninstalled_there-1.0.dist-info/RECORD,,\n")
     package("signs.py", "import installed_there\nimport beside_it\nSIGN = 1\n")
     own = sources.own_policies(load_experiment(OWN))
     assert "beside_it" in own
     assert "installed_there" not in own
 
 
-def test_an_odd_list_of_what_pip_installed_costs_no_run(package, monkeypatch, tmp_path):
+def test_an_odd_list_of_what_pip_installed_costs_no_run(package, pip_list):
     """Names that are not UTF-8, names with a comma, which are quoted, and lines that name nothing."""
-    folder = tmp_path / "target"
-    for name in ("installed_there", "beside_it"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "__init__.py").write_text("")
-    record = folder / "installed_there-1.0.dist-info" / "RECORD"
-    record.parent.mkdir()
     lines = ['"a,b.py",,', "caf\u00e9.py,,", ",,", ".,,", "../../bin/tool,,", "installed_there/__init__.py,,"]
-    record.write_text("\n".join(lines), "latin-1")
-    monkeypatch.syspath_prepend(folder)
+    pip_list.write_text("\n".join(lines), "latin-1")
     package("signs.py", "import installed_there\nimport beside_it\nSIGN = 1\n")
     own = sources.own_policies(load_experiment(OWN))
     assert "beside_it" in own
