@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,15 @@ def free_port() -> int:
 
 
 def answers(url: str) -> bool:
+    """Without httpx, which prepares for TLS each time: 24 ms that a server that starts beside us lacks."""
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=5)
     try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
         return False
+    finally:
+        connection.close()
 
 
 def events(response: httpx.Response) -> Iterator[tuple[str, dict]]:

@@ -214,25 +214,26 @@ def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case, new_pr
 
 
 @pytest.mark.parametrize(
-    ("case", "options", "all_decode"),
+    ("case", "options", "graphs"),
     [
-        *product((None, ZIPAGE, Case("random"), KVZAP), [{}], [True, False]),
-        (ZIPAGE, UNEQUAL, True),
-        (KVZAP, UNEQUAL, True),
+        *product((None, ZIPAGE, Case("random"), KVZAP), [{}], [(True, False)]),
+        *product((ZIPAGE, KVZAP), [UNEQUAL], [(True,)]),
     ],
     ids=lambda value: "unequal" if value is UNEQUAL else "" if value == {} else str(value),
 )
 def test_requests_that_run_in_graphs_from_their_first_token_get_the_tokens_of_an_eager_engine(
-    tmp_path, case, options, all_decode
+    tmp_path, case, options, graphs
 ):
+    """`graphs`: whether all tokens of theirs attend as decodes."""
     # A small pool: some leave it, and compute their prompt and output anew.
     model = save_tiny_model("qwen3", tmp_path)
     prompts = random_prompts([5, 20, 70, 33, 1, 180, 64, 90], VOCAB)
     prompts += [prompts[2][:64] + tail for tail in random_prompts([7, 30], VOCAB, seed=1)]
 
-    def served(in_graphs: bool) -> tuple[list[list[int]], list[tuple[int, bool]]]:
+    def served(all_decode: bool | None) -> tuple[list[list[int]], list[tuple[int, bool]]]:
         llm = make_llm(model, case, debug=False, num_blocks=40, headroom=0, **options)
-        steps, outputs, waiting = run_in_graphs(llm, all_decode) if in_graphs else [], {}, list(enumerate(prompts))
+        steps = [] if all_decode is None else run_in_graphs(llm, all_decode)
+        outputs, waiting = {}, list(enumerate(prompts))
         while waiting or llm.has_unfinished_requests():
             if waiting:
                 index, prompt = waiting.pop(0)
@@ -241,6 +242,8 @@ def test_requests_that_run_in_graphs_from_their_first_token_get_the_tokens_of_an
         assert case is not None or llm.stats.preemptions > 0
         return tokens_of([outputs[str(index)] for index in range(len(prompts))]), steps
 
-    tokens, steps = served(in_graphs=True)
-    assert len([tokens for tokens, prompts in steps if tokens > 8 and prompts != all_decode]) >= len(prompts) // 2
-    assert tokens == served(in_graphs=False)[0]
+    eager, _ = served(None)
+    for all_decode in graphs:
+        tokens, steps = served(all_decode)
+        assert len([tokens for tokens, prompts in steps if tokens > 8 and prompts != all_decode]) >= len(prompts) // 2
+        assert tokens == eager

@@ -7,6 +7,7 @@ import pytest
 import scipy.special  # noqa: F401
 import torch  # noqa: F401
 from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer  # noqa: F401
 
 from experiments.config.compose import load_experiment, register
 from experiments.records import sources
