@@ -28,6 +28,7 @@ from torch import Tensor
 
 from kernels.add_rms_norm import add_rms_norm_reference
 from kernels.add_rms_norm_triton import add_rms_norm_triton
+from kernels.attention_form import AttentionForm
 from kernels.cache_view import CacheView, shared
 from kernels.copy_blocks import copy_blocks_reference
 from kernels.copy_blocks_triton import copy_blocks_triton
@@ -116,6 +117,30 @@ def check_attention(checks: Checks, grid: Grid) -> None:
                 expected = paged_prefill_reference(q.float(), ref, bounds, max(queries), scale)
                 out = paged_prefill_triton(q, view, bounds.to(DEVICE), max(queries), scale)
                 checks.add("paged_prefill", name, error(out, expected), bound, chunk=chunk, apart=apart, **case)
+
+
+def check_forms(checks: Checks, grid: Grid) -> None:
+    """Windows, soft caps and sinks, of requests cut and uncut, and of chunks that start inside a request."""
+    contexts = (140, 0, 33) if DRY else (4097, 1, 0, 130, 1000)
+    factors = grid.dtypes, (64, 256), grid.block_sizes, (None, 1, 128, 1024), (None, 30.0), (False, True)
+    for name, head_dim, block_size, window, soft_cap, sinks in pairwise(*factors):
+        dtype, bound, scale = getattr(torch, name), 2 * BOUNDS[name], head_dim**-0.5
+        case = {"head_dim": head_dim, "block_size": block_size, "window": window, "soft_cap": soft_cap, "sinks": sinks}
+        logits = 2 * torch.randn(KV_HEADS * 4, device=DEVICE, dtype=dtype) if sinks else None
+        form = AttentionForm(window, soft_cap, logits)
+        view = make_paged(contexts, block_size, KV_HEADS, head_dim, dtype).view()
+        ref = upcast(view)
+        q = fused(len(contexts), KV_HEADS * 4, head_dim, dtype)
+        expected = paged_decode_reference(q.float(), ref, scale, form)
+        for wanted in (1, None, 200):
+            out = paged_decode_triton(q, view, scale, decode_pieces_triton(view, wanted), form=form)
+            checks.add("decode_forms", name, error(out, expected), bound, wanted=wanted, **case)
+        queries = [-(-n // 3) for n in contexts]
+        bounds = torch.tensor([0, *accumulate(queries)], dtype=torch.int32)
+        q = fused(sum(queries), KV_HEADS * 4, head_dim, dtype)
+        expected = paged_prefill_reference(q.float(), ref, bounds, max(queries), scale, form)
+        out = paged_prefill_triton(q, view, bounds.to(DEVICE), max(queries), scale, form=form)
+        checks.add("prefill_forms", name, error(out, expected), bound, **case)
 
 
 def check_writes(checks: Checks, grid: Grid) -> None:
@@ -304,6 +329,7 @@ def check_replays(checks: Checks, grid: Grid) -> None:
 
 PARTS = {
     "attention": check_attention,
+    "forms": check_forms,
     "replays": check_replays,
     "writes": check_writes,
     "layer_ops": check_layer_ops,

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from kernels.add_rms_norm_triton import add_rms_norm_triton
+from kernels.attention_form import AttentionForm
 from kernels.attention_score_triton import attention_score_triton
 from kernels.cache_view import CacheView, shared
 from kernels.compact_stable_triton import compact_stable_triton
@@ -88,6 +89,10 @@ def compile_view_kernels(apart: bool) -> None:
     store_predictions_triton(hidden, torch.zeros(HEADS, 256), torch.zeros(HEADS), predicted, spread(longs(TOKENS)))
     paged_decode_triton(q[:REQUESTS], layer, 0.1, decode_pieces_triton(layer))
     paged_prefill_triton(q, layer, ints(REQUESTS + 1), TOKENS, 0.1)
+    if not apart:
+        form = AttentionForm(window=128, soft_cap=30.0, sinks=floats(HEADS * GROUP))
+        paged_decode_triton(q[:REQUESTS], layer, 0.1, decode_pieces_triton(layer), form=form)
+        paged_prefill_triton(q, layer, ints(REQUESTS + 1), TOKENS, 0.1, form=form)
     attention_score_triton(windows, layers, lens, lens, 0.1)
     redundancy_triton(layers, tau=0.4, chunk=32)
     redundancy_triton(layers, tau=0.4)
