@@ -82,6 +82,15 @@ def load_keys(
 
 
 @triton.jit
+def load_weight(pointers, mask, OFFSET: tl.constexpr):
+    """A norm's weight and its offset, float32."""
+    weight = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    if OFFSET != 0.0:
+        weight += OFFSET
+    return weight
+
+
+@triton.jit
 def load_sinks(sinks_ptr, heads, mask):
     """Sinks of query heads as scores that exp2 takes, -inf where masked."""
     sinks = tl.load(sinks_ptr + heads, mask=mask, other=float("-inf"))

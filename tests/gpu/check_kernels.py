@@ -30,10 +30,12 @@ from kernels.add_rms_norm import add_rms_norm_reference
 from kernels.add_rms_norm_triton import add_rms_norm_triton
 from kernels.attention_form import AttentionForm
 from kernels.cache_view import CacheView, shared
+from kernels.clamped_swiglu import clamped_swiglu, clamped_swiglu_reference
 from kernels.copy_blocks import copy_blocks_reference
 from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.expert_mlp import expert_mlp, expert_mlp_reference
+from kernels.gelu_mul import gelu_mul, gelu_mul_reference
 from kernels.paged_decode import paged_decode, paged_decode_reference
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill import paged_prefill_reference
@@ -191,22 +193,33 @@ def check_layer_ops(checks: Checks, grid: Grid) -> None:
         dtype, bound = getattr(torch, name), BOUNDS[name]
         for width in (384, 896) if DRY else (384, 896, 2560, 4096, 12288, 16384):
             case = {"tokens": tokens, "width": width}
-            for add in (False, True):
+            for add, offset in ((False, 0.0), (True, 0.0), (True, 1.0)):
                 hidden, delta = rows(tokens, width), rows(tokens, width) if add else None
                 weight, expected_hidden = rows(1, width)[0], hidden.clone()
-                out = add_rms_norm_triton(hidden, delta, weight, 1e-6)
-                expected = add_rms_norm_reference(expected_hidden, delta, weight, 1e-6)
+                out = add_rms_norm_triton(hidden, delta, weight, 1e-6, offset)
+                expected = add_rms_norm_reference(expected_hidden, delta, weight, 1e-6, offset)
                 value = error(out, expected) if differing(hidden, expected_hidden) == 0 else math.inf
-                checks.add("add_rms_norm", name, value, bound, add=add, **case)
+                checks.add("add_rms_norm", name, value, bound, add=add, offset=offset, **case)
             gate_up = 4 * rows(tokens, 2 * width)
             out = silu_mul_triton(gate_up)
             checks.add("silu_mul", name, error(out, silu_mul_reference(gate_up)), bound, **case)
-        for head_dim, heads, norm, quarters in product(grid.head_dims, ((14, 2), (32, 8)), (False, True), (3, 4)):
+            checks.add("gelu_mul", name, error(gelu_mul(gate_up), gelu_mul_reference(gate_up)), bound, **case)
+            out, expected = clamped_swiglu(gate_up, 1.702, 7.0), clamped_swiglu_reference(gate_up, 1.702, 7.0)
+            checks.add("clamped_swiglu", name, error(out, expected), bound, **case)
+        norms = (False, 0.0), (True, 0.0), (True, 1.0)
+        for head_dim, heads, (norm, offset), quarters in product(grid.head_dims, ((14, 2), (32, 8)), norms, (3, 4)):
             rotary_dim = head_dim * quarters // 4
-            case = {"tokens": tokens, "head_dim": head_dim, "rotary_dim": rotary_dim, "heads": heads, "norm": norm}
+            case = {
+                "tokens": tokens,
+                "head_dim": head_dim,
+                "rotary_dim": rotary_dim,
+                "heads": heads,
+                "norm": norm,
+                "offset": offset,
+            }
             qkv = rows(tokens, (heads[0] + 2 * heads[1]) * head_dim)
             weights = [torch.randn(head_dim, device=DEVICE, dtype=dtype) if norm else None for _ in range(2)]
-            args = *weights, 1e-6, *rotation(tokens, rotary_dim), *heads
+            args = *weights, 1e-6, *rotation(tokens, rotary_dim), *heads, offset
             expected = qk_norm_rope_reference(qkv.clone(), *args)
             value = max(error(x, y) for x, y in zip(qk_norm_rope_triton(qkv, *args), expected, strict=True))
             checks.add("qk_norm_rope", name, value, bound, **case)

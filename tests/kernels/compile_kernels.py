@@ -18,9 +18,11 @@ from kernels.add_rms_norm_triton import add_rms_norm_triton
 from kernels.attention_form import AttentionForm
 from kernels.attention_score_triton import attention_score_triton
 from kernels.cache_view import CacheView, shared
+from kernels.clamped_swiglu_triton import clamped_swiglu_triton
 from kernels.compact_stable_triton import compact_stable_triton
 from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
+from kernels.gelu_mul_triton import gelu_mul_triton
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill_triton import paged_prefill_triton
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
@@ -105,7 +107,10 @@ def compile_view_kernels(apart: bool) -> None:
 def compile_other_kernels() -> None:
     hidden = floats(TOKENS, 256)
     add_rms_norm_triton(hidden, hidden, hidden[0], 1e-6)
+    add_rms_norm_triton(hidden, hidden, hidden[0], 1e-6, 1.0)
     silu_mul_triton(hidden)
+    gelu_mul_triton(hidden)
+    clamped_swiglu_triton(hidden, 1.702, 7.0)
     qkv, weight = floats(TOKENS, (GROUP + 2) * HEADS * DIM), floats(DIM)
     for rotary_dim in (DIM, DIM // 4):
         cos, sin = torch.zeros(TOKENS, 1, rotary_dim), torch.zeros(TOKENS, 1, rotary_dim // 2)
