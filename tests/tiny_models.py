@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.models.tiny import MIXTURE, make_model
+from tests.models.tiny import GEMMA, MIXTURE, make_model
 
 VOCAB = 300
 FAMILIES = {
@@ -23,6 +23,7 @@ LONGROPE = {
     "long_factor": [1.0, 2.0, 4.0, 6.0, 7.0, 8.0],
 }
 MORE_FAMILIES = {
+    "gemma3_text": ("Gemma3Text", GEMMA | {"final_logit_softcapping": 30.0, "tie_word_embeddings": False}),
     "mistral": ("Mistral", {"head_dim": 24, "sliding_window": 1024}),
     "phi3": (
         "Phi3",
