@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.models.tiny import GEMMA, MIXTURE, make_model
+from tests.models.tiny import GEMMA, GPT_OSS, MIXTURE, make_model
 
 VOCAB = 300
 FAMILIES = {
@@ -25,6 +25,7 @@ LONGROPE = {
 MORE_FAMILIES = {
     "gemma3_text": ("Gemma3Text", GEMMA | {"final_logit_softcapping": 30.0, "tie_word_embeddings": False}),
     "mistral": ("Mistral", {"head_dim": 24, "sliding_window": 1024}),
+    "gpt_oss": ("GptOss", GPT_OSS),
     "phi3": (
         "Phi3",
         {"partial_rotary_factor": 0.75, "rope_parameters": LONGROPE, "original_max_position_embeddings": 16},

@@ -37,6 +37,23 @@ PHI = {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 32}
 GEMMA = {"head_dim": 32, "sliding_window": 24, "sliding_window_pattern": 2, "query_pre_attn_scalar": 20}
 """Layers with a window and full ones take turns."""
 
+GPT_OSS = {
+    "head_dim": 32,
+    "sliding_window": 24,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 32,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 128,
+    },
+}
+
 MIXTURE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 COMMON = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from kernels.add_rms_norm import add_rms_norm
 from kernels.attention_form import AttentionForm
 from kernels.qk_norm_rope import qk_norm_rope
+from zipage.models.biased_sparse_mlp import BiasedSparseMLP
 from zipage.models.mlp import GatedMLP, new_parameter, prefixed, row_pieces, row_views
 from zipage.models.rotary import RotaryEmbedding
 from zipage.models.shard import WHOLE, Piece, Shard
@@ -57,20 +59,16 @@ class DecoderLayer(nn.Module):
         self.attention_output_norm = parameter(spec.width) if spec.output_norms else None
         self.mlp_output_norm = parameter(spec.width) if spec.output_norms else None
         self.mlp_norm = parameter(spec.width)
-        experts = spec.experts_of(index)
-        self.mlp = (
-            GatedMLP(
-                spec.width,
-                spec.mlp_width,
-                bias=spec.mlp_bias,
-                fused=spec.fused_weights,
-                activation=spec.activation,
-                shard=shard,
-                **options,
-            )
-            if experts is None
-            else SparseMLP(spec.width, experts, shard=shard, **options)
-        )
+        self.mlp = self._new_mlp(spec, shard, options)
+
+    def _new_mlp(self, spec: ModelSpec, shard: Shard, options: dict[str, Any]) -> nn.Module:
+        experts = spec.experts_of(self.index)
+        if experts is None:
+            flags = {"bias": spec.mlp_bias, "fused": spec.fused_weights, "activation": spec.activation}
+            return GatedMLP(spec.width, spec.mlp_width, **flags, shard=shard, **options)
+        if experts.swiglu is None:
+            return SparseMLP(spec.width, experts, shard=shard, **options)
+        return BiasedSparseMLP(spec.width, experts, **options)
 
     def forward(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from zipage.models.families.gemma3_text import GEMMA3_TEXT
+from zipage.models.families.gpt_oss import GPT_OSS
 from zipage.models.families.llama import LLAMA
 from zipage.models.families.mistral import MISTRAL
 from zipage.models.families.phi3 import PHI3
@@ -16,7 +17,7 @@ from zipage.models.families.qwen3_moe import QWEN3_MOE
 from zipage.models.family import Family
 from zipage.models.fields import FIELDS, is_texts, shown
 
-_ALL = LLAMA, MISTRAL, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GEMMA3_TEXT
+_ALL = LLAMA, MISTRAL, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GEMMA3_TEXT, GPT_OSS
 FAMILIES = {family.name: family for family in _ALL}
 
 WITH_IMAGES = {"gemma3": "gemma3_text"}
