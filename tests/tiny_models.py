@@ -34,6 +34,8 @@ MORE_FAMILIES = {
     "qwen3_moe": ("Qwen3Moe", MIXTURE | {"head_dim": 24, "norm_topk_prob": True, "mlp_only_layers": [1]}),
 }
 """Those that what is tested of every family is tested of in less breadth."""
+FORMED = {"gemma3_text", "gpt_oss"}
+"""Those of them whose attention is not plain: they run on one device, with full KV."""
 
 
 def save_tiny_model(family: str, folder: Path, **more: Any) -> Path:

@@ -132,17 +132,28 @@ def test_attention_scores_are_capped(tmp_path):
     assert max_error(logits, reference_logits(reference, ids)) > 1e-2
 
 
-@pytest.mark.parametrize(
-    "family", ["Llama", "Qwen2", "Qwen3", "Mistral", "Phi3", "Qwen2Moe", "Qwen3Moe", "Gemma3Text", "GptOss"]
-)
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Mistral", "Phi3", "Qwen2Moe", "Qwen3Moe"])
 def test_bfloat16_stays_near_float32(family, tmp_path):
-    reference = make_model(family, **{"Gemma3Text": GEMMA, "GptOss": GPT_OSS}.get(family, {}))
+    reference = make_model(family)
     reference.save_pretrained(tmp_path)
     ids = token_ids()
     decoder = load_model(str(tmp_path), device="cpu", dtype="bfloat16").decoder
-    logits = decoder.logits(decoder(ids, torch.arange(LENGTH), dense_attention_of(decoder)))
+    logits = decoder.logits(decoder(ids, torch.arange(LENGTH), dense_attention))
     assert logits.dtype == decoder.dtype == torch.bfloat16
     assert max_error(logits.float(), reference_logits(reference, ids)) < 0.05
+
+
+@pytest.mark.parametrize(("family", "options"), [("Gemma3Text", GEMMA), ("GptOss", GPT_OSS)])
+def test_bfloat16_is_as_near_as_that_of_transformers(family, options, tmp_path):
+    """Of models whose random attention is sharp, or whose random router is often undecided."""
+    reference = make_model(family, **options)
+    reference.save_pretrained(tmp_path)
+    ids = token_ids()
+    expected = reference_logits(reference, ids)
+    decoder = load_model(str(tmp_path), device="cpu", dtype="bfloat16").decoder
+    logits = decoder.logits(decoder(ids, torch.arange(LENGTH), dense_attention_of(decoder)))
+    theirs = reference_logits(reference.bfloat16(), ids)
+    assert (logits - expected).norm() < 1.5 * (theirs - expected).norm() < 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize(
