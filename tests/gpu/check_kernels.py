@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import accumulate, product
 from pathlib import Path
 
@@ -307,9 +308,9 @@ def check_combining(checks: Checks, replays: int = 300, layers: int = 24) -> Non
 
 
 def check_experts(checks: Checks, grid: Grid) -> None:
-    """A mixture of experts, also in a graph that is replayed with other tokens for other experts."""
+    """A mixture of experts, also in a graph that is replayed with other tokens for other experts; and gpt-oss's."""
     tokens, width, inner, num_experts, active = (5, 32, 16, 6, 2) if DRY else (64, 2048, 768, 128, 8)
-    for name in grid.dtypes:
+    for name, biased in product(grid.dtypes, (False, True)):
         options = {"device": DEVICE, "dtype": getattr(torch, name)}
         x = torch.randn(tokens, width, **options)
         gate_up = torch.randn(num_experts, 2 * inner, width, **options) * width**-0.5
@@ -317,15 +318,22 @@ def check_experts(checks: Checks, grid: Grid) -> None:
         shares = torch.rand(tokens, active, device=DEVICE)
         experts = torch.rand(tokens, num_experts, device=DEVICE).topk(active).indices
         given = x, experts, shares, gate_up, down
-        out, graph = expert_mlp(*given), None
+        gates, reference_gates = {}, {}
+        if biased:
+            biases = torch.randn(num_experts, 2 * inner, **options), torch.randn(num_experts, width, **options)
+            limits = {"alpha": 1.702, "limit": 7.0}
+            gates = {"biases": biases, "gate": partial(clamped_swiglu, **limits)}
+            reference_gates = {"biases": biases, "gate": partial(clamped_swiglu_reference, **limits)}
+        out, graph = expert_mlp(*given, **gates), None
         for replay in range(1 if DRY else 3):
-            checks.add("expert_mlp", name, error(out, expert_mlp_reference(*given)), 4 * BOUNDS[name], replay=replay)
+            expected = expert_mlp_reference(*given, **reference_gates)
+            checks.add("expert_mlp", name, error(out, expected), 4 * BOUNDS[name], replay=replay, biased=biased)
             if DRY:
                 continue
             if graph is None:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
-                    out = expert_mlp(*given)
+                    out = expert_mlp(*given, **gates)
             x.normal_()
             experts.copy_(torch.rand(tokens, num_experts // 2**replay, device=DEVICE).topk(active).indices)
             graph.replay()
