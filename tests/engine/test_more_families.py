@@ -1,6 +1,7 @@
 """Families beside those of `test_engine_equals_transformers`: each once through all that must not change a token."""
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from tests.engine.compressed import (
@@ -128,6 +129,14 @@ def test_what_takes_plain_attention_says_so(family, what, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"^calibration of .*: attention with {what} is not supported: calibrate"):
             write(tmp_path / "file")
+
+
+def test_logits_of_hidden_states_are_capped(tmp_path):
+    runner = make_llm(save_tiny_model("gemma3_text", tmp_path, num_hidden_layers=1), None)._core.runner
+    hidden = 20 * torch.randn(3, runner.spec.width, generator=torch.Generator().manual_seed(0))
+    logits = runner.logits(hidden)
+    torch.testing.assert_close(logits, runner.decoder.logits(hidden))
+    assert 20 < logits.max() <= 30
 
 
 def test_longrope_follows_the_longest_context(tmp_path):

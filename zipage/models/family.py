@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING, Any
 from zipage.models.attention import AttentionSpec
 from zipage.models.decoder import Decoder
 from zipage.models.expert_spec import ExpertSpec
-from zipage.models.fields import check_size, shown
+from zipage.models.fields import FULL, SLIDING, check_size, shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def same_in_every_layer(config: PretrainedConfig, attention: AttentionSpec) -> tuple[AttentionSpec, ...]:

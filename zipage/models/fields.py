@@ -13,7 +13,8 @@ LARGEST = 2**31 - 1
 LARGEST_HEAD = 2**16
 LARGEST_DEPTH = 2**16
 MOST_EXPERTS = 2**12
-LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Types of layers, in `layer_types`."""
 
 
 def is_integer(value: Any) -> bool:
@@ -44,8 +45,8 @@ def _is_positive(value: Any) -> bool:
 
 def _is_rope(value: Any) -> bool:
     """Of all layers alike, or by their type."""
-    if isinstance(value, Mapping) and not LAYER_TYPES.isdisjoint(value):
-        return all(key in LAYER_TYPES and (inner is None or _is_rope_of_all(inner)) for key, inner in value.items())
+    if isinstance(value, Mapping) and (FULL in value or SLIDING in value):
+        return all(key in (FULL, SLIDING) and (inner is None or _is_rope_of_all(inner)) for key, inner in value.items())
     return _is_rope_of_all(value)
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from zipage.models.attention import AttentionSpec
 from zipage.models.expert_spec import ExpertSpec
-from zipage.models.family import FULL, SLIDING, Family, by_layer_type
+from zipage.models.family import Family, by_layer_type
+from zipage.models.fields import FULL, SLIDING
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
