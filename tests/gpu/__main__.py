@@ -86,6 +86,7 @@ CHECKS = (
     Check("requests", ENGINE, ("--only", "requests")),
     Check("memory", ENGINE, ("--only", "memory"), limit=150, alone=True),
     Check("decode", COMPRESSED, ("--only", "decode"), limit=150, alone=True),
+    Check("policies", "tests.gpu.policy_times", limit=200, alone=True),
     Check("unequal decode", UNEQUAL, ("--only", "speed"), limit=150, alone=True),
     Check("long", COMPRESSED, ("--only", "long", "--long-tokens", "1500"), limit=150, alone=True),
 )

@@ -211,6 +211,8 @@ class FabricatedModel(FabricatedMemory):
                 if shadow.slot != request.query_slot:
                     shadow.slot = request.query_slot
                     self.rings[request.query_slot] = {}
+            elif request.rule is not None:
+                self.shadow(request).slot = -1
 
     # Swaps
 
@@ -363,18 +365,22 @@ class FabricatedModel(FabricatedMemory):
         return batch
 
     def _check_entered(self, slots: dict[int, int], batch: Batch) -> None:
-        """Nobody is overtaken, but for samples that wait for their prompt; and slots go to the oldest first."""
+        """Nobody is overtaken, but for samples that wait for their prompt; and no slot goes past an older request that
+        needs one.
+        """
         scheduler = self.scheduler
         entered = [chunk.request for chunk in batch.prefills if chunk.request.number not in slots]
         resumed = [swap.request for swap in batch.resumed]
         for request in scheduler.waiting:
             if any(other.number > request.number for other in entered + resumed):
                 assert any(s.status is Status.RUNNING for s in request.siblings if s is not request), "overtaken"
-        with_new_slot = [r.number for r in entered if r.query_slot >= 0]
-        if with_new_slot:
-            for request in scheduler.running:
-                if request.query_slot < 0 and request.rule and (request.rule.window or scheduler.slots.constrained):
-                    assert request.number > max(with_new_slot), "a slot went past an older request"
+        got = [r.number for r in scheduler.running if r.query_slot >= 0 and slots.get(r.number) != r.query_slot]
+        for request in scheduler.running:
+            if request.number in slots and request.query_slot < 0 and scheduler.slots.wanted_by(request):
+                self.events["lent"] += slots[request.number] >= 0
+                decodes = request.status is Status.RUNNING and len(request.token_ids) - request.num_computed == 1
+                if got and decodes and scheduler.trigger.has_come_to_window(request):
+                    assert request.number > max(got), "a slot went past an older request that needs it"
 
     def run(self, max_steps: int = 10_000, eos_share: float = 0.0) -> list[Batch]:
         plans = []

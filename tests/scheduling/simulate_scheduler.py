@@ -29,6 +29,7 @@ MUST_OCCUR = (
     "aborts_while_paused",
     "compressions",
     "deferrals",
+    "lent",
     "ended_while_compressing",
     "forced_pauses",
     "moved_off_shared",

@@ -93,15 +93,20 @@ def test_a_paused_request_keeps_its_age_and_regains_a_slot():
     model.run()
 
 
-def test_a_paused_request_waits_for_a_slot():
-    rule = make_rule(3, 4, window=4)
-    first, second = make_request("a", 12, 20, rule), make_request("b", 4, 20, rule)
-    scheduler, model = started(first, second, num_query_slots=1)
-    step_until(model, lambda: first.num_compressions == 1)
+def test_a_paused_request_waits_for_the_slot_of_one_that_can_do_without():
+    rule = make_rule(3, 8, window=3)
+    first, second = make_request("a", 20, 40, rule), make_request("b", 16, 40, rule)
+    scheduler, model = started(first, second, block_size=8, num_query_slots=1)
+    step_until(model, lambda: first.num_compressions == 1 and second.cache_len == 21)
+    assert first.query_slot == 0
     model.pause(first)
     scheduler.slots.assign(scheduler.running)
-    step_until(model, lambda: second.status is Status.FINISHED)
-    assert first.status is Status.PAUSED
+    assert scheduler.trigger.has_come_to_window(second)
+    for _ in range(3):
+        model.step()
+        assert (first.status, second.query_slot) == (Status.PAUSED, 0)
+    model.step()
+    assert (first.query_slot, second.query_slot) == (0, -1), "the second is compressed"
     model.run()
 
 

@@ -7,19 +7,41 @@ from tests.scheduling.fabricated import make_request, make_rule, make_samples
 from zipage.scheduling.request import Status
 
 
-def test_hybrid_lets_a_request_without_slot_run_until_w_entries_are_free_and_no_further():
+def test_a_request_without_slot_runs_until_w_entries_are_free_and_no_further_if_nobody_can_lend_one():
     rule = make_rule(3, 8, window=3)
-    holder, other = make_request("a", 4, 60, rule), make_request("b", 4, 60, rule)
+    holder, other = make_request("a", 5, 60, rule), make_request("b", 4, 60, rule)
     scheduler, model = started(holder, other, block_size=8, num_query_slots=1)
-    step_until(model, lambda: holder.num_output_tokens == 50)
-    assert other.query_slot == -1
-    assert other.cache_len == 24 - 3
+    step_until(model, lambda: holder.cache_len == 22)
+    assert (other.query_slot, other.cache_len) == (-1, 24 - 3)
     plan, _ = model.step()
     assert plan.num_stalled == 1
     assert plan.decodes == [holder]
     model.run()
     assert other.num_output_tokens == 60
     assert scheduler.num_pauses == 0
+
+
+def test_a_request_that_needs_a_slot_takes_that_of_the_one_farthest_from_its_window():
+    rule = make_rule(3, 8, window=3)
+    near, far, other = (
+        make_request(name, length, 60, rule)
+        for name, length in (
+            (
+                "a",
+                16,
+            ),
+            ("b", 4),
+            ("c", 18),
+        )
+    )
+    _, model = started(near, far, other, block_size=8, num_query_slots=2)
+    step_until(model, lambda: other.cache_len == 24 - 3)
+    assert [near.query_slot, far.query_slot, other.query_slot] == [0, 1, -1]
+    plan, _ = model.step()
+    assert plan.num_stalled == 0
+    assert [near.query_slot, far.query_slot, other.query_slot] == [0, -1, 1]
+    assert other.queries_from == 24 - 3
+    model.run()
 
 
 def test_a_short_request_never_needs_a_slot():
@@ -41,12 +63,17 @@ def test_a_freed_slot_goes_to_the_oldest_without_one():
     model.run()
 
 
-def test_hybrid_does_not_admit_a_prompt_that_reaches_into_its_window_without_slot():
+def test_a_prompt_that_reaches_into_its_window_is_admitted_when_somebody_can_lend_it_a_slot():
     rule = make_rule(3, 8, window=3)
-    holder, long, short = make_request("a", 4, 30, rule), make_request("b", 22, 5, rule), make_request("c", 4, 5, rule)
+    holder, long, short = make_request("a", 21, 30, rule), make_request("b", 22, 5, rule), make_request("c", 4, 5, rule)
     scheduler, model = started(holder, long, short, block_size=8, num_query_slots=1)
-    step_until(model, lambda: holder.num_output_tokens == 29)
-    assert list(scheduler.waiting) == [long, short]
+    model.step()
+    assert list(scheduler.waiting) == [long, short], "the holder needs its own"
+    step_until(model, lambda: holder.num_compressions == 1)
+    assert scheduler.pool.num_free > 20
+    model.step()
+    assert not scheduler.waiting
+    assert (holder.query_slot, long.query_slot) == (-1, 0)
     model.run()
 
 

@@ -46,3 +46,11 @@ def num_fresh_blocks(request: Request, pool: BlockPool) -> int:
         return 0
     written = request.block_ids[rule.pinned_blocks : rule.kept_blocks]
     return sum(pool.ref_counts[block] > 1 for block in written)
+
+
+def has_window(request: Request) -> bool:
+    """Whether all queries that a compression of the request reads now are kept."""
+    window = request.rule.window
+    if not window:
+        return True
+    return request.query_slot >= 0 and request.queries_from <= request.num_computed - window

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 
 from zipage.scheduling.block_pool import BlockPool
-from zipage.scheduling.compression import Compressed, Compression, num_fresh_blocks
-from zipage.scheduling.query_slots import has_window
+from zipage.scheduling.compression import Compressed, Compression, has_window, num_fresh_blocks
 from zipage.scheduling.request import Request, Status
 from zipage.scheduling.triggers import Trigger
 from zipage.tile_table import num_blocks

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from zipage.scheduling.request import Request
+from zipage.scheduling.request import Request, Status
+from zipage.scheduling.triggers import Trigger
 
 
 class QuerySlots:
@@ -12,11 +13,13 @@ class QuerySlots:
 
     Args:
         num_slots: how many there are.
+        trigger: says whose queries the next compression reads.
         constrained: every bounded request needs one, whether or not its policy reads queries.
     """
 
-    def __init__(self, num_slots: int, constrained: bool = False) -> None:
+    def __init__(self, num_slots: int, trigger: Trigger, constrained: bool = False) -> None:
         self.num_slots = num_slots
+        self.trigger = trigger
         self.constrained = constrained
         self._free = list(range(num_slots - 1, -1, -1))
 
@@ -47,10 +50,39 @@ class QuerySlots:
             request.has_held_slot = True
             request.queries_from = request.num_computed
 
-    def give_back(self, request: Request) -> None:
+    def can_serve(self, request: Request, running: Sequence[Request]) -> bool:
+        """Whether a request that needs a slot can have one: a free one, or that of a request that can do without."""
+        return bool(self._free) or self._lender(request, running) is not None
+
+    def lend(self, request: Request, running: Sequence[Request]) -> None:
+        """If none is free, hand the request the slot of one that can do without, if there is one."""
+        if not self._free and (lender := self._lender(request, running)):
+            self.take_back(lender)
+            self.offer(request)
+
+    def give_back(self, request: Request, running: Sequence[Request]) -> None:
         """A paused request returns: a slot for the queries that were saved with its entries, if they were."""
         if request.queries_saved:
+            if not self._free:
+                self.take_back(self._lender(request, running))
             request.query_slot = self._free.pop()
+
+    def _lender(self, request: Request, running: Sequence[Request]) -> Request | None:
+        """Of those who hold a slot and have not come to their window, the one with most entries to go to its
+        next compression. None while a request that is older than `request` waits for a slot.
+        """
+        if self.constrained:
+            return None
+        able = []
+        for other in running:
+            if not self.wanted_by(other) or not _decodes(other):
+                continue
+            if self.trigger.has_come_to_window(other):
+                if other.query_slot < 0 and other.number < request.number:
+                    return None
+            elif other.query_slot >= 0:
+                able.append(other)
+        return max(able, key=lambda other: self.trigger.most_entries(other) - other.cache_len, default=None)
 
     def take_back(self, request: Request) -> None:
         """The request stops running. Its slot, if any, is free."""
@@ -65,9 +97,5 @@ class QuerySlots:
             raise RuntimeError("query slots leaked or were handed out twice")
 
 
-def has_window(request: Request) -> bool:
-    """Whether all queries that a compression of the request reads now are kept."""
-    window = request.rule.window
-    if not window:
-        return True
-    return request.query_slot >= 0 and request.queries_from <= request.num_computed - window
+def _decodes(request: Request) -> bool:
+    return request.status is Status.RUNNING and len(request.token_ids) - request.num_computed == 1

@@ -57,7 +57,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.trigger = TRIGGERS[trigger](pool)
         self.compressions = CompressionScheduler(pool, self.trigger)
-        self.slots = QuerySlots(num_query_slots, constrained=scheduling == "constrained")
+        self.slots = QuerySlots(num_query_slots, self.trigger, constrained=scheduling == "constrained")
         self.prefixes = PrefixLookup(pool, self.trigger)
         self.headroom = Headroom(pool, self.trigger, self.prefixes, headroom)
         self.num_pauses = self.num_resumes = 0
@@ -178,9 +178,11 @@ class Scheduler:
                         may_admit = False
                         batch.num_stalled += 1
                     continue
-                if request.query_slot < 0 and request.rule.window and self._must_stall(request, is_full):
-                    batch.num_stalled += 1
-                    continue
+                if request.query_slot < 0 and request.rule.window and self.trigger.has_come_to_window(request):
+                    self.slots.lend(request, running)
+                    if request.query_slot < 0:
+                        batch.num_stalled += 1
+                        continue
             if is_full:
                 if not self._make_room(batch, request, reserved):
                     if request.status is Status.RUNNING:
@@ -193,15 +195,11 @@ class Scheduler:
         batch.sampled = batch.decodes.copy()
         return [request for request in unfinished if request.status is Status.RUNNING], may_admit
 
-    def _must_stall(self, request: Request, is_full: bool) -> bool:
-        """Whether the next entry of a request without a query slot is of the window of its next compression."""
-        return self.trigger.is_in_window(request, request.cache_len, len(request.block_ids) + is_full)
-
-    def _may_enter(self, request: Request, num_entries: int, num_blocks: int) -> bool:
-        """Whether there is a query slot for the request, or it can do without one for now."""
-        if self.slots.num_free or not self.slots.wanted_by(request):
-            return True
-        return not self.slots.constrained and not self.trigger.is_in_window(request, num_entries, num_blocks)
+    def _needs_slot(self, request: Request, num_entries: int, num_blocks: int) -> bool:
+        """Whether a request that holds so much once it has entered must have a query slot by then."""
+        if not self.slots.wanted_by(request):
+            return False
+        return self.slots.constrained or self.trigger.is_in_window(request, num_entries, num_blocks)
 
     def _make_room(self, batch: Batch, request: Request, reserved: int, to_compress: bool = False) -> bool:
         """Free a block, or those of a compression, beside the `reserved` ones, at the cost of younger requests.
@@ -263,7 +261,8 @@ class Scheduler:
             num_blocks = -(-num_entries // self.pool.block_size)
             if num_entries - prefix.num_cached > budget and not self.enable_chunked_prefill:
                 break
-            if not self._may_enter(request, num_entries, num_blocks):
+            needs_slot = self._needs_slot(request, num_entries, num_blocks)
+            if needs_slot and not self.slots.can_serve(request, self.running):
                 break
             blocks = self.pool.allocate(num_blocks - len(prefix.shared), prefix.shared, room)
             if blocks is None:
@@ -272,6 +271,8 @@ class Scheduler:
             request.num_computed = request.cache_len = prefix.num_cached
             self.prefixes.adopt(request, prefix)
             self.slots.offer(request)
+            if needs_slot and request.query_slot < 0:
+                self.slots.lend(request, self.running)
             if request.first_scheduled is None:
                 request.first_scheduled = now
                 request.cached_tokens = min(prefix.num_cached, request.num_prompt_tokens)
@@ -325,7 +326,7 @@ class Scheduler:
         """Give the head of the queue, which is paused, its blocks and slot back, with room for its next token and
         `room` blocks for the others.
         """
-        if request.queries_saved and not self.slots.num_free:
+        if request.queries_saved and not self.slots.can_serve(request, self.running):
             return False
         shared = self.prefixes.unchanged_blocks(request)
         blocks = self.pool.allocate_again(request.block_ids, shared, self.headroom.next_block(request) + room)
@@ -333,7 +334,7 @@ class Scheduler:
             return False
         self._enter(batch, request, blocks)
         self.prefixes.cut(request, len(shared))
-        self.slots.give_back(request)
+        self.slots.give_back(request, self.running)
         batch.resumed.append(Swap(request, blocks, len(shared), request.query_slot))
         self.slots.offer(request)
         self.num_resumes += 1

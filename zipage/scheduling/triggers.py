@@ -7,8 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 
 from zipage.scheduling.block_pool import BlockPool
-from zipage.scheduling.compression import Compression, num_fresh_blocks
-from zipage.scheduling.query_slots import has_window
+from zipage.scheduling.compression import Compression, has_window, num_fresh_blocks
 from zipage.scheduling.request import Request, Status
 
 PACE = 4
@@ -59,6 +58,16 @@ class Trigger(ABC):
     @abstractmethod
     def is_in_window(self, request: Request, num_entries: int, num_blocks: int) -> bool:
         """Whether the next compression reads the query of the entry after `num_entries`, in a table of `num_blocks`."""
+
+    def has_come_to_window(self, request: Request) -> bool:
+        """Whether a request that decodes has come to its window: its next compression reads the query of its next
+        entry, or comes before that.
+        """
+        num_blocks = len(request.block_ids)
+        is_full = request.cache_len == num_blocks * self.pool.block_size
+        if is_full and self.is_due(request):
+            return True
+        return self.is_in_window(request, request.cache_len, num_blocks + is_full)
 
 
 class BlockFull(Trigger):
