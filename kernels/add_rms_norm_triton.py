@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.tiles import load_weight
+
 
 @triton.jit
 def _norm_row(
@@ -20,13 +22,14 @@ def _norm_row(
     WIDTH: tl.constexpr,
     WIDTH_PAD: tl.constexpr,
     ADD: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
     """One row, held in registers from the add to the last product."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH_PAD)
     inside = columns < WIDTH
     x = tl.load(hidden_ptr + row * hidden_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    weight = load_weight(weight_ptr + columns, inside, OFFSET)
     if ADD:
         delta = tl.load(delta_ptr + row * delta_stride + columns, mask=inside, other=0.0).to(tl.float32)
         rounded = (x + delta).to(hidden_ptr.dtype.element_ty)
@@ -36,13 +39,16 @@ def _norm_row(
     tl.store(out_ptr + row * WIDTH + columns, normed.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def add_rms_norm_triton(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm_triton(
+    hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0
+) -> Tensor:
     """`add_rms_norm` in one launch.
 
     Args:
         hidden, delta: [T, width], last dimension contiguous; hidden is written in place where there is a delta.
         weight: [width].
         eps: added to the mean square.
+        offset: added to the weight.
 
     Returns:
         [T, width], contiguous.
@@ -55,6 +61,7 @@ def add_rms_norm_triton(hidden: Tensor, delta: Tensor | None, weight: Tensor, ep
     delta_or_any = hidden if delta is None else delta
     _norm_row[(tokens,)](
         hidden, delta_or_any, weight, out, hidden.stride(0), delta_or_any.stride(0), eps,
-        WIDTH=width, WIDTH_PAD=width_pad, ADD=delta is not None, num_warps=max(1, min(16, width_pad // 512)),
+        WIDTH=width, WIDTH_PAD=width_pad, ADD=delta is not None, OFFSET=offset,
+        num_warps=max(1, min(16, width_pad // 512)),
     )  # fmt: skip
     return out

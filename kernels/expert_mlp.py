@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.layout import check_index, check_rows, fail
-from kernels.silu_mul import silu_mul
+from kernels.silu_mul import silu_mul, silu_mul_reference
+
+Biases = tuple[Tensor, Tensor]
+Gate = Callable[[Tensor], Tensor]
 
 GROUPED_BYTES = 16
 """PyTorch's grouped product wants rows of a multiple of so many bytes."""
@@ -15,8 +20,16 @@ GROUPED_CAPABILITIES = (9, 10)
 """Major compute capabilities where it reads the groups on the device, in bfloat16. Elsewhere the host reads them."""
 
 
-def expert_mlp(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The sum over a token's experts of share * down(silu(gate(x)) * up(x)).
+def expert_mlp(
+    x: Tensor,
+    experts: Tensor,
+    shares: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    biases: Biases | None = None,
+    gate: Gate = silu_mul,
+) -> Tensor:
+    """The sum over a token's experts of share * down(gate(gate_up(x))), where gate_up and down are linear.
 
     Nothing on the host depends on the routing while a CUDA graph is captured.
 
@@ -24,8 +37,10 @@ def expert_mlp(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down
         x: [T, width], last dimension contiguous; float32, float16 or bfloat16.
         experts: int64 [T, k], of each token, none of them twice.
         shares: float32 [T, k].
-        gate_up: [E, 2 * inner, width], contiguous, of x's dtype: of each expert gate and then up.
+        gate_up: [E, 2 * inner, width], contiguous, of x's dtype: rows of each expert in the order that `gate` takes.
         down: [E, width, inner], the same.
+        biases: of gate_up [E, 2 * inner] and of down [E, width], of x's dtype; None: there are none.
+        gate: [n, 2 * inner] -> [n, inner], such as `silu_mul`.
 
     Returns:
         [T, width], x's dtype.
@@ -33,11 +48,11 @@ def expert_mlp(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down
     Raises:
         ValueError: an argument's shape, dtype, device or layout is not as above.
     """
-    _check(x, experts, shares, gate_up, down)
+    _check(x, experts, shares, gate_up, down, biases)
     aligned = all(size * x.itemsize % GROUPED_BYTES == 0 for size in (x.shape[1], down.shape[2]))
     if aligned and (groups_on_device(x.dtype, x.device) or not torch.cuda.is_current_stream_capturing()):
-        return expert_mlp_grouped(x, experts, shares, gate_up, down)
-    return expert_mlp_all(x, experts, shares, gate_up, down)
+        return expert_mlp_grouped(x, experts, shares, gate_up, down, biases, gate)
+    return expert_mlp_all(x, experts, shares, gate_up, down, biases, gate)
 
 
 def groups_on_device(dtype: torch.dtype, device: torch.device) -> bool:
@@ -47,7 +62,7 @@ def groups_on_device(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in GROUPED_CAPABILITIES
 
 
-def _check(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> None:
+def _check(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor, biases: Biases | None) -> None:
     """Check the arguments of `expert_mlp`. Raises ValueError naming the argument, its value and the remedy."""
     tokens, width = check_rows("x", x)
     if down.dim() != 3:
@@ -61,36 +76,73 @@ def _check(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Te
     for name, weight in (("gate_up", gate_up), ("down", down)):
         if not weight.is_contiguous():
             fail(name, "stride", weight.stride(), "make it contiguous")
+    if biases is not None:
+        for name, bias, rows in zip(("gate_up's bias", "down's bias"), biases, (2 * inner, width), strict=True):
+            check_index(name, bias, x.dtype, (num_experts, rows), x.device, "x")
 
 
-def expert_mlp_reference(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def expert_mlp_reference(
+    x: Tensor,
+    experts: Tensor,
+    shares: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    biases: Biases | None = None,
+    gate: Gate = silu_mul_reference,
+) -> Tensor:
     """`expert_mlp`, a token and an expert at a time, in float32."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for token in range(len(x)):
         for expert, share in zip(experts[token].tolist(), shares[token], strict=True):
-            gate, up = (gate_up[expert].float() @ x[token].float()).chunk(2)
-            out[token] += share * (down[expert].float() @ (F.silu(gate) * up))
+            inner = gate_up[expert].float() @ x[token].float()
+            if biases is not None:
+                inner += biases[0][expert]
+            part = down[expert].float() @ gate(inner[None])[0]
+            if biases is not None:
+                part += biases[1][expert]
+            out[token] += share * part
     return out.to(x.dtype)
 
 
-def expert_mlp_grouped(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def expert_mlp_grouped(
+    x: Tensor,
+    experts: Tensor,
+    shares: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    biases: Biases | None = None,
+    gate: Gate = silu_mul,
+) -> Tensor:
     """`expert_mlp`: tokens sorted by expert, and one product for all experts."""
     tokens, active = experts.shape
     ids, order = experts.flatten().sort(stable=True)
     numbers = torch.arange(len(down), device=x.device)
     ends = torch.searchsorted(ids, numbers, right=True, out_int32=True)
-    gated = silu_mul(F.grouped_mm(x[order // active], gate_up.mT, offs=ends))
-    sorted_out = F.grouped_mm(gated, down.mT, offs=ends)
+    inner = F.grouped_mm(x[order // active], gate_up.mT, offs=ends)
+    if biases is not None:
+        inner += biases[0][ids]
+    sorted_out = F.grouped_mm(gate(inner), down.mT, offs=ends)
+    if biases is not None:
+        sorted_out += biases[1][ids]
     out = torch.empty_like(sorted_out).index_copy_(0, order, sorted_out).view(tokens, active, x.shape[1])
     return torch.bmm(shares.to(x.dtype)[:, None], out)[:, 0]
 
 
-def expert_mlp_all(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def expert_mlp_all(
+    x: Tensor,
+    experts: Tensor,
+    shares: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    biases: Biases | None = None,
+    gate: Gate = silu_mul,
+) -> Tensor:
     """`expert_mlp`: all tokens through every expert, what is not asked for left out."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in range(len(down)):
         chosen = experts == expert
         share = shares.masked_fill(~chosen, 0.0).sum(1, keepdim=True)
-        part = F.linear(silu_mul(F.linear(x, gate_up[expert])), down[expert])
+        first, second = (None, None) if biases is None else (bias[expert] for bias in biases)
+        part = F.linear(gate(F.linear(x, gate_up[expert], first)), down[expert], second)
         out += (share * part).masked_fill_(~chosen.any(1, keepdim=True), 0.0)
     return out.to(x.dtype)

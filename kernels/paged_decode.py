@@ -13,9 +13,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from kernels.attention_form import PLAIN, AttentionForm, check_form
 from kernels.cache_view import CacheView, check_view, entries_reference
 from kernels.layout import check_queries, fail, given_or_new
-from kernels.paged_prefill import attend_reference
+from kernels.paged_prefill import attend_reference, paged_prefill_torch
 from kernels.pieces import Pieces
 
 SPAN = 16
@@ -27,7 +28,12 @@ PIECE_BYTES = 2 << 20
 
 
 def paged_decode(
-    q: Tensor, view: CacheView, scale: float, pieces: Pieces | None = None, out: Tensor | None = None
+    q: Tensor,
+    view: CacheView,
+    scale: float,
+    pieces: Pieces | None = None,
+    out: Tensor | None = None,
+    form: AttentionForm = PLAIN,
 ) -> Tensor:
     """Attention of one query per request over its entries.
 
@@ -37,6 +43,7 @@ def paged_decode(
         scale: of the scores, before the softmax.
         pieces: `decode_pieces` of these lengths, caches and tables; None: they are made here.
         out: [B, Hq, d], contiguous, of q's dtype, to write into; None: a new one.
+        form: of the attention. The current token's entry is the last in a window.
 
     Returns:
         [B, Hq, d], q's dtype. The softmax is in float32.
@@ -44,22 +51,23 @@ def paged_decode(
     Raises:
         ValueError: an argument's shape, dtype, device or layout is not as above.
     """
-    _check(q, view)
+    _check(q, view, form)
     if q.is_cuda:
         with torch.cuda.device(q.device):
-            return _triton()(q, view, scale, pieces, out)
-    return paged_decode_torch(q, view, scale, out)
+            return _triton()(q, view, scale, pieces, out, form)
+    return paged_decode_torch(q, view, scale, out, form)
 
 
-def _check(q: Tensor, view: CacheView) -> None:
+def _check(q: Tensor, view: CacheView, form: AttentionForm) -> None:
     """Check the arguments of `paged_decode`. Raises ValueError naming the argument, its value and the remedy."""
     check_view(view, all_layers=False)
     check_queries(q, view.k_cache)
     if view.lens.shape[0] != q.shape[0]:
         fail("lens", "shape", tuple(view.lens.shape), f"give {q.shape[0]} requests, one for each query")
+    check_form(form, q)
 
 
-def paged_decode_reference(q: Tensor, view: CacheView, scale: float) -> Tensor:
+def paged_decode_reference(q: Tensor, view: CacheView, scale: float, form: AttentionForm = PLAIN) -> Tensor:
     """`paged_decode`, request by request and head by head."""
     out = torch.zeros_like(q)
     group = q.shape[1] // view.k_cache.shape[1]
@@ -69,17 +77,23 @@ def paged_decode_reference(q: Tensor, view: CacheView, scale: float) -> Tensor:
             continue
         keys, values = (entries_reference(x, table, length, head) for x in (view.k_cache, view.v_cache))
         heads = slice(head * group, (head + 1) * group)
-        out[row, heads] = attend_reference(q[row : row + 1, heads], keys, values, scale, first_limit=length)[0]
+        query, of_heads = q[row : row + 1, heads], form.of_heads(heads)
+        out[row, heads] = attend_reference(query, keys, values, scale, length, of_heads)[0]
     return out
 
 
-def paged_decode_torch(q: Tensor, view: CacheView, scale: float, out: Tensor | None = None) -> Tensor:
+def paged_decode_torch(
+    q: Tensor, view: CacheView, scale: float, out: Tensor | None = None, form: AttentionForm = PLAIN
+) -> Tensor:
     """`paged_decode`, in pieces of requests of about the same length, longest first.
 
     A request's spans are taken with the last, partly filled one first, so that it sits in one place for all; the
-    order of entries means nothing to attention.
+    order of entries means nothing to attention. Forms, to which it does, take prefill attention of one query each.
     """
     out = given_or_new(out, q)
+    if not form.is_plain:
+        bounds = torch.arange(len(q) + 1, dtype=torch.int32)
+        return paged_prefill_torch(q, view, bounds, min(1, len(q)), scale, out, form)
     if view.heads_differ:
         by_head = q.reshape(view.lens.numel(), -1, q.shape[2])
         paged_decode_torch(by_head, view.by_head(), scale, out.view(by_head.shape))

@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import CacheView
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.layout import given_or_new
 from kernels.pieces import Pieces
-from kernels.tiles import LOG2_E, attend_tile, decode_tile, load_blocks, padded_dim
+from kernels.tiles import attend_tile, decode_tile, load_blocks, load_sinks, padded_dim, score_scale
 
 CHUNK_ELEMENTS = 4096
 """Elements of pieces that a program combines at a time."""
@@ -28,6 +29,7 @@ def _combined(
     acc_ptr,
     max_ptr,
     sum_ptr,
+    sinks_ptr,
     begin,
     end,
     all_heads,
@@ -38,11 +40,15 @@ def _combined(
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Pieces begin .. end - 1 of `heads` [GROUP], rescaled to their common maximum and added: [GROUP, DIM_PAD]."""
+    """Pieces begin .. end - 1 of `heads` [GROUP], rescaled to their common maximum and added: [GROUP, DIM_PAD]. Here
+    sinks take their share, once."""
     dims = tl.arange(0, DIM_PAD)
     acc = tl.zeros([GROUP, DIM_PAD], tl.float32)
     all_max = tl.full([GROUP], float("-inf"), tl.float32)
     all_sum = tl.zeros([GROUP], tl.float32)
+    if sinks_ptr is not None:
+        all_max = load_sinks(sinks_ptr, heads, held)
+        all_sum += 1.0
     for chunk in range(begin, end, CHUNK):
         piece = chunk + tl.arange(0, CHUNK)
         part = piece.to(tl.int64)[:, None] * all_heads + heads[None, :]
@@ -75,6 +81,7 @@ def _attend_pieces(
     acc_ptr,
     max_ptr,
     sum_ptr,
+    sinks_ptr,
     scale_log2,
     num_pieces,
     group,
@@ -93,6 +100,8 @@ def _attend_pieces(
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):
     """One piece and KV head: all query heads of the KV head are the rows of one tile. Of a request's programs, the one
     that ends last combines what all found.
@@ -107,6 +116,13 @@ def _attend_pieces(
     if (row < 0) | ((first > 0) & (first * TILE >= length)):
         return
     last = tl.minimum(last, tl.cdiv(length, TILE))
+    begins, read_from, skipped = first == 0, first, 0
+    if WINDOW is not None:
+        # Tiles before the window are not read, and pieces of no others are as if there were none.
+        skipped = tl.maximum(length - WINDOW, 0) // TILE
+        if (skipped > 0) & (last <= skipped):
+            return
+        begins, read_from = first <= skipped, tl.maximum(first, skipped)
 
     member = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, DIM_PAD)
@@ -122,17 +138,21 @@ def _attend_pieces(
     acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
     row_max = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     row_sum = tl.zeros([GROUP_PAD], tl.float32)
-    blocks = load_blocks(table, first * TILE, length, BLOCK_SIZE, TILE)
-    for tile in range(first, last):
+    if sinks_ptr is not None:  # noqa: SIM102 - known when it is compiled
+        if begins & (last * TILE >= length):  # else where pieces are combined
+            row_max = load_sinks(sinks_ptr, heads, member < group)
+            row_sum += 1.0
+    blocks = load_blocks(table, read_from * TILE, length, BLOCK_SIZE, TILE)
+    for tile in range(read_from, last):
         next_blocks = load_blocks(table, (tile + 1) * TILE, length, BLOCK_SIZE, TILE)
         acc, row_max, row_sum = attend_tile(
             q, acc, row_max, row_sum, k_head, v_head, blocks, block_stride, tile * TILE, length, limits, scale_log2,
-            HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE, True,
+            HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE, True, WINDOW, SOFT_CAP,
         )  # fmt: skip
         blocks = next_blocks
 
     all_heads = tl.num_programs(1) * group
-    if first == 0 and last * TILE >= length:
+    if begins and last * TILE >= length:
         out = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
         out_ptrs = out_ptr + (row * all_heads + heads)[:, None] * HEAD_DIM + dims[None, :]
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -144,6 +164,8 @@ def _attend_pieces(
         begin = tl.load(starts_ptr + row)
         size = tl.where(first == 0, last, first // tl.maximum((piece - begin).to(tl.int32), 1))
         end = begin + tl.cdiv(tl.cdiv(length, TILE), size)
+        if WINDOW is not None:
+            begin += skipped // size
         arrived = arrived_ptr + row * tl.num_programs(1) + head
         # All threads' stores come before the count, and the count before the loads of the program that finds it full.
         tl.debug_barrier()
@@ -152,7 +174,7 @@ def _attend_pieces(
             some = tl.arange(0, GROUP)
             held = some < group
             out = _combined(
-                acc_ptr, max_ptr, sum_ptr, begin, end, all_heads, head * group + some, held,
+                acc_ptr, max_ptr, sum_ptr, sinks_ptr, begin, end, all_heads, head * group + some, held,
                 HEAD_DIM, DIM_PAD, GROUP, CHUNK,
             )  # fmt: skip
             out_ptrs = out_ptr + (row * all_heads + head * group + some)[:, None] * HEAD_DIM + dims[None, :]
@@ -161,7 +183,12 @@ def _attend_pieces(
 
 
 def paged_decode_triton(
-    q: Tensor, view: CacheView, scale: float, pieces: Pieces | None = None, out: Tensor | None = None
+    q: Tensor,
+    view: CacheView,
+    scale: float,
+    pieces: Pieces | None = None,
+    out: Tensor | None = None,
+    form: AttentionForm = PLAIN,
 ) -> Tensor:
     """`paged_decode` in one launch; without `pieces`, one more cuts them here."""
     k_cache, v_cache, block_tables, lens = view
@@ -180,10 +207,11 @@ def paged_decode_triton(
 
     group_tile = triton.next_power_of_2(group)
     _attend_pieces[(num_pieces, kv_heads)](
-        q, k_cache, v_cache, block_tables, lens, *pieces, out, acc, maxima, sums,
-        scale * LOG2_E, num_pieces, group,
+        q, k_cache, v_cache, block_tables, lens, *pieces, out, acc, maxima, sums, form.sinks,
+        score_scale(scale, form.soft_cap), num_pieces, group,
         *q.stride()[:2], *k_cache.stride()[:2], *block_tables.stride()[:2], *lens.stride(),
         GROUP_PAD=max(16, group_tile), HEAD_DIM=head_dim, DIM_PAD=dim_pad, BLOCK_SIZE=block_size,
-        GROUP=group_tile, CHUNK=max(1, CHUNK_ELEMENTS // (group_tile * dim_pad)), **options,
+        GROUP=group_tile, CHUNK=max(1, CHUNK_ELEMENTS // (group_tile * dim_pad)),
+        WINDOW=form.window, SOFT_CAP=form.soft_cap, **options,
     )  # fmt: skip
     return out

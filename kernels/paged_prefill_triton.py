@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import CacheView
 from kernels.layout import given_or_new
-from kernels.tiles import LOG2_E, attend_tile, load_blocks, padded_dim
+from kernels.tiles import attend_tile, load_blocks, load_sinks, padded_dim, score_scale
 
 LARGE_SHARED_MEMORY = 200 * 1024
 """Bytes that a program may use on Hopper (227 KB) and its successors; the A100 has 163 KB, desktop GPUs 99 KB."""
@@ -33,6 +34,7 @@ def _attend_chunks(
     starts_ptr,
     lens_ptr,
     out_ptr,
+    sinks_ptr,
     scale_log2,
     group,
     q_row_stride,
@@ -48,6 +50,8 @@ def _attend_chunks(
     BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr,
     TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):
     """One request, query head and tile of QUERIES queries."""
     row = tl.program_id(1).to(tl.int64)
@@ -75,24 +79,34 @@ def _attend_chunks(
     acc = tl.zeros([QUERIES, DIM_PAD], tl.float32)
     row_max = tl.full([QUERIES], float("-inf"), tl.float32)
     row_sum = tl.zeros([QUERIES], tl.float32)
-    seen_by_all = (past + first_query + 1) // TILE
+    if sinks_ptr is not None:
+        row_max = tl.zeros([QUERIES], tl.float32) + load_sinks(sinks_ptr, head, True)
+        row_sum += 1.0
+    masked_from = (past + first_query + 1) // TILE
     seen_by_any = tl.cdiv(tl.minimum(past + first_query + QUERIES, length), TILE)
-    blocks = load_blocks(table, 0, length, BLOCK_SIZE, TILE)
-    for tile in range(0, seen_by_all):
+    if WINDOW is None:
+        blocks = load_blocks(table, 0, length, BLOCK_SIZE, TILE)
+        for tile in range(0, masked_from):
+            next_blocks = load_blocks(table, (tile + 1) * TILE, length, BLOCK_SIZE, TILE)
+            acc, row_max, row_sum = attend_tile(
+                q, acc, row_max, row_sum, k_head, v_head, blocks, block_stride, tile * TILE, length, limits, scale_log2,
+                HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE, False, WINDOW, SOFT_CAP,
+            )  # fmt: skip
+            blocks = next_blocks
+    else:
+        # From the first query's window on, and a window's edges lie in most tiles.
+        masked_from = tl.maximum(past + first_query + 1 - WINDOW, 0) // TILE
+        blocks = load_blocks(table, masked_from * TILE, length, BLOCK_SIZE, TILE)
+    for tile in range(masked_from, seen_by_any):
         next_blocks = load_blocks(table, (tile + 1) * TILE, length, BLOCK_SIZE, TILE)
         acc, row_max, row_sum = attend_tile(
             q, acc, row_max, row_sum, k_head, v_head, blocks, block_stride, tile * TILE, length, limits, scale_log2,
-            HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE, False,
-        )  # fmt: skip
-        blocks = next_blocks
-    for tile in range(seen_by_all, seen_by_any):
-        next_blocks = load_blocks(table, (tile + 1) * TILE, length, BLOCK_SIZE, TILE)
-        acc, row_max, row_sum = attend_tile(
-            q, acc, row_max, row_sum, k_head, v_head, blocks, block_stride, tile * TILE, length, limits, scale_log2,
-            HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE, True,
+            HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE, True, WINDOW, SOFT_CAP,
         )  # fmt: skip
         blocks = next_blocks
 
+    if WINDOW is not None:  # rows past the last query may see nothing
+        row_sum = tl.where(row_sum > 0, row_sum, 1.0)
     out = acc / row_sum[:, None]
     out_ptrs = out_ptr + (token[:, None] * tl.num_programs(2) + head) * HEAD_DIM + dims[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -126,7 +140,13 @@ def _large_shared_memory(device: torch.device) -> bool:
 
 
 def paged_prefill_triton(
-    q: Tensor, view: CacheView, cu_seqlens: Tensor, max_seqlen: int, scale: float, out: Tensor | None = None
+    q: Tensor,
+    view: CacheView,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    out: Tensor | None = None,
+    form: AttentionForm = PLAIN,
 ) -> Tensor:
     """`paged_prefill` in one launch; rows of a request past `max_seqlen` are left unwritten."""
     k_cache, v_cache, block_tables, lens = view
@@ -138,10 +158,10 @@ def paged_prefill_triton(
         return out
     options = tile_config(head_dim, q.element_size(), _large_shared_memory(q.device))
     _attend_chunks[(triton.cdiv(max_seqlen, options["QUERIES"]), batch, query_heads)](
-        q, k_cache, v_cache, block_tables, cu_seqlens, lens, out,
-        scale * LOG2_E, query_heads // kv_heads,
+        q, k_cache, v_cache, block_tables, cu_seqlens, lens, out, form.sinks,
+        score_scale(scale, form.soft_cap), query_heads // kv_heads,
         *q.stride()[:2], *k_cache.stride()[:2], *block_tables.stride()[:2], *lens.stride(),
         HEAD_DIM=head_dim, DIM_PAD=padded_dim(head_dim), BLOCK_SIZE=block_size,
-        **options,
+        WINDOW=form.window, SOFT_CAP=form.soft_cap, **options,
     )  # fmt: skip
     return out

@@ -7,9 +7,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
 
-from kernels.add_rms_norm import rms_norm_reference
+from kernels.add_rms_norm import rms_norm_reference, rms_norm_torch
 from kernels.layout import MAX_HEAD_DIM, check_index, check_rows, fail
 
 
@@ -22,6 +21,7 @@ def qk_norm_rope(
     sin: Tensor,
     num_heads: int,
     num_kv_heads: int,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm of each query and key head, then rotary embedding (arXiv:2104.09864) of the pairs (i, i + r / 2) of its
     first r dimensions; the others stay.
@@ -34,6 +34,7 @@ def qk_norm_rope(
         cos: float32 [T, 1, r], each half the same, contiguous; r even, at most d.
         sin: float32 [T, 1, r / 2], contiguous.
         num_heads, num_kv_heads: Hq and H.
+        offset: added to the norms' weights, in float32.
 
     Returns:
         q [T, Hq, d], k and v [T, H, d], views whose last two dimensions are contiguous, of qkv's dtype. The norm is
@@ -43,7 +44,7 @@ def qk_norm_rope(
         ValueError: an argument's shape, dtype, device, layout or value is not as above.
     """
     _check(qkv, q_weight, k_weight, cos, sin, num_heads, num_kv_heads)
-    args = qkv, q_weight, k_weight, eps, cos, sin, num_heads, num_kv_heads
+    args = qkv, q_weight, k_weight, eps, cos, sin, num_heads, num_kv_heads, offset
     if qkv.is_cuda:
         with torch.cuda.device(qkv.device):
             return _triton()(*args)
@@ -91,12 +92,13 @@ def qk_norm_rope_reference(
     sin: Tensor,
     num_heads: int,
     num_kv_heads: int,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`qk_norm_rope`: the norms, rounded, then the rotation of each pair (i, i + r / 2), in float32."""
     heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, -1))
     q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     if q_weight is not None:
-        q, k = rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps)
+        q, k = rms_norm_reference(q, q_weight, eps, offset), rms_norm_reference(k, k_weight, eps, offset)
 
     def rotate(x: Tensor) -> Tensor:
         half = sin.shape[2]
@@ -117,6 +119,7 @@ def qk_norm_rope_torch(
     sin: Tensor,
     num_heads: int,
     num_kv_heads: int,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`qk_norm_rope`, all heads together: q and k are views of one new tensor, v of qkv."""
     rotary_dim, half = cos.shape[2], sin.shape[2]
@@ -124,8 +127,8 @@ def qk_norm_rope_torch(
     head_dim = heads.shape[2]
     qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
     if q_weight is not None:
-        q = rms_norm(qk[:, :num_heads], (head_dim,), q_weight, eps)
-        k = rms_norm(qk[:, num_heads:], (head_dim,), k_weight, eps)
+        q = rms_norm_torch(qk[:, :num_heads], q_weight, eps, offset)
+        k = rms_norm_torch(qk[:, num_heads:], k_weight, eps, offset)
         qk = torch.cat((q, k), dim=1)
     rotated = qk[..., :rotary_dim] * cos
     rotated[..., :half].addcmul_(qk[..., half:rotary_dim], sin, value=-1)

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.tiles import load_weight
+
 TILE_ELEMENTS = 1024
 """Elements of a token's heads that one program rotates."""
 
@@ -27,6 +29,7 @@ def _rotate_heads(
     REST: tl.constexpr,
     REST_PAD: tl.constexpr,
     NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
     """One token and HEADS_TILE of its HEADS query and key heads: the rotated halves of a head are two tiles, and the
     REST of it, which a norm alone changes, is a third."""
@@ -41,10 +44,10 @@ def _rotate_heads(
     second = tl.load(first_ptrs + HALF, mask=inside, other=0.0).to(tl.float32)
     if NORM:
         is_query = heads < Q_HEADS
-        q_first = tl.load(q_weight_ptr + dims, mask=held, other=0.0).to(tl.float32)
-        k_first = tl.load(k_weight_ptr + dims, mask=held, other=0.0).to(tl.float32)
-        q_second = tl.load(q_weight_ptr + HALF + dims, mask=held, other=0.0).to(tl.float32)
-        k_second = tl.load(k_weight_ptr + HALF + dims, mask=held, other=0.0).to(tl.float32)
+        q_first = load_weight(q_weight_ptr + dims, held, OFFSET)
+        k_first = load_weight(k_weight_ptr + dims, held, OFFSET)
+        q_second = load_weight(q_weight_ptr + HALF + dims, held, OFFSET)
+        k_second = load_weight(k_weight_ptr + HALF + dims, held, OFFSET)
         squares = tl.sum(first * first + second * second, 1)
         if REST > 0:
             rest_dims = 2 * HALF + tl.arange(0, REST_PAD)[None, :]
@@ -54,8 +57,8 @@ def _rotate_heads(
             squares += tl.sum(rest * rest, 1)
         scale = tl.rsqrt(squares / (2 * HALF + REST) + eps)[:, None]
         if REST > 0:
-            q_rest = tl.load(q_weight_ptr + rest_dims, mask=rest_held, other=0.0).to(tl.float32)
-            k_rest = tl.load(k_weight_ptr + rest_dims, mask=rest_held, other=0.0).to(tl.float32)
+            q_rest = load_weight(q_weight_ptr + rest_dims, rest_held, OFFSET)
+            k_rest = load_weight(k_weight_ptr + rest_dims, rest_held, OFFSET)
             rest = rest * scale * tl.where(is_query, q_rest, k_rest)
             tl.store(head_ptrs + rest_dims, rest.to(qkv_ptr.dtype.element_ty), mask=rest_inside)
         first = first * scale * tl.where(is_query, q_first, k_first)
@@ -77,6 +80,7 @@ def qk_norm_rope_triton(
     sin: Tensor,
     num_heads: int,
     num_kv_heads: int,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`qk_norm_rope` in one launch, in place.
 
@@ -86,6 +90,7 @@ def qk_norm_rope_triton(
         eps: of the norms.
         cos: float32 [T, 1, r], each half the same; sin: float32 [T, 1, r / 2].
         num_heads, num_kv_heads: Hq and H.
+        offset: added to the norms' weights.
 
     Returns:
         q [T, Hq, d], k and v [T, H, d], views of qkv.
@@ -100,6 +105,6 @@ def qk_norm_rope_triton(
         _rotate_heads[(tokens, triton.cdiv(rotated, heads_tile))](
             qkv, q_weight if norm else qkv, k_weight if norm else qkv, cos, sin, qkv.stride(0), eps,
             Q_HEADS=num_heads, HEADS=rotated, HEADS_TILE=heads_tile, HALF=half, HALF_PAD=half_pad,
-            REST=rest, REST_PAD=triton.next_power_of_2(max(1, rest)), NORM=norm, num_warps=4,
+            REST=rest, REST_PAD=triton.next_power_of_2(max(1, rest)), NORM=norm, OFFSET=offset, num_warps=4,
         )  # fmt: skip
     return qkv.unflatten(1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)

@@ -33,6 +33,11 @@ def decode_tile(head_dim: int, element_size: int) -> dict[str, int]:
     return {"TILE": 128 if dim <= 64 else 64 if dim <= 128 else 32, "num_warps": 4, "num_stages": 3}
 
 
+def score_scale(scale: float, soft_cap: float | None) -> float:
+    """What products of queries and keys are multiplied by in a kernel: what then goes into exp2, or into tanh."""
+    return scale * LOG2_E if soft_cap is None else scale / soft_cap
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 1 on a CPU, where kernels are interpreted."""
@@ -77,6 +82,22 @@ def load_keys(
 
 
 @triton.jit
+def load_weight(pointers, mask, OFFSET: tl.constexpr):
+    """A norm's weight and its offset, float32."""
+    weight = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    if OFFSET != 0.0:
+        weight += OFFSET
+    return weight
+
+
+@triton.jit
+def load_sinks(sinks_ptr, heads, mask):
+    """Sinks of query heads as scores that exp2 takes, -inf where masked."""
+    sinks = tl.load(sinks_ptr + heads, mask=mask, other=float("-inf"))
+    return sinks.to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
 def attend_tile(
     q,
     acc,
@@ -95,12 +116,15 @@ def attend_tile(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):
     """Fold entries start .. start + TILE - 1 into (acc, row_max, row_sum).
 
-    q [M, DIM_PAD]; row i sees the entries below limits[i], none of them past `length`. k_ptr and v_ptr are at the KV
-    head, `blocks` is the tile's `load_blocks`, `start` a multiple of TILE. Not MASKED promises that every row sees the
-    whole tile. Entries past `length` are never loaded: unused slots may hold NaN, and 0 * NaN is NaN.
+    q [M, DIM_PAD]; row i sees the entries below limits[i], none of them past `length`, and of a WINDOW the last of
+    these. k_ptr and v_ptr are at the KV head, `blocks` is the tile's `load_blocks`, `start` a multiple of TILE. Not
+    MASKED promises that every row sees the whole tile. Entries past `length` are never loaded: unused slots may hold
+    NaN, and 0 * NaN is NaN. With a SOFT_CAP, `scale_log2` is `score_scale`'s.
     """
     inside = tl.arange(0, TILE)
     dims = tl.arange(0, DIM_PAD)
@@ -120,10 +144,17 @@ def attend_tile(
         v = tl.load(v_ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0)
 
     scores = tl.dot(q, k, input_precision="ieee") * scale_log2
+    if SOFT_CAP is not None:
+        scores = (2.0 * tl.sigmoid(2.0 * scores) - 1.0) * (SOFT_CAP * 1.4426950408889634)  # tanh
     if MASKED:
         scores = tl.where(entries[None, :] < limits[:, None], scores, float("-inf"))
+        if WINDOW is not None:
+            scores = tl.where(entries[None, :] >= limits[:, None] - WINDOW, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_max[:, None])
-    shrink = tl.exp2(row_max - new_max)
+    taken_off = new_max
+    if WINDOW is not None:  # a row whose window begins after this tile has seen nothing yet
+        taken_off = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores - taken_off[:, None])
+    shrink = tl.exp2(row_max - taken_off)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, new_max, row_sum * shrink + tl.sum(weights, 1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.models.tiny import MIXTURE, make_model
+from tests.models.tiny import GEMMA, GPT_OSS, MIXTURE, make_model
 
 VOCAB = 300
 FAMILIES = {
@@ -23,7 +23,9 @@ LONGROPE = {
     "long_factor": [1.0, 2.0, 4.0, 6.0, 7.0, 8.0],
 }
 MORE_FAMILIES = {
+    "gemma3_text": ("Gemma3Text", GEMMA | {"final_logit_softcapping": 30.0, "tie_word_embeddings": False}),
     "mistral": ("Mistral", {"head_dim": 24, "sliding_window": 1024}),
+    "gpt_oss": ("GptOss", GPT_OSS),
     "phi3": (
         "Phi3",
         {"partial_rotary_factor": 0.75, "rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
@@ -32,6 +34,8 @@ MORE_FAMILIES = {
     "qwen3_moe": ("Qwen3Moe", MIXTURE | {"head_dim": 24, "norm_topk_prob": True, "mlp_only_layers": [1]}),
 }
 """Those that what is tested of every family is tested of in less breadth."""
+FORMED = {"gemma3_text", "gpt_oss"}
+"""Those of them whose attention is not plain: they run on one device, with full KV."""
 
 
 def save_tiny_model(family: str, folder: Path, **more: Any) -> Path:

@@ -22,12 +22,14 @@ class ModelShape:
         weight_bytes: of all matrices that a step reads, of experts those of one token: a step reads more of them, as
             many as its tokens are sent to. An input embedding is looked up, not read, unless it is the output's too.
         kv_bytes: of one token's K and V in all layers.
+        read_bytes: of those in layers without a window: of the others a step reads no more than windows.
         token_flops: operations of one token in the layers' matrices.
         vocab_size: tokens.
     """
 
     weight_bytes: int
     kv_bytes: int
+    read_bytes: int
     token_flops: int
     vocab_size: int
 
@@ -57,8 +59,15 @@ class ModelShape:
             named = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
             dtype = "float32" if device == "cpu" else named
         size = DTYPE_BYTES[dtype]
-        kv_bytes = 2 * config["num_hidden_layers"] * max(1, kv_heads // ranks) * head_dim * size
-        return cls((layers + vocab * hidden) * size // ranks, kv_bytes, 2 * layers // ranks, vocab)
+        layer_bytes, depth = 2 * max(1, kv_heads // ranks) * head_dim * size, config["num_hidden_layers"]
+        read_bytes = (depth - len(sliding_layers(config))) * layer_bytes
+        weight_bytes = (layers + vocab * hidden) * size // ranks
+        return cls(weight_bytes, depth * layer_bytes, read_bytes, 2 * layers // ranks, vocab)
+
+
+def sliding_layers(config: dict[str, Any]) -> list[int]:
+    """Layers that a `config.json` gives a window of their own."""
+    return [i for i, kind in enumerate(config.get("layer_types") or []) if kind == "sliding_attention"]
 
 
 def _mlp_rows(config: dict[str, Any]) -> int:
@@ -68,7 +77,8 @@ def _mlp_rows(config: dict[str, Any]) -> int:
     if not num_experts:
         return layers * plain
     shared = config.get("shared_expert_intermediate_size") or 0
-    sparse = num_experts + 3 * (config["num_experts_per_tok"] * config["moe_intermediate_size"] + shared)
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    sparse = num_experts + 3 * (config["num_experts_per_tok"] * width + shared)
     only, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1
     dense = sum(layer in only or (layer + 1) % step > 0 for layer in range(layers))
     return dense * plain + (layers - dense) * sparse
@@ -92,7 +102,7 @@ def step_floor(
 
 def step_bytes(shape: ModelShape, entries: float) -> float:
     """The least bytes that a step reads: all weights, and `entries` of K and V."""
-    return shape.weight_bytes + entries * shape.kv_bytes
+    return shape.weight_bytes + entries * shape.read_bytes
 
 
 class EntriesRead:

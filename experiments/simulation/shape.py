@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.bench.roofline import ModelShape
+from experiments.bench.roofline import ModelShape, sliding_layers
 from experiments.errors import UsageError
 
 
@@ -38,6 +38,11 @@ class SimulatedShape:
             raise UsageError(
                 f"model.path={folder}: a mixture of experts can't be simulated: how many experts a step reads is not "
                 "modelled; take a dense model"
+            )
+        if sliding_layers(config):
+            raise UsageError(
+                f"model.path={folder}: layers with a window can't be simulated: what they read is not modelled; take a "
+                "model of full layers"
             )
         try:
             layers, width, heads = (

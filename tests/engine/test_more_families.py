@@ -1,6 +1,7 @@
 """Families beside those of `test_engine_equals_transformers`: each once through all that must not change a token."""
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from tests.engine.compressed import (
@@ -16,10 +17,12 @@ from tests.engine.compressed import (
 from tests.eviction.cases import SMALL_CHUNK, Case
 from tests.eviction.dense_simulation import Simulation
 from tests.parallel.ranked import TOKEN_POLICIES, answers, engine
-from tests.tiny_models import LONGROPE, MORE_FAMILIES, VOCAB, save_tiny_model, transformers_greedy
+from tests.tiny_models import FORMED, LONGROPE, MORE_FAMILIES, VOCAB, save_tiny_model, transformers_greedy
 from zipage import SamplingParams
 from zipage.models.decoder import Decoder
+from zipage.worker.calibrate import calibrate
 from zipage.worker.paged_attention import PagedAttention
+from zipage.worker.train_scorer import train_scorer
 
 pytestmark = pytest.mark.usefixtures("forked_children")
 
@@ -64,6 +67,10 @@ def test_tokens_of_transformers(folder, prompts, expected, block_size, num_block
     assert llm.stats.pauses == llm.stats.resumes > 0
 
 
+plain_families = pytest.mark.parametrize("folder", sorted(set(MORE_FAMILIES) - FORMED), indirect=True)
+
+
+@plain_families
 def test_unbounded_budgets_give_the_tokens_of_full_kv(folder, prompts, expected):
     llm = make_llm(folder, Case("zipage", SMALL_CHUNK), budget=UNBOUNDED, num_blocks=512, max_num_seqs=64)
     params = [
@@ -75,6 +82,7 @@ def test_unbounded_budgets_give_the_tokens_of_full_kv(folder, prompts, expected)
     assert tokens == [each[:30] for each in expected] * len(TOKEN_POLICIES)
 
 
+@plain_families
 @pytest.mark.parametrize("case", [Case("zipage", SMALL_CHUNK), Case("h2o")], ids=str)
 def test_what_each_head_keeps_equals_the_simulation(folder, case, monkeypatch):
     recorder = Recorder()
@@ -103,6 +111,32 @@ def test_two_ranks_answer_as_one_device(tmp_path):
     two.shutdown()
     assert found.kept
     assert not expected.differences(found)
+
+
+@pytest.mark.parametrize(
+    ("family", "what"), [("gemma3_text", r"window=24 \(layer 0\)"), ("gpt_oss", r"window=24 \(layer 0\)")]
+)
+def test_what_takes_plain_attention_says_so(family, what, tmp_path):
+    folder = str(save_tiny_model(family, tmp_path, num_hidden_layers=NUM_LAYERS))
+    with pytest.raises(ValueError, match=f"^policy=zipage: attention with {what} is not supported: take policy full"):
+        make_llm(folder, Case("zipage", SMALL_CHUNK))
+    with pytest.raises(ValueError, match=f"^tensor_parallel_size=2: attention with {what} is not .*: use one device"):
+        make_llm(folder, None, tensor_parallel_size=2)
+    told = {"source": {}, "device": "cpu"}
+    for write in (
+        lambda out: calibrate(folder, [[1] * 9], out, kind="expected_attention", **told),
+        lambda out: train_scorer(folder, [([1] * 9, 4)] * 10, out, **told),
+    ):
+        with pytest.raises(ValueError, match=f"^calibration of .*: attention with {what} is not supported: calibrate"):
+            write(tmp_path / "file")
+
+
+def test_logits_of_hidden_states_are_capped(tmp_path):
+    runner = make_llm(save_tiny_model("gemma3_text", tmp_path, num_hidden_layers=1), None)._core.runner
+    hidden = 20 * torch.randn(3, runner.spec.width, generator=torch.Generator().manual_seed(0))
+    logits = runner.logits(hidden)
+    torch.testing.assert_close(logits, runner.decoder.logits(hidden))
+    assert 20 < logits.max() <= 30
 
 
 def test_longrope_follows_the_longest_context(tmp_path):

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import accumulate, product
 from pathlib import Path
 
@@ -28,11 +29,14 @@ from torch import Tensor
 
 from kernels.add_rms_norm import add_rms_norm_reference
 from kernels.add_rms_norm_triton import add_rms_norm_triton
+from kernels.attention_form import AttentionForm
 from kernels.cache_view import CacheView, shared
+from kernels.clamped_swiglu import clamped_swiglu, clamped_swiglu_reference
 from kernels.copy_blocks import copy_blocks_reference
 from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.expert_mlp import expert_mlp, expert_mlp_reference
+from kernels.gelu_mul import gelu_mul, gelu_mul_reference
 from kernels.paged_decode import paged_decode, paged_decode_reference
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill import paged_prefill_reference
@@ -118,6 +122,30 @@ def check_attention(checks: Checks, grid: Grid) -> None:
                 checks.add("paged_prefill", name, error(out, expected), bound, chunk=chunk, apart=apart, **case)
 
 
+def check_forms(checks: Checks, grid: Grid) -> None:
+    """Windows, soft caps and sinks, of requests cut and uncut, and of chunks that start inside a request."""
+    contexts = (140, 0, 33) if DRY else (4097, 1, 0, 130, 1000)
+    factors = grid.dtypes, (64, 256), grid.block_sizes, (None, 1, 128, 1024), (None, 30.0), (False, True)
+    for name, head_dim, block_size, window, soft_cap, sinks in pairwise(*factors):
+        dtype, bound, scale = getattr(torch, name), 2 * BOUNDS[name], head_dim**-0.5
+        case = {"head_dim": head_dim, "block_size": block_size, "window": window, "soft_cap": soft_cap, "sinks": sinks}
+        logits = 2 * torch.randn(KV_HEADS * 4, device=DEVICE, dtype=dtype) if sinks else None
+        form = AttentionForm(window, soft_cap, logits)
+        view = make_paged(contexts, block_size, KV_HEADS, head_dim, dtype).view()
+        ref = upcast(view)
+        q = fused(len(contexts), KV_HEADS * 4, head_dim, dtype)
+        expected = paged_decode_reference(q.float(), ref, scale, form)
+        for wanted in (1, None, 200):
+            out = paged_decode_triton(q, view, scale, decode_pieces_triton(view, wanted), form=form)
+            checks.add("decode_forms", name, error(out, expected), bound, wanted=wanted, **case)
+        queries = [-(-n // 3) for n in contexts]
+        bounds = torch.tensor([0, *accumulate(queries)], dtype=torch.int32)
+        q = fused(sum(queries), KV_HEADS * 4, head_dim, dtype)
+        expected = paged_prefill_reference(q.float(), ref, bounds, max(queries), scale, form)
+        out = paged_prefill_triton(q, view, bounds.to(DEVICE), max(queries), scale, form=form)
+        checks.add("prefill_forms", name, error(out, expected), bound, **case)
+
+
 def check_writes(checks: Checks, grid: Grid) -> None:
     """Stores and copies are exact: an error is the share of elements that differ."""
     kv_heads = (2, 8) if DRY else (2, 8, 20)
@@ -166,22 +194,33 @@ def check_layer_ops(checks: Checks, grid: Grid) -> None:
         dtype, bound = getattr(torch, name), BOUNDS[name]
         for width in (384, 896) if DRY else (384, 896, 2560, 4096, 12288, 16384):
             case = {"tokens": tokens, "width": width}
-            for add in (False, True):
+            for add, offset in ((False, 0.0), (True, 0.0), (True, 1.0)):
                 hidden, delta = rows(tokens, width), rows(tokens, width) if add else None
                 weight, expected_hidden = rows(1, width)[0], hidden.clone()
-                out = add_rms_norm_triton(hidden, delta, weight, 1e-6)
-                expected = add_rms_norm_reference(expected_hidden, delta, weight, 1e-6)
+                out = add_rms_norm_triton(hidden, delta, weight, 1e-6, offset)
+                expected = add_rms_norm_reference(expected_hidden, delta, weight, 1e-6, offset)
                 value = error(out, expected) if differing(hidden, expected_hidden) == 0 else math.inf
-                checks.add("add_rms_norm", name, value, bound, add=add, **case)
+                checks.add("add_rms_norm", name, value, bound, add=add, offset=offset, **case)
             gate_up = 4 * rows(tokens, 2 * width)
             out = silu_mul_triton(gate_up)
             checks.add("silu_mul", name, error(out, silu_mul_reference(gate_up)), bound, **case)
-        for head_dim, heads, norm, quarters in product(grid.head_dims, ((14, 2), (32, 8)), (False, True), (3, 4)):
+            checks.add("gelu_mul", name, error(gelu_mul(gate_up), gelu_mul_reference(gate_up)), bound, **case)
+            out, expected = clamped_swiglu(gate_up, 1.702, 7.0), clamped_swiglu_reference(gate_up, 1.702, 7.0)
+            checks.add("clamped_swiglu", name, error(out, expected), bound, **case)
+        norms = (False, 0.0), (True, 0.0), (True, 1.0)
+        for head_dim, heads, (norm, offset), quarters in product(grid.head_dims, ((14, 2), (32, 8)), norms, (3, 4)):
             rotary_dim = head_dim * quarters // 4
-            case = {"tokens": tokens, "head_dim": head_dim, "rotary_dim": rotary_dim, "heads": heads, "norm": norm}
+            case = {
+                "tokens": tokens,
+                "head_dim": head_dim,
+                "rotary_dim": rotary_dim,
+                "heads": heads,
+                "norm": norm,
+                "offset": offset,
+            }
             qkv = rows(tokens, (heads[0] + 2 * heads[1]) * head_dim)
             weights = [torch.randn(head_dim, device=DEVICE, dtype=dtype) if norm else None for _ in range(2)]
-            args = *weights, 1e-6, *rotation(tokens, rotary_dim), *heads
+            args = *weights, 1e-6, *rotation(tokens, rotary_dim), *heads, offset
             expected = qk_norm_rope_reference(qkv.clone(), *args)
             value = max(error(x, y) for x, y in zip(qk_norm_rope_triton(qkv, *args), expected, strict=True))
             checks.add("qk_norm_rope", name, value, bound, **case)
@@ -269,9 +308,9 @@ def check_combining(checks: Checks, replays: int = 300, layers: int = 24) -> Non
 
 
 def check_experts(checks: Checks, grid: Grid) -> None:
-    """A mixture of experts, also in a graph that is replayed with other tokens for other experts."""
+    """A mixture of experts, also in a graph that is replayed with other tokens for other experts; and gpt-oss's."""
     tokens, width, inner, num_experts, active = (5, 32, 16, 6, 2) if DRY else (64, 2048, 768, 128, 8)
-    for name in grid.dtypes:
+    for name, biased in product(grid.dtypes, (False, True)):
         options = {"device": DEVICE, "dtype": getattr(torch, name)}
         x = torch.randn(tokens, width, **options)
         gate_up = torch.randn(num_experts, 2 * inner, width, **options) * width**-0.5
@@ -279,15 +318,22 @@ def check_experts(checks: Checks, grid: Grid) -> None:
         shares = torch.rand(tokens, active, device=DEVICE)
         experts = torch.rand(tokens, num_experts, device=DEVICE).topk(active).indices
         given = x, experts, shares, gate_up, down
-        out, graph = expert_mlp(*given), None
+        gates, reference_gates = {}, {}
+        if biased:
+            biases = torch.randn(num_experts, 2 * inner, **options), torch.randn(num_experts, width, **options)
+            limits = {"alpha": 1.702, "limit": 7.0}
+            gates = {"biases": biases, "gate": partial(clamped_swiglu, **limits)}
+            reference_gates = {"biases": biases, "gate": partial(clamped_swiglu_reference, **limits)}
+        out, graph = expert_mlp(*given, **gates), None
         for replay in range(1 if DRY else 3):
-            checks.add("expert_mlp", name, error(out, expert_mlp_reference(*given)), 4 * BOUNDS[name], replay=replay)
+            expected = expert_mlp_reference(*given, **reference_gates)
+            checks.add("expert_mlp", name, error(out, expected), 4 * BOUNDS[name], replay=replay, biased=biased)
             if DRY:
                 continue
             if graph is None:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
-                    out = expert_mlp(*given)
+                    out = expert_mlp(*given, **gates)
             x.normal_()
             experts.copy_(torch.rand(tokens, num_experts // 2**replay, device=DEVICE).topk(active).indices)
             graph.replay()
@@ -304,6 +350,7 @@ def check_replays(checks: Checks, grid: Grid) -> None:
 
 PARTS = {
     "attention": check_attention,
+    "forms": check_forms,
     "replays": check_replays,
     "writes": check_writes,
     "layer_ops": check_layer_ops,

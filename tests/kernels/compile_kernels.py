@@ -15,11 +15,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from kernels.add_rms_norm_triton import add_rms_norm_triton
+from kernels.attention_form import AttentionForm
 from kernels.attention_score_triton import attention_score_triton
 from kernels.cache_view import CacheView, shared
+from kernels.clamped_swiglu_triton import clamped_swiglu_triton
 from kernels.compact_stable_triton import compact_stable_triton
 from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
+from kernels.gelu_mul_triton import gelu_mul_triton
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill_triton import paged_prefill_triton
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
@@ -88,6 +91,10 @@ def compile_view_kernels(apart: bool) -> None:
     store_predictions_triton(hidden, torch.zeros(HEADS, 256), torch.zeros(HEADS), predicted, spread(longs(TOKENS)))
     paged_decode_triton(q[:REQUESTS], layer, 0.1, decode_pieces_triton(layer))
     paged_prefill_triton(q, layer, ints(REQUESTS + 1), TOKENS, 0.1)
+    if not apart:
+        form = AttentionForm(window=128, soft_cap=30.0, sinks=floats(HEADS * GROUP))
+        paged_decode_triton(q[:REQUESTS], layer, 0.1, decode_pieces_triton(layer), form=form)
+        paged_prefill_triton(q, layer, ints(REQUESTS + 1), TOKENS, 0.1, form=form)
     attention_score_triton(windows, layers, lens, lens, 0.1)
     redundancy_triton(layers, tau=0.4, chunk=32)
     redundancy_triton(layers, tau=0.4)
@@ -100,7 +107,10 @@ def compile_view_kernels(apart: bool) -> None:
 def compile_other_kernels() -> None:
     hidden = floats(TOKENS, 256)
     add_rms_norm_triton(hidden, hidden, hidden[0], 1e-6)
+    add_rms_norm_triton(hidden, hidden, hidden[0], 1e-6, 1.0)
     silu_mul_triton(hidden)
+    gelu_mul_triton(hidden)
+    clamped_swiglu_triton(hidden, 1.702, 7.0)
     qkv, weight = floats(TOKENS, (GROUP + 2) * HEADS * DIM), floats(DIM)
     for rotary_dim in (DIM, DIM // 4):
         cos, sin = torch.zeros(TOKENS, 1, rotary_dim), torch.zeros(TOKENS, 1, rotary_dim // 2)

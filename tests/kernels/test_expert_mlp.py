@@ -1,8 +1,11 @@
 """A mixture of experts, both ways to compute it against the reference."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from kernels.clamped_swiglu import clamped_swiglu, clamped_swiglu_reference
 from kernels.expert_mlp import expert_mlp, expert_mlp_all, expert_mlp_grouped, expert_mlp_reference
 
 
@@ -26,6 +29,16 @@ def test_equals_the_reference(compute, dtype, bound):
     out, expected = compute(**given), expert_mlp_reference(**given)
     assert out.dtype == dtype
     assert (out - expected).abs().max() < bound * expected.abs().max()
+
+
+@pytest.mark.parametrize("compute", [expert_mlp, expert_mlp_grouped, expert_mlp_all])
+def test_biases_and_another_gate(compute):
+    """gpt-oss's."""
+    given = arguments() | {"biases": (torch.randn(5, 32), torch.randn(5, 32))}
+    expected = expert_mlp_reference(**given, gate=partial(clamped_swiglu_reference, alpha=1.7, limit=0.5))
+    out = compute(**given, gate=partial(clamped_swiglu, alpha=1.7, limit=0.5))
+    torch.testing.assert_close(out, expected)
+    assert (out - compute(**arguments())).abs().max() > 0.1
 
 
 def test_no_tokens():
@@ -69,6 +82,7 @@ def test_while_a_graph_is_captured_the_host_reads_no_group(monkeypatch):
         ({"shares": torch.zeros(9, 3)}, r"shares has shape \(9, 3\): give \[9, 2\]"),
         ({"gate_up": torch.zeros(5, 16, 32)}, r"gate_up has shape \(5, 16, 32\): give \[5, 32, 32\]"),
         ({"down": torch.zeros(32, 16)}, r"down has shape \(32, 16\): give \[experts, width, inner\]"),
+        ({"biases": (torch.zeros(5, 32), torch.zeros(5, 16))}, r"down's bias has shape \(5, 16\): give \[5, 32\]"),
         ({"down": torch.zeros(5, 16, 32).mT}, "down has stride .*: make its last dimension contiguous"),
     ],
 )

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.models.dense import dense_attention
-from tests.models.tiny import LENGTH, MIXTURE, PHI, ROPE, make_model, reference_logits, token_ids
+from tests.models.dense import dense_attention, dense_attention_of
+from tests.models.tiny import GEMMA, GPT_OSS, LENGTH, MIXTURE, PHI, ROPE, make_model, reference_logits, token_ids
 from zipage.models.loading.loader import load_model
 
 CASES = {
@@ -33,6 +33,29 @@ CASES = {
     "qwen2-moe-no-bias": ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 20, "qkv_bias": False}),
     "qwen3-moe": ("Qwen3Moe", MIXTURE | {"head_dim": 32, "norm_topk_prob": True, "tie_word_embeddings": True}),
     "qwen3-moe-some-layers": ("Qwen3Moe", MIXTURE | {"decoder_sparse_step": 2, "moe_intermediate_size": 20}),
+    "gemma3-tied": ("Gemma3Text", GEMMA | {"final_logit_softcapping": 20.0}),
+    "gemma3-biased-linear": (
+        "Gemma3Text",
+        GEMMA
+        | {
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "full_attention": ROPE["linear"],
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
+    "gemma3-no-window": ("Gemma3Text", GEMMA | {"layer_types": ["full_attention"] * 3, "num_key_value_heads": 1}),
+    "gpt-oss": ("GptOss", GPT_OSS),
+    "gpt-oss-clamped": (
+        "GptOss",
+        GPT_OSS | {"swiglu_limit": 0.5, "swiglu_alpha": 1.3, "attention_bias": False, "num_experts_per_tok": 3},
+    ),
+    "gpt-oss-default-rope-tied": (
+        "GptOss",
+        GPT_OSS | {"rope_parameters": ROPE["default"], "tie_word_embeddings": True, "head_dim": 16},
+    ),
     "qwen3-moe-window": ("Qwen3Moe", MIXTURE | {"use_sliding_window": True, "sliding_window": LENGTH}),
 }
 
@@ -49,7 +72,7 @@ def test_logits_equal_transformers(case, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     ids = token_ids()
     decoder = load_model(str(tmp_path), device="cpu").decoder
-    hidden = decoder(ids, torch.arange(LENGTH), dense_attention)
+    hidden = decoder(ids, torch.arange(LENGTH), dense_attention_of(decoder))
     assert hidden.shape == (LENGTH, 64)
     assert max_error(decoder.logits(hidden), reference_logits(reference, ids)) < 1e-5
 
@@ -95,6 +118,20 @@ def test_rotary_is_that_of_the_longest_context(tmp_path):
         assert max_error(logits, reference_logits(reference, ids)) < 1e-5, length
 
 
+def test_attention_scores_are_capped(tmp_path):
+    """transformers' Gemma 3 caps them where its caller says so, and leaves the config's cap out."""
+    reference = make_model("Gemma3Text", gain=2.0, **GEMMA, attn_logit_softcapping=3.0)
+    reference.save_pretrained(tmp_path)
+    reference.set_attn_implementation("eager")
+    ids = token_ids()
+    decoder = load_model(str(tmp_path), device="cpu").decoder
+    logits = decoder.logits(decoder(ids, torch.arange(LENGTH), dense_attention_of(decoder)))
+    with torch.no_grad():
+        expected = reference(ids[None], softcap=3.0).logits[0]
+    assert max_error(logits, expected) < 1e-5
+    assert max_error(logits, reference_logits(reference, ids)) > 1e-2
+
+
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Mistral", "Phi3", "Qwen2Moe", "Qwen3Moe"])
 def test_bfloat16_stays_near_float32(family, tmp_path):
     reference = make_model(family)
@@ -106,7 +143,30 @@ def test_bfloat16_stays_near_float32(family, tmp_path):
     assert max_error(logits.float(), reference_logits(reference, ids)) < 0.05
 
 
-@pytest.mark.parametrize("case", ["llama-mha-tied-biased", "phi3-longrope-long", "qwen2-moe", "qwen3-moe-some-layers"])
+@pytest.mark.parametrize(("family", "options"), [("Gemma3Text", GEMMA), ("GptOss", GPT_OSS)])
+def test_bfloat16_is_as_near_as_that_of_transformers(family, options, tmp_path):
+    """Of models whose random attention is sharp, or whose random router is often undecided."""
+    reference = make_model(family, **options)
+    reference.save_pretrained(tmp_path)
+    ids = token_ids()
+    expected = reference_logits(reference, ids)
+    decoder = load_model(str(tmp_path), device="cpu", dtype="bfloat16").decoder
+    logits = decoder.logits(decoder(ids, torch.arange(LENGTH), dense_attention_of(decoder)))
+    theirs = reference_logits(reference.bfloat16(), ids)
+    assert (logits - expected).norm() < 1.5 * (theirs - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llama-mha-tied-biased",
+        "phi3-longrope-long",
+        "qwen2-moe",
+        "qwen3-moe-some-layers",
+        "gemma3-biased-linear",
+        "gpt-oss",
+    ],
+)
 def test_parameters_take_no_gradient_and_views_cover_them(case, tmp_path):
     family, options = CASES[case]
     make_model(family, **options).save_pretrained(tmp_path)

@@ -9,7 +9,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from tests.models.dense import dense_attention
 from tests.models.tiny import COMMON, LENGTH, reference_logits, token_ids
 from zipage.models import registry
-from zipage.models.attention import AttentionSpec
+from zipage.models.attention import AttentionSpec, refuse_forms
 from zipage.models.family import Family
 from zipage.models.loading.hf_config import hf_config, spec_from_config
 from zipage.models.loading.loader import load_model
@@ -24,7 +24,17 @@ MISTRAL = Family(
 
 
 def test_these_families_and_no_other():
-    assert list(registry.FAMILIES) == ["llama", "mistral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"]
+    assert list(registry.FAMILIES) == [
+        "llama",
+        "mistral",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "gemma3_text",
+        "gpt_oss",
+    ]
     assert all(name == family.name for name, family in registry.FAMILIES.items())
 
 
@@ -49,9 +59,6 @@ def test_a_registered_family_is_loaded(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 16}, r"attention with window=16 \(layer 2\) is not supported"),
-        ({"soft_cap": 50.0}, r"attention with soft_cap=50.0 \(layer 2\) is not supported"),
-        ({"sinks": True}, r"attention with sinks=True \(layer 2\) is not supported"),
         ({"num_kv_heads": 1}, r"layers that differ in num_kv_heads \(1, 2\) are not supported"),
         ({"num_heads": 3}, "num_heads=3 is not a multiple of num_kv_heads=2"),
         ({"head_dim": 15}, "head_dim=15: must be even"),
@@ -59,10 +66,21 @@ def test_a_registered_family_is_loaded(tmp_path, monkeypatch):
         ({"window": 0}, "window=0: must be an integer, at least 1"),
     ],
 )
-def test_attention_that_the_kernels_do_not_compute_is_refused_by_name(monkeypatch, options, message):
+def test_attention_that_makes_no_sense_is_refused_by_name(monkeypatch, options, message):
     def attention(config, full):
         return (full, full, replace(full, **options))
 
     monkeypatch.setitem(registry.FAMILIES, "mistral", replace(MISTRAL, attention=attention))
     with pytest.raises(ValueError, match=message):
         spec_from_config(hf_config(COMMON | {"model_type": "mistral"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [({"window": 16}, "window=16"), ({"soft_cap": 50.0}, "soft_cap=50.0"), ({"sinks": True}, "sinks")],
+)
+def test_options_that_take_plain_attention_say_so(options, what):
+    refuse_forms((HEADS, HEADS), "policy=zipage", "take policy full")
+    message = rf"policy=zipage: attention with {what}.* \(layer 1\) is not supported: take policy full"
+    with pytest.raises(ValueError, match=message):
+        refuse_forms((HEADS, replace(HEADS, **options)), "policy=zipage", "take policy full")

@@ -90,6 +90,35 @@ def test_the_number_of_active_experts_is_never_that_of_some_other_model(tmp_path
         read_spec(tmp_path)
 
 
+def test_gemma3_in_the_form_of_the_hub():
+    """As google/gemma-3-4b-it's text: its positions are counted after scaling, and its window has a base of its own."""
+    scaled = {"rope_type": "linear", "factor": 8.0}
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 10_000, "rope_scaling": scaled, "sliding_window_pattern": 3}
+    spec = spec_of("gemma3_text", head_dim=16, sliding_window=32, query_pre_attn_scalar=64, **old)
+    assert [layer.window for layer in spec.attention] == [32, 32, None]
+    assert {layer.scale for layer in spec.attention} == {0.125}
+    assert spec.max_position == 128
+    assert spec.inv_freq[1] == pytest.approx(1e6 ** (-1 / 8) / 8)
+    assert spec.local_inv_freq[1] == pytest.approx(10_000 ** (-1 / 8))
+    assert spec.embedding_scale == 8.0
+    assert spec.tie_embeddings
+
+
+def test_gpt_oss_in_the_form_of_the_hub():
+    yarn = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+    rope = {"rope_theta": 150_000, "rope_scaling": yarn | {"original_max_position_embeddings": 4}}
+    packed = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 7.0}
+    spec = spec_of("gpt_oss", head_dim=16, sliding_window=8, attention_bias=True, **experts, **rope, **packed)
+    assert [layer.window for layer in spec.attention] == [8, None, 8]
+    assert all(layer.sinks for layer in spec.attention)
+    assert spec.experts == ExpertSpec(num_experts=4, num_active=2, width=96, normalized=True, swiglu=(1.702, 7.0))
+    assert spec.mxfp4
+    assert spec.qkv_bias
+    assert spec.output_bias
+    assert spec.max_position == 128
+
+
 def test_windows_that_reach_no_layer_are_no_windows():
     assert spec_of("qwen2", use_sliding_window=True, max_window_layers=3).num_layers == 3
 
@@ -97,7 +126,8 @@ def test_windows_that_reach_no_layer_are_no_windows():
 @pytest.mark.parametrize(
     ("model_type", "options", "message"),
     [
-        ("gpt_oss", {}, r"'gpt_oss'; supported: llama, mistral, phi3, qwen2, qwen2_moe, qwen3"),
+        ("gemma2", {}, r"'gemma2'; supported: llama, mistral, phi3, qwen2, qwen2_moe, qwen3"),
+        ("gemma3", {}, "architecture 'gemma3' reads images, which is not supported; 'gemma3_text' is"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification; supported"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'.*supported: default"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "high_freq_factor"),
@@ -122,6 +152,26 @@ def test_windows_that_reach_no_layer_are_no_windows():
         ("mistral", {"attention_bias": True}, "attention_bias=True is not supported with mistral"),
         ("mistral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("mistral", {"sliding_window": 0}, "sliding_window=0: must be an integer, at least 1"),
+        ("gemma3_text", {"hidden_activation": "silu"}, "hidden_activation='silu' is not supported"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0: must be above 0"),
+        ("gemma3_text", {"final_logit_softcapping": -1.0}, "logit_cap=-1.0: must be a finite number above 0"),
+        ("gemma3_text", {"attn_logit_softcapping": -1.0}, "soft_cap=-1.0: must be a finite number above 0"),
+        ("gemma3_text", {"sliding_window": None}, "sliding_window=None: must be an integer, at least 1"),
+        ("gemma3_text", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("gemma3_text", {"layer_types": ["odd"] * 3}, "layer_types"),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": {"factor": "a"}}}, "rope_parameters=.*: must be"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": ROPE["yarn"]}},
+            "rope_type='yarn' of sliding layers is not supported",
+        ),
+        ("gpt_oss", {"num_experts_per_tok": 5, "num_local_experts": 4}, "num_active=5: there are 4 experts"),
+        ("gpt_oss", {"swiglu_limit": 0.0}, "swiglu_limit=0.0: must be a finite number above 0"),
+        ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\)"),
+        ("gpt_oss", {"sliding_window": 0}, "sliding_window=0: must be an integer, at least 1"),
+        ("llama", {"quantization_config": {"quant_method": "mxfp4"}}, r"quantization_config \(mxfp4\)"),
         ("phi3", {"mlp_bias": True}, "mlp_bias=True is not supported with phi3"),
         ("phi3", {"partial_rotary_factor": 0.7}, "rotates 11 of 16 dimensions"),
         ("phi3", {"rope_parameters": ROPE["longrope"]}, "short_factor field must have length 8, got 6"),

@@ -34,6 +34,26 @@ ROPE = {
 PHI = {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 32}
 """12 of 16 dimensions of a head rotate."""
 
+GEMMA = {"head_dim": 32, "sliding_window": 24, "sliding_window_pattern": 2, "query_pre_attn_scalar": 20}
+"""Layers with a window and full ones take turns."""
+
+GPT_OSS = {
+    "head_dim": 32,
+    "sliding_window": 24,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 32,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 128,
+    },
+}
+
 MIXTURE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 COMMON = {
@@ -54,7 +74,7 @@ def make_model(family: str, seed: int = 0, gain: float = 1.0, **options: Any) ->
     At `gain` 2 greedy text wanders; at 1 it soon loops.
     """
     config = getattr(transformers, f"{family}Config")(**copy.deepcopy(COMMON | {"pad_token_id": None} | options))
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

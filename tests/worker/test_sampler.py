@@ -209,7 +209,8 @@ def test_mixed_batch_keeps_rows_apart():
 def test_repetition_penalty_as_transformers_defines_it():
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    logits = torch.randn(2, VOCAB)
+    logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0))
+    assert (logits[0, 7:] > 0).sum() >= 20, "which no penalty brings below others"
     prompt = [3, 4, 5, 6]
     params = [SamplingParams(temperature=0, repetition_penalty=1e6), SamplingParams(temperature=0)]
     sampler = Sampler(2, VOCAB, logits.device)

@@ -1,4 +1,4 @@
-"""What attention is in one layer, and what of it the kernels can compute."""
+"""What attention is in one layer."""
 
 from __future__ import annotations
 
@@ -47,10 +47,12 @@ class AttentionSpec:
                 raise ValueError(f"{name}={shown(value)}: must be a finite number above 0")
 
 
-def refuse_unsupported(layers: Sequence[AttentionSpec]) -> None:
-    """Raise a ValueError that names the first layer and field that the kernels would not honour."""
+def refuse_forms(layers: Sequence[AttentionSpec], option: str, remedy: str) -> None:
+    """Raise a ValueError that names an option that takes plain attention alone, the first layer and field that is not
+    plain, and the remedy.
+    """
     for index, layer in enumerate(layers):
         for name in ("window", "soft_cap", "sinks"):
             value = getattr(layer, name)
             if value:
-                raise ValueError(f"attention with {name}={value} (layer {index}) is not supported")
+                raise ValueError(f"{option}: attention with {name}={value} (layer {index}) is not supported: {remedy}")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.add_rms_norm import add_rms_norm
+from kernels.attention_form import AttentionForm
 from kernels.qk_norm_rope import qk_norm_rope
+from zipage.models.biased_sparse_mlp import BiasedSparseMLP
 from zipage.models.mlp import GatedMLP, new_parameter, prefixed, row_pieces, row_views
 from zipage.models.rotary import RotaryEmbedding
 from zipage.models.shard import WHOLE, Piece, Shard
@@ -36,6 +40,7 @@ class DecoderLayer(nn.Module):
         self.num_heads = heads.num_heads
         self.num_kv_heads = heads.num_kv_heads
         self.eps = spec.rms_norm_eps
+        self.norm_offset = spec.norm_offset
         self.qkv = shard.head_pieces(whole)
         self.output, self.own_columns = shard.output_columns(whole)
         self._qkv_names = ("qkv_proj",) if spec.fused_weights else ("q_proj", "k_proj", "v_proj")
@@ -49,13 +54,21 @@ class DecoderLayer(nn.Module):
         self.k_norm = parameter(heads.head_dim) if spec.qk_norm else None
         self.output_weight = parameter(spec.width, self.output.count)
         self.output_bias = parameter(spec.width) if spec.output_bias else None
+        self.sinks = parameter(heads.num_heads) if heads.sinks else None
+        self.form = AttentionForm(heads.window, heads.soft_cap, self.sinks)
+        self.attention_output_norm = parameter(spec.width) if spec.output_norms else None
+        self.mlp_output_norm = parameter(spec.width) if spec.output_norms else None
         self.mlp_norm = parameter(spec.width)
-        experts = spec.experts_of(index)
-        self.mlp = (
-            GatedMLP(spec.width, spec.mlp_width, bias=spec.mlp_bias, fused=spec.fused_weights, shard=shard, **options)
-            if experts is None
-            else SparseMLP(spec.width, experts, shard=shard, **options)
-        )
+        self.mlp = self._new_mlp(spec, shard, options)
+
+    def _new_mlp(self, spec: ModelSpec, shard: Shard, options: dict[str, Any]) -> nn.Module:
+        experts = spec.experts_of(self.index)
+        if experts is None:
+            flags = {"bias": spec.mlp_bias, "fused": spec.fused_weights, "activation": spec.activation}
+            return GatedMLP(spec.width, spec.mlp_width, **flags, shard=shard, **options)
+        if experts.swiglu is None:
+            return SparseMLP(spec.width, experts, shard=shard, **options)
+        return BiasedSparseMLP(spec.width, experts, **options)
 
     def forward(
         self,
@@ -77,14 +90,20 @@ class DecoderLayer(nn.Module):
         Returns:
             [T, width], this layer's output, not yet added.
         """
-        normed = self.shard.add_rms_norm(hidden, delta, 1, self.input_norm, self.eps)
+        normed = self.shard.add_rms_norm(hidden, delta, 1, self.input_norm, self.eps, self.norm_offset)
         if observe is not None:
             observe(self.index, normed)
         qkv = F.linear(normed, self.qkv_weight, self.qkv_bias)
-        q, k, v = qk_norm_rope(qkv, self.q_norm, self.k_norm, self.eps, cos, sin, self.num_heads, self.num_kv_heads)
+        heads = self.num_heads, self.num_kv_heads
+        q, k, v = qk_norm_rope(qkv, self.q_norm, self.k_norm, self.eps, cos, sin, *heads, self.norm_offset)
         attended = attention(self.index, q, k, v).reshape(hidden.shape[0], -1)[:, self.own_columns]
         delta = self.shard.row_parallel(attended, self.output_weight, self.output_bias, 0)
-        return self.mlp(self.shard.add_rms_norm(hidden, delta, 0, self.mlp_norm, self.eps))
+        delta = self._output_norm(delta, self.attention_output_norm)
+        normed = self.shard.add_rms_norm(hidden, delta, 0, self.mlp_norm, self.eps, self.norm_offset)
+        return self._output_norm(self.mlp(normed), self.mlp_output_norm)
+
+    def _output_norm(self, delta: Tensor, weight: Tensor | None) -> Tensor:
+        return delta if weight is None else add_rms_norm(delta, None, weight, self.eps, self.norm_offset)
 
     def pieces(self) -> dict[str, tuple[Piece, ...]]:
         """As `Decoder.pieces`."""
@@ -100,11 +119,23 @@ class DecoderLayer(nn.Module):
         """As `Decoder.weight_views`."""
         attention = row_views(self._qkv_names, self.qkv, self.qkv_weight, self.qkv_bias)
         attention["o_proj.weight"] = self.output_weight
-        optional = {"o_proj.bias": self.output_bias, "q_norm.weight": self.q_norm, "k_norm.weight": self.k_norm}
+        optional = {
+            "o_proj.bias": self.output_bias,
+            "q_norm.weight": self.q_norm,
+            "k_norm.weight": self.k_norm,
+            "sinks": self.sinks,
+        }
         attention |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+        norms = {"post_attention_layernorm.weight": self.mlp_norm}
+        if self.mlp_output_norm is not None:
+            norms = {
+                "post_attention_layernorm.weight": self.attention_output_norm,
+                "pre_feedforward_layernorm.weight": self.mlp_norm,
+                "post_feedforward_layernorm.weight": self.mlp_output_norm,
+            }
         return {
             "input_layernorm.weight": self.input_norm,
-            "post_attention_layernorm.weight": self.mlp_norm,
+            **norms,
             **prefixed("self_attn", attention),
             **prefixed("mlp", self.mlp.weight_views()),
         }
@@ -139,6 +170,15 @@ class Decoder(nn.Module):
             else new_parameter(self.vocab.count, spec.width, dtype=dtype, device=device)
         )
         self.rotary = self._rotary(spec.max_position, device)
+        self.local_rotary = None
+        if spec.local_inv_freq is not None:
+            self.local_rotary = RotaryEmbedding(torch.tensor(spec.local_inv_freq, device=device), 1.0)
+        self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype).item()
+
+    @property
+    def forms(self) -> tuple[AttentionForm, ...]:
+        """Of each layer's attention, which `forward` leaves to its caller."""
+        return tuple(layer.form for layer in self.layers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,15 +218,24 @@ class Decoder(nn.Module):
             [T, width] in the model's dtype.
         """
         hidden = self.shard.embed(token_ids, self.embedding)
-        cos, sin = self.rotary(positions)
+        if self._embedding_scale != 1.0:
+            hidden.mul_(self._embedding_scale)
+        angles = self.rotary(positions)
+        local_angles = angles if self.local_rotary is None else self.local_rotary(positions)
         delta = None
         for layer in self.layers:
+            cos, sin = angles if layer.form.window is None else local_angles
             delta = layer(hidden, delta, cos, sin, attention, observe)
-        return self.shard.add_rms_norm(hidden, delta, 1, self.norm, self.spec.rms_norm_eps)
+        return self.shard.add_rms_norm(hidden, delta, 1, self.norm, self.spec.rms_norm_eps, self.spec.norm_offset)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, width] -> [N, vocab] in the model's dtype."""
-        return self.shard.all_tokens(F.linear(hidden, self.lm_head), self.spec.vocab_size)
+        return self.capped(self.shard.all_tokens(F.linear(hidden, self.lm_head), self.spec.vocab_size))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits as the model caps them, in place."""
+        cap = self.spec.logit_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def pieces(self) -> dict[str, tuple[Piece, ...]]:
         """Of each parameter that a shard splits, by its name, what it holds of the whole, one after another."""

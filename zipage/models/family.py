@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from zipage.models.attention import AttentionSpec
 from zipage.models.decoder import Decoder
 from zipage.models.expert_spec import ExpertSpec
-from zipage.models.fields import check_size
+from zipage.models.fields import FULL, SLIDING, check_size, shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 
 def same_in_every_layer(config: PretrainedConfig, attention: AttentionSpec) -> tuple[AttentionSpec, ...]:
     return (attention,) * config.num_hidden_layers
+
+
+def by_layer_type(config: PretrainedConfig, attention: AttentionSpec) -> tuple[AttentionSpec, ...]:
+    """As `layer_types` has it: layers with `sliding_window`, and others. Raises ValueError where the two don't fit."""
+    count, types = config.num_hidden_layers, config.layer_types
+    if len(types) != count:
+        raise ValueError(f"layer_types has {len(types)} entries: must be num_hidden_layers={shown(count)}")
+    if SLIDING in types:
+        check_size("sliding_window", config.sliding_window)
+    windowed = replace(attention, window=config.sliding_window)
+    return tuple(windowed if kind == SLIDING else attention for kind in types)
+
+
+def same_rope(config: PretrainedConfig) -> tuple[Mapping[str, Any], None]:
+    return config.rope_parameters, None
 
 
 def no_window(config: PretrainedConfig) -> None:
@@ -57,6 +72,11 @@ class Family:
             config that would change results and is not supported.
         window: latest entries that a query of any layer sees, as the config has it; None: all. Contexts end there, so
             that no query misses an entry.
+        layer_types: entries that `layer_types` of a config may have.
+        hidden_act: names of the activation that MLPs may have; None: `flags` reads it from another field.
+        rope: the config -> rotary parameters of its layers, and others of those with a window; None: the same.
+        stretches_positions: `max_position_embeddings` counts positions before `linear` rotary scaling.
+        quantization: `quant_method` of checkpoints that are dequantized on load; None: there are none.
         partial_rotary: the first dimensions of a head alone may rotate.
         sparse: layers may have experts.
         attention: the config, and full attention as the config's sizes have it -> attention of each layer.
@@ -71,6 +91,11 @@ class Family:
     config_class: str
     flags: Callable[[PretrainedConfig], dict[str, Any]]
     window: Callable[[PretrainedConfig], int | None] = no_window
+    layer_types: tuple[str, ...] = (FULL,)
+    hidden_act: tuple[str, ...] | None = ("silu", "swish")
+    rope: Callable[[PretrainedConfig], tuple[Mapping[str, Any], Mapping[str, Any] | None]] = same_rope
+    stretches_positions: bool = True
+    quantization: str | None = None
     partial_rotary: bool = False
     sparse: bool = False
     attention: Callable[[PretrainedConfig, AttentionSpec], tuple[AttentionSpec, ...]] = same_in_every_layer

@@ -13,6 +13,8 @@ LARGEST = 2**31 - 1
 LARGEST_HEAD = 2**16
 LARGEST_DEPTH = 2**16
 MOST_EXPERTS = 2**12
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Types of layers, in `layer_types`."""
 
 
 def is_integer(value: Any) -> bool:
@@ -42,6 +44,13 @@ def _is_positive(value: Any) -> bool:
 
 
 def _is_rope(value: Any) -> bool:
+    """Of all layers alike, or by their type."""
+    if isinstance(value, Mapping) and (FULL in value or SLIDING in value):
+        return all(key in (FULL, SLIDING) and (inner is None or _is_rope_of_all(inner)) for key, inner in value.items())
+    return _is_rope_of_all(value)
+
+
+def _is_rope_of_all(value: Any) -> bool:
     def is_right(key: str, inner: Any) -> bool:
         if key in ("rope_type", "type"):
             return is_text(inner)
@@ -72,11 +81,14 @@ _TEXTS, _ROPE = (is_texts, "a list of texts"), (_is_rope, "an object with a rope
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "architectures": _TEXTS,
     "attention_bias": _FLAG,
+    "attn_logit_softcapping": _NUMBER,
     "decoder_sparse_step": _at_most(LARGEST),
     "dtype": _TEXT,
     "eos_token_id": (is_ids, "an integer or a list of integers"),
+    "final_logit_softcapping": _NUMBER,
     "head_dim": _at_most(LARGEST_HEAD),
     "hidden_act": _TEXT,
+    "hidden_activation": _TEXT,
     "hidden_size": _at_most(LARGEST),
     "intermediate_size": _at_most(LARGEST),
     "layer_types": _TEXTS,
@@ -96,14 +108,20 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "partial_rotary_factor": _NUMBER,
     "qkv_bias": _FLAG,
     "quantization_config": (lambda _: True, "refused by name"),
+    "query_pre_attn_scalar": _NUMBER,
     "rms_norm_eps": _NUMBER,
+    "rope_local_base_freq": _NUMBER,
     "rope_parameters": _ROPE,
     "rope_scaling": _ROPE,
     "rope_theta": _NUMBER,
     "shared_expert_intermediate_size": _at_most(LARGEST),
     "sliding_window": _at_most(LARGEST),
+    "sliding_window_pattern": (lambda value: _is_positive(value) and is_integer(value), "an integer above 0"),
+    "swiglu_alpha": _NUMBER,
+    "swiglu_limit": _NUMBER,
     "tie_word_embeddings": _FLAG,
     "torch_dtype": _TEXT,
+    "use_bidirectional_attention": _FLAG,
     "use_sliding_window": _FLAG,
     "vocab_size": _at_most(LARGEST),
 }

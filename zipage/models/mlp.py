@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.gelu_mul import gelu_mul
 from kernels.silu_mul import silu_mul
 from zipage.models.shard import Piece, Shard
 
@@ -15,24 +16,38 @@ def new_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.P
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
+GATES = {"silu": silu_mul, "gelu_tanh": gelu_mul}
+
+
 class GatedMLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202). gate and up are rows of one weight, in this order.
+    """SwiGLU or GeGLU (Shazeer 2020, arXiv:2002.05202). gate and up are rows of one weight, in this order.
 
     Args:
         width: of the residual stream.
         inner: of gate and of up.
         bias: all projections carry one.
         fused: a checkpoint stores gate and up as one tensor too.
+        activation: of the gate, one of `GATES`.
     """
 
     def __init__(
-        self, width: int, inner: int, *, bias: bool, fused: bool, dtype: torch.dtype, device: torch.device, shard: Shard
+        self,
+        width: int,
+        inner: int,
+        *,
+        bias: bool,
+        fused: bool,
+        activation: str = "silu",
+        dtype: torch.dtype,
+        device: torch.device,
+        shard: Shard,
     ) -> None:
         super().__init__()
         self.shard = shard
         self.gate_up = (shard.piece(0, inner),) * 2
         self.down = shard.piece(1, inner)
         self._fused = fused
+        self._gate = GATES[activation]
         gate_up_width = sum(piece.count for piece in self.gate_up)
         options = {"dtype": dtype, "device": device}
         self.gate_up_weight = new_parameter(gate_up_width, width, **options)
@@ -42,7 +57,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, width] -> the rank's part of [T, width], in place 1 (`Shard.row_parallel`)."""
-        gated = silu_mul(F.linear(x, self.gate_up_weight, self.gate_up_bias))
+        gated = self._gate(F.linear(x, self.gate_up_weight, self.gate_up_bias))
         return self.shard.row_parallel(gated, self.down_weight, self.down_bias, 1)
 
     def pieces(self) -> dict[str, tuple[Piece, ...]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from zipage.models.families.gemma3_text import GEMMA3_TEXT
+from zipage.models.families.gpt_oss import GPT_OSS
 from zipage.models.families.llama import LLAMA
 from zipage.models.families.mistral import MISTRAL
 from zipage.models.families.phi3 import PHI3
@@ -15,7 +17,11 @@ from zipage.models.families.qwen3_moe import QWEN3_MOE
 from zipage.models.family import Family
 from zipage.models.fields import FIELDS, is_texts, shown
 
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE)}
+_ALL = LLAMA, MISTRAL, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GEMMA3_TEXT, GPT_OSS
+FAMILIES = {family.name: family for family in _ALL}
+
+WITH_IMAGES = {"gemma3": "gemma3_text"}
+"""Models of images and text -> the family of those of text alone."""
 
 
 def find_family(name: Any, classes: Iterable[str] | None = None) -> Family:
@@ -28,6 +34,8 @@ def find_family(name: Any, classes: Iterable[str] | None = None) -> Family:
     Raises:
         ValueError: there is no such family, or its checkpoints are of another class; the message names both.
     """
+    if isinstance(name, str) and name in WITH_IMAGES:
+        raise ValueError(f"architecture {name!r} reads images, which is not supported; {WITH_IMAGES[name]!r} is")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"unknown architecture {shown(name)}; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[name]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -54,13 +55,16 @@ class Frequencies:
     short_context: int = 0
 
 
-def rope_frequencies(config: PretrainedConfig, head_dim: int, *, partial: bool = False) -> Frequencies:
+def rope_frequencies(
+    config: PretrainedConfig, head_dim: int, parameters: Mapping[str, Any] | None = None, *, partial: bool = False
+) -> Frequencies:
     """Frequencies of a transformers config, as transformers itself computes them.
 
     `linear` divides them (position interpolation, arXiv:2306.15595), `llama3` by wavelength, `yarn` by part
     (arXiv:2309.00071), `longrope` by a factor each, others in long contexts (arXiv:2402.13753).
 
     Args:
+        parameters: `rope_parameters` of some layers; None: the config's.
         partial: a part of the head alone may rotate (`partial_rotary_factor`).
 
     Raises:
@@ -69,6 +73,8 @@ def rope_frequencies(config: PretrainedConfig, head_dim: int, *, partial: bool =
     """
     config = copy.deepcopy(config)
     config.head_dim = head_dim
+    if parameters is not None:
+        config.rope_parameters = dict(parameters)
     parameters = config.rope_parameters
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type not in ROPE_TYPES:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.add_rms_norm import add_rms_norm
-from zipage.models.attention import AttentionSpec
+from zipage.models.attention import AttentionSpec, refuse_forms
 from zipage.models.spec import ModelSpec
 
 
@@ -114,6 +114,11 @@ class Shard:
     def check(self, spec: ModelSpec) -> None:
         """Raise a ValueError where the model cannot be spread over `size` ranks."""
         heads, kv_heads, size = spec.num_heads, spec.num_kv_heads, self.size
+        if size > 1:
+            option = f"tensor_parallel_size={size}"
+            refuse_forms(spec.attention, option, "use one device")
+            if spec.output_norms or spec.norm_offset:
+                raise ValueError(f"{option}: {spec.architecture} is not spread over ranks: use one device")
         if heads % size or (kv_heads % size and size % kv_heads):
             fits = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
             raise ValueError(
@@ -177,10 +182,14 @@ class Shard:
         """As `row_parallel`, of the rank's part x [T, width] of a sum."""
         return x if self.is_whole else self.collectives.part(x, place)
 
-    def add_rms_norm(self, hidden: Tensor, part: Tensor | None, place: int, weight: Tensor, eps: float) -> Tensor:
-        """`kernels.add_rms_norm` of what `row_parallel` gave on all ranks; None: nothing is added."""
+    def add_rms_norm(
+        self, hidden: Tensor, part: Tensor | None, place: int, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> Tensor:
+        """`kernels.add_rms_norm` of what `row_parallel` gave on all ranks; None: nothing is added. There is no offset
+        where a model is spread (`check`).
+        """
         if self.is_whole or part is None:
-            return add_rms_norm(hidden, part, weight, eps)
+            return add_rms_norm(hidden, part, weight, eps, offset)
         return self.collectives.add_rms_norm(hidden, part, place, weight, eps)
 
     def embed(self, token_ids: Tensor, embedding: Tensor) -> Tensor:

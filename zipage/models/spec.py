@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -24,15 +25,22 @@ class ModelSpec:
         mlp_width: inner width of the gated MLP of layers without experts.
         experts: of the other layers; None: there are none.
         rms_norm_eps: epsilon of every RMSNorm.
+        norm_offset: added to the weight of every RMSNorm (1 in Gemma's models).
         inv_freq: rotary frequencies in radians per position, scaling applied: half as many as dimensions of a head
             rotate, the first ones.
         long_inv_freq: those of contexts longer than `short_context` tokens (LongRoPE); None: the same.
         short_context: where `long_inv_freq` begins.
+        local_inv_freq: rotary frequencies of layers with a window; None: the same.
         rope_attention_factor: factor on cos and sin (YaRN, LongRoPE).
         max_position: positions that the model is made for, rope scaling included, or those of its sliding window.
         qkv_bias, output_bias, mlp_bias: which projections carry a bias.
         qk_norm: RMSNorm on each head's q and k before rotary.
+        output_norms: RMSNorm of what attention and the MLP add to the residual stream, before they do.
+        activation: of the gate of MLPs, "silu" or "gelu_tanh".
+        embedding_scale: factor on embeddings, rounded to their dtype.
+        logit_cap: c, where logits x become c * tanh(x / c); None: they stay.
         fused_weights: checkpoints store q, k and v as one tensor, and gate and up as one.
+        mxfp4: checkpoints store experts as blocks of four-bit floats.
         tie_embeddings: the embedding is the output projection too.
         eos_token_ids: ids that end a sequence, ascending.
         dtype: of the checkpoint; None where its config does not say.
@@ -48,16 +56,23 @@ class ModelSpec:
     mlp_width: int
     experts: ExpertSpec | None = None
     rms_norm_eps: float
+    norm_offset: float = 0.0
     inv_freq: tuple[float, ...]
     long_inv_freq: tuple[float, ...] | None = None
     short_context: int = 0
+    local_inv_freq: tuple[float, ...] | None = None
     rope_attention_factor: float = 1.0
     max_position: int
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    output_norms: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None
     fused_weights: bool = False
+    mxfp4: bool = False
     tie_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
@@ -73,7 +88,10 @@ class ModelSpec:
             found = sorted({getattr(layer, name) for layer in self.attention})
             if len(found) > 1:
                 raise ValueError(f"layers that differ in {name} ({', '.join(map(str, found))}) are not supported")
-        if not all(0 < frequency < math.inf for frequency in (*self.inv_freq, *(self.long_inv_freq or ()))):
+        if self.logit_cap is not None and (not is_number(self.logit_cap) or self.logit_cap <= 0):
+            raise ValueError(f"logit_cap={shown(self.logit_cap)}: must be a finite number above 0")
+        frequencies = *self.inv_freq, *(self.long_inv_freq or ()), *(self.local_inv_freq or ())
+        if not all(0 < frequency < math.inf for frequency in frequencies):
             raise ValueError("a rotary frequency is not above 0 or not finite: rope_theta or its scaling is wrong")
 
     def frequencies(self, context: int) -> tuple[float, ...]:

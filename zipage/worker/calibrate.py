@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from zipage.checks import closest
 from zipage.eviction.calibration import write_calibration
 from zipage.eviction.query_statistics import STATISTICS, Heads, QueryStatistics
+from zipage.models.attention import refuse_forms
 from zipage.models.decoder import Decoder
 from zipage.models.loading.identity import model_identity
 from zipage.models.loading.share import obtain_model
@@ -60,6 +61,7 @@ def calibrate(
     drawn = {"load_format": load_format, "seed": seed}
     loaded = obtain_model(str(model), dtype=dtype, device=device, **drawn)
     spec = loaded.spec
+    refuse_forms(spec.attention, f"calibration of {kind}", "calibrate another model")
     num_tokens = sum(max(0, len(sequence) - SKIPPED) for sequence in sequences)
     if num_tokens < 1:
         raise ValueError(f"{len(sequences)} sequences: none has a token beyond its first {SKIPPED}")

@@ -184,6 +184,7 @@ class StepGraphs:
             num_decodes=decodes,
             decode_tables=self._tables.device.index_select(0, rows[:decodes]),
             decode_lens=lens[:decodes].int(),
+            forms=self._decoder.forms,
         )
         if len(chunks):
             attention.prefill_tables = self._tables.device.index_select(0, chunks[:PROMPTS])

@@ -241,7 +241,7 @@ class ModelRunner:
         hidden = hidden.to(self.device, torch.float32)
         pieces = self.decoder.lm_head.split(LOGIT_ROWS)
         logits = torch.cat([hidden @ piece.float().T for piece in pieces], dim=1)
-        return self.decoder.shard.all_tokens(logits, self.spec.vocab_size)
+        return self.decoder.capped(self.decoder.shard.all_tokens(logits, self.spec.vocab_size))
 
     def forward(self, plan: StepPlan) -> Tensor:
         """Hidden states [N, width] that the tokens of a plan are drawn from."""
@@ -274,7 +274,9 @@ class ModelRunner:
         if self.cache.tiled:
             return self._run_tiled(plan, batch)
         num_decodes = plan.num_decodes
-        attention = PagedAttention(self.cache, self.spec.attention, slots=None, num_decodes=num_decodes)
+        attention = PagedAttention(
+            self.cache, self.spec.attention, slots=None, num_decodes=num_decodes, forms=self.decoder.forms
+        )
         if num_decodes:
             lens = batch.lens[:num_decodes]
             attention.decode_lens = self._tensor(lens, np.int32)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import CacheView, shared
 from kernels.decode_pieces import decode_pieces
 from kernels.paged_decode import paged_decode
@@ -37,6 +38,8 @@ class PagedAttention:
         decode_lens, prefill_lens: int32 [B], entries of each request with this step's included.
         cu_seqlens: int32 [prefills + 1], borders of the chunks in the batch.
         max_seqlen: at least the longest chunk; 0: there is none.
+        forms: of each layer's attention; None: all are plain. Entries of a window are those of the latest positions,
+            since nothing is evicted from a model with one.
     """
 
     cache: KVCache
@@ -50,6 +53,7 @@ class PagedAttention:
     prefill_lens: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
+    forms: Sequence[AttentionForm] | None = None
     _slots: Tensor | None = field(init=False, default=None)
     _decodes: tuple[Tensor, Tensor] | None = field(init=False, default=None)
     _prefills: tuple[Tensor, Tensor] | None = field(init=False, default=None)
@@ -65,13 +69,13 @@ class PagedAttention:
             store_kv(k, v, k_cache, v_cache, self._slots)
         else:
             store_step(k, v, q, k_cache, v_cache, self.cache.queries[layer], self._slots, self.query_indices)
-        n = self.num_decodes
+        n, form = self.num_decodes, PLAIN if self.forms is None else self.forms[layer]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if n:
-            paged_decode(q[:n], CacheView(k_cache, v_cache, *self._decodes), scale, self._pieces, out[:n])
+            paged_decode(q[:n], CacheView(k_cache, v_cache, *self._decodes), scale, self._pieces, out[:n], form)
         if self.max_seqlen:
             view = CacheView(k_cache, v_cache, *self._prefills)
-            paged_prefill(q, view, self.cu_seqlens, self.max_seqlen, scale, out)
+            paged_prefill(q, view, self.cu_seqlens, self.max_seqlen, scale, out, form)
         return out
 
     def _share(self, k_cache: Tensor, v_cache: Tensor) -> None:

@@ -145,6 +145,7 @@ def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> No
             prefill_lens=tensor(chunks, dtype=np.int32),
             cu_seqlens=tensor(np.cumsum([0, *chunks]), dtype=np.int32),
             max_seqlen=length,
+            forms=runner.decoder.forms,
         )
     tokens = tensor(np.zeros(num_tokens), dtype=np.int64)
     hidden = runner.decoder(tokens, tensor(entries, dtype=np.int64), attention)

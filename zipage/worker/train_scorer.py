@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from zipage.checks import shown
 from zipage.eviction.calibration import write_calibration
+from zipage.models.attention import refuse_forms
 from zipage.models.decoder import Decoder
 from zipage.models.loading.identity import model_identity
 from zipage.models.loading.share import obtain_model
@@ -76,6 +77,7 @@ def train_scorer(
     drawn = {"load_format": load_format, "seed": seed}
     decoder = obtain_model(str(model), dtype=dtype, device=device, **drawn).decoder
     spec = decoder.spec
+    refuse_forms(spec.attention, f"calibration of {KIND}", "calibrate another model")
     sums = [RidgeSums(spec.num_layers, spec.width, spec.num_kv_heads, decoder.device) for _ in range(2)]
     for number, (token_ids, prompt_len) in enumerate(texts):
         into = sums[number % HELD_OUT == HELD_OUT - 1]

@@ -88,7 +88,7 @@ def test_shape_of_qwen3_8b():
 
 
 def test_floor_of_a_step():
-    shape = ModelShape(weight_bytes=1000, kv_bytes=10, token_flops=50, vocab_size=1)
+    shape = ModelShape(weight_bytes=1000, kv_bytes=20, read_bytes=10, token_flops=50, vocab_size=1)
     assert step_floor(shape, 0, 0, 100.0, 1.0) == 10.0
     assert step_floor(shape, 200, 0, 100.0, 1.0) == 30.0
     assert step_floor(shape, 200, 4, 100.0, 20.0) == 40.0

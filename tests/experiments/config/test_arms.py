@@ -124,6 +124,7 @@ def test_speed_is_taken_at_the_shapes_of_the_papers_models():
     ("name", "active", "kv_bytes"),
     [
         ("phi4-shape", 14.7 - 0.5, 40 * 2 * 10 * 128 * 2),
+        ("gpt-oss-20b-shape", 3.6, 24 * 2 * 8 * 64 * 2),  # 3.6 billion of 20.9, as published
         ("qwen3-30b-a3b-shape", 3.3 - 0.3, 48 * 2 * 4 * 128 * 2),  # 3.3 billion of 30.5, as published
     ],
 )

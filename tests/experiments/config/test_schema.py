@@ -265,7 +265,7 @@ def test_the_result_is_frozen():
         ("modell=smollm2", "modell: unknown option; did you mean model?"),
         (
             "model=smollm",
-            "model=smollm: no such choice; did you mean smollm2? (choices: dummy, gguf, hf, ",
+            "model=smollm: no such choice; did you mean smollm2? (choices: dummy, gguf, gpt_oss_20b_shape, hf, ",
         ),
         ("engine.seed=3", "engine.seed: set it as seed=..."),
         ("engine.policy=full", "engine.policy: set it as policy.name=..."),

@@ -1,5 +1,6 @@
 """The model of time: its parts by hand, and machines by their files."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -137,3 +138,11 @@ def test_an_unknown_machine_names_those_there_are():
 def test_a_mixture_of_experts_is_refused():
     with pytest.raises(UsageError, match="a mixture of experts can't be simulated"):
         SimulatedShape.read(ROOT / "models" / "qwen3-30b-a3b-shape")
+
+
+def test_layers_with_a_window_are_refused(tmp_path):
+    config = json.loads((ROOT / "models" / "qwen3-0.6b-shape" / "config.json").read_text())
+    types = {"layer_types": ["sliding_attention"] * 28}
+    (tmp_path / "config.json").write_text(json.dumps(config | types))
+    with pytest.raises(UsageError, match="layers with a window can't be simulated"):
+        SimulatedShape.read(tmp_path)

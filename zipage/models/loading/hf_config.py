@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zipage.models.attention import AttentionSpec, refuse_unsupported
+from zipage.models.attention import AttentionSpec
+from zipage.models.family import Family
 from zipage.models.fields import FIELDS, LARGEST, LARGEST_HEAD, check_size, checked_fields, is_ids, shown
 from zipage.models.registry import find_family
 from zipage.models.rotary import rope_frequencies
@@ -85,16 +86,21 @@ def spec_from_config(config: PretrainedConfig, eos_token_ids: Iterable[int] = ()
         ValueError: the architecture is unknown, or an option would change results and is not supported.
     """
     family = find_family(config.model_type, config.architectures)
-    _reject_unsupported(config)
+    _reject_unsupported(config, family)
     flags = family.flags(config)
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None:
         head_dim = config.hidden_size // max(config.num_attention_heads, 1)
     if not 1 <= head_dim <= LARGEST_HEAD:
         raise ValueError(f"head_dim={head_dim}: must be at least 1 and at most {LARGEST_HEAD}")
-    rotary = rope_frequencies(config, head_dim, partial=family.partial_rotary)
-    long = rotary.long_inv_freq
-    positions, window = _max_position(config), family.window(config)
+    parameters, local_parameters = family.rope(config)
+    rotary = rope_frequencies(config, head_dim, parameters, partial=family.partial_rotary)
+    long, local = rotary.long_inv_freq, None
+    if local_parameters is not None:
+        local = rope_frequencies(config, head_dim, local_parameters)
+        if local.attention_factor != 1.0 or local.long_inv_freq is not None:
+            raise ValueError(f"rope_type={local_parameters.get('rope_type')!r} of sliding layers is not supported")
+    positions, window = _max_position(config, family, parameters), family.window(config)
     if window is not None:
         check_size("sliding_window", window)
         if window < positions:
@@ -109,7 +115,6 @@ def spec_from_config(config: PretrainedConfig, eos_token_ids: Iterable[int] = ()
             scale=head_dim**-0.5,
         ),
     )
-    refuse_unsupported(attention)
     return ModelSpec(
         architecture=family.name,
         vocab_size=config.vocab_size,
@@ -119,6 +124,7 @@ def spec_from_config(config: PretrainedConfig, eos_token_ids: Iterable[int] = ()
         rms_norm_eps=config.rms_norm_eps,
         inv_freq=tuple(rotary.inv_freq.tolist()),
         long_inv_freq=None if long is None else tuple(long.tolist()),
+        local_inv_freq=None if local is None else tuple(local.inv_freq.tolist()),
         short_context=rotary.short_context,
         rope_attention_factor=rotary.attention_factor,
         max_position=positions if window is None else min(positions, window),
@@ -149,24 +155,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _reject_unsupported(config: PretrainedConfig) -> None:
-    if config.hidden_act not in ("silu", "swish"):
+def _reject_unsupported(config: PretrainedConfig, family: Family) -> None:
+    if family.hidden_act is not None and config.hidden_act not in family.hidden_act:
         raise ValueError(f"hidden_act={config.hidden_act!r} is not supported; only silu")
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise ValueError(f"quantization_config ({method}) is not supported; use unquantized weights or a GGUF file")
+        if method is None or method != family.quantization:
+            raise ValueError(f"quantization_config ({method}) is not supported; use unquantized weights or a GGUF file")
     layer_types = getattr(config, "layer_types", None) or ()
-    if any(layer_type != "full_attention" for layer_type in layer_types):
-        others = ", ".join(sorted({*layer_types} - {"full_attention"}))
+    others = ", ".join(sorted({*layer_types} - {*family.layer_types}))
+    if others:
         raise ValueError(f"layer_types with {others} are not supported (use_sliding_window must be false)")
 
 
-def _max_position(config: PretrainedConfig) -> int:
+def _max_position(config: PretrainedConfig, family: Family, parameters: Mapping[str, Any]) -> int:
     """Positions after scaling. `linear` stretches the config's count, `yarn` the count before scaling."""
-    parameters, positions = config.rope_parameters, config.max_position_embeddings
+    positions = config.max_position_embeddings
     rope_type = parameters.get("rope_type") or parameters.get("type")
-    if rope_type == "linear":
+    if rope_type == "linear" and family.stretches_positions:
         return _stretched(positions, parameters["factor"])
     if rope_type == "yarn" and parameters.get("factor"):
         return max(positions, _stretched(parameters["original_max_position_embeddings"], parameters["factor"]))

@@ -14,6 +14,7 @@ from zipage.models.loading.gguf_file import GgufFile
 from zipage.models.loading.gguf_model import GgufWeights, gguf_spec
 from zipage.models.loading.hf_config import read_spec
 from zipage.models.loading.locate import CONFIG, WEIGHTS, locate_model
+from zipage.models.loading.mxfp4 import Mxfp4Folder
 from zipage.models.loading.safetensors_folder import SafetensorsFolder
 from zipage.models.loading.weights import EMBEDDING, LM_HEAD, Weights, check_before_allocating, fill, fill_random
 from zipage.models.registry import find_family
@@ -106,7 +107,7 @@ def _open(path: Path, dummy: bool, device: torch.device) -> tuple[ModelSpec, Wei
     spec = read_spec(path)
     if dummy:
         return spec, None
-    weights = SafetensorsFolder(path, device)
+    weights = Mxfp4Folder(path, device) if spec.mxfp4 else SafetensorsFolder(path, device)
     return dataclasses.replace(spec, dtype=spec.dtype or weights.dtype), weights
 
 

@@ -29,6 +29,7 @@ class SafetensorsFolder:
     Args:
         folder: holds the files.
         device: where `read` puts tensors.
+        packed: ends of the names of tensors that may hold bytes.
 
     Attributes:
         shapes: name -> shape, of every tensor, shard by shard.
@@ -39,8 +40,9 @@ class SafetensorsFolder:
             index names a file elsewhere, or a tensor is not a float.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, packed: tuple[str, ...] = ()) -> None:
         self.folder = folder
+        self._packed = packed
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._shards: dict[str, safe_open] = {}
@@ -56,8 +58,8 @@ class SafetensorsFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first tensor."""
-        return next(iter(self._dtypes.values()))
+        """Of the first tensor of floats."""
+        return next((dtype for dtype in self._dtypes.values() if dtype.is_floating_point), torch.bfloat16)
 
     def read(self, name: str, piece: Piece | None = None) -> Tensor:
         """One tensor, in the file's dtype, or a piece of it; no more is read."""
@@ -101,10 +103,10 @@ class SafetensorsFolder:
                 raise ValueError(f"{self.folder}: tensor {name} lies in two shards, {self._shard_of[name]} and {shard}")
             tensor = file.get_slice(name)
             stored = tensor.get_dtype()
-            if stored not in DTYPES:
+            if stored not in DTYPES and not (stored == "U8" and name.endswith(self._packed)):
                 raise ValueError(f"{path}: tensor {name} is {stored}; supported: {', '.join(DTYPES)}")
             self._shard_of[name] = shard
-            self._dtypes[name] = DTYPES[stored]
+            self._dtypes[name] = DTYPES.get(stored, torch.uint8)
             self.shapes[name] = tuple(tensor.get_shape())
 
 

@@ -132,7 +132,7 @@ def fill_random(decoder: Decoder, seed: int) -> None:
         elif name.endswith("bias"):
             whole.normal_(0.0, 0.02, generator=generator)
         else:
-            whole.fill_(1.0)
+            whole.fill_(1.0 - decoder.spec.norm_offset)
         if pieces:
             fill_pieces(pieces, parameter, lambda run, whole=whole: run.of(whole))
 

@@ -1,0 +1,59 @@
+"""Gemma 3 (arXiv:2503.19786), of text alone: layers with a window between full ones, and norms before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from zipage.models.attention import AttentionSpec
+from zipage.models.family import Family, by_layer_type
+from zipage.models.fields import FULL, SLIDING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def _flags(config: PretrainedConfig) -> dict[str, Any]:
+    if config.hidden_activation != "gelu_pytorch_tanh":
+        raise ValueError(f"hidden_activation={config.hidden_activation!r} is not supported; only gelu_pytorch_tanh")
+    if config.use_bidirectional_attention:
+        raise ValueError("use_bidirectional_attention=True is not supported: a decoder looks back alone")
+    if getattr(config, "mlp_bias", False):
+        raise ValueError(f"mlp_bias={config.mlp_bias!r} is not supported with {config.model_type}")
+    bias = bool(config.attention_bias)
+    return {
+        "activation": "gelu_tanh",
+        "embedding_scale": config.hidden_size**0.5,
+        "logit_cap": config.final_logit_softcapping,
+        "norm_offset": 1.0,
+        "output_bias": bias,
+        "output_norms": True,
+        "qk_norm": True,
+        "qkv_bias": bias,
+    }
+
+
+def _attention(config: PretrainedConfig, full: AttentionSpec) -> tuple[AttentionSpec, ...]:
+    """transformers reads `attn_logit_softcapping` and leaves it out; no published model has it."""
+    if not config.query_pre_attn_scalar > 0:
+        raise ValueError(f"query_pre_attn_scalar={config.query_pre_attn_scalar!r}: must be above 0")
+    scale = config.query_pre_attn_scalar**-0.5
+    return by_layer_type(config, replace(full, scale=scale, soft_cap=config.attn_logit_softcapping))
+
+
+def _rope(config: PretrainedConfig) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    return config.rope_parameters[FULL], config.rope_parameters[SLIDING]
+
+
+GEMMA3_TEXT = Family(
+    name="gemma3_text",
+    checkpoint_class="Gemma3ForCausalLM",
+    config_class="Gemma3TextConfig",
+    flags=_flags,
+    layer_types=(FULL, SLIDING),
+    hidden_act=None,
+    rope=_rope,
+    stretches_positions=False,
+    attention=_attention,
+)

@@ -1,0 +1,45 @@
+"""gpt-oss (arXiv:2508.10925): attention sinks, a window in every other layer, and experts with biases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from zipage.models.attention import AttentionSpec
+from zipage.models.expert_spec import ExpertSpec
+from zipage.models.family import Family, by_layer_type
+from zipage.models.fields import FULL, SLIDING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def _flags(config: PretrainedConfig) -> dict[str, Any]:
+    if getattr(config, "mlp_bias", False):
+        raise ValueError(f"mlp_bias={config.mlp_bias!r} is not supported with {config.model_type}")
+    experts = ExpertSpec(
+        num_experts=config.num_local_experts,
+        num_active=config.num_experts_per_tok,
+        width=config.intermediate_size,
+        normalized=True,
+        swiglu=(config.swiglu_alpha, config.swiglu_limit),
+    )
+    bias = bool(config.attention_bias)
+    packed = getattr(config, "quantization_config", None) is not None
+    return {"qkv_bias": bias, "output_bias": bias, "experts": experts, "mxfp4": packed}
+
+
+def _attention(config: PretrainedConfig, full: AttentionSpec) -> tuple[AttentionSpec, ...]:
+    return by_layer_type(config, replace(full, sinks=True))
+
+
+GPT_OSS = Family(
+    name="gpt_oss",
+    checkpoint_class="GptOssForCausalLM",
+    config_class="GptOssConfig",
+    flags=_flags,
+    layer_types=(FULL, SLIDING),
+    quantization="mxfp4",
+    sparse=True,
+    attention=_attention,
+)
