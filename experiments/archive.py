@@ -2,7 +2,8 @@
 
 A copy has everything that tables and intervals are computed from: config, provenance, metrics, and for each sample its
 grade, lengths, times, facts and fidelity (of single tokens to two digits). Prompts, answers and their tokens stay
-behind, and so do steps and events unless they are asked for: they are nearly all of a record's size.
+behind, and so do steps and events unless they are asked for: they are nearly all of a record's size. Files that were
+given with their whole paths go by their names alone: a run's id covers their content.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -30,6 +32,9 @@ TEXTS = ("prompt", "output", "output_token_ids")
 
 DIVERGENCES, LEAST_DIVERGENCE = "token_divergences", 1e-4
 """A column that a copy holds to two digits, and what it holds as 0."""
+
+FOLDERS = re.compile(r"""(?<=[\s=\["',:])/(?:[^\s/"',\]]+/)+""")
+"""The folders of an absolute path, in a config or a command line."""
 
 
 def archive(run: Path, folder: Path, steps: bool = False, events: bool = False, texts: bool = False) -> Path:
@@ -58,9 +63,10 @@ def archive(run: Path, folder: Path, steps: bool = False, events: bool = False, 
             left_out = ("output_token_ids",) if texts else TEXTS
             kept = _rounded(rows.drop_columns([name for name in left_out if name in rows.column_names]))
             pq.write_table(kept, staging / records.REQUESTS, compression="zstd")
-            names = [records.CONFIG, records.PROVENANCE]
-            names += [name for name, wanted in ((records.STEPS, steps), (records.EVENTS, events)) if wanted]
-            for name in names:
+            for name in (records.CONFIG, records.PROVENANCE):
+                text = (run / name).read_text(encoding="utf-8")
+                (staging / name).write_text(FOLDERS.sub("", text), encoding="utf-8")
+            for name in [name for name, wanted in ((records.STEPS, steps), (records.EVENTS, events)) if wanted]:
                 if (run / name).exists():
                     shutil.copyfile(run / name, staging / name)
             metrics = json.loads((run / records.METRICS).read_text(encoding="utf-8"))

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 LIMITS = ("ttft", "tpot", "e2e")
 """Times of a request that `--slo` may limit."""
 
+ENGINE = "provenance.sources.engine"
+"""The hash of the code that ran."""
+
 
 @stoppable
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--ranking", action="store_true",
         help="print which policy wins at which budget and protection, with its differences; --tables writes it too",
     )  # fmt: skip
+    parser.add_argument(
+        "--any-engine", action="store_true",
+        help="compare runs of different engine code too, which else have nothing to do with each other",
+    )  # fmt: skip
     parser.add_argument("--published", metavar="NAME", help="a table of results/published to set beside ours")
     parser.add_argument("--title", default="Runs compared", help="of the page")
     options = parser.parse_args(arguments)
@@ -56,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if runs.empty:
             print("no finished run", file=sys.stderr)
             return 1
+        if options.any_engine:
+            runs = runs.drop(columns=ENGINE, errors="ignore")
         if paths and all(Path(path).is_file() for path in paths):
             print(*(sweep_table(Path(path), options.wide) for path in paths), sep="\n\n")
         else:

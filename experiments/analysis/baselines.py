@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MATCHED = (
     *("model.name", "model.revision", "model.load_format", "model.chat_template", "model.chat_template_options."),
-    *("provenance.model_files.", "provenance.chat_template", "provenance.data", "provenance.prompts"),
+    *("model_content", "provenance.chat_template", "provenance.data", "provenance.prompts"),
     *("provenance.sources.engine", "provenance.sources.grader"),
     *("workload.name", "workload.grader", "sampling.", "limit", "seed", "backend", "device"),
     *("engine.dtype", "engine.max_model_len", "engine.tensor_parallel_size", "fidelity"),
@@ -152,16 +152,23 @@ def _device(option: object, gpus: object) -> str:
 
 
 def _described(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs with their device, their requests' policy, the budget that held, whether they measure fidelity, and the
-    number of their replicas, which was 1 before there was an option for it.
+    """The runs with their device, their requests' policy, the budget that held, whether they measure fidelity, the
+    number of their replicas, which was 1 before there was an option for it, and their model's content, whatever its
+    files were called.
     """
+    content = runs[[name for name in runs if name.startswith("provenance.model_files.")]]
+    content = [
+        " ".join(sorted(hash for hash in row if isinstance(hash, str))) for row in content.itertuples(index=False)
+    ]
     policy = first_given(runs, _POLICY, "policy.name", dtype=object)
     plain = runs.drop(columns=[_POLICY, _BUDGET], errors="ignore")
     held = {"budget": held_budgets(runs), "interval": held_intervals(runs)}
     fidelity = runs.reindex(columns=["scenario.kind"]).iloc[:, 0] == "fidelity"
     replicas = runs.reindex(columns=[REPLICAS]).astype(float).fillna(1)
     protection = runs.reindex(columns=list(PROTECTION)).mask(policy == "random_attention", "prompt")
-    return plain.assign(device=devices(runs), policy=policy, fidelity=fidelity, **held, **replicas, **protection)
+    return plain.assign(
+        device=devices(runs), policy=policy, fidelity=fidelity, model_content=content, **held, **replicas, **protection
+    )
 
 
 def _controls(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

@@ -230,6 +230,11 @@ class TestBaselines:
         assert table.loc["same", ["full.run", "random.run"]].tolist() == ["a", "b"]
         assert table.loc["x", ["full.run", "random.run", "full.difference", "output_length.inflation"]].isna().all()
 
+    def test_a_model_is_its_content_whatever_its_file_is_called(self, tmp_path):
+        make_run(tmp_path, "a", FULL, provenance={"model_files": {"a.gguf": "w1"}})
+        make_run(tmp_path, "b", ZIPAGE, provenance={"model_files": {"b.gguf": "w1"}})
+        assert compared(tmp_path).loc["b", "full.run"] == "a"
+
     def test_a_missing_option_is_one_without_value(self, tmp_path):
         make_run(tmp_path, "a", FULL, config={"sampling.seed": None})
         make_run(tmp_path, "b", ZIPAGE)

@@ -11,7 +11,19 @@ import pytest
 from experiments import archive, regrade
 from experiments.analysis.comparison import compare
 from experiments.analysis.samples import read_samples
-from experiments.records import EVENTS, HASHES, METRICS, REQUESTS, STEPS, damage, load_requests, load_runs, load_steps
+from experiments.records import (
+    CONFIG,
+    EVENTS,
+    HASHES,
+    METRICS,
+    PROVENANCE,
+    REQUESTS,
+    STEPS,
+    damage,
+    load_requests,
+    load_runs,
+    load_steps,
+)
 
 
 @pytest.fixture
@@ -25,12 +37,23 @@ def test_a_copy_tells_the_same_without_the_texts(run, results, tmp_path, capsys)
     assert archive.main([str(results), "--to", str(copies)]) == 0
     assert "1 run copied" in capsys.readouterr().out
     copy = load_runs(copies).iloc[0]
-    pd.testing.assert_series_equal(copy.drop("path"), run.drop("path"), check_names=False)
+    places = ["path", "model.path"]
+    pd.testing.assert_series_equal(copy.drop(places), run.drop(places), check_names=False)
     whole, kept = load_requests(run), load_requests(copy)
     assert set(whole.columns) - set(kept.columns) == {"prompt", "output", "output_token_ids"}
     pd.testing.assert_frame_equal(kept, whole[kept.columns])
     assert not (copies / run["run"] / STEPS).exists()
     assert not (copies / run["run"] / EVENTS).exists()
+
+
+def test_a_copy_names_no_folder_of_the_machine(run, results, tmp_path):
+    assert str(tmp_path) in (Path(run["path"]) / CONFIG).read_text()
+    assert archive.main([str(results), "--to", str(tmp_path / "copies")]) == 0
+    copy = load_runs(tmp_path / "copies").iloc[0]
+    for name in (CONFIG, PROVENANCE):
+        text = (Path(copy["path"]) / name).read_text()
+        assert str(tmp_path) not in text
+    assert Path(copy["model.path"]).name == copy["model.path"]
 
 
 def test_steps_and_events_when_asked_for(run, results, tmp_path):

@@ -280,3 +280,13 @@ def test_provenance_is_plain_and_complete():
     assert origin["hardware"]["cpu"]
     assert origin["hardware"]["cpus"] >= 1
     assert device_name("cpu") == "cpu"
+
+
+def test_runs_of_different_engine_code_are_compared_when_asked_for(tmp_path, capsys):
+    make_run(tmp_path, "a", origin={"sources": {"engine": "before"}})
+    make_run(tmp_path, "b", "r_kv", 64, origin={"sources": {"engine": "after"}})
+    seen = []
+    for more in ([], ["--any-engine"]):
+        assert report.main([str(tmp_path), "--ranking", *more]) == 0
+        seen.append("less full KV" in capsys.readouterr().out)
+    assert seen == [False, True]
