@@ -219,7 +219,8 @@ class Scheduler:
             if self.compressions.in_flight or any(other.has_all_tokens for other in self.running):
                 return False
             victim = self._find_victim(request)
-            self._evict_request(batch, victim or request)
+            # A bounded one that leaves of itself may lack queries of its window; computed again, it has them.
+            self._evict_request(batch, victim or request, may_copy=victim is not None or request.rule is None)
             if victim is None:
                 return False
         return True
@@ -305,9 +306,9 @@ class Scheduler:
         request.num_pauses += 1
         self.num_pauses += 1
 
-    def _evict_request(self, batch: Batch, request: Request) -> None:
+    def _evict_request(self, batch: Batch, request: Request, may_copy: bool = True) -> None:
         """Take a running request's blocks; it goes back to its place in the queue."""
-        if request.num_compressions or self.swap_space.prefers_copy(request):
+        if request.num_compressions or (may_copy and self.swap_space.prefers_copy(request)):
             self.pause(request, batch)
             return
         batch.preempted.append(Preemption(request, request.cache_len, len(request.block_ids)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zipage.scheduling.query_slots import has_window
 from zipage.scheduling.request import Request
 from zipage.tile_table import num_blocks
 
@@ -65,13 +64,8 @@ class SwapSpace:
         return -(-num_blocks(request.block_ids) // self.slab_blocks)
 
     def prefers_copy(self, request: Request) -> bool:
-        """Whether a running request that was never compressed is to be copied.
-
-        One that lacks queries of its next compression's window is not: computed again, it has them.
-        """
+        """Whether a running request that was never compressed is to be copied."""
         if self.costs is None or self.num_used + self.slabs_of(request) > self.num_slabs:
-            return False
-        if request.rule is not None and not has_window(request):
             return False
         return self.costs.is_copy_cheaper(num_blocks(request.block_ids), request.cache_len)
 

@@ -159,7 +159,7 @@ class Worker:
             window=0 if policy is None else policy.num_queries,
             tiled=config.is_tiled,
         )
-        self.runner.attach(self.cache)
+        self.runner.attach(self.cache, plan.num_host_slabs)
         self.compressor = CompressionRunner(
             self.cache,
             self.spec,
