@@ -114,7 +114,7 @@ class Simulation:
             "scheduling": rng.choice(["hybrid", "hybrid", "constrained"]),
         }
         caching = rng.random() < 0.7
-        slabs = random.Random(-seed).choice([0, 0, 2, 5, 1000])  # of its own, so that all else stays what it was
+        slabs = random.Random(-seed).choice([0, 1, 2, 3, 1000])  # of its own, so that all else stays what it was
         space = SwapSpace(slabs, max(1, 4 // size), SwapCosts(block_bytes=0, token_operations=1, pair_operations=0))
         self.scheduler = Scheduler(BlockPool(num_blocks, size, caching), **options, swap_space=space)
         self.model = FabricatedModel(self.scheduler, seed, max_delay=rng.choice([0, 0, 1, 4]), overlaps=bool(seed % 2))
@@ -144,7 +144,7 @@ class Simulation:
             f"compression={'async' if self.model.max_delay else 'sync'}",
             f"steps={'overlapped' if self.model.overlaps else 'one by one'}",
             f"prefix_caching={caching}",
-            f"swap_space={'none' if not slabs else 'little' if slabs < 10 else 'ample'}",
+            f"swap_space={'none' if not slabs else 'little' if slabs < 4 else 'ample'}",
             f"chunked_prefill={chunked}",
             f"window={policy.num_queries}",
             "policy=" + ("drops_blocks" if policy.drops_blocks else "pages" if policy.page > 1 else "tokens"),
