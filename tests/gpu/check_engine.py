@@ -7,7 +7,7 @@
   `--full` all do.
 * requests: `tests/gpu/check_requests.py`.
 * memory: the plan of a Qwen3-8B-shaped model with random weights, full KV and compressed, against CUDA's peak in a run
-  that fills it.
+  that fills it: never under it, and under full KV at most 1 % over.
 
 Exits with 1 where anything disagrees.
 """
@@ -189,7 +189,10 @@ def check_memory(device: str) -> list[dict]:
             "compressions": stats.compressions_applied,
             "preemptions": stats.preemptions,
         }
+        row["planned_over_peak"] = row["planned_bytes"] / row["peak_bytes"] - 1
         row["ok"] = row["peak_bytes"] <= row["planned_bytes"] <= row["limit_bytes"]
+        # The largest batch of compressions, which is planned, comes in no load as short as this one.
+        row["ok"] &= bool(options) or row["planned_over_peak"] <= 0.01
         row["ok"] &= stats.compressions_applied >= (256 if options else 0)
         rows.append(row)
         llm.shutdown()

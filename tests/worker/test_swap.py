@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from zipage.worker.kv_cache import NOWHERE, KVCache
 from zipage.tile_table import TileTable
 from zipage.worker import swap
+from zipage.worker.kv_cache import NOWHERE, KVCache
 from zipage.worker.swap import Swapper
 
 SPEC = SimpleNamespace(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8)

@@ -162,8 +162,8 @@ class ModelRunner:
     def move(self, plan: StepPlan) -> dict[int, str]:
         """Copy blocks as a step demands: saves first, since restored requests, and any other, may get their blocks.
 
-        On CUDA what goes to host memory and back goes beside the step that the plan is of, which waits for it only where
-        it takes blocks that are still copied. Whatever is queued behind that step waits for all.
+        On CUDA what goes to host memory and back goes beside the plan's step, which waits only where it takes blocks
+        that are still copied. Whatever is queued behind that step waits for all.
 
         Returns:
             Numbers of requests whose entries were lost on the way to host memory or back, and one line each that says

@@ -150,8 +150,8 @@ class Swapper:
         return [ids[first : first + self._num_units] for first in range(0, len(ids), self._num_units)]
 
     def _views(self, slab: Tensor, count: int) -> tuple[list[Tensor], list[Tensor]]:
-        """[L, count, ...] for each of `KVCache.entry_tensors`: of the device's buffer, and of a slab. On a CPU the slab is
-        the buffer too.
+        """[L, count, ...] for each of `KVCache.entry_tensors`: of the device's buffer, and of a slab. On a CPU both are
+        the slab.
         """
         if self._stream is None:
             views = self._divide(slab, count)
