@@ -1,4 +1,4 @@
-"""Requests that lose their blocks before their first compression and come back by copy: no token changes, nothing leaks."""
+"""Requests that lose their blocks before a compression and come back by copy: no token changes, nothing leaks."""
 
 import pytest
 
