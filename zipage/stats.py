@@ -126,8 +126,9 @@ class EngineStats:
     `compressions_failed` only by those under way. `compressions_misranked` counts those whose policy ranked an entry
     NaN, so that chance decided what they kept. `pauses` exceeds `resumes` by the requests that are paused now, or that
     ended while they were: with a token of the step that was under way when they left. `bytes_to_host` and
-    `bytes_from_host` are of blocks that were copied so, of each rank. `requests_failed` counts prompts that were refused or that ended with an error. `prompts_truncated` counts prompts under protection "prompt" that do
-    not fit their budget whole.
+    `bytes_from_host` are of blocks that were copied so, of each rank. `requests_failed` counts prompts that were
+    refused or that ended with an error. `prompts_truncated` counts prompts under protection "prompt" that do not fit
+    their budget whole.
 
     With `data_parallel_size` above 1 every counter and every gauge is the sum over the replicas, `blocks_total` and
     `steps` among them; `host_time` and `device_time` then exceed the time that passed. Gauges are as last heard of,

@@ -8,8 +8,8 @@ from zipage.scheduling.request import Request
 from zipage.tile_table import num_blocks
 
 OPERATIONS_PER_BYTE = 10_000
-"""Operations of a prompt that a GPU computes while it copies a byte to host memory or back. An H100 makes 600 TFLOP/s in
-products and copies 50 GB/s over PCIe 5, an A100 makes 200 and copies 25."""
+"""Operations of a prompt that a GPU computes while it copies a byte to host memory or back. An H100 makes 600 TFLOP/s
+in products and copies 50 GB/s over PCIe 5, an A100 makes 200 and copies 25."""
 
 
 @dataclass(frozen=True, slots=True)
