@@ -52,7 +52,7 @@ class StepModel:
         return int(logits + MLP_BYTES * max_num_batched_tokens * spec.mlp_width / self.shape.ranks)
 
     def step(self, work: StepWork) -> float:
-        return sum(self.parts(*work[:-1]))
+        return float(sum(self.parts(*work[:-1])))
 
     def parts(
         self, num_decodes: Any, decode_entries: Any, prefill_tokens: Any = 0, prefill_entries: Any = 0,
