@@ -73,9 +73,9 @@ class EngineConfig:
         kv_cache_memory_bytes: memory for the pool when `num_blocks` is None. None: on CUDA what
             `gpu_memory_utilization` leaves after the measured peak of a full step, on a CPU 1 GiB.
         gpu_memory_utilization: share of the GPU's memory the engine may use.
-        swap_space: GiB of pinned host memory, beside each GPU. A request that loses its blocks is copied there and back
-            where there is room and that is cheaper than to compute it again. Those that were compressed can't be
-            computed again, and are copied whatever this is. 0: only they are.
+        swap_space: GiB of host memory beside each GPU, pinned at the start. A request that loses its blocks is copied
+            there and back where there is room and that is cheaper than to compute it again. Those that were compressed
+            can't be computed again, and are copied whatever this is. 0: only they are.
         max_model_len: longest prompt plus output; None takes the model's.
         max_num_seqs: requests in a step at most.
         max_num_batched_tokens: tokens in a step at most (decodes first, then prefill).
