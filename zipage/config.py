@@ -73,6 +73,9 @@ class EngineConfig:
         kv_cache_memory_bytes: memory for the pool when `num_blocks` is None. None: on CUDA what
             `gpu_memory_utilization` leaves after the measured peak of a full step, on a CPU 1 GiB.
         gpu_memory_utilization: share of the GPU's memory the engine may use.
+        swap_space: GiB of host memory beside each GPU, pinned at the start. A request that loses its blocks is copied
+            there and back where there is room and that is cheaper than to compute it again. Those that were compressed
+            can't be computed again, and are copied whatever this is. 0: only they are.
         max_model_len: longest prompt plus output; None takes the model's.
         max_num_seqs: requests in a step at most.
         max_num_batched_tokens: tokens in a step at most (decodes first, then prefill).
@@ -123,6 +126,7 @@ class EngineConfig:
     num_blocks: Count | None = None
     kv_cache_memory_bytes: Count | None = None
     gpu_memory_utilization: Share = 0.9
+    swap_space: Annotated[float, at_least(0)] = 0.0
     max_model_len: Count | None = None
     max_num_seqs: Count = 512
     max_num_batched_tokens: Count = 8192

@@ -125,9 +125,10 @@ class EngineStats:
     the end of a run says that its budget never bound. `compressions_ordered` exceeds `compressions_applied` and
     `compressions_failed` only by those under way. `compressions_misranked` counts those whose policy ranked an entry
     NaN, so that chance decided what they kept. `pauses` exceeds `resumes` by the requests that are paused now, or that
-    ended while they were: with a token of the step that was under way when they left. `requests_failed` counts prompts
-    that were refused or that ended with an error. `prompts_truncated` counts prompts under protection "prompt" that do
-    not fit their budget whole.
+    ended while they were: with a token of the step that was under way when they left. `bytes_to_host` and
+    `bytes_from_host` are of blocks that were copied so, of each rank. `requests_failed` counts prompts that were
+    refused or that ended with an error. `prompts_truncated` counts prompts under protection "prompt" that do not fit
+    their budget whole.
 
     With `data_parallel_size` above 1 every counter and every gauge is the sum over the replicas, `blocks_total` and
     `steps` among them; `host_time` and `device_time` then exceed the time that passed. Gauges are as last heard of,
@@ -144,6 +145,8 @@ class EngineStats:
     preemptions: int = 0
     pauses: int = 0
     resumes: int = 0
+    bytes_to_host: int = 0
+    bytes_from_host: int = 0
     compressions_ordered: int = 0
     compressions_applied: int = 0
     compressions_failed: int = 0

@@ -15,7 +15,7 @@ _TEXT_ONLY = "prompts are text or token ids"
 _GENERATE_ONLY = "the engine generates text, and neither embeds nor scores"
 _GRAMMAR = "check the answer, and ask again where it does not fit"
 _ONE_BY_ONE = "each step decodes one token of a request"
-_PAUSED = "paused requests go to host memory as needed; leave it out"
+_PAUSED = "set swap_space, host memory for preempted requests"
 _BLOCKS = "set num_blocks, kv_cache_memory_bytes or gpu_memory_utilization"
 _AS_IT_IS = "edit config.json in the model's folder"
 _PROCESSORS = "use logit_bias, bad_words, or the penalties"
@@ -32,7 +32,7 @@ LLM_OPTIONS: dict[str, str] = {
     "kv_cache_dtype": "the KV cache has the model's dtype; bound it with policy and budget_tokens",
     "calculate_kv_scales": "the KV cache has the model's dtype",
     "num_gpu_blocks_override": "use num_blocks",
-    **dict.fromkeys(("swap_space", "kv_offloading_size", "kv_offloading_backend", "kv_transfer_config"), _PAUSED),
+    **dict.fromkeys(("kv_offloading_size", "kv_offloading_backend", "kv_transfer_config"), _PAUSED),
     **dict.fromkeys(("cpu_offload_gb", "cpu_offload_params"), "weights stay on the device; take a smaller model"),
     **dict.fromkeys(("pipeline_parallel_size", "decode_context_parallel_size"), ONE_DEVICE),
     **dict.fromkeys(("prefill_context_parallel_size", "enable_expert_parallel", "worker_cls"), ONE_DEVICE),
@@ -56,7 +56,7 @@ LLM_OPTIONS: dict[str, str] = {
     **dict.fromkeys(("compilation_config", "cudagraph_capture_sizes", "max_seq_len_to_capture"), _GRAPHS),
     **dict.fromkeys(("attention_config", "attention_backend", "use_v2_block_manager"), _KERNELS),
     **dict.fromkeys(("disable_sliding_window", "disable_cascade_attn"), _KERNELS),
-    "preemption_mode": "a request is computed again, or paused after its first compression",
+    "preemption_mode": "a request is computed again, or copied to host memory: see swap_space",
     **dict.fromkeys(("scheduling_policy", "scheduler_cls", "priority"), _ORDER),
     **dict.fromkeys(("max_num_partial_prefills", "max_long_partial_prefills", "long_prefill_token_threshold"), _ORDER),
     **dict.fromkeys(("scheduler_delay_factor", "num_scheduler_steps", "multi_step_stream_outputs"), _ORDER),

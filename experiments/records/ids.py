@@ -27,6 +27,7 @@ LATER: dict[str, Any] = {
     "policy.allocation_options": {},
     "engine.async_scheduling": False,
     "engine.data_parallel_size": 1,
+    "engine.swap_space": 0.0,
     "scenario.speed": 1.0,
     "scenario.seconds": None,
     "scenario.machine": None,

@@ -6,7 +6,7 @@ A roofline with shares: each part of a step reaches its own share of the machine
     attention  = layers x a constant + entries x bytes / bandwidth + prefill pairs x operations / flops
     the rest   = layers x (a constant + tokens x bytes of a row / bandwidth) + sampled tokens x vocabulary x a constant
     ranks      = 2 x layers x (latency + 2 x tokens x bytes of a row / link) + sampled tokens x bytes of logits / link
-    moves      = blocks to host memory and back / host link
+    moves      = blocks to host memory and back / host link, as far as the step beside them is shorter
 
 `link` is what a GPU of N has for what the N - 1 others hold: N / (N - 1) of a share of the published bandwidth.
 
@@ -17,6 +17,8 @@ kernels, a constant a layer.
 from __future__ import annotations
 
 from typing import Any
+
+import numpy as np
 
 from experiments.simulation.machine import Machine
 from experiments.simulation.shape import SimulatedShape
@@ -50,7 +52,7 @@ class StepModel:
         return int(logits + MLP_BYTES * max_num_batched_tokens * spec.mlp_width / self.shape.ranks)
 
     def step(self, work: StepWork) -> float:
-        return sum(self.parts(*work[:-1]))
+        return float(sum(self.parts(*work[:-1])))
 
     def parts(
         self, num_decodes: Any, decode_entries: Any, prefill_tokens: Any = 0, prefill_entries: Any = 0,
@@ -72,7 +74,8 @@ class StepModel:
             link = m.link_bandwidth * m.link_share * shape.ranks / (shape.ranks - 1)
             rest += 2 * shape.layers * (m.collective_seconds + 2 * tokens * row / link)
             rest += num_decodes * sizes.vocab_size * LOGIT_BYTES / link
-        return products, attention, rest + moved_blocks * self._block_bytes / m.host_bandwidth
+        moves = moved_blocks * self._block_bytes / m.host_bandwidth
+        return products, attention, np.maximum(rest, moves - products - attention)
 
     def host(self, work: StepWork) -> float:
         return self.machine.host_seconds + self.machine.host_row_seconds * work.num_decodes

@@ -16,7 +16,7 @@ from tests.tiny_models import VOCAB, save_tiny_model, save_tiny_tokenizer
 from zipage import SamplingParams
 from zipage.engine.detokenizer import Detokenizer
 from zipage.eviction.policy import Policy
-from zipage.worker import model_runner
+from zipage.worker.swap import Swapper
 
 PROMPTS = random_prompts((5, 33, 17, 40), VOCAB)
 
@@ -261,7 +261,7 @@ def test_a_pause_that_fails_ends_its_request_alone(folder, monkeypatch, way, ove
     expected = make_llm(folder, Case("random"), **options).generate(prompts, params, use_tqdm=False)
     llm = make_llm(folder, Case("random"), **options)
     events = record_events(llm)
-    function, calls = getattr(model_runner, way), []
+    function, calls = getattr(Swapper, way), []
 
     def fails_once(*args):
         calls.append(args)
@@ -269,7 +269,7 @@ def test_a_pause_that_fails_ends_its_request_alone(folder, monkeypatch, way, ove
             raise torch.OutOfMemoryError("no memory left")
         return function(*args)
 
-    monkeypatch.setattr(model_runner, way, fails_once)
+    monkeypatch.setattr(Swapper, way, fails_once)
     outputs = llm.generate(prompts, params, use_tqdm=False)
     first = next(e.request_id for e in events if e.kind == ("pause" if way == "save" else "resume"))
     (failed,) = (output for output in outputs if output.error is not None)

@@ -115,5 +115,5 @@ def test_a_worker_that_is_told_the_same_in_bytes_draws_the_same_tokens(folder, c
     assert (stats.compressions_applied > 10) == (case is not None)
     assert stats.pauses > stats.resumes > 0
     assert stats.preemptions > 0
-    assert not llm._core.runner._host_copies
-    assert not other._core.runner._host_copies
+    assert not llm._core.runner.swapper.copies
+    assert not other._core.runner.swapper.copies

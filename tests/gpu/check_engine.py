@@ -7,7 +7,7 @@
   `--full` all do.
 * requests: `tests/gpu/check_requests.py`.
 * memory: the plan of a Qwen3-8B-shaped model with random weights, full KV and compressed, against CUDA's peak in a run
-  that fills it.
+  that fills it: never under it, and under full KV at most 1 % over.
 
 Exits with 1 where anything disagrees.
 """
@@ -35,6 +35,7 @@ from tests.gpu.check_requests import check_requests
 from tests.gpu.pairwise import pairwise
 from tests.tiny_models import FAMILIES, MORE_FAMILIES, VOCAB, save_tiny_model, transformers_greedy
 from zipage import LLM, SamplingParams
+from zipage.scheduling.swap_space import SwapCosts
 
 NUM_TOKENS = 200
 LENGTHS = (1, 15, 17, 70, 130)
@@ -45,6 +46,7 @@ CASES = {
     "unchunked": {"enable_chunked_prefill": False, "max_model_len": 512},
     "prefix-hit": {},
     "preempted": {},
+    "copied": {"swap_space": 0.25},
 }
 QWEN3_8B = {
     "model_type": "qwen3",
@@ -87,7 +89,7 @@ def check_family(folder: Path, family: str, cases: list[tuple[int, str]], device
     rows = []
     for block_size, case in cases:
         options = {"num_blocks": 4096 // block_size, "max_num_batched_tokens": 512} | CASES[case]
-        if case == "preempted":
+        if case in ("preempted", "copied"):
             options["num_blocks"] = {16: 30, 256: 3}[block_size]
         llm = LLM(
             str(folder),
@@ -99,6 +101,8 @@ def check_family(folder: Path, family: str, cases: list[tuple[int, str]], device
             debug=True,
             **options,
         )
+        if case == "copied":  # a tiny model is computed in no time
+            llm._core.scheduler.swap_space.costs = SwapCosts(0, 1, 0)
         if case == "prefix-hit":
             llm.generate(prompts, PARAMS, use_tqdm=False)
         outputs = llm.generate(prompts, PARAMS, use_tqdm=False)
@@ -116,11 +120,13 @@ def check_family(folder: Path, family: str, cases: list[tuple[int, str]], device
             ),
             "cached_tokens": sum(output.metrics.cached_tokens for output in outputs),
             "preemptions": llm.stats.preemptions,
+            "pauses": llm.stats.pauses,
         }
         row["ok"] = row["tokens_equal"] and row["max_logprob_difference"] < 1e-3
         if block_size == 16:  # too small a number of blocks of 256 to tell
             row["ok"] &= (row["preemptions"] > 0) == (case == "preempted")
-            row["ok"] &= case == "preempted" or (row["cached_tokens"] > 0) == (case == "prefix-hit")
+            row["ok"] &= (row["pauses"] > 0) == (case == "copied")
+            row["ok"] &= case in ("preempted", "copied") or (row["cached_tokens"] > 0) == (case == "prefix-hit")
         rows.append(row)
     return rows
 
@@ -183,7 +189,10 @@ def check_memory(device: str) -> list[dict]:
             "compressions": stats.compressions_applied,
             "preemptions": stats.preemptions,
         }
+        row["planned_over_peak"] = row["planned_bytes"] / row["peak_bytes"] - 1
         row["ok"] = row["peak_bytes"] <= row["planned_bytes"] <= row["limit_bytes"]
+        # The largest batch of compressions, which is planned, comes in no load as short as this one.
+        row["ok"] &= bool(options) or row["planned_over_peak"] <= 0.01
         row["ok"] &= stats.compressions_applied >= (256 if options else 0)
         rows.append(row)
         llm.shutdown()

@@ -354,11 +354,18 @@ class FabricatedModel(FabricatedMemory):
         if oldest in left:
             alone = running == [oldest] and isinstance(scheduler.trigger, Pressure)
             assert alone, "the oldest request left for another"
-        assert not any(swap.request in left for swap in batch.resumed), "paused and resumed by one batch"
+        for swap in batch.resumed:
+            # One that was never compressed may share all its blocks, so that it needs none to come back.
+            assert swap.request not in left or not swap.request.num_compressions, "paused and resumed by one batch"
         numbers = [request.number for request in scheduler.waiting]
         assert numbers == sorted(numbers), "the queue is out of order"
         self._check_entered(slots, batch)
         events["pauses"] += len(batch.paused)
+        swap_space, copied = scheduler.swap_space, [not swap.request.num_compressions for swap in batch.paused]
+        events["copied_instead_of_computed"] += sum(copied)
+        events["swap_space_full"] += bool(batch.preempted) and 0 < swap_space.num_slabs <= swap_space.num_used
+        if copied and all(copied):
+            assert swap_space.num_used <= swap_space.num_slabs
         events["preemptions"] += len(batch.preempted)
         events["stalls"] += batch.num_stalled
         events["left_and_returned_at_once"] += sum(request.status is Status.RUNNING for request in left)
@@ -399,3 +406,4 @@ class FabricatedModel(FabricatedMemory):
         assert scheduler.slots.num_used == 0
         assert not scheduler.compressions.in_flight
         self._drop(scheduler.take_dropped())
+        assert (scheduler.swap_space.num_used > 0) == bool(self.host_copies)

@@ -22,12 +22,14 @@ from zipage.eviction.rule import EvictionRule
 from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.request import Request, Status
 from zipage.scheduling.scheduler import Scheduler
+from zipage.scheduling.swap_space import SwapCosts, SwapSpace
 
 MUST_OCCUR = (
     "aborts",
     "aborts_while_compressing",
     "aborts_while_paused",
     "compressions",
+    "copied_instead_of_computed",
     "deferrals",
     "lent",
     "ended_while_compressing",
@@ -41,6 +43,7 @@ MUST_OCCUR = (
     "resumes",
     "resumes_with_shared_blocks",
     "stalls",
+    "swap_space_full",
     "tokens_dropped",
 )
 """Events without which a run of some thousand steps has tested nothing."""
@@ -112,7 +115,9 @@ class Simulation:
             "scheduling": rng.choice(["hybrid", "hybrid", "constrained"]),
         }
         caching = rng.random() < 0.7
-        self.scheduler = Scheduler(BlockPool(num_blocks, size, caching), **options)
+        slabs = random.Random(-seed).choice([0, 1, 2, 3, 1000])  # of its own, so that all else stays what it was
+        space = SwapSpace(slabs, max(1, 4 // size), SwapCosts(block_bytes=0, token_operations=1, pair_operations=0))
+        self.scheduler = Scheduler(BlockPool(num_blocks, size, caching), **options, swap_space=space)
         self.model = FabricatedModel(self.scheduler, seed, max_delay=rng.choice([0, 0, 1, 4]), overlaps=bool(seed % 2))
         self.requests: list[Request] = []
         self.max_eos = rng.choice([0.0, 0.02])
@@ -140,6 +145,7 @@ class Simulation:
             f"compression={'async' if self.model.max_delay else 'sync'}",
             f"steps={'overlapped' if self.model.overlaps else 'one by one'}",
             f"prefix_caching={caching}",
+            f"swap_space={'none' if not slabs else 'little' if slabs < 4 else 'ample'}",
             f"chunked_prefill={chunked}",
             f"window={policy.num_queries}",
             "policy=" + ("drops_blocks" if policy.drops_blocks else "pages" if policy.page > 1 else "tokens"),

@@ -6,6 +6,7 @@ from tests.scheduling.compressing import sharers, started, step_until
 from tests.scheduling.fabricated import make_request, make_rule
 from zipage.scheduling.batch import Batch
 from zipage.scheduling.request import Status
+from zipage.scheduling.swap_space import SwapCosts, SwapSpace
 
 
 def test_a_resumed_request_has_room_for_its_next_token():
@@ -191,3 +192,53 @@ def test_an_abort_while_paused():
     model.step()
     assert not model.host_copies, "the next plan says to drop them"
     model.run()
+
+
+# Copies of requests that were never compressed
+
+
+def ample() -> SwapSpace:
+    return SwapSpace(100, 2, SwapCosts(block_bytes=0, token_operations=1, pair_operations=0))
+
+
+@pytest.mark.parametrize(("num_slabs", "copied"), [(0, False), (1, False), (2, True)])
+def test_a_victim_is_copied_where_there_is_room(num_slabs, copied):
+    old, request = make_request("a", 12, 12), make_request("b", 12, 12)
+    scheduler, model = started(old, request, num_blocks=7, caching=False, swap_space=ample())
+    scheduler.swap_space.num_slabs = num_slabs
+    model.step()
+    step_until(model, lambda: request.status is not Status.RUNNING)
+    assert (request.status is Status.PAUSED) == copied
+    assert scheduler.swap_space.num_used == (2 if copied else 0), "three blocks, two of which a slab holds"
+    model.run()
+    assert (request.num_pauses, request.num_preemptions) == ((1, 0) if copied else (0, 1))
+
+
+def test_what_came_back_is_in_the_prefix_index_again():
+    old, request = make_request("a", 12, 12), make_request("b", 12, 12)
+    scheduler, model = started(old, request, num_blocks=7, swap_space=ample())
+    step_until(model, lambda: request.status is Status.PAUSED)
+    step_until(model, lambda: request.status is Status.RUNNING)
+    model.step()
+    assert len(request.prefix_ids) == request.cache_len // 4 == 3
+    model.run()
+    assert 0 < scheduler.swap_space.blocks_in <= scheduler.swap_space.blocks_out == 3
+
+
+def test_one_that_fills_the_pool_without_the_queries_of_its_window_is_computed_again():
+    """Copied, it would come back without them and leave for ever."""
+    request = make_request("a", 4, 40, make_rule(4, 4, window=4))
+    scheduler, model = started(request, num_blocks=4, trigger="pressure", swap_space=ample())
+    step_until(model, lambda: request.cache_len == 15)
+    scheduler.slots.take_back(request)
+    model.run(max_steps=80)
+    assert request.num_preemptions == 1
+    assert request.num_compressions > 0
+
+
+def test_a_copy_costs_twice_its_bytes_and_a_computation_grows_with_the_square():
+    costs = SwapCosts(block_bytes=1_000, token_operations=1_000_000, pair_operations=2_000)
+    assert not costs.is_copy_cheaper(10, 160)  # 200 million against 160 million, and 26 million of attention
+    assert costs.is_copy_cheaper(10, 176)
+    assert not costs.is_copy_cheaper(10, 1), "of a request whose prompt has just begun"
+    assert costs.is_copy_cheaper(200, 2400), "4 billion against 2.4, and 5.8 of attention"

@@ -13,6 +13,7 @@ from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.memory_plan import MemoryPlan, block_bytes, plan_memory, query_slot_bytes
+from zipage.worker.worker import DeviceMemory
 
 MIB, GIB = 2**20, 2**30
 QWEN3_8B = SimpleNamespace(num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128)
@@ -135,3 +136,11 @@ def test_an_engine_keeps_what_its_plan_says_under_every_policy(folder, case, opt
     queries = 0 if cache.queries is None else cache.queries.nbytes
     assert (sum(x.nbytes for x in cache.entry_tensors), queries) == (it.cache_bytes, it.query_bytes)
     assert 0 <= 3_000_000 - it.cache_bytes - it.query_bytes < it.block_bytes
+
+
+@pytest.mark.parametrize("left", [0, 100, 7000])
+def test_what_is_planned_and_what_others_take_fill_the_share(left):
+    """Whatever the measurement left behind is in the plan, and is taken from the cache once."""
+    total, weights, peak, others = 100_000, 30_000, 5_000, 2_000
+    memory = DeviceMemory.of(weights, left, peak, total - others - weights - left, 0.1 * total)
+    assert memory.weights + memory.activations + memory.free + others == 0.9 * total

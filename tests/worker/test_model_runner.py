@@ -151,7 +151,7 @@ def test_swaps_move_blocks_and_queries(runner):
     cache.poison(slice(None))
     cache.poison_queries(2)
     runner.move(plan_step(Batch(resumed=[Swap(request, [1, 0, 11], 0, 1)])))
-    assert not runner._host_copies
+    assert not runner.swapper.copies
     for x, before in zip((cache.k, cache.v), expected, strict=True):
         assert torch.equal(x[:, [1, 0, 11], :, :8], before)
     assert torch.equal(cache.queries[:, 1], queries)
@@ -173,4 +173,4 @@ def test_what_was_saved_is_dropped_by_the_number_of_its_request(runner):
     run(runner, Batch(prefills=[Chunk(one, 16), Chunk(two, 15)]))
     runner.move(plan_step(Batch(paused=[Swap(one, [3], 0, -1), Swap(two, [8], 0, -1)])))
     runner.move(plan_step(Batch(), drops=[one.number]))
-    assert runner._host_copies.keys() == {two.number}
+    assert runner.swapper.copies.keys() == {two.number}

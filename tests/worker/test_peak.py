@@ -50,7 +50,7 @@ def test_a_measured_compression_reads_a_block_that_it_does_not_write(loaded, int
     cache = KVCache(loaded.spec, 4, SIZE, torch.float32, torch.device("cpu"), positions=True, scores=True)
     cache.poison(slice(None))
     rule = EvictionRule(registry.make("keydiff", {}), Budget(4, SIZE, interval_blocks), recent=4)
-    run_compression(cache, loaded.spec, rule, None, 9, 2)
+    run_compression(cache, loaded.spec, rule, None, False, 9, 2)
 
 
 @torch.inference_mode()
@@ -78,9 +78,73 @@ def test_graphs_keep_their_memory_while_a_compression_runs(loaded, monkeypatch, 
     monkeypatch.setattr(peak, "_peak_of", lambda device, run: next(measured))
     options = {"max_num_seqs": 4, "max_num_batched_tokens": SIZE, "max_model_len": 6 * SIZE}
     runner = ModelRunner(loaded.decoder, loaded.spec, torch.device("cpu"), **options)
-    kept = runner.step_graphs(make_cache(loaded), None).kept_bytes
+    kept = runner.step_graphs(make_cache(loaded), None).kept_bytes + runner.block_tables(make_cache(loaded)).nbytes
     options = {"rule": RULE, "asynchronous": asynchronous}
     assert peak.measure_peak(runner, SIZE, torch.float32, **options) == peak_bytes + kept
+
+
+class Allocator:
+    """CUDA's counters, and a run that takes `transient` bytes and leaves `left` behind the first time."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = self.most = 1000
+        for name in ("synchronize", "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, lambda device=None: None)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: self.now)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: self.most)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: setattr(self, "most", self.now))
+
+    def take(self, num_bytes: int) -> None:
+        self.now += num_bytes
+        self.most = max(self.most, self.now)
+
+    def run(self, transient: int, left: int, late: bool):
+        kept = [left]
+
+        def once() -> None:
+            if not late:
+                self.take(kept.pop() if kept else 0)
+            self.take(transient)
+            self.take(-transient)
+            self.take(kept.pop() if kept else 0)
+
+        return once
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_a_run_leaves_behind_is_counted_once(monkeypatch, late):
+    """It is missing from what is free afterwards, so it is no part of the peak, whenever it came."""
+    allocator = Allocator(monkeypatch)
+    assert peak._peak_of(None, allocator.run(500, 64, late)) == 500
+    assert allocator.now == 1064
+    assert peak._peak_of(None, allocator.run(30, 0, late)) == 30
+
+
+@torch.inference_mode()
+def test_plan_and_use_agree(loaded, monkeypatch):
+    """An engine that then takes all that was measured at once uses what is planned, and no more than the limit."""
+    allocator = Allocator(monkeypatch)
+    runs = iter([(500, 64, False), (200, 32, True), (100, 16, False), (40, 0, False)])
+    monkeypatch.setattr(peak, "run_largest_step", lambda *_: step())
+    step, graphs, long, many = (allocator.run(*next(runs)) for _ in range(4))
+    monkeypatch.setattr(StepGraphs, "warm_up_largest", lambda _: graphs())
+    compressions = [long, long, many, many, lambda: None]
+    monkeypatch.setattr(peak, "run_compression", lambda *_, **__: compressions.pop(0)())
+    options = {"max_num_seqs": 4, "max_num_batched_tokens": SIZE, "max_model_len": 6 * SIZE}
+    runner = ModelRunner(loaded.decoder, loaded.spec, torch.device("cpu"), **options)
+    measured = peak.measure_peak(runner, SIZE, torch.float32, rule=RULE, asynchronous=True)
+    assert allocator.now == 1000 + 64 + 32 + 16
+    tables = runner.block_tables(make_cache(loaded)).nbytes
+    assert measured == 500 + (200 + runner.step_graphs(make_cache(loaded), None).kept_bytes) + 100 + tables
+
+
+@torch.inference_mode()
+def test_seen_tokens_stay_and_are_measured(loaded):
+    """The sampler that is measured is the one that serves, so what it keeps is there before memory is divided."""
+    options = {"max_num_seqs": 4, "max_num_batched_tokens": 80, "max_model_len": 80}
+    runner = ModelRunner(loaded.decoder, loaded.spec, torch.device("cpu"), **options)
+    run_largest_step(runner, make_cache(loaded), 80)
+    assert runner.sampler._seen.shape == (4, loaded.spec.vocab_size)
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 64])
@@ -116,10 +180,10 @@ def test_a_compression_that_can_not_be_measured_is_an_error(loaded, monkeypatch)
         raise torch.OutOfMemoryError("no memory left")
 
     cache = make_cache(loaded, positions=True, scores=True, num_query_slots=1, window=4)
-    run_compression(cache, loaded.spec, RULE, None, 4, 2)
+    run_compression(cache, loaded.spec, RULE, None, False, 4, 2)
     monkeypatch.setattr(type(RULE.policy), "rank", no_memory)
     with pytest.raises(RuntimeError, match="policy 'snapkv' failed: OutOfMemoryError: no memory left"):
-        run_compression(cache, loaded.spec, RULE, None, 4, 2)
+        run_compression(cache, loaded.spec, RULE, None, False, 4, 2)
 
 
 @pytest.mark.parametrize("budget", [Budget(5000, SIZE, 4996), Budget(5000, SIZE), Budget(4, SIZE)])

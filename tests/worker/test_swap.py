@@ -2,11 +2,14 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from zipage.tile_table import TileTable
+from zipage.worker import swap
 from zipage.worker.kv_cache import NOWHERE, KVCache
-from zipage.worker.swap import restore, save
+from zipage.worker.swap import Swapper
 
 SPEC = SimpleNamespace(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8)
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -39,17 +42,23 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 @on_every_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_blocks_and_queries_come_back_elsewhere_bit_for_bit(dtype, device):
+@pytest.mark.parametrize("num_units", [1, 2, 3, 8])
+def test_blocks_and_queries_come_back_elsewhere_bit_for_bit(num_units, dtype, device):
     cache = make_cache(dtype, device)
     old, new = [7, 2, 5], [1, 5, 9]
     fill(cache, old, query_slot=3)
     entries = [bits(x[:, old]) for x in cache.entry_tensors]
     queries = bits(cache.queries[:, 3])
-    copy = save(cache, old, 3)
+    swapper = Swapper(cache, num_units)
+    swapper.begin()
+    swapper.save(4, old, 3)
+    swapper.wait()
     # Whoever gets the blocks next writes to them.
     cache.poison(slice(None))
     cache.poison_queries(slice(None))
-    restore(cache, copy, new, 0, 0)
+    swapper.begin()
+    swapper.restore(4, new, 0, 0)
+    swapper.wait()
     assert all(torch.equal(bits(x[:, new]), saved) for x, saved in zip(cache.entry_tensors, entries, strict=True))
     assert torch.equal(bits(cache.queries[:, 0]), queries)
     others = [i for i in range(10) if i not in new]
@@ -61,19 +70,99 @@ def test_blocks_and_queries_come_back_elsewhere_bit_for_bit(dtype, device):
 
 
 @on_every_device
-def test_leading_blocks_are_left_alone(device):
+@pytest.mark.parametrize("num_units", [1, 2, 4])
+def test_leading_blocks_are_left_alone(num_units, device):
     cache = make_cache(torch.float32, device)
     fill(cache, [0, 1, 2])
-    copy = save(cache, [0, 1, 2], -1)
+    swapper = Swapper(cache, num_units)
+    swapper.begin()
+    swapper.save(0, [0, 1, 2], -1)
+    swapper.wait()
     expected = bits(cache.k[:, 2])
     cache.poison(slice(None))
-    restore(cache, copy, [3, 4, 5], 2, -1)
+    swapper.begin()
+    swapper.restore(0, [3, 4, 5], 2, -1)
+    swapper.wait()
     assert cache.k[:, [3, 4]].isnan().all()
     assert torch.equal(bits(cache.k[:, 5]), expected)
     assert cache.queries.isnan().all()
 
 
+@on_every_device
+def test_tiles_come_back_in_other_tiles(device):
+    cache = make_cache(torch.float32, device, tiled=True)
+    fill(cache, [*range(60)])
+    lines = 6
+    old = TileTable.of_columns(np.arange(3 * lines).reshape(lines, 3))
+    old, _ = old.cut(np.array([48, 16, 33, 1, 20, 48]), 32, 16)
+    new = old.like(np.arange(40, 40 + len(old.ids))[::-1])
+    saved = [bits(x[:, old.ids.tolist()]) for x in cache.entry_tensors]
+    swapper = Swapper(cache, lines)
+    swapper.begin()
+    swapper.save(0, old, -1)
+    swapper.wait()
+    cache.poison(slice(0, 40))
+    swapper.begin()
+    swapper.restore(0, new, 0, -1)
+    swapper.wait()
+    for x, expected in zip(cache.entry_tensors, saved, strict=True):
+        assert torch.equal(bits(x[:, new.ids.tolist()]), expected)
+
+
 def test_a_table_of_another_length_is_an_error():
-    cache = make_cache(torch.float32, "cpu")
+    swapper = Swapper(make_cache(torch.float32, "cpu"), 1)
+    swapper.save(0, [1, 2], -1)
     with pytest.raises(RuntimeError, match="2 blocks were saved and 1"):
-        restore(cache, save(cache, [1, 2], -1), [3], 0, -1)
+        swapper.restore(0, [3], 0, -1)
+    assert swapper.num_free_slabs == 2
+
+
+@on_every_device
+def test_slabs_are_pinned_once_and_used_again(monkeypatch, device):
+    monkeypatch.setattr(swap, "PINNED_BYTES", 1)
+    cache = make_cache(torch.float32, device)
+    fill(cache, [*range(10)])
+    swapper = Swapper(cache, 2, num_slabs=3)
+    for number, table in enumerate(([0, 1, 2], [3], [4, 5, 6, 7, 8])):
+        swapper.save(number, table, -1)
+    assert swapper.num_free_slabs == 0, "six are needed, so three more came"
+    swapper.drop(0)
+    swapper.drop(7)
+    assert swapper.num_free_slabs == 2
+    swapper.restore(2, [0, 1, 2, 3, 4], 0, -1)
+    assert swapper.num_free_slabs == 5
+    swapper.wait()
+
+
+def test_what_fails_keeps_no_slab(monkeypatch):
+    swapper = Swapper(make_cache(torch.float32, "cpu"), 1, num_slabs=2)
+
+    def no_memory(*options, **more):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(swap, "to_device", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        swapper.save(0, [1, 2], -1)
+    assert swapper.num_free_slabs == 2
+    swapper.drop(0)
+    assert swapper.num_free_slabs == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="streams are CUDA's")
+def test_copies_run_beside_what_is_queued_next_and_before_what_takes_their_blocks():
+    cache = make_cache(torch.float32, "cuda")
+    fill(cache, [*range(10)])
+    expected = bits(cache.k[:, [0, 1, 2, 3]])
+    swapper = Swapper(cache, 1)
+    for _ in range(20):
+        torch.cuda._sleep(10**7)
+        swapper.begin()
+        swapper.save(0, [0, 1, 2, 3], -1)
+        swapper.wait_for([3])
+        cache.poison(3)  # the last block is the first to be handed out
+        swapper.wait()
+        cache.poison(slice(0, 3))
+        swapper.begin()
+        swapper.restore(0, [0, 1, 2, 3], 0, -1)
+        swapper.wait()
+        assert torch.equal(bits(cache.k[:, [0, 1, 2, 3]]), expected)

@@ -23,6 +23,7 @@ from zipage.models.spec import ModelSpec
 from zipage.parallel.ranked_worker import RankedWorker, start_ranks
 from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.scheduler import Scheduler
+from zipage.scheduling.swap_space import SwapCosts, SwapSpace
 from zipage.scheduling.tile_pool import TilePool
 from zipage.worker.memory_plan import MemoryPlan, plan_memory
 from zipage.worker.worker import Worker
@@ -102,6 +103,12 @@ def _pool(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> BlockPool:
     return BlockPool(plan.num_blocks, config.block_size, config.enable_prefix_caching)
 
 
+def _swap_space(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> SwapSpace:
+    operations = spec.token_operations, spec.pair_operations
+    costs = SwapCosts(plan.block_bytes, *(count // config.tensor_parallel_size for count in operations))
+    return SwapSpace(plan.num_host_slabs, plan.slab_blocks, costs)
+
+
 def core_on(
     worker: Worker | RankedWorker,
     config: EngineConfig,
@@ -133,12 +140,13 @@ def core_on(
         num_query_slots=plan.num_query_slots,
         trigger=config.trigger,
         scheduling=config.scheduling,
+        swap_space=_swap_space(plan, config, spec),
     )
     core = core_type(
         scheduler,
         worker.runner,
         worker.compressor,
-        Telemetry(scheduler, strict=config.debug, clock=clock),
+        Telemetry(scheduler, plan.block_bytes, strict=config.debug, clock=clock),
         DebugChecks(scheduler, worker.cache) if config.debug else None,
         overlaps=worker.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
         async_compression=config.async_compression,

@@ -59,7 +59,7 @@ class Listeners:
 
 
 class Telemetry:
-    """Fills the records of `zipage.stats`; `clock` is that of its core.
+    """Fills the records of `zipage.stats`; `clock` is that of its core, `block_bytes` those of a block of each rank.
 
     Attributes:
         counters: those that the scheduler does not keep itself.
@@ -67,9 +67,14 @@ class Telemetry:
     """
 
     def __init__(
-        self, scheduler: Scheduler, strict: bool = False, clock: Callable[[], float] = time.perf_counter
+        self,
+        scheduler: Scheduler,
+        block_bytes: int,
+        strict: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._scheduler = scheduler
+        self._block_bytes = block_bytes
         self._clock = clock
         self._num_applied = 0
         self.counters = EngineStats(blocks_total=scheduler.pool.num_blocks)
@@ -165,6 +170,8 @@ class Telemetry:
             self.counters,
             pauses=scheduler.num_pauses,
             resumes=scheduler.num_resumes,
+            bytes_to_host=scheduler.swap_space.blocks_out * self._block_bytes,
+            bytes_from_host=scheduler.swap_space.blocks_in * self._block_bytes,
             compressions_ordered=compressions.num_ordered,
             compressions_applied=compressions.num_applied,
             compressions_failed=compressions.num_failed,

@@ -128,6 +128,22 @@ class ModelSpec:
         return widths | ({"the shared expert's": experts.shared_width} if experts.shared_width else {})
 
     @property
+    def token_operations(self) -> int:
+        """Of the products of one token of a prompt, all layers; the head comes once a prompt, and isn't counted."""
+        weights = 0
+        for layer in range(self.num_layers):
+            experts = self.experts_of(layer)
+            mlp = self.mlp_width if experts is None else experts.num_active * experts.width + experts.shared_width
+            heads = 2 * (self.num_heads + self.num_kv_heads)
+            weights += self.width * (heads * self.head_dim + 3 * mlp)
+        return 2 * weights
+
+    @property
+    def pair_operations(self) -> int:
+        """Of the attention of one token to one entry, all layers."""
+        return 4 * self.num_layers * self.num_heads * self.head_dim
+
+    @property
     def num_layers(self) -> int:
         return len(self.attention)
 

@@ -40,7 +40,7 @@ class Attach(NamedTuple):
 
 
 class Move(NamedTuple):
-    """The moves of a plan; the answer, where anything is saved or restored, is `Moved`."""
+    """The moves of a step's plan; the answer, where anything is saved or restored, is `Moved`."""
 
     plan: StepPlan
 

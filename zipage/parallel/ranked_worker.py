@@ -110,8 +110,7 @@ class RankedRunner:
     def move(self, plan: StepPlan) -> dict[int, str]:
         if not (plan.drops or plan.saves or plan.restores or plan.copies):
             return {}
-        moves = StepPlan(drops=plan.drops, saves=plan.saves, restores=plan.restores, copies=plan.copies)
-        self._group.tell(m.Move(moves))
+        self._group.tell(m.Move(plan))
         lost: dict[int, str] = {}
         if plan.saves or plan.restores:
             for answer in self._group.take_all(m.Moved):

@@ -14,7 +14,7 @@ import numpy as np
 
 from zipage.eviction.rule import EvictionRule
 from zipage.sampling_params import SamplingParams
-from zipage.tile_table import Table
+from zipage.tile_table import Table, TileTable
 
 SEED_STEP = 0xD1342543DE82EF95
 """Between the samples of a prompt. Odd, so that each gets a seed of its own, and not what lies between the engine's own
@@ -112,6 +112,14 @@ class StepPlan:
     token_rows: np.ndarray = field(default_factory=_none)
     samples: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
     token_ids: np.ndarray = field(default_factory=_none)
+
+    def blocks_taken(self) -> set[int]:
+        """Blocks, or tiles, that tables have gained, and those that are copied within the cache."""
+        taken = {block for copy in self.copies for block in copy}
+        for growth in self.tables:
+            ids = growth.block_ids
+            taken.update(ids.ids.tolist() if isinstance(ids, TileTable) else ids)
+        return taken
 
 
 class CompressionOrder(NamedTuple):

@@ -18,6 +18,7 @@ from zipage.scheduling.integrity import check_requests
 from zipage.scheduling.prefix_lookup import PrefixLookup
 from zipage.scheduling.query_slots import QuerySlots
 from zipage.scheduling.request import Request, Status
+from zipage.scheduling.swap_space import SwapSpace
 from zipage.scheduling.triggers import TRIGGERS
 
 AGE = attrgetter("number")
@@ -48,6 +49,7 @@ class Scheduler:
         num_query_slots: int = 0,
         trigger: str = "block_full",
         scheduling: str = "hybrid",
+        swap_space: SwapSpace | None = None,
     ) -> None:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
@@ -60,10 +62,10 @@ class Scheduler:
         self.slots = QuerySlots(num_query_slots, self.trigger, constrained=scheduling == "constrained")
         self.prefixes = PrefixLookup(pool, self.trigger)
         self.headroom = Headroom(pool, self.trigger, self.prefixes, headroom)
+        self.swap_space = swap_space or SwapSpace()
         self.num_pauses = self.num_resumes = 0
         self._numbers = count()
         self._rows = list(range(max_num_seqs - 1, -1, -1))
-        self._dropped: list[int] = []
 
     def add(self, request: Request) -> None:
         request.number = next(self._numbers)
@@ -215,7 +217,8 @@ class Scheduler:
             if self.compressions.in_flight or any(other.has_all_tokens for other in self.running):
                 return False
             victim = self._find_victim(request)
-            self._evict_request(batch, victim or request)
+            # A bounded one that leaves of itself may lack queries of its window; computed again, it has them.
+            self._evict_request(batch, victim or request, may_copy=victim is not None or request.rule is None)
             if victim is None:
                 return False
         return True
@@ -297,15 +300,16 @@ class Scheduler:
         """Move a running request's entries to host memory with `batch`; it returns when there is room."""
         batch.paused.append(Swap(request, request.block_ids, 0, request.query_slot))
         request.queries_saved = request.query_slot >= 0
+        self.swap_space.take(request)
         table = request.block_ids
         self._leave(request, Status.PAUSED)
         request.hold(table)
         request.num_pauses += 1
         self.num_pauses += 1
 
-    def _evict_request(self, batch: Batch, request: Request) -> None:
+    def _evict_request(self, batch: Batch, request: Request, may_copy: bool = True) -> None:
         """Take a running request's blocks; it goes back to its place in the queue."""
-        if request.num_compressions:
+        if request.num_compressions or (may_copy and self.swap_space.prefers_copy(request)):
             self.pause(request, batch)
             return
         batch.preempted.append(Preemption(request, request.cache_len, len(request.block_ids)))
@@ -332,6 +336,7 @@ class Scheduler:
         blocks = self.pool.allocate_again(request.block_ids, shared, self.headroom.next_block(request) + room)
         if blocks is None:
             return False
+        self.swap_space.bring_back(request, len(shared))
         self._enter(batch, request, blocks)
         self.prefixes.cut(request, len(shared))
         self.slots.give_back(request, self.running)
@@ -421,7 +426,7 @@ class Scheduler:
             if request.status is Status.RUNNING:
                 self._release(request)
             if request.status is Status.PAUSED:
-                self._dropped.append(request.number)
+                self.swap_space.drop(request)
             request.status = Status.FINISHED
         if was_running:
             self.running = [request for request in self.running if request.status is not Status.FINISHED]
@@ -430,8 +435,7 @@ class Scheduler:
 
     def take_dropped(self) -> list[int]:
         """Numbers of the requests that ended while they were paused, since the last time."""
-        dropped, self._dropped = self._dropped, []
-        return dropped
+        return self.swap_space.take_dropped()
 
     def check_integrity(self) -> None:
         """Check the invariants of pool, tables, slots and compressions (for tests and debug runs).

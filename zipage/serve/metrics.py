@@ -24,8 +24,10 @@ COUNTERS = {
     "zipage:entries_kept": ("entries_kept", "KV entries that compressions kept, per layer and KV head."),
     "zipage:blocks_returned": ("blocks_returned", "KV blocks that compressions gave back."),
     "zipage:budget_bound": ("budget_bound", "Samples that were compressed at least once."),
-    "zipage:pauses": ("pauses", "Compressed requests that were moved to host memory."),
+    "zipage:pauses": ("pauses", "Requests that were moved to host memory."),
     "zipage:resumes": ("resumes", "Requests that were moved back from host memory."),
+    "zipage:bytes_to_host": ("bytes_to_host", "Of their blocks, of each rank."),
+    "zipage:bytes_from_host": ("bytes_from_host", "Of blocks that were moved back, of each rank."),
     "zipage:requests_aborted": ("requests_aborted", "Prompts that were withdrawn, as when a client went away."),
     "zipage:requests_failed": ("requests_failed", "Prompts that ended with an error."),
 }

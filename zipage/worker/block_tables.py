@@ -34,6 +34,11 @@ class BlockTables:
         self.device = on_host if device.type == "cpu" else on_host.to(device)
 
     @property
+    def nbytes(self) -> int:
+        """Of the device's."""
+        return self.device.nbytes
+
+    @property
     def empty_row(self) -> int:
         """The row that belongs to no request."""
         return len(self._host) - 1

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from traceback import walk_tb
 from typing import NamedTuple
 
@@ -33,6 +34,14 @@ from zipage.worker.tile_batch import TileBatch
 from zipage.worker.tile_compression import TileCompressor
 
 logger = logging.getLogger(__name__)
+
+
+@cache
+def compression_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one of all compressions beside steps: libraries keep memory for each stream that they see, which the memory
+    plan has seen then.
+    """
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +138,7 @@ class CompressionRunner:
         self._logged: set[tuple[type, str | None]] = set()
         self._executor: Executor = _Inline()
         if asynchronous and cache.k.is_cuda:
-            self._stream = torch.cuda.Stream(cache.k.device)
+            self._stream = compression_stream(cache.k.device)
             self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compression")
 
     def submit(self, orders: Sequence[CompressionOrder]) -> None:

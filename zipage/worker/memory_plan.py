@@ -9,6 +9,7 @@ import torch
 
 from zipage.config import EngineConfig
 from zipage.models.spec import ModelSpec
+from zipage.worker.swap import slab_blocks
 
 if TYPE_CHECKING:
     from zipage.eviction.policy import Policy
@@ -31,6 +32,7 @@ class MemoryPlan:
             scheduling.
         query_slot_bytes: m_q, one query slot over all layers; 0 where the policy reads no queries.
         max_blocks_per_request: N_max, blocks a request decodes in at most; 0 under full KV, which has no such bound.
+        num_host_slabs: pieces of pinned host memory of `slab_blocks` blocks each, for requests that leave the pool.
     """
 
     num_blocks: int
@@ -41,6 +43,15 @@ class MemoryPlan:
     num_query_slots: int = 0
     query_slot_bytes: int = 0
     max_blocks_per_request: int = 0
+    num_host_slabs: int = 0
+
+    @property
+    def slab_blocks(self) -> int:
+        return slab_blocks(self.block_size)
+
+    @property
+    def host_bytes(self) -> int:
+        return self.num_host_slabs * self.slab_blocks * self.block_bytes
 
     @property
     def cache_bytes(self) -> int:
@@ -65,6 +76,8 @@ class MemoryPlan:
                 f", {self.num_query_slots} query slots of {self.query_slot_bytes / 2**20:.2f} MiB, "
                 f"at most {self.max_blocks_per_request} blocks a request"
             )
+        if self.num_host_slabs:
+            text += f", {self.host_bytes / GIB:.2f} GiB of host memory for preempted requests"
         return text
 
 
@@ -141,7 +154,8 @@ def plan_memory(
                 f"no room for a KV block of {size} bytes: raise gpu_memory_utilization or kv_cache_memory_bytes, "
                 "or lower block_size or max_num_batched_tokens"
             )
-        return MemoryPlan(num_blocks, config.block_size, size, weight_bytes, activation_bytes)
+        slabs = _host_slabs(config, size)
+        return MemoryPlan(num_blocks, config.block_size, size, weight_bytes, activation_bytes, num_host_slabs=slabs)
 
     size, slot_size = bounded_sizes(spec, config.block_size, dtype, policy)
     most = min(max_blocks, -(-max_model_len // config.block_size))
@@ -165,4 +179,9 @@ def plan_memory(
         num_query_slots,
         slot_size,
         most,
+        _host_slabs(config, size),
     )
+
+
+def _host_slabs(config: EngineConfig, block_bytes: int) -> int:
+    return int(config.swap_space * GIB) // (slab_blocks(config.block_size) * block_bytes)

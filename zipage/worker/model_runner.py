@@ -27,7 +27,7 @@ from zipage.worker.entry_scorer import EntryScorer
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.sampler import Logprobs, Sampler
-from zipage.worker.swap import HostCopy, restore, save
+from zipage.worker.swap import Swapper, slab_blocks
 from zipage.worker.tile_tables import TileTables
 from zipage.worker.tiled_attention import TiledAttention
 from zipage.worker.token_batch import PromptChunks, TokenBatch
@@ -128,8 +128,7 @@ class ModelRunner:
         self.sampler = Sampler(max_num_seqs, spec.vocab_size, device)
         self.cache: KVCache | None = None
         self._tables: BlockTables | TileTables | None = None
-        self._host_copies: dict[int, HostCopy] = {}
-        """Of paused requests, by their numbers."""
+        self.swapper: Swapper | None = None
         self._sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         """Tokens of the latest step, for the next one to go on from before the host knows them."""
         self._timers: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -138,9 +137,11 @@ class ModelRunner:
             for _ in range(3):
                 self._timers.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
 
-    def attach(self, cache: KVCache) -> None:
-        """Use `cache` from now on."""
+    def attach(self, cache: KVCache, num_host_slabs: int = 0) -> None:
+        """Use `cache` from now on, with so much host memory for requests that leave it."""
         self.cache = cache
+        columns = self.spec.num_layers * self.spec.num_kv_heads if cache.tiled else 1
+        self.swapper = Swapper(cache, slab_blocks(cache.block_size) * columns, num_host_slabs)
         self._tables = self.block_tables(cache)
         if self.device.type == "cuda" and not self.enforce_eager:
             self._graphs = self.step_graphs(cache, self._tables)
@@ -161,20 +162,29 @@ class ModelRunner:
     def move(self, plan: StepPlan) -> dict[int, str]:
         """Copy blocks as a step demands: saves first, since restored requests, and any other, may get their blocks.
 
+        On CUDA what goes to host memory and back goes beside the plan's step, which waits only where it takes blocks
+        that are still copied. Whatever is queued behind that step waits for all.
+
         Returns:
             Numbers of requests whose entries were lost on the way to host memory or back, and one line each that says
             why.
         """
-        copies, lost = self._host_copies, {}
+        swapper, lost = self.swapper, {}
         for number in plan.drops:
-            copies.pop(number, None)  # there is none where the save failed
-        for number, block_ids, query_slot in plan.saves:
-            with _noted(lost, number, "to"):
-                copies[number] = save(self.cache, block_ids, query_slot)
-        for number, block_ids, num_shared, query_slot in plan.restores:
-            if number not in lost:
-                with _noted(lost, number, "from"):
-                    restore(self.cache, copies.pop(number), block_ids, num_shared, query_slot)
+            swapper.drop(number)
+        if plan.saves or plan.restores:
+            swapper.begin()
+            for number, block_ids, query_slot in plan.saves:
+                with _noted(lost, number, "to"):
+                    swapper.save(number, block_ids, query_slot)
+            for number, block_ids, num_shared, query_slot in plan.restores:
+                if number not in lost:
+                    with _noted(lost, number, "from"):
+                        swapper.restore(number, block_ids, num_shared, query_slot)
+            if len(plan.rows):
+                swapper.wait_for(plan.blocks_taken())
+            else:
+                swapper.wait()
         if plan.copies:
             self._copy_blocks(plan.copies)
         return lost
@@ -228,6 +238,7 @@ class ModelRunner:
         if hidden is not None:
             hidden = hidden.to("cpu", non_blocking=True)
         events[1].record()
+        self.swapper.wait()
         return Launch(tokens, logprobs, hidden, 0.0, events)
 
     @torch.inference_mode()

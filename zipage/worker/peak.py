@@ -23,7 +23,6 @@ from zipage.worker.kv_cache import KVCache
 from zipage.worker.model_runner import ModelRunner
 from zipage.worker.output_norms import OutputNorms
 from zipage.worker.paged_attention import PagedAttention
-from zipage.worker.sampler import Sampler
 from zipage.worker.tile_tables import TileTables
 from zipage.worker.tiled_attention import TiledAttention
 
@@ -42,10 +41,10 @@ def measure_peak(
     calibration: Mapping[str, Tensor] | None = None,
     outputs: OutputNorms | None = None,
 ) -> int:
-    """Bytes that a step takes at most above what is allocated now (CUDA), caches not counted.
+    """Bytes that a step takes at most above what is allocated afterwards (CUDA), caches not counted.
 
     Runs the largest step and, where requests are compressed, the largest compression, each on a small cache of its
-    own.
+    own. What these leave behind, such as workspaces of libraries, stays allocated, and is not counted.
 
     Args:
         rule: of compressions; None for full KV.
@@ -61,15 +60,15 @@ def measure_peak(
     num_blocks = -(-min(num_tokens, runner.max_model_len) // block_size)
     tiled = rule is not None and rule.allocation is not None
     cache = KVCache(runner.spec, num_blocks, block_size, dtype, runner.device, positions=tiled, tiled=tiled)
-    step, held = _peak_of(runner.device, lambda: run_largest_step(runner, cache, num_tokens)), 0
+    step = _peak_of(runner.device, lambda: run_largest_step(runner, cache, num_tokens))
+    tables = runner.block_tables(cache)
+    held = tables.nbytes
     if not runner.enforce_eager:
         # Graphs keep what they allocate, beside what other steps do; the largest needs most, and all share it.
-        graphs = runner.step_graphs(cache, runner.block_tables(cache))
+        graphs = runner.step_graphs(cache, tables)
         held += _peak_of(runner.device, graphs.warm_up_largest) + graphs.kept_bytes
         del graphs
-    if tiled:
-        held += runner.block_tables(cache).nbytes  # a table for each layer and head is not small
-    del cache
+    del cache, tables
     if rule is not None:
         kept = {"positions": True, "scores": rule.policy.num_states, "predictions": rule.policy.predicts}
         options = kept | {"num_query_slots": 1, "window": rule.window, "tiled": tiled}
@@ -77,7 +76,7 @@ def measure_peak(
         # Budget and interval may be beyond any request.
         cache = KVCache(runner.spec, 1 + min(rule.kept_blocks, longest), block_size, dtype, runner.device, **options)
         options = {"shard": shard, "model_heads": model_heads, "calibration": calibration, "outputs": outputs}
-        compress = partial(run_compression, cache, runner.spec, rule, layer_stride, **options)
+        compress = partial(run_compression, cache, runner.spec, rule, layer_stride, asynchronous, **options)
         shapes = largest_batches(runner, rule, block_size)
         compression = max(_peak_of(runner.device, partial(compress, *shape)) for shape in shapes)
         # The shape of most compressions to come, so that its kernels are compiled before requests wait for them.
@@ -102,6 +101,8 @@ def largest_batches(runner: ModelRunner, rule: EvictionRule, block_size: int) ->
 
 
 def _peak_of(device: torch.device, run: Callable[[], None]) -> int:
+    """What a second run takes above what is there before it: the first leaves behind what stays."""
+    run()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -152,13 +153,12 @@ def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> No
     rows = min(runner.max_num_seqs, num_tokens)
     penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.1, "logit_bias": {0: 1.0}}
     every_option = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, logprobs=MOST_LOGPROBS, **penalties)
-    sampler = Sampler(runner.max_num_seqs, runner.spec.vocab_size, runner.device)
     for row in range(rows):
         # Rows of two kinds are drawn apart, which takes a copy of their logits.
         params = every_option if row else SamplingParams(temperature=0.7)
-        sampler.begin(RowStart(row, params, num_prompt_tokens=1, token_ids=array("i", [0])))
+        runner.sampler.begin(RowStart(row, params, num_prompt_tokens=1, token_ids=array("i", [0])))
     ones = np.ones(rows, dtype=np.int64)
-    sampler.sample(runner.decoder.logits(hidden[:rows]), np.arange(rows), ones, ones)
+    runner.sampler.sample(runner.decoder.logits(hidden[:rows]), np.arange(rows), ones, ones)
 
 
 def run_compression(
@@ -166,6 +166,7 @@ def run_compression(
     spec: ModelSpec,
     rule: EvictionRule,
     layer_stride: int | None,
+    asynchronous: bool,
     num_blocks: int,
     num_requests: int,
     shard: Shard = WHOLE,
@@ -192,8 +193,12 @@ def run_compression(
         for number in range(num_requests)
     ]
     options = {"shard": shard, "model_heads": model_heads, "calibration": calibration, "outputs": outputs}
-    runner = CompressionRunner(cache, spec, asynchronous=False, layer_stride=layer_stride, trace=False, **options)
+    runner = CompressionRunner(
+        cache, spec, asynchronous=asynchronous, layer_stride=layer_stride, trace=False, **options
+    )
     runner.submit(orders)
-    for result in runner.poll(wait=True):
+    results = runner.poll(wait=True)
+    runner.close()
+    for result in results:
         if result.error is not None:
             raise RuntimeError(f"the largest compression could not be measured: {result.error}")

@@ -1,8 +1,9 @@
-"""Blocks of a paused request to host memory and back, bit for bit."""
+"""Blocks of paused requests to host memory and back, bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,64 +14,192 @@ from zipage.tile_table import TileTable
 from zipage.transfer import to_device
 from zipage.worker.kv_cache import KVCache
 
+SLAB_ENTRIES = 256
+"""Entries of a request that are copied at once: enough for the link's full speed, and few beside what they wait for."""
+PINNED_BYTES = 2**30
+"""Host memory that is pinned at once: PyTorch takes the next power of two."""
+
+
+def slab_blocks(block_size: int) -> int:
+    """Blocks that a slab holds, or columns of tiles."""
+    return max(1, SLAB_ENTRIES // block_size)
+
 
 @dataclass(frozen=True, eq=False)
 class HostCopy:
-    """What a paused request's blocks and query slot held, on the host: pinned where the cache is on a GPU.
+    """What a paused request's blocks and query slot held, on the host.
 
     Attributes:
-        blocks: for each block, in the order of the table, one tensor [L, ...] for each of `KVCache.entry_tensors`; of
-            tiles, [1, n, ...] of some at a time.
+        num_units: blocks, or tiles.
+        slabs: uint8 each; entries as in `Swapper._views`, in the order of the table.
         queries: [L, w, Hq, d], or None.
     """
 
-    blocks: list[list[Tensor]]
+    num_units: int
+    slabs: list[Tensor]
     queries: Tensor | None
 
 
-def save(cache: KVCache, block_ids: Sequence[int] | TileTable, query_slot: int) -> HostCopy:
-    """Copy all that blocks and a query slot hold.
+class Swapper:
+    """Copies of paused requests in slabs of pinned host memory.
 
-    On CUDA the copies are queued on the current stream and nothing waits for them: what is queued there later may
-    overwrite the blocks, and `restore` on that stream finds them whole. One block at a time is packed on the GPU.
-
-    Args:
-        query_slot: -1 for none.
-    """
-    blocks = [[_to_host(x[:, block]) for x in cache.entry_tensors] for block in _units(cache, block_ids)]
-    keeps_queries = query_slot >= 0 and cache.queries is not None
-    return HostCopy(blocks, _to_host(cache.queries[:, query_slot]) if keeps_queries else None)
-
-
-def restore(cache: KVCache, copy: HostCopy, block_ids: Sequence[int] | TileTable, first: int, query_slot: int) -> None:
-    """Copy back into `block_ids`, a table as long as the saved one, and into `query_slot`.
+    On CUDA the copies run on a stream of their own, in the order in which they are asked for, beside the step that is
+    launched next: `begin` lets them start behind what is queued on the current stream, `wait_for` keeps what is queued
+    there next behind those of some blocks, and `wait` behind all.
 
     Args:
-        first: leading blocks to leave alone, because they hold the same already.
-        query_slot: any slot, as a ring does not depend on it; -1 leaves the queries behind.
+        cache: whose blocks these are.
+        num_units: blocks, or tiles, of a slab.
+        num_slabs: to pin now. Where more are needed, more are pinned then, and kept.
 
-    Raises:
-        RuntimeError: the table is not as long as the saved one.
+    Attributes:
+        copies: by the number of their request.
     """
-    units = _units(cache, block_ids)
-    if len(units) != len(copy.blocks):
-        raise RuntimeError(f"{len(copy.blocks)} blocks were saved and {len(units)} are to take them")
-    for block, saved in list(zip(units, copy.blocks, strict=True))[first:]:
-        for x, host in zip(cache.entry_tensors, saved, strict=True):
-            if cache.tiled:
-                x.index_copy_(1, block, host.to(x.device, non_blocking=True))
-            else:
-                x[:, block].copy_(host, non_blocking=True)
-    if query_slot >= 0 and copy.queries is not None:
-        cache.queries[:, query_slot].copy_(copy.queries, non_blocking=True)
+
+    def __init__(self, cache: KVCache, num_units: int, num_slabs: int = 0) -> None:
+        self._cache = cache
+        self._num_units = num_units
+        self._slab_bytes = num_units * sum(x[:, 0].nbytes for x in cache.entry_tensors)
+        self.copies: dict[int, HostCopy] = {}
+        self._free: list[Tensor] = []
+        self._stream = torch.cuda.Stream(cache.k.device) if cache.k.is_cuda else None
+        self._staged: Tensor | None = None
+        self._marks: list[tuple[frozenset[int] | None, torch.cuda.Event]] = []
+        """What has been queued since `wait`, in order: the blocks that it reads or writes, None for queries."""
+        at_once = max(1, PINNED_BYTES // self._slab_bytes)
+        while num_slabs > 0:
+            self._pin(min(num_slabs, at_once))
+            num_slabs -= at_once
+
+    def _pin(self, num_slabs: int) -> None:
+        size = num_slabs * self._slab_bytes
+        self._free += torch.empty(size, dtype=torch.uint8, pin_memory=self._stream is not None).split(self._slab_bytes)
+
+    @property
+    def num_free_slabs(self) -> int:
+        return len(self._free)
+
+    # Copies
+
+    def save(self, number: int, table: Sequence[int] | TileTable, query_slot: int) -> None:
+        """Copy all that blocks and a query slot hold, those first that a pool hands out first.
+
+        Args:
+            query_slot: -1 for none.
+        """
+        cache, ids = self._cache, _ids(table)
+        parts = self._parts(ids)
+        if len(self._free) < len(parts):
+            self._pin(len(parts) - len(self._free))
+        slabs = [self._free.pop() for _ in parts]
+        try:
+            with self._beside():
+                queries = None
+                if query_slot >= 0 and cache.queries is not None:
+                    queries = _to_host(cache.queries[:, query_slot])
+                    self._mark(None)
+                for part, slab in zip(reversed(parts), reversed(slabs), strict=True):
+                    places = to_device(part, cache.k.device)
+                    for x, staged, host in zip(cache.entry_tensors, *self._views(slab, len(part)), strict=True):
+                        torch.index_select(x, 1, places, out=staged)
+                        if staged is not host:
+                            host.copy_(staged, non_blocking=True)
+                    self._mark(part)
+        except BaseException:
+            self._free += slabs
+            raise
+        self.copies[number] = HostCopy(len(ids), slabs, queries)
+
+    def restore(self, number: int, table: Sequence[int] | TileTable, first: int, query_slot: int) -> None:
+        """Copy back into a table as long as the saved one, and into `query_slot`. The copy is gone then.
+
+        Args:
+            first: leading blocks to leave alone, because they hold the same already.
+            query_slot: any slot, as a ring does not depend on it; -1 leaves the queries behind.
+
+        Raises:
+            RuntimeError: the table is not as long as the saved one.
+        """
+        cache, copy, ids = self._cache, self.copies.pop(number), _ids(table)
+        self._free += copy.slabs  # whatever is saved there next is queued behind this
+        if len(ids) != copy.num_units:
+            raise RuntimeError(f"{copy.num_units} blocks were saved and {len(ids)} are to take them")
+        with self._beside():
+            if query_slot >= 0 and copy.queries is not None:
+                cache.queries[:, query_slot].copy_(copy.queries, non_blocking=True)
+                self._mark(None)
+            for place, (part, slab) in enumerate(zip(self._parts(ids), copy.slabs, strict=True)):
+                same = max(0, first - place * self._num_units)
+                if same >= len(part):
+                    continue
+                places = to_device(part[same:], cache.k.device)
+                for x, staged, host in zip(cache.entry_tensors, *self._views(slab, len(part)), strict=True):
+                    if staged is not host:
+                        staged.copy_(host, non_blocking=True)
+                    x.index_copy_(1, places, staged[:, same:])
+                self._mark(part)
+
+    def drop(self, number: int) -> None:
+        """Forget a copy; there is none where `save` failed."""
+        copy = self.copies.pop(number, None)
+        if copy is not None:
+            self._free += copy.slabs
+
+    def _parts(self, ids: np.ndarray) -> list[np.ndarray]:
+        """Of each slab."""
+        return [ids[first : first + self._num_units] for first in range(0, len(ids), self._num_units)]
+
+    def _views(self, slab: Tensor, count: int) -> tuple[list[Tensor], list[Tensor]]:
+        """[L, count, ...] for each of `KVCache.entry_tensors`: of the device's buffer, and of a slab. On a CPU both are
+        the slab.
+        """
+        if self._stream is None:
+            views = self._divide(slab, count)
+            return views, views
+        if self._staged is None:
+            self._staged = torch.empty(self._slab_bytes, dtype=torch.uint8, device=self._cache.k.device)
+        return self._divide(self._staged, count), self._divide(slab, count)
+
+    def _divide(self, memory: Tensor, count: int) -> list[Tensor]:
+        views, end = [], 0
+        for x in self._cache.entry_tensors:
+            begin, end = end, end + count * x[:, 0].nbytes
+            views.append(memory[begin:end].view(x.dtype).view(x.shape[0], count, *x.shape[2:]))
+        return views
+
+    # Streams
+
+    def begin(self) -> None:
+        """Copies to come find what is queued on the current stream done."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+
+    def wait_for(self, blocks: Iterable[int]) -> None:
+        """What is queued on the current stream from now on finds the copies of these blocks and of queries done."""
+        blocks = set(blocks)
+        for ids, event in reversed(self._marks):  # the last one is behind all before it
+            if ids is None or not ids.isdisjoint(blocks):
+                event.wait(torch.cuda.current_stream(self._stream.device))
+                return
+
+    def wait(self) -> None:
+        """What is queued on the current stream from now on finds all copies done."""
+        if self._marks:
+            self._marks[-1][1].wait(torch.cuda.current_stream(self._stream.device))
+            self._marks.clear()
+
+    def _beside(self) -> AbstractContextManager:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _mark(self, part: np.ndarray | None) -> None:
+        if self._stream is not None:
+            event = torch.cuda.Event()
+            event.record(self._stream)
+            self._marks.append((None if part is None else frozenset(part.tolist()), event))
 
 
-def _units(cache: KVCache, table: Sequence[int] | TileTable) -> Sequence[int] | Sequence[Tensor]:
-    """What is copied at once: a block, or as many tiles as there are in a column."""
-    if not cache.tiled:
-        return table
-    ids = to_device(table.ids, cache.k.device, np.int64)
-    return ids.split(len(table.counts))
+def _ids(table: Sequence[int] | TileTable) -> np.ndarray:
+    return np.asarray(table.ids if isinstance(table, TileTable) else table, dtype=np.int64)
 
 
 def _to_host(x: Tensor) -> Tensor:

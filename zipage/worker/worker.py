@@ -19,10 +19,11 @@ from zipage.threads import warn_of_spinning
 from zipage.worker.compression_runner import CompressionRunner
 from zipage.worker.entry_scorer import EntryScorer
 from zipage.worker.kv_cache import KVCache
-from zipage.worker.memory_plan import MemoryPlan
+from zipage.worker.memory_plan import MemoryPlan, block_bytes, bounded_sizes
 from zipage.worker.model_runner import ModelRunner
 from zipage.worker.output_norms import OutputNorms
 from zipage.worker.peak import measure_peak
+from zipage.worker.swap import slab_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +32,24 @@ class DeviceMemory:
 
     Attributes:
         weights: that the model, or its shard, takes.
-        activations: measured peak of a full step above that; 0 on a CPU, where none is measured.
+        activations: all else that the engine takes beside its cache: what policies read, what libraries keep, and the
+            measured peak of a full step above that; 0 on a CPU, where none is measured.
         free: what is left to the cache; None on a CPU.
     """
 
     weights: int
     activations: int = 0
     free: int | None = None
+
+    @classmethod
+    def of(cls, weights: int, left: int, peak: int, free: int, spared: float) -> DeviceMemory:
+        """What is free for the cache where an engine spares so much of a device.
+
+        Args:
+            left: taken beside the weights by now, and missing from what is `free`.
+            peak: what a step takes above that.
+        """
+        return cls(weights, left + peak, int(free - spared - peak))
 
 
 class Worker:
@@ -67,6 +79,7 @@ class Worker:
         max_model_len: int,
         compression_shard: Shard = WHOLE,
     ) -> None:
+        self._before = torch.cuda.memory_allocated(loaded.decoder.device) if loaded.decoder.device.type == "cuda" else 0
         decoder = loaded.decoder.for_context(max_model_len)
         self.config = config
         self.spec = decoder.spec
@@ -131,7 +144,7 @@ class Worker:
         if self.device.type == "cpu":
             return DeviceMemory(weights)
         config = self.config
-        activations = measure_peak(
+        peak = measure_peak(
             self.runner,
             config.block_size,
             self.dtype,
@@ -143,8 +156,13 @@ class Worker:
             calibration=self._calibration,
             outputs=self._outputs,
         )
+        if self.policy is not None or config.swap_space:
+            sizes = self.spec, config.block_size, self.dtype
+            size = block_bytes(*sizes) if self.policy is None else bounded_sizes(*sizes, self.policy)[0]
+            peak += slab_blocks(config.block_size) * size  # through which requests go to host memory
         free, total = torch.cuda.mem_get_info(self.device)
-        return DeviceMemory(weights, activations, int(free - (1 - config.gpu_memory_utilization) * total - activations))
+        left = max(0, torch.cuda.memory_allocated(self.device) - self._before)
+        return DeviceMemory.of(weights, left, peak, free, (1 - config.gpu_memory_utilization) * total)
 
     def attach(self, plan: MemoryPlan) -> None:
         """Make the cache, and what works on it."""
@@ -162,7 +180,7 @@ class Worker:
             window=0 if policy is None else policy.num_queries,
             tiled=config.is_tiled,
         )
-        self.runner.attach(self.cache)
+        self.runner.attach(self.cache, plan.num_host_slabs)
         self.compressor = CompressionRunner(
             self.cache,
             self.spec,

@@ -113,6 +113,7 @@ def test_every_engine_option_can_be_set_and_arrives():
         "block_size": 32,
         "num_blocks": 77,
         "gpu_memory_utilization": 0.5,
+        "swap_space": 1.5,
         "max_model_len": 77,
         "max_num_seqs": 77,
         "max_num_batched_tokens": 4096,

@@ -51,6 +51,13 @@ def test_numbers_and_arrays_alike(shape):
     assert arrays == pytest.approx([model.step(work) for work in works])
 
 
+def test_copies_to_the_host_cost_what_the_step_beside_them_does_not_hide(shape):
+    model = StepModel(PLAIN, shape, block_size=256)
+    alone, few, many = (model.step(StepWork(1, 1000, moved_blocks=count)) for count in (0, 1, 1000))
+    assert alone == few
+    assert many == pytest.approx(1000 * 256 * 147_456 / PLAIN.host_bandwidth)
+
+
 def test_two_gpus_share_the_bytes_and_pay_for_sums(shape):
     half = SimulatedShape.read(MODEL, ranks=2)
     work = StepWork(1, 1000)

@@ -1,0 +1,90 @@
+"""Host memory for requests that leave the pool, and whether to copy one there or to compute it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zipage.scheduling.request import Request
+from zipage.tile_table import num_blocks
+
+OPERATIONS_PER_BYTE = 10_000
+"""Operations of a prompt that a GPU computes while it copies a byte to host memory or back. An H100 makes 600 TFLOP/s
+in products and copies 50 GB/s over PCIe 5, an A100 makes 200 and copies 25."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwapCosts:
+    """What a copy and a computation of a request take; of one rank, where several share the model.
+
+    Attributes:
+        block_bytes: of a block over all layers.
+        token_operations: of the products that a token of a prompt goes through.
+        pair_operations: of the attention of a token to one entry, over all layers.
+    """
+
+    block_bytes: int
+    token_operations: int
+    pair_operations: int
+
+    def is_copy_cheaper(self, num_blocks: int, num_entries: int) -> bool:
+        """Whether blocks go to the host and back in less time than their entries are computed in.
+
+        As if no step ran beside the copies, and as if the prefix index would find nothing.
+        """
+        copied = 2 * num_blocks * self.block_bytes
+        computed = num_entries * (self.token_operations + num_entries / 2 * self.pair_operations)
+        return copied * OPERATIONS_PER_BYTE < computed
+
+
+class SwapSpace:
+    """Counts the slabs of host memory that paused requests take.
+
+    A request that was compressed is copied whatever there is, for it can't be computed again. Others are copied where
+    that is cheaper and their slabs are free.
+
+    Args:
+        num_slabs: that there are.
+        slab_blocks: blocks that a slab holds. No two requests share one.
+        costs: None: nothing is copied that can be computed again.
+
+    Attributes:
+        num_used: slabs taken, more than there are where compressed requests need them.
+        blocks_out, blocks_in: blocks that were copied to host memory and back.
+    """
+
+    def __init__(self, num_slabs: int = 0, slab_blocks: int = 1, costs: SwapCosts | None = None) -> None:
+        self.num_slabs = num_slabs
+        self.slab_blocks = slab_blocks
+        self.costs = costs
+        self.num_used = 0
+        self.blocks_out = self.blocks_in = 0
+        self._dropped: list[int] = []
+
+    def slabs_of(self, request: Request) -> int:
+        return -(-num_blocks(request.block_ids) // self.slab_blocks)
+
+    def prefers_copy(self, request: Request) -> bool:
+        """Whether a running request that was never compressed is to be copied."""
+        if self.costs is None or self.num_used + self.slabs_of(request) > self.num_slabs:
+            return False
+        return self.costs.is_copy_cheaper(num_blocks(request.block_ids), request.cache_len)
+
+    def take(self, request: Request) -> None:
+        """A running request leaves with its entries."""
+        self.num_used += self.slabs_of(request)
+        self.blocks_out += num_blocks(request.block_ids)
+
+    def bring_back(self, request: Request, num_shared: int) -> None:
+        """A paused request gets blocks again, of which the leading `num_shared` are unchanged."""
+        self.num_used -= self.slabs_of(request)
+        self.blocks_in += num_blocks(request.block_ids) - num_shared
+
+    def drop(self, request: Request) -> None:
+        """A paused request has ended."""
+        self.num_used -= self.slabs_of(request)
+        self._dropped.append(request.number)
+
+    def take_dropped(self) -> list[int]:
+        """Numbers of the requests that were dropped since the last time."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
