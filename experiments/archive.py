@@ -57,15 +57,14 @@ def archive(run: Path, folder: Path, steps: bool = False, events: bool = False, 
         with records.claim(target) as staging:
             if (run / records.ROWS).exists():  # a benchmark is small
                 shutil.copytree(run, staging, dirs_exist_ok=True)
+                _copy_texts(run, staging)
                 records.publish(staging, target, json.loads((run / records.METRICS).read_text(encoding="utf-8")))
                 return target
             rows = pq.read_table(run / records.REQUESTS)
             left_out = ("output_token_ids",) if texts else TEXTS
             kept = _rounded(rows.drop_columns([name for name in left_out if name in rows.column_names]))
             pq.write_table(kept, staging / records.REQUESTS, compression="zstd")
-            for name in (records.CONFIG, records.PROVENANCE):
-                text = (run / name).read_text(encoding="utf-8")
-                (staging / name).write_text(FOLDERS.sub("", text), encoding="utf-8")
+            _copy_texts(run, staging)
             for name in [name for name, wanted in ((records.STEPS, steps), (records.EVENTS, events)) if wanted]:
                 if (run / name).exists():
                     shutil.copyfile(run / name, staging / name)
@@ -76,6 +75,12 @@ def archive(run: Path, folder: Path, steps: bool = False, events: bool = False, 
     except OSError as error:
         raise UsageError(f"--to {folder}: can't be written: {error.strerror or error}") from error
     return target
+
+
+def _copy_texts(run: Path, staging: Path) -> None:
+    for name in (records.CONFIG, records.PROVENANCE):
+        text = (run / name).read_text(encoding="utf-8")
+        (staging / name).write_text(FOLDERS.sub("", text), encoding="utf-8")
 
 
 def _rounded(rows: pa.Table) -> pa.Table:
