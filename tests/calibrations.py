@@ -55,16 +55,16 @@ def output_projection(layers: int, heads: int, group: int, dim: int, width: int 
     return rng.standard_normal((layers, heads, group, dim, width)).astype(np.float32)
 
 
-def given(options: dict, kind: str, folder: Path) -> dict:
+def given(options: dict, kind: str, folder: Path, load_format: str = "auto") -> dict:
     """`options` with a file of `arrays` for the model in `folder`, where they ask for one."""
     if "calibration" not in options:
         return options
     kind = options.get("base", kind)
     path = folder / "calibration" / f"{kind}.safetensors"
     if not path.exists():
-        identity = model_identity(str(folder))
+        identity = model_identity(str(folder), load_format=load_format)
         heads, dim = identity["num_kv_heads"], identity["head_dim"]
-        width = read_shape(str(folder))[0].width
+        width = read_shape(str(folder), load_format=load_format)[0].width
         made = arrays(kind, identity["num_layers"], heads, identity["num_heads"] // heads, dim, width)
         tensors = {name: torch.from_numpy(array) for name, array in made.items()}
         write_calibration(path, kind, tensors, identity, {"corpus": "none", "tokens": 0, "seed": 0})

@@ -35,7 +35,7 @@ def test_a_long_thought_stays_inside_its_blocks(tmp_path, asynchronous):
 
 
 def test_counters_events_and_steps_tell_the_same(folder):
-    llm = make_llm(folder, ZIPAGE, num_blocks=11, headroom=0)
+    llm = make_llm(folder, ZIPAGE, num_blocks=9, headroom=0)
     events, steps = record_events(llm), []
     llm.step_listeners.append(steps.append)
     outputs = llm.generate(random_prompts([5, 17, 33, 9, 40, 20], VOCAB), greedy(90), use_tqdm=False)
@@ -55,7 +55,7 @@ def test_counters_events_and_steps_tell_the_same(folder):
         mine = [event.round for event in compressions if event.request_id == output.request_id]
         assert mine == list(range(output.metrics.compressions)), number
     assert stats.budget_bound == sum(output.metrics.compressions > 0 for output in outputs)
-    assert max(step.query_slots_used for step in steps) <= llm.memory_plan.num_query_slots == 2
+    assert max(step.query_slots_used for step in steps) == llm.memory_plan.num_query_slots == 1
 
 
 def test_samples_keep_one_protected_prompt(folder):

@@ -30,6 +30,8 @@ from kernels.attention_score_triton import attention_score_triton
 from kernels.cache_view import CacheView, once, shared
 from kernels.compact_stable import compact_stable, compact_stable_reference, compact_stable_torch
 from kernels.compact_stable_triton import compact_stable_triton
+from kernels.lag_spread import lag_spread_reference
+from kernels.lag_spread_triton import lag_spread_triton
 from kernels.redundancy import redundancy, redundancy_reference
 from kernels.redundancy_triton import redundancy_triton
 from kernels.select import select, select_reference
@@ -179,6 +181,12 @@ def check_scores(checks: Checks, shapes: list[tuple]) -> None:
                 out = redundancy_triton(event, tau=0.05, chunk=chunk, fused=way)
                 expected = redundancy_reference(host, tau=0.05, chunk=chunk)
                 checks.add("redundancy", name, difference(out, expected), BOUND, chunk=chunk, fused=way, **case)
+
+            for partition in (128, 24):
+                starts = torch.full_like(event.lens, 4)
+                out = lag_spread_triton(event, starts, partition)
+                expected = lag_spread_reference(host, starts.cpu(), partition)
+                checks.add("lag_spread", name, difference(out, expected), BOUND, partition=partition, **case)
 
 
 def check_selection(checks: Checks) -> None:

@@ -3,7 +3,8 @@
     python -m tests.gpu.policy_times --out FILE --commit $(git rev-parse HEAD)
 
 Each of 16 requests is compressed three times, from 2,304 entries to 2,048 over all layers. Policies that read a
-calibration get one of made-up numbers. Exits with 1 where the median of a policy is `MOST` ms or more.
+calibration get one of made-up numbers. Exits with 1 where the median of a policy is `MOST` ms or more, or what
+`SLOWER` allows it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from tests.gpu.compression_times import QWEN3_8B, timed_compressions
 from zipage import LLM, SamplingParams, share_model
 
 MOST = 1.5
+SLOWER = {"r_kv": 6.0}
+"""It compares each key with all others: 348 GFLOP."""
 BUDGET, REQUESTS, EVENTS = 2048, 16, 3
 POLICIES = {
     "random": {},
@@ -51,7 +54,7 @@ def measure(folder: Path, policy: str, device: str) -> dict:
         skip_tokenizer_init=True,
         device=device,
         policy=policy,
-        policy_options=given(options, policy, folder),
+        policy_options=given(options, policy, folder, "dummy"),
         budget_tokens=BUDGET,
         protection="none",
         async_compression=False,
@@ -72,7 +75,7 @@ def measure(folder: Path, policy: str, device: str) -> dict:
     llm.shutdown()
     median = statistics.median(times)
     row = {"policy": policy, "options": POLICIES[policy], "ms": median, "most_ms": max(times), "times": len(times)}
-    return row | {"ok": median < MOST}
+    return row | {"ok": median < SLOWER.get(policy, MOST)}
 
 
 def main() -> int:

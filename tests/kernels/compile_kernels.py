@@ -23,6 +23,7 @@ from kernels.compact_stable_triton import compact_stable_triton
 from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.gelu_mul_triton import gelu_mul_triton
+from kernels.lag_spread_triton import lag_spread_triton
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill_triton import paged_prefill_triton
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
@@ -97,6 +98,7 @@ def compile_view_kernels(apart: bool) -> None:
         paged_prefill_triton(q, layer, ints(REQUESTS + 1), TOKENS, 0.1, form=form)
     attention_score_triton(windows, layers, lens, lens, 0.1)
     redundancy_triton(layers, tau=0.4, chunk=32)
+    lag_spread_triton(layers, layers.lens, 24)
     redundancy_triton(layers, tau=0.4)
     forced = torch.zeros(REQUESTS, width, dtype=torch.bool)
     scores = torch.zeros(LAYERS, REQUESTS, HEADS, width)

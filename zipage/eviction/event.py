@@ -24,6 +24,9 @@ Softmax = Literal["all", "cut", "group_cut"]
 EPSILON = 1e-8
 """Norms are clamped here before anything is divided by them."""
 
+LEAST_RANGE = 2.0**-12
+"""Of the larger bound: what rounding leaves of equal values is no range."""
+
 
 @dataclass(kw_only=True, eq=False)
 class Event(ABC):
@@ -229,6 +232,26 @@ class Event(ABC):
         """max over d of V - min over d of V, float32 [L, R, H, N]."""
         low, high = self.values().aminmax(dim=-1)
         return high - low
+
+    def lag_spread(self, starts: Tensor, partition: int) -> Tensor:
+        """std over d of (x - low) / (high - low), float32 [2, L, R, H, N], of keys and of values: LagKV's score.
+
+        From slot `starts` [R] on a request's entries are cut into partitions of `partition` slots. low and high are
+        those of a channel in the next one; a channel that is flat there, up to rounding, counts as 0. Without meaning
+        before `starts`, in a request's last whole partition and behind it.
+        """
+        most = self.num_slots // partition
+        found = torch.zeros(2, *self.shape[:3], self.num_slots + 1, device=self.device)
+        slots = starts[:, None] + torch.arange(most * partition, device=self.device)
+        index = slots.clamp_max(self.num_slots - 1)[:, None, :, None].expand(*self.shape[:3], -1, self.head_dim)
+        for number, entries in enumerate((self.keys(), self.values())):
+            parts = entries.gather(3, index).unflatten(3, (-1, partition))
+            low, high = parts[:, :, :, 1:].aminmax(dim=4, keepdim=True)
+            width = high - low
+            scale = torch.where(width <= LEAST_RANGE * torch.maximum(low.abs(), high.abs()), 0.0, 1 / width)
+            std = ((parts[:, :, :, :-1] - low) * scale).std(dim=-1).flatten(3)
+            found[number].scatter_(-1, slots[:, : std.shape[-1]].clamp_max(self.num_slots)[:, None].expand_as(std), std)
+        return found[..., :-1]
 
     def projected_norms(self, of: Literal["keys", "values"], matrix: Tensor) -> Tensor:
         """|G^T x|_2 of every key or value x under the request's `matrix` G [R, d, c]; float32 [L, R, H, N]."""

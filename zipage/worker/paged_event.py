@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.attention_score import attention_score
 from kernels.cache_view import CacheView, shared
+from kernels.lag_spread import lag_spread
 from kernels.pool_scores import pool_scores
 from kernels.redundancy import redundancy
 from zipage.eviction.event import Event, Softmax
@@ -154,6 +155,11 @@ class PagedEvent(Event):
     def value_ranges(self) -> Tensor:
         low, high = self.v_cache[:, self._blocks].aminmax(dim=-1)
         return (high.float() - low.float()).transpose(2, 3).flatten(3)
+
+    def lag_spread(self, starts: Tensor, partition: int) -> Tensor:
+        if not self.k_cache.is_cuda:
+            return super().lag_spread(starts, partition)
+        return lag_spread(self.view, self.shared(starts.int()), partition)
 
     @cached_property
     def _window_queries(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,6 +28,7 @@ from experiments.running import outcomes
 from experiments.running.job import Job
 from experiments.workloads import load_problems
 from tests.experiments import made_runs
+from tests.experiments.records.benchmark_ids import BENCHMARK_IDS
 from zipage import EventStats
 
 
@@ -137,53 +138,6 @@ def test_committed_benchmarks_keep_their_ids():
         name = config["scenario"]["name"]
         found[rows.parent.name] = records.benchmark_id(name, config, inputs=origin["inputs"], device=device)
     assert found == BENCHMARK_IDS
-
-
-BENCHMARK_IDS = {
-    "engine_bench_policies_h100": "engine_bench-642b6a5accdc",
-    "engine_bench_ample_h100": "engine_bench-18d45a725dc7",
-    "engine_bench_ample_pressure_h100": "engine_bench-a1754cf876dc",
-    "engine_bench_ample_vllm_h100": "engine_bench-b3be7621d49a",
-    "engine_bench_factorial_before_h100": "engine_bench-c06b9ef9f1de",
-    "engine_bench_factorial_h100": "engine_bench-c06b9ef9f1de",
-    "after1": "engine_bench-9ea209842596",
-    "after2": "engine_bench-9ea209842596",
-    "before1": "engine_bench-9ea209842596",
-    "before2": "engine_bench-9ea209842596",
-    "after_large": "engine_bench-775e6dcb342c",
-    "after_small1": "engine_bench-a7e006ae187a",
-    "after_small2": "engine_bench-a7e006ae187a",
-    "after_small_cold": "engine_bench-a7e006ae187a",
-    "before_large": "engine_bench-775e6dcb342c",
-    "before_small": "engine_bench-a7e006ae187a",
-    "engine_bench_long_h100": "engine_bench-32ad7d2726bb",
-    "engine_bench_pressure_h100": "engine_bench-df396adc5e5c",
-    "engine_bench_short_256_h100": "engine_bench-528d8db6cb7e",
-    "engine_bench_short_h100": "engine_bench-830ba3a1f855",
-    "one_gpu": "engine_bench-e670a65b5a50",
-    "two_gpus": "engine_bench-2d7a6185df03",
-    "four_gpus": "engine_bench-9792d05144ac",
-    "two_h100": "engine_bench-84498b79ceba",
-    "four_h100": "engine_bench-8f6e448c6d43",
-    "full_served": "serve_bench-9a3eeb4e406f",
-    "zipage_served": "serve_bench-137270e56601",
-    "full_graphs_alone": "serve_bench-8db9a866cbc8",
-    "full_graphs_served": "serve_bench-dd3ad35cbaab",
-    "vllm_graphs_served": "serve_bench-5272c51050f5",
-    "zipage_graphs_served": "serve_bench-e471898f8025",
-    "full_lent": "serve_bench-602949270e6d",
-    "zipage_lent": "serve_bench-982d7d7e2232",
-    "zipage_1024_lent": "serve_bench-9c18cd7da2e0",
-    "streams_lent": "serve_bench-4a91048e7e4c",
-    "two_again_h100": "engine_bench-84498b79ceba",
-    "vllm_two_h100": "engine_bench-b75d9d7da17d",
-    "two_full_short": "engine_bench-14a9f6f2da98",
-    "two_zipage_short": "engine_bench-a000546c7bdd",
-    "four_full_short": "engine_bench-33c7f9083b5a",
-    "four_zipage_short": "engine_bench-9c37201c3694",
-    "vllm_four_h100": "engine_bench-4100e46e310d",
-    "kernels_scenario_h100": "kernels-ff324622f983",
-}
 
 
 def test_the_questions_of_committed_records_are_still_drawn():

@@ -11,7 +11,7 @@ from torch import Tensor
 from zipage.checks import Count, at_least
 from zipage.eviction.event import Event
 from zipage.eviction.policy import HUGE, Policy
-from zipage.eviction.ties import STEPS, tied
+from zipage.eviction.ties import tied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,26 +58,17 @@ class LagKV(Policy):
         most = event.num_slots // size
         if most < 2:
             return torch.full((), HUGE, device=event.device)
-        slots = start[:, None] + torch.arange(most * size, device=event.device)
-        inside = slots.clamp_max(event.num_slots - 1)
-        raw = tied(self._spread(event.keys(), inside) + self._spread(event.values(), inside))
+        slots = start[:, None] + torch.arange((most - 1) * size, device=event.device)
+        inside = slots.clamp_max(event.num_slots - 1)[:, None].expand(2, *event.shape[:3], -1)
+        of_keys, of_values = event.lag_spread(start, size).gather(-1, inside).unflatten(-1, (-1, size)).softmax(dim=-1)
+        raw = tied(of_keys + of_values)
         scores = raw if self.cross else _ranks(raw) / size
         # The last whole partition and the rest have no reference.
         ranked = torch.arange(most - 1, device=event.device) < whole[:, None] - 1
         scores = torch.where(ranked[..., None, :, None], scores, HUGE).flatten(3)
         result = scores.new_full((*event.shape[:3], event.num_slots + 1), HUGE)
-        index = slots[:, : scores.shape[-1]].clamp_max(event.num_slots)[:, None].expand_as(scores)
+        index = slots.clamp_max(event.num_slots)[:, None].expand_as(scores)
         return result.scatter_(-1, index, scores)[..., :-1]
-
-    def _spread(self, entries: Tensor, slots: Tensor) -> Tensor:
-        """[L, R, H, N, d] and the slots [R, P * B] of P partitions -> [L, R, H, P - 1, B], of all but the last."""
-        index = slots[:, None, :, None].expand(*entries.shape[:3], -1, entries.shape[-1])
-        parts = entries.gather(3, index).unflatten(3, (-1, self.partition))
-        low, high = parts[:, :, :, 1:].aminmax(dim=4, keepdim=True)
-        width = high - low
-        # What rounding leaves of equal values is no range.
-        scale = torch.where(width * STEPS <= torch.maximum(low.abs(), high.abs()), 0.0, 1 / width)
-        return ((parts[:, :, :, :-1] - low) * scale).std(dim=-1).softmax(dim=-1)
 
 
 def _ranks(raw: Tensor) -> Tensor:
