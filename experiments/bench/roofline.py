@@ -66,8 +66,13 @@ class ModelShape:
 
 
 def sliding_layers(config: dict[str, Any]) -> list[int]:
-    """Layers that a `config.json` gives a window of their own."""
-    return [i for i, kind in enumerate(config.get("layer_types") or []) if kind == "sliding_attention"]
+    """Layers that a `config.json` gives a window of their own, by `layer_types` or as transformers fills them in."""
+    types = config.get("layer_types")
+    if types is not None:
+        return [i for i, kind in enumerate(types) if kind == "sliding_attention"]
+    periods = {"gemma3_text": config.get("sliding_window_pattern", 6), "gpt_oss": 2}
+    period = periods.get(config.get("model_type"))
+    return [] if period is None else [i for i in range(config.get("num_hidden_layers", 0)) if (i + 1) % period]
 
 
 def _mlp_rows(config: dict[str, Any]) -> int:

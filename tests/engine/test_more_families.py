@@ -20,6 +20,7 @@ from tests.parallel.ranked import TOKEN_POLICIES, answers, engine
 from tests.tiny_models import FORMED, LONGROPE, MORE_FAMILIES, VOCAB, save_tiny_model, transformers_greedy
 from zipage import SamplingParams
 from zipage.models.decoder import Decoder
+from zipage.models.loading.safetensors_folder import SafetensorsFolder
 from zipage.worker.calibrate import calibrate
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.train_scorer import train_scorer
@@ -116,7 +117,9 @@ def test_two_ranks_answer_as_one_device(tmp_path):
 @pytest.mark.parametrize(
     ("family", "what"), [("gemma3_text", r"window=24 \(layer 0\)"), ("gpt_oss", r"window=24 \(layer 0\)")]
 )
-def test_what_takes_plain_attention_says_so(family, what, tmp_path):
+def test_what_takes_plain_attention_says_so(family, what, tmp_path, monkeypatch):
+    """And reads no weight."""
+    monkeypatch.setattr(SafetensorsFolder, "read", None)
     folder = str(save_tiny_model(family, tmp_path, num_hidden_layers=NUM_LAYERS))
     with pytest.raises(ValueError, match=f"^policy=zipage: attention with {what} is not supported: take policy full"):
         make_llm(folder, Case("zipage", SMALL_CHUNK))

@@ -166,6 +166,16 @@ def test_windows_that_reach_no_layer_are_no_windows():
             {"rope_parameters": {"sliding_attention": ROPE["yarn"]}},
             "rope_type='yarn' of sliding layers is not supported",
         ),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "rope_parameters: factor, .*rope_type.* must be in full_attention or sliding_attention",
+        ),
+        (
+            "gemma3_text",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling: type='linear' must be named rope_type",
+        ),
         ("gpt_oss", {"num_experts_per_tok": 5, "num_local_experts": 4}, "num_active=5: there are 4 experts"),
         ("gpt_oss", {"swiglu_limit": 0.0}, "swiglu_limit=0.0: must be a finite number above 0"),
         ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act='gelu'"),

@@ -16,6 +16,7 @@ from zipage.engine.interface import Core
 from zipage.engine.output_processor import OutputProcessor
 from zipage.engine.replicas import start_replicas
 from zipage.engine.telemetry import Telemetry
+from zipage.models.attention import refuse_forms
 from zipage.models.loading.loader import resolve_device
 from zipage.models.loading.share import obtain_model
 from zipage.models.loading.tokenizer import load_tokenizer
@@ -90,8 +91,19 @@ def build_core(config: EngineConfig) -> tuple[EngineCore, CoreSpec]:
 
 def _build_core(config: EngineConfig) -> tuple[EngineCore, CoreSpec]:
     """`build_core` on the current device."""
+    policy = config.make_policy()
+
+    def check(spec: ModelSpec) -> None:
+        if policy is not None:
+            refuse_forms(spec.attention, f"policy={policy.name}", "take policy full")
+
     loaded = obtain_model(
-        config.model, load_format=config.load_format, dtype=config.dtype, device=config.device, seed=config.seed
+        config.model,
+        load_format=config.load_format,
+        dtype=config.dtype,
+        device=config.device,
+        seed=config.seed,
+        check=check,
     )
     max_model_len = config.model_len(loaded.spec.max_position)
     return core_on(Worker(config, loaded, max_model_len), config, loaded.spec, max_model_len)

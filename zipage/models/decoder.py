@@ -154,6 +154,7 @@ class Decoder(nn.Module):
 
     Attributes:
         spec: with the heads that are computed here.
+        forms: of each layer's attention, which `forward` leaves to its caller.
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, shard: Shard = WHOLE) -> None:
@@ -173,12 +174,8 @@ class Decoder(nn.Module):
         self.local_rotary = None
         if spec.local_inv_freq is not None:
             self.local_rotary = RotaryEmbedding(torch.tensor(spec.local_inv_freq, device=device), 1.0)
+        self.forms = tuple(layer.form for layer in self.layers)
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype).item()
-
-    @property
-    def forms(self) -> tuple[AttentionForm, ...]:
-        """Of each layer's attention, which `forward` leaves to its caller."""
-        return tuple(layer.form for layer in self.layers)
 
     @property
     def dtype(self) -> torch.dtype:

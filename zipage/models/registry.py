@@ -49,5 +49,7 @@ def find_family(name: Any, classes: Iterable[str] | None = None) -> Family:
 
 def find_gguf_family(architecture: Any) -> Family:
     """The same of the `general.architecture` of a GGUF file."""
-    names = {family.gguf_name: name for name, family in FAMILIES.items()}
-    return find_family(names.get(architecture, architecture) if isinstance(architecture, str) else architecture)
+    families = {family.gguf_name: family for family in FAMILIES.values() if family.gguf}
+    if not isinstance(architecture, str) or architecture not in families:
+        raise ValueError(f"unknown architecture {shown(architecture)}; supported in GGUF: {', '.join(families)}")
+    return families[architecture]

@@ -19,6 +19,7 @@ from zipage.models.attention import refuse_forms
 from zipage.models.decoder import Decoder
 from zipage.models.loading.identity import model_identity
 from zipage.models.loading.share import obtain_model
+from zipage.models.spec import ModelSpec
 from zipage.transfer import to_device
 
 SKIPPED = 4
@@ -59,9 +60,12 @@ def calibrate(
             f"kind={kind!r}: must be one of {', '.join(STATISTICS)}" + f"; did you mean {close!r}?" * bool(close)
         )
     drawn = {"load_format": load_format, "seed": seed}
-    loaded = obtain_model(str(model), dtype=dtype, device=device, **drawn)
+
+    def check(spec: ModelSpec) -> None:
+        refuse_forms(spec.attention, f"calibration of {kind}", "calibrate another model")
+
+    loaded = obtain_model(str(model), dtype=dtype, device=device, check=check, **drawn)
     spec = loaded.spec
-    refuse_forms(spec.attention, f"calibration of {kind}", "calibrate another model")
     num_tokens = sum(max(0, len(sequence) - SKIPPED) for sequence in sequences)
     if num_tokens < 1:
         raise ValueError(f"{len(sequences)} sequences: none has a token beyond its first {SKIPPED}")

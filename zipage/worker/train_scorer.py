@@ -18,6 +18,7 @@ from zipage.models.attention import refuse_forms
 from zipage.models.decoder import Decoder
 from zipage.models.loading.identity import model_identity
 from zipage.models.loading.share import obtain_model
+from zipage.models.spec import ModelSpec
 from zipage.transfer import to_device
 from zipage.worker.entry_targets import entry_targets
 from zipage.worker.ridge import RidgeSums
@@ -75,9 +76,12 @@ def train_scorer(
     if len(texts) < HELD_OUT:
         raise ValueError(f"{len(texts)} texts: give at least {HELD_OUT}, of which one is held out")
     drawn = {"load_format": load_format, "seed": seed}
-    decoder = obtain_model(str(model), dtype=dtype, device=device, **drawn).decoder
+
+    def check(spec: ModelSpec) -> None:
+        refuse_forms(spec.attention, f"calibration of {KIND}", "calibrate another model")
+
+    decoder = obtain_model(str(model), dtype=dtype, device=device, check=check, **drawn).decoder
     spec = decoder.spec
-    refuse_forms(spec.attention, f"calibration of {KIND}", "calibrate another model")
     sums = [RidgeSums(spec.num_layers, spec.width, spec.num_kv_heads, decoder.device) for _ in range(2)]
     for number, (token_ids, prompt_len) in enumerate(texts):
         into = sums[number % HELD_OUT == HELD_OUT - 1]

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from zipage.config import EngineConfig
 from zipage.eviction.calibration import read_calibration
-from zipage.models.attention import refuse_forms
 from zipage.models.decoder import Decoder
 from zipage.models.loading.identity import model_identity
 from zipage.models.loading.loader import LoadedModel
@@ -89,8 +88,6 @@ class Worker:
         if self.device.type == "cpu":
             warn_of_spinning()
         self.policy = config.make_policy()
-        if self.policy is not None:
-            refuse_forms(self.spec.attention, f"policy={self.policy.name}", "take policy full")
         if self.policy is not None and self.policy.needs_rotary_pairs:
             self.spec.check_rotary_pairs(self.policy.name)
         self._calibration = self._read_calibration(loaded.spec)

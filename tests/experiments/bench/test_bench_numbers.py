@@ -8,11 +8,12 @@ from random import Random
 
 import pandas as pd
 import pytest
+import transformers
 
 from experiments.bench import __main__ as show
 from experiments.bench.measure import _Observed, _served
 from experiments.bench.ratios import against
-from experiments.bench.roofline import EntriesRead, ModelShape, step_floor
+from experiments.bench.roofline import EntriesRead, ModelShape, sliding_layers, step_floor
 from experiments.bench.tables import markdown
 from experiments.errors import UsageError
 from experiments.paths import ROOT
@@ -131,3 +132,15 @@ def test_table_leaves_out_what_no_row_has():
     rows = pd.DataFrame([{"load": "a", "arm": "b", "tokens_per_second": 1234.5, "gpu_idle": None, "refused": None}])
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(rows).splitlines()]
     assert [cells[0], *cells[2:]] == [["load", "arm", "tokens/s"], ["a", "b", "1,234"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("Gemma3TextConfig", {}), ("Gemma3TextConfig", {"sliding_window_pattern": 4}), ("GptOssConfig", {})],
+)
+def test_windows_without_layer_types_are_those_of_transformers(name, options):
+    """As the hub has google/gemma-3-1b-it."""
+    filled_in = getattr(transformers, name)(**options, num_hidden_layers=14)
+    written = {"model_type": filled_in.model_type, "num_hidden_layers": 14, **options}
+    expected = [i for i, kind in enumerate(filled_in.layer_types) if kind == "sliding_attention"]
+    assert sliding_layers(written) == expected

@@ -115,12 +115,16 @@ def test_metadata_that_is_not_supported(metadata, message, tmp_path):
         load_model(str(path), device="cpu")
 
 
-def test_an_architecture_that_is_not_supported(tmp_path):
+@pytest.mark.parametrize("architecture", ["gemma", "gemma3"])
+def test_an_architecture_that_is_not_supported(architecture, tmp_path):
+    """Families without GGUF are not in the list of what is."""
     path = tmp_path / "model.gguf"
     model = make_model("Llama")
-    model.config.model_type = "gemma"
+    model.config.model_type = architecture
     write_gguf(path, model, Type.F32)
-    with pytest.raises(ValueError, match=r"model\.gguf: unknown architecture 'gemma'"):
+    supported = "llama, mistral, phi3, qwen2, qwen2moe, qwen3, qwen3moe"
+    message = rf"model\.gguf: unknown architecture '{architecture}'; supported in GGUF: {supported}$"
+    with pytest.raises(ValueError, match=message):
         load_model(str(path), device="cpu")
 
 

@@ -43,6 +43,14 @@ def _attention(config: PretrainedConfig, full: AttentionSpec) -> tuple[Attention
 
 
 def _rope(config: PretrainedConfig) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Of full and of sliding layers. transformers ignores what is of neither, and a `type` beside its `rope_type`."""
+    odd = sorted(config.rope_parameters.keys() - {FULL, SLIDING})
+    if odd:
+        raise ValueError(f"rope_parameters: {', '.join(odd)} must be in {FULL} or {SLIDING}")
+    for kind in (FULL, SLIDING):
+        parameters = config.rope_parameters[kind]
+        if parameters.get("type", parameters["rope_type"]) != parameters["rope_type"]:
+            raise ValueError(f"rope_scaling: type={parameters['type']!r} must be named rope_type")
     return config.rope_parameters[FULL], config.rope_parameters[SLIDING]
 
 
@@ -56,4 +64,5 @@ GEMMA3_TEXT = Family(
     rope=_rope,
     stretches_positions=False,
     attention=_attention,
+    gguf=False,
 )

@@ -42,4 +42,5 @@ GPT_OSS = Family(
     quantization="mxfp4",
     sparse=True,
     attention=_attention,
+    gguf=False,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def load_model(
     device: str = "auto",
     seed: int = 0,
     shard: Shard = WHOLE,
+    check: Callable[[ModelSpec], None] | None = None,
 ) -> LoadedModel:
     """Build a model and fill it.
 
@@ -53,6 +55,7 @@ def load_model(
         device: "auto" (CUDA where there is one), or a torch device.
         seed: of dummy weights.
         shard: what of the model to load.
+        check: called before a weight is read; raises a ValueError for a model that the caller can't use.
 
     Raises:
         FileNotFoundError: the model, its config, its weights or a shard is missing.
@@ -65,6 +68,8 @@ def load_model(
     dummy = load_format == "dummy"
     path = locate_model(model, CONFIG if dummy else WEIGHTS)
     spec, weights = _open(path, dummy, torch_device)
+    if check is not None:
+        check(spec)
     if weights is not None:
         spec = _checked_tying(spec, weights)
     torch_dtype = resolve_dtype(dtype, spec, torch_device)
