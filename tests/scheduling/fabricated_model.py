@@ -386,6 +386,7 @@ class FabricatedModel(FabricatedMemory):
             if request.number in slots and request.query_slot < 0 and scheduler.slots.wanted_by(request):
                 self.events["lent"] += slots[request.number] >= 0
                 decodes = request.status is Status.RUNNING and len(request.token_ids) - request.num_computed == 1
+                decodes = decodes and not request.has_all_tokens
                 if got and decodes and scheduler.trigger.has_come_to_window(request):
                     assert request.number > max(got), "a slot went past an older request that needs it"
 

@@ -53,7 +53,7 @@ LONGEST_WAIT = 400
 
 
 def random_rules(rng: random.Random, size: int) -> list[Budget | None]:
-    """A policy with its budgets, as (policy, budget, protection, recent) or None for full KV."""
+    """One policy with its budgets, or several, as (policy, budget, protection, recent) or None for full KV."""
     window = rng.choice([w for w in (0, 1, 4) if w <= size])
     pages = [p for p in range(2, size + 1) if size % p == 0]
     drops = bool(pages) and rng.random() < 0.2
@@ -76,6 +76,9 @@ def random_rules(rng: random.Random, size: int) -> list[Budget | None]:
             rules.append((policy, budget, protection, recent))
     if rng.random() < 0.25:
         rules.append(None)
+    if page == 1 and rng.random() < 0.3:
+        others = [StubPolicy(rng.choice([w for w in (0, 1, 2, 4, size) if w <= size])) for _ in rules]
+        rules = [kind and (other, *kind[1:]) for kind, other in zip(rules, others, strict=True)]
     return rules
 
 
@@ -110,7 +113,7 @@ class Simulation:
             "max_num_batched_tokens": batched if chunked else max(batched, longest_text) + seqs,
             "enable_chunked_prefill": chunked,
             "headroom": rng.choice([0, 0, 1, size, 128]),
-            "num_query_slots": rng.choice([1, 2, 2, 4, 4, 8, 8, 8]),
+            "num_query_slots": rng.choice([1, 1, 2, 2, 3, 4, 8, 8]),
             "trigger": rng.choice(["block_full", "block_full", "pressure"]),
             "scheduling": rng.choice(["hybrid", "hybrid", "constrained"]),
         }
@@ -138,6 +141,7 @@ class Simulation:
             pending += samples
         self.pending = [request for request in pending if request.max_total_tokens > request.num_prompt_tokens]
         policy = next(kind for kind in kinds if kind)[0]
+        windows = {kind[0].num_queries for kind in kinds if kind}
         self.labels = [
             f"block_size={size}",
             f"trigger={options['trigger']}",
@@ -147,7 +151,8 @@ class Simulation:
             f"prefix_caching={caching}",
             f"swap_space={'none' if not slabs else 'little' if slabs < 4 else 'ample'}",
             f"chunked_prefill={chunked}",
-            f"window={policy.num_queries}",
+            "window=" + (str(min(windows)) if len(windows) == 1 else "several"),
+            f"query_slots={options['num_query_slots']}",
             "policy=" + ("drops_blocks" if policy.drops_blocks else "pages" if policy.page > 1 else "tokens"),
             f"mixed_unbounded={None in kinds}",
             f"rules={len(kinds)}",

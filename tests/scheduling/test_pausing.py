@@ -44,19 +44,31 @@ def test_a_request_preempted_when_due_is_compressed_at_the_same_length(prompt, w
     assert lengths(True) == lengths(False)
 
 
-def test_preemption_takes_those_without_slot_first_and_then_the_youngest():
+def test_preemption_takes_the_youngest_whether_it_holds_a_slot_or_not():
     rule = make_rule(4, 4, window=4)
     requests = [make_request(name, 4, 40, rule) for name in "abcd"]
     scheduler, model = started(*requests, num_query_slots=2)
     model.step()
-    assert [request.query_slot >= 0 for request in requests] == [True, True, False, False]
+    assert scheduler._find_victim(requests[0]) is requests[3]
     requests[3].query_slot, requests[1].query_slot = requests[1].query_slot, -1
-    assert scheduler._find_victim(requests[0]) is requests[2]
-    requests[2].query_slot = 7
-    assert scheduler._find_victim(requests[0]) is requests[1]
-    requests[1].query_slot = 6
     assert scheduler._find_victim(requests[0]) is requests[3]
     assert scheduler._find_victim(requests[3]) is None
+
+
+def test_one_that_lent_its_slot_does_not_leave_before_a_younger_borrower_nor_leave_and_return_at_once():
+    first, second = make_request("a", 8, 20), make_request("b", 8, 20)
+    lender = make_request("c", 8, 20, make_rule(2, 4, window=1))
+    borrower = make_request("d", 9, 20, make_rule(5, 4, window=1))
+    scheduler, model = started(first, second, lender, borrower, num_blocks=9, num_query_slots=1, caching=False)
+    model.step()
+    model.poll()
+    assert [request.cache_len for request in (first, second, lender, borrower)] == [8, 8, 4, 9], "three grow now"
+    scheduler.slots.take_back(lender)
+    scheduler.slots.offer(borrower)
+    scheduler.pool.allocate(scheduler.pool.num_free)
+    plan = model.schedule()
+    assert [p.request for p in plan.preempted] == [borrower]
+    assert plan.paused == plan.resumed == []
 
 
 def test_after_its_first_compression_a_victim_is_paused_and_comes_back_unchanged():

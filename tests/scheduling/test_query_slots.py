@@ -1,9 +1,11 @@
 """Who may run with a query slot, and who without."""
 
+from collections import Counter
+
 import pytest
 
 from tests.scheduling.compressing import started, step_until
-from tests.scheduling.fabricated import make_request, make_rule, make_samples
+from tests.scheduling.fabricated import make_request, make_rule, make_samples, make_scheduler
 from zipage.scheduling.request import Status
 
 
@@ -23,17 +25,7 @@ def test_a_request_without_slot_runs_until_w_entries_are_free_and_no_further_if_
 
 def test_a_request_that_needs_a_slot_takes_that_of_the_one_farthest_from_its_window():
     rule = make_rule(3, 8, window=3)
-    near, far, other = (
-        make_request(name, length, 60, rule)
-        for name, length in (
-            (
-                "a",
-                16,
-            ),
-            ("b", 4),
-            ("c", 18),
-        )
-    )
+    near, far, other = (make_request(name, length, 60, rule) for name, length in (("a", 16), ("b", 4), ("c", 18)))
     _, model = started(near, far, other, block_size=8, num_query_slots=2)
     step_until(model, lambda: other.cache_len == 24 - 3)
     assert [near.query_slot, far.query_slot, other.query_slot] == [0, 1, -1]
@@ -127,3 +119,31 @@ def test_a_slot_freed_inside_a_step_goes_past_nobody_older():
     )
     assert old.query_slot == 0
     model.run(max_steps=200)
+
+
+def test_a_step_looks_at_each_request_a_few_times_however_many_look_for_a_slot(monkeypatch):
+    rule = make_rule(3, 8, window=3)
+    requests = [make_request(str(i), 4 + i % 16, 60, rule) for i in range(64)]
+    options = {"max_num_seqs": 64, "max_num_batched_tokens": 2048}
+    scheduler = make_scheduler(256, 8, num_query_slots=16, **options)
+    for request in requests:
+        scheduler.add(request)
+    looked = Counter()
+    has_come = scheduler.trigger.has_come_to_window
+
+    def count(request):
+        looked[request] += 1
+        return has_come(request)
+
+    monkeypatch.setattr(scheduler.trigger, "has_come_to_window", count)
+    num_stalled = 0
+    for _ in range(100):
+        looked.clear()
+        batch = scheduler.schedule()
+        assert max(looked.values(), default=0) <= 2
+        num_stalled += batch.num_stalled
+        scheduler.advance(batch)
+        for order in scheduler.order_compressions():
+            scheduler.complete(order.number)
+        scheduler.update(batch, [7] * len(batch.sampled))
+    assert num_stalled > 64

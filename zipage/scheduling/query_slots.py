@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from zipage.scheduling.request import Request, Status
 from zipage.scheduling.triggers import Trigger
+
+
+class _Survey(NamedTuple):
+    """Who decodes at one time.
+
+    Attributes:
+        waiting: those who have come to their window and lack a slot, oldest first.
+        able: those who hold a slot and have not come to their window, the one with most entries to go to its next
+            compression last.
+    """
+
+    waiting: deque[Request]
+    able: list[Request]
 
 
 class QuerySlots:
@@ -22,6 +37,7 @@ class QuerySlots:
         self.trigger = trigger
         self.constrained = constrained
         self._free = list(range(num_slots - 1, -1, -1))
+        self._survey: _Survey | None = None
 
     @property
     def num_free(self) -> int:
@@ -37,7 +53,8 @@ class QuerySlots:
         return rule is not None and (rule.window > 0 or self.constrained)
 
     def assign(self, running: Iterable[Request]) -> None:
-        """Give free slots to those that lack one, in the order given."""
+        """Give free slots to those that lack one, in the order given. A step begins with it."""
+        self._survey = None
         for request in running:
             if not self._free:
                 return
@@ -52,6 +69,7 @@ class QuerySlots:
 
     def can_serve(self, request: Request, running: Sequence[Request]) -> bool:
         """Whether a request that needs a slot can have one: a free one, or that of a request that can do without."""
+        self._survey = None
         return bool(self._free) or self._lender(request, running) is not None
 
     def lend(self, request: Request, running: Sequence[Request]) -> None:
@@ -73,16 +91,32 @@ class QuerySlots:
         """
         if self.constrained:
             return None
-        able = []
-        for other in running:
-            if not self.wanted_by(other) or not _decodes(other):
+        if self._survey is None:
+            # All that look for a slot in a step share it, lest hundreds go through hundreds.
+            self._survey = self._look(running)
+        waiting, able = self._survey
+        while waiting and (waiting[0].query_slot >= 0 or not _decodes(waiting[0])):
+            waiting.popleft()
+        if waiting and waiting[0].number < request.number:
+            return None
+        while able and (able[-1].query_slot < 0 or not _decodes(able[-1])):
+            able.pop()
+        return able[-1] if able else None
+
+    def _look(self, running: Iterable[Request]) -> _Survey:
+        waiting, able = deque(), []
+        for request in running:
+            if not self.wanted_by(request) or not _decodes(request):
                 continue
-            if self.trigger.has_come_to_window(other):
-                if other.query_slot < 0 and other.number < request.number:
-                    return None
-            elif other.query_slot >= 0:
-                able.append(other)
-        return max(able, key=lambda other: self.trigger.most_entries(other) - other.cache_len, default=None)
+            if self.trigger.has_come_to_window(request):
+                if request.query_slot < 0:
+                    waiting.append(request)
+            elif request.query_slot >= 0:
+                able.append(request)
+        # Stable: of equals, the oldest is last.
+        able.reverse()
+        able.sort(key=lambda request: self.trigger.most_entries(request) - request.cache_len)
+        return _Survey(waiting, able)
 
     def take_back(self, request: Request) -> None:
         """The request stops running. Its slot, if any, is free."""
@@ -98,4 +132,5 @@ class QuerySlots:
 
 
 def _decodes(request: Request) -> bool:
-    return request.status is Status.RUNNING and len(request.token_ids) - request.num_computed == 1
+    is_one_behind = len(request.token_ids) - request.num_computed == 1
+    return is_one_behind and request.status is Status.RUNNING and not request.has_all_tokens

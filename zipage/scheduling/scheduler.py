@@ -224,16 +224,13 @@ class Scheduler:
         return True
 
     def _find_victim(self, request: Request) -> Request | None:
-        """The youngest running request without a query slot, else the youngest, if it is younger than `request`."""
-        youngest = None
+        """The youngest running request, if it is younger than `request`."""
         for other in reversed(self.running):
             if other.number <= request.number:
-                break
+                return None
             if other.status is Status.RUNNING:
-                if other.query_slot < 0:
-                    return other
-                youngest = youngest or other
-        return youngest
+                return other
+        return None
 
     def _add_chunk(self, batch: Batch, request: Request, budget: int) -> int:
         remaining = self.prefixes.num_to_compute(request) - request.num_computed
