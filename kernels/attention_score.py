@@ -49,7 +49,10 @@ def attention_score(
     Raises:
         ValueError: an argument's shape, dtype, device, layout or value is not as above.
     """
-    _check(q_cache, view, query_slots, window_ends, softmax, group, window)
+    check_window(q_cache, view, query_slots, window_ends)
+    check_choice("softmax", softmax, ("all", "cut", "group_cut"))
+    check_choice("group", group, ("max", "mean"))
+    check_choice("window", window, ("mean", "sum", "max"))
     args = q_cache, view, query_slots, window_ends, scale
     kinds = {"softmax": softmax, "group": group, "window": window}
     if q_cache.is_cuda:
@@ -58,16 +61,8 @@ def attention_score(
     return attention_score_torch(*args, **kinds)
 
 
-def _check(
-    q_cache: Tensor,
-    view: CacheView,
-    query_slots: Tensor,
-    window_ends: Tensor,
-    softmax: str,
-    group: str,
-    window: str,
-) -> None:
-    """Check the arguments of `attention_score`. Raises ValueError naming the argument, its value and the remedy."""
+def check_window(q_cache: Tensor, view: CacheView, query_slots: Tensor, window_ends: Tensor) -> None:
+    """Check a window of queries and a view. Raises ValueError naming the argument, its value and the remedy."""
     check_view(view, all_layers=True)
     k_cache = view.k_cache
     layers, _, heads, _, head_dim = k_cache.shape
@@ -80,9 +75,6 @@ def _check(
     requests = view.lens.shape[1]
     check_index("query_slots", query_slots, torch.int32, (requests,), k_cache.device)
     check_index("window_ends", window_ends, torch.int32, (requests,), k_cache.device)
-    check_choice("softmax", softmax, ("all", "cut", "group_cut"))
-    check_choice("group", group, ("max", "mean"))
-    check_choice("window", window, ("mean", "sum", "max"))
 
 
 def attention_score_reference(

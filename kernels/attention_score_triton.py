@@ -1,4 +1,4 @@
-"""Attention scores of paged entries by a window of stored queries, in Triton.
+"""Attention scores of paged entries by a window of stored queries, and which attend to them at all, in Triton.
 
 Two passes over K: the log-sum-exp of each softmax, then the weights, reduced over the group and the window as they are
 made. Only the first kind of number and the scores reach memory.
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attended import WORD
 from kernels.cache_view import CacheView
 from kernels.tiles import LOG2_E, decode_tile, load_blocks, load_keys, multiprocessors, padded_dim
 
@@ -200,6 +201,7 @@ def _reduce_weights(
     lens_ptr,
     sums_ptr,
     out_ptr,
+    threshold,
     scale_log2,
     group,
     window,
@@ -237,7 +239,8 @@ def _reduce_weights(
 ):
     """One layer, request, KV head and split of the output's columns, for one chunk of the window.
 
-    Chunks are launches, one after the other, that accumulate in the output; the LAST one finishes it.
+    Chunks are launches, one after the other, that accumulate in the output; the LAST one finishes it. "bits" writes
+    int32 masks: that of a query is its weight's being `threshold` or more.
     """
     split = tl.program_id(0)
     pair = tl.program_id(1)
@@ -292,15 +295,18 @@ def _reduce_weights(
                 weights = tl.max(weights, 1)
         if WINDOW == "max":
             score = tl.max(weights, 0)
+        elif WINDOW == "bits":
+            bits = tl.full([ROWS // GROUP_PAD], 1, tl.int32) << ((first_query + tl.arange(0, ROWS // GROUP_PAD)) % 32)
+            score = tl.sum(tl.where(weights >= threshold, bits[:, None], 0), 0)
         else:
             score = tl.sum(weights, 0)
         if not FIRST:
-            before = tl.load(out_row + entries, mask=entries < width, other=0.0)
+            before = tl.load(out_row + entries, mask=entries < width, other=0)
             if WINDOW == "max":
                 score = tl.maximum(score, before)
             else:
                 score += before
-        if LAST:
+        if LAST and WINDOW != "bits":
             if WINDOW == "mean":
                 score = score / window
             score = tl.where(entries < scored, score, float("-inf"))
@@ -308,7 +314,10 @@ def _reduce_weights(
         blocks = next_blocks
     for tile in range(tl.maximum(first, last), end):
         entries = tile * TILE + tl.arange(0, TILE)
-        tl.store(out_row + entries, tl.full([TILE], float("-inf"), tl.float32), mask=entries < width)
+        if WINDOW == "bits":
+            tl.store(out_row + entries, tl.zeros([TILE], tl.int32), mask=entries < width)
+        else:
+            tl.store(out_row + entries, tl.full([TILE], float("-inf"), tl.float32), mask=entries < width)
 
 
 def attention_score_triton(
@@ -328,16 +337,53 @@ def attention_score_triton(
     Args:
         num_splits: of a request along its entries; None: enough to fill the GPU. The others as in `attention_score`.
     """
+    out = torch.empty((1, *view.lens.shape, view.width), dtype=torch.float32, device=q_cache.device)
+    _launch(out, q_cache, view, query_slots, window_ends, scale, softmax, group, window, num_splits)
+    return out[0]
+
+
+def attended_triton(
+    q_cache: Tensor,
+    view: CacheView,
+    query_slots: Tensor,
+    window_ends: Tensor,
+    scale: float,
+    threshold: float,
+    *,
+    num_splits: int | None = None,
+) -> Tensor:
+    """`attended` in the launches of `attention_score_triton`."""
+    words = triton.cdiv(q_cache.shape[2], WORD)
+    out = torch.empty((words, *view.lens.shape, view.width), dtype=torch.int32, device=q_cache.device)
+    _launch(out, q_cache, view, query_slots, window_ends, scale, "all", "max", "bits", num_splits, threshold)
+    return out
+
+
+def _launch(
+    out: Tensor,
+    q_cache: Tensor,
+    view: CacheView,
+    query_slots: Tensor,
+    window_ends: Tensor,
+    scale: float,
+    softmax: str,
+    group: str,
+    window: str,
+    num_splits: int | None,
+    threshold: float = 0.0,
+) -> None:
+    """Fill `out` [words, L, R, H, N], each word by the chunks of its own queries: one word, or WORD queries each."""
+    if out.numel() == 0:
+        return
     k_cache, _, block_tables, lens = view
     layers, _, kv_heads, block_size, head_dim = k_cache.shape
     queries, query_heads = q_cache.shape[2:4]
     requests, width = lens.shape[1], view.width
-    out = torch.empty((layers, requests, kv_heads, width), dtype=torch.float32, device=k_cache.device)
-    if out.numel() == 0:
-        return out
     members = query_heads // kv_heads
     group_pad = triton.next_power_of_2(members)
     most = max(group_pad, 32 if k_cache.element_size() == 4 else MAX_ROWS)
+    if window == "bits":
+        most = min(most, WORD * group_pad)
     rows = max(16, min(triton.next_power_of_2(queries) * group_pad, most))
     softmaxes = rows // group_pad if softmax == "group_cut" else rows
     chunks = triton.cdiv(queries, rows // group_pad)
@@ -361,9 +407,10 @@ def attention_score_triton(
     }  # fmt: skip
     numbers = scale * LOG2_E, members, queries, num_splits, per_split
     _log_sums[(num_splits * chunks, pairs, layers)](*inputs, *numbers, *strides, **shape)
+    per_word = triton.cdiv(WORD, rows // group_pad) if window == "bits" else chunks
     for chunk in range(chunks):
         _reduce_weights[(num_splits, pairs, layers)](
-            *inputs, out, *numbers, chunk, chunks, width, *strides, **shape,
-            SPLITS_PAD=triton.next_power_of_2(num_splits), WINDOW=window, FIRST=chunk == 0, LAST=chunk == chunks - 1,
+            *inputs, out[chunk // per_word], threshold, *numbers, chunk, chunks, width, *strides, **shape,
+            SPLITS_PAD=triton.next_power_of_2(num_splits), WINDOW=window, FIRST=chunk % per_word == 0,
+            LAST=chunk == chunks - 1,
         )  # fmt: skip
-    return out

@@ -59,6 +59,17 @@ class DenseEvent(Event):
         known = self.valid if softmax == "all" else self.before_window
         return torch.where(known, scores, self.poison)
 
+    def attended(self, threshold):
+        words = torch.zeros(-(-self.window // 32), *self.shape, dtype=torch.int64)
+        for q in range(self.window):
+            for row, n in enumerate(self.lens.tolist()):
+                seen = n - self.window + q + 1
+                query = self.query_entries[:, row, q].unflatten(1, (self.num_heads, self.group_size))
+                logits = query @ self.key_entries[:, row, :, :seen].mT / math.sqrt(self.head_dim)
+                hit = logits.softmax(dim=-1).amax(dim=2) >= threshold
+                words[q // 32, :, row, :, :seen] += hit * 2 ** (q % 32)
+        return words.int()
+
     def redundancy(self, tau, chunk=None, threshold=0.5):
         result = torch.full(self.shape, self.poison)
         for row, n in enumerate(self.lens.tolist()):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.eviction.dense_event import Run, dense_event, make_tokens
+from tests.eviction.dense_event import DenseEvent, Run, dense_event, make_tokens
 from tests.eviction.policy_runs import REQUESTS, kept, make
 from zipage.eviction.policies.lazy_eviction import LazyEviction
 
@@ -13,14 +13,14 @@ from zipage.eviction.policies.lazy_eviction import LazyEviction
 def attending(period: int, monkeypatch) -> None:
     """In place of the model's: step c attends to entry 0 where `period` divides it, and to nothing else."""
 
-    def attended(self, event):
-        steps = event.logical_lens[:, None] - torch.tensor(event.prompt_lens)[:, None] - self.window + 1
-        hits = torch.zeros(self.window, *event.shape, dtype=torch.bool)
-        for q, step in enumerate((steps + torch.arange(self.window)).T):
-            hits[q, :, :, :, 0] = (step % period == 0)[None, :, None]
+    def attended(self, threshold):
+        steps = self.logical_lens - torch.tensor(self.prompt_lens) - self.window + 1
+        hits = torch.zeros(1, *self.shape, dtype=torch.int32)
+        for q in range(self.window):
+            hits[0, :, :, :, 0] += ((steps + q) % period == 0).int()[:, None] << q
         return hits
 
-    monkeypatch.setattr(LazyEviction, "_attended", attended)
+    monkeypatch.setattr(DenseEvent, "attended", attended)
 
 
 @pytest.mark.parametrize("period", [1, 2, 5, 16])

@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
+from kernels.attended import attended_reference
 from kernels.attention_score import attention_score, attention_score_reference
-from kernels.attention_score_triton import attention_score_triton
+from kernels.attention_score_triton import attended_triton, attention_score_triton
 from kernels.cache_view import CacheView, once, shared
 from kernels.compact_stable import compact_stable, compact_stable_reference, compact_stable_torch
 from kernels.compact_stable_triton import compact_stable_triton
@@ -174,6 +175,14 @@ def check_scores(checks: Checks, shapes: list[tuple]) -> None:
                     out = attention_score_triton(*args, **KINDS[kind], num_splits=splits)
                     value = difference(out, expected)
                     checks.add("attention_score", name, value, BOUND, kind=kind, splits=splits, **case)
+
+            scale, threshold = 2 * head_dim**-0.5, 0.01
+            args = q_cache.cpu().float(), host, slots.cpu(), ends.cpu(), scale
+            more, fewer = (attended_reference(*args, threshold * factor) for factor in (1 - BOUND, 1 + BOUND))
+            for splits in (None, 4):
+                out = attended_triton(q_cache, event, slots, ends, scale, threshold, num_splits=splits).cpu()
+                wrong = ((out & ~more) | (fewer & ~out)).count_nonzero().item()  # elsewhere than at the threshold
+                checks.add("attended", name, wrong, 0, splits=splits, **case)
 
             for chunk, way in ((256, True), (64, True), (256, False), (None, True)):
                 if number % 2 and chunk == 64:

@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels.add_rms_norm_triton import add_rms_norm_triton
 from kernels.attention_form import AttentionForm
-from kernels.attention_score_triton import attention_score_triton
+from kernels.attention_score_triton import attended_triton, attention_score_triton
 from kernels.cache_view import CacheView, shared
 from kernels.clamped_swiglu_triton import clamped_swiglu_triton
 from kernels.compact_stable_triton import compact_stable_triton
@@ -97,6 +97,7 @@ def compile_view_kernels(apart: bool) -> None:
         paged_decode_triton(q[:REQUESTS], layer, 0.1, decode_pieces_triton(layer), form=form)
         paged_prefill_triton(q, layer, ints(REQUESTS + 1), TOKENS, 0.1, form=form)
     attention_score_triton(windows, layers, lens, lens, 0.1)
+    attended_triton(windows, layers, lens, lens, 0.1, 1e-4)
     redundancy_triton(layers, tau=0.4, chunk=32)
     lag_spread_triton(layers, layers.lens, 24)
     redundancy_triton(layers, tau=0.4)

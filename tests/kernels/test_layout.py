@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.add_rms_norm import add_rms_norm
+from kernels.attended import attended
 from kernels.attention_score import attention_score
 from kernels.cache_view import CacheView, shared
 from kernels.compact_stable import compact_stable
@@ -61,6 +62,10 @@ def score_arguments() -> dict:
     numbers = torch.zeros(2, dtype=torch.int32)
     queries = {"q_cache": torch.randn(3, 2, 8, 6, 32), "query_slots": numbers, "window_ends": numbers + 20}
     return {**event_arguments(), **queries, "scale": 0.1}
+
+
+def attended_arguments() -> dict:
+    return {**score_arguments(), "threshold": 1e-4}
 
 
 def redundancy_arguments() -> dict:
@@ -140,6 +145,7 @@ VALID = {
     silu_mul: gate_arguments,
     qk_norm_rope: rotary_arguments,
     sample_from_logits: sample_arguments,
+    attended: attended_arguments,
     attention_score: score_arguments,
     redundancy: redundancy_arguments,
     pool_scores: pool_arguments,
@@ -271,6 +277,8 @@ WRONG = [
     (attention_score, {"softmax": "none"}, r"softmax has value 'none': use one of all, cut, group_cut"),
     (attention_score, {"group": "sum"}, r"group has value 'sum': use one of max, mean"),
     (attention_score, {"window": "last"}, r"window has value 'last'"),
+    (attended, {"q_cache": torch.randn(3, 2, 8, 5, 32)}, r"q_cache has shape .* multiple of 2 heads"),
+    (attended, {"threshold": 0.0}, r"threshold has value 0.0: give a number in \(0, 1\]"),
     (redundancy, {"chunk": 48}, r"chunk has value 48: give a power of two from 16"),
     (redundancy, {"chunk": 8}, r"chunk has value 8"),
     (redundancy, {"tau": 0.0}, r"tau has value 0.0: give a temperature above 0"),

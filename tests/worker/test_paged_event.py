@@ -96,6 +96,10 @@ def test_kept_entries_equal_the_simulation(case, block_size, device):
             assert_equal_after(simulations[i], lens[i], cache, policy, i)
 
 
+def test_a_window_of_more_queries_than_a_word_has_bits():
+    test_kept_entries_equal_the_simulation(Case("lazy_eviction", {"alpha": 0.02, "window": 40}), 16, "cpu")
+
+
 @on_every_device
 @every_case
 def test_a_batch_and_strides_change_nothing(case, device):

@@ -146,6 +146,18 @@ class Event(ABC):
         """
 
     @abstractmethod
+    def attended(self, threshold: float) -> Tensor:
+        """Which queries of the window attend to an entry: the maximum over the group of their attention, softmax over
+        all entries that they see, is `threshold` or more.
+
+        Returns:
+            int32 [ceil(w / 32), L, R, H, N]: bit q % 32 of word q // 32 is query q's, the oldest first.
+
+        Raises:
+            ValueError: the policy asked for no queries, or `threshold` is not in (0, 1].
+        """
+
+    @abstractmethod
     def redundancy(self, tau: float, chunk: int | None = None, threshold: float = 0.5) -> Tensor:
         """How much of a key the others repeat: a softmax over a request's entries.
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels.attended import attended
 from kernels.attention_score import attention_score
 from kernels.cache_view import CacheView, shared
 from kernels.lag_spread import lag_spread
@@ -119,6 +120,13 @@ class PagedEvent(Event):
             group="max" if softmax == "group_cut" else group,
             window=window,
         )
+
+    def attended(self, threshold: float) -> Tensor:
+        self._check_queries("attended")
+        if len({*self.scales}) > 1:  # a launch has one scale
+            return torch.cat([self.of_layers(i, i + 1).attended(threshold) for i in range(self.num_layers)], dim=1)
+        q_cache, query_slots, window_ends = self._window_queries
+        return attended(q_cache, self.view, query_slots, window_ends, self.scales[0], threshold)
 
     def redundancy(self, tau: float, chunk: int | None = None, threshold: float = 0.5) -> Tensor:
         return redundancy(self.view, tau=tau, threshold=threshold, chunk=chunk)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -65,26 +64,17 @@ class LazyEviction(Policy):
         born = (behind - event.lens[:, None] + event.slots - prompt).clamp_min(0).float()[:, None]
         last, mri = event.stored_states
         last, mri = torch.where(last < 0, born, last), mri.clamp_min(0.0)
-        steps = behind - prompt - self.window + 1 + torch.arange(self.window, device=device)
-        for step, attended in zip(steps.T[..., None, None].float(), self._attended(event), strict=True):
-            hit = attended & (step >= 1)
-            mri = torch.where(hit, torch.maximum(mri, step - last), mri)
-            last = torch.where(hit, step, last)
+        order = torch.arange(self.window, dtype=torch.int32, device=device)
+        steps = behind - prompt - self.window + 1 + order
+        bits = (steps >= 1).int() << order % 32  # no bit of a step that doesn't count
+        words = event.attended(self.alpha)
+        for q, (step, bit) in enumerate(zip(steps.float().T[..., None, None], bits.T[..., None, None], strict=True)):
+            seen = torch.where((words[q // 32] & bit).bool(), step, last)
+            mri = torch.maximum(mri, seen - last)
+            last = seen
         event.store(last, mri)
         now = (behind - prompt).double()[:, None]
         overdue = 1 + (now - last) / (mri.double() + 1e-5)
         rare = mri.double() - 1
         scores = 2 / (1 + overdue.clamp_max(LARGEST_EXPONENT).exp())
         return scores + (mri > 0) * 2 / (1 + rare.clamp_max(LARGEST_EXPONENT).exp())
-
-    def _attended(self, event: Event) -> Tensor:
-        """Whether each entry is attended to by each query of the window, bool [w, L, R, H, N]."""
-        heads = event.queries().unflatten(3, (event.num_heads, -1)).movedim(2, 4).unbind(dim=3)
-        keys = event.keys().mT / math.sqrt(event.head_dim)
-        ends = event.window_start[:, None] + torch.arange(self.window, device=event.device)
-        hidden = (event.slots > ends[..., None])[:, None]
-        most = torch.zeros((), device=event.device)
-        for queries in heads:  # one by one, since a launch would not hold the attention of all
-            logits = (queries @ keys).masked_fill_(hidden, float("-inf"))
-            most = torch.maximum(most, logits.softmax(dim=-1))
-        return (most >= self.alpha).movedim(3, 0)
