@@ -40,7 +40,7 @@ def lag_spread(view: CacheView, starts: Tensor, partition: int) -> Tensor:
         fail("partition", "value", partition, "give at least one slot")
     if view.lens.is_cuda:
         with torch.cuda.device(view.lens.device):
-            return _triton()(view, starts, partition)
+            return _triton()(view, starts, partition, LEAST_RANGE)
     return lag_spread_reference(view, starts, partition)
 
 

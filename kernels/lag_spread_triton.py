@@ -12,10 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cache_view import CacheView
-from kernels.lag_spread import LEAST_RANGE
 from kernels.tiles import padded_dim
 
-LEAST = tl.constexpr(LEAST_RANGE)
 TILE_BYTES = 32 * 1024
 """Of a tile of entries in float32."""
 
@@ -63,6 +61,7 @@ def _lag_spread(
     start_row_stride,
     start_head_stride,
     partition,
+    least_range,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
@@ -92,7 +91,7 @@ def _lag_spread(
         low = tl.minimum(low, tl.min(tl.where(inside[:, None], x, float("inf")), 0))
         high = tl.maximum(high, tl.max(tl.where(inside[:, None], x, float("-inf")), 0))
     range_ = high - low
-    is_flat = range_ <= LEAST * tl.maximum(tl.abs(low), tl.abs(high))
+    is_flat = range_ <= least_range * tl.maximum(tl.abs(low), tl.abs(high))
     scale = tl.where(is_flat | (dims >= HEAD_DIM), 0.0, 1.0 / tl.where(is_flat, 1.0, range_))
 
     line = of_values * (tl.num_programs(2) // 2) + layer
@@ -107,8 +106,8 @@ def _lag_spread(
         tl.store(out + first + at + places, std, mask=inside)
 
 
-def lag_spread_triton(view: CacheView, starts: Tensor, partition: int) -> Tensor:
-    """`kernels.lag_spread` on CUDA, or interpreted."""
+def lag_spread_triton(view: CacheView, starts: Tensor, partition: int, least_range: float) -> Tensor:
+    """`kernels.lag_spread` on CUDA, or interpreted; `least_range` is its `LEAST_RANGE`."""
     layers, requests, heads = view.lens.shape
     out = torch.zeros(2, layers, requests, heads, view.width, device=view.lens.device)
     most = view.width // partition - 1
@@ -129,6 +128,7 @@ def lag_spread_triton(view: CacheView, starts: Tensor, partition: int) -> Tensor
         *view.lens.stride(),
         *starts.stride(),
         partition,
+        least_range,
         HEADS=heads,
         HEAD_DIM=head_dim,
         DIM_PAD=padded_dim(head_dim),

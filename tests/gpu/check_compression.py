@@ -31,7 +31,7 @@ from kernels.attention_score_triton import attended_triton, attention_score_trit
 from kernels.cache_view import CacheView, once, shared
 from kernels.compact_stable import compact_stable, compact_stable_reference, compact_stable_torch
 from kernels.compact_stable_triton import compact_stable_triton
-from kernels.lag_spread import lag_spread_reference
+from kernels.lag_spread import LEAST_RANGE, lag_spread_reference
 from kernels.lag_spread_triton import lag_spread_triton
 from kernels.redundancy import redundancy, redundancy_reference
 from kernels.redundancy_triton import redundancy_triton
@@ -193,7 +193,7 @@ def check_scores(checks: Checks, shapes: list[tuple]) -> None:
 
             for partition in (128, 24):
                 starts = torch.full_like(event.lens, 4)
-                out = lag_spread_triton(event, starts, partition)
+                out = lag_spread_triton(event, starts, partition, LEAST_RANGE)
                 expected = lag_spread_reference(host, starts.cpu(), partition)
                 checks.add("lag_spread", name, difference(out, expected), BOUND, partition=partition, **case)
 

@@ -99,7 +99,7 @@ def compile_view_kernels(apart: bool) -> None:
     attention_score_triton(windows, layers, lens, lens, 0.1)
     attended_triton(windows, layers, lens, lens, 0.1, 1e-4)
     redundancy_triton(layers, tau=0.4, chunk=32)
-    lag_spread_triton(layers, layers.lens, 24)
+    lag_spread_triton(layers, layers.lens, 24, 2.0**-12)
     redundancy_triton(layers, tau=0.4)
     forced = torch.zeros(REQUESTS, width, dtype=torch.bool)
     scores = torch.zeros(LAYERS, REQUESTS, HEADS, width)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.lag_spread import lag_spread, lag_spread_reference
+from kernels.lag_spread import LEAST_RANGE, lag_spread, lag_spread_reference
 from kernels.lag_spread_triton import lag_spread_triton
 from tests.kernels.events import make_event
 from tests.kernels.paged import TRITON_DTYPES, device_of, upcast
@@ -43,7 +43,7 @@ def test_lag_spread(dtype, apart, lens, starts, block_size, head_dim, partition)
     flat = event.view.block_tables[0, 0, 0, 0]
     event.view.v_cache[:, flat, :, :, 1] = 3.0  # a channel without a range
     starts = starts_of(event, starts)
-    out = lag_spread_triton(event.view, starts, partition)
+    out = lag_spread_triton(event.view, starts, partition, LEAST_RANGE)
     expected = lag_spread_reference(upcast(event.view), starts.cpu(), partition)
     assert apart or (expected > 0).any()
     torch.testing.assert_close(out.cpu(), expected, rtol=2e-5, atol=2e-6)
