@@ -11,10 +11,7 @@ from torch import Tensor
 
 from kernels.attention_score import check_window
 from kernels.cache_view import CacheView, entries_reference, gather_entries
-from kernels.layout import fail
-
-WORD = 32
-"""Queries whose bits share a word."""
+from kernels.layout import WORD, fail
 
 
 def attended(

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attended import WORD
 from kernels.cache_view import CacheView
+from kernels.layout import WORD
 from kernels.tiles import LOG2_E, decode_tile, load_blocks, load_keys, multiprocessors, padded_dim
 
 PROGRAMS_PER_SM = 8

@@ -17,6 +17,9 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
 STATE_DTYPES = (torch.int32, torch.float32)
 
+WORD = 32
+"""Queries whose bits share an int32."""
+
 
 def check_rows(name: str, x: Tensor) -> tuple[int, int]:
     if x.dim() != 2 or x.shape[1] == 0:
