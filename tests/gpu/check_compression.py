@@ -191,9 +191,8 @@ def check_scores(checks: Checks, shapes: list[tuple]) -> None:
                 expected = redundancy_reference(host, tau=0.05, chunk=chunk)
                 checks.add("redundancy", name, difference(out, expected), BOUND, chunk=chunk, fused=way, **case)
 
-            starts = torch.full_like(event.lens, 4)
-            out = lag_spread_triton(event, starts, 128, LEAST_RANGE)
-            value = difference(out, lag_spread_reference(host, starts.cpu(), 128))
+            out = lag_spread_triton(event, torch.full_like(event.lens, 4), 128, LEAST_RANGE)
+            value = difference(out, lag_spread_reference(host, torch.full_like(host.lens, 4), 128))
             checks.add("lag_spread", name, value, BOUND, **case)
 
 
