@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from tests.models.tiny import COMMON, PHI, ROPE
 from zipage.models.expert_spec import ExpertSpec
+from zipage.models.families.gpt_oss import GPT_OSS
 from zipage.models.loading.hf_config import hf_config, read_spec, spec_from_config
 from zipage.models.spec import ModelSpec
 
@@ -215,3 +217,9 @@ def test_errors_of_a_folder_name_the_file(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match=r"config\.json: unknown architecture 'gpt2'"):
         read_spec(tmp_path)
+
+
+def test_gpt_oss_gates_its_experts_where_transformers_has_no_names_for_it():
+    """GptOssConfig of transformers 5.17 keeps neither `swiglu_alpha` nor `swiglu_limit`."""
+    config = SimpleNamespace(num_local_experts=4, num_experts_per_tok=2, intermediate_size=32, attention_bias=True)
+    assert GPT_OSS.flags(config)["experts"].swiglu == (1.702, 7.0)

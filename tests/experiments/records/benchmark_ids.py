@@ -44,4 +44,7 @@ BENCHMARK_IDS = {
     "four_zipage_short": "engine_bench-9c37201c3694",
     "vllm_four_h100": "engine_bench-4100e46e310d",
     "kernels_scenario_h100": "kernels-ff324622f983",
+    "full_lent_h200": "serve_bench-33ed19dcde41",
+    "zipage_lent_h200": "serve_bench-bed40e5fed20",
+    "vllm_lent_h200": "serve_bench-516106a5ca05",
 }

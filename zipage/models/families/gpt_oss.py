@@ -22,7 +22,7 @@ def _flags(config: PretrainedConfig) -> dict[str, Any]:
         num_active=config.num_experts_per_tok,
         width=config.intermediate_size,
         normalized=True,
-        swiglu=(config.swiglu_alpha, config.swiglu_limit),
+        swiglu=(getattr(config, "swiglu_alpha", 1.702), getattr(config, "swiglu_limit", 7.0)),
     )
     bias = bool(config.attention_bias)
     packed = getattr(config, "quantization_config", None) is not None
