@@ -28,8 +28,8 @@ from zipage import LLM, SamplingParams, share_model
 
 MOST = 1.5
 SLOWER = {"r_kv": 6.0, "q_filters": 2.0, "triattention": 3.0, "expected_attention": 7.0, "critical": 90.0}
-"""What is known to take longer: `r_kv` compares each key with all others, 348 GFLOP; `critical` multiplies all values by
-the output projection; the others make dense copies of keys.
+"""What is known to take longer: `r_kv` compares each key with all others, 348 GFLOP; `critical` multiplies all values
+by the output projection; the others make dense copies of keys.
 """
 BUDGET, REQUESTS, EVENTS = 2048, 16, 3
 POLICIES = {
