@@ -99,11 +99,15 @@ def test_full_layers_keep_what_the_simulation_keeps_and_sliding_ones_their_windo
     monkeypatch.setattr(PagedAttention, "__call__", recorder.wrap(PagedAttention.__call__))
     monkeypatch.setattr(Decoder, "forward", recorder.watch(Decoder.forward))
     llm = make_llm(folder, case, budget=keep, trace_positions=True, **options)
-    events = record_events(llm)
+    events, full, ring = record_events(llm), FULL[folder.name], llm._core.runner.cache.queries
+    sliding = [layer for layer in range(len(ring)) if layer not in full]
+    queries_kept = []
+    llm.step_listeners.append(lambda _: queries_kept.append([ring[some].isfinite().any() for some in (full, sliding)]))
     llm.generate(random_prompts([prompt], VOCAB, seed=3), greedy(new, seed=5), use_tqdm=False)
     events = [event for event in events if event.kind == "compress"]
     assert len(events) >= 2
-    decoder, full = llm._core.runner.decoder, FULL[folder.name]
+    assert torch.tensor(queries_kept).any(dim=0).tolist() == [True, False]
+    decoder = llm._core.runner.decoder
     arrays = recorder.arrays(llm)
     simulation = Simulation(
         policy=case.policy, options=case.options, **{name: array[full] for name, array in arrays.items()}, seed=5,
