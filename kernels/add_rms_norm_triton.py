@@ -65,6 +65,6 @@ def add_rms_norm_triton(
     _norm_row[(tokens,)](
         hidden, delta_or_any, weight, out, hidden.stride(0), delta_or_any.stride(0), eps,
         WIDTH=width, WIDTH_PAD=width_pad, ADD=delta is not None, OFFSET=offset,
-        num_warps=max(1, min(16, width_pad // 512)), **dependent_launch(hidden.device),
+        num_warps=max(1, min(16, width_pad // 512)), **dependent_launch(hidden),
     )  # fmt: skip
     return out

@@ -43,6 +43,6 @@ def clamped_swiglu_triton(gate_up: Tensor, alpha: float, limit: float) -> Tensor
         grid = tokens, triton.cdiv(width, TILE)
         _clamped_tile[grid](
             gate_up, out, gate_up.stride(0), width, float(alpha), float(limit),
-            TILE=TILE, num_warps=4, **dependent_launch(gate_up.device),
+            TILE=TILE, num_warps=4, **dependent_launch(gate_up),
         )  # fmt: skip
     return out

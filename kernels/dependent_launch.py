@@ -13,12 +13,23 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.linear_tiles import MOST_ROWS
+
+
+def dependent_launch(x: Tensor) -> dict[str, bool]:
+    """Options of a launch over `x` [T, ...], whose kernel takes DEPENDENT and passes it to `wait_for_inputs`.
+
+    With more rows than `kernels.linear` has kernels for, products are cuBLAS's, which starts nothing early, and what
+    follows it would start later than without this (1 % of a step, docs/performance.md).
+    """
+    return _options(x.device) if len(x) <= MOST_ROWS else {"DEPENDENT": False}
 
 
 @cache
-def dependent_launch(device: torch.device) -> dict[str, bool]:
-    """Options of a launch on `device` whose kernel takes DEPENDENT and passes it to `wait_for_inputs`."""
+def _options(device: torch.device) -> dict[str, bool]:
     if triton.knobs.runtime.interpret:
         return {"DEPENDENT": False}
     target = triton.runtime.driver.active.get_current_target()

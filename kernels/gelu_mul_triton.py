@@ -41,7 +41,5 @@ def gelu_mul_triton(gate_up: Tensor) -> Tensor:
     out = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
     if tokens > 0:
         grid = tokens, triton.cdiv(width, TILE)
-        _gelu_tile[grid](
-            gate_up, out, gate_up.stride(0), width, TILE=TILE, num_warps=4, **dependent_launch(gate_up.device)
-        )
+        _gelu_tile[grid](gate_up, out, gate_up.stride(0), width, TILE=TILE, num_warps=4, **dependent_launch(gate_up))
     return out

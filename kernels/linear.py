@@ -10,15 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.layout import check_index, check_rows, fail
-
-MOST_ROWS = 64
-"""Of a product that takes less time here than in cuBLAS, which is faster from there on (docs/performance.md)."""
-
-MIN_TILE = 16
-"""Outputs that a program computes at least."""
-
-DEPTH = 128
-"""What divides the width of an input here, and thereby the steps in which a program goes through it."""
+from kernels.linear_tiles import Tile, find_tile
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -37,9 +29,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
         ValueError: an argument's shape, dtype, device or layout is not as above.
     """
     _check(x, weight, bias, out)
-    if _suits_few_rows(x, weight):
+    tile = _tile(x, weight)
+    if tile is not None:
         with torch.cuda.device(x.device):
-            return _triton()(x, weight, bias, out)
+            return _triton()(x, weight, bias, out, tile)
     return linear_torch(x, weight, bias, out)
 
 
@@ -55,19 +48,11 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -
             fail("out", "stride", out.stride(), "make it contiguous")
 
 
-def _suits_few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel for few rows takes this product: on Hopper, in 16 bits, of whole tiles."""
-    rows, (outputs, width) = x.shape[0], weight.shape
-    return (
-        x.is_cuda
-        and 0 < rows <= MOST_ROWS
-        and x.itemsize == 2
-        and outputs % MIN_TILE == 0
-        and width % DEPTH == 0
-        and x.stride(0) % 8 == 0
-        and weight.is_contiguous()
-        and _is_hopper(x.device)
-    )
+def _tile(x: Tensor, weight: Tensor) -> Tile | None:
+    """Of the kernel for few rows, where it is the faster one: on Hopper, in 16 bits."""
+    if not x.is_cuda or x.itemsize != 2 or x.stride(0) % 8 or not weight.is_contiguous() or not _is_hopper(x.device):
+        return None
+    return find_tile(len(x), *weight.shape)
 
 
 @cache

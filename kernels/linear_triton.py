@@ -9,13 +9,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.dependent_launch import dependent_launch
-from kernels.tiles import multiprocessors
+from kernels.linear_tiles import Tile, padded_rows
 
 PREFETCH = 256
-"""Columns of its weights that a program asks for while it waits for its input."""
-
-SHARED_BYTES = 200 * 1024
-"""Of a multiprocessor of Hopper, for tiles that are on their way."""
+"""Columns of its weights that a program asks for while it waits for its input; no width is smaller."""
 
 
 @triton.jit
@@ -67,31 +64,15 @@ def _few_rows(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
-def tile(rows: int, outputs: int, width: int, processors: int) -> dict[str, int | bool]:
-    """How a product is cut, by measurement (docs/performance.md).
-
-    Args:
-        rows, outputs, width: of the product; whole tiles, as `linear` has checked.
-        processors: multiprocessors of the GPU.
-    """
-    padded = max(16, triton.next_power_of_2(rows))
-    each = next(n for n in (64, 32, 16) if outputs % n == 0 and (n == 16 or outputs >= 0.7 * n * processors))
-    if outputs >= 2 * each * processors:  # several programs share a multiprocessor
-        depth, stages = (128, 3) if padded <= 32 else (64, 4)
-    else:
-        depth = 256 if each < 64 and padded <= 32 and width % 256 == 0 else 128
-        stages = min(6, SHARED_BYTES // (2 * depth * (padded + each)))
-    return {"ROWS": padded, "OUTPUTS": each, "DEPTH": depth, "SWAPPED": each == 64, "num_stages": stages}
-
-
-def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None, tile: Tile) -> Tensor:
     """`linear` of few rows in one launch.
 
     Args:
         x: [T, width], last dimension contiguous.
-        weight: [outputs, width], contiguous; outputs a multiple of 16, width of 128.
+        weight: [outputs, width], contiguous; whole tiles.
         bias: [outputs] or None.
         out: [T, outputs], contiguous, or None.
+        tile: what a program does at a time.
 
     Returns:
         `out`, or [T, outputs], contiguous.
@@ -99,9 +80,9 @@ def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Te
     rows, (outputs, width) = x.shape[0], weight.shape
     if out is None:
         out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
-    options = tile(rows, outputs, width, multiprocessors(x.device))
-    _few_rows[(outputs // options["OUTPUTS"],)](
+    _few_rows[(outputs // tile.outputs,)](
         x, weight, bias, out, rows, outputs, width, x.stride(0),
-        **options, PREFETCH=min(PREFETCH, width), num_warps=4, **dependent_launch(x.device),
+        ROWS=padded_rows(rows), OUTPUTS=tile.outputs, DEPTH=tile.depth, SWAPPED=tile.outputs >= 64,
+        PREFETCH=PREFETCH, num_warps=4, num_stages=tile.stages, **dependent_launch(x),
     )  # fmt: skip
     return out

@@ -215,6 +215,6 @@ def paged_decode_triton(
         *q.stride()[:2], *k_cache.stride()[:2], *block_tables.stride()[:2], *lens.stride(),
         GROUP_PAD=max(16, group_tile), HEAD_DIM=head_dim, DIM_PAD=dim_pad, BLOCK_SIZE=block_size,
         GROUP=group_tile, CHUNK=max(1, CHUNK_ELEMENTS // (group_tile * dim_pad)),
-        WINDOW=form.window, SOFT_CAP=form.soft_cap, **options, **dependent_launch(q.device),
+        WINDOW=form.window, SOFT_CAP=form.soft_cap, **options, **dependent_launch(q),
     )  # fmt: skip
     return out

@@ -109,6 +109,6 @@ def qk_norm_rope_triton(
             qkv, q_weight if norm else qkv, k_weight if norm else qkv, cos, sin, qkv.stride(0), eps,
             Q_HEADS=num_heads, HEADS=rotated, HEADS_TILE=heads_tile, HALF=half, HALF_PAD=half_pad,
             REST=rest, REST_PAD=triton.next_power_of_2(max(1, rest)), NORM=norm, OFFSET=offset, num_warps=4,
-            **dependent_launch(qkv.device),
+            **dependent_launch(qkv),
         )  # fmt: skip
     return qkv.unflatten(1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)

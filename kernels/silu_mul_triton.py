@@ -39,7 +39,5 @@ def silu_mul_triton(gate_up: Tensor) -> Tensor:
     out = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
     if tokens > 0:
         grid = tokens, triton.cdiv(width, TILE)
-        _gate_tile[grid](
-            gate_up, out, gate_up.stride(0), width, TILE=TILE, num_warps=4, **dependent_launch(gate_up.device)
-        )
+        _gate_tile[grid](gate_up, out, gate_up.stride(0), width, TILE=TILE, num_warps=4, **dependent_launch(gate_up))
     return out

@@ -100,5 +100,5 @@ def store_kv_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot
         *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:2], *slots.stride(),
         SLOTS_APART=heads > 1 and slots.stride(1) != 0,
         HEADS=heads, HEADS_TILE=heads_tile, HEAD_DIM=head_dim, DIM_PAD=dim_pad, BLOCK_SIZE=k_cache.shape[2],
-        num_warps=4, **dependent_launch(k.device),
+        num_warps=4, **dependent_launch(k),
     )  # fmt: skip

@@ -113,5 +113,5 @@ def store_step_triton(
         SLOTS_APART=kv_heads > 1 and slots.stride(1) != 0,
         Q_HEADS=query_heads, KV_HEADS=kv_heads, HEADS_TILE=heads_tile, KV_TILES=kv_tiles,
         HEAD_DIM=head_dim, DIM_PAD=dim_pad, BLOCK_SIZE=k_cache.shape[2], num_warps=4,
-        **dependent_launch(k.device),
+        **dependent_launch(k),
     )  # fmt: skip

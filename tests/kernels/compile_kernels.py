@@ -25,6 +25,7 @@ from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.gelu_mul_triton import gelu_mul_triton
 from kernels.lag_spread_triton import lag_spread_triton
+from kernels.linear_tiles import Tile
 from kernels.linear_triton import linear_triton
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill_triton import paged_prefill_triton
@@ -124,8 +125,8 @@ def compile_other_kernels() -> None:
     add_rms_norm_triton(hidden, hidden, hidden[0], 1e-6)
     add_rms_norm_triton(hidden, hidden, hidden[0], 1e-6, 1.0)
     silu_mul_triton(hidden)
-    for rows, outputs in ((1, 16), (32, 32), (64, 64), (64, 128)):
-        linear_triton(floats(rows, 512), floats(outputs, 512), floats(outputs))
+    for rows, tile in ((1, Tile(16, 256, 4)), (32, Tile(32, 256, 6)), (64, Tile(64, 128, 6)), (64, Tile(128, 64, 4))):
+        linear_triton(floats(rows, 512), floats(128, 512), floats(128), None, tile)
     gelu_mul_triton(hidden)
     clamped_swiglu_triton(hidden, 1.702, 7.0)
     qkv, weight = floats(TOKENS, (GROUP + 2) * HEADS * DIM), floats(DIM)

@@ -1,17 +1,20 @@
 """Products with a weight, the kernel of few rows among them: each against the reference."""
 
+import json
+from functools import partial
+
 import pytest
 import torch
 
-from kernels.linear import MOST_ROWS, linear, linear_reference, linear_torch
-from kernels.linear_triton import linear_triton, tile
+from kernels.linear import linear, linear_reference, linear_torch
+from kernels.linear_tiles import MOST_ROWS, TABLE, Tile, find_tile
+from kernels.linear_triton import PREFETCH, linear_triton
 from tests.kernels.paged import CUDA, DEVICE
 
 # The kernel takes 16 bits, and Triton's interpreter gets bfloat16 products wrong.
 CASES = [("triton", torch.float16), ("torch", torch.float32), ("torch", torch.bfloat16)]
 CASES += [("triton", torch.bfloat16)] if CUDA else []
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-LINEAR = {"triton": linear_triton, "torch": linear_torch}
 
 
 def error(out, expected):
@@ -20,17 +23,17 @@ def error(out, expected):
 
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=lambda value: str(value).removeprefix("torch."))
 @pytest.mark.parametrize(
-    ("rows", "outputs", "width"),
+    ("rows", "outputs", "width", "tile"),
     [
-        pytest.param(1, 16, 128, id="one-row"),
-        pytest.param(17, 96, 512, id="tiles-of-32"),
-        pytest.param(33, 80, 256, id="tiles-of-16"),
-        pytest.param(40, 64, 256, id="swapped"),
-        pytest.param(64, 192, 384, id="swapped-many"),
+        pytest.param(1, 16, 256, Tile(16, 256, 4), id="one-row"),
+        pytest.param(17, 96, 512, Tile(32, 256, 4), id="tiles-of-32"),
+        pytest.param(33, 80, 256, Tile(16, 128, 6), id="tiles-of-16"),
+        pytest.param(40, 64, 256, Tile(64, 128, 3), id="swapped"),
+        pytest.param(64, 256, 384, Tile(128, 64, 4), id="swapped-wide"),
     ],
 )
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_linear(backend, dtype, rows, outputs, width, bias, poisoned_empty):
+def test_linear(backend, dtype, rows, outputs, width, tile, bias, poisoned_empty):
     device = DEVICE if backend == "triton" else "cpu"
     memory = torch.full((rows, width + 64), float("nan"), dtype=dtype)
     memory[:, :width] = torch.randn(rows, width)
@@ -38,22 +41,31 @@ def test_linear(backend, dtype, rows, outputs, width, bias, poisoned_empty):
     shift = torch.randn(outputs).to(dtype) if bias else None
     expected = linear_reference(x.float(), weight.float(), None if shift is None else shift.float())
     given = x.to(device), weight.to(device), None if shift is None else shift.to(device)
-    assert error(LINEAR[backend](*given), expected) < BOUNDS[dtype]
+    compute = partial(linear_triton, tile=tile) if backend == "triton" else linear_torch
+    assert error(compute(*given, out=None), expected) < BOUNDS[dtype]
     out = torch.full((rows, outputs), float("nan"), dtype=dtype, device=device)
-    assert LINEAR[backend](*given, out=out) is out
+    assert compute(*given, out=out) is out
     assert error(out, expected) < BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("processors", [1, 114, 132])
-@pytest.mark.parametrize("rows", [1, 16, 17, 32, 33, MOST_ROWS])
-@pytest.mark.parametrize(("outputs", "width"), [(6144, 4096), (4096, 4096), (24576, 4096), (1024, 3072), (1536, 8960)])
-def test_tiles_are_whole_and_fit(processors, rows, outputs, width):
-    options = tile(rows, outputs, width, processors)
-    assert options["ROWS"] >= rows
-    assert outputs % options["OUTPUTS"] == 0
-    assert width % options["DEPTH"] == 0
-    held = options["num_stages"] * options["DEPTH"] * (options["ROWS"] + options["OUTPUTS"]) * 2
-    assert held <= 227 * 1024, "more than Hopper lets a program have"
+def test_tiles_of_the_table_are_whole_and_fit():
+    rows = json.loads(TABLE.read_text())["tiles"]
+    assert len({tuple(row[:3]) for row in rows}) == len(rows)
+    for padded, outputs, width, *numbers in rows:
+        tile = Tile(*numbers)
+        assert find_tile(padded, outputs, width) == tile
+        assert (outputs % tile.outputs, width % tile.depth) == (0, 0)
+        assert width >= PREFETCH
+        held = 2 * tile.stages * tile.depth * (padded + tile.outputs)
+        assert held <= 227 * 1024, "more than Hopper lets a program have"
+
+
+def test_a_tile_is_found_by_rows():
+    outputs, width = 24576, 4096  # gate and up of Qwen3-8B
+    found = [find_tile(rows, outputs, width) for rows in (1, 16, 17, 32, 33, MOST_ROWS)]
+    assert None not in found
+    assert (found[0], found[2], found[4]) == (found[1], found[3], found[5])
+    assert find_tile(0, outputs, width) is find_tile(MOST_ROWS + 1, outputs, width) is find_tile(1, 7, 9) is None
 
 
 def test_a_cpu_computes_as_torch_does():
