@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from kernels.linear import linear, linear_reference, linear_torch
 from kernels.linear_tiles import MOST_ROWS, TABLE, Tile, find_tile
 from kernels.linear_triton import PREFETCH, linear_triton
+from tests.gpu.tune_linear import chosen
 from tests.kernels.paged import CUDA, DEVICE
 
 # The kernel takes 16 bits, and Triton's interpreter gets bfloat16 products wrong.
@@ -58,6 +60,12 @@ def test_tiles_of_the_table_are_whole_and_fit():
         assert width >= PREFETCH
         held = 2 * tile.stages * tile.depth * (padded + tile.outputs)
         assert held <= 227 * 1024, "more than Hopper lets a program have"
+
+
+def test_the_table_follows_from_its_record():
+    record = Path(__file__).parents[2] / "results" / "records" / "linear_tiles_h200.json"
+    measured = json.loads(record.read_text())["measured"]
+    assert json.loads(TABLE.read_text())["tiles"] == sorted(chosen(measured))
 
 
 def test_a_tile_is_found_by_rows():
