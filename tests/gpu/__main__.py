@@ -82,7 +82,11 @@ CHECKS = (
     Check("loops", COMPRESSED, ("--only", "loops")),
     Check("kept", COMPRESSED, ("--only", "kept")),
     Check("sliding", COMPRESSED, ("--only", "sliding")),
-    Check("other kernels", KERNELS, ("--only", "forms,score_forms,replays,writes,layer_ops,sampling", "--no-timing")),
+    Check(
+        "other kernels",
+        KERNELS,
+        ("--only", "forms,score_forms,replays,writes,layer_ops,linear,sampling", "--no-timing"),
+    ),
     Check("unequal budgets", UNEQUAL, ("--only", "tokens,kept")),
     Check("requests", ENGINE, ("--only", "requests")),
     Check("memory", ENGINE, ("--only", "memory"), limit=150, alone=True),
