@@ -124,7 +124,7 @@ class CompressionRunner:
         self._inv_freq = to_device(spec.inv_freq, cache.k.device, np.float64)
         self._calibration = calibration or {}
         self._outputs = outputs
-        self._full = spec.full_layers() if spec.sliding_window else None
+        self._has_sliding = spec.sliding_window > 0
         sinks = [form.sinks for form in forms or () if form.sinks is not None]
         self._sinks = torch.stack(sinks) if sinks else None
         self._layer_stride = layer_stride
@@ -380,7 +380,7 @@ class CompressionRunner:
             max_keep=max(batch.keep),
             stride=stride,
             first_layer=first_layer,
-            sliding=None if self._full is None else batch.sliding(self._full, event.device),
+            sliding=batch.sliding(self._spec.full_layers(), event.device) if self._has_sliding else None,
         ).failed
         return failed | was_misranked if was_misranked else failed
 
