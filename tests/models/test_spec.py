@@ -10,6 +10,7 @@ from tests.models.tiny import COMMON, PHI, ROPE
 from zipage.models.expert_spec import ExpertSpec
 from zipage.models.families.gpt_oss import GPT_OSS
 from zipage.models.loading.hf_config import hf_config, read_spec, spec_from_config
+from zipage.models.quantization import Quantization
 from zipage.models.spec import ModelSpec
 
 
@@ -115,7 +116,7 @@ def test_gpt_oss_in_the_form_of_the_hub():
     assert [layer.window for layer in spec.attention] == [8, None, 8]
     assert all(layer.sinks for layer in spec.attention)
     assert spec.experts == ExpertSpec(num_experts=4, num_active=2, width=96, normalized=True, swiglu=(1.702, 7.0))
-    assert spec.mxfp4
+    assert spec.quantization == Quantization("mxfp4")
     assert spec.qkv_bias
     assert spec.output_bias
     assert spec.max_position == 128
