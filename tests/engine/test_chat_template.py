@@ -2,7 +2,7 @@
 
 import pytest
 
-from zipage.engine.chat_template import reads
+from zipage.engine.chat_template import template_reads
 
 SWITCH = """{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content }}{% endfor %}
 {%- if add_generation_prompt %}
@@ -42,4 +42,4 @@ LEVELS = """{%- macro system() -%}
     ],
 )
 def test_what_is_read(template, variable, expected):
-    assert reads(template, variable) is expected
+    assert template_reads(template, variable) is expected

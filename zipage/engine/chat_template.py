@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 
-def reads(template: str | Mapping[str, str], variable: str) -> bool:
+def template_reads(template: str | Mapping[str, str], variable: str) -> bool:
     """Whether the variable's name stands in the code of a template, or of one of several by name; it can't be read
     otherwise. True of a template that is no Jinja: it is refused when it is rendered.
     """

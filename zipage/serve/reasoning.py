@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from zipage.engine.chat_template import reads
+from zipage.engine.chat_template import template_reads
 from zipage.llm import LLM
 from zipage.serve.errors import ApiError
 
@@ -29,7 +29,7 @@ def with_effort(
         ApiError: the template can't tell this effort from others, or `variables` say another.
     """
     meant = {LEVEL: effort, SWITCH: effort != "none"}
-    found = {name: value for name, value in meant.items() if template and reads(template, name)}
+    found = {name: value for name, value in meant.items() if template and template_reads(template, name)}
     if template and LEVEL not in found and (SWITCH not in found or effort != "none"):
         knows = f"knows no levels, but reads {SWITCH}: give 'none' or" if found else f"reads no {LEVEL}:"
         raise ApiError(400, f"{LEVEL}={effort!r}: the chat template {knows} leave it out", LEVEL)
