@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from zipage.models.fields import is_integer, is_text, shown
+from zipage.models.fields import LARGEST, is_integer, is_text, shown
 
 KINDS = {"fp8": "FP8 in blocks", "mxfp4": "MXFP4"}
 """`quant_method` -> what messages call it."""
@@ -48,11 +48,15 @@ def read_quantization(config: Any, methods: tuple[str, ...], gguf: bool) -> Quan
     if method != "fp8":
         return Quantization(method)
     block = config.get("weight_block_size")
-    if not isinstance(block, list | tuple) or len(block) != 2 or not all(is_integer(n) and n > 0 for n in block):
+    if not isinstance(block, list | tuple) or len(block) != 2 or not all(map(_is_size, block)):
         raise ValueError(
-            f"quantization_config (fp8) with weight_block_size={shown(block)}: must be two integers above 0; {remedy}"
+            f"quantization_config (fp8) with weight_block_size={shown(block)}: must be two integers from 1 to {LARGEST}; {remedy}"
         )
     for name, value in COMPUTED.items():
         if config.get(name, value) != value:
             raise ValueError(f"quantization_config (fp8) with {name}={shown(config[name])} is not supported; {remedy}")
     return Quantization(method, tuple(block))
+
+
+def _is_size(value: Any) -> bool:
+    return is_integer(value) and 1 <= value <= LARGEST

@@ -162,7 +162,11 @@ def test_tensors_that_do_not_fit_are_named(folder, changes, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"weight_block_size": None}, r"\(fp8\) with weight_block_size=None: must be two integers above 0; use unq"),
+        (
+            {"weight_block_size": None},
+            r"\(fp8\) with weight_block_size=None: must be two integers from 1 to 2147483647; use unq",
+        ),
+        ({"weight_block_size": [1, 2**70]}, r"weight_block_size=\[1, 1180591620717411303424\]: must be two integers"),
         ({"weight_block_size": [128]}, r"weight_block_size=\[128\]: must be two integers"),
         ({"weight_block_size": [128, 0]}, r"weight_block_size=\[128, 0\]: must be two integers"),
         ({"weight_block_size": [128, 1.5]}, r"weight_block_size=\[128, 1.5\]: must be two integers"),
