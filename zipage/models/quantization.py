@@ -50,7 +50,8 @@ def read_quantization(config: Any, methods: tuple[str, ...], gguf: bool) -> Quan
     block = config.get("weight_block_size")
     if not isinstance(block, list | tuple) or len(block) != 2 or not all(map(_is_size, block)):
         raise ValueError(
-            f"quantization_config (fp8) with weight_block_size={shown(block)}: must be two integers from 1 to {LARGEST}; {remedy}"
+            f"quantization_config (fp8) with weight_block_size={shown(block)}: must be two integers from 1 to "
+            f"{LARGEST}; {remedy}"
         )
     for name, value in COMPUTED.items():
         if config.get(name, value) != value:
