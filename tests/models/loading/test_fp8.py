@@ -131,6 +131,19 @@ def test_the_dtype_is_that_of_what_is_not_quantized(folder):
     assert load_model(str(folder), device="cpu").spec.dtype is torch.bfloat16
 
 
+def test_weights_and_scales_may_lie_in_different_shards(made, folder):
+    shards = {"a.safetensors": {}, "b.safetensors": {}}
+    for name, tensor in load_file(folder / FILE).items():
+        shards["a.safetensors" if name.endswith("_scale_inv") else "b.safetensors"][name] = tensor
+    (folder / FILE).unlink()
+    for shard, tensors in shards.items():
+        save_file(tensors, folder / shard)
+    weight_map = {name: shard for shard, tensors in shards.items() for name in tensors}
+    (folder / f"{FILE}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    found, expected = (load_model(str(place), device="cpu").decoder.state_dict() for place in (folder, made))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_files_made_of_such_a_model_know_it_again(made):
     assert model_identity(str(made)) == model_identity(str(made / "dense"))
 
