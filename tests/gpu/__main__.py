@@ -89,6 +89,7 @@ CHECKS = (
     ),
     Check("unequal budgets", UNEQUAL, ("--only", "tokens,kept")),
     Check("requests", ENGINE, ("--only", "requests")),
+    Check("quantized weights", ENGINE, ("--only", "quantized")),
     Check("memory", ENGINE, ("--only", "memory"), limit=150, alone=True),
     Check("decode", COMPRESSED, ("--only", "decode"), limit=150, alone=True),
     Check("policies", "tests.gpu.policy_times", limit=200, alone=True),
