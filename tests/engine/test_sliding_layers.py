@@ -176,9 +176,11 @@ def test_a_batch_equals_its_requests_alone(folder, case, prompts):
         llm = make_llm(folder, case, 48, **{"async_compression": False} | options)
         if name == "paused":
             pause_now_and_then(llm, share=0.3)
+        if "chunked" in name:  # what it leaves of prompts is found again
+            llm.generate(prompts, params, use_tqdm=False)
         outputs = llm.generate(prompts, params, use_tqdm=False)
         assert [tokens_of([output]) for output in outputs] == alone, name
-        assert llm.stats.budget_bound == sum(map(len, alone)), name
+        assert llm.stats.budget_bound == sum(map(len, alone)) * (1 + ("chunked" in name)), name
         assert sum(output.metrics.cached_tokens for output in outputs) > 0, "samples share their prompt"
         assert llm.stats.blocks_used == llm.stats.query_slots_used == 0, name
         assert llm.stats.resumes == llm.stats.pauses
