@@ -147,8 +147,8 @@ def test_models_with_sliding_layers_are_bounded_as_they_are(tmp_path):
     real = LLM(folder, device="cpu", dtype="float32", protection="prompt", **options)
     simulated = SimulatedLLM(folder, times=FixedTimes(), protection="prompt", **options)
     assert served(simulated, 6) == served(real, 6)
+    pages = {"policy": "page_random", "policy_options": {"page_size": 16}}
     with pytest.raises(ValueError, match="policy=page_random: drops the same blocks in all layers"):
-        pages = {"policy": "page_random", "policy_options": {"page_size": 16}}
         SimulatedLLM(folder, times=FixedTimes(), **options | pages)
 
 
