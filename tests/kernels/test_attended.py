@@ -7,18 +7,19 @@ from kernels.attended import attended_reference, attended_torch
 from kernels.attention_score_triton import attended_triton
 from tests.kernels.events import make_event
 from tests.kernels.paged import BACKENDS, DEVICE, device_of, upcast
-from tests.kernels.test_scores import window_queries
+from tests.kernels.test_scores import made_form, on_host, window_queries
 
 ATTENDED = {"triton": attended_triton, "torch": attended_torch, "reference": attended_reference}
 
 
-def check(found, event, window, group, threshold, **options):
+def check(found, event, window, group, threshold, form=None, **options):
     """Bits equal the reference's, but where a weight is within 1e-4 of the threshold."""
     q_cache, slots, ends = window_queries(event, window, event.k_cache.shape[2] * group)
     scale = 2 * event.k_cache.shape[-1] ** -0.5
-    out = found(q_cache, event.view, slots, ends, scale, threshold, **options).cpu()
+    form = form or {}
+    out = found(q_cache, event.view, slots, ends, scale, threshold, **form, **options).cpu()
     host = q_cache.cpu().float(), upcast(event.view), slots.cpu(), ends.cpu(), scale
-    more, fewer = (attended_reference(*host, threshold * factor) for factor in (0.9999, 1.0001))
+    more, fewer = (attended_reference(*host, threshold * factor, **on_host(form)) for factor in (0.9999, 1.0001))
     assert out.dtype == torch.int32
     assert out.shape == more.shape == (-(-window // 32), *event.view.lens.shape, event.width)
     assert (out & ~more == 0).all()
@@ -43,6 +44,13 @@ def test_attended(backend, dtype, apart, lens, block_size, layers, heads, group,
     device, heads = device_of(backend), heads + apart
     event = make_event(lens, block_size, layers, heads, head_dim, dtype, device, apart=apart, shortest=window)
     check(ATTENDED[backend], event, window, group, 0.02)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_soft_caps_and_sinks(backend, dtype):
+    event = make_event([37, 0, 50], 16, 1, 2, 32, dtype, device_of(backend), shortest=34)
+    check(ATTENDED[backend], event, 34, 3, 0.02, made_form(event, 6))
 
 
 @pytest.mark.usefixtures("poisoned_empty")

@@ -43,14 +43,24 @@ def window_queries(event, window: int, query_heads: int):
     return q_cache, slots.int().to(device), ends.int().to(device)
 
 
-def check_score(score, event, window, group_size, kind, bound=None):
+def check_score(score, event, window, group_size, kind, bound=None, **form):
     q_cache, slots, ends = window_queries(event, window, event.k_cache.shape[2] * group_size)
     scale = 2 * event.k_cache.shape[-1] ** -0.5
-    out = score(q_cache, event.view, slots, ends, scale, **KINDS[kind])
+    out = score(q_cache, event.view, slots, ends, scale, **KINDS[kind], **form)
     assert out.dtype == torch.float32
     host = q_cache.cpu().float(), upcast(event.view), slots.cpu(), ends.cpu(), scale
-    expected = attention_score_reference(*host, **KINDS[kind])
+    expected = attention_score_reference(*host, **KINDS[kind], **on_host(form))
     assert difference(out, expected) < (bound or BOUNDS[event.k_cache.dtype])
+
+
+def made_form(event, query_heads: int) -> dict:
+    """A soft cap that most logits feel, and sinks of about the logits' size, in the caches' dtype."""
+    sinks = 2 * torch.randn(len(event.k_cache), query_heads)
+    return {"soft_cap": 2.0, "sinks": sinks.to(event.k_cache)}
+
+
+def on_host(form: dict) -> dict:
+    return form | {"sinks": form["sinks"].cpu().float()} if form else form
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -76,6 +86,31 @@ def test_attention_score(backend, dtype, apart, lens, block_size, layers, heads,
 
 
 @pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize("kind", ["zipage", "r_kv_mean", "morphkv_max"])
+def test_soft_caps_and_sinks(backend, dtype, kind):
+    """One request is no longer than the window: where the past alone is scored, the sink has all of its softmax."""
+    event = make_event([37, 0, 9], 16, 2, 2, 32, dtype, device_of(backend), shortest=9)
+    check_score(SCORE[backend], event, 9, 3, kind, **made_form(event, 6))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_a_sink_takes_the_share_of_a_key_that_is_not_scored(backend):
+    """Of a query whose logits are all 0, e^x of n + e^x. None, and one that takes nothing, are the same."""
+    event = make_event([20], 16, 1, 1, 32, torch.float32, device_of(backend))
+    q_cache, slots, ends = window_queries(event, 4, 2)
+    args = event.view, slots, ends, 1.0
+    sinks = torch.tensor([[1.0, 2.0]], device=event.k_cache.device)
+    for kind, sink in (("morphkv_max", 1.0), ("r_kv", 2.0)):  # the larger share; the larger sink of the group
+        scores = SCORE[backend](torch.zeros_like(q_cache), *args, **KINDS[kind], sinks=sinks)[0, 0, 0, :16].cpu()
+        expected = torch.full((16,), 1 / (16 + torch.tensor(sink).exp().item()))
+        torch.testing.assert_close(scores, expected)
+    none = SCORE[backend](q_cache, *args, **KINDS["zipage"])
+    idle = SCORE[backend](q_cache, *args, **KINDS["zipage"], sinks=torch.full_like(sinks, -1e4))
+    assert difference(idle, none) < 1e-6
+
+
+@pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("num_splits", [1, 3, 8])
 @pytest.mark.parametrize("kind", ["zipage", "r_kv"])
 def test_splits_change_nothing(num_splits, kind):
@@ -84,7 +119,7 @@ def test_splits_change_nothing(num_splits, kind):
     def score(*args, **kinds):
         return attention_score_triton(*args, **kinds, num_splits=num_splits)
 
-    check_score(score, event, 16, 3, kind)
+    check_score(score, event, 16, 3, kind, **(made_form(event, 3) if num_splits == 3 else {}))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
