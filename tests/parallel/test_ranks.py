@@ -83,9 +83,10 @@ def greedy(max_tokens: int, **options) -> SamplingParams:
 
 @pytest.mark.parametrize("pauses", [0.0, 0.3])
 def test_every_policy_keeps_what_one_device_keeps(one, two, pauses):
-    expected, found = (answers(llm, TOKEN_POLICIES, pauses) for llm in (one, two))
+    policies = TOKEN_POLICIES[::3] if pauses else TOKEN_POLICIES  # what moves is blocks, whoever ranks
+    expected, found = (answers(llm, policies, pauses) for llm in (one, two))
     assert not expected.differences(found)
-    assert len(found.kept) > 5 * len(TOKEN_POLICIES)
+    assert len(found.kept) > 5 * len(policies)
     assert all(positions.shape[1] == 2 for positions in found.kept.values()), "all heads, each once"
     assert (two.stats.pauses > 0) == (pauses > 0)
     assert two.stats.blocks_used == 0
@@ -115,7 +116,7 @@ def test_four_ranks_of_two_heads_and_whole_pages(folder):
     expected, found = (answers(llm, [None, "knorm"], max_tokens=40) for llm in (engine(folder, case), four))
     assert found.kept
     assert not expected.differences(found)
-    seen, _ = looks(four, [[1, 2, 3]], greedy(80))
+    seen, _ = looks(four, [list(range(50))], greedy(24))  # one compression
     for look in seen.popitem()[1]:
         check_look(*look, heads=(3, 2))
     pids = pids_of(four)
