@@ -6,6 +6,7 @@ import torch
 from kernels.attended import attended_reference, attended_torch
 from kernels.attention_score_triton import attended_triton
 from tests.kernels.events import make_event
+from tests.kernels.grid import half
 from tests.kernels.paged import BACKENDS, DEVICE, device_of, upcast
 from tests.kernels.test_scores import made_form, on_host, window_queries
 
@@ -28,18 +29,20 @@ def check(found, event, window, group, threshold, form=None, **options):
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-@pytest.mark.parametrize(
-    ("lens", "block_size", "layers", "heads", "group", "head_dim", "window"),
-    [
-        pytest.param([37, 0, 16, 70], 16, 2, 1, 3, 40, 16, id="mixed-b16-g3"),
-        pytest.param([130], 64, 1, 1, 4, 64, 32, id="b64-g4-w32"),
-        pytest.param([70, 257], 256, 1, 2, 1, 64, 40, id="b256-mha-w40"),
-        pytest.param([100, 66], 64, 1, 1, 7, 32, 65, id="b64-g7-w65"),
-        pytest.param([1, 20], 16, 1, 1, 5, 32, 1, id="b16-g5-w1"),
-    ],
+@half(
+    (("backend", "dtype"), BACKENDS),
+    (
+        ("lens", "block_size", "layers", "heads", "group", "head_dim", "window"),
+        [
+            pytest.param([37, 0, 16, 70], 16, 2, 1, 3, 40, 16, id="mixed-b16-g3"),
+            pytest.param([130], 64, 1, 1, 4, 64, 32, id="b64-g4-w32"),
+            pytest.param([70, 257], 256, 1, 2, 1, 64, 40, id="b256-mha-w40"),
+            pytest.param([100, 66], 64, 1, 1, 7, 32, 65, id="b64-g7-w65"),
+            pytest.param([1, 20], 16, 1, 1, 5, 32, 1, id="b16-g5-w1"),
+        ],
+    ),
+    ("apart", [pytest.param(False, id="shared"), pytest.param(True, id="apart")]),
 )
-@pytest.mark.parametrize("apart", [False, True], ids=["shared", "apart"])
 def test_attended(backend, dtype, apart, lens, block_size, layers, heads, group, head_dim, window):
     device, heads = device_of(backend), heads + apart
     event = make_event(lens, block_size, layers, heads, head_dim, dtype, device, apart=apart, shortest=window)

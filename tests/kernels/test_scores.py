@@ -13,6 +13,7 @@ from kernels.pool_scores import pool_scores, pool_scores_reference
 from kernels.redundancy import redundancy_reference, redundancy_torch
 from kernels.redundancy_triton import redundancy_triton
 from tests.kernels.events import difference, make_event
+from tests.kernels.grid import half
 from tests.kernels.paged import BACKENDS, DEVICE, device_of, upcast
 
 SCORE = {"triton": attention_score_triton, "torch": attention_score_torch, "reference": attention_score_reference}
@@ -64,21 +65,23 @@ def on_host(form: dict) -> dict:
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-@pytest.mark.parametrize(
-    ("lens", "block_size", "layers", "heads", "group", "head_dim", "window", "kind"),
-    [
-        pytest.param([37, 0, 16, 70], 16, 2, 1, 3, 40, 16, "zipage", id="mixed-b16-g3-zipage"),
-        pytest.param([130], 64, 1, 1, 4, 64, 8, "snapkv", id="b64-g4-snapkv"),
-        pytest.param([70, 257], 256, 1, 2, 1, 64, 16, "r_kv", id="b256-mha-r_kv"),
-        pytest.param([100, 33], 64, 1, 1, 7, 32, 5, "r_kv", id="b64-g7-w5-r_kv"),
-        pytest.param([61, 40], 16, 1, 1, 3, 32, 33, "r_kv_mean", id="b16-g3-w33-r_kv_mean"),
-        pytest.param([50, 16], 16, 1, 2, 2, 32, 16, "morphkv", id="no-past-morphkv"),
-        pytest.param([90], 64, 1, 1, 4, 32, 40, "morphkv_max", id="b64-g4-w40-morphkv_max"),
-        pytest.param([80, 20], 64, 1, 1, 5, 32, 1, "vase", id="b64-g5-w1-vase"),
-    ],
+@half(
+    (("backend", "dtype"), BACKENDS),
+    (
+        ("lens", "block_size", "layers", "heads", "group", "head_dim", "window", "kind"),
+        [
+            pytest.param([37, 0, 16, 70], 16, 2, 1, 3, 40, 16, "zipage", id="mixed-b16-g3-zipage"),
+            pytest.param([130], 64, 1, 1, 4, 64, 8, "snapkv", id="b64-g4-snapkv"),
+            pytest.param([70, 257], 256, 1, 2, 1, 64, 16, "r_kv", id="b256-mha-r_kv"),
+            pytest.param([100, 33], 64, 1, 1, 7, 32, 5, "r_kv", id="b64-g7-w5-r_kv"),
+            pytest.param([61, 40], 16, 1, 1, 3, 32, 33, "r_kv_mean", id="b16-g3-w33-r_kv_mean"),
+            pytest.param([50, 16], 16, 1, 2, 2, 32, 16, "morphkv", id="no-past-morphkv"),
+            pytest.param([90], 64, 1, 1, 4, 32, 40, "morphkv_max", id="b64-g4-w40-morphkv_max"),
+            pytest.param([80, 20], 64, 1, 1, 5, 32, 1, "vase", id="b64-g5-w1-vase"),
+        ],
+    ),
+    ("apart", [pytest.param(False, id="shared"), pytest.param(True, id="apart")]),
 )
-@pytest.mark.parametrize("apart", [False, True], ids=["shared", "apart"])
 def test_attention_score(backend, dtype, apart, lens, block_size, layers, heads, group, head_dim, window, kind):
     device, heads = device_of(backend), heads + apart
     event = make_event(lens, block_size, layers, heads, head_dim, dtype, device, apart=apart, shortest=window)
@@ -180,19 +183,21 @@ def cluster(event, slots: list[int], row: int = 0, noise: float = 0.02) -> None:
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-@pytest.mark.parametrize(
-    ("lens", "block_size", "layers", "heads", "head_dim", "chunk"),
-    [
-        pytest.param([70, 0, 33], 16, 2, 2, 64, 32, id="mixed-b16-chunk32"),
-        pytest.param([150], 64, 1, 1, 80, 64, id="b64-d80-chunk64"),
-        pytest.param([40, 90], 256, 1, 2, 64, 16, id="b256-chunk16"),
-        pytest.param([300], 64, 1, 1, 128, 256, id="b64-d128-chunk256"),
-        pytest.param([100, 21], 64, 1, 2, 64, None, id="b64-full"),
-        pytest.param([1, 2], 16, 1, 1, 32, None, id="b16-full-tiny"),
-    ],
+@half(
+    (("backend", "dtype"), BACKENDS),
+    (
+        ("lens", "block_size", "layers", "heads", "head_dim", "chunk"),
+        [
+            pytest.param([70, 0, 33], 16, 2, 2, 64, 32, id="mixed-b16-chunk32"),
+            pytest.param([150], 64, 1, 1, 80, 64, id="b64-d80-chunk64"),
+            pytest.param([40, 90], 256, 1, 2, 64, 16, id="b256-chunk16"),
+            pytest.param([300], 64, 1, 1, 128, 256, id="b64-d128-chunk256"),
+            pytest.param([100, 21], 64, 1, 2, 64, None, id="b64-full"),
+            pytest.param([1, 2], 16, 1, 1, 32, None, id="b16-full-tiny"),
+        ],
+    ),
+    ("apart", [pytest.param(False, id="shared"), pytest.param(True, id="apart")]),
 )
-@pytest.mark.parametrize("apart", [False, True], ids=["shared", "apart"])
 def test_redundancy(backend, dtype, apart, lens, block_size, layers, heads, head_dim, chunk):
     device, heads = device_of(backend), heads + apart
     event = make_event(lens, block_size, layers, heads, head_dim, dtype, device, apart=apart)
