@@ -7,8 +7,9 @@ import pytest
 from experiments import simulate
 from experiments.errors import UsageError
 from experiments.paths import ROOT
+from experiments.simulation.aims import aims_table, figure
 from experiments.simulation.arms import measured_arms, simulate_arm
-from experiments.simulation.errors import compared, error_table
+from experiments.simulation.errors import compared, error_table, load_table
 from experiments.simulation.fit import DEVICE, device_constants, kernel_shares
 from experiments.simulation.machine import read_machine
 
@@ -36,11 +37,22 @@ def test_a_fit_to_one_record_predicts_another():
 def test_errors_are_told_beside_what_was_measured():
     rows = list(compared(RECORDS / "engine_bench_short_256_h100", read_machine("h100")))
     (row,) = rows
-    assert row["compressions"] == {"measured": 1280, "simulated": 1280}
+    assert row["compressions"] == figure(1280, 1280)
     assert abs(row["tokens_per_second"]["off"]) < 0.05
-    text = error_table(rows)
-    assert "short_256_h100" in text
-    assert "1 arms that nothing was fitted to" in text
+    assert "short_256_h100" in error_table(rows)
+    assert "| short | 1    | 1    |" in load_table(rows)
+    assert "| compressions | 2%  | 1 of 1  | 0.0%" in aims_table(rows)
+
+
+def test_what_is_fitted_reaches_no_aim():
+    row = {"refused": None, "fitted": False, "steps": figure(100, 101), "pauses": figure(0, 3)}
+    refused = {"refused": "no memory", "fitted": False}
+    text = aims_table([row, row | {"fitted": True}, refused, row | {"steps": figure(100, 97), "pauses": figure(0, 0)}])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert lines == [
+        ["steps", "2%", "1 of 2", "2.0%", "3.0%"],
+        ["pauses", "2%", "1 of 2", "without end", "without end"],
+    ]
 
 
 def test_a_folder_without_benchmarks_is_refused(tmp_path, capsys):

@@ -1,12 +1,21 @@
 """Loads of `scenario=serve_bench` on a simulated server."""
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 from experiments import simulate
+from experiments.backends import BACKENDS
+from experiments.bench.serve import served_arms
+from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
+from experiments.records import content_hash, write_config
+from experiments.running.models import find_model
+from experiments.simulation.machine import read_machine
 from experiments.simulation.serve_command import given_options
+from experiments.simulation.serving import simulate_rate
 
 LOAD = """
 lengths: {count: 16, prompt_tokens: 100, output_tokens: 200}
@@ -64,6 +73,47 @@ def test_an_idle_server_answers_at_the_pace_of_a_step(load, capsys, tmp_path):
     assert row["preemptions"] == 0
     assert row["running"] < 1
     assert row["e2e"]["p50"] == pytest.approx(row["ttft"]["p50"] + 199 * row["itl"]["p50"], rel=0.05)
+
+
+@pytest.fixture(name="served")
+def record_that_passes_for_served(load, tmp_path, capsys):
+    """Rates simulated on an H200, as a record of `scenario=serve_bench` has them."""
+    experiment = load_experiment(
+        [
+            *("scenario=serve_bench", "model.path=models/qwen3-0.6b-shape", "model.load_format=dummy"),
+            *(f"scenario.loads=[{load}]", "scenario.options.search=null", "scenario.options.rates=[20,40]"),
+        ]
+    )
+    arms = served_arms(experiment, find_model(experiment.model), BACKENDS)
+    folder = tmp_path / "served" / "small_h200"
+    folder.mkdir(parents=True)
+    rows = [simulate_rate(arm, read_machine("h200"), rate) for arm in arms[:2] for rate in (20, 40)]
+    rows = [row | {"backend": "zipage", "refused": None, "streams": None} for row in rows]
+    rows.append(rows[0] | {"backend": "vllm", "arm": "vllm"})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    write_config(folder, asdict(experiment))
+    inputs = {"loads": content_hash([arm.plain() for arm in arms])}
+    provenance = {"inputs": inputs, "hardware": {"gpus": ["NVIDIA H200"]}}
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    return folder
+
+
+def test_a_served_record_is_simulated_as_it_was_measured(served, tmp_path, capsys):
+    out = tmp_path / "rows.json"
+    assert simulate.main([str(served), "--out", str(out)]) == 0
+    assert "| limits hold or not | same | 4 of 4" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["served"]
+    assert [(row["arm"], row["rate"]) for row in rows] == [("full", 20), ("full", 40), ("zipage", 20), ("zipage", 40)]
+    for row in rows:
+        assert row["record"] == "served"
+        for name in ("tokens_per_second", "ttft.p50", "e2e.p99", "compressions"):
+            assert row[name]["simulated"] == row[name]["measured"]
+
+
+def test_a_load_that_has_changed_is_refused(served, load, capsys):
+    Path(load).write_text(LOAD.replace("count: 16", "count: 17"))
+    assert simulate.main([str(served)]) == 2
+    assert "no longer those that were measured" in capsys.readouterr().err
 
 
 def test_what_is_no_option_is_refused(load, capsys):
