@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if is_served(folder):
                 for row in compared_rates(folder, on, options.trace):
                     served.append(row)
-                    print(f"{row['record']} {row['arm']} at {row['rate']:g}", file=sys.stderr, flush=True)
+                    print(f"{len(served)}: {row['record']}", file=sys.stderr, flush=True)
                 continue
             for row in compared(folder, on):
                 rows.append(row)
@@ -76,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     tables = [error_table(rows), load_table(rows)] * bool(rows) + [served_table(served)] * bool(served)
     tables += [run_table(runs)] * bool(runs)
-    print("\n\n".join([*tables, aims_table([*rows, *served, *runs])]))
+    kinds = {"engine_bench": rows, "serve_bench": served}
+    kinds |= {kind: [run for run in runs if run.get("kind") == kind] for kind in ("whole runs", "steady runs")}
+    print("\n\n".join([*tables, aims_table(kinds)]))
     return 0
 
 

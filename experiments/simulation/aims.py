@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.reporting.markdown import markdown
@@ -41,23 +41,35 @@ def off(figure: dict[str, Any]) -> float | None:
     return abs(simulated / measured - 1)
 
 
-def aims_table(rows: Sequence[dict[str, Any]]) -> str:
-    """For each aim how many rows reach it, in Markdown, and the median and the worst; of rows to which nothing was
-    fitted.
+def aims_table(kinds: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """For each aim and kind of row how many reach it, the median and the worst error, in Markdown; of rows that nothing
+    was fitted to.
     """
-    predicted = [row for row in rows if not row.get("refused") and not row.get("fitted")]
+    predicted = {
+        kind: found
+        for kind, rows in kinds.items()
+        if (found := [row for row in rows if not row.get("refused") and not row.get("fitted")])
+    }
     cells = []
     for name, aim in AIMS.items():
-        found = [value for row in predicted if name in row and (value := off(row[name])) is not None]
-        if found:
+        texts = []
+        for rows in predicted.values():
+            found = [value for row in rows if name in row and (value := off(row[name])) is not None]
             reached = sum(value <= aim for value in found)
-            texts = [
-                f"{value:.1%}" if value < math.inf else "without end"  # some where there were none
-                for value in (statistics.median(found), max(found))
-            ]
-            cells.append([TITLES.get(name, name), f"{aim:.0%}", f"{reached} of {len(found)}", *texts])
-    verdicts = [row["slo_holds"] for row in predicted if "slo_holds" in row]
-    if verdicts:
-        same = sum(verdict["measured"] == verdict["simulated"] for verdict in verdicts)
-        cells.append(["limits hold or not", "same", f"{same} of {len(verdicts)}", "", ""])
-    return markdown(["figure", "aim", "reached", "off in the median", "at most"], cells)
+            texts.append(
+                f"{reached} of {len(found)}, {_percent(statistics.median(found))}, {_percent(max(found))}"
+                if found
+                else ""
+            )
+        if any(texts):
+            cells.append([TITLES.get(name, name), f"{aim:.0%}", *texts])
+    verdicts = [[row["slo_holds"] for row in rows if "slo_holds" in row] for rows in predicted.values()]
+    if any(verdicts):
+        same = [sum(verdict["measured"] == verdict["simulated"] for verdict in kind) for kind in verdicts]
+        texts = [f"{count} of {len(kind)}" if kind else "" for count, kind in zip(same, verdicts)]
+        cells.append(["limits hold or not", "same", *texts])
+    return markdown(["figure", "aim", *(f"{kind}: reached, median, most" for kind in predicted)], cells)
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}" if value < math.inf else "some for none"

@@ -93,7 +93,7 @@ def load_table(rows: Sequence[dict[str, Any]]) -> str:
         if row["refused"] is None and not row["fitted"]:
             groups.setdefault((row["load"], row["gpus"]), []).append(row)
     cells = []
-    for (load, gpus), group in groups.items():
+    for (load, gpus), group in sorted(groups.items()):
         speeds = [row["tokens_per_second"]["off"] for row in group]
         within = sum(abs(speed) <= AIMS["tokens_per_second"] for speed in speeds)
         texts = [load, str(gpus), str(len(group)), f"{statistics.median(speeds):+.1%}"]

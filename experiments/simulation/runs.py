@@ -76,6 +76,7 @@ def compared_run(folder: Path, machine: Machine, name: str, trace: str | None) -
             figures[f"{timed}.{share}"] = figure(measured[timed].get(share), simulated[timed].get(share))
     gpus = config["engine"]["tensor_parallel_size"]
     what = {"model": config["model"]["name"], "policy": config["policy"]["name"], "gpus": gpus}
+    what["kind"] = "steady runs" if config["scenario"]["arrival"] == "steady" else "whole runs"
     return row | {"refused": None} | what | figures
 
 

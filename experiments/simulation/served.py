@@ -12,7 +12,7 @@ from experiments.backends import BACKENDS
 from experiments.bench.serve import served_arms
 from experiments.bench.serve_loads import ServedArm
 from experiments.config.compose import recorded
-from experiments.errors import UsageError
+from experiments.errors import UsageError, one_line
 from experiments.records import PROVENANCE, ROWS, content_hash, read_config
 from experiments.reporting.markdown import markdown
 from experiments.running.models import find_model
@@ -64,15 +64,24 @@ def measured_rates(folder: Path, trace: str | None = None) -> list[MeasuredRate]
 
 
 def compared_rates(folder: Path, machine: Machine, trace: str | None) -> Iterator[dict[str, Any]]:
-    """A row for each rate of a record: what was measured, what is simulated, and by how much that is off.
-
-    Raises:
-        UsageError: as `measured_rates`.
+    """A row for each rate of a record: what was measured, what is simulated, and by how much that is off; or one whose
+    `refused` says why it can't be simulated.
     """
-    for measured in measured_rates(folder, trace):
+    try:
+        rates = measured_rates(folder, trace)
+    except UsageError as error:
+        yield {"record": f"{folder.parent.name}/{folder.name}", "machine": machine.name, "refused": one_line(error)}
+        return
+    for measured in rates:
         real = measured.row
         ours = simulate_rate(measured.arm, machine, real["rate"])
-        row = {"record": measured.record, "arm": real["arm"], "rate": real["rate"], "machine": machine.name}
+        row = {
+            "record": measured.record,
+            "arm": real["arm"],
+            "rate": real["rate"],
+            "machine": machine.name,
+            "refused": None,
+        }
         row["fitted"] = f"{folder.parent.name}/{folder.name}" in machine.origin
         row["tokens_per_second"] = figure(real["tokens_per_second"], ours["tokens_per_second"])
         row |= {name: figure(real[name], ours[name]) for name in COUNTED}
@@ -88,6 +97,9 @@ def served_table(rows: Sequence[dict[str, Any]]) -> str:
     head += ["E2E p50, s", "E2E p99, s", "preemptions", "compressions", "limits hold"]
     cells = []
     for row in rows:
+        if row["refused"] is not None:
+            cells.append([row["record"].removeprefix("serve_trace_"), f"refused: {row['refused']}", *[""] * 12])
+            continue
         speed, holds = row["tokens_per_second"], row["slo_holds"]
         texts = [row["record"].removeprefix("serve_trace_"), row["arm"], f"{row['rate']:g}", pair(speed, "{:,.0f}")]
         texts.append(f"{speed['off']:+.1%}")

@@ -41,17 +41,19 @@ def test_errors_are_told_beside_what_was_measured():
     assert abs(row["tokens_per_second"]["off"]) < 0.05
     assert "short_256_h100" in error_table(rows)
     assert "| short | 1    | 1    |" in load_table(rows)
-    assert "| compressions | 2%  | 1 of 1  | 0.0%" in aims_table(rows)
+    assert "| compressions | 2%  | 1 of 1, 0.0%, 0.0% " in aims_table({"engine_bench": rows})
 
 
 def test_what_is_fitted_reaches_no_aim():
     row = {"refused": None, "fitted": False, "steps": figure(100, 101), "pauses": figure(0, 3)}
     refused = {"refused": "no memory", "fitted": False}
-    text = aims_table([row, row | {"fitted": True}, refused, row | {"steps": figure(100, 97), "pauses": figure(0, 0)}])
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
-    assert lines == [
-        ["steps", "2%", "1 of 2", "2.0%", "3.0%"],
-        ["pauses", "2%", "1 of 2", "without end", "without end"],
+    other = row | {"steps": figure(100, 97), "pauses": figure(0, 0)}
+    text = aims_table({"a": [row, row | {"fitted": True}, refused, other], "b": [refused]})
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert lines[0] == ["figure", "aim", "a: reached, median, most"]
+    assert lines[2:] == [
+        ["steps", "2%", "1 of 2, 2.0%, 3.0%"],
+        ["pauses", "2%", "1 of 2, some for none, some for none"],
     ]
 
 
