@@ -1,7 +1,8 @@
 """Replicas behind a router, each a simulated engine with a clock of its own.
 
-The router sees every request when it is due, and every replica as it was then: replicas are stepped up to that time,
-the last one first. Times are kept as counts in bins of 1 %, so that memory does not grow with traffic.
+The router sees every request a constant after it is due (HTTP and tokenizing), and every replica as it was then:
+replicas are stepped up to that time, the last one first. Times are kept as counts in bins of 1 %, so that memory does
+not grow with traffic.
 """
 
 from __future__ import annotations
@@ -80,10 +81,10 @@ class Replica:
     def _is_measured(self, due: float) -> bool:
         return self._begin <= due < self._end
 
-    def send(self, request: Asked, prompt: list[int]) -> None:
+    def send(self, request: Asked, prompt: list[int], now: float) -> None:
         name = str(self.sent)
         self.sent += 1
-        self.clock.wait_until(request.due)
+        self.clock.wait_until(now)
         measured = self._is_measured(request.due)
         self.measured += measured
         params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
@@ -177,11 +178,12 @@ def simulate_fleet(arm: ServedArm, machine: Machine, replicas: int, router: str,
 
     try:
         for place, request in enumerate(arm.arriving(rate)):
-            advance(request.due)
+            now = request.due + machine.request_seconds
+            advance(now)
             if broken or (request.due >= close and not any(replica.open for replica in fleet)):
                 break
             number = route(request, fleet)
-            fleet[number].send(request, _prompt(arm, request, place))
+            fleet[number].send(request, _prompt(arm, request, place), now)
             if not is_busy[number]:
                 is_busy[number] = True
                 busy.append((fleet[number].clock(), number))

@@ -12,7 +12,7 @@ from experiments.backends import BACKENDS
 from experiments.bench.serve import served_arms
 from experiments.bench.serve_loads import ServedArm
 from experiments.config.compose import recorded
-from experiments.errors import UsageError, one_line
+from experiments.errors import UsageError
 from experiments.records import PROVENANCE, ROWS, content_hash, read_config
 from experiments.reporting.markdown import markdown
 from experiments.running.models import find_model
@@ -58,7 +58,7 @@ def measured_rates(folder: Path, trace: str | None = None) -> list[MeasuredRate]
     arms = served_arms(experiment, find_model(experiment.model), BACKENDS)
     inputs = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["inputs"]
     if content_hash([arm.plain() for arm in arms]) != inputs["loads"]:
-        raise UsageError(f"{folder}: its loads are no longer those that were measured, or --trace is another trace")
+        raise UsageError("the loads are no longer those that were measured, or the trace is another")
     of_name = {(arm.load, arm.name): arm for arm in arms}
     return [MeasuredRate(folder.parent.name, of_name[row["load"], row["arm"]], row) for row in rows]
 
@@ -70,8 +70,9 @@ def compared_rates(folder: Path, machine: Machine, trace: str | None) -> Iterato
     try:
         rates = measured_rates(folder, trace)
     except UsageError as error:
-        yield {"record": f"{folder.parent.name}/{folder.name}", "machine": machine.name, "refused": one_line(error)}
+        yield {"record": f"{folder.parent.name}/{folder.name}", "machine": machine.name, "refused": str(error)}
         return
+    fitted = folder.parent.name in machine.origin.replace(",", " ").split()
     for measured in rates:
         real = measured.row
         ours = simulate_rate(measured.arm, machine, real["rate"])
@@ -82,13 +83,13 @@ def compared_rates(folder: Path, machine: Machine, trace: str | None) -> Iterato
             "machine": machine.name,
             "refused": None,
         }
-        row["fitted"] = f"{folder.parent.name}/{folder.name}" in machine.origin
+        row["fitted"] = fitted
         row["tokens_per_second"] = figure(real["tokens_per_second"], ours["tokens_per_second"])
         row |= {name: figure(real[name], ours[name]) for name in COUNTED}
         for name in TIMES:
             for share in ("p50", "p99"):
                 row[f"{name}.{share}"] = figure((real[name] or {}).get(share), (ours[name] or {}).get(share))
-        yield row | {"slo_holds": {"measured": real["slo_holds"], "simulated": ours["slo_holds"]}}
+        yield row | {name: {"measured": real[name], "simulated": ours[name]} for name in ("broken", "slo_holds")}
 
 
 def served_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -29,6 +29,7 @@ def simulate(module: str, given: list[str], request) -> None:
     patch, folder = request.getfixturevalue("monkeypatch"), request.getfixturevalue("tmp_path")
     program = importlib.import_module(module)
     if module.endswith("fit"):
+        patch.setattr(program, "_of_servers", lambda machine, *_: machine)
         for stage in ("device_constants", "collective_constant", "launch_constant", "host_constants"):
             patch.setattr(program, stage, lambda machine, *_: machine)
     elif given[0] in ("serve", "fleet", "capacity"):

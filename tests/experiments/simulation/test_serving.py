@@ -1,7 +1,7 @@
 """Loads of `scenario=serve_bench` on a simulated server."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,11 @@ from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
 from experiments.records import content_hash, write_config
 from experiments.running.models import find_model
+from experiments.simulation import fit
+from experiments.simulation.fit import request_constant
 from experiments.simulation.machine import read_machine
 from experiments.simulation.serve_command import given_options
+from experiments.simulation.served import compared_rates
 from experiments.simulation.serving import simulate_rate
 
 LOAD = """
@@ -108,6 +111,32 @@ def test_a_served_record_is_simulated_as_it_was_measured(served, tmp_path, capsy
         assert row["record"] == "served"
         for name in ("tokens_per_second", "ttft.p50", "e2e.p99", "compressions"):
             assert row[name]["simulated"] == row[name]["measured"]
+
+
+def test_what_a_request_takes_to_its_engine_is_fitted_to_one_rate_and_predicts_another(served):
+    """To the rates of full KV; the median of `zipage` is predicted."""
+    true = read_machine("h200")
+    free = replace(true, request_seconds=0.0)
+    rows = list(compared_rates(served, free, None))
+    fitted = request_constant(free, [row for row in rows if row["arm"] == "full"])
+    assert fitted.request_seconds == pytest.approx(true.request_seconds, rel=0.2)
+    lacking = [row["ttft.p50"] for row in compared_rates(served, fitted, None) if row["arm"] == "zipage"]
+    assert all(abs(median["off"]) < 0.1 for median in lacking)
+    assert all(row["ttft.p50"]["off"] < -0.2 for row in rows if row["rate"] == 20)
+
+
+def test_the_constant_of_requests_is_fitted_alone(served, tmp_path, capsys, monkeypatch):
+    machine = replace(read_machine("h200"), request_seconds=0.0)
+    monkeypatch.setattr(fit, "read_machine", lambda name: machine)
+    out = tmp_path / "machine.yaml"
+    words = ["--only-served", "--served", str(served.parent), "--out", str(out)]
+    assert fit.main(words) == 2
+    assert "needs --trace" in capsys.readouterr().err
+    assert fit.main([*words, "--trace", "of no use"]) == 0
+    made = read_machine(out)
+    assert made.request_seconds > 0.01
+    assert made.origin == f"{machine.origin}, served"
+    assert replace(made, request_seconds=0.0, origin=machine.origin) == machine
 
 
 def test_a_load_that_has_changed_is_refused(served, load, capsys):
