@@ -33,7 +33,7 @@ def simulate(module: str, given: list[str], request) -> None:
         for stage in ("device_constants", "collective_constant", "launch_constant", "host_constants"):
             patch.setattr(program, stage, lambda machine, *_: machine)
     elif given[0] in ("serve", "fleet", "capacity"):
-        short = ("warmup=", "seconds=", "drain=")
+        short = ("warmup=", "seconds=", "drain=", "begun=")
         given = [option for option in given if not option.startswith(short) and option != "--set"]
         given = ["examples/traffic.csv" if option == "FILE" else option for option in given]
         given += ["--set", "warmup=1", "seconds=2", "drain=1", "begun=null"]
