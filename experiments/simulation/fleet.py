@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from typing import Any
 
@@ -87,9 +88,8 @@ class Replica:
         self.clock.wait_until(now)
         measured = self._is_measured(request.due)
         self.measured += measured
-        params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
         try:
-            self.llm.add_request(prompt, params, name)
+            self.llm.add_request(prompt, _sampled(request.output_tokens), name)
         except ValueError:
             self.failed += measured
             return
@@ -177,7 +177,7 @@ def simulate_fleet(arm: ServedArm, machine: Machine, replicas: int, router: str,
                 heappush(busy, (replica.clock(), number))
 
     try:
-        for place, request in enumerate(arm.arriving(rate)):
+        for place, request in enumerate(arm.coming(rate)):
             now = request.due + machine.request_seconds
             advance(now)
             if broken or (request.due >= close and not any(replica.open for replica in fleet)):
@@ -206,6 +206,12 @@ def simulate_fleet(arm: ServedArm, machine: Machine, replicas: int, router: str,
         "router": router, "rate": rate, "broken": broken, "slo_holds": holds and not row["failed"],
         "tokens_per_second": sum(replica.tokens for replica in fleet) / seconds, "simulated": machine.name,
     }  # fmt: skip
+
+
+@lru_cache(maxsize=16_384)
+def _sampled(max_tokens: int) -> SamplingParams:
+    """To check one takes as long as ten tokens."""
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True)
 
 
 def _prompt(arm: ServedArm, request: Asked, number: int) -> list[int]:
