@@ -1,5 +1,6 @@
 """Committed records against their simulation, and a fit to one record that predicts another."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from experiments.paths import ROOT
 from experiments.simulation.aims import aims_table, figure
 from experiments.simulation.arms import measured_arms, simulate_arm
 from experiments.simulation.errors import compared, error_table, load_table
-from experiments.simulation.fit import DEVICE, device_constants, kernel_shares
+from experiments.simulation.fit import DEVICE, device_constants, kernel_shares, request_constant
 from experiments.simulation.machine import read_machine
 
 RECORDS = ROOT / "results" / "records"
@@ -32,6 +33,20 @@ def test_a_fit_to_one_record_predicts_another():
     measured = other.row["tokens_per_second"]
     assert simulate_arm(other.arm, wrong).row["tokens_per_second"] / measured < 0.95
     assert simulate_arm(other.arm, fitted).row["tokens_per_second"] == pytest.approx(measured, rel=0.03)
+
+
+def test_the_constant_of_requests_predicts_the_median_ttft_of_another_record():
+    """Of rows that are committed: the trace that was served is no part of the project."""
+    content = json.loads((RECORDS / "simulated_errors.json").read_text())
+    rows = [row for row in content["served"] if row["refused"] is None]
+    machine = read_machine("h100")
+    fitted = request_constant(machine, [row for row in rows if row["record"] == "serve_trace_four_h100"])
+    assert fitted.request_seconds == pytest.approx(machine.request_seconds, rel=0.1)
+    others = [row["ttft.p50"] for row in rows if row["record"] == "serve_trace_lent_h100"]
+    off = [abs(median["off"]) for median in others]
+    without = [1 - (median["simulated"] - machine.request_seconds) / median["measured"] for median in others]
+    assert max(off) < 0.16 < 0.2 < min(without)
+    assert sum(value < 0.1 for value in off) >= 6
 
 
 def test_errors_are_told_beside_what_was_measured():
