@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from kernels.add_rms_norm import add_rms_norm
 from kernels.attention_form import AttentionForm
+from kernels.linear import linear
 from kernels.qk_norm_rope import qk_norm_rope
 from zipage.models.biased_sparse_mlp import BiasedSparseMLP
 from zipage.models.mlp import GatedMLP, new_parameter, prefixed, row_pieces, row_views
@@ -93,7 +94,7 @@ class DecoderLayer(nn.Module):
         normed = self.shard.add_rms_norm(hidden, delta, 1, self.input_norm, self.eps, self.norm_offset)
         if observe is not None:
             observe(self.index, normed)
-        qkv = F.linear(normed, self.qkv_weight, self.qkv_bias)
+        qkv = linear(normed, self.qkv_weight, self.qkv_bias)
         heads = self.num_heads, self.num_kv_heads
         q, k, v = qk_norm_rope(qkv, self.q_norm, self.k_norm, self.eps, cos, sin, *heads, self.norm_offset)
         attended = attention(self.index, q, k, v).reshape(hidden.shape[0], -1)[:, self.own_columns]
