@@ -12,7 +12,9 @@ from experiments.backends import BACKENDS
 from experiments.bench.serve import served_arms
 from experiments.bench.serve_loads import ServedArm
 from experiments.config.compose import recorded
+from experiments.config.schema import Experiment
 from experiments.errors import UsageError
+from experiments.paths import ROOT
 from experiments.records import PROVENANCE, ROWS, content_hash, read_config
 from experiments.reporting.markdown import markdown
 from experiments.running.models import find_model
@@ -20,6 +22,8 @@ from experiments.simulation.aims import figure, pair
 from experiments.simulation.machine import Machine
 from experiments.simulation.serving import simulate_rate
 
+LOADS = ROOT / "results" / "records" / "serve_loads"
+"""Loads as they were when they were measured, where `conf/serve_bench/` has changed since."""
 COUNTED = ("preemptions", "pauses", "compressions")
 TIMES = ("ttft", "e2e", "itl")
 
@@ -45,22 +49,36 @@ def measured_rates(folder: Path, trace: str | None = None) -> list[MeasuredRate]
         trace: stands for the file that the record took its requests from.
 
     Raises:
-        UsageError: an option of the record is none any more, its load is no longer what was measured, or another trace.
+        UsageError: an option of the record is none any more, neither its load nor one of `LOADS` is the one measured, or
+            it is another trace.
     """
-    config = read_config(folder)
     rows = json.loads((folder / ROWS).read_text(encoding="utf-8"))
     rows = [row for row in rows if row["backend"] == "zipage" and row["refused"] is None and row["streams"] is None]
     if not rows:
         return []
-    experiment = recorded(config)
+    experiment = recorded(read_config(folder))
     if experiment.scenario.path is not None and trace is not None:
         experiment = replace(experiment, scenario=replace(experiment.scenario, path=trace))
-    arms = served_arms(experiment, find_model(experiment.model), BACKENDS)
-    inputs = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["inputs"]
-    if content_hash([arm.plain() for arm in arms]) != inputs["loads"]:
-        raise UsageError("the loads are no longer those that were measured, or the trace is another")
-    of_name = {(arm.load, arm.name): arm for arm in arms}
-    return [MeasuredRate(folder.parent.name, of_name[row["load"], row["arm"]], row) for row in rows]
+    arms = _arms_as_measured(experiment, folder)
+    return [MeasuredRate(folder.parent.name, arms[row["load"], row["arm"]], row) for row in rows]
+
+
+def _arms_as_measured(experiment: Experiment, folder: Path) -> dict[tuple[str, str], ServedArm]:
+    """By load and name. The record holds no more of its loads than their hash, which tells whether these are they."""
+    hashed = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["inputs"]["loads"]
+    model, names = find_model(experiment.model), experiment.scenario.loads
+    for loads in [names, *_former(names)]:
+        arms = served_arms(replace(experiment, scenario=replace(experiment.scenario, loads=loads)), model, BACKENDS)
+        arms = [arm for arm in arms if {arm.load, f"{arm.load}/{arm.name}"} & set(names) or loads == names]
+        if content_hash([arm.plain() for arm in arms]) == hashed:
+            return {(arm.load, arm.name): arm for arm in arms}
+    raise UsageError("the loads are no longer those that were measured, or the trace is another")
+
+
+def _former(names: Sequence[str]) -> list[list[str]]:
+    """The files of `LOADS` that one load's name may have meant."""
+    stems = {name.partition("/")[0] for name in names}
+    return [[str(path)] for path in sorted(LOADS.rglob("*.yaml")) if stems == {path.stem}]
 
 
 def compared_rates(folder: Path, machine: Machine, trace: str | None) -> Iterator[dict[str, Any]]:
