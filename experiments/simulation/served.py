@@ -49,8 +49,8 @@ def measured_rates(folder: Path, trace: str | None = None) -> list[MeasuredRate]
         trace: stands for the file that the record took its requests from.
 
     Raises:
-        UsageError: an option of the record is none any more, neither its load nor one of `LOADS` is the one measured, or
-            it is another trace.
+        UsageError: an option of the record is none any more, neither its load nor one of `LOADS` is the one measured,
+            or it is another trace.
     """
     rows = json.loads((folder / ROWS).read_text(encoding="utf-8"))
     rows = [row for row in rows if row["backend"] == "zipage" and row["refused"] is None and row["streams"] is None]

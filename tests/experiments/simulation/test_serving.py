@@ -11,13 +11,13 @@ from experiments.backends import BACKENDS
 from experiments.bench.serve import served_arms
 from experiments.config.compose import load_experiment
 from experiments.errors import UsageError
-from experiments.records import content_hash, write_config
+from experiments.records import content_hash, read_config, write_config
 from experiments.running.models import find_model
 from experiments.simulation import fit
 from experiments.simulation.fit import request_constant
 from experiments.simulation.machine import read_machine
 from experiments.simulation.serve_command import given_options
-from experiments.simulation.served import compared_rates
+from experiments.simulation.served import compared_rates, measured_rates
 from experiments.simulation.serving import simulate_rate
 
 LOAD = """
@@ -35,6 +35,10 @@ arms:
   zipage: {policy: zipage, budget_tokens: 128}
   vllm: {backend: vllm}
 """
+
+
+LIKE = ("model.path=models/qwen3-0.6b-shape", "model.load_format=dummy", "scenario.options.search=null")
+LIKE += ("scenario.options.rates=[20,40]",)
 
 
 @pytest.fixture(name="load")
@@ -81,12 +85,7 @@ def test_an_idle_server_answers_at_the_pace_of_a_step(load, capsys, tmp_path):
 @pytest.fixture(name="served")
 def record_that_passes_for_served(load, tmp_path, capsys):
     """Rates simulated on an H200, as a record of `scenario=serve_bench` has them."""
-    experiment = load_experiment(
-        [
-            *("scenario=serve_bench", "model.path=models/qwen3-0.6b-shape", "model.load_format=dummy"),
-            *(f"scenario.loads=[{load}]", "scenario.options.search=null", "scenario.options.rates=[20,40]"),
-        ]
-    )
+    experiment = load_experiment(["scenario=serve_bench", *LIKE, f"scenario.loads=[{load}]"])
     arms = served_arms(experiment, find_model(experiment.model), BACKENDS)
     folder = tmp_path / "served" / "small_h200"
     folder.mkdir(parents=True)
@@ -143,6 +142,26 @@ def test_a_load_that_has_changed_is_refused(served, load, capsys):
     Path(load).write_text(LOAD.replace("count: 16", "count: 17"))
     assert simulate.main([str(served)]) == 0
     assert "no longer those that were measured" in capsys.readouterr().out
+
+
+def test_a_load_that_has_changed_is_found_as_it_was(served, load, tmp_path, monkeypatch):
+    """The record names it as one of `conf/serve_bench/`, by one arm; two others of its name were not measured."""
+    config = read_config(served)
+    config["scenario"]["loads"] = ["small/zipage"]
+    write_config(served, config)
+    rows = [row for row in json.loads((served / "rows.json").read_text()) if row["arm"] == "zipage"]
+    (served / "rows.json").write_text(json.dumps(rows))
+    experiment = load_experiment(["scenario=serve_bench", *LIKE, f"scenario.loads=[{load}]"])
+    arms = served_arms(experiment, find_model(experiment.model), BACKENDS)
+    inputs = {"loads": content_hash([arm.plain() for arm in arms if arm.name == "zipage"])}
+    (served / "provenance.json").write_text(json.dumps({"inputs": inputs}))
+    monkeypatch.setattr("experiments.simulation.served.LOADS", tmp_path / "loads")
+    with pytest.raises(UsageError, match="no longer those that were measured"):
+        measured_rates(served)
+    for name, text in (("a", LOAD.replace("count: 16", "count: 17")), ("b", LOAD)):
+        (tmp_path / "loads" / name).mkdir(parents=True)
+        (tmp_path / "loads" / name / "small.yaml").write_text(text)
+    assert [(rate.arm.name, rate.row["rate"]) for rate in measured_rates(served)] == [("zipage", 20), ("zipage", 40)]
 
 
 def test_what_is_no_option_is_refused(load, capsys):
