@@ -210,7 +210,7 @@ def simulate_fleet(arm: ServedArm, machine: Machine, replicas: int, router: str,
 
 @lru_cache(maxsize=16_384)
 def _sampled(max_tokens: int) -> SamplingParams:
-    """To check one takes as long as ten tokens."""
+    """One for each length: to check its fields takes longer than many tokens."""
     return SamplingParams(max_tokens=max_tokens, ignore_eos=True)
 
 
