@@ -133,7 +133,7 @@ class Worker:
                 f"tensor_parallel_size={decoder.shard.size}: policy {self.policy.name!r} needs the output projection "
                 f"of whole groups, so at most as many ranks as the model has KV heads, {self._model_heads}"
             )
-        weights = [layer.output_weight for layer in decoder.layers]
+        weights = [layer.output_weight for layer in decoder.attending]
         return OutputNorms(weights, self.spec.num_kv_heads, self.spec.head_dim, self.policy.output_norm)
 
     def _measure(self, max_model_len: int) -> DeviceMemory:
