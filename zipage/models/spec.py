@@ -118,6 +118,11 @@ class ModelSpec:
                 f"policy={who}: needs one set of rotary frequencies, and LongRoPE has two: take another policy"
             )
 
+    def refuse_hybrids(self, option: str, remedy: str) -> None:
+        """Raise a ValueError that names an option that takes neither recurrent layers nor output gates."""
+        if self.recurrent is not None or self.attention[0].output_gate:
+            raise ValueError(f"{option}: {self.architecture} is not supported: {remedy}")
+
     def experts_of(self, layer: int) -> ExpertSpec | None:
         """None: the layer has a plain MLP."""
         return None if self.experts is None or layer in self.experts.dense_layers else self.experts

@@ -79,6 +79,7 @@ def train_scorer(
 
     def check(spec: ModelSpec) -> None:
         refuse_forms(spec.attention, f"calibration of {KIND}", "calibrate another model")
+        spec.refuse_hybrids(f"calibration of {KIND}", "calibrate another model")
 
     decoder = obtain_model(str(model), dtype=dtype, device=device, check=check, **drawn).decoder
     spec = decoder.spec
