@@ -34,6 +34,7 @@ def test_these_families_and_no_other():
         "qwen3_moe",
         "gemma3_text",
         "gpt_oss",
+        "qwen3_next",
     ]
     assert all(name == family.name for name, family in registry.FAMILIES.items())
 
