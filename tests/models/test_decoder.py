@@ -83,6 +83,17 @@ CASES = {
         },
     ),
     "qwen3-next-attention-alone": ("Qwen3Next", HYBRID | {"full_attention_interval": 1, "num_experts": 0}),
+    "qwen3.5": ("Qwen3_5Text", HYBRID | {"num_hidden_layers": 4, "tie_word_embeddings": True}),
+    "qwen3.5-of-images": (
+        "Qwen3_5Text",
+        HYBRID
+        | {
+            "head_dim": 32,
+            "linear_num_value_heads": 2,
+            "rope_parameters": ROPE["default"]
+            | {"partial_rotary_factor": 0.5, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+        },
+    ),
     "qwen3-moe-window": ("Qwen3Moe", MIXTURE | {"use_sliding_window": True, "sliding_window": LENGTH}),
 }
 

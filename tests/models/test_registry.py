@@ -35,6 +35,7 @@ def test_these_families_and_no_other():
         "gemma3_text",
         "gpt_oss",
         "qwen3_next",
+        "qwen3_5_text",
     ]
     assert all(name == family.name for name, family in registry.FAMILIES.items())
 

@@ -13,15 +13,16 @@ from zipage.models.families.phi3 import PHI3
 from zipage.models.families.qwen2 import QWEN2
 from zipage.models.families.qwen2_moe import QWEN2_MOE
 from zipage.models.families.qwen3 import QWEN3
+from zipage.models.families.qwen3_5_text import QWEN3_5_TEXT
 from zipage.models.families.qwen3_moe import QWEN3_MOE
 from zipage.models.families.qwen3_next import QWEN3_NEXT
 from zipage.models.family import Family
 from zipage.models.fields import FIELDS, is_texts, shown
 
-_ALL = LLAMA, MISTRAL, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GEMMA3_TEXT, GPT_OSS, QWEN3_NEXT
+_ALL = LLAMA, MISTRAL, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GEMMA3_TEXT, GPT_OSS, QWEN3_NEXT, QWEN3_5_TEXT
 FAMILIES = {family.name: family for family in _ALL}
 
-WITH_IMAGES = {"gemma3": "gemma3_text"}
+WITH_IMAGES = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}
 """Models of images and text -> the family of those of text alone."""
 
 
