@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import dependent_launch, wait_for_inputs
 from kernels.tiles import load_weight
 
 
@@ -23,8 +24,10 @@ def _norm_row(
     WIDTH_PAD: tl.constexpr,
     ADD: tl.constexpr,
     OFFSET: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One row, held in registers from the add to the last product."""
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH_PAD)
     inside = columns < WIDTH
@@ -62,6 +65,6 @@ def add_rms_norm_triton(
     _norm_row[(tokens,)](
         hidden, delta_or_any, weight, out, hidden.stride(0), delta_or_any.stride(0), eps,
         WIDTH=width, WIDTH_PAD=width_pad, ADD=delta is not None, OFFSET=offset,
-        num_warps=max(1, min(16, width_pad // 512)),
+        num_warps=max(1, min(16, width_pad // 512)), **dependent_launch(hidden),
     )  # fmt: skip
     return out

@@ -7,12 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import dependent_launch, wait_for_inputs
+
 TILE = 1024
 
 
 @triton.jit
-def _clamped_tile(gate_up_ptr, out_ptr, token_stride, width, alpha, limit, TILE: tl.constexpr):
+def _clamped_tile(gate_up_ptr, out_ptr, token_stride, width, alpha, limit, TILE: tl.constexpr, DEPENDENT: tl.constexpr):
     """One token and TILE columns of its output."""
+    wait_for_inputs(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = columns < width
@@ -38,5 +41,8 @@ def clamped_swiglu_triton(gate_up: Tensor, alpha: float, limit: float) -> Tensor
     out = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
     if tokens > 0:
         grid = tokens, triton.cdiv(width, TILE)
-        _clamped_tile[grid](gate_up, out, gate_up.stride(0), width, float(alpha), float(limit), TILE=TILE, num_warps=4)
+        _clamped_tile[grid](
+            gate_up, out, gate_up.stride(0), width, float(alpha), float(limit),
+            TILE=TILE, num_warps=4, **dependent_launch(gate_up),
+        )  # fmt: skip
     return out

@@ -16,11 +16,11 @@ from kernels.cache_view import CacheView
 from kernels.pieces import Pieces
 from kernels.tiles import decode_tile, multiprocessors
 
-PROGRAMS_PER_SM = 3
-"""Programs of decode attention that a multiprocessor holds at once, by their shared memory on Hopper."""
+FEW_REQUESTS = 32
 
-WAVES = 2
-"""Programs aimed at, in multiples of what the GPU holds: with fewer, the last ones run alone for longer."""
+PROGRAMS_PER_SM = 2, 6
+"""Programs of decode attention aimed at, of few requests and of more, by measurement (docs/log.md). With fewer, the
+last ones run alone for longer; with more of few requests, combining pieces takes longer than that."""
 
 MIN_PIECE = 128
 """Entries below which a cut costs more than it hides."""
@@ -95,7 +95,7 @@ def cut_requests(lens: Tensor, bound: int, tile: int, wanted: int | None = None)
         lens: int32 [B, H]; a request is cut as its longest head is. Or [L, B, H]: each layer by itself.
         bound: entries that no request exceeds.
         tile: entries of a tile.
-        wanted: pieces aimed at, of all requests. None: as many as fill the GPU a few times over.
+        wanted: pieces aimed at, of all requests. None: as many as fill the GPU, or fill it a few times over.
 
     Returns:
         At most `wanted` pieces and one more for each request; none is shorter than MIN_PIECE unless its request is.
@@ -103,7 +103,8 @@ def cut_requests(lens: Tensor, bound: int, tile: int, wanted: int | None = None)
     """
     *layers, batch, kv_heads = lens.shape
     if wanted is None:
-        wanted = max(1, WAVES * PROGRAMS_PER_SM * multiprocessors(lens.device) // kv_heads)
+        programs = PROGRAMS_PER_SM[batch > FEW_REQUESTS] * multiprocessors(lens.device)
+        wanted = max(1, programs // kv_heads)
     min_tiles = max(1, MIN_PIECE // tile)
     num_pieces = min(wanted + batch, batch * max(1, triton.cdiv(triton.cdiv(bound, tile), min_tiles)))
     ranges = torch.empty((*layers, 3, num_pieces), dtype=torch.int32, device=lens.device)

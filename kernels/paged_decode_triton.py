@@ -13,12 +13,15 @@ from torch import Tensor
 from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import CacheView
 from kernels.decode_pieces_triton import decode_pieces_triton
+from kernels.dependent_launch import dependent_launch, wait_for_inputs
 from kernels.layout import given_or_new
 from kernels.pieces import Pieces
 from kernels.tiles import attend_tile, decode_tile, load_blocks, load_sinks, padded_dim, score_scale
 
-CHUNK_ELEMENTS = 4096
-"""Elements of pieces that a program combines at a time."""
+FEW_REQUESTS = 4
+
+CHUNK_ELEMENTS = 16384, 4096
+"""Elements of pieces that a program combines at a time, of few requests, which have many pieces each, and of more."""
 
 POINTERS = ("table_ptr", "lens_ptr", "ranges_ptr", "starts_ptr", "arrived_ptr", "max_ptr", "sum_ptr")
 NUMBERS = ("num_pieces", "group", "table_row_stride", "table_head_stride", "lens_row_stride", "lens_head_stride")
@@ -102,10 +105,12 @@ def _attend_pieces(
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One piece and KV head: all query heads of the KV head are the rows of one tile. Of a request's programs, the one
     that ends last combines what all found.
     """
+    wait_for_inputs(DEPENDENT)
     piece = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     row = tl.load(ranges_ptr + piece).to(tl.int64)
@@ -211,7 +216,7 @@ def paged_decode_triton(
         score_scale(scale, form.soft_cap), num_pieces, group,
         *q.stride()[:2], *k_cache.stride()[:2], *block_tables.stride()[:2], *lens.stride(),
         GROUP_PAD=max(16, group_tile), HEAD_DIM=head_dim, DIM_PAD=dim_pad, BLOCK_SIZE=block_size,
-        GROUP=group_tile, CHUNK=max(1, CHUNK_ELEMENTS // (group_tile * dim_pad)),
-        WINDOW=form.window, SOFT_CAP=form.soft_cap, **options,
+        GROUP=group_tile, CHUNK=max(1, CHUNK_ELEMENTS[batch > FEW_REQUESTS] // (group_tile * dim_pad)),
+        WINDOW=form.window, SOFT_CAP=form.soft_cap, **options, **dependent_launch(q),
     )  # fmt: skip
     return out

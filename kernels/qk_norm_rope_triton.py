@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import dependent_launch, wait_for_inputs
 from kernels.tiles import load_weight
 
 TILE_ELEMENTS = 1024
@@ -30,9 +31,11 @@ def _rotate_heads(
     REST_PAD: tl.constexpr,
     NORM: tl.constexpr,
     OFFSET: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One token and HEADS_TILE of its HEADS query and key heads: the rotated halves of a head are two tiles, and the
     REST of it, which a norm alone changes, is a third."""
+    wait_for_inputs(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS_TILE + tl.arange(0, HEADS_TILE)[:, None]
     dims = tl.arange(0, HALF_PAD)[None, :]
@@ -106,5 +109,6 @@ def qk_norm_rope_triton(
             qkv, q_weight if norm else qkv, k_weight if norm else qkv, cos, sin, qkv.stride(0), eps,
             Q_HEADS=num_heads, HEADS=rotated, HEADS_TILE=heads_tile, HALF=half, HALF_PAD=half_pad,
             REST=rest, REST_PAD=triton.next_power_of_2(max(1, rest)), NORM=norm, OFFSET=offset, num_warps=4,
+            **dependent_launch(qkv),
         )  # fmt: skip
     return qkv.unflatten(1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)

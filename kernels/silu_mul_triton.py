@@ -7,12 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import dependent_launch, wait_for_inputs
+
 TILE = 1024
 
 
 @triton.jit
-def _gate_tile(gate_up_ptr, out_ptr, token_stride, width, TILE: tl.constexpr):
+def _gate_tile(gate_up_ptr, out_ptr, token_stride, width, TILE: tl.constexpr, DEPENDENT: tl.constexpr):
     """One token and TILE columns."""
+    wait_for_inputs(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = columns < width
@@ -36,5 +39,5 @@ def silu_mul_triton(gate_up: Tensor) -> Tensor:
     out = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
     if tokens > 0:
         grid = tokens, triton.cdiv(width, TILE)
-        _gate_tile[grid](gate_up, out, gate_up.stride(0), width, TILE=TILE, num_warps=4)
+        _gate_tile[grid](gate_up, out, gate_up.stride(0), width, TILE=TILE, num_warps=4, **dependent_launch(gate_up))
     return out

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import dependent_launch, wait_for_inputs
+
 
 @triton.jit
 def store_entries(
@@ -68,8 +70,10 @@ def _store_tokens(
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One token and HEADS_TILE of its heads."""
+    wait_for_inputs(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     store_entries(
         token, tl.program_id(1), slots_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr,
@@ -96,5 +100,5 @@ def store_kv_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot
         *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:2], *slots.stride(),
         SLOTS_APART=heads > 1 and slots.stride(1) != 0,
         HEADS=heads, HEADS_TILE=heads_tile, HEAD_DIM=head_dim, DIM_PAD=dim_pad, BLOCK_SIZE=k_cache.shape[2],
-        num_warps=4,
+        num_warps=4, **dependent_launch(k),
     )  # fmt: skip

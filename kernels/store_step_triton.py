@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import dependent_launch, wait_for_inputs
 from kernels.store_kv_triton import store_entries
 
 TILE_ELEMENTS = 2048
@@ -62,8 +63,10 @@ def _store_step(
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One token and HEADS_TILE of its KV heads, or, from tile KV_TILES on, of its query heads."""
+    wait_for_inputs(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     if tile < KV_TILES:
@@ -110,4 +113,5 @@ def store_step_triton(
         SLOTS_APART=kv_heads > 1 and slots.stride(1) != 0,
         Q_HEADS=query_heads, KV_HEADS=kv_heads, HEADS_TILE=heads_tile, KV_TILES=kv_tiles,
         HEAD_DIM=head_dim, DIM_PAD=dim_pad, BLOCK_SIZE=k_cache.shape[2], num_warps=4,
+        **dependent_launch(k),
     )  # fmt: skip

@@ -81,7 +81,7 @@ CHECKS = (
     Check("attention kernels", KERNELS, ("--only", "attention", "--no-timing")),
     Check("loops", COMPRESSED, ("--only", "loops")),
     Check("kept", COMPRESSED, ("--only", "kept")),
-    Check("other kernels", KERNELS, ("--only", "forms,replays,writes,layer_ops,sampling", "--no-timing")),
+    Check("other kernels", KERNELS, ("--only", "forms,replays,writes,layer_ops,linear,sampling", "--no-timing")),
     Check("unequal budgets", UNEQUAL, ("--only", "tokens,kept")),
     Check("requests", ENGINE, ("--only", "requests")),
     Check("memory", ENGINE, ("--only", "memory"), limit=150, alone=True),

@@ -37,6 +37,7 @@ from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.expert_mlp import expert_mlp, expert_mlp_reference
 from kernels.gelu_mul import gelu_mul, gelu_mul_reference
+from kernels.linear import linear, linear_reference
 from kernels.paged_decode import paged_decode, paged_decode_reference
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill import paged_prefill_reference
@@ -64,6 +65,7 @@ from tests.gpu.kernel_cases import (
     upcast,
 )
 from tests.gpu.kernel_times import time_copy, time_decode, time_layer_ops, time_prefill, timing_table
+from tests.gpu.overlap_cases import check_overlap
 from tests.gpu.pairwise import pairwise
 
 BOUNDS = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
@@ -226,6 +228,20 @@ def check_layer_ops(checks: Checks, grid: Grid) -> None:
             checks.add("qk_norm_rope", name, value, bound, **case)
 
 
+def check_linear(checks: Checks, grid: Grid) -> None:
+    """Few rows, which have a kernel of their own on Hopper in 16 bits, and more."""
+    shapes = ((96, 256), (64, 128)) if DRY else ((6144, 4096), (24576, 4096), (1024, 3072), (1536, 8960), (1000, 4096))
+    rows = (1, 17) if DRY else (1, 5, 16, 17, 48, 64, 65, 200)
+    for name, (outputs, width), tokens, has_bias in product(grid.dtypes, shapes, rows, (False, True)):
+        dtype = getattr(torch, name)
+        x = torch.randn(tokens, width + 64, device=DEVICE, dtype=dtype)[:, :width]
+        weight = torch.randn(outputs, width, device=DEVICE, dtype=dtype) * width**-0.5
+        bias = torch.randn(outputs, device=DEVICE, dtype=dtype) if has_bias else None
+        value = error(linear(x, weight, bias), linear_reference(x, weight, bias))
+        case = {"rows": tokens, "outputs": outputs, "width": width, "bias": has_bias}
+        checks.add("linear", name, value, BOUNDS[name], **case)
+
+
 def check_sampling(checks: Checks, grid: Grid) -> None:
     """The middle of a token's share draws it, temperature 0 the first of the best: an error is the share of others."""
     for name, vocab, temperature in product(grid.dtypes, (1000, 9000) if DRY else (1000, 151936), (0.0, 0.5, 2.0)):
@@ -346,6 +362,7 @@ def check_replays(checks: Checks, grid: Grid) -> None:
         check_large_addresses(checks)
         check_graph(checks)
         check_combining(checks)
+        check_overlap(checks)
 
 
 PARTS = {
@@ -354,6 +371,7 @@ PARTS = {
     "replays": check_replays,
     "writes": check_writes,
     "layer_ops": check_layer_ops,
+    "linear": check_linear,
     "sampling": check_sampling,
 }
 

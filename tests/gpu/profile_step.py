@@ -37,7 +37,7 @@ GROUPS = {
     "rope": ("_rotate",),
     "store": ("_store",),
     "gate": ("_gate",),
-    "matmul": ("gemm", "nvjet", "cutlass", "cublas", "splitK", "gemv"),
+    "matmul": ("_few_rows", "gemm", "nvjet", "cutlass", "cublas", "splitK", "gemv"),
 }
 
 

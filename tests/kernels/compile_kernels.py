@@ -5,6 +5,7 @@ calls the launchers, and compiles what they would launch down to Hopper's machin
 of each kernel. The interpreter is chosen at import, hence a process of its own.
 """
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.gelu_mul_triton import gelu_mul_triton
 from kernels.lag_spread_triton import lag_spread_triton
+from kernels.linear_tiles import Tile
+from kernels.linear_triton import linear_triton
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill_triton import paged_prefill_triton
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
@@ -54,8 +57,18 @@ class HopperDriver:
 
 
 def compile_one(kernel: JITFunction, *args, grid, **kwargs) -> None:
-    kernel.warmup(*args, grid=grid, **kwargs)
+    compiled = kernel.warmup(*args, grid=grid, **kwargs)
+    if compiled.metadata.launch_pdl:
+        check_waits(kernel.fn.__name__, compiled.asm["ptx"])
     print(Path(kernel.fn.__code__.co_filename).stem, kernel.fn.__name__, flush=True)
+
+
+def check_waits(name: str, ptx: str) -> None:
+    """A kernel that may start before its inputs are there touches no memory, and ends nowhere, before it waits."""
+    body = ptx[ptx.index(".entry") :]
+    wait, early = body.find("griddepcontrol.wait"), re.search(r"\b(?:ld|st|red|atom|cp)\.(?!param)|\bret;", body)
+    if wait < 0 or (early and early.start() < wait):
+        raise AssertionError(f"{name}: {early and early.group()} comes before it waits for the kernels ahead of it")
 
 
 def floats(*shape: int) -> Tensor:
@@ -112,6 +125,8 @@ def compile_other_kernels() -> None:
     add_rms_norm_triton(hidden, hidden, hidden[0], 1e-6)
     add_rms_norm_triton(hidden, hidden, hidden[0], 1e-6, 1.0)
     silu_mul_triton(hidden)
+    for rows, tile in ((1, Tile(16, 256, 4)), (32, Tile(32, 256, 6)), (64, Tile(64, 128, 6)), (64, Tile(128, 64, 4))):
+        linear_triton(floats(rows, 512), floats(128, 512), floats(128), None, tile)
     gelu_mul_triton(hidden)
     clamped_swiglu_triton(hidden, 1.702, 7.0)
     qkv, weight = floats(TOKENS, (GROUP + 2) * HEADS * DIM), floats(DIM)

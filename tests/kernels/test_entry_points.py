@@ -27,6 +27,7 @@ from kernels.cache_view import CacheView
 from kernels.compact_stable import compact_stable
 from kernels.copy_blocks import copy_blocks
 from kernels.expert_mlp import expert_mlp
+from kernels.linear import linear
 from kernels.paged_decode import paged_decode
 from kernels.paged_prefill import paged_prefill
 from kernels.qk_norm_rope import qk_norm_rope
@@ -53,7 +54,8 @@ normed = add_rms_norm(torch.randn(1, 128), torch.randn(1, 128), torch.ones(128),
 q, k, v = qk_norm_rope(normed, None, None, 1e-6, torch.ones(1, 1, 32), torch.zeros(1, 1, 16), 2, 1)
 store_step(k, v, q, cache, cache, torch.randn(1, 4, 2, 32), torch.tensor([[20]]), torch.tensor([3]))
 expert_mlp(normed, torch.zeros(1, 1).long(), torch.ones(1, 1), torch.randn(2, 8, 128), torch.randn(2, 128, 4))
-sample_from_logits(silu_mul(normed), torch.ones(1), torch.full((1,), 0.5, dtype=torch.float64))
+logits = linear(silu_mul(normed), torch.randn(9, 64))
+sample_from_logits(logits, torch.ones(1), torch.full((1,), 0.5, dtype=torch.float64))
 """
 
 

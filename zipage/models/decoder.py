@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from kernels.add_rms_norm import add_rms_norm
 from kernels.attention_form import AttentionForm
+from kernels.linear import linear
 from kernels.qk_norm_rope import qk_norm_rope
 from zipage.models.delta_net import Recurrence, RecurrentLayer
 from zipage.models.layer_mlp import new_mlp
@@ -91,7 +92,7 @@ class DecoderLayer(nn.Module):
         normed = self.shard.add_rms_norm(hidden, delta, 1, self.input_norm, self.eps, self.norm_offset)
         if observe is not None:
             observe(self.place, normed)
-        qkv = F.linear(normed, self.qkv_weight, self.qkv_bias)
+        qkv = linear(normed, self.qkv_weight, self.qkv_bias)
         heads, gate = (self.num_heads, self.num_kv_heads), None
         if self.output_gate:
             qkv, gate = self._without_gate(qkv)

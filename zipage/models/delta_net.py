@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from kernels.causal_conv import causal_conv
 from kernels.gated_delta import gated_delta
+from kernels.linear import linear
 from zipage.models.delta_net_spec import DeltaNetSpec
 from zipage.models.layer_mlp import new_mlp
 from zipage.models.mlp import new_parameter, prefixed
@@ -72,11 +73,11 @@ class GatedDeltaNet(nn.Module):
         out = recurrence(self.place, mixed, decay, b.float().sigmoid(), self.conv_weight)
         out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + self.eps)
         out = (self.gated_norm * out.to(x.dtype)).float() * F.silu(z.float())
-        return F.linear(out.to(x.dtype).flatten(1), self.output_weight)
+        return linear(out.to(x.dtype).flatten(1), self.output_weight)
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k and v [T, channels], z [T, Hv, dv], b and a [T, Hv]."""
-        net, inputs, controls = self.spec, F.linear(x, self.input_weight), F.linear(x, self.control_weight)
+        net, inputs, controls = self.spec, linear(x, self.input_weight), linear(x, self.control_weight)
         groups = net.num_key_heads if net.grouped else 1
         sizes = [size // groups for size in (net.keys, net.keys, net.values, net.values)]
         q, k, v, z = (part.flatten(1) for part in inputs.unflatten(1, (groups, -1)).split(sizes, dim=-1))

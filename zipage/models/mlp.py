@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kernels.gelu_mul import gelu_mul
+from kernels.linear import linear
 from kernels.silu_mul import silu_mul
 from zipage.models.shard import Piece, Shard
 
@@ -57,7 +57,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, width] -> the rank's part of [T, width], in place 1 (`Shard.row_parallel`)."""
-        gated = self._gate(F.linear(x, self.gate_up_weight, self.gate_up_bias))
+        gated = self._gate(linear(x, self.gate_up_weight, self.gate_up_bias))
         return self.shard.row_parallel(gated, self.down_weight, self.down_bias, 1)
 
     def pieces(self) -> dict[str, tuple[Piece, ...]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.add_rms_norm import add_rms_norm
+from kernels.linear import linear
 from zipage.models.attention import AttentionSpec, refuse_forms
 from zipage.models.spec import ModelSpec
 
@@ -176,7 +177,7 @@ class Shard:
         for `add_rms_norm` with the same `place`.
         """
         if self.is_whole:
-            return F.linear(x, weight, bias)
+            return linear(x, weight, bias)
         part = self.collectives.product(x, weight, place)
         return part if bias is None or self.rank else part.add_(bias)
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.add_rms_norm import add_rms_norm
+from kernels.linear import linear
 from zipage.models.shard import PeerFailed
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,7 @@ class Communicator:
         self._places = [place.view(rows, width) for place in places]
 
     def product(self, x: Tensor, weight: Tensor, place: int) -> Tensor:
-        out = self._room(place, (len(x), len(weight)), x.dtype)
-        return x @ weight.t() if out is None else torch.mm(x, weight.t(), out=out)
+        return linear(x, weight, out=self._room(place, (len(x), len(weight)), x.dtype))
 
     def part(self, x: Tensor, place: int) -> Tensor:
         out = self._room(place, x.shape, x.dtype)
