@@ -47,6 +47,6 @@ def dense_recurrence_of(decoder: Decoder) -> Recurrence | None:
         q, k = (heads.unflatten(-1, (net.num_key_heads, net.key_dim)) for heads in (q, k))
         v = v.unflatten(-1, (net.num_value_heads, net.value_dim))
         state = torch.zeros(1, *net.state_shape)
-        return gated_delta_reference(q, k, v, decay[None], beta[None], state)[0][0]
+        return gated_delta_reference(q, k, v, decay[None], beta[None], state)[0][0].contiguous()
 
     return recur

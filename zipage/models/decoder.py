@@ -238,7 +238,7 @@ class Decoder(nn.Module):
                 are projections of; it changes nothing.
             recurrence: called once a recurrent layer, in order, with its place among them, queries, keys and values
                 [T, channels], decay and beta float32 [T, Hv], and its convolution's weight [channels, K]; returns
-                float32 [T, Hv, dv], what `recur` gives of each request's tokens.
+                float32 [T, Hv, dv], contiguous, what `recur` gives of each request's tokens.
 
         Returns:
             [T, width] in the model's dtype.
