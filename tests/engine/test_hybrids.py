@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from tests.engine.compressed import (
@@ -25,6 +26,7 @@ from zipage.scheduling import swap_space
 from zipage.simulation.llm import SimulatedLLM
 from zipage.worker.calibrate import calibrate
 from zipage.worker.paged_attention import PagedAttention
+from zipage.worker.peak import run_largest_step
 from zipage.worker.train_scorer import train_scorer
 
 NUM_TOKENS = 200
@@ -192,3 +194,13 @@ def test_what_is_not_supported_says_so(folder, tmp_path, monkeypatch):
 def test_a_policy_that_turns_queries_needs_whole_heads(folder):
     with pytest.raises(ValueError, match="policy=expected_attention: needs heads whose dimensions all rotate"):
         make_llm(folder, Case("expected_attention", {"stats": "window"}))
+
+
+@torch.inference_mode()
+def test_the_largest_step_is_that_of_prompts(folder):
+    """As it is measured on a GPU."""
+    runner = make_llm(folder, None, debug=False, max_num_batched_tokens=200)._core.runner
+    run_largest_step(runner, runner.cache, 200)
+    states = runner.recurrent.state
+    assert states[:, 0].std() > 0
+    assert not states[:, 1:].any()
