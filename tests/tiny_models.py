@@ -66,7 +66,8 @@ def save_tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and not enable_thinking %}No thoughts.\n{% endif %}{% endif %}"
     )
     tokenizer.save_pretrained(folder)
     return tokenizer

@@ -15,6 +15,7 @@ from zipage.stats import EngineStats, EventStats, HeldEntries, RequestMetrics, R
 
 if TYPE_CHECKING:
     from kernels.bench import measure_ceilings, measure_kernels
+    from zipage.engine.chat_template import template_reads
     from zipage.llm import LLM
     from zipage.models.loading.share import share_model
     from zipage.simulation.llm import SimulatedLLM
@@ -53,6 +54,7 @@ __all__ = [
     "measure_ceilings",
     "measure_kernels",
     "share_model",
+    "template_reads",
     "train_scorer",
 ]
 
@@ -68,6 +70,7 @@ _LAZY = {
     "measure_ceilings": "kernels.bench",
     "measure_kernels": "kernels.bench",
     "share_model": "zipage.models.loading.share",
+    "template_reads": "zipage.engine.chat_template",
     "train_scorer": "zipage.worker.train_scorer",
 }
 """Where the names are that need torch: the scheduler and the harness's configuration import this package where it is

@@ -28,7 +28,7 @@ LLM_OPTIONS: dict[str, str] = {
     **dict.fromkeys(("tokenizer", "tokenizer_mode", "tokenizer_revision"), "the tokenizer is the model folder's own"),
     **dict.fromkeys(("revision", "code_revision", "download_dir", "hf_token", "allowed_local_media_path"), _MODEL),
     "trust_remote_code": "code in a model's folder is never run; save its tokenizer as tokenizer.json",
-    "quantization": "load a GGUF file, which is dequantized, or unquantized weights",
+    "quantization": "load FP8 in blocks or a GGUF file, which are dequantized, or unquantized weights",
     "kv_cache_dtype": "the KV cache has the model's dtype; bound it with policy and budget_tokens",
     "calculate_kv_scales": "the KV cache has the model's dtype",
     "num_gpu_blocks_override": "use num_blocks",

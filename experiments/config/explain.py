@@ -82,7 +82,9 @@ def _meant(key: str) -> list[str]:
     if group:
         near = f"{closest(group, groups())}."
         inside = [last for last, names in known.items() if any(name.startswith(near) for name in names)]
-        close = closest(option, inside)
-        return known.get(option, []) if close is None else [near + close]
+        if close := closest(option, inside):
+            return [near + close]
+        longer = [name for last, names in known.items() if last.endswith(f"_{option}") for name in names]
+        return known.get(option) or (longer if len(longer) == 1 else [])
     found = known.get(closest(option, known), [])
     return [name for name in found if "." not in name] or found

@@ -14,6 +14,7 @@ from experiments.config.schema import ModelConfig, WorkloadConfig
 from experiments.errors import UsageError, one_line
 from experiments.running import bounded
 from experiments.workloads import Problem
+from zipage import template_reads
 
 LIMITS = {"seconds": 20.0, "mebibytes": 1024, "characters": 1 << 24}
 """Of a chat template, which is a program that comes with a model, for each prompt."""
@@ -48,7 +49,7 @@ class PromptRenderer:
         tokenizer: of `transformers`; None: every prompt is of a given length, and its text's bytes are its tokens.
 
     Raises:
-        UsageError: `model.chat_template` is not a template.
+        UsageError: `model.chat_template` is not a template, or reads no variable of the options' names.
     """
 
     def __init__(self, workload: WorkloadConfig, model: ModelConfig, tokenizer: Any) -> None:
@@ -57,6 +58,14 @@ class PromptRenderer:
         self._piece = lru_cache(maxsize=1024)(self._tokens_of_piece)
         self._options: Mapping[str, Any] = model.chat_template_options
         self.chat_template = _chat_template(model.chat_template, tokenizer)
+        for name in self._options:
+            if self.chat_template is None or not template_reads(self.chat_template, name):
+                what = (
+                    "there is no chat template"
+                    if self.chat_template is None
+                    else "the chat template reads no such variable"
+                )
+                raise UsageError(f"model.chat_template_options.{name}: {what}: leave it out")
 
     @property
     def chat_template_hash(self) -> str | None:

@@ -159,7 +159,7 @@ def test_missing_files_are_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         make_llm(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
-    with pytest.raises(ValueError, match="unknown architecture 'mamba'"):
+    with pytest.raises(ValueError, match="architecture 'mamba' is not supported: it has recurrent layers"):
         make_llm(tmp_path)
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):

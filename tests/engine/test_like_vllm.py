@@ -96,6 +96,10 @@ def test_chat_is_the_template_s_text(llm):
     for name in ("messages", "self", "tokenize", "chat_template", "add_generation_prompt"):
         with pytest.raises(ValueError, match=f"chat_template_kwargs: '{name}' is no variable of the template"):
             llm.chat([USER], params, False, chat_template_kwargs={name: "x"})
+    with pytest.raises(ValueError, match="chat_template_kwargs: the chat template reads no 'mood': leave it out"):
+        llm.chat([USER], params, False, chat_template_kwargs={"mood": "!"})
+    (quick,) = llm.chat([USER], params, False, chat_template_kwargs={"enable_thinking": False})
+    assert quick.prompt == f"{RENDERED}No thoughts.\n"
     (failed,) = llm.chat([USER], params, False, chat_template="{{ raise_exception('no') }}")
     assert "the chat template refuses the messages" in failed.error
     assert llm.chat([], params, use_tqdm=False) == []

@@ -26,7 +26,7 @@ from zipage import (
 class FakeTokenizer:
     """One token a character."""
 
-    chat_template = "{{ messages }}"
+    chat_template = "{{ messages }}{{ thinking }}"
 
     def apply_chat_template(self, messages, chat_template, tokenize, add_generation_prompt, **options) -> str:
         assert not tokenize

@@ -402,6 +402,16 @@ def test_sweep_that_is_shown_can_be_planned(tmp_path):
     assert len(sweep.plan([str(tmp_path / "own.yaml")], arms, BACKENDS)) == 5
 
 
+def test_the_sweep_over_how_much_a_model_thinks(tmp_path):
+    (block,) = blocks_of(text_of(ROOT / "docs" / "workloads.md"), "yaml")
+    (tmp_path / "own.yaml").write_text(block, encoding="utf-8")
+    arms = [load_experiment(arm) for arm in expand([str(tmp_path / "own.yaml")])]
+    asked = [(arm.workload.name, arm.policy.name, arm.model.chat_template_options) for arm in arms]
+    thoughts = [("gsm8k", {"enable_thinking": True}), ("gsm8k", {"enable_thinking": False}), ("math500", {})]
+    expected = [(workload, policy, told) for workload, told in thoughts for policy in ("full", "zipage")]
+    assert sorted(map(str, asked)) == sorted(map(str, expected))
+
+
 def test_an_engine_that_is_deleted_is_gone_at_once(tiny):
     """docs/engine.md makes a second one, which on CUDA finds memory only where nothing of the first is left."""
     gc.disable()

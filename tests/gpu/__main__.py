@@ -84,6 +84,7 @@ CHECKS = (
     Check("other kernels", KERNELS, ("--only", "forms,replays,writes,layer_ops,linear,sampling", "--no-timing")),
     Check("unequal budgets", UNEQUAL, ("--only", "tokens,kept")),
     Check("requests", ENGINE, ("--only", "requests")),
+    Check("quantized weights", ENGINE, ("--only", "quantized")),
     Check("memory", ENGINE, ("--only", "memory"), limit=150, alone=True),
     Check("decode", COMPRESSED, ("--only", "decode"), limit=150, alone=True),
     Check("policies", "tests.gpu.policy_times", limit=200, alone=True),

@@ -5,6 +5,7 @@
 * tokens: a tiny random model of each family, five prompts of mixed length and 200 new tokens, greedy, float32: all
   tokens and their log-probabilities equal transformers'. Of families, block sizes and ways to run any two meet; with
   `--full` all do.
+* quantized: a model in FP8 has, to the bit, the parameters that its codes and scales mean.
 * requests: `tests/gpu/check_requests.py`.
 * memory: the plan of a Qwen3-8B-shaped model with random weights, full KV and compressed, against CUDA's peak in a run
   that fills it: never under it, and under full KV at most 1 % over.
@@ -33,8 +34,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.gpu.check_requests import check_requests
 from tests.gpu.pairwise import pairwise
+from tests.models.loading.fp8_writer import write_fp8
 from tests.tiny_models import FAMILIES, HYBRIDS, MORE_FAMILIES, VOCAB, save_tiny_model, transformers_greedy
 from zipage import LLM, SamplingParams
+from zipage.models.loading.loader import load_model
 from zipage.scheduling.swap_space import SwapCosts
 
 NUM_TOKENS = 200
@@ -133,6 +136,24 @@ def check_family(folder: Path, family: str, cases: list[tuple[int, str]], device
     return rows
 
 
+def check_quantized(device: str) -> list[dict]:
+    """One row a family and dtype: how many parameters differ from those of the dense folder."""
+    rows = []
+    for family, dtype in product(("qwen3", "qwen3_moe"), ("float32", "bfloat16")):
+        with tempfile.TemporaryDirectory() as path:
+            plain = save_tiny_model(family, Path(path) / "plain")
+            folder = write_fp8(plain, Path(path) / "fp8", (20, 24), torch.bfloat16)
+            found, expected = (
+                load_model(str(place), device=device, dtype=dtype).decoder.state_dict()
+                for place in (folder, folder / "dense")
+            )
+        wrong = [name for name in expected if not torch.equal(found[name], expected[name])]
+        rows.append(
+            {"family": family, "dtype": dtype, "wrong": wrong, "ok": not wrong and found.keys() == expected.keys()}
+        )
+    return rows
+
+
 LOADS = {
     "full": (
         {},
@@ -207,7 +228,7 @@ def tiny_requests(device: str) -> list[dict]:
         return check_requests(save_tiny_model("qwen3", Path(folder)), device)
 
 
-SECTIONS = ("tokens", "requests", "memory")
+SECTIONS = ("tokens", "quantized", "requests", "memory")
 
 
 def main() -> int:
@@ -235,6 +256,7 @@ def main() -> int:
     }
     checks = {
         "tokens": lambda: check_tokens(args.device, args.full),
+        "quantized": lambda: check_quantized(args.device),
         "requests": lambda: tiny_requests(args.device),
         "memory": lambda: check_memory(args.device) if cuda else [],
     }

@@ -4,12 +4,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    LlamaConfig,
+    MambaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from tests.models.tiny import COMMON, PHI, ROPE
 from zipage.models.expert_spec import ExpertSpec
 from zipage.models.families.gpt_oss import GPT_OSS
 from zipage.models.loading.hf_config import hf_config, read_spec, spec_from_config
+from zipage.models.quantization import Quantization
 from zipage.models.spec import ModelSpec
 
 EVERY_OTHER = {"full_attention_interval": 2}
@@ -117,7 +125,7 @@ def test_gpt_oss_in_the_form_of_the_hub():
     assert [layer.window for layer in spec.attention] == [8, None, 8]
     assert all(layer.sinks for layer in spec.attention)
     assert spec.experts == ExpertSpec(num_experts=4, num_active=2, width=96, normalized=True, swiglu=(1.702, 7.0))
-    assert spec.mxfp4
+    assert spec.quantization == Quantization("mxfp4")
     assert spec.qkv_bias
     assert spec.output_bias
     assert spec.max_position == 128
@@ -149,7 +157,7 @@ def test_layers_of_a_hybrid():
     ("model_type", "options", "message"),
     [
         ("gemma2", {}, r"'gemma2'; supported: llama, mistral, phi3, qwen2, qwen2_moe, qwen3"),
-        ("gemma3", {}, "architecture 'gemma3' reads images, which is not supported; 'gemma3_text' is"),
+        ("gemma3", {}, "architecture 'gemma3' is not supported: it reads images; 'gemma3_text' is supported"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification; supported"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'.*supported: default"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "high_freq_factor"),
@@ -198,7 +206,7 @@ def test_layers_of_a_hybrid():
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
             "rope_scaling: type='linear' must be named rope_type",
         ),
-        ("qwen3_5", {}, "architecture 'qwen3_5' reads images, which is not supported; 'qwen3_5_text' is"),
+        ("qwen3_5", {}, "architecture 'qwen3_5' is not supported: it reads images; 'qwen3_5_text' is supported"),
         ("qwen3_next", {"mlp_bias": True}, "mlp_bias=True is not supported with qwen3_next"),
         ("qwen3_next", {"layer_types": ["linear_attention"] * 3}, "layer_types has no full_attention"),
         ("qwen3_next", {"layer_types": ["full_attention"] * 4}, "layer_types"),
@@ -224,6 +232,27 @@ def test_layers_of_a_hybrid():
 def test_what_is_not_supported_is_said(model_type, options, message):
     with pytest.raises(ValueError, match=message):
         spec_of(model_type, **options)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "why"),
+    [
+        ("deepseek_v2", DeepseekV2Config, "multi-head latent attention"),
+        ("deepseek_v3", DeepseekV3Config, "multi-head latent attention"),
+        ("kimi_k2", DeepseekV3Config, "multi-head latent attention"),
+        ("mamba", MambaConfig, "recurrent layers"),
+    ],
+)
+def test_architectures_that_can_not_be_say_why(tmp_path, model_type, config, why):
+    """As published: DeepSeek-V3 in FP8, too."""
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    values = config().to_dict() | {"model_type": model_type, "quantization_config": fp8}
+    (tmp_path / "config.json").write_text(json.dumps(values, default=str))
+    with pytest.raises(
+        ValueError, match=f"config.json: architecture '{model_type}' is not supported: it has {why}: "
+    ) as caught:
+        read_spec(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_gives_its_generation_configs_ends(tmp_path):

@@ -81,7 +81,7 @@ def test_spellings():
         (["m", "--budget", "5"], "unknown flag --budget; did you mean --budget-tokens?"),
         (["m", "--nonsense"], "unknown flag --nonsense; --help shows all"),
         (["m", "n"], "unexpected argument 'n'"),
-        (["m", "--quantization", "awq"], "--quantization is not supported: load a GGUF file"),
+        (["m", "--quantization", "awq"], "--quantization is not supported: load FP8 in blocks or a GGUF file"),
         (["m", "--no-enable-lora"], "--no-enable-lora is not supported: merge the adapter"),
         (["m", "--block-size=20"], "block_size=20: must be a power of two from 16 to 256"),
         (["m", "--block-size=x"], "argument --block-size: invalid int value: 'x'"),

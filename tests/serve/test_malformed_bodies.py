@@ -94,6 +94,7 @@ COMPLETION_FIELDS = [
     ({"max_completion_tokens": 5}, "max_completion_tokens"),
     ({"forced_token_ids": [1]}, "forced_token_ids"),
     ({"return_hidden_states": True}, "return_hidden_states"),
+    ({"reasoning_effort": "low"}, "reasoning_effort"),
 ]
 CHAT_FIELDS = [
     ({}, "messages"),
@@ -118,9 +119,13 @@ CHAT_FIELDS = [
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"chat_template": "{{ messages }}"}, "chat_template"),
     ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"reasoning_effort": "none"}, "reasoning_effort"),
+    ({"reasoning_effort": "hard"}, "reasoning_effort"),
+    ({"reasoning_effort": 3}, "reasoning_effort"),
     ({"continue_final_message": True}, "continue_final_message"),
     ({"add_generation_prompt": "no"}, "add_generation_prompt"),
     ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
     *(
         ({"chat_template_kwargs": {name: "x"}}, "chat_template_kwargs")
         for name in ("self", "messages", "conversation", "chat_template", "tokenize", "return_tensors", "truncation")
@@ -130,6 +135,8 @@ OTHERS = [
     (TOKENIZE, {}, "prompt"),
     (TOKENIZE, {"prompt": "x", "messages": [USER]}, "prompt"),
     (TOKENIZE, {"prompt": 5}, "prompt"),
+    (TOKENIZE, {"prompt": "x", "reasoning_effort": "low"}, "reasoning_effort"),
+    (TOKENIZE, {"messages": [USER], "reasoning_effort": "low"}, "reasoning_effort"),
     (TOKENIZE, {"messages": [{"role": "wizard", "content": "x"}]}, "messages"),
     (DETOKENIZE, {}, "tokens"),
     (DETOKENIZE, {"tokens": ["a"]}, "tokens"),

@@ -14,6 +14,7 @@ import numpy as np
 
 from zipage.checks import check_names, checked, shown
 from zipage.config import EngineConfig
+from zipage.engine.chat_template import template_reads
 from zipage.engine.core_spec import CoreSpec
 from zipage.engine.prompt_order import PromptOrder
 from zipage.engine.rules import Rules
@@ -207,7 +208,7 @@ class InputProcessor:
         """`tokenize_chat` under options as `LLM.chat` takes them.
 
         Raises:
-            ValueError: one is of the wrong type, two contradict each other, or the template could not read one.
+            ValueError: one is of the wrong type, two contradict each other, or the template does not read one.
         """
         options = {
             "add_generation_prompt": checked("add_generation_prompt", add_generation_prompt, bool),
@@ -218,11 +219,11 @@ class InputProcessor:
         more = checked("chat_template_kwargs", chat_template_kwargs, Mapping[str, Any] | None) or {}
         if taken := sorted(more.keys() & TEMPLATE_OPTIONS):
             raise ValueError(f"chat_template_kwargs: {taken[0]!r} is no variable of the template: leave it out")
-        return partial(
-            self.tokenize_chat,
-            chat_template=checked("chat_template", chat_template, str | None),
-            **options | more,
-        )
+        template = checked("chat_template", chat_template, str | None)
+        read = template or getattr(self.tokenizer, "chat_template", None)
+        if read and (unread := [name for name in more if not template_reads(read, name)]):
+            raise ValueError(f"chat_template_kwargs: the chat template reads no {shown(unread[0])}: leave it out")
+        return partial(self.tokenize_chat, chat_template=template, **options | more)
 
     def tokenize_chat(self, messages: Sequence[Message], *, chat_template: str | None, **options: Any) -> Tokens:
         """A conversation as the chat template puts it; the template itself writes what special tokens there are.

@@ -76,7 +76,7 @@ class Family:
         hidden_act: names of the activation that MLPs may have; None: `flags` reads it from another field.
         rope: the config -> rotary parameters of its layers, and others of those with a window; None: the same.
         stretches_positions: `max_position_embeddings` counts positions before `linear` rotary scaling.
-        quantization: `quant_method` of checkpoints that are dequantized on load; None: there are none.
+        quantization: `quant_method` of checkpoints that are dequantized on load (`KINDS` in `quantization.py`).
         partial_rotary: the first dimensions of a head alone may rotate.
         sparse: layers may have experts.
         attention: the config, and full attention as the config's sizes have it -> attention of each layer.
@@ -97,7 +97,7 @@ class Family:
     hidden_act: tuple[str, ...] | None = ("silu", "swish")
     rope: Callable[[PretrainedConfig], tuple[Mapping[str, Any], Mapping[str, Any] | None]] = same_rope
     stretches_positions: bool = True
-    quantization: str | None = None
+    quantization: tuple[str, ...] = ("fp8",)
     partial_rotary: bool = False
     sparse: bool = False
     attention: Callable[[PretrainedConfig, AttentionSpec], tuple[AttentionSpec, ...]] = same_in_every_layer

@@ -22,8 +22,15 @@ from zipage.models.fields import FIELDS, is_texts, shown
 _ALL = LLAMA, MISTRAL, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GEMMA3_TEXT, GPT_OSS, QWEN3_NEXT, QWEN3_5_TEXT
 FAMILIES = {family.name: family for family in _ALL}
 
-WITH_IMAGES = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}
-"""Models of images and text -> the family of those of text alone."""
+_LATENT = "has multi-head latent attention: its cache holds no keys of a head's own to score or to evict"
+_RECURRENT = "has recurrent layers: there are none that attend, and no entries to evict"
+REFUSED = {
+    "gemma3": "reads images; 'gemma3_text' is supported",
+    "qwen3_5": "reads images; 'qwen3_5_text' is supported",
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2"), _LATENT),
+    **dict.fromkeys(("mamba", "mamba2"), _RECURRENT),
+}
+"""Other architectures that are asked for -> why there is no family for them."""
 
 
 def find_family(name: Any, classes: Iterable[str] | None = None) -> Family:
@@ -36,8 +43,8 @@ def find_family(name: Any, classes: Iterable[str] | None = None) -> Family:
     Raises:
         ValueError: there is no such family, or its checkpoints are of another class; the message names both.
     """
-    if isinstance(name, str) and name in WITH_IMAGES:
-        raise ValueError(f"architecture {name!r} reads images, which is not supported; {WITH_IMAGES[name]!r} is")
+    if isinstance(name, str) and name in REFUSED:
+        raise ValueError(f"architecture {name!r} is not supported: it {REFUSED[name]}")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"unknown architecture {shown(name)}; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[name]

@@ -12,6 +12,7 @@ from zipage.models.attention import AttentionSpec
 from zipage.models.delta_net_spec import DeltaNetSpec
 from zipage.models.expert_spec import ExpertSpec
 from zipage.models.fields import check_size, is_number, shown
+from zipage.models.quantization import Quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class ModelSpec:
         embedding_scale: factor on embeddings, rounded to their dtype.
         logit_cap: c, where logits x become c * tanh(x / c); None: they stay.
         fused_weights: checkpoints store q, k and v as one tensor, and gate and up as one.
-        mxfp4: checkpoints store experts as blocks of four-bit floats.
+        quantization: how the checkpoint stores weights that are dequantized when loaded; None: there are none.
         tie_embeddings: the embedding is the output projection too.
         eos_token_ids: ids that end a sequence, ascending.
         dtype: of the checkpoint; None where its config does not say.
@@ -76,7 +77,7 @@ class ModelSpec:
     embedding_scale: float = 1.0
     logit_cap: float | None = None
     fused_weights: bool = False
-    mxfp4: bool = False
+    quantization: Quantization | None = None
     tie_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     dtype: torch.dtype | None = None

@@ -24,7 +24,7 @@ from zipage.serve.errors import ApiError
 from zipage.serve.gate import read_body
 from zipage.serve.generation import Generation, refusal
 from zipage.serve.metrics import Metrics
-from zipage.serve.reasoning import marks_reasoning
+from zipage.serve.reasoning import marks_reasoning, template_of
 from zipage.serve.schemas import (
     AnyBody,
     DetokenizeRequest,
@@ -57,7 +57,7 @@ class Api:
         self.created = int(time.time())
         if config.chat_template is not None:
             _check_syntax(self.llm, config.chat_template)
-        template = config.chat_template or getattr(self.llm.get_tokenizer(), "chat_template", None)
+        template = template_of(self.llm, config.chat_template)
         self.has_template = template is not None
         self.splits_reasoning = isinstance(template, str) and marks_reasoning(template)
 
@@ -168,17 +168,18 @@ class Api:
 
     async def tokenize(self, request: Request) -> dict[str, Any]:
         body, num_bytes = await self.read(request, TokenizeRequest)
-        options = template_options(body)
+        template = self.config.chat_template
         try:
             if body.messages is None:
                 tokens = await self.engine.tokenize(lambda: self.llm.tokenize(body.prompt), num_bytes)
             else:
-                template = self.config.chat_template
+                options = template_options(body, template_of(self.llm, template))
                 tokens = await self.engine.tokenize(
                     lambda: self.llm.tokenize_chat(body.messages, chat_template=template, **options), num_bytes
                 )
         except ValueError as error:
-            raise refusal(str(error), ("prompt" if body.messages is None else "messages",)) from None
+            about = "prompt" if body.messages is None else "messages"
+            raise refusal(str(error), (about, *body.model_fields_set)) from None
         ids, spelled = tokens.token_ids, None
         if body.return_token_strs:
             tokenizer = self.llm.get_tokenizer()

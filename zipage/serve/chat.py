@@ -11,8 +11,8 @@ from zipage.outputs import CompletionOutput, StreamEvent
 from zipage.serve import logprobs
 from zipage.serve.completions import finish_reason
 from zipage.serve.generation import Generation
-from zipage.serve.reasoning import Splitter
-from zipage.serve.schemas import ChatRequest
+from zipage.serve.reasoning import Splitter, template_of
+from zipage.serve.schemas import ChatRequest, template_options
 
 KIND = "chat.completion"
 PREFIX = "chatcmpl"
@@ -20,7 +20,7 @@ PREFIX = "chatcmpl"
 
 def readers(body: ChatRequest, llm: LLM, chat_template: str | None) -> list[Callable[[], Tokens]]:
     """What puts the messages through the template and tokenizes them."""
-    options = body.template_options()
+    options = template_options(body, template_of(llm, chat_template))
     return [lambda: llm.tokenize_chat(body.messages, chat_template=chat_template, **options)]
 
 

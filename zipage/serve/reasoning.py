@@ -1,8 +1,42 @@
-"""Thoughts apart from the answer: `<think>...</think>`, where the chat template knows of it."""
+"""Thoughts: how much of them, as the chat template reads it, and apart from the answer: `<think>...</think>`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from zipage.engine.chat_template import template_reads
+from zipage.llm import LLM
+from zipage.serve.errors import ApiError
+
 BEGIN, END = "<think>", "</think>"
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+LEVEL, SWITCH = "reasoning_effort", "enable_thinking"
+"""Variables of templates: an `Effort`; whether to think."""
+
+
+def template_of(llm: LLM, chat_template: str | None) -> str | Mapping[str, str] | None:
+    """The server's, or else the tokenizer's, which may be several by name; None: there is none."""
+    return chat_template or getattr(llm.get_tokenizer(), "chat_template", None)
+
+
+def with_effort(
+    variables: Mapping[str, Any], effort: Effort, template: str | Mapping[str, str] | None
+) -> dict[str, Any]:
+    """The variables of a template, and those that `effort` gives it of `LEVEL` and `SWITCH`, as it reads them.
+
+    Raises:
+        ApiError: the template can't tell this effort from others, or `variables` say another.
+    """
+    meant = {LEVEL: effort, SWITCH: effort != "none"}
+    found = {name: value for name, value in meant.items() if template and template_reads(template, name)}
+    if template and LEVEL not in found and (SWITCH not in found or effort != "none"):
+        knows = f"knows no levels, but reads {SWITCH}: give 'none' or" if found else f"reads no {LEVEL}:"
+        raise ApiError(400, f"{LEVEL}={effort!r}: the chat template {knows} leave it out", LEVEL)
+    for name, value in found.items():
+        if name in variables and variables[name] != value:
+            raise ApiError(400, f"{LEVEL}={effort!r}: chat_template_kwargs has another {name}: give one of them", LEVEL)
+    return {**variables, **found}
 
 
 def marks_reasoning(template: str | None) -> bool:

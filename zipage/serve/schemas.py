@@ -11,6 +11,7 @@ from pydantic_core import from_json
 from zipage.checks import LONG, check_names, shown
 from zipage.sampling_params import SamplingParams
 from zipage.serve.errors import ApiError
+from zipage.serve.reasoning import Effort, with_effort
 from zipage.unsupported import SAMPLING_OPTIONS, drop_unsupported
 
 _TOOLS = "describe them in a message"
@@ -24,7 +25,7 @@ UNSUPPORTED = SAMPLING_OPTIONS | {
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), "check the answer"),
     **dict.fromkeys(("modalities", "audio", "prediction", "web_search_options"), "messages and answers are text"),
     **dict.fromkeys(("store", "metadata", "previous_response_id"), _STATELESS),
-    "reasoning_effort": "use chat_template_kwargs, where the template has such a switch",
+    "reasoning_effort": "write it into the prompt, as the model's template does, or ask for a chat",
     "chat_template": "the server's is taken; start it with another by --chat-template",
     "service_tier": "requests are served in the order in which they came",
     "priority": "requests are served in the order in which they came",
@@ -173,6 +174,7 @@ class ChatRequest(SamplingBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Effort | None = None
 
     def sampling(self) -> dict[str, Any]:
         given = {"max_tokens": None} | super().sampling()
@@ -196,10 +198,6 @@ class ChatRequest(SamplingBody):
             raise ApiError(400, "max_tokens: is the old name of max_completion_tokens: give one of them", "max_tokens")
         check_messages(self.messages)
 
-    def template_options(self) -> dict[str, Any]:
-        """Keywords of `LLM.tokenize_chat`."""
-        return template_options(self)
-
 
 class TokenizeRequest(Body):
     model: str | None = None
@@ -208,11 +206,14 @@ class TokenizeRequest(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Effort | None = None
     return_token_strs: bool | None = None
 
     def check(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise ApiError(400, "prompt: give it or messages, and not both", "prompt")
+        if self.messages is None and self.reasoning_effort is not None:
+            raise ApiError(400, "reasoning_effort: needs messages", "reasoning_effort")
         check_messages(self.messages or [])
 
 
@@ -225,9 +226,14 @@ class DetokenizeRequest(Body):
             raise ApiError(400, f"tokens: must be a list of token ids, not {shown(self.tokens)}", "tokens")
 
 
-def template_options(body: ChatRequest | TokenizeRequest) -> dict[str, Any]:
+def template_options(body: ChatRequest | TokenizeRequest, template: str | Mapping[str, str] | None) -> dict[str, Any]:
+    """Keywords of `LLM.tokenize_chat`, for the template that puts the messages. Raises ApiError (`with_effort`)."""
     named = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
-    return {name: getattr(body, name) for name in named if getattr(body, name) is not None}
+    options = {name: getattr(body, name) for name in named if getattr(body, name) is not None}
+    if body.reasoning_effort is None:
+        return options
+    variables = with_effort(body.chat_template_kwargs or {}, body.reasoning_effort, template)
+    return options | {"chat_template_kwargs": variables}
 
 
 def check_messages(messages: list[Any]) -> None:

@@ -260,6 +260,10 @@ def test_the_result_is_frozen():
         ("scenario.qps=3", "scenario.qps: unknown option; `--cfg job` lists all options"),
         ("sampling.best_of=2", "sampling.best_of: unknown option; `--cfg job` lists all options"),
         ("workload.dataset=x", "workload.dataset: unknown option; `--cfg job` lists all options"),
+        (
+            "workload.template_options.enable_thinking=false",
+            "workload.template_options: unknown option; did you mean model.chat_template_options?",
+        ),
         ("workload.file=x", "workload.file: unknown option; did you mean model.file?"),
         ("hardware.gpu=1", "hardware.gpu: unknown option; `--cfg job` lists all options"),
         ("+limits=4", "limits: unknown option; did you mean limit?"),

@@ -78,7 +78,7 @@ def test_what_can_not_be_is_named(overrides, line):
 def test_a_model_that_can_not_be_read_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     experiment = load_experiment([*MODEL, "policy=random", "policy.budget_tokens=64", "policy.bytes_as=zipage"])
-    with pytest.raises(UsageError, match=r"policy\.bytes_as=zipage: .*unknown architecture 'mamba'"):
+    with pytest.raises(UsageError, match=r"policy\.bytes_as=zipage: .*architecture 'mamba' is not supported"):
         with_budget(experiment, tmp_path)
 
 

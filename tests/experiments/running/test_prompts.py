@@ -102,8 +102,20 @@ def test_a_template_that_fails_is_one_line(render, template, line):
 
 def test_options_of_a_template(render):
     assert render("{{ thinking }}", thinking=False)[0].text == "False"
-    with pytest.raises(UsageError, match=r"refuses the prompt .*chat_template"):
-        render("{{ messages }}", chat_template="x")
+    with pytest.raises(UsageError, match=r"refuses the prompt .*add_generation_prompt"):
+        render("{{ add_generation_prompt }}", add_generation_prompt=True)
+
+
+def test_options_that_the_template_does_not_read(render, tokenizer):
+    with pytest.raises(UsageError) as caught:
+        render("{{ messages }} enable_thinking", enable_thinking=False)
+    assert str(caught.value) == (
+        "model.chat_template_options.enable_thinking: the chat template reads no such variable: leave it out"
+    )
+    model = ModelConfig(chat_template="none", chat_template_options={"enable_thinking": False})
+    for of_text in (tokenizer, None):
+        with pytest.raises(UsageError, match=r"options\.enable_thinking: there is no chat template: leave it out"):
+            PromptRenderer(WorkloadConfig(name="any"), model, of_text)
 
 
 def test_a_file_that_is_no_template(tokenizer, tmp_path):

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.models.loading.fp8_writer import write_fp8
 from tests.models.loading.gguf_writer import write_gguf
 from tests.models.loading.test_tokenizer import metadata as vocabulary
 from tests.models.tiny import make_model
@@ -60,6 +61,11 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("malformed") / "folder"
     make_model("Qwen3", num_hidden_layers=1).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def fp8(folder, tmp_path_factory) -> Path:
+    return write_fp8(folder, tmp_path_factory.mktemp("malformed") / "fp8", (20, 24))
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +232,11 @@ def mutated(data: st.DataObject, content: bytes, head: int) -> bytes:
     return bytes(result)
 
 
+@pytest.mark.parametrize("kind", ["folder", "fp8"])
 @REPEATABLE
 @given(data=st.data())
-def test_any_header_of_safetensors_is_loaded_or_refused(folder, data):
+def test_any_header_of_safetensors_is_loaded_or_refused(kind, request, data):
+    folder = request.getfixturevalue(kind)
     path = folder / "model.safetensors"
     content = path.read_bytes()
     with edited(path, mutated(data, content, 8 + int.from_bytes(content[:8], "little"))):

@@ -77,9 +77,14 @@ def test_some_experts_are_read_alone(packed):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"down_proj_scales": None}, r"down_proj_blocks and _scales, .* and \[\], are not MXFP4"),
-        ({"down_proj_scales": torch.zeros(6, 64, 2, dtype=torch.uint8)}, r"and \[6, 64, 2\], are not MXFP4"),
-        ({"down_proj_blocks": None}, "down_proj_scales has no blocks"),
+        ({"down_proj_scales": None}, "down_proj_blocks is quantized and .*down_proj_scales is missing"),
+        (
+            {"down_proj_scales": torch.zeros(6, 64, 2, dtype=torch.uint8)},
+            r"down_proj_scales is \[6, 64, 2\], not \[6, 64, 1\] as",
+        ),
+        ({"down_proj_scales": torch.zeros(6, 64, 1)}, r"down_proj_scales is torch.float32, not torch.uint8"),
+        ({"down_proj_blocks": torch.zeros(6, 64, 8, dtype=torch.uint8)}, r"down_proj_blocks is \[6, 64, 8\], which no"),
+        ({"down_proj_blocks": None}, "down_proj_scales is of no MXFP4 experts"),
         ({"down_proj_bias": torch.zeros(6, 64, dtype=torch.uint8)}, "down_proj_bias is U8; supported: F64"),
     ],
 )

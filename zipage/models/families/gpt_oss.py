@@ -25,8 +25,7 @@ def _flags(config: PretrainedConfig) -> dict[str, Any]:
         swiglu=(getattr(config, "swiglu_alpha", 1.702), getattr(config, "swiglu_limit", 7.0)),
     )
     bias = bool(config.attention_bias)
-    packed = getattr(config, "quantization_config", None) is not None
-    return {"qkv_bias": bias, "output_bias": bias, "experts": experts, "mxfp4": packed}
+    return {"qkv_bias": bias, "output_bias": bias, "experts": experts}
 
 
 def _attention(config: PretrainedConfig, full: AttentionSpec) -> tuple[AttentionSpec, ...]:
@@ -39,7 +38,7 @@ GPT_OSS = Family(
     config_class="GptOssConfig",
     flags=_flags,
     layer_types=(FULL, SLIDING),
-    quantization="mxfp4",
+    quantization=("mxfp4",),
     sparse=True,
     attention=_attention,
     gguf=False,

@@ -14,6 +14,7 @@ import torch
 from zipage.models.attention import AttentionSpec
 from zipage.models.family import Family
 from zipage.models.fields import FIELDS, LARGEST, LARGEST_HEAD, check_size, checked_fields, is_ids, shown
+from zipage.models.quantization import read_quantization
 from zipage.models.registry import find_family
 from zipage.models.rotary import rope_frequencies
 from zipage.models.spec import ModelSpec
@@ -87,6 +88,7 @@ def spec_from_config(config: PretrainedConfig, eos_token_ids: Iterable[int] = ()
     """
     family = find_family(config.model_type, config.architectures)
     _reject_unsupported(config, family)
+    quantization = read_quantization(getattr(config, "quantization_config", None), family.quantization, family.gguf)
     flags = family.flags(config)
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None:
@@ -131,6 +133,7 @@ def spec_from_config(config: PretrainedConfig, eos_token_ids: Iterable[int] = ()
         tie_embeddings=bool(config.tie_word_embeddings),
         eos_token_ids=tuple(sorted({*token_ids(config.eos_token_id), *eos_token_ids})),
         dtype=_dtype(config.dtype),
+        quantization=quantization,
         **flags,
     )
 
@@ -158,11 +161,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def _reject_unsupported(config: PretrainedConfig, family: Family) -> None:
     if family.hidden_act is not None and config.hidden_act not in family.hidden_act:
         raise ValueError(f"hidden_act={config.hidden_act!r} is not supported; only silu")
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        if method is None or method != family.quantization:
-            raise ValueError(f"quantization_config ({method}) is not supported; use unquantized weights or a GGUF file")
     layer_types = getattr(config, "layer_types", None) or ()
     others = ", ".join(sorted({*layer_types} - {*family.layer_types}))
     if others:

@@ -11,13 +11,16 @@ from pathlib import Path
 import torch
 
 from zipage.models.decoder import Decoder
+from zipage.models.loading.fp8 import Fp8Folder
 from zipage.models.loading.gguf_file import GgufFile
 from zipage.models.loading.gguf_model import GgufWeights, gguf_spec
 from zipage.models.loading.hf_config import read_spec
 from zipage.models.loading.locate import CONFIG, WEIGHTS, locate_model
 from zipage.models.loading.mxfp4 import Mxfp4Folder
+from zipage.models.loading.quantized_folder import QuantizedFolder
 from zipage.models.loading.safetensors_folder import SafetensorsFolder
 from zipage.models.loading.weights import EMBEDDING, LM_HEAD, Weights, check_before_allocating, fill, fill_random
+from zipage.models.quantization import Quantization
 from zipage.models.registry import find_family
 from zipage.models.shard import WHOLE, Shard
 from zipage.models.spec import ModelSpec
@@ -75,6 +78,8 @@ def load_model(
     torch_dtype = resolve_dtype(dtype, spec, torch_device)
     shard.check(spec)
     check_before_allocating(spec, torch_dtype, torch_device, weights, str(path), shard)
+    if isinstance(weights, QuantizedFolder) and shard.rank == 0:
+        logger.warning("%s", weights.cost(torch_dtype))
     decoder = find_family(spec.architecture).decoder(spec, torch_dtype, torch_device, shard)
     if weights is None:
         fill_random(decoder, seed)
@@ -112,8 +117,18 @@ def _open(path: Path, dummy: bool, device: torch.device) -> tuple[ModelSpec, Wei
     spec = read_spec(path)
     if dummy:
         return spec, None
-    weights = Mxfp4Folder(path, device) if spec.mxfp4 else SafetensorsFolder(path, device)
+    weights = _open_folder(path, device, spec.quantization)
     return dataclasses.replace(spec, dtype=spec.dtype or weights.dtype), weights
+
+
+def _open_folder(
+    folder: Path, device: torch.device, quantization: Quantization | None
+) -> SafetensorsFolder | QuantizedFolder:
+    if quantization is None:
+        return SafetensorsFolder(folder, device)
+    return (
+        Fp8Folder(folder, device, quantization.block) if quantization.method == "fp8" else Mxfp4Folder(folder, device)
+    )
 
 
 def resolve_device(device: str) -> torch.device:

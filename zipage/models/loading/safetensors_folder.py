@@ -19,6 +19,8 @@ LONGEST_NAME = 255
 """Bytes of a file's name, on the file systems that are in use."""
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
+"""Of tensors that mean something with others alone."""
 
 
 class SafetensorsFolder:
@@ -29,10 +31,10 @@ class SafetensorsFolder:
     Args:
         folder: holds the files.
         device: where `read` puts tensors.
-        packed: ends of the names of tensors that may hold bytes.
+        packed: ends of tensors' names, each with which of `CODES` such a tensor may be.
 
     Attributes:
-        shapes: name -> shape, of every tensor, shard by shard.
+        shapes, dtypes: name -> shape and dtype, of every tensor, shard by shard.
 
     Raises:
         FileNotFoundError: there are no weights, or a shard is missing.
@@ -40,11 +42,11 @@ class SafetensorsFolder:
             index names a file elsewhere, or a tensor is not a float.
     """
 
-    def __init__(self, folder: Path, device: torch.device, packed: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, device: torch.device, packed: tuple[tuple[str, str], ...] = ()) -> None:
         self.folder = folder
         self._packed = packed
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         self._shards: dict[str, safe_open] = {}
         self._shard_of: dict[str, str] = {}
         weight_map = self._weight_map()
@@ -58,8 +60,12 @@ class SafetensorsFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first tensor of floats."""
-        return next((dtype for dtype in self._dtypes.values() if dtype.is_floating_point), torch.bfloat16)
+        """Of the first tensor."""
+        return next(iter(self.dtypes.values()))
+
+    def num_bytes(self, name: str) -> int:
+        """Of one tensor, in the file."""
+        return torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize
 
     def read(self, name: str, piece: Piece | None = None) -> Tensor:
         """One tensor, in the file's dtype, or a piece of it; no more is read."""
@@ -103,10 +109,10 @@ class SafetensorsFolder:
                 raise ValueError(f"{self.folder}: tensor {name} lies in two shards, {self._shard_of[name]} and {shard}")
             tensor = file.get_slice(name)
             stored = tensor.get_dtype()
-            if stored not in DTYPES and not (stored == "U8" and name.endswith(self._packed)):
+            if stored not in DTYPES and not any(stored == codes and name.endswith(end) for end, codes in self._packed):
                 raise ValueError(f"{path}: tensor {name} is {stored}; supported: {', '.join(DTYPES)}")
             self._shard_of[name] = shard
-            self._dtypes[name] = DTYPES.get(stored, torch.uint8)
+            self.dtypes[name] = (DTYPES | CODES)[stored]
             self.shapes[name] = tuple(tensor.get_shape())
 
 
