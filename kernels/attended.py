@@ -9,13 +9,21 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from kernels.attention_score import check_window
+from kernels.attention_score import capped, check_window, shares
 from kernels.cache_view import CacheView, entries_reference, gather_entries
 from kernels.layout import WORD, fail
 
 
 def attended(
-    q_cache: Tensor, view: CacheView, query_slots: Tensor, window_ends: Tensor, scale: float, threshold: float
+    q_cache: Tensor,
+    view: CacheView,
+    query_slots: Tensor,
+    window_ends: Tensor,
+    scale: float,
+    threshold: float,
+    *,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """A bit for each of a request's last w queries and each of its n entries: whether the one attends to the other.
 
@@ -23,7 +31,7 @@ def attended(
     `threshold` or more in float32.
 
     Args:
-        q_cache, view, query_slots, window_ends, scale: as in `attention_score`.
+        q_cache, view, query_slots, window_ends, scale, soft_cap, sinks: as in `attention_score`.
         threshold: in (0, 1].
 
     Returns:
@@ -32,18 +40,26 @@ def attended(
     Raises:
         ValueError: an argument's shape, dtype, device, layout or value is not as above.
     """
-    check_window(q_cache, view, query_slots, window_ends)
+    check_window(q_cache, view, query_slots, window_ends, soft_cap, sinks)
     if not 0 < threshold <= 1:
         fail("threshold", "value", threshold, "give a number in (0, 1]")
     args = q_cache, view, query_slots, window_ends, scale, threshold
     if q_cache.is_cuda:
         with torch.cuda.device(q_cache.device):
-            return _triton()(*args)
-    return attended_torch(*args)
+            return _triton()(*args, soft_cap=soft_cap, sinks=sinks)
+    return attended_torch(*args, soft_cap=soft_cap, sinks=sinks)
 
 
 def attended_reference(
-    q_cache: Tensor, view: CacheView, query_slots: Tensor, window_ends: Tensor, scale: float, threshold: float
+    q_cache: Tensor,
+    view: CacheView,
+    query_slots: Tensor,
+    window_ends: Tensor,
+    scale: float,
+    threshold: float,
+    *,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`attended`, layer by layer, request by request and query by query."""
     window, query_heads = q_cache.shape[2:4]
@@ -59,13 +75,22 @@ def attended_reference(
         for q in range(window):
             seen = length - window + q + 1
             place = (int(window_ends[row]) - window + q) % window
-            weights = (queries[place] @ keys[:seen].T * scale).softmax(dim=-1)
+            logits = capped(queries[place] @ keys[:seen].T * scale, soft_cap)
+            weights = shares(logits, None if sinks is None else sinks[layer, heads].cpu().float())
             out[q // WORD, layer, row, head, :seen] += (weights.amax(0) >= threshold).int() << q % WORD
     return out.to(view.k_cache.device)
 
 
 def attended_torch(
-    q_cache: Tensor, view: CacheView, query_slots: Tensor, window_ends: Tensor, scale: float, threshold: float
+    q_cache: Tensor,
+    view: CacheView,
+    query_slots: Tensor,
+    window_ends: Tensor,
+    scale: float,
+    threshold: float,
+    *,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`attended`, a matrix product for each layer and request."""
     window, query_heads = q_cache.shape[2:4]
@@ -79,9 +104,10 @@ def attended_torch(
         queries = q_cache[layer, query_slots[row]].index_select(0, rings[row]).float() * scale
         queries = queries.unflatten(1, (-1, group_size))[:, heads].permute(1, 2, 0, 3)
         keys = gather_entries(view.k_cache[layer], table, length, heads).float()
-        logits = queries @ keys.mT
+        logits = capped(queries @ keys.mT, soft_cap)
         logits[..., length - window :].masked_fill_(hidden, float("-inf"))
-        marked = (logits.softmax(dim=-1).amax(dim=1) >= threshold) * bits[:, None]
+        of_heads = None if sinks is None else sinks[layer].float().view(-1, group_size, 1)[heads]
+        marked = (shares(logits, of_heads).amax(dim=1) >= threshold) * bits[:, None]
         for word, of_word in zip(out, marked.split(WORD, dim=1), strict=True):
             word[layer, row, heads, :length] = of_word.sum(dim=1, dtype=torch.int32)
     return out

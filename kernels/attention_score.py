@@ -25,6 +25,8 @@ def attention_score(
     softmax: str = "all",
     group: str = "max",
     window: str = "mean",
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """What a request's last w queries, the tokens of its last w entries, think of each of its n entries.
 
@@ -42,6 +44,9 @@ def attention_score(
             window; "group_cut": the same of the logits reduced by `group`, one softmax a KV head.
         group: "max" or "mean".
         window: "mean", "sum" or "max".
+        soft_cap: c, where logits x become c * tanh(x / c); None: they stay.
+        sinks: float [L, Hq], contiguous: logits that take their share of each softmax and have no score; with
+            "group_cut" reduced by `group` as the others. None: there are none.
 
     Returns:
         float32 [L, R, H, max_blocks * b]; -inf past n, and in the window's own columns where they are cut.
@@ -49,20 +54,29 @@ def attention_score(
     Raises:
         ValueError: an argument's shape, dtype, device, layout or value is not as above.
     """
-    check_window(q_cache, view, query_slots, window_ends)
+    check_window(q_cache, view, query_slots, window_ends, soft_cap, sinks)
     check_choice("softmax", softmax, ("all", "cut", "group_cut"))
     check_choice("group", group, ("max", "mean"))
     check_choice("window", window, ("mean", "sum", "max"))
     args = q_cache, view, query_slots, window_ends, scale
-    kinds = {"softmax": softmax, "group": group, "window": window}
+    kinds = {"softmax": softmax, "group": group, "window": window, "soft_cap": soft_cap, "sinks": sinks}
     if q_cache.is_cuda:
         with torch.cuda.device(q_cache.device):
             return _triton()(*args, **kinds)
     return attention_score_torch(*args, **kinds)
 
 
-def check_window(q_cache: Tensor, view: CacheView, query_slots: Tensor, window_ends: Tensor) -> None:
-    """Check a window of queries and a view. Raises ValueError naming the argument, its value and the remedy."""
+def check_window(
+    q_cache: Tensor,
+    view: CacheView,
+    query_slots: Tensor,
+    window_ends: Tensor,
+    soft_cap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """Check a window of queries, a view, and what the softmax is beside plain. Raises ValueError naming the argument,
+    its value and the remedy.
+    """
     check_view(view, all_layers=True)
     k_cache = view.k_cache
     layers, _, heads, _, head_dim = k_cache.shape
@@ -75,6 +89,28 @@ def check_window(q_cache: Tensor, view: CacheView, query_slots: Tensor, window_e
     requests = view.lens.shape[1]
     check_index("query_slots", query_slots, torch.int32, (requests,), k_cache.device)
     check_index("window_ends", window_ends, torch.int32, (requests,), k_cache.device)
+    if soft_cap is not None and not soft_cap > 0:
+        fail("soft_cap", "value", soft_cap, "give a number above 0, or None")
+    if sinks is None:
+        return
+    if sinks.shape != (layers, shape[3]) or not sinks.is_floating_point() or not sinks.is_contiguous():
+        what = tuple(sinks.shape), sinks.dtype, sinks.stride()
+        fail("sinks", "shape, dtype and stride", what, f"give floats [{layers}, {shape[3]}], contiguous")
+    if sinks.device != k_cache.device:
+        fail("sinks", "device", sinks.device, f"move it to {k_cache.device}, where the caches are")
+
+
+def capped(logits: Tensor, soft_cap: float | None) -> Tensor:
+    """c * tanh(x / c) of logits x; None: they stay."""
+    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+
+
+def shares(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the last dimension, of which sinks, float32 [...] of the others, take their share."""
+    if sinks is None:
+        return logits.softmax(dim=-1)
+    sinks = sinks.expand(logits.shape[:-1])[..., None]
+    return torch.cat((logits, sinks), dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def attention_score_reference(
@@ -87,6 +123,8 @@ def attention_score_reference(
     softmax: str = "all",
     group: str = "max",
     window: str = "mean",
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`attention_score`, layer by layer and request by request."""
     window_size, query_heads = q_cache.shape[2:4]
@@ -101,15 +139,17 @@ def attention_score_reference(
         heads = slice(head * group_size, (head + 1) * group_size)
         queries = q_cache[layer, int(query_slots[row]), :, heads].cpu()[places].float()
         keys = entries_reference(view.k_cache[layer], view.block_tables[layer, row, head], length, head).cpu()
-        logits = torch.einsum("qgd,jd->gqj", queries, keys) * scale
+        logits = capped(torch.einsum("qgd,jd->gqj", queries, keys) * scale, soft_cap)
+        of_heads = None if sinks is None else sinks[layer, heads].cpu().float()[:, None]
         past = length - window_size
         if softmax == "all":
             hidden = torch.arange(length) > past + torch.arange(window_size)[:, None]
-            weights = reduce_group(logits.masked_fill(hidden, float("-inf")).softmax(dim=-1), 0)
+            weights = reduce_group(shares(logits.masked_fill(hidden, float("-inf")), of_heads), 0)
         elif softmax == "cut":
-            weights = reduce_group(logits[..., :past].softmax(dim=-1), 0)
+            weights = reduce_group(shares(logits[..., :past], of_heads), 0)
         else:
-            weights = reduce_group(logits[..., :past], 0).softmax(dim=-1)
+            of_group = None if sinks is None else reduce_group(of_heads, 0)
+            weights = shares(reduce_group(logits[..., :past], 0), of_group)
         out[layer, row, head, : weights.shape[-1]] = reduce_window(weights, 0)
     return out.to(view.k_cache.device)
 
@@ -124,6 +164,8 @@ def attention_score_torch(
     softmax: str = "all",
     group: str = "max",
     window: str = "mean",
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`attention_score`, a matrix product for each layer and request."""
     queries, query_heads, head_dim = q_cache.shape[2:]
@@ -142,13 +184,14 @@ def attention_score_torch(
         q = windows[layer][slots[row], :, heads].index_select(0, rings[row])
         q = (q.float() * scale).permute(1, 2, 0, 3).flatten(1, 2)
         keys = gather_entries(caches[layer], table, length, heads)[:, 0, :scored].float()
-        logits = torch.bmm(q, keys.transpose(1, 2)).view(len(q), group_size, queries, scored)
+        logits = capped(torch.bmm(q, keys.transpose(1, 2)).view(len(q), group_size, queries, scored), soft_cap)
+        of_heads = None if sinks is None else sinks[layer].float().view(kv_heads, group_size, 1)[heads]
         if softmax == "all":
             logits[..., past:].masked_fill_(hidden, float("-inf"))
         if softmax == "group_cut":
-            weights = reduce_group(logits, 1).softmax(dim=-1)
+            weights = shares(reduce_group(logits, 1), None if sinks is None else reduce_group(of_heads, 1))
         else:
-            weights = reduce_group(logits.softmax(dim=-1), 1)
+            weights = reduce_group(shares(logits, of_heads), 1)
         if window == "max":
             out[layer, row, heads, :scored] = weights.amax(dim=1)
         else:

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from kernels.cache_view import CacheView
 from kernels.layout import WORD
-from kernels.tiles import LOG2_E, decode_tile, load_blocks, load_keys, multiprocessors, padded_dim
+from kernels.tiles import (
+    decode_tile,
+    load_blocks,
+    load_keys,
+    load_softmax_sinks,
+    multiprocessors,
+    padded_dim,
+    score_scale,
+)
 
 PROGRAMS_PER_SM = 8
 """Splitting stops once there are this many programs a multiprocessor."""
@@ -95,12 +103,15 @@ def _tile_logits(
     SOFTMAXES: tl.constexpr,
     GROUP_MEAN: tl.constexpr,
     TILE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):
     """Logits of q [ROWS, DIM_PAD] for k [DIM_PAD, TILE], of base 2: [SOFTMAXES, TILE], -inf from the limits on.
 
-    With fewer softmaxes than rows, the logits of a group are reduced to one.
+    With fewer softmaxes than rows, the logits of a group are reduced to one. `scale_log2` is `score_scale`'s.
     """
     logits = tl.dot(q, k, input_precision="ieee") * scale_log2
+    if SOFT_CAP is not None:
+        logits = (2.0 * tl.sigmoid(2.0 * logits) - 1.0) * (SOFT_CAP * 1.4426950408889634)  # tanh
     if SOFTMAXES != ROWS:
         logits = tl.reshape(logits, [SOFTMAXES, GROUP_PAD, TILE])
         if GROUP_MEAN:
@@ -147,6 +158,7 @@ def _log_sums(
     GROUP_MEAN: tl.constexpr,
     CUT: tl.constexpr,
     TILE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):
     """One layer, request, KV head, chunk of the window and split: log2 of the sum of each softmax over the split."""
     split = tl.program_id(0) % num_splits
@@ -177,7 +189,7 @@ def _log_sums(
         k = load_keys(k_head, blocks, block_stride, tile * TILE, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE)
         entries = tile * TILE + tl.arange(0, TILE)
         logits = _tile_logits(
-            q, k, entries, limits, scale_log2, group, GROUP_PAD, ROWS, SOFTMAXES, GROUP_MEAN, TILE
+            q, k, entries, limits, scale_log2, group, GROUP_PAD, ROWS, SOFTMAXES, GROUP_MEAN, TILE, SOFT_CAP
         )  # fmt: skip
         highest = tl.maximum(running, tl.max(logits, 1))
         base = tl.where(highest > float("-inf"), highest, 0.0)
@@ -200,6 +212,7 @@ def _reduce_weights(
     table_ptr,
     lens_ptr,
     sums_ptr,
+    sinks_ptr,
     out_ptr,
     threshold,
     scale_log2,
@@ -232,6 +245,7 @@ def _reduce_weights(
     GROUP_MEAN: tl.constexpr,
     CUT: tl.constexpr,
     TILE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     WINDOW: tl.constexpr,
     FIRST: tl.constexpr,
@@ -259,8 +273,14 @@ def _reduce_weights(
         other=float("-inf"),
     )
     highest = tl.max(sums, 1)
+    if sinks_ptr is not None:
+        heads = layer * HEADS * group + head * group
+        sinks = load_softmax_sinks(sinks_ptr + heads, group, GROUP_PAD, ROWS, SOFTMAXES, GROUP_MEAN)
+        highest = tl.maximum(highest, sinks)
     base = tl.where(highest > float("-inf"), highest, 0.0)
     total = tl.sum(tl.exp2(sums - base[:, None]), 1)
+    if sinks_ptr is not None:
+        total += tl.exp2(sinks - base)
     # A softmax over nothing, of padding or of a window without a past, gives every entry 2^-inf.
     log_sum = tl.where(total > 0, base + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
 
@@ -284,7 +304,7 @@ def _reduce_weights(
         k = load_keys(k_head, blocks, block_stride, tile * TILE, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE)
         entries = tile * TILE + tl.arange(0, TILE)
         logits = _tile_logits(
-            q, k, entries, limits, scale_log2, group, GROUP_PAD, ROWS, SOFTMAXES, GROUP_MEAN, TILE
+            q, k, entries, limits, scale_log2, group, GROUP_PAD, ROWS, SOFTMAXES, GROUP_MEAN, TILE, SOFT_CAP
         )  # fmt: skip
         weights = tl.exp2(logits - log_sum[:, None])
         if SOFTMAXES == ROWS:
@@ -330,6 +350,8 @@ def attention_score_triton(
     softmax: str = "all",
     group: str = "max",
     window: str = "mean",
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
     num_splits: int | None = None,
 ) -> Tensor:
     """`attention_score` in two launches, and one more for each further chunk of a long window.
@@ -338,7 +360,8 @@ def attention_score_triton(
         num_splits: of a request along its entries; None: enough to fill the GPU. The others as in `attention_score`.
     """
     out = torch.empty((1, *view.lens.shape, view.width), dtype=torch.float32, device=q_cache.device)
-    _launch(out, q_cache, view, query_slots, window_ends, scale, softmax, group, window, num_splits)
+    form = soft_cap, sinks
+    _launch(out, q_cache, view, query_slots, window_ends, scale, softmax, group, window, *form, num_splits)
     return out[0]
 
 
@@ -350,12 +373,15 @@ def attended_triton(
     scale: float,
     threshold: float,
     *,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
     num_splits: int | None = None,
 ) -> Tensor:
     """`attended` in the launches of `attention_score_triton`."""
     words = triton.cdiv(q_cache.shape[2], WORD)
     out = torch.empty((words, *view.lens.shape, view.width), dtype=torch.int32, device=q_cache.device)
-    _launch(out, q_cache, view, query_slots, window_ends, scale, "all", "max", "bits", num_splits, threshold)
+    form = soft_cap, sinks
+    _launch(out, q_cache, view, query_slots, window_ends, scale, "all", "max", "bits", *form, num_splits, threshold)
     return out
 
 
@@ -369,6 +395,8 @@ def _launch(
     softmax: str,
     group: str,
     window: str,
+    soft_cap: float | None,
+    sinks: Tensor | None,
     num_splits: int | None,
     threshold: float = 0.0,
 ) -> None:
@@ -403,14 +431,14 @@ def _launch(
     shape = {
         "HEADS": kv_heads, "HEAD_DIM": head_dim, "DIM_PAD": padded_dim(head_dim), "BLOCK_SIZE": block_size,
         "GROUP_PAD": group_pad, "ROWS": rows, "SOFTMAXES": softmaxes, "GROUP_MEAN": group == "mean",
-        "CUT": softmax != "all", **options,
+        "CUT": softmax != "all", "SOFT_CAP": soft_cap, **options,
     }  # fmt: skip
-    numbers = scale * LOG2_E, members, queries, num_splits, per_split
+    numbers = score_scale(scale, soft_cap), members, queries, num_splits, per_split
     _log_sums[(num_splits * chunks, pairs, layers)](*inputs, *numbers, *strides, **shape)
     per_word = triton.cdiv(WORD, rows // group_pad) if window == "bits" else chunks
     for chunk in range(chunks):
         _reduce_weights[(num_splits, pairs, layers)](
-            *inputs, out[chunk // per_word], threshold, *numbers, chunk, chunks, width, *strides, **shape,
+            *inputs, sinks, out[chunk // per_word], threshold, *numbers, chunk, chunks, width, *strides, **shape,
             SPLITS_PAD=triton.next_power_of_2(num_splits), WINDOW=window, FIRST=chunk % per_word == 0,
             LAST=chunk == chunks - 1,
         )  # fmt: skip

@@ -98,6 +98,32 @@ def load_sinks(sinks_ptr, heads, mask):
 
 
 @triton.jit
+def load_softmax_sinks(
+    sinks_ptr,
+    group,
+    GROUP_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    SOFTMAXES: tl.constexpr,
+    GROUP_MEAN: tl.constexpr,
+):
+    """Sink of each softmax, of base 2: [SOFTMAXES], reduced over the group as logits are. -inf for those of no head.
+
+    sinks_ptr is at the KV head's first query head.
+    """
+    if SOFTMAXES == ROWS:
+        member = tl.arange(0, ROWS) % GROUP_PAD
+        return load_sinks(sinks_ptr, member, member < group)
+    else:
+        member = tl.arange(0, GROUP_PAD)
+        sinks = load_sinks(sinks_ptr, member, member < group)
+        if GROUP_MEAN:
+            reduced = tl.sum(tl.where(member < group, sinks, 0.0), 0) / group
+        else:
+            reduced = tl.max(sinks, 0)
+        return tl.zeros([SOFTMAXES], tl.float32) + reduced
+
+
+@triton.jit
 def attend_tile(
     q,
     acc,

@@ -136,7 +136,7 @@ def _split(overrides: Sequence[str]) -> tuple[tuple[str, ...], list[tuple[str, A
     return tuple(choices), options
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _of_choices(choices: tuple[str, ...], stamp: Any) -> bytes:
     """The composed config, pickled, which is copied ten times as fast; `stamp`: of the files that it is made from."""
     with initialize_config_dir(str(CONF), version_base="1.3"):

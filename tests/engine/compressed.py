@@ -82,21 +82,23 @@ def pause_now_and_then(llm: LLM, share: float = 0.2, seed: int = 0) -> None:
 @dataclass
 class Recorder:
     """What a model computed for one request, in float64: keys, values [L, H, T, d], queries [L, T, Hq, d], and the
-    hidden states [L, T, width] that these are projections of.
+    hidden states [L, T, width] that these are projections of, and what came of attention, outputs [L, T, Hq, d].
     """
 
     keys: dict[int, list] = field(default_factory=dict)
     values: dict[int, list] = field(default_factory=dict)
     queries: dict[int, list] = field(default_factory=dict)
     hidden: dict[int, list] = field(default_factory=dict)
+    outputs: dict[int, list] = field(default_factory=dict)
 
     def wrap(self, attend):
         """`PagedAttention.__call__`, recorded."""
 
         def recorded(attention, layer, q, k, v):
-            for kind, x in (("queries", q), ("keys", k), ("values", v)):
+            out = attend(attention, layer, q, k, v)
+            for kind, x in (("queries", q), ("keys", k), ("values", v), ("outputs", out)):
                 getattr(self, kind).setdefault(layer, []).append(x.double().cpu())
-            return attend(attention, layer, q, k, v)
+            return out
 
         return recorded
 

@@ -178,7 +178,7 @@ def test_what_is_not_supported_says_so(folder, tmp_path, monkeypatch):
         ValueError, match=r"^tensor_parallel_size=2: qwen3_\S+ is not spread over ranks: use one device"
     ):
         make_llm(folder, None, tensor_parallel_size=2)
-    with pytest.raises(ValueError, match=r"^policy=critical: needs norms of projected values, and qwen3_"):
+    with pytest.raises(ValueError, match=r"^policy=critical: weighs .*, and qwen3_\S+ has a gate of each query"):
         make_llm(folder, Case("critical"))
     with pytest.raises(ValueError, match=r"^model=.*: recurrent layers can't be simulated"):
         SimulatedLLM(str(folder), times=None, skip_tokenizer_init=True)

@@ -1,5 +1,7 @@
 """Requests that lose their blocks before a compression and come back by copy: no token changes, nothing leaks."""
 
+from functools import cache
+
 import pytest
 
 from tests.engine.compressed import greedy, make_llm, random_prompts, record_events, tokens_of
@@ -46,16 +48,30 @@ def check_returned(llm: LLM) -> None:
     assert core.runner.swapper.num_free_slabs >= llm.memory_plan.num_host_slabs
 
 
+PARAMS = [greedy(TOKENS, seed=i) for i in range(len(PROMPTS))]
+
+
+@pytest.fixture(scope="module")
+def in_ample_memory(folder):
+    """Of a setting, the tokens where no request has to leave."""
+
+    @cache
+    def tokens(setting: str) -> list[list[int]]:
+        case, options = SETTINGS[setting]
+        ample = {key: value for key, value in options.items() if key != "num_blocks"}
+        llm = make_llm(folder, case, **{"async_compression": False} | ample)
+        return tokens_of(llm.generate(PROMPTS, PARAMS, use_tqdm=False))
+
+    return tokens
+
+
 @pytest.mark.parametrize("overlaps", [False, True], ids=["one by one", "overlapped"])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_tokens_are_those_of_ample_memory(folder, copies_are_free, setting, overlaps):
+def test_tokens_are_those_of_ample_memory(folder, copies_are_free, in_ample_memory, setting, overlaps):
     case, options = SETTINGS[setting]
-    params = [greedy(TOKENS, seed=i) for i in range(len(PROMPTS))]
-    ample = {key: value for key, value in options.items() if key != "num_blocks"}
-    expected = make_llm(folder, case, **{"async_compression": False} | ample).generate(PROMPTS, params, use_tqdm=False)
     llm = make_llm(folder, case, headroom=0, swap_space=0.01, async_scheduling=overlaps, **options)
     events = record_events(llm)
-    assert tokens_of(llm.generate(PROMPTS, params, use_tqdm=False)) == tokens_of(expected)
+    assert tokens_of(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == in_ample_memory(setting)
     left = [event for event in events if event.kind == "pause" and not event.round]
     assert left, "none that was never compressed has left"
     assert llm.stats.pauses == llm.stats.resumes >= len(left)

@@ -102,4 +102,7 @@ CASES = [
     Case("page_random", {"page_size": 4, "native": False, "scope": "head"}, protection="prompt"),
 ]
 
+ONE_OF_EACH = list({case.policy: case for case in reversed(CASES)}.values())
+"""The first case of each policy."""
+
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -57,7 +57,7 @@ class LaterMethods:
 
     def _lazy_eviction(self, place, n):
         o, head = self.o, self.cache[place]
-        weights = [[np.exp(z - z.max()) / np.exp(z - z.max()).sum() for z in row] for row in self._logits(place, n)]
+        weights = self._weights(place, self._logits(place, n))
         now, states, scores = self.seen - self.prompt_len, [], []
         for j, token in enumerate(head.tokens):
             last, mri = head.carried[j] or (max(token - self.prompt_len, 0), 0)

@@ -85,6 +85,7 @@ class Simulation(LaterMethods):
         hidden: [L, T, width], what keys and queries are projections of; None where no scorer reads them.
         output: [L, H, G, d, width], the output projection; None: made up.
         inv_freq, rope_factor: of the rotary embedding that is in keys and queries; None: 10000^(-2f/d).
+        scale, soft_cap, sinks: of attention; sinks [L, Hq]. None: 1 / sqrt(d), no cap, none.
     """
 
     policy: str
@@ -101,6 +102,9 @@ class Simulation(LaterMethods):
     output: np.ndarray | None = None
     inv_freq: list[float] | None = None
     rope_factor: float = 1.0
+    scale: float | None = None
+    soft_cap: float | None = None
+    sinks: np.ndarray | None = None
 
     def __post_init__(self):
         self.scorer = self.options.get("base", "snapkv") if self.policy == "critical" else self.policy
@@ -197,7 +201,9 @@ class Simulation(LaterMethods):
             rows.append([])
             for q in range(window):
                 query = self.queries[layer, self.seen - window + q, head * self.group + g]
-                logits = keys @ query / math.sqrt(keys.shape[1])
+                logits = keys @ query * (self.scale or 1 / math.sqrt(keys.shape[1]))
+                if self.soft_cap:
+                    logits = self.soft_cap * np.tanh(logits / self.soft_cap)
                 logits[n - window + q + 1 :] = -math.inf
                 rows[-1].append(logits)
         return rows
@@ -211,12 +217,27 @@ class Simulation(LaterMethods):
                     logits[n - window :] = -math.inf
         if softmax == "group_cut":
             rows = [[np.maximum.reduce([rows[g][q] for g in range(self.group)]) for q in range(window)]]
-        weights = [[np.exp(z - z.max()) / np.exp(z - z.max()).sum() for z in row] for row in rows]
+        weights = self._weights(place, rows)
         over_group = {"max": max, "mean": lambda x: sum(x) / len(x)}[group]
         over_window = {"mean": lambda x: sum(x) / len(x), "sum": sum, "max": max}[fuse]
         return [
             float(over_window([over_group([row[q][j] for row in weights]) for q in range(window)])) for j in range(n)
         ]
+
+    def _weights(self, place, rows):
+        """Softmax of each query's logits, of which the head's sink takes its share; of a group's, the highest one."""
+        layer, head = place
+        sinks = [-math.inf] * self.group
+        if self.sinks is not None:
+            sinks = self.sinks[layer, head * self.group : (head + 1) * self.group].tolist()
+        sinks = sinks if len(rows) == self.group else [max(sinks)]
+        weights = []
+        for row, sink in zip(rows, sinks, strict=True):
+            tops = [max(z.max(), sink) for z in row]
+            weights.append(
+                [np.exp(z - top) / (np.exp(z - top).sum() + math.exp(sink - top)) for z, top in zip(row, tops)]
+            )
+        return weights
 
     def _pooled(self, scores: list[float], pooling: str, width: int, kind: str, limit: int) -> list[float]:
         if pooling == "never" or (pooling == "first" and self.t > 0):

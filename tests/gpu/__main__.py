@@ -81,7 +81,12 @@ CHECKS = (
     Check("attention kernels", KERNELS, ("--only", "attention", "--no-timing")),
     Check("loops", COMPRESSED, ("--only", "loops")),
     Check("kept", COMPRESSED, ("--only", "kept")),
-    Check("other kernels", KERNELS, ("--only", "forms,replays,writes,layer_ops,linear,sampling", "--no-timing")),
+    Check("sliding", COMPRESSED, ("--only", "sliding")),
+    Check(
+        "other kernels",
+        KERNELS,
+        ("--only", "forms,score_forms,replays,writes,layer_ops,linear,sampling", "--no-timing"),
+    ),
     Check("unequal budgets", UNEQUAL, ("--only", "tokens,kept")),
     Check("requests", ENGINE, ("--only", "requests")),
     Check("quantized weights", ENGINE, ("--only", "quantized")),

@@ -10,6 +10,7 @@
 * loops: decode steps as CUDA graphs, and launched before the tokens of the last are known, against eager ones one by
   one; float32.
 * kept: the positions that each head keeps over a generation against the dense simulation of the tests.
+* sliding: models with sliding layers and sinks, the same of a few policies; float32.
 * decode: a Qwen3-8B-shaped model, 128 requests at a budget of 2,048 entries: what compression adds to decoding.
 * long: a Qwen3-0.6B-shaped model, 200 requests of `--long-tokens` tokens in a pool that holds the budgets of 100.
 
@@ -49,6 +50,7 @@ from tests.eviction.cases import CASES, Case
 from tests.eviction.dense_simulation import Simulation
 from tests.gpu.compression_times import measure_decode, measure_long, share
 from tests.gpu.pairwise import pairwise
+from tests.gpu.sliding_layers import check_sliding
 from tests.tiny_models import VOCAB, save_tiny_model
 from zipage import SamplingParams
 from zipage.models.decoder import Decoder
@@ -233,7 +235,13 @@ def check_kept(folder: Path, device: str, full: bool) -> list[dict]:
     return rows
 
 
-CHECKS = {"unbounded": check_unbounded, "bounded": check_bounded, "loops": check_loops, "kept": check_kept}
+CHECKS = {
+    "unbounded": check_unbounded,
+    "bounded": check_bounded,
+    "loops": check_loops,
+    "kept": check_kept,
+    "sliding": check_sliding,
+}
 SECTIONS = (*CHECKS, "decode", "long")
 
 

@@ -67,6 +67,7 @@ from tests.gpu.kernel_cases import (
 from tests.gpu.kernel_times import time_copy, time_decode, time_layer_ops, time_prefill, timing_table
 from tests.gpu.overlap_cases import check_overlap
 from tests.gpu.pairwise import pairwise
+from tests.gpu.score_forms import check_score_forms
 
 BOUNDS = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 KV_HEADS = 2
@@ -368,6 +369,7 @@ def check_replays(checks: Checks, grid: Grid) -> None:
 PARTS = {
     "attention": check_attention,
     "forms": check_forms,
+    "score_forms": lambda checks, grid: check_score_forms(checks, grid.dtypes, grid.every),
     "replays": check_replays,
     "writes": check_writes,
     "layer_ops": check_layer_ops,

@@ -111,6 +111,11 @@ def compile_view_kernels(apart: bool) -> None:
         paged_prefill_triton(q, layer, ints(REQUESTS + 1), TOKENS, 0.1, form=form)
     attention_score_triton(windows, layers, lens, lens, 0.1)
     attended_triton(windows, layers, lens, lens, 0.1, 1e-4)
+    if not apart:
+        form = {"soft_cap": 30.0, "sinks": floats(LAYERS, HEADS * GROUP)}
+        for softmax in ("all", "group_cut"):
+            attention_score_triton(windows, layers, lens, lens, 0.1, softmax=softmax, **form)
+        attended_triton(windows, layers, lens, lens, 0.1, 1e-4, **form)
     redundancy_triton(layers, tau=0.4, chunk=32)
     lag_spread_triton(layers, layers.lens, 24, 2.0**-12)
     redundancy_triton(layers, tau=0.4)

@@ -13,6 +13,7 @@ from kernels.paged_decode import paged_decode, paged_decode_reference, paged_dec
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill import paged_prefill, paged_prefill_reference, paged_prefill_torch
 from kernels.paged_prefill_triton import paged_prefill_triton
+from tests.kernels.grid import half
 from tests.kernels.paged import BACKENDS, BOUNDS, DEVICE, device_of, error, fused, make_paged, starts, upcast
 
 DECODE = {"triton": paged_decode_triton, "torch": paged_decode_torch}
@@ -68,14 +69,16 @@ def test_the_reference_by_hand(name):
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-@pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize(
-    ("contexts", "block_size", "head_dim"),
-    [
-        pytest.param([300, 0, 39, 41, 1], 16, 64, id="b16-d64"),
-        pytest.param([(300, 17), (0, 257)], 256, 32, id="apart-b256-d32"),
-    ],
+@half(
+    (("backend", "dtype"), BACKENDS),
+    ("name", FORMS),
+    (
+        ("contexts", "block_size", "head_dim"),
+        [
+            pytest.param([300, 0, 39, 41, 1], 16, 64, id="b16-d64"),
+            pytest.param([(300, 17), (0, 257)], 256, 32, id="apart-b256-d32"),
+        ],
+    ),
 )
 def test_decode(backend, dtype, name, contexts, block_size, head_dim):
     device = device_of(backend)
@@ -100,14 +103,16 @@ def test_cut_requests_take_each_sink_once(window, wanted, block_size):
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-@pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize(
-    ("queries", "contexts", "block_size", "head_dim"),
-    [
-        pytest.param([150, 0, 63, 1], [170, 30, 63, 200], 16, 64, id="b16-d64"),
-        pytest.param([70, 5], [(257, 70), (5, 100)], 256, 32, id="apart-b256-d32"),
-    ],
+@half(
+    (("backend", "dtype"), BACKENDS),
+    ("name", FORMS),
+    (
+        ("queries", "contexts", "block_size", "head_dim"),
+        [
+            pytest.param([150, 0, 63, 1], [170, 30, 63, 200], 16, 64, id="b16-d64"),
+            pytest.param([70, 5], [(257, 70), (5, 100)], 256, 32, id="apart-b256-d32"),
+        ],
+    ),
 )
 def test_prefill(backend, dtype, name, queries, contexts, block_size, head_dim):
     """Chunks from the start and from inside a request; rows of a tile whose windows begin tiles apart."""

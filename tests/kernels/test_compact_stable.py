@@ -9,6 +9,7 @@ import torch
 from kernels.compact_stable import compact_stable_reference, compact_stable_torch
 from kernels.compact_stable_triton import compact_stable_triton
 from tests.kernels.events import make_event, scatter
+from tests.kernels.grid import half
 from tests.kernels.paged import BACKENDS, GARBAGE, device_of
 
 STABLE = {"triton": compact_stable_triton, "torch": compact_stable_torch, "reference": compact_stable_reference}
@@ -81,9 +82,11 @@ def check(batch: Batch, tables) -> None:
         torch.testing.assert_close(x.cpu(), y, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), ALL)
-@pytest.mark.parametrize(("lens", "keep", "block_size", "layers", "heads", "head_dim"), CASES)
-@pytest.mark.parametrize("apart", [False, True], ids=["shared", "apart"])
+@half(
+    (("backend", "dtype"), ALL),
+    (("lens", "keep", "block_size", "layers", "heads", "head_dim"), CASES),
+    ("apart", [pytest.param(False, id="shared"), pytest.param(True, id="apart")]),
+)
 def test_stable_in_place(backend, dtype, apart, lens, keep, block_size, layers, heads, head_dim):
     device, heads = device_of(backend), heads + apart
     batch = Batch(lens, keep, block_size, layers, heads, head_dim, dtype, device, apart=apart)

@@ -6,6 +6,7 @@ import torch
 
 from kernels.cache_view import shared
 from kernels.decode_pieces_triton import MIN_PIECE, cut_requests
+from tests.kernels.grid import half
 from tests.kernels.paged import DEVICE
 
 
@@ -17,10 +18,12 @@ def lengths(kind: str, batch: int) -> list[int]:
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("tile", [16, 64, 128])
-@pytest.mark.parametrize(("batch", "wanted"), [(1, 1), (1, 198), (3, 7), (44, 198), (300, 40)])
-@pytest.mark.parametrize("heads", ["shared", "apart"])
-@pytest.mark.parametrize("kind", ["equal", "varied"])
+@half(
+    ("tile", [16, 64, 128]),
+    (("batch", "wanted"), [(1, 1), (1, 198), (3, 7), (44, 198), (300, 40)]),
+    ("heads", ["shared", "apart"]),
+    ("kind", ["equal", "varied"]),
+)
 def test_pieces_cover_each_request_once(kind, heads, batch, wanted, tile):
     lens = lengths(kind, batch)
     tiles = [-(-n // tile) for n in lens]

@@ -6,6 +6,7 @@ import torch
 from kernels.lag_spread import LEAST_RANGE, lag_spread, lag_spread_reference
 from kernels.lag_spread_triton import lag_spread_triton
 from tests.kernels.events import make_event
+from tests.kernels.grid import half
 from tests.kernels.paged import TRITON_DTYPES, device_of, upcast
 
 
@@ -27,17 +28,19 @@ def test_the_reference_by_hand():
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("lens", "starts", "block_size", "head_dim", "partition"),
-    [
-        pytest.param([37, 0, 16, 70], [4, 4, 4, 9], 16, 40, 8, id="b16-p8"),
-        pytest.param([130, 64], [0, 60], 64, 64, 30, id="b64-p30"),
-        pytest.param([257], [3], 256, 32, 100, id="b256-p100"),
-        pytest.param([40, 5], [1, 1], 16, 128, 2, id="p2"),
-    ],
+@half(
+    ("dtype", TRITON_DTYPES),
+    (
+        ("lens", "starts", "block_size", "head_dim", "partition"),
+        [
+            pytest.param([37, 0, 16, 70], [4, 4, 4, 9], 16, 40, 8, id="b16-p8"),
+            pytest.param([130, 64], [0, 60], 64, 64, 30, id="b64-p30"),
+            pytest.param([257], [3], 256, 32, 100, id="b256-p100"),
+            pytest.param([40, 5], [1, 1], 16, 128, 2, id="p2"),
+        ],
+    ),
+    ("apart", [pytest.param(False, id="shared"), pytest.param(True, id="apart")]),
 )
-@pytest.mark.parametrize("apart", [False, True], ids=["shared", "apart"])
 def test_lag_spread(dtype, apart, lens, starts, block_size, head_dim, partition):
     event = make_event(lens, block_size, 2, 1 + apart, head_dim, dtype, device_of("triton"), apart=apart)
     flat = event.view.block_tables[0, 0, 0, 0]

@@ -13,6 +13,7 @@ from kernels.pool_scores import pool_scores, pool_scores_reference
 from kernels.redundancy import redundancy_reference, redundancy_torch
 from kernels.redundancy_triton import redundancy_triton
 from tests.kernels.events import difference, make_event
+from tests.kernels.grid import half
 from tests.kernels.paged import BACKENDS, DEVICE, device_of, upcast
 
 SCORE = {"triton": attention_score_triton, "torch": attention_score_torch, "reference": attention_score_reference}
@@ -43,36 +44,73 @@ def window_queries(event, window: int, query_heads: int):
     return q_cache, slots.int().to(device), ends.int().to(device)
 
 
-def check_score(score, event, window, group_size, kind, bound=None):
+def check_score(score, event, window, group_size, kind, bound=None, **form):
     q_cache, slots, ends = window_queries(event, window, event.k_cache.shape[2] * group_size)
     scale = 2 * event.k_cache.shape[-1] ** -0.5
-    out = score(q_cache, event.view, slots, ends, scale, **KINDS[kind])
+    out = score(q_cache, event.view, slots, ends, scale, **KINDS[kind], **form)
     assert out.dtype == torch.float32
     host = q_cache.cpu().float(), upcast(event.view), slots.cpu(), ends.cpu(), scale
-    expected = attention_score_reference(*host, **KINDS[kind])
+    expected = attention_score_reference(*host, **KINDS[kind], **on_host(form))
     assert difference(out, expected) < (bound or BOUNDS[event.k_cache.dtype])
 
 
+def made_form(event, query_heads: int) -> dict:
+    """A soft cap that most logits feel, and sinks of about the logits' size, in the caches' dtype."""
+    sinks = 2 * torch.randn(len(event.k_cache), query_heads)
+    return {"soft_cap": 2.0, "sinks": sinks.to(event.k_cache)}
+
+
+def on_host(form: dict) -> dict:
+    return form | {"sinks": form["sinks"].cpu().float()} if form else form
+
+
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-@pytest.mark.parametrize(
-    ("lens", "block_size", "layers", "heads", "group", "head_dim", "window", "kind"),
-    [
-        pytest.param([37, 0, 16, 70], 16, 2, 1, 3, 40, 16, "zipage", id="mixed-b16-g3-zipage"),
-        pytest.param([130], 64, 1, 1, 4, 64, 8, "snapkv", id="b64-g4-snapkv"),
-        pytest.param([70, 257], 256, 1, 2, 1, 64, 16, "r_kv", id="b256-mha-r_kv"),
-        pytest.param([100, 33], 64, 1, 1, 7, 32, 5, "r_kv", id="b64-g7-w5-r_kv"),
-        pytest.param([61, 40], 16, 1, 1, 3, 32, 33, "r_kv_mean", id="b16-g3-w33-r_kv_mean"),
-        pytest.param([50, 16], 16, 1, 2, 2, 32, 16, "morphkv", id="no-past-morphkv"),
-        pytest.param([90], 64, 1, 1, 4, 32, 40, "morphkv_max", id="b64-g4-w40-morphkv_max"),
-        pytest.param([80, 20], 64, 1, 1, 5, 32, 1, "vase", id="b64-g5-w1-vase"),
-    ],
+@half(
+    (("backend", "dtype"), BACKENDS),
+    (
+        ("lens", "block_size", "layers", "heads", "group", "head_dim", "window", "kind"),
+        [
+            pytest.param([37, 0, 16, 70], 16, 2, 1, 3, 40, 16, "zipage", id="mixed-b16-g3-zipage"),
+            pytest.param([130], 64, 1, 1, 4, 64, 8, "snapkv", id="b64-g4-snapkv"),
+            pytest.param([70, 257], 256, 1, 2, 1, 64, 16, "r_kv", id="b256-mha-r_kv"),
+            pytest.param([100, 33], 64, 1, 1, 7, 32, 5, "r_kv", id="b64-g7-w5-r_kv"),
+            pytest.param([61, 40], 16, 1, 1, 3, 32, 33, "r_kv_mean", id="b16-g3-w33-r_kv_mean"),
+            pytest.param([50, 16], 16, 1, 2, 2, 32, 16, "morphkv", id="no-past-morphkv"),
+            pytest.param([90], 64, 1, 1, 4, 32, 40, "morphkv_max", id="b64-g4-w40-morphkv_max"),
+            pytest.param([80, 20], 64, 1, 1, 5, 32, 1, "vase", id="b64-g5-w1-vase"),
+        ],
+    ),
+    ("apart", [pytest.param(False, id="shared"), pytest.param(True, id="apart")]),
 )
-@pytest.mark.parametrize("apart", [False, True], ids=["shared", "apart"])
 def test_attention_score(backend, dtype, apart, lens, block_size, layers, heads, group, head_dim, window, kind):
     device, heads = device_of(backend), heads + apart
     event = make_event(lens, block_size, layers, heads, head_dim, dtype, device, apart=apart, shortest=window)
     check_score(SCORE[backend], event, window, group, kind)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize("kind", ["zipage", "r_kv_mean", "morphkv_max"])
+def test_soft_caps_and_sinks(backend, dtype, kind):
+    """One request is no longer than the window: where the past alone is scored, the sink has all of its softmax."""
+    event = make_event([37, 0, 9], 16, 2, 2, 32, dtype, device_of(backend), shortest=9)
+    check_score(SCORE[backend], event, 9, 3, kind, **made_form(event, 6))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_a_sink_takes_the_share_of_a_key_that_is_not_scored(backend):
+    """Of a query whose logits are all 0, e^x of n + e^x. None, and one that takes nothing, are the same."""
+    event = make_event([20], 16, 1, 1, 32, torch.float32, device_of(backend))
+    q_cache, slots, ends = window_queries(event, 4, 2)
+    args = event.view, slots, ends, 1.0
+    sinks = torch.tensor([[1.0, 2.0]], device=event.k_cache.device)
+    for kind, sink in (("morphkv_max", 1.0), ("r_kv", 2.0)):  # the larger share; the larger sink of the group
+        scores = SCORE[backend](torch.zeros_like(q_cache), *args, **KINDS[kind], sinks=sinks)[0, 0, 0, :16].cpu()
+        expected = torch.full((16,), 1 / (16 + torch.tensor(sink).exp().item()))
+        torch.testing.assert_close(scores, expected)
+    none = SCORE[backend](q_cache, *args, **KINDS["zipage"])
+    idle = SCORE[backend](q_cache, *args, **KINDS["zipage"], sinks=torch.full_like(sinks, -1e4))
+    assert difference(idle, none) < 1e-6
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -84,7 +122,7 @@ def test_splits_change_nothing(num_splits, kind):
     def score(*args, **kinds):
         return attention_score_triton(*args, **kinds, num_splits=num_splits)
 
-    check_score(score, event, 16, 3, kind)
+    check_score(score, event, 16, 3, kind, **(made_form(event, 3) if num_splits == 3 else {}))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -145,19 +183,21 @@ def cluster(event, slots: list[int], row: int = 0, noise: float = 0.02) -> None:
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-@pytest.mark.parametrize(
-    ("lens", "block_size", "layers", "heads", "head_dim", "chunk"),
-    [
-        pytest.param([70, 0, 33], 16, 2, 2, 64, 32, id="mixed-b16-chunk32"),
-        pytest.param([150], 64, 1, 1, 80, 64, id="b64-d80-chunk64"),
-        pytest.param([40, 90], 256, 1, 2, 64, 16, id="b256-chunk16"),
-        pytest.param([300], 64, 1, 1, 128, 256, id="b64-d128-chunk256"),
-        pytest.param([100, 21], 64, 1, 2, 64, None, id="b64-full"),
-        pytest.param([1, 2], 16, 1, 1, 32, None, id="b16-full-tiny"),
-    ],
+@half(
+    (("backend", "dtype"), BACKENDS),
+    (
+        ("lens", "block_size", "layers", "heads", "head_dim", "chunk"),
+        [
+            pytest.param([70, 0, 33], 16, 2, 2, 64, 32, id="mixed-b16-chunk32"),
+            pytest.param([150], 64, 1, 1, 80, 64, id="b64-d80-chunk64"),
+            pytest.param([40, 90], 256, 1, 2, 64, 16, id="b256-chunk16"),
+            pytest.param([300], 64, 1, 1, 128, 256, id="b64-d128-chunk256"),
+            pytest.param([100, 21], 64, 1, 2, 64, None, id="b64-full"),
+            pytest.param([1, 2], 16, 1, 1, 32, None, id="b16-full-tiny"),
+        ],
+    ),
+    ("apart", [pytest.param(False, id="shared"), pytest.param(True, id="apart")]),
 )
-@pytest.mark.parametrize("apart", [False, True], ids=["shared", "apart"])
 def test_redundancy(backend, dtype, apart, lens, block_size, layers, heads, head_dim, chunk):
     device, heads = device_of(backend), heads + apart
     event = make_event(lens, block_size, layers, heads, head_dim, dtype, device, apart=apart)

@@ -131,6 +131,20 @@ def test_gpt_oss_in_the_form_of_the_hub():
     assert spec.max_position == 128
 
 
+def test_full_layers_are_told_from_sliding_ones():
+    def spec(kinds: str) -> ModelSpec:
+        types = [{"s": "sliding_attention", "f": "full_attention"}[kind] for kind in kinds]
+        return spec_of("gpt_oss", num_hidden_layers=len(kinds), layer_types=types, sliding_window=8)
+
+    for kinds, full in (("sfsf", [1, 3]), ("ffss", [0, 1]), ("ssfssfs", [2, 5]), ("sf", [1]), ("ff", [0, 1])):
+        assert list(spec(kinds).full_layers()) == full
+    assert (spec("sf").sliding_window, spec("ff").sliding_window) == (8, 0)
+    with pytest.raises(ValueError, match=r"layer_types: full layers \[0, 1, 3\] are not at equal distances"):
+        spec("ffsf").full_layers()
+    with pytest.raises(ValueError, match="no layer sees all entries: each has a window"):
+        spec("ss").full_layers()
+
+
 def test_windows_that_reach_no_layer_are_no_windows():
     assert spec_of("qwen2", use_sliding_window=True, max_window_layers=3).num_layers == 3
 

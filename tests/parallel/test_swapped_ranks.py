@@ -7,6 +7,7 @@ from tests.parallel.ranked import answers, engine
 from tests.tiny_models import save_tiny_model
 
 
+@pytest.mark.usefixtures("forked_children")
 @pytest.mark.parametrize("case", [None, Case("h2o")], ids=str)
 def test_each_rank_copies_its_shard_of_a_preempted_request(tmp_path, monkeypatch, case):
     folder = save_tiny_model("qwen3", tmp_path)

@@ -28,10 +28,11 @@ from zipage.worker.kv_cache import KVCache
 
 SPEC = SimpleNamespace(
     num_layers=2,
+    sliding_window=0,
     num_heads=4,
     num_kv_heads=2,
     head_dim=32,
-    attention=(SimpleNamespace(scale=32**-0.5),) * 2,
+    attention=(SimpleNamespace(scale=32**-0.5, soft_cap=None),) * 2,
     inv_freq=(1.0,) * 16,
     rope_attention_factor=1.0,
 )

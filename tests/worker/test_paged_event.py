@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.eviction.cases import CASES, SMALL_CHUNK, Case, every_case
+from tests.eviction.cases import CASES, ONE_OF_EACH, SMALL_CHUNK, Case, every_case
 from tests.eviction.dense_event import Tokens, make_tokens
 from tests.eviction.dense_simulation import Simulation
 from tests.worker.paged_cache import PagedCache
@@ -84,8 +84,7 @@ def assert_equal_after(simulation: Simulation, n: int, cache: PagedCache, policy
 
 
 @on_every_device
-@pytest.mark.parametrize("block_size", SCHEDULES)
-@every_case
+@pytest.mark.parametrize(("case", "block_size"), [(c, 16) for c in CASES] + [(c, 64) for c in ONE_OF_EACH], ids=str)
 def test_kept_entries_equal_the_simulation(case, block_size, device):
     policy = case.make()
     requests = REQUESTS[: len(SCHEDULES[block_size][0])]
@@ -154,8 +153,9 @@ def with_prefix_of(first: Tokens, other: Tokens, length: int) -> Tokens:
 
 
 @on_every_device
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@every_case
+@pytest.mark.parametrize(
+    ("case", "dtype"), [(c, torch.float32) for c in CASES] + [(c, torch.bfloat16) for c in ONE_OF_EACH], ids=str
+)
 def test_sharers_of_blocks_are_compressed_as_if_alone(case, dtype, device):
     policy = case.make()
     first = make_tokens(6)

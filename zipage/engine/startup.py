@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from zipage.config import EngineConfig
 from zipage.engine.core import EngineCore, on_device
@@ -13,10 +14,10 @@ from zipage.engine.core_spec import CoreSpec
 from zipage.engine.debug import DebugChecks
 from zipage.engine.input_processor import InputProcessor
 from zipage.engine.interface import Core
+from zipage.engine.model_check import check_model
 from zipage.engine.output_processor import OutputProcessor
 from zipage.engine.replicas import start_replicas
 from zipage.engine.telemetry import Telemetry
-from zipage.models.attention import refuse_forms
 from zipage.models.loading.loader import resolve_device
 from zipage.models.loading.share import obtain_model
 from zipage.models.loading.tokenizer import load_tokenizer
@@ -91,24 +92,13 @@ def build_core(config: EngineConfig) -> tuple[EngineCore, CoreSpec]:
 
 def _build_core(config: EngineConfig) -> tuple[EngineCore, CoreSpec]:
     """`build_core` on the current device."""
-    policy = config.make_policy()
-
-    def check(spec: ModelSpec) -> None:
-        if policy is not None:
-            refuse_forms(spec.attention, f"policy={policy.name}", "take policy full")
-            if policy.output_norm is not None and spec.attention[0].output_gate:
-                raise ValueError(
-                    f"policy={policy.name}: needs norms of projected values, and {spec.architecture} projects them "
-                    "behind a gate of each query: take another policy"
-                )
-
     loaded = obtain_model(
         config.model,
         load_format=config.load_format,
         dtype=config.dtype,
         device=config.device,
         seed=config.seed,
-        check=check,
+        check=partial(check_model, config),
     )
     max_model_len = config.model_len(loaded.spec.max_position)
     return core_on(Worker(config, loaded, max_model_len), config, loaded.spec, max_model_len)
@@ -175,4 +165,4 @@ def core_on(
         heads=(spec.num_layers, spec.num_kv_heads),
         clock=clock,
     )
-    return core, CoreSpec(plan, max_model_len, spec.vocab_size, spec.eos_token_ids)
+    return core, CoreSpec(plan, max_model_len, spec.vocab_size, spec.eos_token_ids, spec.sliding_window)

@@ -36,7 +36,7 @@ class Event(ABC):
     entries are `[L, R, H, N]`; what they hold past a request's `n` entries has no meaning and must reach no score.
 
     Attributes:
-        num_layers: L, layers of this launch. All of the model's where the policy says `all_layers`.
+        num_layers: L, layers of this launch. All of the model's that are ranked where the policy says `all_layers`.
         num_heads: H, KV heads on this rank.
         group_size: G, query heads per KV head.
         head_dim: d.
@@ -57,6 +57,7 @@ class Event(ABC):
         calibration: the arrays of the policy's calibration file that it asks for, by name: float32 [L, rows, ...] of
             this launch's layers and heads, `rows` being H, or H * G for query heads.
         layer_offset, head_offset: numbers of the first layer and KV head of this launch in the whole model.
+        layer_step: from one layer of this launch to the next.
         new_states: what the policy handed to `store`; empty without state.
     """
 
@@ -78,6 +79,7 @@ class Event(ABC):
     rope_factor: float = 1.0
     calibration: Mapping[str, Tensor] = field(default_factory=dict)
     layer_offset: int = 0
+    layer_step: int = 1
     head_offset: int = 0
     new_states: tuple[Tensor, ...] = ()
 
@@ -94,6 +96,11 @@ class Event(ABC):
     def shape(self) -> tuple[int, int, int, int]:
         """(L, R, H, N)."""
         return self.num_layers, self.num_requests, self.num_heads, self.num_slots
+
+    @property
+    def layers(self) -> range:
+        """Numbers of this launch's layers in the whole model."""
+        return range(self.layer_offset, self.layer_offset + self.layer_step * self.num_layers, self.layer_step)
 
     @property
     def device(self) -> torch.device:
@@ -347,7 +354,7 @@ class Event(ABC):
         Returns:
             float32 [L or 1, R, H or 1, N].
         """
-        layers = range(self.layer_offset, self.layer_offset + self.num_layers) if per_layer else range(1)
+        layers = self.layers if per_layer else range(1)
         heads = range(self.head_offset, self.head_offset + self.num_heads) if per_head else range(1)
         return uniform(self.seeds, stream, self.rounds, layers, heads, self.slots // run)
 

@@ -157,6 +157,26 @@ class ModelSpec:
         return 4 * self.num_layers * self.num_heads * self.head_dim
 
     @property
+    def sliding_window(self) -> int:
+        """Entries that the widest window of some layers sees; 0: all layers are full."""
+        return max(layer.window or 0 for layer in self.attention)
+
+    def full_layers(self) -> range:
+        """Numbers of the layers that see all entries.
+
+        Raises:
+            ValueError: there is none, or they do not come at equal distances.
+        """
+        full = [index for index, layer in enumerate(self.attention) if layer.window is None]
+        if not full:
+            raise ValueError("no layer sees all entries: each has a window, which bounds the cache without a policy")
+        step = full[1] - full[0] if len(full) > 1 else 1
+        numbers = range(full[0], full[-1] + 1, step)
+        if list(numbers) != full:
+            raise ValueError(f"layer_types: full layers {full} are not at equal distances")
+        return numbers
+
+    @property
     def num_layers(self) -> int:
         """Layers that attend: those of the cache."""
         return len(self.attention)

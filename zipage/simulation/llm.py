@@ -11,6 +11,7 @@ import torch
 from zipage.config import EngineConfig
 from zipage.engine.core import EngineCore
 from zipage.engine.input_processor import InputProcessor
+from zipage.engine.model_check import check_model
 from zipage.engine.output_processor import OutputProcessor
 from zipage.engine.startup import Engine, build_inputs, core_on
 from zipage.eviction.allocation import UNIFORM
@@ -76,6 +77,7 @@ class SimulatedLLM(LLM):
     def _start(self) -> Engine:
         config, clock = self.config, self.clock
         spec, dtype = read_shape(config.model, load_format="dummy", dtype=config.dtype, device="cuda")
+        check_model(config, spec)
         worker = SimulatedWorker(config, spec, dtype, self._times, Timeline(clock))
         max_model_len = config.model_len(spec.max_position)
         core, core_spec = core_on(worker, config, spec, max_model_len, SimulatedCore, clock)

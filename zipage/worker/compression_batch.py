@@ -13,7 +13,7 @@ from zipage.models.shard import Shard
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import CompressionOrder
 from zipage.transfer import to_device
-from zipage.worker.compressor import LAUNCH_ENTRIES
+from zipage.worker.compressor import LAUNCH_ENTRIES, Sliding
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.output_norms import OutputNorms
 from zipage.worker.paged_event import PagedEvent
@@ -43,6 +43,7 @@ class CompressionBatch:
         self.tables = [order.new_ids for order in orders]
         self._recent = orders[0].rule.recent
         self._pinned = [order.rule.pinned_blocks for order in orders]
+        self._block_size = block_size
         self._numbers = (
             [order.num_entries for order in orders],
             self.keep,
@@ -64,6 +65,7 @@ class CompressionBatch:
         inv_freq: Tensor,
         calibration: Mapping[str, Tensor],
         outputs: OutputNorms | None,
+        sinks: Tensor | None = None,
     ) -> PagedEvent:
         """The event over all layers of `cache`. On CUDA its tensors belong to the current stream.
 
@@ -71,6 +73,7 @@ class CompressionBatch:
             spec: of the heads in `cache`, the share `shard` of the `model_heads` KV heads of the model.
             inv_freq, calibration: as `Event` has them, of all layers and the heads in `cache`.
             outputs: of all layers and these heads, where a policy asks for them.
+            sinks: as `PagedEvent` has them, of all layers.
         """
         device = cache.k.device
         lens, keep, protected, carried, query_slots, logical_lens = to_device(self._numbers, device, np.int32).unbind()
@@ -94,6 +97,8 @@ class CompressionBatch:
             rope_factor=spec.rope_attention_factor,
             calibration=calibration if self.policy.calibration_arrays else {},
             scales=tuple(layer.scale for layer in spec.attention),
+            soft_caps=tuple(layer.soft_cap for layer in spec.attention),
+            sinks=sinks,
             k_cache=cache.k,
             v_cache=cache.v,
             block_tables=tables,
@@ -106,6 +111,11 @@ class CompressionBatch:
             shard=shard,
             model_heads=model_heads,
         )
+
+    def sliding(self, full: range, device: torch.device) -> Sliding:
+        """For `compress`, of a model whose layers are not all `full`."""
+        pinned = [blocks * self._block_size for blocks in self._pinned]
+        return Sliding(full, to_device(pinned, device, np.int32))
 
     def destinations(self, device: torch.device) -> Tensor:
         """int32 [R, dst_blocks] for `compress`: -1 for the blocks that no event writes to."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.attention_form import AttentionForm
 from zipage.eviction.fault import FAULTS, described, files_of, place_in, relative
 from zipage.eviction.policy import Policy
 from zipage.models.shard import WHOLE, PeerFailed, Shard
@@ -97,6 +98,7 @@ class CompressionRunner:
         model_heads: KV heads of a layer of the whole model; None: those of `spec`.
         calibration: of the heads in `cache`, for policies that ask for it (`Event.calibration`).
         outputs: of the heads in `cache`, for policies that ask for them (`Event.output_norms`).
+        forms: of each layer's attention; None: they are plain.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class CompressionRunner:
         model_heads: int | None = None,
         calibration: Mapping[str, Tensor] | None = None,
         outputs: OutputNorms | None = None,
+        forms: Sequence[AttentionForm] | None = None,
     ) -> None:
         self.ranks = RankWatch(strict=debug)
         self._shard = shard
@@ -121,6 +124,9 @@ class CompressionRunner:
         self._inv_freq = to_device(spec.inv_freq, cache.k.device, np.float64)
         self._calibration = calibration or {}
         self._outputs = outputs
+        self._has_sliding = spec.sliding_window > 0
+        sinks = [form.sinks for form in forms or () if form.sinks is not None]
+        self._sinks = torch.stack(sinks) if sinks else None
         self._layer_stride = layer_stride
         self._tiles = TileCompressor(cache, spec, self._inv_freq, self._calibration, outputs, layer_stride)
         self._trace = trace
@@ -316,7 +322,7 @@ class CompressionRunner:
         if isinstance(batch, TileBatch):
             return self._compress_tiles(batch, rest)
         cache, max_keep = self._cache, max(batch.keep)
-        known = self._inv_freq, self._calibration, self._outputs
+        known = self._inv_freq, self._calibration, self._outputs, self._sinks
         event = batch.event(cache, self._spec, self._shard, self._model_heads, *known)
         if batch.policy.drops_blocks:
             # The same slots stay in all layers and heads, whole blocks of them.
@@ -374,6 +380,7 @@ class CompressionRunner:
             max_keep=max(batch.keep),
             stride=stride,
             first_layer=first_layer,
+            sliding=batch.sliding(self._spec.full_layers(), event.device) if self._has_sliding else None,
         ).failed
         return failed | was_misranked if was_misranked else failed
 

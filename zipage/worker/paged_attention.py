@@ -39,7 +39,7 @@ class PagedAttention:
         cu_seqlens: int32 [prefills + 1], borders of the chunks in the batch.
         max_seqlen: at least the longest chunk; 0: there is none.
         forms: of each layer's attention; None: all are plain. Entries of a window are those of the latest positions,
-            since nothing is evicted from a model with one.
+            since layers with one keep the latest entries. None of their queries is kept: no policy ranks them.
     """
 
     cache: KVCache
@@ -65,11 +65,11 @@ class PagedAttention:
         k_cache, v_cache, scale = self.cache.k[layer], self.cache.v[layer], self.layers[layer].scale
         if self._slots is None:
             self._share(k_cache, v_cache)
-        if self.query_indices is None:
+        n, form = self.num_decodes, PLAIN if self.forms is None else self.forms[layer]
+        if self.query_indices is None or form.window is not None:
             store_kv(k, v, k_cache, v_cache, self._slots)
         else:
             store_step(k, v, q, k_cache, v_cache, self.cache.queries[layer], self._slots, self.query_indices)
-        n, form = self.num_decodes, PLAIN if self.forms is None else self.forms[layer]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if n:
             paged_decode(q[:n], CacheView(k_cache, v_cache, *self._decodes), scale, self._pieces, out[:n], form)

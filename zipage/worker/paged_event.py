@@ -32,6 +32,8 @@ class PagedEvent(Event):
 
     Attributes:
         scales: of the attention logits, one per layer of this launch.
+        soft_caps: of the same, as `attention_score` has them; None: of no layer.
+        sinks: float [L, Hq], contiguous, as `attention_score` has them.
         k_cache, v_cache: [L, num_blocks, H, b, d], the layers of this launch.
         block_tables: int32 [R, max_blocks]; never read past ceil(n / b).
         q_cache: [L, num_query_slots, w_cache, Hq, d] of k_cache's dtype, w_cache >= window: a slot is a ring, with the
@@ -45,6 +47,8 @@ class PagedEvent(Event):
     """
 
     scales: tuple[float, ...]
+    soft_caps: tuple[float | None, ...] | None = None
+    sinks: Tensor | None = None
     k_cache: Tensor
     v_cache: Tensor
     block_tables: Tensor
@@ -70,20 +74,24 @@ class PagedEvent(Event):
         if self.window and self.q_cache.shape[2] < self.window:
             raise ValueError(f"q_cache holds {self.q_cache.shape[2]} queries of a request: the window is {self.window}")
 
-    def of_layers(self, first: int, last: int) -> PagedEvent:
-        """The same event over layers first .. last-1 of this one."""
+    def of_layers(self, first: int, last: int, step: int = 1) -> PagedEvent:
+        """The same event over layers first, first + step .. of this one, before `last`."""
+        some = slice(first, last, step)
         return replace(
             self,
-            num_layers=last - first,
-            layer_offset=self.layer_offset + first,
-            calibration={name: array[first:last] for name, array in self.calibration.items()},
-            scales=self.scales[first:last],
-            k_cache=self.k_cache[first:last],
-            v_cache=self.v_cache[first:last],
-            q_cache=None if self.q_cache is None else self.q_cache[first:last],
-            state_caches=[state[first:last] for state in self.state_caches],
-            prediction_cache=None if self.prediction_cache is None else self.prediction_cache[first:last],
-            new_states=tuple(state[first:last] for state in self.new_states),
+            num_layers=len(range(first, last, step)),
+            layer_offset=self.layer_offset + self.layer_step * first,
+            layer_step=self.layer_step * step,
+            calibration={name: array[some] for name, array in self.calibration.items()},
+            scales=self.scales[some],
+            soft_caps=self.soft_caps and self.soft_caps[some],
+            sinks=None if self.sinks is None else self.sinks[some].contiguous(),
+            k_cache=self.k_cache[some],
+            v_cache=self.v_cache[some],
+            q_cache=None if self.q_cache is None else self.q_cache[some],
+            state_caches=[state[some] for state in self.state_caches],
+            prediction_cache=None if self.prediction_cache is None else self.prediction_cache[some],
+            new_states=tuple(state[some] for state in self.new_states),
         )
 
     @cached_property
@@ -105,7 +113,7 @@ class PagedEvent(Event):
         window: Literal["mean", "sum", "max"] = "mean",
     ) -> Tensor:
         self._check_queries("attention")
-        if len({*self.scales}) > 1:  # a launch has one scale
+        if self._logits_differ:
             layers = [self.of_layers(i, i + 1).attention(softmax, group, window) for i in range(self.num_layers)]
             return torch.cat(layers)
         q_cache, query_slots, window_ends = self._window_queries
@@ -119,14 +127,17 @@ class PagedEvent(Event):
             # The kernel reduces the logits by `group` there; here it is the maximum, whatever `group` says.
             group="max" if softmax == "group_cut" else group,
             window=window,
+            soft_cap=self.soft_caps and self.soft_caps[0],
+            sinks=self.sinks,
         )
 
     def attended(self, threshold: float) -> Tensor:
         self._check_queries("attended")
-        if len({*self.scales}) > 1:  # a launch has one scale
+        if self._logits_differ:
             return torch.cat([self.of_layers(i, i + 1).attended(threshold) for i in range(self.num_layers)], dim=1)
         q_cache, query_slots, window_ends = self._window_queries
-        return attended(q_cache, self.view, query_slots, window_ends, self.scales[0], threshold)
+        form = {"soft_cap": self.soft_caps and self.soft_caps[0], "sinks": self.sinks}
+        return attended(q_cache, self.view, query_slots, window_ends, self.scales[0], threshold, **form)
 
     def redundancy(self, tau: float, chunk: int | None = None, threshold: float = 0.5) -> Tensor:
         return redundancy(self.view, tau=tau, threshold=threshold, chunk=chunk)
@@ -157,7 +168,7 @@ class PagedEvent(Event):
     def output_norms(self) -> Tensor:
         if self.outputs is None:
             raise ValueError("event.output_norms needs a norm, and the policy asked for none: set output_norm")
-        values = enumerate(self.values(), start=self.layer_offset)
+        values = zip(self.layers, self.values(), strict=True)
         return torch.stack([self.outputs.of(layer, of_layer) for layer, of_layer in values])
 
     def value_ranges(self) -> Tensor:
@@ -168,6 +179,11 @@ class PagedEvent(Event):
         if not self.k_cache.is_cuda:
             return super().lag_spread(starts, partition)
         return lag_spread(self.view, self.shared(starts.int()), partition)
+
+    @property
+    def _logits_differ(self) -> bool:
+        """A launch of kernels has one scale and one soft cap."""
+        return len({*self.scales}) > 1 or (self.soft_caps is not None and len({*self.soft_caps}) > 1)
 
     @cached_property
     def _window_queries(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.attention_form import AttentionForm
 from zipage.eviction.rule import EvictionRule
 from zipage.models.shard import WHOLE, Shard
 from zipage.models.spec import ModelSpec
@@ -87,6 +88,7 @@ def measure_peak(
         # Budget and interval may be beyond any request.
         cache = KVCache(runner.spec, 1 + min(rule.kept_blocks, longest), block_size, dtype, runner.device, **options)
         options = {"shard": shard, "model_heads": model_heads, "calibration": calibration, "outputs": outputs}
+        options["forms"] = runner.decoder.forms
         compress = partial(run_compression, cache, runner.spec, rule, layer_stride, asynchronous, **options)
         shapes = largest_batches(runner, rule, block_size)
         compression = max(_peak_of(runner.device, partial(compress, *shape)) for shape in shapes)
@@ -189,6 +191,7 @@ def run_compression(
     model_heads: int | None = None,
     calibration: Mapping[str, Tensor] | None = None,
     outputs: OutputNorms | None = None,
+    forms: Sequence[AttentionForm] | None = None,
 ) -> None:
     """Compress requests of `num_blocks` blocks in one batch.
 
@@ -208,7 +211,13 @@ def run_compression(
         CompressionOrder(number, rule, *tables, num_entries=num_entries, window_end=num_entries, query_slot=0)
         for number in range(num_requests)
     ]
-    options = {"shard": shard, "model_heads": model_heads, "calibration": calibration, "outputs": outputs}
+    options = {
+        "shard": shard,
+        "model_heads": model_heads,
+        "calibration": calibration,
+        "outputs": outputs,
+        "forms": forms,
+    }
     runner = CompressionRunner(
         cache, spec, asynchronous=asynchronous, layer_stride=layer_stride, trace=False, **options
     )

@@ -196,4 +196,5 @@ class Worker:
             model_heads=self._model_heads,
             calibration=self._calibration,
             outputs=self._outputs,
+            forms=self.runner.decoder.forms,
         )

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import reduction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 from experiments.running import lifeline
@@ -101,6 +102,7 @@ class ForkedPython(_Process):
 def _run_child() -> int:
     target, descriptor, _ = sys.argv[1:]
     sys.path[:] = os.environ["PYTHONPATH"].split(os.pathsep)
+    processes.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": ForkedPython})  # its own children, too
     processes._run(target, int(descriptor), os.getppid())
     return 0
 

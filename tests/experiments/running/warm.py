@@ -1,5 +1,6 @@
 """What the process has done from which `forked.py` forks programs: what each of them would do again, in seconds."""
 
+import gc
 import threading
 
 import pandas  # noqa: F401
@@ -21,3 +22,7 @@ read_once(pytest.MonkeyPatch())
 register()
 load_experiment(["model=reasoner", "workload=word_problems", "hardware=cpu"])
 sources._engine("zipage")
+
+gc.collect()
+gc.freeze()  # a child that looked for garbage among all these modules would copy their memory, too
+gc.set_threshold(20_000, 20, 20)
