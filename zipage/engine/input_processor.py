@@ -14,7 +14,7 @@ import numpy as np
 
 from zipage.checks import check_names, checked, shown
 from zipage.config import EngineConfig
-from zipage.engine.chat_template import template_reads
+from zipage.engine.chat_template import chosen_template, template_reads
 from zipage.engine.core_spec import CoreSpec
 from zipage.engine.prompt_order import PromptOrder
 from zipage.engine.rules import Rules
@@ -220,7 +220,7 @@ class InputProcessor:
         if taken := sorted(more.keys() & TEMPLATE_OPTIONS):
             raise ValueError(f"chat_template_kwargs: {taken[0]!r} is no variable of the template: leave it out")
         template = checked("chat_template", chat_template, str | None)
-        read = template or getattr(self.tokenizer, "chat_template", None)
+        read = chosen_template(template, self.tokenizer)
         if read and (unread := [name for name in more if not template_reads(read, name)]):
             raise ValueError(f"chat_template_kwargs: the chat template reads no {shown(unread[0])}: leave it out")
         return partial(self.tokenize_chat, chat_template=template, **options | more)
