@@ -1,5 +1,7 @@
 """How much to think: `reasoning_effort` and `chat_template_kwargs` as templates read them."""
 
+import time
+
 import pytest
 
 from tests.serve.running import ENGINE, MODEL, REASONER, RunningServer
@@ -121,3 +123,15 @@ def test_of_several_templates_the_default_one_counts(start):
     options = {"messages": MESSAGES, "max_tokens": 1, "temperature": 0}
     message = server.post("/v1/chat/completions", options).json()["choices"][0]["message"]
     assert (bool(message["reasoning_content"]), message["content"]) == (True, None)
+
+
+def test_a_token_of_the_tokenizer_is_not_a_request_s_to_set(start):
+    server = start(chat_template="{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}")
+    body = {"messages": MESSAGES * 2000, KWARGS: {"eos_token": "abc " * 10_000}}
+    begin = time.monotonic()
+    for path in ("/v1/chat/completions", "/tokenize"):
+        error = server.post(path, body).json()["error"]
+        assert error["param"] == KWARGS
+        assert error["message"] == "chat_template_kwargs: eos_token is the tokenizer's to say: leave it out"
+    assert time.monotonic() - begin < 5
+    assert server.post("/tokenize", {"messages": MESSAGES}).status_code == 200
