@@ -7,6 +7,9 @@ RUN = $(VENV)/bin/python
 # Torch for CUDA: that of the environment, where there is one
 GPU_PYTHON ?= $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
 
+# Modules are compiled when they are first imported: compiling all of what pip installs takes as long as installing it
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: setup demo test gpu lint format bench-scheduler
 
 setup: $(VENV)/.installed
@@ -14,11 +17,11 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Zipage needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	@$(RUN) -m pip install -q --disable-pip-version-check "$(TORCH)" || { \
+	@$(RUN) -m pip install -q --no-compile --disable-pip-version-check "$(TORCH)" || { \
 	  echo "No $(TORCH) for this Python in pip's indexes: taking the default build of torch, which on Linux may bring"; \
 	  echo "gigabytes of CUDA. To avoid that, stop here and point PIP_EXTRA_INDEX_URL at PyTorch's index of CPU wheels."; \
-	  $(RUN) -m pip install -q --disable-pip-version-check torch==2.13.0; }
-	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	  $(RUN) -m pip install -q --no-compile --disable-pip-version-check torch==2.13.0; }
+	$(RUN) -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e ".[test]"
 	@touch $@
 
 demo: setup

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.models.tiny import GEMMA, GPT_OSS, MIXTURE, make_model
+from tests.models.tiny import GEMMA, GPT_OSS, HYBRID, MIXTURE, make_model
 
 VOCAB = 300
 FAMILIES = {
@@ -34,13 +34,18 @@ MORE_FAMILIES = {
     "qwen3_moe": ("Qwen3Moe", MIXTURE | {"head_dim": 24, "norm_topk_prob": True, "mlp_only_layers": [1]}),
 }
 """Those that what is tested of every family is tested of in less breadth."""
+HYBRIDS = {
+    "qwen3_5_text": ("Qwen3_5Text", HYBRID),
+    "qwen3_next": ("Qwen3Next", HYBRID | MIXTURE | {"shared_expert_intermediate_size": 40}),
+}
+"""Those with recurrent layers: they run on one device, and share no prefixes."""
 FORMED = {"gemma3_text", "gpt_oss"}
 """Those of them whose attention is not plain: they run on one device, with full KV."""
 
 
 def save_tiny_model(family: str, folder: Path, **more: Any) -> Path:
     """A model folder without a tokenizer; contexts of 1,024 tokens, no end token; `more` options of its config."""
-    name, options = (FAMILIES | MORE_FAMILIES)[family]
+    name, options = (FAMILIES | MORE_FAMILIES | HYBRIDS)[family]
     shape = {"vocab_size": VOCAB, "max_position_embeddings": 1024, "eos_token_id": None}
     make_model(name, gain=2.0, **(options | shape | more)).save_pretrained(folder)
     return folder

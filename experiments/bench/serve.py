@@ -26,7 +26,7 @@ from experiments.errors import RunError, UsageError, one_line
 from experiments.records import content_hash
 from experiments.records.sources import own_policy
 from experiments.running.child import reason_of, run_child
-from experiments.running.models import find_model
+from experiments.running.models import LocalModel, find_model
 from experiments.serving.drive import Task
 from experiments.serving.server import NAME, RunningServer, command, free_port
 
@@ -41,22 +41,12 @@ def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> t
     Raises:
         UsageError: a load or the model can't be read, or an option is wrong.
     """
-    scenario = experiment.scenario
-    if scenario.repeats != 1:
-        raise UsageError(f"scenario.repeats={scenario.repeats}: must be 1: scenario.options.seconds=N measures longer")
-    model, default, device = find_model(experiment.model), vars(EngineOptions()), experiment.hardware.device
-    given = {name: value for name, value in vars(experiment.engine).items() if value != default[name]}
-    arms = read_served_arms(
-        scenario.loads,
-        model=str(model.path),
-        load_format=experiment.model.load_format,
-        has_tokenizer=model.has_tokenizer and experiment.model.load_format != "dummy",
-        given=given | {"device": device},
-        changes=scenario.options,
-        trace=scenario.path,
-        seed=experiment.seed,
-        backends=backends,
-    )
+    if experiment.scenario.repeats != 1:
+        raise UsageError(
+            f"scenario.repeats={experiment.scenario.repeats}: must be 1: scenario.options.seconds=N measures longer"
+        )
+    model = find_model(experiment.model)
+    arms = served_arms(experiment, model, backends)
     vocab_size = ModelShape.read(Path(model.path), "float32", "cpu").vocab_size
     threads = experiment.hardware.threads
 
@@ -87,6 +77,23 @@ def prepare(experiment: Experiment, backends: Mapping[str, BackendFactory]) -> t
     policies = {arm.options["policy"] for arm in arms if ":" in arm.options.get("policy", "")}
     own = {"policies": {name: own_policy(name) for name in policies}} if policies else {}
     return {"loads": content_hash([arm.plain() for arm in arms]), "model": model.files} | own, run
+
+
+def served_arms(experiment: Experiment, model: LocalModel, backends: Mapping[str, BackendFactory]) -> list[ServedArm]:
+    """Those of an experiment, in order. Raises UsageError as `read_served_arms`."""
+    default = vars(EngineOptions())
+    given = {name: value for name, value in vars(experiment.engine).items() if value != default[name]}
+    return read_served_arms(
+        experiment.scenario.loads,
+        model=str(model.path),
+        load_format=experiment.model.load_format,
+        has_tokenizer=model.has_tokenizer and experiment.model.load_format != "dummy",
+        given=given | {"device": experiment.hardware.device},
+        changes=experiment.scenario.options,
+        trace=experiment.scenario.path,
+        seed=experiment.seed,
+        backends=backends,
+    )
 
 
 def _rows(arm: ServedArm, before: list[dict], vocab_size: int, threads: int | None) -> Iterator[dict]:

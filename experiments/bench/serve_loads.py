@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from heapq import merge
+from itertools import groupby, takewhile
+from operator import attrgetter
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,6 +24,7 @@ from zipage import EngineConfig, SamplingParams
 LOADS = CONF / "serve_bench"
 BEGUN = 0.7
 """Part of the warm-up over which requests come that have begun."""
+DUE = attrgetter("due")
 LIMITS = ("ttft", "itl", "tpot", "e2e")
 NUMBERS = {"warmup": 0.0, "seconds": 0.1, "drain": 0.0, "patience": 0.1, "startup": 1.0}
 """Options in seconds, and the least of each."""
@@ -106,15 +110,18 @@ class ServedArm(AnyArm):
         return own | {"options": self.options | {"model": None}, "spec": spec, "requests": self.requests}
 
     def arriving(self, rate: float) -> list[Asked]:
-        """The requests that arrive at this rate until the end of the drain; the trace begins again where it ends."""
+        """The requests that arrive at this rate until the end of the drain, in order; the trace begins again where it
+        ends.
+        """
+        return list(self.coming(rate))
+
+    def coming(self, rate: float) -> Iterator[Asked]:
+        """As `arriving`, one after the other."""
         end = self.spec.warmup + self.spec.seconds + self.spec.drain
-        found: list[Asked] = []
-        begun = self._begun(rate)
-        for due, request in zip(self._times(rate), _endless(self.requests)):
-            if due > end:
-                return sorted(found + begun)
-            found.append(request._replace(due=due))
-        return found
+        timed = (request._replace(due=due) for due, request in zip(self._times(rate), _endless(self.requests)))
+        coming = merge(takewhile(lambda request: request.due <= end, timed), self._begun(rate), key=DUE)
+        for _, together in groupby(coming, DUE):
+            yield from sorted(together)
 
     def _begun(self, rate: float) -> list[Asked]:
         """Those that would be running when the first arrives, spread over most of the warm-up."""

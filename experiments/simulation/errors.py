@@ -11,6 +11,7 @@ from typing import Any
 from experiments.errors import one_line
 from experiments.records import PROVENANCE
 from experiments.reporting.markdown import markdown
+from experiments.simulation.aims import AIMS, figure, off, pair
 from experiments.simulation.arms import MeasuredArm, measured_arms, simulate_arm
 from experiments.simulation.machine import Machine, machine_names, read_machine
 
@@ -32,6 +33,7 @@ def compared(folder: Path, machine: Machine) -> Iterator[dict[str, Any]]:
             "record": measured.record if measured.record.startswith("engine_bench") else _name(folder),
             "load": measured.arm.load,
             "arm": measured.arm.name,
+            "gpus": measured.arm.options.get("tensor_parallel_size", 1),
             "machine": machine.name,
             "fitted": _is_fitted(machine, folder, measured),
         }
@@ -47,17 +49,11 @@ def _figures(measured: MeasuredArm, simulated: dict[str, Any]) -> dict[str, Any]
     theirs = dict(measured.row)
     if measured.arm.window_steps is None:
         theirs["steps"] = theirs["steps"] / measured.arm.repeats
-    figures: dict[str, Any] = {}
-    for name in RATIOS:
-        figures[name] = {"measured": theirs[name], "simulated": simulated[name]}
-        figures[name]["off"] = simulated[name] / theirs[name] - 1
-    low, high = min(theirs["repeats"]), max(theirs["repeats"])
-    figures["tokens_per_second"] |= {"lowest": low, "highest": high}
+    figures = {name: figure(theirs[name], simulated[name]) for name in RATIOS}
+    figures["tokens_per_second"] |= {"lowest": min(theirs["repeats"]), "highest": max(theirs["repeats"])}
     for name in ("p50", "p99"):
-        ours, real = simulated["step_ms"][name], theirs["step_ms"][name]
-        figures[f"step_ms.{name}"] = {"measured": real, "simulated": ours, "off": ours / real - 1}
-    for name in COUNTS:
-        figures[name] = {"measured": theirs.get(name), "simulated": simulated[name]}
+        figures[f"step_ms.{name}"] = figure(theirs["step_ms"][name], simulated["step_ms"][name])
+    figures |= {name: figure(theirs.get(name), simulated[name]) for name in COUNTS}
     return figures
 
 
@@ -73,7 +69,7 @@ def _name(folder: Path) -> str:
 
 
 def error_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows in Markdown, and a line on those that nothing was fitted to."""
+    """The rows in Markdown."""
     head = ["record", "arm", "fitted", "tokens/s", "simulated", "off", "steps off", "p50 off"]
     head += [f"{name}, measured / simulated" for name in COUNTS]
     cells = []
@@ -85,23 +81,26 @@ def error_table(rows: Sequence[dict[str, Any]]) -> str:
         speed = row["tokens_per_second"]
         texts = [f"{speed['measured']:,.0f}", f"{speed['simulated']:,.0f}", f"{speed['off']:+.1%}"]
         texts += [f"{row['steps']['off']:+.1%}", f"{row['step_ms.p50']['off']:+.1%}"]
-        texts += [_pair(row[name]) for name in COUNTS]
+        texts += [pair(row[name]) for name in COUNTS]
         cells.append(names + texts)
-    return markdown(head, cells) + "\n\n" + summary(rows)
+    return markdown(head, cells)
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """Of the arms that nothing was fitted to: the median and the largest error."""
-    predicted = [row for row in rows if row["refused"] is None and not row["fitted"]]
-    if not predicted:
-        return "no arm was predicted"
-    said = []
-    for name, title in (("tokens_per_second", "tokens/s"), ("steps", "steps")):
-        off = [abs(row[name]["off"]) for row in predicted]
-        said.append(f"{title} off by {statistics.median(off):.1%} in the median and {max(off):.1%} at most")
-    return f"{len(predicted)} arms that nothing was fitted to: {', '.join(said)}"
-
-
-def _pair(figure: dict[str, Any]) -> str:
-    real = figure["measured"]
-    return f"{'-' if real is None else f'{real:g}'} / {figure['simulated']:g}"
+def load_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each load and number of GPUs, in Markdown; of the arms that nothing was fitted to."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["refused"] is None and not row["fitted"]:
+            groups.setdefault((row["load"], row["gpus"]), []).append(row)
+    cells = []
+    for (load, gpus), group in sorted(groups.items()):
+        speeds = [row["tokens_per_second"]["off"] for row in group]
+        within = sum(abs(speed) <= AIMS["tokens_per_second"] for speed in speeds)
+        texts = [load, str(gpus), str(len(group)), f"{statistics.median(speeds):+.1%}"]
+        texts += [f"{min(speeds):+.1%} to {max(speeds):+.1%}", f"{within} of {len(group)}"]
+        for name in ("steps", "preemptions", "compressions"):
+            found = [value for row in group if (value := off(row[name])) is not None]
+            texts.append(f"{sum(value <= AIMS[name] for value in found)} of {len(found)}")
+        cells.append(texts)
+    head = ["load", "GPUs", "arms", "tokens/s off, median", "all", "within 3 %", "steps within 2 %"]
+    return markdown([*head, "preemptions", "compressions"], cells)

@@ -1,6 +1,6 @@
 """`python -m experiments.simulation.fit`: a machine's constants from committed records.
 
-Four stages, each with what the stage before has found:
+Six stages, each with what those before have found:
 
 1. Shares of a compression and of prefill attention, from the kernels' benchmark.
 2. Shares of products and attention and the constants of a layer, by least squares over a profile's parts of a step and
@@ -8,12 +8,15 @@ Four stages, each with what the stage before has found:
 3. What a sum over GPUs takes: the link's share from the gather in a profile of two ranks, the rest from an arm on two.
 4. What it takes to launch a layer kernel by kernel, from the slowest steps of an arm of small layers.
 5. What the host takes, from arms whose steps are so short that it shows, each simulated anew at every trial.
+6. What a request takes to its engine, from the median TTFT of a server. It needs the trace that was served.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,8 +28,10 @@ from scipy.optimize import least_squares, minimize
 from experiments.command_line import Parser, stoppable
 from experiments.errors import UsageError
 from experiments.paths import ROOT
+from experiments.records import ROWS
 from experiments.simulation.arms import MeasuredArm, SimulatedArm, measured_arms, simulate_arm
 from experiments.simulation.machine import Machine, read_machine
+from experiments.simulation.served import compared_rates
 from experiments.simulation.shape import SimulatedShape
 from experiments.simulation.step_model import LOGIT_BYTES, StepModel
 
@@ -160,6 +165,22 @@ def host_constants(machine: Machine, arms: Sequence[MeasuredArm], trials: int) -
     return changed(minimize(loss, begin, method="Nelder-Mead", options=options).x)
 
 
+def request_constant(machine: Machine, rows: Sequence[dict[str, Any]]) -> Machine:
+    """Stage 6: what the median TTFT lacks in the mean.
+
+    Args:
+        rows: as of `compared_rates`, on this machine. Rates that were broken off are left out: a queue decides there.
+
+    Raises:
+        UsageError: there is none.
+    """
+    medians = [row["ttft.p50"] for row in rows if not row["refused"] and not row["broken"]["measured"]]
+    if not medians:
+        raise UsageError("--served: no rate of Zipage's that was not broken off")
+    lacking = statistics.mean(median["measured"] - median["simulated"] for median in medians)
+    return replace(machine, request_seconds=max(0.0, machine.request_seconds + lacking))
+
+
 def as_yaml(machine: Machine, head: str) -> str:
     lines = [f"# {head}"]
     for name, value in asdict(machine).items():
@@ -202,22 +223,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="RECORD/ARM",
         help="an arm whose slowest steps the host launches kernel by kernel",
     )
+    served = RECORDS / "serve_trace_four_h100"
+    parser.add_argument("--served", type=Path, default=served, help="a folder of records of scenario=serve_bench")
+    parser.add_argument("--trace", metavar="FILE", help="of --served; without it no stage 6, and its constant is 0")
+    parser.add_argument(
+        "--only-served", action="store_true", help="stage 6 alone: all else stays as the machine has it"
+    )
     parser.add_argument("--trials", type=int, default=40, help="of the host's constants; 0 leaves them as they are")
     parser.add_argument("--out", type=Path, help="a file of conf/machine/; without, it is printed")
     options = parser.parse_args(arguments)
     try:
-        machine = kernel_shares(read_machine(options.machine), options.kernels)
-        arms = [arm for folder in options.device for arm in measured_arms(folder)]
-        machine = device_constants(machine, options.profile, arms)
-        machine = collective_constant(link_share(machine, options.link), _one_arm(options.ranks))
-        machine = launch_constant(machine, _one_arm(options.launch))
-        if options.trials:
-            machine = host_constants(machine, [_one_arm(name) for name in options.host], options.trials)
-        records = [options.kernels.name, options.profile.stem, *(folder.name for folder in options.device)]
-        records.append(options.link.stem)
-        others = [options.ranks, options.launch, *(options.host if options.trials else [])]
-        records += ["/".join(Path(name).parts[-2:]) for name in dict.fromkeys(others)]
-        machine = replace(machine, origin=f"published rates; constants fitted to {', '.join(records)}")
+        if options.only_served and options.trace is None:
+            raise UsageError("--only-served: needs --trace")
+        machine = read_machine(options.machine)
+        if not options.only_served:
+            machine = _of_engines(machine, options)
+        if options.trace is None:
+            machine = replace(machine, request_seconds=0.0)
+        else:
+            machine = _of_servers(machine, options.served, options.trace)
         text = as_yaml(machine, "Made by `python -m experiments.simulation.fit`, which says how.")
     except (UsageError, OSError, KeyError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -226,6 +250,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out:
         options.out.write_text(text, encoding="utf-8")
     return 0
+
+
+def _of_engines(machine: Machine, options: Namespace) -> Machine:
+    """Stages 1 to 5."""
+    machine = kernel_shares(machine, options.kernels)
+    arms = [arm for folder in options.device for arm in measured_arms(folder)]
+    machine = device_constants(machine, options.profile, arms)
+    machine = collective_constant(link_share(machine, options.link), _one_arm(options.ranks))
+    machine = launch_constant(machine, _one_arm(options.launch))
+    if options.trials:
+        machine = host_constants(machine, [_one_arm(name) for name in options.host], options.trials)
+    records = [options.kernels.name, options.profile.stem, *(folder.name for folder in options.device)]
+    records.append(options.link.stem)
+    others = [options.ranks, options.launch, *(options.host if options.trials else [])]
+    records += ["/".join(Path(name).parts[-2:]) for name in dict.fromkeys(others)]
+    return replace(machine, origin=f"published rates; constants fitted to {', '.join(records)}")
+
+
+def _of_servers(machine: Machine, served: Path, trace: str) -> Machine:
+    """Stage 6."""
+    folders = sorted(path.parent for path in served.rglob(ROWS))
+    machine = request_constant(machine, [row for folder in folders for row in compared_rates(folder, machine, trace)])
+    known = served.name in machine.origin.replace(",", " ").split()
+    return machine if known else replace(machine, origin=f"{machine.origin}, {served.name}")
 
 
 def _one_arm(name: str) -> MeasuredArm:

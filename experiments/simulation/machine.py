@@ -39,6 +39,8 @@ class Machine:
             a policy that reads queries.
         interpreter_share: of these, that the interpreter is kept from the next step.
         beside: how many times as long a compression takes beside a step.
+        request_seconds: from when a request is due at a server until its engine has it: HTTP, tokenizing and the
+            process in between. Only servers and fleets are charged it.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Machine:
     compression_score_seconds: float
     interpreter_share: float
     beside: float
+    request_seconds: float
     eager: bool = False
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from experiments.config.schema import Experiment
 from experiments.errors import RunError, UsageError, one_line
 from experiments.records import METRICS, read_config
 from experiments.reporting.markdown import markdown
+from experiments.simulation.aims import figure, pair
 from experiments.simulation.machine import Machine
 
 COUNTED = ("steps", "preemptions", "pauses", "compressions")
@@ -67,19 +68,16 @@ def compared_run(folder: Path, machine: Machine, name: str, trace: str | None) -
     except (RunError, UsageError) as error:
         return row | {"refused": one_line(error)}
     config = read_config(folder)
-    figures = {"tokens_per_second": _figure(measured, simulated, "output_tokens_per_second")}
-    figures |= {counted: _figure(measured, simulated, counted) for counted in COUNTED}
+    speed = "output_tokens_per_second"
+    figures = {"tokens_per_second": figure(measured[speed], simulated[speed])}
+    figures |= {counted: figure(measured.get(counted), simulated.get(counted)) for counted in COUNTED}
     for timed in TIMED:
         for share in ("p50", "p99"):
-            figures[f"{timed}.{share}"] = _figure(measured[timed], simulated[timed], share)
+            figures[f"{timed}.{share}"] = figure(measured[timed].get(share), simulated[timed].get(share))
     gpus = config["engine"]["tensor_parallel_size"]
     what = {"model": config["model"]["name"], "policy": config["policy"]["name"], "gpus": gpus}
+    what["kind"] = "steady runs" if config["scenario"]["arrival"] == "steady" else "whole runs"
     return row | {"refused": None} | what | figures
-
-
-def _figure(measured: dict[str, Any], simulated: dict[str, Any], name: str) -> dict[str, Any]:
-    real, ours = measured.get(name), simulated.get(name)
-    return {"measured": real, "simulated": ours, "off": ours / real - 1 if real and ours is not None else None}
 
 
 def run_table(rows: list[dict[str, Any]]) -> str:
@@ -97,7 +95,7 @@ def run_table(rows: list[dict[str, Any]]) -> str:
         speed = row["tokens_per_second"]
         texts = [row["record"].rpartition("-")[2][:8] + f" {row['model']}", row["policy"], str(row["gpus"])]
         texts += [f"{speed['measured']:,.0f}", _off(speed), _off(row["steps"])]
-        texts += [f"{row[name]['measured']} / {row[name]['simulated']}" for name in ("preemptions", "compressions")]
+        texts += [pair(row[name]) for name in ("preemptions", "compressions")]
         cells.append(texts + [_timed(row[name]) for name in shown])
     return markdown(head, cells)
 

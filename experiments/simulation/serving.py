@@ -1,6 +1,6 @@
 """Arms of `scenario=serve_bench`, simulated: an open loop of requests, timed token by token.
 
-What HTTP and the event loop take is not modelled.
+A request reaches the engine a constant after it is due, which stands for HTTP, tokenizing and the process in between.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def simulate_rate(arm: ServedArm, machine: Machine, rate: float) -> dict[str, An
     llm = started(arm.options, times_of(arm.options, machine))
     server = _Server(llm)
     try:
-        stopped = _open_loop(server, deque(arm.arriving(rate)), arm)
+        stopped = _open_loop(server, deque(arm.arriving(rate)), arm, machine.request_seconds)
         begin, end = spec.warmup, min(spec.warmup + spec.seconds, llm.clock())
         streams = [stream for stream in server.started if begin <= stream.due < spec.warmup + spec.seconds]
         if stopped == "broken" and not streams:  # in the warm-up
@@ -140,13 +140,17 @@ def simulate_rate(arm: ServedArm, machine: Machine, rate: float) -> dict[str, An
     return row | {"load": arm.load, "arm": arm.name, "gpus": arm.gpus, "slo": spec.slo, "blocks": stats.blocks_total}
 
 
-def _open_loop(server: _Server, waiting: deque[Asked], arm: ServedArm) -> str:
-    """Until the requests of the window are answered, the drain is over, or the rate is broken; which of the three."""
+def _open_loop(server: _Server, waiting: deque[Asked], arm: ServedArm, delay: float) -> str:
+    """Until the requests of the window are answered, the drain is over, or the rate is broken; which of the three.
+
+    Args:
+        delay: seconds from when a request is due until the engine has it.
+    """
     spec, clock = arm.spec, server.clock
     close, looked = spec.warmup + spec.seconds, 0.0
     while True:
         now = clock()
-        while waiting and waiting[0].due <= now:
+        while waiting and waiting[0].due + delay <= now:
             request = waiting.popleft()
             server.send(request, request.due)
         if now - looked >= TICK:
@@ -162,7 +166,7 @@ def _open_loop(server: _Server, waiting: deque[Asked], arm: ServedArm) -> str:
         if server.llm.has_unfinished_requests():
             server.step()
         elif waiting:
-            clock.sleep(waiting[0].due - now)
+            clock.wait_until(waiting[0].due + delay)
         else:
             return "done"
 

@@ -105,13 +105,13 @@ class Recorder:
     def watch(self, forward):
         """`Decoder.forward`, its hidden states recorded."""
 
-        def watched(decoder, token_ids, positions, attention, observe=None):
+        def watched(decoder, token_ids, positions, attention, observe=None, recurrence=None):
             def both(layer, hidden):
                 self.hidden.setdefault(layer, []).append(hidden.double().cpu())
                 if observe is not None:
                     observe(layer, hidden)
 
-            return forward(decoder, token_ids, positions, attention, both)
+            return forward(decoder, token_ids, positions, attention, both, recurrence)
 
         return watched
 
@@ -123,7 +123,7 @@ class Recorder:
         )
         arrays = {"keys": keys.transpose(1, 2), "values": values.transpose(1, 2), "queries": queries, "hidden": hidden}
         heads, group, dim = keys.shape[2], queries.shape[2] // keys.shape[2], keys.shape[3]
-        weights = torch.stack([layer.output_weight for layer in llm._core.runner.decoder.layers]).double().cpu()
+        weights = torch.stack([layer.output_weight for layer in llm._core.runner.decoder.attending]).double().cpu()
         arrays["output"] = weights.mT.unflatten(1, (heads, group, dim))
         return {name: array.numpy() for name, array in arrays.items()}
 

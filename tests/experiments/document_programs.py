@@ -5,6 +5,8 @@ from pathlib import Path
 
 from experiments.paths import ROOT
 
+SHORTENED = ("warmup=", "seconds=", "drain=", "begun=")
+
 
 def calibrate_a_little(given: list[str], request) -> None:
     """In full it takes minutes."""
@@ -29,13 +31,15 @@ def simulate(module: str, given: list[str], request) -> None:
     patch, folder = request.getfixturevalue("monkeypatch"), request.getfixturevalue("tmp_path")
     program = importlib.import_module(module)
     if module.endswith("fit"):
+        patch.setattr(program, "_of_servers", lambda machine, *_: machine)
         for stage in ("device_constants", "collective_constant", "launch_constant", "host_constants"):
             patch.setattr(program, stage, lambda machine, *_: machine)
     elif given[0] in ("serve", "fleet", "capacity"):
-        short = ("warmup=", "seconds=", "drain=")
-        given = [option for option in given if not option.startswith(short) and option != "--set"]
         given = ["examples/traffic.csv" if option == "FILE" else option for option in given]
-        given += ["--set", "warmup=1", "seconds=2", "drain=1", "begun=null"]
+        at = given.index("--set") if "--set" in given else len(given)
+        end = next((place for place in range(at + 1, len(given)) if given[place].startswith("--")), len(given))
+        changed = [option for option in given[at + 1 : end] if not option.startswith(SHORTENED)]
+        given = given[:at] + given[end:] + ["--set", *changed, "warmup=1", "seconds=2", "drain=1", "begun=null"]
     elif given[0] == "paper":
         rates = dict.fromkeys(("full KV", "zipage"), 1.0)
         patch.setattr(program.paper, "pairs", lambda folders: {"a model": {}})

@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.causal_conv import causal_conv_reference
+from kernels.gated_delta import gated_delta_reference
 from kernels.paged_prefill import attend_reference
 from zipage.models.decoder import Decoder
+from zipage.models.delta_net import Recurrence
 
 
 def dense_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -29,3 +33,20 @@ def dense_attention_of(decoder: Decoder) -> Callable[[int, Tensor, Tensor, Tenso
         return out
 
     return attend
+
+
+def dense_recurrence_of(decoder: Decoder) -> Recurrence | None:
+    """The same for recurrent layers, of a text from its beginning."""
+    net = decoder.spec.recurrent
+    if net is None:
+        return None
+
+    def recur(layer: int, x: Tensor, decay: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
+        x, _ = causal_conv_reference(x[None], torch.zeros(1, *net.conv_shape, dtype=x.dtype), weight)
+        q, k, v = x.split([net.keys, net.keys, net.values], dim=-1)
+        q, k = (heads.unflatten(-1, (net.num_key_heads, net.key_dim)) for heads in (q, k))
+        v = v.unflatten(-1, (net.num_value_heads, net.value_dim))
+        state = torch.zeros(1, *net.state_shape)
+        return gated_delta_reference(q, k, v, decay[None], beta[None], state)[0][0].contiguous()
+
+    return recur

@@ -3,8 +3,19 @@
 import pytest
 import torch
 
-from tests.models.dense import dense_attention, dense_attention_of
-from tests.models.tiny import GEMMA, GPT_OSS, LENGTH, MIXTURE, PHI, ROPE, make_model, reference_logits, token_ids
+from tests.models.dense import dense_attention, dense_attention_of, dense_recurrence_of
+from tests.models.tiny import (
+    GEMMA,
+    GPT_OSS,
+    HYBRID,
+    LENGTH,
+    MIXTURE,
+    PHI,
+    ROPE,
+    make_model,
+    reference_logits,
+    token_ids,
+)
 from zipage.models.loading.loader import load_model
 
 CASES = {
@@ -56,6 +67,33 @@ CASES = {
         "GptOss",
         GPT_OSS | {"rope_parameters": ROPE["default"], "tie_word_embeddings": True, "head_dim": 16},
     ),
+    "qwen3-next": ("Qwen3Next", HYBRID | MIXTURE | {"shared_expert_intermediate_size": 40, "num_hidden_layers": 4}),
+    "qwen3-next-dense-biased": ("Qwen3Next", HYBRID | {"num_experts": 0, "attention_bias": True}),
+    "qwen3-next-some-layers": (
+        "Qwen3Next",
+        HYBRID
+        | MIXTURE
+        | {
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+            "mlp_only_layers": [1],
+            "shared_expert_intermediate_size": 20,
+            "linear_conv_kernel_dim": 2,
+            "partial_rotary_factor": 1.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3-next-attention-alone": ("Qwen3Next", HYBRID | {"full_attention_interval": 1, "num_experts": 0}),
+    "qwen3.5": ("Qwen3_5Text", HYBRID | {"num_hidden_layers": 4, "tie_word_embeddings": True}),
+    "qwen3.5-of-images": (
+        "Qwen3_5Text",
+        HYBRID
+        | {
+            "head_dim": 32,
+            "linear_num_value_heads": 2,
+            "rope_parameters": ROPE["default"]
+            | {"partial_rotary_factor": 0.5, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+        },
+    ),
     "qwen3-moe-window": ("Qwen3Moe", MIXTURE | {"use_sliding_window": True, "sliding_window": LENGTH}),
 }
 
@@ -72,7 +110,7 @@ def test_logits_equal_transformers(case, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     ids = token_ids()
     decoder = load_model(str(tmp_path), device="cpu").decoder
-    hidden = decoder(ids, torch.arange(LENGTH), dense_attention_of(decoder))
+    hidden = decoder(ids, torch.arange(LENGTH), dense_attention_of(decoder), recurrence=dense_recurrence_of(decoder))
     assert hidden.shape == (LENGTH, 64)
     assert max_error(decoder.logits(hidden), reference_logits(reference, ids)) < 1e-5
 

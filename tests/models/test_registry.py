@@ -34,6 +34,8 @@ def test_these_families_and_no_other():
         "qwen3_moe",
         "gemma3_text",
         "gpt_oss",
+        "qwen3_next",
+        "qwen3_5_text",
     ]
     assert all(name == family.name for name, family in registry.FAMILIES.items())
 

@@ -11,7 +11,6 @@ from transformers import (
     MambaConfig,
     Qwen2Config,
     Qwen3Config,
-    Qwen3NextConfig,
 )
 
 from tests.models.tiny import COMMON, PHI, ROPE
@@ -20,6 +19,8 @@ from zipage.models.families.gpt_oss import GPT_OSS
 from zipage.models.loading.hf_config import hf_config, read_spec, spec_from_config
 from zipage.models.quantization import Quantization
 from zipage.models.spec import ModelSpec
+
+EVERY_OTHER = {"full_attention_interval": 2}
 
 
 def spec_of(model_type: str, **options) -> ModelSpec:
@@ -148,6 +149,24 @@ def test_windows_that_reach_no_layer_are_no_windows():
     assert spec_of("qwen2", use_sliding_window=True, max_window_layers=3).num_layers == 3
 
 
+def test_layers_of_a_hybrid():
+    """As Qwen3-Next's config says it, of the old form."""
+    spec = spec_of("qwen3_next", num_hidden_layers=8, head_dim=64, partial_rotary_factor=0.5, rope_theta=1e7)
+    assert spec.recurrent.layers == (0, 1, 2, 4, 5, 6)
+    assert (spec.num_layers, spec.depth) == (2, 8)
+    assert all(layer.output_gate for layer in spec.attention)
+    assert len(spec.inv_freq) == 16
+    assert spec.experts.shared_width == 512
+    assert spec.experts_of(7) is spec.experts
+    types = (["linear_attention"] * 3 + ["full_attention"]) * 2
+    rope = ROPE["default"] | {"partial_rotary_factor": 0.5, "rope_theta": 1e7}
+    same = spec_of("qwen3_next", num_hidden_layers=8, layer_types=types, head_dim=64, rope_parameters=rope)
+    assert spec == same
+    plain = spec_of("qwen3_5_text", full_attention_interval=1)
+    assert (plain.recurrent, plain.depth, plain.attention[0].output_gate) == (None, 3, True)
+    assert spec.token_operations > spec_of("qwen3_next", num_hidden_layers=4, head_dim=64).token_operations
+
+
 @pytest.mark.parametrize(
     ("model_type", "options", "message"),
     [
@@ -201,6 +220,16 @@ def test_windows_that_reach_no_layer_are_no_windows():
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
             "rope_scaling: type='linear' must be named rope_type",
         ),
+        ("qwen3_5", {}, "architecture 'qwen3_5' is not supported: it reads images; 'qwen3_5_text' is supported"),
+        ("qwen3_next", {"mlp_bias": True}, "mlp_bias=True is not supported with qwen3_next"),
+        ("qwen3_next", {"layer_types": ["linear_attention"] * 3}, "layer_types has no full_attention"),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 4}, "layer_types"),
+        ("qwen3_next", {"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+        ("qwen3_next", {"full_attention_interval": 0}, "full_attention_interval=0: must be an integer above 0"),
+        ("qwen3_next", {**EVERY_OTHER, "linear_num_value_heads": 9}, "linear_num_value_heads=9 is not a multiple of"),
+        ("qwen3_next", {**EVERY_OTHER, "linear_conv_kernel_dim": 0}, "taps=0: must be an integer, at least 1"),
+        ("qwen3_next", {**EVERY_OTHER, "num_experts_per_tok": 600}, "num_active=600: there are 512 experts"),
+        ("qwen3_5_text", {**EVERY_OTHER, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
         ("gpt_oss", {"num_experts_per_tok": 5, "num_local_experts": 4}, "num_active=5: there are 4 experts"),
         ("gpt_oss", {"swiglu_limit": 0.0}, "swiglu_limit=0.0: must be a finite number above 0"),
         ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
@@ -226,7 +255,6 @@ def test_what_is_not_supported_is_said(model_type, options, message):
         ("deepseek_v3", DeepseekV3Config, "multi-head latent attention"),
         ("kimi_k2", DeepseekV3Config, "multi-head latent attention"),
         ("mamba", MambaConfig, "recurrent layers"),
-        ("qwen3_next", Qwen3NextConfig, "recurrent layers"),
     ],
 )
 def test_architectures_that_can_not_be_say_why(tmp_path, model_type, config, why):

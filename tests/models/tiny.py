@@ -54,6 +54,16 @@ GPT_OSS = {
     },
 }
 
+HYBRID = {
+    "full_attention_interval": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+"""Recurrent layers and layers that attend take turns; 4 of 16 dimensions of a head rotate."""
+
 MIXTURE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 COMMON = {
@@ -77,8 +87,11 @@ def make_model(family: str, seed: int = 0, gain: float = 1.0, **options: Any) ->
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("A_log"):
+                parameter.copy_(noise - 3)  # a state that lasts
+                continue
             parameter.copy_(gain * noise * parameter.shape[-1] ** -0.5 if parameter.dim() >= 2 else 1 + 0.3 * noise)
     return model
 

@@ -213,6 +213,28 @@ def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case, new_pr
         torch.testing.assert_close(x, once, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+def test_decodes_of_a_hybrid_run_in_graphs_and_its_prompts_do_not(tmp_path):
+    """Rows of nobody have a state too, which is finite."""
+    model = save_tiny_model("qwen3_next", tmp_path, num_hidden_layers=4)
+    prompts = random_prompts([5, 20, 1, 33, 60, 7], VOCAB)
+
+    def served(in_graphs: bool) -> tuple[list[list[int]], list[tuple[int, bool]]]:
+        llm = make_llm(model, None, max_num_seqs=3, num_blocks=10, max_num_batched_tokens=24)
+        steps = run_in_graphs(llm) if in_graphs else []
+        tokens = tokens_of(llm.generate(prompts, greedy(40), use_tqdm=False))
+        assert llm.stats.preemptions > 0
+        if in_graphs:
+            assert llm._core.runner.recurrent.state[:, 3].abs().sum().isfinite()
+            assert len(steps) < llm.stats.steps
+        return tokens, steps
+
+    expected, _ = served(False)
+    tokens, steps = served(True)
+    assert tokens == expected
+    assert len(steps) > 40
+    assert all(count <= 3 and not prompts for count, prompts in steps)
+
+
 @pytest.mark.parametrize(
     ("case", "options", "graphs"),
     [

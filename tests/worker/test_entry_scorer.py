@@ -73,9 +73,9 @@ def test_nothing_is_kept_and_nothing_runs_where_no_policy_predicts(folder, monke
     observers = []
     forward = Decoder.forward
 
-    def watched(self, token_ids, positions, attention, observe=None):
+    def watched(self, token_ids, positions, attention, observe=None, *more):
         observers.append(observe)
-        return forward(self, token_ids, positions, attention, observe)
+        return forward(self, token_ids, positions, attention, observe, *more)
 
     monkeypatch.setattr(Decoder, "forward", watched)
     sizes = {}

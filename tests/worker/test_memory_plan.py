@@ -11,13 +11,25 @@ from tests.tiny_models import save_tiny_model
 from zipage.config import EngineConfig
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
+from zipage.models.delta_net_spec import DeltaNetSpec
 from zipage.worker.kv_cache import KVCache
-from zipage.worker.memory_plan import MemoryPlan, block_bytes, plan_memory, query_slot_bytes
+from zipage.worker.memory_plan import MemoryPlan, block_bytes, check_states_fit, plan_memory, query_slot_bytes
+from zipage.worker.recurrent_states import RecurrentStates
 from zipage.worker.worker import DeviceMemory
 
 MIB, GIB = 2**20, 2**30
-QWEN3_8B = SimpleNamespace(num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128)
-TINY = SimpleNamespace(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+QWEN3_8B = SimpleNamespace(num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, recurrent=None)
+TINY = SimpleNamespace(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, recurrent=None)
+QWEN3_NEXT = SimpleNamespace(
+    num_layers=12,
+    num_heads=16,
+    num_kv_heads=2,
+    head_dim=256,
+    recurrent=DeltaNetSpec(
+        layers=tuple(i for i in range(48) if i % 4 < 3), num_key_heads=16, num_value_heads=32, key_dim=128,
+        value_dim=128, taps=4, grouped=True,
+    ),
+)  # fmt: skip
 BUDGET = Budget.from_tokens(2048, 256)
 MAX_MODEL_LEN = 40960
 
@@ -100,6 +112,26 @@ def test_no_room_says_what_would_make_some():
         plan(free=-5)
     with pytest.raises(ValueError, match="no room for a KV block"):
         plan("full", free=35 * MIB)
+
+
+@pytest.mark.parametrize("policy", ["full", "zipage"])
+def test_recurrent_states_are_told_and_blocks_are_those_of_layers_that_attend(policy):
+    """By hand: 36 layers, each 32 * 128 * 128 numbers of four bytes, and 3 inputs of 8,192 channels of two."""
+    it = plan(policy, spec=QWEN3_NEXT, num_blocks=100, max_num_seqs=8)
+    row = 36 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
+    assert it.state_bytes == 9 * row
+    entry = 2 * 256 * 2 + (8 if policy == "zipage" else 0)
+    assert it.block_bytes == 12 * 2 * 256 * entry
+    assert f"recurrent states {9 * row / GIB:.2f} GiB" in str(it)
+    states = RecurrentStates(QWEN3_NEXT.recurrent, 8, torch.bfloat16, torch.device("meta"))
+    assert states.nbytes == it.state_bytes
+    check_states_fit(QWEN3_NEXT, torch.bfloat16, 8, 9 * row + 1)
+    with pytest.raises(
+        ValueError, match=r"max_num_seqs=8: recurrent states of 0\.65 GiB exceed .*: lower max_num_seqs"
+    ):
+        check_states_fit(QWEN3_NEXT, torch.bfloat16, 8, 9 * row)
+    assert plan(policy).state_bytes == 0
+    check_states_fit(QWEN3_8B, torch.bfloat16, 8, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from zipage.models.delta_net_spec import DeltaNetSpec
 from zipage.tile_table import TileTable
 from zipage.worker import swap
 from zipage.worker.kv_cache import NOWHERE, KVCache
+from zipage.worker.recurrent_states import RecurrentStates
 from zipage.worker.swap import Swapper
 
 SPEC = SimpleNamespace(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8)
@@ -38,6 +40,29 @@ def fill(cache: KVCache, blocks: list[int], query_slot: int | None = None) -> No
 def bits(x: torch.Tensor) -> torch.Tensor:
     """A copy whose NaNs compare."""
     return x.contiguous().view(torch.int16 if x.element_size() == 2 else torch.int32).clone()
+
+
+@on_every_device
+def test_recurrent_states_come_back_in_another_row(device):
+    net = DeltaNetSpec(layers=(0, 2), num_key_heads=1, num_value_heads=2, key_dim=4, value_dim=3, taps=3, grouped=False)
+    states = RecurrentStates(net, 4, torch.bfloat16, torch.device(device))
+    cache = make_cache(torch.bfloat16, device, recurrent=states)
+    fill(cache, [7])
+    for x in states.tensors:
+        x.copy_(torch.randn(x.shape))
+    saved = [bits(x[:, 1]) for x in states.tensors]
+    swapper = Swapper(cache, 1)
+    swapper.begin()
+    swapper.save(4, [7], -1, 1)
+    swapper.wait()
+    states.poison([1])  # by whoever gets the row
+    others = [bits(x[:, [0, 1, 2, 4]]) for x in states.tensors]
+    swapper.begin()
+    swapper.restore(4, [5], 0, -1, 3)
+    swapper.wait()
+    for x, row, rest in zip(states.tensors, saved, others, strict=True):
+        assert torch.equal(bits(x[:, 3]), row)
+        assert torch.equal(bits(x[:, [0, 1, 2, 4]]), rest)
 
 
 @on_every_device

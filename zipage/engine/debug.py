@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 
 from zipage.scheduling.batch import Batch
@@ -21,10 +22,12 @@ class DebugChecks:
         self._poisoned = set(scheduler.pool.unindexed_free_blocks())
         cache.poison(slice(None))
         cache.poison_queries(slice(None))
+        self._poison_rows(range(scheduler.max_num_seqs))
 
     def before(self, batch: Batch) -> None:
         """Poison what the requests of a step own but have not written. Blocks were moved as the step demands."""
         size = self._cache.block_size
+        self._poison_rows(chunk.request.row for chunk in batch.prefills if not chunk.request.num_computed)
         for request in chain(batch.decodes, (chunk.request for chunk in batch.prefills)):
             if request.query_slot >= 0 and request.queries_from == request.num_computed:
                 self._cache.poison_queries(request.query_slot)
@@ -48,3 +51,9 @@ class DebugChecks:
         for block in dead - self._poisoned:
             self._cache.poison(block)
         self._poisoned = dead
+        self._poison_rows({*range(self._scheduler.max_num_seqs)} - {r.row for r in self._scheduler.running})
+
+    def _poison_rows(self, rows: Iterable[int]) -> None:
+        """Those of recurrent layers, where there are any."""
+        if self._cache.recurrent is not None:
+            self._cache.recurrent.poison(rows)

@@ -82,7 +82,7 @@ def as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
         items = None
     if items is None:
         raise ValueError(f"prompts={shown(prompts)}: must be a text, a list of token ids, or a list of either")
-    return [items] if items and _is_token(items[0]) else items
+    return [items] if items and _is_token(type(items[0])) else items
 
 
 def as_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
@@ -105,8 +105,8 @@ def text_of(prompt: Prompt) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _is_token(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+def _is_token(kind: type) -> bool:
+    return issubclass(kind, (int, np.integer)) and not issubclass(kind, bool)
 
 
 class InputProcessor:
@@ -256,12 +256,12 @@ class InputProcessor:
                 raise ValueError("the prompt is text, but skip_tokenizer_init=True: give token ids")
             return self._encode(prompt)
         is_list = isinstance(prompt, (Sequence, np.ndarray)) and not isinstance(prompt, BYTES)
-        if not is_list or not all(_is_token(token) for token in prompt):
+        if not is_list or not all(map(_is_token, set(map(type, prompt)))):
             raise ValueError(f"a prompt is text or a list of token ids, not {shown(prompt)}")
-        bad = next((token for token in prompt if not 0 <= token < self._vocab_size), None)
-        if bad is not None:
+        if len(prompt) and not 0 <= min(prompt) <= max(prompt) < self._vocab_size:
+            bad = next(token for token in prompt if not 0 <= token < self._vocab_size)
             raise ValueError(f"token id {shown(bad)} is outside the vocabulary of {self._vocab_size}")
-        return [int(token) for token in prompt]
+        return list(map(int, prompt))
 
     def _encode(self, prompt: str, **options: Any) -> list[int]:
         try:

@@ -25,6 +25,11 @@ def check_model(config: EngineConfig, spec: ModelSpec) -> None:
             f"{name}: weighs what the output projection adds, and {spec.architecture} has a norm behind it: "
             "take another policy"
         )
+    if policy.output_norm and spec.attention[0].output_gate:
+        raise ValueError(
+            f"{name}: weighs what the output projection adds, and {spec.architecture} has a gate of each query before "
+            "it: take another policy"
+        )
     if spec.sliding_window:
         spec.full_layers()
         refuse_dropping(name, policy)

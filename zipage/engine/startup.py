@@ -107,12 +107,16 @@ def _build_core(config: EngineConfig) -> tuple[EngineCore, CoreSpec]:
 def _pool(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> BlockPool:
     if config.is_tiled:
         return TilePool(plan.num_blocks, config.block_size, spec.num_layers * spec.num_kv_heads)
-    return BlockPool(plan.num_blocks, config.block_size, config.enable_prefix_caching)
+    caches = config.enable_prefix_caching and spec.recurrent is None
+    if caches != config.enable_prefix_caching:
+        logger.warning("prefix caching is off: blocks don't hold what recurrent layers of %s keep", spec.architecture)
+    return BlockPool(plan.num_blocks, config.block_size, caches)
 
 
 def _swap_space(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> SwapSpace:
     operations = spec.token_operations, spec.pair_operations
-    costs = SwapCosts(plan.block_bytes, *(count // config.tensor_parallel_size for count in operations))
+    row_bytes = plan.state_bytes // (config.max_num_seqs + 1)
+    costs = SwapCosts(plan.block_bytes, *(count // config.tensor_parallel_size for count in operations), row_bytes)
     return SwapSpace(plan.num_host_slabs, plan.slab_blocks, costs)
 
 
@@ -148,6 +152,7 @@ def core_on(
         trigger=config.trigger,
         scheduling=config.scheduling,
         swap_space=_swap_space(plan, config, spec),
+        shares_prefixes=spec.recurrent is None,
     )
     core = core_type(
         scheduler,

@@ -120,9 +120,9 @@ class Telemetry:
         """The preemptions, pauses and resumptions of a batch."""
         for request, num_entries, num_blocks in batch.preempted:
             self._tell("preempt", request, (num_entries, 0), (num_blocks, 0))
-        for request, block_ids, _, _ in batch.paused:
+        for request, block_ids, *_ in batch.paused:
             self._tell("pause", request, (request.cache_len, request.cache_len), (len(block_ids), 0))
-        for request, block_ids, _, _ in batch.resumed:
+        for request, block_ids, *_ in batch.resumed:
             self._tell("resume", request, (request.cache_len, request.cache_len), (0, len(block_ids)))
 
     def record_compression(self, done: Compressed, seconds: float, kept_positions: np.ndarray | None) -> None:

@@ -20,6 +20,8 @@ class AttentionSpec:
         window: latest entries that a query sees, its own included; None: all.
         soft_cap: c, where logits x become c * tanh(x / c); None: they stay.
         sinks: each head has a learned logit that takes a share of the softmax and adds nothing to the output.
+        output_gate: each head's output is multiplied by the sigmoid of a gate, whose rows in the query's projection
+            follow the head's.
 
     Raises:
         ValueError: a value is out of range; the message names the field.
@@ -32,6 +34,7 @@ class AttentionSpec:
     window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
+    output_gate: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_dim"):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,11 @@ from kernels.add_rms_norm import add_rms_norm
 from kernels.attention_form import AttentionForm
 from kernels.linear import linear
 from kernels.qk_norm_rope import qk_norm_rope
-from zipage.models.biased_sparse_mlp import BiasedSparseMLP
-from zipage.models.mlp import GatedMLP, new_parameter, prefixed, row_pieces, row_views
+from zipage.models.delta_net import Recurrence, RecurrentLayer
+from zipage.models.layer_mlp import new_mlp
+from zipage.models.mlp import new_parameter, prefixed, row_pieces, row_views
 from zipage.models.rotary import RotaryEmbedding
 from zipage.models.shard import WHOLE, Piece, Shard
-from zipage.models.sparse_mlp import SparseMLP
 from zipage.models.spec import ModelSpec
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -30,24 +30,31 @@ class DecoderLayer(nn.Module):
     """Pre-norm block: attention, then an MLP.
 
     q, k, v are rows of one weight, in this order. RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467.
+
+    Args:
+        index: of the layer in the model.
+        place: among the layers that attend.
     """
 
-    def __init__(self, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device, shard: Shard) -> None:
+    def __init__(
+        self, spec: ModelSpec, index: int, place: int, dtype: torch.dtype, device: torch.device, shard: Shard
+    ) -> None:
         super().__init__()
-        whole = spec.attention[index]
+        whole = spec.attention[place]
         heads = shard.attention(whole)
         self.index = index
+        self.place = place
         self.shard = shard
         self.num_heads = heads.num_heads
         self.num_kv_heads = heads.num_kv_heads
+        self.output_gate = heads.output_gate
         self.eps = spec.rms_norm_eps
         self.norm_offset = spec.norm_offset
         self.qkv = shard.head_pieces(whole)
         self.output, self.own_columns = shard.output_columns(whole)
         self._qkv_names = ("qkv_proj",) if spec.fused_weights else ("q_proj", "k_proj", "v_proj")
         qkv_width = sum(piece.count for piece in self.qkv)
-        options = {"dtype": dtype, "device": device}
-        parameter = partial(new_parameter, **options)
+        parameter = partial(new_parameter, dtype=dtype, device=device)
         self.input_norm = parameter(spec.width)
         self.qkv_weight = parameter(qkv_width, spec.width)
         self.qkv_bias = parameter(qkv_width) if spec.qkv_bias else None
@@ -60,16 +67,7 @@ class DecoderLayer(nn.Module):
         self.attention_output_norm = parameter(spec.width) if spec.output_norms else None
         self.mlp_output_norm = parameter(spec.width) if spec.output_norms else None
         self.mlp_norm = parameter(spec.width)
-        self.mlp = self._new_mlp(spec, shard, options)
-
-    def _new_mlp(self, spec: ModelSpec, shard: Shard, options: dict[str, Any]) -> nn.Module:
-        experts = spec.experts_of(self.index)
-        if experts is None:
-            flags = {"bias": spec.mlp_bias, "fused": spec.fused_weights, "activation": spec.activation}
-            return GatedMLP(spec.width, spec.mlp_width, **flags, shard=shard, **options)
-        if experts.swiglu is None:
-            return SparseMLP(spec.width, experts, shard=shard, **options)
-        return BiasedSparseMLP(spec.width, experts, **options)
+        self.mlp = new_mlp(spec, index, dtype, device, shard)
 
     def forward(
         self,
@@ -93,15 +91,25 @@ class DecoderLayer(nn.Module):
         """
         normed = self.shard.add_rms_norm(hidden, delta, 1, self.input_norm, self.eps, self.norm_offset)
         if observe is not None:
-            observe(self.index, normed)
+            observe(self.place, normed)
         qkv = linear(normed, self.qkv_weight, self.qkv_bias)
-        heads = self.num_heads, self.num_kv_heads
+        heads, gate = (self.num_heads, self.num_kv_heads), None
+        if self.output_gate:
+            qkv, gate = self._without_gate(qkv)
         q, k, v = qk_norm_rope(qkv, self.q_norm, self.k_norm, self.eps, cos, sin, *heads, self.norm_offset)
-        attended = attention(self.index, q, k, v).reshape(hidden.shape[0], -1)[:, self.own_columns]
+        attended = attention(self.place, q, k, v).reshape(hidden.shape[0], -1)[:, self.own_columns]
+        if gate is not None:
+            attended = attended * gate.sigmoid()
         delta = self.shard.row_parallel(attended, self.output_weight, self.output_bias, 0)
         delta = self._output_norm(delta, self.attention_output_norm)
         normed = self.shard.add_rms_norm(hidden, delta, 0, self.mlp_norm, self.eps, self.norm_offset)
         return self._output_norm(self.mlp(normed), self.mlp_output_norm)
+
+    def _without_gate(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, (Hq + 2 H) * d] of a product whose rows have a gate behind each query, and the gates [T, Hq * d]."""
+        both, kv = qkv.split([self.qkv[0].count, 2 * self.qkv[1].count], dim=1)
+        q, gate = both.unflatten(1, (self.num_heads, 2, -1)).unbind(2)
+        return torch.cat((q.flatten(1), kv), dim=1), gate.flatten(1)
 
     def _output_norm(self, delta: Tensor, weight: Tensor | None) -> Tensor:
         return delta if weight is None else add_rms_norm(delta, None, weight, self.eps, self.norm_offset)
@@ -155,7 +163,8 @@ class Decoder(nn.Module):
 
     Attributes:
         spec: with the heads that are computed here.
-        forms: of each layer's attention, which `forward` leaves to its caller.
+        attending: the layers that attend, in their order.
+        forms: of their attention, which `forward` leaves to its caller.
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, shard: Shard = WHOLE) -> None:
@@ -164,7 +173,7 @@ class Decoder(nn.Module):
         self.shard = shard
         self.vocab = shard.piece(0, spec.vocab_size)
         self.embedding = new_parameter(self.vocab.count, spec.width, dtype=dtype, device=device)
-        self.layers = nn.ModuleList(DecoderLayer(spec, index, dtype, device, shard) for index in range(spec.num_layers))
+        self.layers = nn.ModuleList(self._layers(spec, dtype, device))
         self.norm = new_parameter(spec.width, dtype=dtype, device=device)
         self.lm_head = (
             self.embedding
@@ -175,8 +184,19 @@ class Decoder(nn.Module):
         self.local_rotary = None
         if spec.local_inv_freq is not None:
             self.local_rotary = RotaryEmbedding(torch.tensor(spec.local_inv_freq, device=device), 1.0)
-        self.forms = tuple(layer.form for layer in self.layers)
+        self.forms = tuple(layer.form for layer in self.attending)
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype).item()
+
+    def _layers(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Iterator[nn.Module]:
+        recurrent = () if spec.recurrent is None else spec.recurrent.layers
+        numbers = count(), count()
+        for index in range(spec.depth):
+            kind = RecurrentLayer if index in recurrent else DecoderLayer
+            yield kind(spec, index, next(numbers[kind is RecurrentLayer]), dtype, device, self.shard)
+
+    @property
+    def attending(self) -> list[DecoderLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -199,18 +219,26 @@ class Decoder(nn.Module):
         return RotaryEmbedding(inv_freq, self.spec.rope_attention_factor)
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, attention: Attention, observe: Observe | None = None
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        observe: Observe | None = None,
+        recurrence: Recurrence | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             token_ids: int64 [T], of any number of requests.
             positions: int64 [T], each token's place in its request.
-            attention: called once a layer, in order, with the layer's index, q [T, Hq, d], and k and v [T, H, d]
-                after rotary; returns [T, Hq, d]. q, k and v are views: the last two axes are contiguous, the step
-                from token to token is not `heads * d`.
-            observe: called once a layer, before its attention, with the layer's index and [T, width], what q, k and v
+            attention: called once a layer that attends, in order, with its place among them, q [T, Hq, d], and k and v
+                [T, H, d] after rotary; returns [T, Hq, d]. q, k and v are views: the last two axes are contiguous, the
+                step from token to token is not `heads * d`.
+            observe: called once a layer, before its attention, with the same place and [T, width], what q, k and v
                 are projections of; it changes nothing.
+            recurrence: called once a recurrent layer, in order, with its place among them, queries, keys and values
+                [T, channels], decay and beta float32 [T, Hv], and its convolution's weight [channels, K]; returns
+                float32 [T, Hv, dv], contiguous, what `recur` gives of each request's tokens.
 
         Returns:
             [T, width] in the model's dtype.
@@ -222,6 +250,9 @@ class Decoder(nn.Module):
         local_angles = angles if self.local_rotary is None else self.local_rotary(positions)
         delta = None
         for layer in self.layers:
+            if isinstance(layer, RecurrentLayer):
+                delta = layer(hidden, delta, recurrence)
+                continue
             cos, sin = angles if layer.form.window is None else local_angles
             delta = layer(hidden, delta, cos, sin, attention, observe)
         return self.shard.add_rms_norm(hidden, delta, 1, self.norm, self.spec.rms_norm_eps, self.spec.norm_offset)

@@ -81,6 +81,7 @@ class Family:
         sparse: layers may have experts.
         attention: the config, and full attention as the config's sizes have it -> attention of each layer.
         decoder: of its models.
+        unread: how names of tensors begin that no part of a decoder is made of (heads that predict several tokens).
         gguf: GGUF files of its models can be read.
         gguf_rotary_pairs: llama.cpp's converter stores rows of q and k in rotary pairs, (i, i + head_dim / 2) side by
             side.
@@ -101,6 +102,7 @@ class Family:
     sparse: bool = False
     attention: Callable[[PretrainedConfig, AttentionSpec], tuple[AttentionSpec, ...]] = same_in_every_layer
     decoder: type[Decoder] = Decoder
+    unread: tuple[str, ...] = ()
     gguf: bool = True
     gguf_rotary_pairs: bool = False
     gguf_fields: Mapping[str, Any] = field(default_factory=dict)

@@ -13,7 +13,7 @@ LARGEST = 2**31 - 1
 LARGEST_HEAD = 2**16
 LARGEST_DEPTH = 2**16
 MOST_EXPERTS = 2**12
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 """Types of layers, in `layer_types`."""
 
 
@@ -86,12 +86,18 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dtype": _TEXT,
     "eos_token_id": (is_ids, "an integer or a list of integers"),
     "final_logit_softcapping": _NUMBER,
+    "full_attention_interval": (lambda value: _is_positive(value) and is_integer(value), "an integer above 0"),
     "head_dim": _at_most(LARGEST_HEAD),
     "hidden_act": _TEXT,
     "hidden_activation": _TEXT,
     "hidden_size": _at_most(LARGEST),
     "intermediate_size": _at_most(LARGEST),
     "layer_types": _TEXTS,
+    "linear_conv_kernel_dim": _at_most(LARGEST_HEAD),
+    "linear_key_head_dim": _at_most(LARGEST_HEAD),
+    "linear_num_key_heads": _at_most(LARGEST),
+    "linear_num_value_heads": _at_most(LARGEST),
+    "linear_value_head_dim": _at_most(LARGEST_HEAD),
     "max_position_embeddings": _at_most(LARGEST),
     "max_window_layers": _at_most(LARGEST),
     "mlp_bias": _FLAG,

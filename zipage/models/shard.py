@@ -118,7 +118,7 @@ class Shard:
         if size > 1:
             option = f"tensor_parallel_size={size}"
             refuse_forms(spec.attention, option, "use one device")
-            if spec.output_norms or spec.norm_offset:
+            if spec.output_norms or spec.norm_offset or spec.recurrent is not None:
                 raise ValueError(f"{option}: {spec.architecture} is not spread over ranks: use one device")
         if heads % size or (kv_heads % size and size % kv_heads):
             fits = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
@@ -160,7 +160,9 @@ class Shard:
         own, dim = self.kv_heads(whole.num_kv_heads), whole.head_dim
         group = whole.num_heads // whole.num_kv_heads
         kv = Piece(0, own.start * dim, len(own) * dim, whole.num_kv_heads * dim)
-        return Piece(0, kv.first * group, kv.count * group, whole.num_heads * dim), kv, kv
+        rows = 2 if whole.output_gate else 1  # a head's query, and its gate
+        q = Piece(0, kv.first * group * rows, kv.count * group * rows, whole.num_heads * dim * rows)
+        return q, kv, kv
 
     def output_columns(self, whole: AttentionSpec) -> tuple[Piece, slice]:
         """Columns of the output projection, and where among the rank's attention outputs they lie."""

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from zipage.models.attention import AttentionSpec
+from zipage.models.delta_net_spec import DeltaNetSpec
 from zipage.models.expert_spec import ExpertSpec
 from zipage.models.fields import check_size, is_number, shown
 from zipage.models.quantization import Quantization
@@ -22,7 +23,9 @@ class ModelSpec:
         architecture: name of its family in the registry.
         vocab_size: rows of the embedding.
         width: of the residual stream.
-        attention: of each layer. All layers have the same heads, since one tensor holds the keys of all.
+        attention: of each layer that attends, all but the recurrent ones. All have the same heads, since one tensor
+            holds the keys of all.
+        recurrent: which other layers there are, and what they compute; None: all layers attend.
         mlp_width: inner width of the gated MLP of layers without experts.
         experts: of the other layers; None: there are none.
         rms_norm_eps: epsilon of every RMSNorm.
@@ -55,6 +58,7 @@ class ModelSpec:
     width: int
     attention: tuple[AttentionSpec, ...]
     mlp_width: int
+    recurrent: DeltaNetSpec | None = None
     experts: ExpertSpec | None = None
     rms_norm_eps: float
     norm_offset: float = 0.0
@@ -115,6 +119,11 @@ class ModelSpec:
                 f"policy={who}: needs one set of rotary frequencies, and LongRoPE has two: take another policy"
             )
 
+    def refuse_hybrids(self, option: str, remedy: str) -> None:
+        """Raise a ValueError that names an option that takes neither recurrent layers nor output gates."""
+        if self.recurrent is not None or self.attention[0].output_gate:
+            raise ValueError(f"{option}: {self.architecture} is not supported: {remedy}")
+
     def experts_of(self, layer: int) -> ExpertSpec | None:
         """None: the layer has a plain MLP."""
         return None if self.experts is None or layer in self.experts.dense_layers else self.experts
@@ -125,18 +134,21 @@ class ModelSpec:
         if experts is None:
             return {"the MLP's": self.mlp_width}
         widths = {"the MLP's": self.mlp_width} if experts.dense_layers else {}
-        widths |= {"the experts'": experts.width} if len(experts.dense_layers) < self.num_layers else {}
+        widths |= {"the experts'": experts.width} if len(experts.dense_layers) < self.depth else {}
         return widths | ({"the shared expert's": experts.shared_width} if experts.shared_width else {})
 
     @property
     def token_operations(self) -> int:
         """Of the products of one token of a prompt, all layers; the head comes once a prompt, and isn't counted."""
         weights = 0
-        for layer in range(self.num_layers):
+        for layer in range(self.depth):
             experts = self.experts_of(layer)
             mlp = self.mlp_width if experts is None else experts.num_active * experts.width + experts.shared_width
-            heads = 2 * (self.num_heads + self.num_kv_heads)
-            weights += self.width * (heads * self.head_dim + 3 * mlp)
+            weights += self.width * 3 * mlp
+        heads = (3 if self.attention[0].output_gate else 2) * self.num_heads + 2 * self.num_kv_heads
+        weights += self.num_layers * self.width * heads * self.head_dim
+        if self.recurrent is not None:
+            weights += len(self.recurrent.layers) * self.recurrent.token_weights(self.width)
         return 2 * weights
 
     @property
@@ -166,7 +178,13 @@ class ModelSpec:
 
     @property
     def num_layers(self) -> int:
+        """Layers that attend: those of the cache."""
         return len(self.attention)
+
+    @property
+    def depth(self) -> int:
+        """All layers."""
+        return self.num_layers + (0 if self.recurrent is None else len(self.recurrent.layers))
 
     @property
     def num_heads(self) -> int:

@@ -140,6 +140,9 @@ class RankedLaunch:
 class RankedCache:
     """`KVCache` of all ranks, as far as debug checks use it."""
 
+    recurrent = None
+    """Models with recurrent layers are not spread."""
+
     def __init__(self, group: RankGroup, block_size: int) -> None:
         self._group = group
         self.block_size = block_size

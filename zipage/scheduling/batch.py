@@ -31,12 +31,14 @@ class Swap(NamedTuple):
         block_ids: of the request when it is paused; those it gets when it resumes.
         num_shared: leading blocks that a resumed request found unchanged, to be left alone.
         query_slot: whose queries go with the blocks; -1 for none.
+        row: of the batch, which it leaves or takes.
     """
 
     request: Request
     block_ids: Table
     num_shared: int
     query_slot: int
+    row: int = -1
 
 
 @dataclass(slots=True, eq=False)

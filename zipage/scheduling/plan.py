@@ -22,11 +22,14 @@ seeds: sample 1 under seed 0 is not to draw what sample 0 draws under seed 1."""
 
 
 class Save(NamedTuple):
-    """Blocks to copy to host memory under a request's number; with the queries of `query_slot`, unless it is -1."""
+    """Blocks to copy to host memory under a request's number; with the queries of `query_slot`, unless it is -1, and
+    what recurrent layers keep of `row`.
+    """
 
     number: int
     block_ids: Table
     query_slot: int
+    row: int = -1
 
 
 class Restore(NamedTuple):
@@ -35,12 +38,14 @@ class Restore(NamedTuple):
     Attributes:
         num_shared: leading blocks that hold the same already, to be left alone.
         query_slot: takes the queries that were saved; -1 for none.
+        row: takes the recurrent layers' state.
     """
 
     number: int
     block_ids: Table
     num_shared: int
     query_slot: int
+    row: int = -1
 
 
 class RowStart(NamedTuple):

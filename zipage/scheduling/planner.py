@@ -29,8 +29,8 @@ def plan_step(batch: Batch, drops: Sequence[int] = ()) -> StepPlan:
         token_ids.append(np.array(request.token_ids[request.num_computed : end], dtype=np.int64))
     return StepPlan(
         drops=list(drops),
-        saves=[Save(request.number, blocks[:], slot) for request, blocks, _, slot in batch.paused],
-        restores=[Restore(request.number, blocks[:], same, slot) for request, blocks, same, slot in batch.resumed],
+        saves=[Save(request.number, blocks[:], slot, row) for request, blocks, _, slot, row in batch.paused],
+        restores=[Restore(swap.request.number, swap.block_ids[:], *swap[2:]) for swap in batch.resumed],
         copies=batch.copies,
         starts=[_start(request) for request in batch.entered],
         tables=[TableGrowth(r.row, *r.take_growth()) for r in requests if r.num_blocks_told != len(r.block_ids)],

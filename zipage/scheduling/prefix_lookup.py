@@ -25,11 +25,17 @@ class CachedPrefix(NamedTuple):
 
 
 class PrefixLookup:
-    """Finds blocks to share in the pool's prefix index and among a request's siblings."""
+    """Finds blocks to share in the pool's prefix index and among a request's siblings.
 
-    def __init__(self, pool: BlockPool, trigger: Trigger) -> None:
+    Args:
+        shares_prefixes: a request may begin behind a prefix whose blocks it shares. Not so where the model keeps a
+            state that blocks don't hold.
+    """
+
+    def __init__(self, pool: BlockPool, trigger: Trigger, shares_prefixes: bool = True) -> None:
         self.pool = pool
         self.trigger = trigger
+        self.shares_prefixes = shares_prefixes and pool.shares_blocks
 
     def num_to_compute(self, request: Request) -> int:
         """Entries of a request's known text before its first compression.
@@ -47,7 +53,7 @@ class PrefixLookup:
         At least one token is left to compute, since the step needs its logits, and as many as the window of the
         request's first compression may reach back to, since it needs their queries.
         """
-        if not self.pool.shares_blocks:
+        if not self.shares_prefixes:
             return CachedPrefix([], [], 0, None)
         size = self.pool.block_size
         donor = None

@@ -50,6 +50,7 @@ class Scheduler:
         trigger: str = "block_full",
         scheduling: str = "hybrid",
         swap_space: SwapSpace | None = None,
+        shares_prefixes: bool = True,
     ) -> None:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
@@ -60,7 +61,7 @@ class Scheduler:
         self.trigger = TRIGGERS[trigger](pool)
         self.compressions = CompressionScheduler(pool, self.trigger)
         self.slots = QuerySlots(num_query_slots, self.trigger, constrained=scheduling == "constrained")
-        self.prefixes = PrefixLookup(pool, self.trigger)
+        self.prefixes = PrefixLookup(pool, self.trigger, shares_prefixes)
         self.headroom = Headroom(pool, self.trigger, self.prefixes, headroom)
         self.swap_space = swap_space or SwapSpace()
         self.num_pauses = self.num_resumes = 0
@@ -295,7 +296,7 @@ class Scheduler:
 
     def pause(self, request: Request, batch: Batch) -> None:
         """Move a running request's entries to host memory with `batch`; it returns when there is room."""
-        batch.paused.append(Swap(request, request.block_ids, 0, request.query_slot))
+        batch.paused.append(Swap(request, request.block_ids, 0, request.query_slot, request.row))
         request.queries_saved = request.query_slot >= 0
         self.swap_space.take(request)
         table = request.block_ids
@@ -337,7 +338,7 @@ class Scheduler:
         self._enter(batch, request, blocks)
         self.prefixes.cut(request, len(shared))
         self.slots.give_back(request, self.running)
-        batch.resumed.append(Swap(request, blocks, len(shared), request.query_slot))
+        batch.resumed.append(Swap(request, blocks, len(shared), request.query_slot, request.row))
         self.slots.offer(request)
         self.num_resumes += 1
         return True

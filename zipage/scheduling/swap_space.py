@@ -20,18 +20,20 @@ class SwapCosts:
         block_bytes: of a block over all layers.
         token_operations: of the products that a token of a prompt goes through.
         pair_operations: of the attention of a token to one entry, over all layers.
+        state_bytes: of what recurrent layers keep of a request, and goes with its blocks.
     """
 
     block_bytes: int
     token_operations: int
     pair_operations: int
+    state_bytes: int = 0
 
     def is_copy_cheaper(self, num_blocks: int, num_entries: int) -> bool:
         """Whether blocks go to the host and back in less time than their entries are computed in.
 
         As if no step ran beside the copies, and as if the prefix index would find nothing.
         """
-        copied = 2 * num_blocks * self.block_bytes
+        copied = 2 * (num_blocks * self.block_bytes + self.state_bytes)
         computed = num_entries * (self.token_operations + num_entries / 2 * self.pair_operations)
         return copied * OPERATIONS_PER_BYTE < computed
 

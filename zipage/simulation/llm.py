@@ -133,6 +133,8 @@ class SimulatedWorker:
     ) -> None:
         shard = Shard(size=config.tensor_parallel_size)
         shard.check(spec)
+        if spec.recurrent is not None:
+            raise ValueError(f"model={config.model!r}: recurrent layers can't be simulated; take a model without")
         decoder = find_family(spec.architecture).decoder(spec, dtype, torch.device("meta"), shard)
         weights = sum(parameter.nbytes for parameter in decoder.parameters())
         activations = times.activation_bytes(spec, config.max_num_seqs, config.max_num_batched_tokens)

@@ -63,6 +63,7 @@ def calibrate(
 
     def check(spec: ModelSpec) -> None:
         refuse_forms(spec.attention, f"calibration of {kind}", "calibrate another model")
+        spec.refuse_hybrids(f"calibration of {kind}", "calibrate another model")
 
     loaded = obtain_model(str(model), dtype=dtype, device=device, check=check, **drawn)
     spec = loaded.spec

@@ -18,6 +18,7 @@ from zipage.worker.block_tables import BlockTables
 from zipage.worker.entry_scorer import EntryScorer
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_attention import PagedAttention
+from zipage.worker.step_recurrence import StepRecurrence
 from zipage.worker.tile_tables import TileTables
 from zipage.worker.tiled_attention import TiledAttention
 from zipage.worker.token_batch import PromptChunks, TokenBatch
@@ -101,8 +102,10 @@ class StepGraphs:
         self._stream = stream
         self._scorer = scorer
         grouped = decoder.spec.experts is None or groups_on_device(decoder.dtype, decoder.device)
-        self._take_chunks = grouped and not cache.tiled
+        self._take_chunks = grouped and not cache.tiled and cache.recurrent is None
         prompt_tokens = PROMPT_TOKENS if self._take_chunks else DECODED_TOKENS
+        if cache.recurrent is not None:
+            prompt_tokens = 0
         self.most = min(max_num_batched_tokens, len(sampled) + prompt_tokens)
         self._sizes = batch_sizes(self.most)
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
@@ -113,6 +116,8 @@ class StepGraphs:
 
     def takes(self, batch: TokenBatch, chunks: PromptChunks) -> bool:
         """Whether a step may run here."""
+        if self._cache.recurrent is not None and len(chunks):
+            return False  # a token's state is that which the token before it leaves
         few = self._take_chunks and len(chunks) <= PROMPTS and len(batch) <= self.most
         return few or self._all_decode(batch, chunks)
 
@@ -171,7 +176,7 @@ class StepGraphs:
                 query_indices=queries,
                 num_decodes=size,
             )
-            return self._decode(token_ids, token_rows, positions, attention)
+            return self._decode(token_ids, token_rows, positions, rows, attention)
         if self._cache.positions is not None:
             layers, _, heads, _ = self._cache.positions.shape
             store_positions(positions.int(), self._cache.positions, shared(slots, heads, layers))
@@ -190,13 +195,21 @@ class StepGraphs:
             attention.prefill_tables = self._tables.device.index_select(0, chunks[:PROMPTS])
             attention.prefill_lens, attention.cu_seqlens = chunks[PROMPTS:].int().split([PROMPTS, PROMPTS + 1])
             attention.max_seqlen = size
-        return self._decode(token_ids, token_rows, positions, attention)
+        return self._decode(token_ids, token_rows, positions, rows, attention)
 
     def _decode(
-        self, token_ids: Tensor, token_rows: Tensor, positions: Tensor, attention: PagedAttention | TiledAttention
+        self,
+        token_ids: Tensor,
+        token_rows: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        attention: PagedAttention | TiledAttention,
     ) -> Tensor:
         observe = None if self._cache.predictions is None else self._scorer.into(self._cache, attention.slots)
-        return self._decoder(known_tokens(token_ids, token_rows, self._sampled), positions, attention, observe)
+        recurrent = self._cache.recurrent
+        recurrence = None if recurrent is None else StepRecurrence(recurrent, rows)
+        token_ids = known_tokens(token_ids, token_rows, self._sampled)
+        return self._decoder(token_ids, positions, attention, observe, recurrence)
 
     @property
     def kept_bytes(self) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zipage.models.spec import ModelSpec
+from zipage.worker.recurrent_states import RecurrentStates
 
 NOWHERE = -7
 """The position of a slot that holds no entry, where slots are poisoned."""
@@ -20,6 +21,7 @@ class KVCache:
         num_query_slots: M.
         window: w, queries kept in a query slot.
         tiled: heads hold unequal lengths.
+        recurrent: what recurrent layers keep of each row of the batch, for those who move requests; or None.
 
     Attributes:
         k, v: [L, num_blocks, H, b, d] of `dtype`. Where heads hold unequal lengths, the same memory is tiles of any
@@ -45,10 +47,12 @@ class KVCache:
         num_query_slots: int = 0,
         window: int = 0,
         tiled: bool = False,
+        recurrent: RecurrentStates | None = None,
     ) -> None:
         self.tiled = tiled
         self.block_size = block_size
         self.window = window
+        self.recurrent = recurrent
         shape = (spec.num_layers, num_blocks, spec.num_kv_heads, block_size)
         if tiled:
             shape = (1, spec.num_layers * num_blocks * spec.num_kv_heads, 1, block_size)

@@ -33,6 +33,7 @@ class MemoryPlan:
         query_slot_bytes: m_q, one query slot over all layers; 0 where the policy reads no queries.
         max_blocks_per_request: N_max, blocks a request decodes in at most; 0 under full KV, which has no such bound.
         num_host_slabs: pieces of pinned host memory of `slab_blocks` blocks each, for requests that leave the pool.
+        state_bytes: what recurrent layers keep, for as many requests as may run; 0 where there are none.
     """
 
     num_blocks: int
@@ -44,6 +45,7 @@ class MemoryPlan:
     query_slot_bytes: int = 0
     max_blocks_per_request: int = 0
     num_host_slabs: int = 0
+    state_bytes: int = 0
 
     @property
     def slab_blocks(self) -> int:
@@ -71,6 +73,8 @@ class MemoryPlan:
             f"KV cache {self.cache_bytes / GIB:.2f} GiB = {self.num_blocks} blocks of {self.block_size} tokens "
             f"({self.block_bytes / 2**20:.2f} MiB each; {self.num_slots} tokens)"
         )
+        if self.state_bytes:
+            text += f", recurrent states {self.state_bytes / GIB:.2f} GiB"
         if self.num_query_slots:
             text += (
                 f", {self.num_query_slots} query slots of {self.query_slot_bytes / 2**20:.2f} MiB, "
@@ -98,6 +102,21 @@ def block_bytes(
 def query_slot_bytes(spec: ModelSpec, window: int, dtype: torch.dtype) -> int:
     """Bytes of the latest `window` queries of a request over all layers: `L * w * Hq * d * itemsize`."""
     return spec.num_layers * window * spec.num_heads * spec.head_dim * dtype.itemsize
+
+
+def state_bytes(spec: ModelSpec, dtype: torch.dtype, max_num_seqs: int) -> int:
+    """Bytes of `RecurrentStates`."""
+    return 0 if spec.recurrent is None else (max_num_seqs + 1) * spec.recurrent.row_bytes(dtype.itemsize)
+
+
+def check_states_fit(spec: ModelSpec, dtype: torch.dtype, max_num_seqs: int, free_bytes: int) -> None:
+    """Raise a ValueError where recurrent states of so many requests leave nothing of `free_bytes`."""
+    needed = state_bytes(spec, dtype, max_num_seqs)
+    if needed and needed >= free_bytes:
+        raise ValueError(
+            f"max_num_seqs={max_num_seqs}: recurrent states of {needed / GIB:.2f} GiB exceed what is free, "
+            f"{max(free_bytes, 0) / GIB:.2f} GiB: lower max_num_seqs or raise gpu_memory_utilization"
+        )
 
 
 def bounded_sizes(spec: ModelSpec, block_size: int, dtype: torch.dtype, policy: Policy) -> tuple[int, int]:
@@ -141,7 +160,7 @@ def plan_memory(
         ValueError: there is no room for one block, or for one request under an evicting policy; the message says what
             would make room.
     """
-    num_blocks = config.num_blocks
+    num_blocks, states = config.num_blocks, state_bytes(spec, dtype, config.max_num_seqs)
     available = config.kv_cache_memory_bytes
     if available is None:
         available = DEFAULT_CPU_BYTES if free_bytes is None else free_bytes
@@ -155,7 +174,8 @@ def plan_memory(
                 "or lower block_size or max_num_batched_tokens"
             )
         slabs = _host_slabs(config, size)
-        return MemoryPlan(num_blocks, config.block_size, size, weight_bytes, activation_bytes, num_host_slabs=slabs)
+        held = weight_bytes, activation_bytes
+        return MemoryPlan(num_blocks, config.block_size, size, *held, num_host_slabs=slabs, state_bytes=states)
 
     size, slot_size = bounded_sizes(spec, config.block_size, dtype, policy)
     most = min(max_blocks, -(-max_model_len // config.block_size))
@@ -180,6 +200,7 @@ def plan_memory(
         slot_size,
         most,
         _host_slabs(config, size),
+        states,
     )
 
 

@@ -26,7 +26,9 @@ from zipage.worker.cuda_graph import StepGraphs, capture_stream, known_tokens
 from zipage.worker.entry_scorer import EntryScorer
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_attention import PagedAttention
+from zipage.worker.recurrent_states import RecurrentStates
 from zipage.worker.sampler import Logprobs, Sampler
+from zipage.worker.step_recurrence import StateChunk, StepRecurrence
 from zipage.worker.swap import Swapper, slab_blocks
 from zipage.worker.tile_tables import TileTables
 from zipage.worker.tiled_attention import TiledAttention
@@ -101,6 +103,9 @@ class ModelRunner:
         max_model_len: longest request, in tokens; sizes the block-table rows.
         enforce_eager: on CUDA too, launch every kernel of a step instead of replaying a graph.
         scorer: of new entries, where the cache keeps predictions.
+
+    Attributes:
+        recurrent: what recurrent layers keep of each row; None where there are none.
     """
 
     def __init__(
@@ -126,6 +131,9 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         self._capture_stream = capture_stream(device) if device.type == "cuda" else None
         self.sampler = Sampler(max_num_seqs, spec.vocab_size, device)
+        self.recurrent = None
+        if spec.recurrent is not None:
+            self.recurrent = RecurrentStates(spec.recurrent, max_num_seqs, decoder.dtype, device)
         self.cache: KVCache | None = None
         self._tables: BlockTables | TileTables | None = None
         self.swapper: Swapper | None = None
@@ -174,13 +182,13 @@ class ModelRunner:
             swapper.drop(number)
         if plan.saves or plan.restores:
             swapper.begin()
-            for number, block_ids, query_slot in plan.saves:
-                with _noted(lost, number, "to"):
-                    swapper.save(number, block_ids, query_slot)
-            for number, block_ids, num_shared, query_slot in plan.restores:
-                if number not in lost:
-                    with _noted(lost, number, "from"):
-                        swapper.restore(number, block_ids, num_shared, query_slot)
+            for save in plan.saves:
+                with _noted(lost, save.number, "to"):
+                    swapper.save(*save)
+            for restore in plan.restores:
+                if restore.number not in lost:
+                    with _noted(lost, restore.number, "from"):
+                        swapper.restore(*restore)
             if len(plan.rows):
                 swapper.wait_for(plan.blocks_taken())
             else:
@@ -306,7 +314,14 @@ class ModelRunner:
         if self.cache.positions is not None:
             layers, _, heads, _ = self.cache.positions.shape
             store_positions(positions.int(), self.cache.positions, shared(attention.slots, heads, layers))
-        return self.decoder(token_ids, positions, attention, self._observe(attention.slots))
+        recurrence = self._recurrence(plan)
+        return self.decoder(token_ids, positions, attention, self._observe(attention.slots), recurrence)
+
+    def _recurrence(self, plan: StepPlan) -> StepRecurrence | None:
+        """What recurrent layers do with a plan, where there are any."""
+        if self.recurrent is None:
+            return None
+        return StepRecurrence(self.recurrent, self._tensor(plan.rows[: plan.num_decodes]), StateChunk.of(plan))
 
     def _observe(self, slots: Tensor) -> Callable[[int, Tensor], None] | None:
         """What scores new entries, where the cache keeps predictions."""
@@ -330,7 +345,8 @@ class ModelRunner:
             width=self._tables.width(plan.rows),
             chunks=plan.counts[plan.num_decodes :].tolist(),
         )
-        return self.decoder(token_ids, positions, attention, self._observe(attention.slots))
+        observe, recurrence = self._observe(attention.slots), self._recurrence(plan)
+        return self.decoder(token_ids, positions, attention, observe, recurrence)
 
     def _tensor(self, values: list | np.ndarray, dtype: type | None = None) -> Tensor:
         return to_device(values, self.device, dtype)

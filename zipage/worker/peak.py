@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from zipage.worker.kv_cache import KVCache
 from zipage.worker.model_runner import ModelRunner
 from zipage.worker.output_norms import OutputNorms
 from zipage.worker.paged_attention import PagedAttention
+from zipage.worker.step_recurrence import StateChunk, StepRecurrence
 from zipage.worker.tile_tables import TileTables
 from zipage.worker.tiled_attention import TiledAttention
 
@@ -60,7 +62,16 @@ def measure_peak(
     num_tokens = runner.max_num_batched_tokens
     num_blocks = -(-min(num_tokens, runner.max_model_len) // block_size)
     tiled = rule is not None and rule.allocation is not None
-    cache = KVCache(runner.spec, num_blocks, block_size, dtype, runner.device, positions=tiled, tiled=tiled)
+    cache = KVCache(
+        runner.spec,
+        num_blocks,
+        block_size,
+        dtype,
+        runner.device,
+        positions=tiled,
+        tiled=tiled,
+        recurrent=runner.recurrent,
+    )
     step = _peak_of(runner.device, lambda: run_largest_step(runner, cache, num_tokens))
     tables = runner.block_tables(cache)
     held = tables.nbytes
@@ -151,7 +162,12 @@ def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> No
             forms=runner.decoder.forms,
         )
     tokens = tensor(np.zeros(num_tokens), dtype=np.int64)
-    hidden = runner.decoder(tokens, tensor(entries, dtype=np.int64), attention)
+    recurrence = None
+    if runner.recurrent is not None:
+        ends = np.cumsum([0, *chunks]).tolist()
+        states = [StateChunk(0, begin, end, True) for begin, end in pairwise(ends)]
+        recurrence = StepRecurrence(runner.recurrent, tensor([], dtype=np.int64), states)
+    hidden = runner.decoder(tokens, tensor(entries, dtype=np.int64), attention, recurrence=recurrence)
     rows = min(runner.max_num_seqs, num_tokens)
     penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.1, "logit_bias": {0: 1.0}}
     every_option = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, logprobs=MOST_LOGPROBS, **penalties)

@@ -27,17 +27,19 @@ def slab_blocks(block_size: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class HostCopy:
-    """What a paused request's blocks and query slot held, on the host.
+    """What a paused request's blocks, query slot and row held, on the host.
 
     Attributes:
         num_units: blocks, or tiles.
         slabs: uint8 each; entries as in `Swapper._views`, in the order of the table.
         queries: [L, w, Hq, d], or None.
+        states: of recurrent layers, [L, ...] each; none where there are none.
     """
 
     num_units: int
     slabs: list[Tensor]
     queries: Tensor | None
+    states: list[Tensor]
 
 
 class Swapper:
@@ -65,7 +67,7 @@ class Swapper:
         self._stream = torch.cuda.Stream(cache.k.device) if cache.k.is_cuda else None
         self._staged: Tensor | None = None
         self._marks: list[tuple[frozenset[int] | None, torch.cuda.Event]] = []
-        """What has been queued since `wait`, in order: the blocks that it reads or writes, None for queries."""
+        """What has been queued since `wait`, in order: the blocks that it reads or writes; None for queries, states."""
         at_once = max(1, PINNED_BYTES // self._slab_bytes)
         while num_slabs > 0:
             self._pin(min(num_slabs, at_once))
@@ -81,11 +83,12 @@ class Swapper:
 
     # Copies
 
-    def save(self, number: int, table: Sequence[int] | TileTable, query_slot: int) -> None:
-        """Copy all that blocks and a query slot hold, those first that a pool hands out first.
+    def save(self, number: int, table: Sequence[int] | TileTable, query_slot: int, row: int = -1) -> None:
+        """Copy all that blocks, a query slot and a row hold, those first that a pool hands out first.
 
         Args:
             query_slot: -1 for none.
+            row: of recurrent layers, where there are any.
         """
         cache, ids = self._cache, _ids(table)
         parts = self._parts(ids)
@@ -98,6 +101,10 @@ class Swapper:
                 if query_slot >= 0 and cache.queries is not None:
                     queries = _to_host(cache.queries[:, query_slot])
                     self._mark(None)
+                states = []
+                if cache.recurrent is not None:
+                    states = [_to_host(x[:, row]) for x in cache.recurrent.tensors]
+                    self._mark(None)
                 for part, slab in zip(reversed(parts), reversed(slabs), strict=True):
                     places = to_device(part, cache.k.device)
                     for x, staged, host in zip(cache.entry_tensors, *self._views(slab, len(part)), strict=True):
@@ -108,10 +115,12 @@ class Swapper:
         except BaseException:
             self._free += slabs
             raise
-        self.copies[number] = HostCopy(len(ids), slabs, queries)
+        self.copies[number] = HostCopy(len(ids), slabs, queries, states)
 
-    def restore(self, number: int, table: Sequence[int] | TileTable, first: int, query_slot: int) -> None:
-        """Copy back into a table as long as the saved one, and into `query_slot`. The copy is gone then.
+    def restore(
+        self, number: int, table: Sequence[int] | TileTable, first: int, query_slot: int, row: int = -1
+    ) -> None:
+        """Copy back into a table as long as the saved one, into `query_slot` and into `row`. The copy is gone then.
 
         Args:
             first: leading blocks to leave alone, because they hold the same already.
@@ -127,6 +136,10 @@ class Swapper:
         with self._beside():
             if query_slot >= 0 and copy.queries is not None:
                 cache.queries[:, query_slot].copy_(copy.queries, non_blocking=True)
+                self._mark(None)
+            if copy.states:
+                for x, host in zip(cache.recurrent.tensors, copy.states, strict=True):
+                    x[:, row].copy_(host, non_blocking=True)
                 self._mark(None)
             for place, (part, slab) in enumerate(zip(self._parts(ids), copy.slabs, strict=True)):
                 same = max(0, first - place * self._num_units)
@@ -175,7 +188,7 @@ class Swapper:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
     def wait_for(self, blocks: Iterable[int]) -> None:
-        """What is queued on the current stream from now on finds the copies of these blocks and of queries done."""
+        """What is queued on the current stream from now on finds copies of these blocks, queries and states done."""
         blocks = set(blocks)
         for ids, event in reversed(self._marks):  # the last one is behind all before it
             if ids is None or not ids.isdisjoint(blocks):

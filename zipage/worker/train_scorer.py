@@ -79,6 +79,7 @@ def train_scorer(
 
     def check(spec: ModelSpec) -> None:
         refuse_forms(spec.attention, f"calibration of {KIND}", "calibrate another model")
+        spec.refuse_hybrids(f"calibration of {KIND}", "calibrate another model")
 
     decoder = obtain_model(str(model), dtype=dtype, device=device, check=check, **drawn).decoder
     spec = decoder.spec
@@ -119,7 +120,7 @@ def read(
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         hidden, scale = inputs.pop(), decoder.spec.attention[layer].scale
-        y = entry_targets(q, k, v, hidden, decoder.layers[layer].output_weight, scale, *ends)
+        y = entry_targets(q, k, v, hidden, decoder.attending[layer].output_weight, scale, *ends)
         add(layer, hidden[:num_entries], y)
         heads = (x.transpose(0, 1)[None] for x in (q, k, v))
         return scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1)

@@ -18,7 +18,7 @@ from zipage.threads import warn_of_spinning
 from zipage.worker.compression_runner import CompressionRunner
 from zipage.worker.entry_scorer import EntryScorer
 from zipage.worker.kv_cache import KVCache
-from zipage.worker.memory_plan import MemoryPlan, block_bytes, bounded_sizes
+from zipage.worker.memory_plan import MemoryPlan, block_bytes, bounded_sizes, check_states_fit
 from zipage.worker.model_runner import ModelRunner
 from zipage.worker.output_norms import OutputNorms
 from zipage.worker.peak import measure_peak
@@ -92,6 +92,10 @@ class Worker:
             self.spec.check_rotary_pairs(self.policy.name)
         self._calibration = self._read_calibration(loaded.spec)
         self._outputs = self._output_norms(decoder)
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            spared = (1 - config.gpu_memory_utilization) * total
+            check_states_fit(self.spec, self.dtype, config.max_num_seqs, int(free - spared))
         self.runner = ModelRunner(
             decoder,
             self.spec,
@@ -133,7 +137,7 @@ class Worker:
                 f"tensor_parallel_size={decoder.shard.size}: policy {self.policy.name!r} needs the output projection "
                 f"of whole groups, so at most as many ranks as the model has KV heads, {self._model_heads}"
             )
-        weights = [layer.output_weight for layer in decoder.layers]
+        weights = [layer.output_weight for layer in decoder.attending]
         return OutputNorms(weights, self.spec.num_kv_heads, self.spec.head_dim, self.policy.output_norm)
 
     def _measure(self, max_model_len: int) -> DeviceMemory:
@@ -158,7 +162,9 @@ class Worker:
             size = block_bytes(*sizes) if self.policy is None else bounded_sizes(*sizes, self.policy)[0]
             peak += slab_blocks(config.block_size) * size  # through which requests go to host memory
         free, total = torch.cuda.mem_get_info(self.device)
-        left = max(0, torch.cuda.memory_allocated(self.device) - self._before)
+        recurrent = self.runner.recurrent
+        states = 0 if recurrent is None else recurrent.nbytes  # of which the memory plan tells
+        left = max(0, torch.cuda.memory_allocated(self.device) - self._before - states)
         return DeviceMemory.of(weights, left, peak, free, (1 - config.gpu_memory_utilization) * total)
 
     def attach(self, plan: MemoryPlan) -> None:
@@ -176,6 +182,7 @@ class Worker:
             num_query_slots=plan.num_query_slots,
             window=0 if policy is None else policy.num_queries,
             tiled=config.is_tiled,
+            recurrent=self.runner.recurrent,
         )
         self.runner.attach(self.cache, plan.num_host_slabs)
         self.compressor = CompressionRunner(

@@ -1,5 +1,6 @@
 """Committed records against their simulation, and a fit to one record that predicts another."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,9 +8,10 @@ import pytest
 from experiments import simulate
 from experiments.errors import UsageError
 from experiments.paths import ROOT
+from experiments.simulation.aims import aims_table, figure
 from experiments.simulation.arms import measured_arms, simulate_arm
-from experiments.simulation.errors import compared, error_table
-from experiments.simulation.fit import DEVICE, device_constants, kernel_shares
+from experiments.simulation.errors import compared, error_table, load_table
+from experiments.simulation.fit import DEVICE, device_constants, kernel_shares, request_constant
 from experiments.simulation.machine import read_machine
 
 RECORDS = ROOT / "results" / "records"
@@ -33,14 +35,41 @@ def test_a_fit_to_one_record_predicts_another():
     assert simulate_arm(other.arm, fitted).row["tokens_per_second"] == pytest.approx(measured, rel=0.03)
 
 
+def test_the_constant_of_requests_predicts_the_median_ttft_of_another_record():
+    """Of rows that are committed: the trace that was served is no part of the project."""
+    content = json.loads((RECORDS / "simulated_errors.json").read_text())
+    rows = [row for row in content["served"] if row["refused"] is None]
+    machine = read_machine("h100")
+    fitted = request_constant(machine, [row for row in rows if row["record"] == "serve_trace_four_h100"])
+    assert fitted.request_seconds == pytest.approx(machine.request_seconds, rel=0.1)
+    others = [row["ttft.p50"] for row in rows if row["record"] == "serve_trace_lent_h100"]
+    off = [abs(median["off"]) for median in others]
+    without = [1 - (median["simulated"] - machine.request_seconds) / median["measured"] for median in others]
+    assert max(off) < 0.16 < 0.2 < min(without)
+    assert sum(value < 0.1 for value in off) >= 6
+
+
 def test_errors_are_told_beside_what_was_measured():
     rows = list(compared(RECORDS / "engine_bench_short_256_h100", read_machine("h100")))
     (row,) = rows
-    assert row["compressions"] == {"measured": 1280, "simulated": 1280}
+    assert row["compressions"] == figure(1280, 1280)
     assert abs(row["tokens_per_second"]["off"]) < 0.05
-    text = error_table(rows)
-    assert "short_256_h100" in text
-    assert "1 arms that nothing was fitted to" in text
+    assert "short_256_h100" in error_table(rows)
+    assert "| short | 1    | 1    |" in load_table(rows)
+    assert "| compressions | 2%  | 1 of 1, 0.0%, 0.0% " in aims_table({"engine_bench": rows})
+
+
+def test_what_is_fitted_reaches_no_aim():
+    row = {"refused": None, "fitted": False, "steps": figure(100, 101), "pauses": figure(0, 3)}
+    refused = {"refused": "no memory", "fitted": False}
+    other = row | {"steps": figure(100, 97), "pauses": figure(0, 0)}
+    text = aims_table({"a": [row, row | {"fitted": True}, refused, other], "b": [refused]})
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert lines[0] == ["figure", "aim", "a: reached, median, most"]
+    assert lines[2:] == [
+        ["steps", "2%", "1 of 2, 2.0%, 3.0%"],
+        ["pauses", "2%", "1 of 2, some for none, some for none"],
+    ]
 
 
 def test_a_folder_without_benchmarks_is_refused(tmp_path, capsys):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models.dense import dense_attention
-from tests.models.tiny import COMMON, LENGTH, make_model, reference_logits, token_ids
+from tests.models.dense import dense_attention, dense_recurrence_of
+from tests.models.tiny import COMMON, HYBRID, LENGTH, make_model, reference_logits, token_ids
 from zipage.models.loading.loader import load_model, resolve_device
 
 INDEX = "model.safetensors.index.json"
@@ -61,6 +61,24 @@ def test_a_long_list_of_tensors_is_cut(folder):
     edit_config(folder, num_hidden_layers=2)
     with pytest.raises(ValueError, match=r"left over: .*layers\.2\..* and 4 more"):
         load_model(str(folder), device="cpu")
+
+
+def test_heads_that_predict_several_tokens_are_passed_over(tmp_path):
+    """Qwen3-Next's; any other family's would be left over."""
+    for name, options in (("Qwen3Next", HYBRID | {"num_experts": 0}), ("Qwen3", {})):
+        folder = tmp_path / name
+        make_model(name, **options).save_pretrained(folder)
+        edit_weights(folder, lambda tensors: tensors.update({"mtp.norm.weight": torch.ones(64)}))
+    load_model(str(tmp_path / "Qwen3Next"), device="cpu")
+    with pytest.raises(ValueError, match=r"left over: mtp\.norm\.weight"):
+        load_model(str(tmp_path / "Qwen3"), device="cpu")
+
+
+def test_a_hybrid_of_random_weights_computes_something_in_each_layer(tmp_path):
+    make_model("Qwen3Next", **HYBRID, num_experts=0).save_pretrained(tmp_path)
+    decoder = load_model(str(tmp_path), device="cpu", load_format="dummy").decoder
+    x, recurrence = torch.randn(5, 64), dense_recurrence_of(decoder)
+    assert decoder.layers[0].net(x, recurrence).std() > 0.05
 
 
 def test_old_rotary_buffers_are_harmless(folder):

@@ -49,12 +49,12 @@ def check_before_allocating(
     Raises:
         ValueError: the weights are others (see `fill`), or too large for the host's memory.
     """
-    layers = 1 if weights is None else spec.num_layers
-    if weights is not None and layers > len(weights.shapes):
-        raise ValueError(f"{source}: num_layers={layers}, but there are {len(weights.shapes)} tensors")
+    if weights is not None and spec.depth > len(weights.shapes):
+        raise ValueError(f"{source}: num_layers={spec.depth}, but there are {len(weights.shapes)} tensors")
+    are_alike = weights is None and spec.recurrent is None
     try:
         family = find_family(spec.architecture)
-        cut = dataclasses.replace(spec, attention=spec.attention[:layers])
+        cut = dataclasses.replace(spec, attention=spec.attention[:1]) if are_alike else spec
         decoder = family.decoder(cut, dtype, torch.device("meta"), shard)
     except RuntimeError as error:  # no tensor can be as large
         raise ValueError(f"{source}: the sizes of its config overflow ({error})") from error
@@ -62,7 +62,8 @@ def check_before_allocating(
         _names_to_read(decoder, weights, source)
     elif device.type == "cpu":
         layer, total = (sum(p.nbytes for p in module.parameters()) for module in (decoder.layers, decoder))
-        needed, memory = total + layer * (spec.num_layers - 1), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        needed = total + layer * (spec.depth - 1) if are_alike else total
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > memory:
             raise ValueError(f"{source}: the model takes {needed >> 30:,} GiB, this machine has {memory >> 30:,} GiB")
 
@@ -89,7 +90,8 @@ def fill(decoder: Decoder, weights: Weights, source: str) -> None:
 def _names_to_read(decoder: Decoder, weights: Weights, source: str) -> list[str]:
     views = decoder.weight_views()
     passed_over = (*HARMLESS_SUFFIXES, LM_HEAD) if decoder.spec.tie_embeddings else HARMLESS_SUFFIXES
-    names = [name for name in weights.shapes if not name.endswith(passed_over)]
+    unread = find_family(decoder.spec.architecture).unread
+    names = [name for name in weights.shapes if not name.endswith(passed_over) and not name.startswith(unread)]
     missing = [name for name in views if name not in weights.shapes]
     left_over = [name for name in names if name not in views]
     pieces = decoder.weight_pieces()
@@ -132,7 +134,7 @@ def fill_random(decoder: Decoder, seed: int) -> None:
         elif name.endswith("bias"):
             whole.normal_(0.0, 0.02, generator=generator)
         else:
-            whole.fill_(1.0 - decoder.spec.norm_offset)
+            whole.fill_(1.0 if name.endswith("gated_norm") else 1.0 - decoder.spec.norm_offset)
         if pieces:
             fill_pieces(pieces, parameter, lambda run, whole=whole: run.of(whole))
 
