@@ -173,8 +173,13 @@ def _chat_template(choice: str, tokenizer: Any) -> str | None:
         return None
     if choice == "auto":
         template = tokenizer.chat_template
-        # A tokenizer may bring several by name; "default" is the one for plain chat.
-        template = template.get("default") if isinstance(template, dict) else template
+        if isinstance(template, dict):  # several by name; "default" is the one for plain chat
+            if "default" not in template:
+                raise UsageError(
+                    f"the tokenizer's chat templates are called {', '.join(sorted(template))}, and none default: give "
+                    "another one with model.chat_template=FILE, or none"
+                )
+            template = template["default"]
         if template is not None and not isinstance(template, str):
             raise UsageError(
                 "the tokenizer's chat template is not text: give another one with model.chat_template=FILE"

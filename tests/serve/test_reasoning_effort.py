@@ -1,9 +1,11 @@
 """How much to think: `reasoning_effort` and `chat_template_kwargs` as templates read them."""
 
+import time
+
 import pytest
 
-from tests.serve.running import MODEL, RunningServer
-from zipage import SamplingParams
+from tests.serve.running import ENGINE, MODEL, REASONER, RunningServer
+from zipage import LLM, SamplingParams
 
 TEXT = "{{ messages[0].content }}\n"
 SWITCH = TEXT + "{% if enable_thinking is defined and not enable_thinking %}-{% else %}+{% endif %}"
@@ -98,3 +100,38 @@ def test_without_a_template_that_is_what_is_said(start):
     server.engine.llm.get_tokenizer().chat_template = None
     answer = server.post("/v1/chat/completions", {"messages": MESSAGES, EFFORT: "low"})
     assert "the tokenizer has no chat template" in answer.json()["error"]["message"]
+
+
+def test_of_several_templates_the_default_one_counts(start):
+    templates = {
+        "default": SWITCH + "</think>",
+        "rag": "{{ messages[0].content }}{{ documents }}{{ reasoning_effort }}",
+    }
+
+    def make() -> LLM:
+        llm = LLM(REASONER, **ENGINE)
+        llm.get_tokenizer().chat_template = templates
+        return llm
+
+    server = start(make)
+    tokens = server.post("/tokenize", {"messages": MESSAGES, EFFORT: "none"}).json()["tokens"]
+    assert server.post("/detokenize", {"tokens": tokens}).json()["prompt"] == "a=1\n-</think>"
+    for options, param in (({KWARGS: {"documents": []}}, KWARGS), ({EFFORT: "low"}, EFFORT)):
+        answer = server.post("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 1, **options})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    templates["default"] += "<think>"
+    options = {"messages": MESSAGES, "max_tokens": 1, "temperature": 0}
+    message = server.post("/v1/chat/completions", options).json()["choices"][0]["message"]
+    assert (bool(message["reasoning_content"]), message["content"]) == (True, None)
+
+
+def test_a_token_of_the_tokenizer_is_not_a_request_s_to_set(start):
+    server = start(chat_template="{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}")
+    body = {"messages": MESSAGES * 2000, KWARGS: {"eos_token": "abc " * 10_000}}
+    begin = time.monotonic()
+    for path in ("/v1/chat/completions", "/tokenize"):
+        error = server.post(path, body).json()["error"]
+        assert error["param"] == KWARGS
+        assert error["message"] == "chat_template_kwargs: eos_token is the tokenizer's to say: leave it out"
+    assert time.monotonic() - begin < 5
+    assert server.post("/tokenize", {"messages": MESSAGES}).status_code == 200

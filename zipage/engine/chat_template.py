@@ -1,28 +1,62 @@
-"""Which variables a chat template reads."""
+"""Which chat template puts messages, and which variables it reads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 
-def template_reads(template: str | Mapping[str, str], variable: str) -> bool:
-    """Whether the variable's name stands in the code of a template, or of one of several by name; it can't be read
-    otherwise. True of a template that is no Jinja: it is refused when it is rendered.
+def chosen_template(chat_template: str | None, tokenizer: Any) -> str | None:
+    """The template that `apply_chat_template` takes for messages without tools; None: there is none.
+
+    Args:
+        chat_template: as its argument: Jinja, or the name of one of the tokenizer's.
+        tokenizer: of `transformers`; None: there is none, or it has no template.
     """
-    texts = [template] if isinstance(template, str) else template.values()
-    return any(names is None or variable in names for names in map(_names, texts))
+    own = getattr(tokenizer, "chat_template", None)
+    if isinstance(own, dict):
+        return own.get(chat_template or "default", chat_template)
+    return chat_template or own
+
+
+def template_reads(template: str, variable: str) -> bool:
+    """Whether a template reads a variable that is not of its own making: no loop's, no macro's, no keyword's name.
+
+    True of a template that can't be compiled: it is refused when it is rendered.
+    """
+    names = _read_names(template)
+    return names is None or variable in names
 
 
 @lru_cache(maxsize=16)
-def _names(template: str) -> frozenset[str] | None:
-    """Names in a template's code that stand behind no dot; None: it is no Jinja."""
-    from jinja2 import Environment, TemplateSyntaxError
+def _read_names(template: str) -> frozenset[str] | None:
+    """Names that a template looks up where none of its own has been set; None: it can't be compiled."""
+    from jinja2 import TemplateSyntaxError
+    from jinja2.ext import Extension
+    from jinja2.meta import TrackingCodeGenerator
+    from jinja2.nodes import Impossible, Node, Scope
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    class Generation(Extension):
+        """`{% generation %}`, which transformers adds to Jinja: the text inside is the assistant's."""
+
+        tags = {"generation"}  # noqa: RUF012 - Jinja's own
+
+        def parse(self, parser: Parser) -> Node:
+            line = next(parser.stream).lineno
+            return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+    class Lookups(TrackingCodeGenerator):
+        """Computes no constants: a template is a program, and `7 ** 7 ** 77` one that never ends."""
+
+        def _output_child_to_const(self, *_: Any) -> str:
+            raise Impossible
+
+    lookups = Lookups(ImmutableSandboxedEnvironment(extensions=[Generation, "jinja2.ext.loopcontrols"]))
+    lookups.optimizer = None
     try:
-        tokens = [(kind, text) for _, kind, text in Environment().lex(template) if kind != "whitespace"]
-    except TemplateSyntaxError:
+        lookups.visit(lookups.environment.parse(template))
+    except (TemplateSyntaxError, RecursionError):
         return None
-    before = [("", ""), *tokens]
-    pairs = zip(before, tokens, strict=False)
-    return frozenset(text for last, (kind, text) in pairs if kind == "name" and last != ("operator", "."))
+    return frozenset(lookups.undeclared_identifiers)

@@ -14,7 +14,7 @@ import numpy as np
 
 from zipage.checks import check_names, checked, shown
 from zipage.config import EngineConfig
-from zipage.engine.chat_template import template_reads
+from zipage.engine.chat_template import chosen_template, template_reads
 from zipage.engine.core_spec import CoreSpec
 from zipage.engine.prompt_order import PromptOrder
 from zipage.engine.rules import Rules
@@ -47,6 +47,9 @@ TEMPLATE_OPTIONS = frozenset(
     ]
 )
 """Names that are not the template's to read: of arguments that say how the messages become tokens."""
+SPECIAL_TOKENS = frozenset(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+"""Names that templates read of the tokenizer. Many write one behind each message, so that of any length it would make
+gigabytes of a small request."""
 SEED_STEP = 0x9E3779B97F4A7C15
 """Between the seeds that engines of neighbouring seeds give their requests."""
 
@@ -219,8 +222,10 @@ class InputProcessor:
         more = checked("chat_template_kwargs", chat_template_kwargs, Mapping[str, Any] | None) or {}
         if taken := sorted(more.keys() & TEMPLATE_OPTIONS):
             raise ValueError(f"chat_template_kwargs: {taken[0]!r} is no variable of the template: leave it out")
+        if taken := sorted(more.keys() & {*SPECIAL_TOKENS, *getattr(self.tokenizer, "special_tokens_map", ())}):
+            raise ValueError(f"chat_template_kwargs: {taken[0]} is the tokenizer's to say: leave it out")
         template = checked("chat_template", chat_template, str | None)
-        read = template or getattr(self.tokenizer, "chat_template", None)
+        read = chosen_template(template, self.tokenizer)
         if read and (unread := [name for name in more if not template_reads(read, name)]):
             raise ValueError(f"chat_template_kwargs: the chat template reads no {shown(unread[0])}: leave it out")
         return partial(self.tokenize_chat, chat_template=template, **options | more)

@@ -113,7 +113,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "original_max_position_embeddings": (lambda value: _is_positive(value) and is_integer(value), "an integer above 0"),
     "partial_rotary_factor": _NUMBER,
     "qkv_bias": _FLAG,
-    "quantization_config": (lambda _: True, "read by `read_quantization`"),
+    "quantization_config": (lambda value: isinstance(value, Mapping), "an object"),
     "query_pre_attn_scalar": _NUMBER,
     "rms_norm_eps": _NUMBER,
     "rope_local_base_freq": _NUMBER,

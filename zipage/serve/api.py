@@ -59,7 +59,7 @@ class Api:
             _check_syntax(self.llm, config.chat_template)
         template = template_of(self.llm, config.chat_template)
         self.has_template = template is not None
-        self.splits_reasoning = isinstance(template, str) and marks_reasoning(template)
+        self.splits_reasoning = marks_reasoning(template)
 
     async def read(self, request: Request, kind: type[AnyBody]) -> tuple[AnyBody, int]:
         """The body, if it asks for a model that is served, and its size in bytes."""

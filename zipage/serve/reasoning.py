@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from zipage.engine.chat_template import template_reads
+from zipage.engine.chat_template import chosen_template, template_reads
 from zipage.llm import LLM
 from zipage.serve.errors import ApiError
 
@@ -15,14 +15,12 @@ LEVEL, SWITCH = "reasoning_effort", "enable_thinking"
 """Variables of templates: an `Effort`; whether to think."""
 
 
-def template_of(llm: LLM, chat_template: str | None) -> str | Mapping[str, str] | None:
-    """The server's, or else the tokenizer's, which may be several by name; None: there is none."""
-    return chat_template or getattr(llm.get_tokenizer(), "chat_template", None)
+def template_of(llm: LLM, chat_template: str | None) -> str | None:
+    """The server's, or else the tokenizer's; None: there is none."""
+    return chosen_template(chat_template, llm.get_tokenizer())
 
 
-def with_effort(
-    variables: Mapping[str, Any], effort: Effort, template: str | Mapping[str, str] | None
-) -> dict[str, Any]:
+def with_effort(variables: Mapping[str, Any], effort: Effort, template: str | None) -> dict[str, Any]:
     """The variables of a template, and those that `effort` gives it of `LEVEL` and `SWITCH`, as it reads them.
 
     Raises:

@@ -226,7 +226,7 @@ class DetokenizeRequest(Body):
             raise ApiError(400, f"tokens: must be a list of token ids, not {shown(self.tokens)}", "tokens")
 
 
-def template_options(body: ChatRequest | TokenizeRequest, template: str | Mapping[str, str] | None) -> dict[str, Any]:
+def template_options(body: ChatRequest | TokenizeRequest, template: str | None) -> dict[str, Any]:
     """Keywords of `LLM.tokenize_chat`, for the template that puts the messages. Raises ApiError (`with_effort`)."""
     named = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
     options = {name: getattr(body, name) for name in named if getattr(body, name) is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import time
@@ -141,3 +142,13 @@ def test_a_child_that_hangs_outlives_nobody():
     with pytest.raises(bounded.Exceeded, match=r"ended its process \(exit code 3\)"):
         bounded.texts(lambda _: os._exit(3), [1], seconds=9, **limits)
     assert bounded.texts(str, range(3), seconds=9, **limits) == ["0", "1", "2"]
+
+
+def test_several_templates_and_none_for_plain_chat(tokenizer):
+    several = copy.copy(tokenizer)
+    several.chat_template = {"rag": "{{ documents }}", "tool_use": "{{ tools }}"}
+    with pytest.raises(UsageError, match=r"templates are called rag, tool_use, and none default: give .*FILE, or none"):
+        PromptRenderer(WorkloadConfig(name="any"), ModelConfig(), several)
+    several.chat_template |= {"default": "{{ messages[0].content }}!"}
+    renderer = PromptRenderer(WorkloadConfig(name="any"), ModelConfig(), several)
+    assert renderer.render(PROBLEMS[0]).text == PROBLEMS[0].question + "!"

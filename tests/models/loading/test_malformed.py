@@ -116,6 +116,8 @@ def config_with(folder: Path, **fields) -> str:
         ("eos_token_id", "2", "eos_token_id='2': must be an integer or a list of integers"),
         ("eos_token_id", [1, [2]], r"eos_token_id=\[1, \[2\]\]: must be an integer or a list of integers"),
         ("layer_types", [{}], r"layer_types=\[\{\}\]: must be a list of texts"),
+        ("quantization_config", "fp8", "quantization_config='fp8': must be an object"),
+        ("quantization_config", [1], r"quantization_config=\[1\]: must be an object"),
         ("rope_parameters", 5, "rope_parameters=5: must be an object"),
         ("rope_parameters", {"rope_type": 5}, "rope_parameters=.*: must be an object with a rope_type"),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 0}, "rope_parameters=.*: must be .* above 0"),
