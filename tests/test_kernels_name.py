@@ -1,6 +1,7 @@
 """Hugging Face's package `kernels`, which transformers imports where it is installed, beside our folder."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,43 +72,39 @@ def run(code: str, *path: Path, cwd: Path, given: str = "") -> str:
 
 EACH_FORKED = """
 import os, sys, torch
-paths, codes = eval(sys.stdin.read())
-for path in paths:
-    for code in codes:
-        if not (pid := os.fork()):
-            assert not {"kernels", "zipage"} & sys.modules.keys()
-            sys.path[:0] = path
-            exec(code)
-            sys.stdout.flush()
-            os._exit(0)
-        assert os.waitpid(pid, 0)[1] == 0, (path, code)
+for path, code in eval(sys.stdin.read()):
+    if not (pid := os.fork()):
+        assert not {"kernels", "zipage", "transformers"} & sys.modules.keys()
+        sys.path[:0] = path
+        exec(code)
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0, (path, code)
 """
+IN_TRANSFORMERS = f"""
+from transformers.utils import is_kernels_available
+assert is_kernels_available()
+import transformers.integrations.hub_kernels as hub
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+assert hub.get_kernel_hub.__module__ == "kernels.layer.mode"
+{OURS}
+"""
+NOT_RUN = f"{OURS}\nimport kernels\nassert not hasattr(kernels, '__wrapped__')"
 
 
-def test_both_packages_are_there_whichever_comes_first(site, tmp_path):
-    """On the path, and in the program: four programs of one that has torch."""
-    codes = [f"{OURS}\n{THEIRS}", f"{THEIRS}\n{OURS}"]
+def test_both_packages_are_there(site, tmp_path):
+    """Whichever comes first, on the path and in the program; transformers works with the other one, and it is not run
+    until it is asked for: programs forked from one that has torch.
+    """
+    broken = tmp_path / "broken"
+    shutil.copytree(site, broken)
+    (broken / "kernels" / "__init__.py").write_text("raise RuntimeError('of another version')\n")
+    orders = [f"{OURS}\n{THEIRS}", f"{THEIRS}\n{OURS}"]
     paths = [[str(ROOT), str(site)], [str(site), str(ROOT)]]
-    assert run(EACH_FORKED, cwd=tmp_path, given=repr((paths, codes))) == "theirs\n" * 4, "the other package is run once"
-
-
-def test_transformers_works_with_the_other_package(site, tmp_path):
-    code = "\n".join(
-        (
-            "from transformers.utils import is_kernels_available",
-            "assert is_kernels_available()",
-            "import transformers.integrations.hub_kernels as hub",
-            "from transformers import LlamaForCausalLM, PreTrainedTokenizerFast",
-            "assert hub.get_kernel_hub.__module__ == 'kernels.layer.mode'",
-            OURS,
-        )
-    )
-    run(code, site, cwd=ROOT)
-
-
-def test_the_other_package_is_not_run_until_it_is_asked_for(site, tmp_path):
-    (site / "kernels" / "__init__.py").write_text("raise RuntimeError('of another version')\n")
-    run(f"{OURS}\nimport kernels\nassert not hasattr(kernels, '__wrapped__')", ROOT, site, cwd=tmp_path)
+    programs = [(path, code) for path in paths for code in orders]
+    programs += [([str(ROOT), str(site)], IN_TRANSFORMERS), ([str(ROOT), str(broken)], NOT_RUN)]
+    said = run(EACH_FORKED, cwd=tmp_path, given=repr(programs))
+    assert said == "theirs\n" * 5, "the other package is run once"
 
 
 def test_without_the_other_package_a_name_that_is_not_there_is_an_import_error(tmp_path):

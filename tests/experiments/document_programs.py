@@ -23,7 +23,7 @@ def train_a_little(given: list[str], request) -> None:
     out = Path(given[given.index("--out") + 1]).name
     given[given.index("--out") + 1] = str(request.getfixturevalue("tmp_path") / out)
     program = importlib.import_module("experiments.train_scorer")
-    assert program.main([*given, "--tokens", "4000", "--max-tokens", "8", "--device", "cpu"]) == 0
+    assert program.main([*given, "--tokens", "2200", "--max-tokens", "8", "--device", "cpu"]) == 0
 
 
 def simulate(module: str, given: list[str], request) -> None:

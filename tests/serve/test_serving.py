@@ -11,16 +11,19 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
 
+from tests.experiments.running.forked import Forked, ForkedPython
 from tests.serve.running import ENGINE, MODEL, POLICY, REASONER, answers, free_port, snapshots, wait_until
-from zipage import LLM, SamplingParams
+from zipage import LLM, SamplingParams, processes
 from zipage.config import EngineConfig
 from zipage.serve import api as api_module
 from zipage.serve import server as server_module
+from zipage.serve.cli import serve
 from zipage.serve.config import ServeConfig
 from zipage.serve.generation import Generation
 
@@ -389,13 +392,26 @@ def test_a_template_that_is_no_jinja_is_an_exit_status(caplog, monkeypatch):
     assert "chat_template='{{ messages': is no Jinja template: line 1: " in caplog.text
 
 
-@pytest.mark.parametrize("flags", [(), ("--engine-process",)], ids=["thread", "process"])
-def test_a_signal_drains_the_program(flags):
+def started(arguments: list[str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "zipage.serve", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def serve_with_forked_engines() -> int:
+    processes.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": ForkedPython})
+    return serve()
+
+
+def forked(arguments: list[str]) -> Forked:
+    return Forked(serve_with_forked_engines, [*arguments, "--engine-process"])
+
+
+@pytest.mark.parametrize("program", [started, forked], ids=["thread", "process"])
+def test_a_signal_drains_the_program(program):
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "zipage.serve", REASONER, "--port", str(port), "--device", "cpu"]
-    command += ["--block-size=16", "--num_blocks=64", "--no-access-log", "--served-model-name", MODEL, *flags]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+    given = [REASONER, "--port", str(port), "--device", "cpu", "--block-size=16", "--num_blocks=64"]
+    process = program([*given, "--no-access-log", "--served-model-name", MODEL])
     try:
         wait_until(lambda: process.poll() is not None or answers(url), 60)
         body = WHOLE | {"max_tokens": 60, "stream": True}
@@ -412,4 +428,3 @@ def test_a_signal_drains_the_program(flags):
         assert process.wait(10) == 0
     finally:
         process.kill()
-        process.stderr.close()

@@ -15,7 +15,7 @@ import pytest
 from experiments.graders import GRADERS, bounded, get_grader, grade
 from experiments.graders.code import extract_program, same_output
 
-LENGTH = 160_000
+LENGTH = 80_000
 GOLD = {"number": "5", "math": "5", "exact": "5", "final": "5", "f1": "5", "literal": "5"}
 LOOPS = [
     "The answer is N. ",
@@ -66,7 +66,7 @@ def test_time_is_linear_in_the_answer(name):
         answer = (loop * LENGTH)[:LENGTH]
         begin = time.process_time()
         GRADERS[name](answer, GOLD[name])
-        assert time.process_time() - begin < 3, loop  # 0.1 on an idle machine
+        assert time.process_time() - begin < 1.5, loop  # 0.05 on an idle machine
 
 
 def test_programs_and_outputs_take_linear_time():
@@ -75,7 +75,7 @@ def test_programs_and_outputs_take_linear_time():
         begin = time.process_time()
         extract_program(answer)
         same_output(answer, answer[:-1] + "x")
-        assert time.process_time() - begin < 3, loop
+        assert time.process_time() - begin < 1.5, loop
 
 
 EXPLODING = ["\\boxed{9^{9^{9^9}}}", "\\boxed{10^{10^{10}}}", "\\boxed{\\binom{1000000000}{500000000}}"]

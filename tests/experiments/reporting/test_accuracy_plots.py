@@ -109,7 +109,8 @@ class TestAccuracyByBudget:
 
     def test_many_policies_have_a_panel_each(self, tmp_path):
         make_run(tmp_path, "full", grades=right(30))
-        for policy in style.ORDER:
+        policies = style.ORDER[:12]
+        for policy in policies:
             for budget in (64, 128):
                 for protection in ("none", "prompt"):
                     make_run(tmp_path, f"{policy}-{budget}-{protection}", policy, budget, protection)
@@ -117,7 +118,7 @@ class TestAccuracyByBudget:
         compared = compare(runs)
         figure = plots.accuracy_by_budget(runs, compared)
         panels = axes_of(figure)
-        shown = [policy for policy in style.ORDER if policy != "random_attention"]
+        shown = [policy for policy in policies if policy != "random_attention"]
         assert list(panels) == [f"sums: {policy}" for policy in shown], "random + prompt is one policy, whoever ran it"
         assert legend_of(figure) == ["full KV", "no protection", "prompt"]
         for axis in panels.values():

@@ -149,11 +149,11 @@ def test_hidden_states_are_held_of_so_many_tokens_and_no_more(run, tmp_path, mon
 
 def test_a_solution_that_the_pool_cuts_is_named_and_counted(run, tmp_path, capsys):
     items = [dict(item) for item in ITEMS[:3]]
-    items[1]["answer"] = "It takes a while to say. " * 20 + "\n#### 4"
+    items[1]["answer"] = "It takes a while to say. " * 10 + "\n#### 4"
     data = tmp_path / "others.jsonl"
     data.write_text("\n".join(map(json.dumps, items)))
     for options in (("policy=full",), BOUNDED):
-        assert run(*options, f"workload.path={data}", "engine.num_blocks=24") == 0
+        assert run(*options, f"workload.path={data}", "engine.num_blocks=12") == 0
         said = capsys.readouterr().out
         assert "1 of 3 worked solutions could not be measured; the first is " in said
         assert "full KV: cut after " in said
