@@ -127,17 +127,22 @@ def paged_decode_torch(
         last = min(live, first + piece_spans // width)
         masked = SPAN if counts[last - 1] == width else width * SPAN  # of equal lengths, only the last spans have gaps
         piece_index, piece_unused = index[first:last, :, :width], unused[first:last, :masked]
-        pieces.append(_attend_piece(rows[first:last], k_spans, v_spans, piece_index, piece_unused, copied))
+        first_gap = counts[last - 1] * SPAN
+        of_spans = k_spans, v_spans, piece_index, piece_unused, first_gap, copied
+        pieces.append(_attend_piece(rows[first:last], *of_spans))
         first = last
     heads = torch.cat(pieces).view(live, kv_heads, -1, head_dim)[:, :, : query_heads // kv_heads]
     out[order] = heads.reshape(live, query_heads, head_dim).to(q.dtype)
     return out
 
 
-def _attend_piece(q: Tensor, k_spans: Tensor, v_spans: Tensor, index: Tensor, unused: Tensor, copied: Tensor) -> Tensor:
+def _attend_piece(
+    q: Tensor, k_spans: Tensor, v_spans: Tensor, index: Tensor, unused: Tensor, first_gap: int, copied: Tensor
+) -> Tensor:
     """Attention of q [B, H, G, d], scaled, over the spans `index` [B, H, width]. Returns [B * H, G, d].
 
-    `unused` bool [B, n] marks the places of the first n that hold nothing; `copied` is memory for the copy.
+    `unused` bool [B, n] marks the places of the first n that hold nothing: some in the first span, others from
+    `first_gap` on. `copied` is memory for the copy.
     """
     requests, kv_heads, group, head_dim = q.shape
     copied = copied[: index.numel()]
@@ -149,8 +154,10 @@ def _attend_piece(q: Tensor, k_spans: Tensor, v_spans: Tensor, index: Tensor, un
     by_request[:, :, : unused.shape[1]].masked_fill_(unused[:, None], float("-inf"))
     weights = scores.softmax(dim=-1)
     torch.index_select(v_spans, 0, index, out=copied)
-    last_spans = entries.view(requests, kv_heads, -1, head_dim)[:, :, :SPAN]
-    last_spans.masked_fill_(unused[:, None, :SPAN, None], 0)
+    by_head = entries.view(requests, kv_heads, -1, head_dim)
+    # Last spans, and places past a request's spans, which name another's: its values may not be finite.
+    for places in (slice(SPAN), slice(max(SPAN, first_gap), unused.shape[1])):
+        by_head[:, :, places].masked_fill_(unused[:, None, places, None], 0)
     return torch.bmm(weights, entries.float())
 
 
@@ -158,7 +165,7 @@ def _span_index(block_tables: Tensor, spans: Tensor, width: int, kv_heads: int, 
     """Numbers of the spans of each request and head in a cache seen as [spans, SPAN * d]: int64 [B, H, width].
 
     The last span comes first, then 0, 1, ...; the longest request is row 0. Places past a request's spans name some
-    full span of row 0's first block: any finite V will do there, as its weight is 0.
+    span of row 0's first block, which has no weight there.
     """
     per_block = block_size // SPAN
     place = torch.arange(-1, width - 1).repeat(len(spans), 1)

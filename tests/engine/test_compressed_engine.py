@@ -302,3 +302,17 @@ def test_an_interval_in_a_batch_equals_its_requests_alone(folder, prompts, case)
             left += Counter(pauses=llm.stats.pauses, preemptions=llm.stats.preemptions)
     assert left["pauses"]
     assert left["preemptions"]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_whoever_was_passed_over_goes_on_when_the_others_have_ended(folder, asynchronous):
+    """Both are due at once, and only the first is compressed behind that step. Then there is no other step to run."""
+    llm = make_llm(folder, Case("h2o"), 48, async_compression=asynchronous)
+    first, second = (llm.add_request(prompt, greedy(20)) for prompt in random_prompts((64, 64), VOCAB))
+    llm.step()
+    assert llm.stats.compressions_ordered == 1
+    llm.abort(first)
+    outputs = []
+    while llm.has_unfinished_requests():
+        outputs += llm.step()
+    assert [len(tokens) for tokens in tokens_of([o for o in outputs if o.request_id == second])] == [20]

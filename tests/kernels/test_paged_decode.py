@@ -85,6 +85,20 @@ def test_torch_pieces_change_nothing(monkeypatch, piece_bytes):
     check(paged_decode_torch, contexts, 64, 2, 3, 64, torch.float32, "cpu")
 
 
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_what_is_not_finite_costs_no_other_request(backend, dtype):
+    """Shorter ones, longer ones, and one of the same length."""
+    attend = paged_decode_triton if backend == "triton" else paged_decode_torch
+    device = device_of(backend)
+    paged = make_paged([40, 100, 300, 300, 17], 16, 2, 64, dtype, device)
+    q = fused(5, 4, 64, dtype, device)
+    for bad in range(5):
+        broken = paged._replace(v_cache=paged.v_cache.clone())
+        broken.v_cache[paged.block_tables[bad, 0, : -(-int(paged.lens[bad, 0]) // 16)].long()] = float("nan")
+        out = attend(q, broken, 0.125)
+        assert out.isfinite().flatten(1).all(dim=1).tolist() == [row != bad for row in range(5)]
+
+
 def test_large_scores_stay_finite():
     """Scores near 1000 overflow exp2 unless the running maximum is taken off first."""
     paged = make_paged([200], 64, 1, 64, torch.float32, DEVICE)

@@ -213,10 +213,10 @@ class EngineCore(Core):
                 if self._deltas:
                     return None
                 continue
-            self._compress()
+            has_ordered = self._compress()
             ended = self.compressor.poll(wait=True)
             self._complete(ended)
-            if not ended:
+            if not has_ordered and not ended:
                 raise RuntimeError(f"nothing can run: {scheduler.running} run, {len(scheduler.waiting)} wait")
 
     def _end_step(self) -> None:
@@ -232,13 +232,18 @@ class EngineCore(Core):
         self.telemetry.record_step(step.batch, num_tokens, begin, result.device_time)
         self._step_ended = self._clock()
 
-    def _compress(self) -> None:
-        """Begin the compressions that are due. Synchronous ones are in place for whatever is launched after them."""
+    def _compress(self) -> bool:
+        """Begin the compressions that are due. Synchronous ones are in place for whatever is launched after them.
+
+        Returns:
+            Whether any were.
+        """
         compressions = self.scheduler.order_compressions()
         if compressions:
             self.compressor.submit([plan_compression(compression) for compression in compressions])
             if not self._async_compression:
                 self._complete(self.compressor.poll(wait=True))
+        return bool(compressions)
 
     def _drain(self) -> None:
         """Without a prompt to serve there may be no further step: end what is under way, so that its blocks go back."""

@@ -126,7 +126,9 @@ def _peak_of(device: torch.device, run: Callable[[], None]) -> int:
 
 
 def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> None:
-    """Prompts of `num_tokens` tokens in all, as many rows sampled as the batch may have, with every option on."""
+    """Prompts of `num_tokens` tokens in all, as many rows sampled as the batch may have, with every option on; and
+    recurrent layers' decodes of so many rows.
+    """
     length = min(num_tokens, runner.max_model_len)
     chunks = [length] * (num_tokens // length) + [num_tokens % length] * bool(num_tokens % length)
     entries = np.concatenate([np.arange(n) for n in chunks])
@@ -162,13 +164,14 @@ def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> No
             forms=runner.decoder.forms,
         )
     tokens = tensor(np.zeros(num_tokens), dtype=np.int64)
+    rows = min(runner.max_num_seqs, num_tokens)
     recurrence = None
     if runner.recurrent is not None:
         ends = np.cumsum([0, *chunks]).tolist()
         states = [StateChunk(0, begin, end, True) for begin, end in pairwise(ends)]
-        recurrence = StepRecurrence(runner.recurrent, tensor([], dtype=np.int64), states)
+        # The first tokens as decodes, too: these copy the states of all rows, outside graphs in a step with prompts.
+        recurrence = StepRecurrence(runner.recurrent, tensor(np.arange(rows), dtype=np.int64), states)
     hidden = runner.decoder(tokens, tensor(entries, dtype=np.int64), attention, recurrence=recurrence)
-    rows = min(runner.max_num_seqs, num_tokens)
     penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.1, "logit_bias": {0: 1.0}}
     every_option = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, logprobs=MOST_LOGPROBS, **penalties)
     for row in range(rows):
