@@ -47,4 +47,7 @@ BENCHMARK_IDS = {
     "full_lent_h200": "serve_bench-33ed19dcde41",
     "zipage_lent_h200": "serve_bench-bed40e5fed20",
     "vllm_lent_h200": "serve_bench-516106a5ca05",
+    "full_at_1_7_h200": "serve_bench-98a114c52f99",
+    "zipage_at_1_9_h200": "serve_bench-0c541fb2eff0",
+    "zipage_at_3_0_h200": "serve_bench-52bea124c8e5",
 }
