@@ -29,9 +29,12 @@ demo: setup
 	@$(RUN) -m experiments.report results/runs/sweeps/demo-*.json --html results/runs/demo.html --title "Zipage demo" > /dev/null
 	@echo "page: results/runs/demo.html"
 
-# Each worker gets tests that follow each other, which share what a module's fixtures have made
+# Each worker gets tests that follow each other, which share what a module's fixtures have made; there is one more than
+# there are cores, since some tests wait
+WORKERS ?= $(shell expr $$(nproc) + 1 2> /dev/null || echo auto)
+
 test: setup lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
 
 # GPU_ARGS: --full, --commit COMMIT where this is no git checkout
 gpu:
