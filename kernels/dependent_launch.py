@@ -23,7 +23,7 @@ def dependent_launch(x: Tensor) -> dict[str, bool]:
     """Options of a launch over `x` [T, ...], whose kernel takes DEPENDENT and passes it to `wait_for_inputs`.
 
     With more rows than `kernels.linear` has kernels for, products are cuBLAS's, which starts nothing early, and what
-    follows it would start later than without this (1 % of a step, docs/performance.md).
+    follows it gained nothing by this (docs/log.md).
     """
     return _options(x.device) if len(x) <= MOST_ROWS else {"DEPENDENT": False}
 
