@@ -18,6 +18,7 @@ from zipage.scheduling.integrity import check_requests
 from zipage.scheduling.prefix_lookup import PrefixLookup
 from zipage.scheduling.query_slots import QuerySlots
 from zipage.scheduling.request import Request, Status
+from zipage.scheduling.sliding_blocks import SlidingBlocks
 from zipage.scheduling.swap_space import SwapSpace
 from zipage.scheduling.triggers import TRIGGERS
 
@@ -51,8 +52,10 @@ class Scheduler:
         scheduling: str = "hybrid",
         swap_space: SwapSpace | None = None,
         shares_prefixes: bool = True,
+        sliding: SlidingBlocks | None = None,
     ) -> None:
         self.pool = pool
+        self.sliding = sliding
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_chunked_prefill = enable_chunked_prefill
@@ -61,7 +64,7 @@ class Scheduler:
         self.trigger = TRIGGERS[trigger](pool)
         self.compressions = CompressionScheduler(pool, self.trigger)
         self.slots = QuerySlots(num_query_slots, self.trigger, constrained=scheduling == "constrained")
-        self.prefixes = PrefixLookup(pool, self.trigger, shares_prefixes)
+        self.prefixes = PrefixLookup(pool, self.trigger, shares_prefixes, sliding)
         self.headroom = Headroom(pool, self.trigger, self.prefixes, headroom)
         self.swap_space = swap_space or SwapSpace()
         self.num_pauses = self.num_resumes = 0
@@ -160,6 +163,7 @@ class Scheduler:
         reserved = 0
         may_admit = True
         running, pool, size = self.running, self.pool, self.pool.block_size
+        sliding = self.sliding
         i = 0
         while i < len(running):
             request = running[i]
@@ -194,6 +198,8 @@ class Scheduler:
                         batch.num_stalled += 1
                     continue
                 request.grow(pool.allocate(1))
+            if sliding is not None:
+                sliding.extend(request, 1)
             batch.decodes.append(request)
         batch.sampled = batch.decodes.copy()
         return [request for request in unfinished if request.status is Status.RUNNING], may_admit
@@ -236,6 +242,9 @@ class Scheduler:
     def _add_chunk(self, batch: Batch, request: Request, budget: int) -> int:
         remaining = self.prefixes.num_to_compute(request) - request.num_computed
         num_tokens = min(remaining, budget)
+        if self.sliding is not None:
+            num_tokens = min(num_tokens, self.sliding.room(request))
+            self.sliding.extend(request, num_tokens)
         batch.prefills.append(Chunk(request, num_tokens))
         if request.num_computed + num_tokens == request.num_tokens:
             batch.sampled.append(request)
@@ -279,6 +288,10 @@ class Scheduler:
                 request.cached_tokens = min(prefix.num_cached, request.num_prompt_tokens)
             if prefix.tail is not None:
                 batch.copies.append((prefix.tail, blocks[len(prefix.shared)]))
+            if self.sliding is not None:
+                fresh = self.sliding.adopt(request, prefix.sliding)
+                if fresh is not None:
+                    batch.sliding_copies.append((prefix.sliding.tail, fresh))
             budget -= self._add_chunk(batch, request, budget)
             room += self.headroom.of(request)
         self.waiting.extendleft(reversed(held_back))
@@ -296,7 +309,8 @@ class Scheduler:
 
     def pause(self, request: Request, batch: Batch) -> None:
         """Move a running request's entries to host memory with `batch`; it returns when there is room."""
-        batch.paused.append(Swap(request, request.block_ids, 0, request.query_slot, request.row))
+        sliding_ids = () if self.sliding is None else self.sliding.leave(request)
+        batch.paused.append(Swap(request, request.block_ids, 0, request.query_slot, request.row, sliding_ids))
         request.queries_saved = request.query_slot >= 0
         self.swap_space.take(request)
         table = request.block_ids
@@ -312,6 +326,8 @@ class Scheduler:
             return
         batch.preempted.append(Preemption(request, request.cache_len, len(request.block_ids)))
         self._leave(request, Status.WAITING)
+        if self.sliding is not None:
+            self.sliding.release(request)
         request.num_computed = request.cache_len = 0
         request.num_preemptions += 1
 
@@ -338,7 +354,8 @@ class Scheduler:
         self._enter(batch, request, blocks)
         self.prefixes.cut(request, len(shared))
         self.slots.give_back(request, self.running)
-        batch.resumed.append(Swap(request, blocks, len(shared), request.query_slot, request.row))
+        sliding_ids = () if self.sliding is None else self.sliding.come_back(request)
+        batch.resumed.append(Swap(request, blocks, len(shared), request.query_slot, request.row, sliding_ids))
         self.slots.offer(request)
         self.num_resumes += 1
         return True
@@ -357,11 +374,15 @@ class Scheduler:
         for request in batch.decodes:
             request.num_computed += 1
             request.cache_len += 1
+            if self.sliding is not None:
+                self.sliding.slide(request)
         for request, num_tokens in batch.prefills:
             request.num_computed += num_tokens
             request.cache_len += num_tokens
             if self.pool.enable_prefix_caching:
                 self.prefixes.register(request)
+            if self.sliding is not None:
+                self.sliding.slide(request)
         for token_row, request in enumerate(batch.sampled):
             request.await_token(token_row)
 
@@ -423,6 +444,8 @@ class Scheduler:
                 continue
             if request.status is Status.RUNNING:
                 self._release(request)
+                if self.sliding is not None:
+                    self.sliding.release(request)
             if request.status is Status.PAUSED:
                 self.swap_space.drop(request)
             request.status = Status.FINISHED
@@ -446,3 +469,5 @@ class Scheduler:
         if sorted(rows + self._rows) != list(range(self.max_num_seqs)):
             raise RuntimeError("batch rows leaked or were handed out twice")
         self.slots.check_integrity(self.running)
+        if self.sliding is not None:
+            self.sliding.check_integrity(self.running)
