@@ -65,7 +65,7 @@ class Request:
         num_preemptions, num_pauses: how often each happened.
 
     By `SlidingBlocks`:
-        sliding: its table in sliding layers; empty where there are none. Of a paused request: the one it had.
+        sliding: its table in sliding layers; empty where there are none. Of one that doesn't run: the one it had.
         peak_sliding_blocks: the most blocks it held there at once.
 
     By `CompressionScheduler`:

@@ -124,17 +124,8 @@ class Scheduler:
         self.finish([request], "error", now)
 
     def _num_short(self) -> int:
-        """Blocks that decodes at a block's end and the head of the queue want beyond the free ones."""
-        size = self.pool.block_size
-        wanted = sum(
-            request.cache_len == len(request.block_ids) * size
-            and request.status is Status.RUNNING
-            and not request.has_all_tokens
-            for request in self.running
-        )
-        if self.waiting and len(self.running) < self.max_num_seqs:
-            wanted += self.headroom.wanted_by(self.waiting[0]) + self.headroom.of_all(self.running)
-        return wanted - self.pool.num_free
+        head = self.waiting[0] if self.waiting and len(self.running) < self.max_num_seqs else None
+        return self.headroom.num_short(self.running, head)
 
     # Planning
 
@@ -162,8 +153,7 @@ class Scheduler:
         unfinished = []
         reserved = 0
         may_admit = True
-        running, pool, size = self.running, self.pool, self.pool.block_size
-        sliding = self.sliding
+        running, pool, size, sliding = self.running, self.pool, self.pool.block_size, self.sliding
         i = 0
         while i < len(running):
             request = running[i]
@@ -243,8 +233,7 @@ class Scheduler:
         remaining = self.prefixes.num_to_compute(request) - request.num_computed
         num_tokens = min(remaining, budget)
         if self.sliding is not None:
-            num_tokens = min(num_tokens, self.sliding.room(request))
-            self.sliding.extend(request, num_tokens)
+            num_tokens = self.sliding.extend(request, num_tokens)
         batch.prefills.append(Chunk(request, num_tokens))
         if request.num_computed + num_tokens == request.num_tokens:
             batch.sampled.append(request)
@@ -289,9 +278,7 @@ class Scheduler:
             if prefix.tail is not None:
                 batch.copies.append((prefix.tail, blocks[len(prefix.shared)]))
             if self.sliding is not None:
-                fresh = self.sliding.adopt(request, prefix.sliding)
-                if fresh is not None:
-                    batch.sliding_copies.append((prefix.sliding.tail, fresh))
+                batch.sliding_copies += self.sliding.adopt(request, prefix.sliding)
             budget -= self._add_chunk(batch, request, budget)
             room += self.headroom.of(request)
         self.waiting.extendleft(reversed(held_back))
@@ -309,8 +296,8 @@ class Scheduler:
 
     def pause(self, request: Request, batch: Batch) -> None:
         """Move a running request's entries to host memory with `batch`; it returns when there is room."""
-        sliding_ids = () if self.sliding is None else self.sliding.leave(request)
-        batch.paused.append(Swap(request, request.block_ids, 0, request.query_slot, request.row, sliding_ids))
+        places = request.query_slot, request.row, request.sliding.block_ids
+        batch.paused.append(Swap(request, request.block_ids, 0, *places))
         request.queries_saved = request.query_slot >= 0
         self.swap_space.take(request)
         table = request.block_ids
@@ -326,8 +313,6 @@ class Scheduler:
             return
         batch.preempted.append(Preemption(request, request.cache_len, len(request.block_ids)))
         self._leave(request, Status.WAITING)
-        if self.sliding is not None:
-            self.sliding.release(request)
         request.num_computed = request.cache_len = 0
         request.num_preemptions += 1
 
@@ -354,8 +339,8 @@ class Scheduler:
         self._enter(batch, request, blocks)
         self.prefixes.cut(request, len(shared))
         self.slots.give_back(request, self.running)
-        sliding_ids = () if self.sliding is None else self.sliding.come_back(request)
-        batch.resumed.append(Swap(request, blocks, len(shared), request.query_slot, request.row, sliding_ids))
+        places = request.query_slot, request.row, () if self.sliding is None else self.sliding.come_back(request)
+        batch.resumed.append(Swap(request, blocks, len(shared), *places))
         self.slots.offer(request)
         self.num_resumes += 1
         return True
@@ -366,6 +351,8 @@ class Scheduler:
         request.row = -1
         request.hold([])
         self.slots.take_back(request)
+        if self.sliding is not None:
+            self.sliding.release(request)
 
     # After the step
 
@@ -374,15 +361,13 @@ class Scheduler:
         for request in batch.decodes:
             request.num_computed += 1
             request.cache_len += 1
-            if self.sliding is not None:
-                self.sliding.slide(request)
         for request, num_tokens in batch.prefills:
             request.num_computed += num_tokens
             request.cache_len += num_tokens
             if self.pool.enable_prefix_caching:
                 self.prefixes.register(request)
-            if self.sliding is not None:
-                self.sliding.slide(request)
+        if self.sliding is not None:
+            self.sliding.slide(batch.decodes + [chunk.request for chunk in batch.prefills])
         for token_row, request in enumerate(batch.sampled):
             request.await_token(token_row)
 
@@ -444,8 +429,6 @@ class Scheduler:
                 continue
             if request.status is Status.RUNNING:
                 self._release(request)
-                if self.sliding is not None:
-                    self.sliding.release(request)
             if request.status is Status.PAUSED:
                 self.swap_space.drop(request)
             request.status = Status.FINISHED
@@ -459,15 +442,9 @@ class Scheduler:
         return self.swap_space.take_dropped()
 
     def check_integrity(self) -> None:
-        """Check the invariants of pool, tables, slots and compressions (for tests and debug runs).
-
-        Raises:
-            RuntimeError: an invariant is broken; the message says which.
-        """
-        check_requests(self.running, self.compressions)
+        """Raises RuntimeError where pools, tables, slots and compressions disagree (for tests and debug runs)."""
+        check_requests(self.running, self.compressions, self.sliding)
         rows = [request.row for request in self.running]
         if sorted(rows + self._rows) != list(range(self.max_num_seqs)):
             raise RuntimeError("batch rows leaked or were handed out twice")
         self.slots.check_integrity(self.running)
-        if self.sliding is not None:
-            self.sliding.check_integrity(self.running)

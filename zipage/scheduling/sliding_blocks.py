@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from zipage.scheduling.block_pool import BlockPool
@@ -31,8 +31,8 @@ class SlidingBlocks:
     the requests that may run. Chunks of prompts share the others, and are as long as these allow. So nobody waits or
     leaves for want of blocks here.
 
-    Blocks of prompts that are out of the window stay in the prefix index until they are allocated again, and so do those
-    of a window that a request ends with. A prefix is found where all blocks of its window still are.
+    Blocks of prompts that are out of the window stay in the prefix index until they are allocated again, and so do
+    those of the window that a request ends with. A prefix is found where all blocks of its window still are.
 
     Args:
         pool: of these blocks alone.
@@ -53,21 +53,22 @@ class SlidingBlocks:
 
     # Steps
 
-    def room(self, request: Request) -> int:
-        """Tokens that a request may compute next, at least one."""
-        table = request.sliding
-        places = table.end + self.per_request - len(table.block_ids) + self._spare
-        return places * self.pool.block_size - request.num_computed
+    def extend(self, request: Request, num_tokens: int) -> int:
+        """Give a request blocks for its next tokens. Returns for how many: as there is room for, at least one."""
+        table, size = request.sliding, self.pool.block_size
+        missing = -(-(request.num_computed + num_tokens) // size) - table.end
+        if missing <= 0:
+            return num_tokens
+        room = self.per_request - len(table.block_ids) + self._spare
+        self._take(request, min(missing, room))
+        return min(num_tokens, table.end * size - request.num_computed)
 
-    def extend(self, request: Request, num_tokens: int) -> None:
-        """Give a request blocks for its next tokens, as many as there is `room` for."""
-        table = request.sliding
-        missing = -(-(request.num_computed + num_tokens) // self.pool.block_size) - table.end
-        if missing > 0:
-            self._take(request, missing)
-
-    def slide(self, request: Request) -> None:
+    def slide(self, requests: Iterable[Request]) -> None:
         """Take back the blocks that no query from `num_computed` on sees."""
+        for request in requests:
+            self._slide(request)
+
+    def _slide(self, request: Request) -> None:
         table = request.sliding
         gone = self._first_seen(request.num_computed) - table.first
         if gone > 0:
@@ -104,21 +105,12 @@ class SlidingBlocks:
     # Coming and going
 
     def release(self, request: Request) -> None:
-        """A running request ends, or is to be computed again."""
-        self._give_up(request)
-        request.sliding = SlidingTable()
-
-    def leave(self, request: Request) -> list[int]:
-        """A running request is paused. Its table stays as a record of what was saved: the blocks, which are free."""
-        self._give_up(request)
-        return request.sliding.block_ids
-
-    def _give_up(self, request: Request) -> None:
+        """A running request ends or leaves. Its table stays, as a record of what it held."""
         self._spare += self._beyond(request.sliding)
         self.pool.free(request.sliding.block_ids)
 
     def come_back(self, request: Request) -> list[int]:
-        """Other blocks for the table of a paused request."""
+        """Other blocks for the table that a paused request had."""
         saved = request.sliding
         request.sliding = SlidingTable(saved.first, num_registered=saved.end, num_told=saved.first)
         return self._take(request, len(saved.block_ids)).copy()
@@ -159,12 +151,12 @@ class SlidingBlocks:
         tail = table.block_ids[full - table.first] if num_cached % self.pool.block_size else None
         return SlidingPrefix(first, table.block_ids[first - table.first : full - table.first], tail)
 
-    def adopt(self, request: Request, prefix: SlidingPrefix) -> int | None:
-        """Begin with a prefix. Returns the block to copy its tail to, if there is one."""
+    def adopt(self, request: Request, prefix: SlidingPrefix) -> list[tuple[int, int]]:
+        """A request begins to run, with a prefix. Returns what is to be copied: (source, destination)."""
         first, shared, tail = prefix
         request.sliding = SlidingTable(first, num_registered=first + len(shared), num_told=first)
         taken = self._take(request, int(tail is not None), shared)
-        return None if tail is None else taken[-1]
+        return [] if tail is None else [(tail, taken[-1])]
 
     # Invariants
 

@@ -143,7 +143,7 @@ def slab_bytes(block_size: int, block_bytes: int, sliding_block_bytes: int = 0) 
 
 
 def query_slot_bytes(spec: ModelSpec, window: int, dtype: torch.dtype) -> int:
-    """Bytes of the latest `window` queries of a request over the layers that don't slide: `L * w * Hq * d * itemsize`."""
+    """Bytes of the latest `window` queries of a request over these layers: `L * w * Hq * d * itemsize`."""
     return (spec.num_layers - len(spec.sliding_layers)) * window * spec.num_heads * spec.head_dim * dtype.itemsize
 
 
