@@ -28,7 +28,6 @@ from zipage.worker.kv_cache import KVCache
 
 SPEC = SimpleNamespace(
     num_layers=2,
-    sliding_window=0,
     num_heads=4,
     num_kv_heads=2,
     head_dim=32,

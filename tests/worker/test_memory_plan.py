@@ -18,13 +18,14 @@ from zipage.worker.recurrent_states import RecurrentStates
 from zipage.worker.worker import DeviceMemory
 
 MIB, GIB = 2**20, 2**30
-QWEN3_8B = SimpleNamespace(num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, recurrent=None)
-TINY = SimpleNamespace(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, recurrent=None)
+QWEN3_8B = SimpleNamespace(num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, recurrent=None, sliding_layers=())
+TINY = SimpleNamespace(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, recurrent=None, sliding_layers=())
 QWEN3_NEXT = SimpleNamespace(
     num_layers=12,
     num_heads=16,
     num_kv_heads=2,
     head_dim=256,
+    sliding_layers=(),
     recurrent=DeltaNetSpec(
         layers=tuple(i for i in range(48) if i % 4 < 3), num_key_heads=16, num_value_heads=32, key_dim=128,
         value_dim=128, taps=4, grouped=True,

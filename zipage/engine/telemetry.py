@@ -80,7 +80,9 @@ class Telemetry:
         self._sliding_block_bytes = sliding_block_bytes
         self._clock = clock
         self._num_applied = 0
-        self.counters = EngineStats(blocks_total=scheduler.pool.num_blocks)
+        sliding = scheduler.sliding
+        totals = {"sliding_blocks_total": 0 if sliding is None else sliding.pool.num_blocks}
+        self.counters = EngineStats(blocks_total=scheduler.pool.num_blocks, **totals)
         self.listeners = Listeners(strict)
 
     def record_step(self, batch: Batch, num_tokens: int, begin: float, device_time: float) -> None:
@@ -188,4 +190,5 @@ class Telemetry:
             num_compressing=len(compressions.in_flight),
             query_slots_used=scheduler.slots.num_used,
             blocks_used=scheduler.pool.num_used,
+            sliding_blocks_used=0 if scheduler.sliding is None else scheduler.sliding.pool.num_used,
         )
