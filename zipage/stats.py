@@ -187,8 +187,9 @@ class EventStats:
         blocks_before, blocks_after: blocks in its table.
         seconds: of a compression, from order to completion as the host saw it; 0 for the other kinds.
         kept_positions: of a compression, with `trace_positions`: int32 [L, H, entries_after], the logical positions
-            that each layer and KV head kept, ascending; of a model with sliding layers L are the others. None without. Under unequal budgets it is as wide as the
-            longest head, and -1 stands behind the others' own, and entries and blocks are means over heads.
+            that each layer and KV head kept, ascending; sliding layers, which keep a window, are not among the L. None
+            without. Under unequal budgets it is as wide as the longest head, and -1 stands behind the others' own, and
+            entries and blocks are means over heads.
         replica: on which it happened; `step` is its count.
     """
 

@@ -58,9 +58,9 @@ def summarise(
         `rate` is in requests a second: `offered` as they arrived (`offered_rate`), `achieved` as they were answered,
         over all the `seconds`.
         `blocks_held` is the most blocks that an answered sample held at once, as the engine counted them, and
-        `kv_bytes` what these took in bytes: keys and values with scores and positions, those of
-        sliding layers, and its query slot if it held one. With several replicas `steps` counts those of all, `itl` is between the steps of each, and the peaks are of
-        all at once.
+        `kv_bytes` what these took in bytes: keys and values with scores and positions, those of sliding layers, and its
+        query slot if it held one. With several replicas `steps` counts those of all, `itl` is between the steps of
+        each, and the peaks are of all at once.
     """
     answered = [row for row in requests if row.get("error") is None]
     compressed = sum(bool(row.get("compressions")) for row in answered)

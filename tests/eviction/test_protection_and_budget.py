@@ -8,7 +8,6 @@ import torch
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.eviction.protection import Protection, forced_mask
-from zipage.eviction.rule import EvictionRule
 
 
 def test_budget_rounds_up_to_blocks():

@@ -13,7 +13,7 @@ from tests.eviction.cases import Case
 from tests.tiny_models import VOCAB, save_tiny_model
 from zipage import LLM
 from zipage.scheduling.planner import plan_step
-from zipage.worker.cuda_graph import StepGraphs, batch_sizes, capture_stream
+from zipage.worker.cuda_graph import NO_CHUNKS, StepGraphs, batch_sizes, capture_stream
 from zipage.worker.token_batch import PromptChunks, TokenBatch
 
 ZIPAGE, KVZAP = Case("zipage", {"chunk": 32}), Case("kvzap", MADE_UP)
@@ -116,7 +116,7 @@ def run_in_graphs(llm: LLM, all_decode: bool | None = None) -> list[tuple[int, b
         A list that gets the tokens of each step, and whether it had prefill attention.
     """
     runner, steps = llm._core.runner, []
-    graphs = runner.step_graphs(runner.cache, runner._tables)
+    graphs = runner.step_graphs(runner.cache, runner._tables, runner._sliding_tables)
 
     def run(batch: TokenBatch, chunks: PromptChunks) -> torch.Tensor:
         size, prompts = len(batch) + 5, not (graphs._all_decode(batch, chunks) if all_decode is None else all_decode)
@@ -213,6 +213,16 @@ def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case, new_pr
         torch.testing.assert_close(x, once, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+def test_steps_of_nobody_run_where_layers_slide(tmp_path):
+    """As they do before a capture."""
+    runner = make_llm(save_tiny_model("gpt_oss", tmp_path, num_hidden_layers=2), None)._core.runner
+    graphs = runner.step_graphs(runner.cache, runner._tables, runner._sliding_tables)
+    for chunks in (None, NO_CHUNKS):
+        with torch.inference_mode():
+            assert graphs.forward(graphs.inputs(16, None, chunks), 16).isfinite().all()
+    assert graphs.kept_bytes == 8 * len(graphs.inputs(graphs.most, None, NO_CHUNKS)) + 4 * graphs.most * 64
+
+
 def test_decodes_of_a_hybrid_run_in_graphs_and_its_prompts_do_not(tmp_path):
     """Rows of nobody have a state too, which is finite."""
     model = save_tiny_model("qwen3_next", tmp_path, num_hidden_layers=4)
@@ -236,19 +246,21 @@ def test_decodes_of_a_hybrid_run_in_graphs_and_its_prompts_do_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("case", "options", "graphs"),
+    ("case", "options", "graphs", "family"),
     [
-        *product((None, ZIPAGE, Case("random"), KVZAP), [{}], [(True, False)]),
-        *product((ZIPAGE, KVZAP), [UNEQUAL], [(True,)]),
+        *product((None, ZIPAGE, Case("random"), KVZAP), [{}], [(True, False)], ["qwen3"]),
+        *product((ZIPAGE, KVZAP), [UNEQUAL], [(True,)], ["qwen3"]),
+        (None, {}, (True, False), "gpt_oss"),
+        (ZIPAGE, {}, (True, False), "gemma3_text"),
     ],
     ids=lambda value: "unequal" if value is UNEQUAL else "" if value == {} else str(value),
 )
 def test_requests_that_run_in_graphs_from_their_first_token_get_the_tokens_of_an_eager_engine(
-    tmp_path, case, options, graphs
+    tmp_path, case, options, graphs, family
 ):
     """`graphs`: whether all tokens of theirs attend as decodes."""
     # A small pool: some leave it, and compute their prompt and output anew.
-    model = save_tiny_model("qwen3", tmp_path)
+    model = save_tiny_model(family, tmp_path, **({} if family == "qwen3" else {"num_hidden_layers": 2}))
     prompts = random_prompts([5, 20, 70, 33, 1, 180, 64, 90], VOCAB)
     prompts += [prompts[2][:64] + tail for tail in random_prompts([7, 30], VOCAB, seed=1)]
 

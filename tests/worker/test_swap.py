@@ -13,7 +13,7 @@ from zipage.worker.kv_cache import NOWHERE, KVCache
 from zipage.worker.recurrent_states import RecurrentStates
 from zipage.worker.swap import Swapper
 
-SPEC = SimpleNamespace(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8)
+SPEC = SimpleNamespace(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, sliding_layers=())
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 on_every_device = pytest.mark.parametrize("device", DEVICES)

@@ -39,7 +39,7 @@ PROMPTS = 8
 """Chunks of prompts that a graph takes. Prefill attention launches programs for as many of the longest length there may
 be, and those that have nothing to do take time too."""
 
-NO_CHUNKS = PromptChunks(*(np.zeros(n, dtype=np.int64) for n in (0, 0, 1, 0)))
+NO_CHUNKS = PromptChunks(*(np.zeros(n, dtype=np.int64) for n in (0, 0, 1)))
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -168,7 +168,7 @@ class StepGraphs:
             last[:count], last[PROMPTS : PROMPTS + count] = chunks.rows, chunks.lens
             last[2 * PROMPTS : 3 * PROMPTS + 1] = chunks.bounds[-1]
             last[2 * PROMPTS : 2 * PROMPTS + count] = chunks.bounds[:-1]
-            if self._sliding_tables is not None:
+            if count and self._sliding_tables is not None:
                 last[3 * PROMPTS + 1 :][:count] = chunks.ends
         return torch.from_numpy(flat)
 

@@ -154,24 +154,28 @@ class ModelRunner:
         self.cache = cache
         columns = self.spec.num_layers * self.spec.num_kv_heads if cache.tiled else 1
         self.swapper = Swapper(cache, slab_blocks(cache.block_size) * columns, num_host_slabs)
-        self._tables, self._sliding_tables = self.block_tables(cache)
+        self._tables, self._sliding_tables = self.block_tables(cache), self.sliding_tables(cache)
         if self.device.type == "cuda" and not self.enforce_eager:
             self._graphs = self.step_graphs(cache, self._tables, self._sliding_tables)
 
     def step_graphs(
-        self, cache: KVCache, tables: BlockTables | TileTables, sliding_tables: BlockTables | None
+        self, cache: KVCache, tables: BlockTables | TileTables, sliding_tables: BlockTables | None = None
     ) -> StepGraphs:
         """Graphs over `cache`, none captured yet."""
         most = self.max_num_batched_tokens
         kept = self._sampled, most, self._capture_stream, self.scorer
         return StepGraphs(self.decoder, cache, tables, *kept, sliding_tables=sliding_tables)
 
-    def block_tables(self, cache: KVCache) -> tuple[BlockTables | TileTables, BlockTables | None]:
-        """Tables of all rows, none written yet; and those of sliding layers, where there are any."""
+    def block_tables(self, cache: KVCache) -> BlockTables | TileTables:
+        """Tables of all rows, none written yet."""
         size = self.max_num_seqs, -(-self.max_model_len // cache.block_size), cache.block_size, self.device
         if cache.tiled:
-            return TileTables(*size, num_layers=self.spec.num_layers, num_heads=self.spec.num_kv_heads), None
-        return BlockTables(*size), None if cache.sliding is None else BlockTables(*size)
+            return TileTables(*size, num_layers=self.spec.num_layers, num_heads=self.spec.num_kv_heads)
+        return BlockTables(*size)
+
+    def sliding_tables(self, cache: KVCache) -> BlockTables | None:
+        """The same of sliding layers, where there are any."""
+        return None if cache.sliding is None else self.block_tables(cache.sliding)
 
     @torch.inference_mode()
     def move(self, plan: StepPlan) -> dict[int, str]:

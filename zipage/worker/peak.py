@@ -75,14 +75,14 @@ def measure_peak(
         num_sliding_blocks=num_blocks,
     )
     step = _peak_of(runner.device, lambda: run_largest_step(runner, cache, num_tokens))
-    tables = runner.block_tables(cache)
-    held = sum(table.nbytes for table in tables if table is not None)
+    tables, sliding_tables = runner.block_tables(cache), runner.sliding_tables(cache)
+    held = tables.nbytes + (0 if sliding_tables is None else sliding_tables.nbytes)
     if not runner.enforce_eager:
         # Graphs keep what they allocate, beside what other steps do; the largest needs most, and all share it.
-        graphs = runner.step_graphs(cache, *tables)
+        graphs = runner.step_graphs(cache, tables, sliding_tables)
         held += _peak_of(runner.device, graphs.warm_up_largest) + graphs.kept_bytes
         del graphs
-    del cache, tables
+    del cache, tables, sliding_tables
     if rule is not None:
         kept = {"positions": True, "scores": rule.policy.num_states, "predictions": rule.policy.predicts}
         options = kept | {"num_query_slots": 1, "window": rule.window, "tiled": tiled}

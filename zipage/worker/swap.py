@@ -158,7 +158,7 @@ class Swapper:
         self._free += copy.slabs  # whatever is saved there next is queued behind this
         units = len(ids), len(sliding_ids)
         if units != copy.num_units:
-            raise RuntimeError(f"{copy.num_units} blocks were saved and {units} are to take them")
+            raise RuntimeError(f"{sum(copy.num_units)} blocks were saved and {sum(units)} are to take them")
         with self._beside():
             if query_slot >= 0 and copy.queries is not None:
                 cache.queries[:, query_slot].copy_(copy.queries, non_blocking=True)

@@ -76,13 +76,13 @@ class PromptChunks:
         rows: int64 [P], of the block tables.
         lens: int64 [P], entries of each request with its chunk's.
         bounds: int64 [P + 1], places of their tokens in the batch.
-        ends: int64 [P], logical positions behind them: `lens` of sliding layers.
+        ends: int64 [P], logical positions behind them: `lens` of sliding layers, which alone read them.
     """
 
     rows: np.ndarray
     lens: np.ndarray
     bounds: np.ndarray
-    ends: np.ndarray
+    ends: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
