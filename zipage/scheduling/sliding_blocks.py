@@ -64,7 +64,7 @@ class SlidingBlocks:
         return min(num_tokens, table.end * size - request.num_computed)
 
     def slide(self, requests: Iterable[Request]) -> None:
-        """Take back the blocks that no query from `num_computed` on sees."""
+        """Take back the blocks that nobody needs who goes on from `num_computed`."""
         for request in requests:
             self._slide(request)
 
@@ -83,8 +83,11 @@ class SlidingBlocks:
             self._spare += before - self._beyond(table)
 
     def _first_seen(self, position: int) -> int:
-        """Place of the first block that the query of a position sees."""
-        return max(0, position - self.window + 1) // self.pool.block_size
+        """Place of the first block that the query of the first position in a block sees. No more blocks are held so at
+        most, and another request can begin at the block.
+        """
+        size = self.pool.block_size
+        return max(0, position // size * size - self.window + 1) // size
 
     def _take(self, request: Request, num_new: int, shared: Sequence[int] = ()) -> list[int]:
         """Fresh blocks at a table's end."""
