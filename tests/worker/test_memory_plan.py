@@ -108,7 +108,7 @@ def test_full_kv_plans_neither_slots_nor_positions():
 
 
 def gpt_oss(**options) -> MemoryPlan:
-    """Of the shape of gpt-oss-20b: half of 24 layers see 128 entries. A block of a layer of either kind takes 512 KiB."""
+    """Of the shape of gpt-oss-20b: half of 24 layers see 128 entries. A block of a layer takes 512 KiB."""
     heads = {"num_heads": 64, "num_kv_heads": 8, "head_dim": 64, "scale": 0.125}
     layers = [AttentionSpec(**heads, window=None if i % 2 else 128) for i in range(24)]
     spec = ModelSpec(

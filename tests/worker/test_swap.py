@@ -100,7 +100,7 @@ def test_blocks_and_queries_come_back_elsewhere_bit_for_bit(num_units, dtype, de
 @on_every_device
 @pytest.mark.parametrize(("num_units", "slabs"), [(1, 3 + 2), (2, 1 + 1)])
 def test_blocks_of_sliding_layers_go_with_the_others(num_units, slabs, device):
-    """Two layers slide and one doesn't, beside whose entries positions lie: a slab takes one block of theirs, or nearly two of its."""
+    """Two layers slide and one does not: a slab takes one block of theirs, or nearly two of its own."""
     make = partial(AttentionSpec, num_heads=4, num_kv_heads=2, head_dim=8, scale=1.0)
     spec = ModelSpec(
         architecture="gpt_oss", vocab_size=9, width=8, mlp_width=8, rms_norm_eps=1e-6, inv_freq=(1.0,) * 4,
