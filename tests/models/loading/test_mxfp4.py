@@ -98,6 +98,16 @@ def test_broken_blocks_are_named(packed, changes, message):
         load_model(str(folder), device="cpu")
 
 
+def test_a_scale_that_is_no_number_is_named(packed):
+    folder, _ = packed
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.down_proj_scales"][3, 7, 0] = 255
+    save_file(tensors, folder / "model.safetensors")
+    message = r"layers\.1\.mlp\.experts\.down_proj_scales holds 255 \(1 of 384 scales\): must be below 255, which is no"
+    with pytest.raises(ValueError, match=message):
+        load_model(str(folder), device="cpu")
+
+
 def test_bytes_without_the_config_s_word_are_refused(packed):
     folder, _ = packed
     config = json.loads((folder / "config.json").read_text())

@@ -14,6 +14,8 @@ BLOCK_BYTES = 16
 """Of 32 floats, two a byte, the first in its lower half."""
 BIAS = 127
 """Of a block's exponent."""
+NO_EXPONENT = 255
+"""What the format has for a block that is not a number."""
 
 
 class Mxfp4Folder(QuantizedFolder):
@@ -33,7 +35,9 @@ class Mxfp4Folder(QuantizedFolder):
 
     def dequantized(self, name: str, piece: Piece | None) -> Tensor:
         """A piece is some of the experts (axis 0)."""
-        return dequantized(*(self._files.read(name + end, piece) for end in (self.codes, self.scales))).mT
+        blocks, scales = (self._files.read(name + end, piece) for end in (self.codes, self.scales))
+        self.check_values(name, scales, scales != NO_EXPONENT, f"below {NO_EXPONENT}, which is no exponent")
+        return dequantized(blocks, scales).mT
 
 
 def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
