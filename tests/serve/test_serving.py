@@ -21,7 +21,6 @@ from tests.experiments.running.forked import Forked, ForkedPython
 from tests.serve.running import ENGINE, MODEL, POLICY, REASONER, answers, free_port, snapshots, wait_until
 from zipage import LLM, SamplingParams, processes
 from zipage.config import EngineConfig
-from zipage.serve import api as api_module
 from zipage.serve import server as server_module
 from zipage.serve.cli import serve
 from zipage.serve.config import ServeConfig
@@ -156,6 +155,7 @@ def test_clients_that_leave_at_random_leave_nothing_behind(server):
 
 
 def _alive(kind: type) -> list:
+    import gc
 
     return [one for one in gc.get_objects() if isinstance(one, kind)]
 
