@@ -40,7 +40,7 @@ HYBRIDS = {
 }
 """Those with recurrent layers: they run on one device, and share no prefixes."""
 FORMED = {"gemma3_text", "gpt_oss"}
-"""Those of them whose attention is not plain: they run on one device, with full KV."""
+"""Those of them whose attention is not plain: some policies refuse them."""
 
 
 def save_tiny_model(family: str, folder: Path, **more: Any) -> Path:

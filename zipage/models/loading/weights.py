@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zipage.models.decoder import Decoder
+from zipage.models.loading.finite import check_finite
 from zipage.models.registry import find_family
 from zipage.models.shard import WHOLE, Piece, Shard, fill_pieces, whole_shape
 from zipage.models.spec import ModelSpec
@@ -78,13 +79,21 @@ def fill(decoder: Decoder, weights: Weights, source: str) -> None:
 
     Raises:
         ValueError: tensors are missing, left over or of another shape; the message names them. Nothing was read then.
+            Or a value is not finite, which comes out while others are read.
     """
     views, pieces = decoder.weight_views(), decoder.weight_pieces()
     for name in _names_to_read(decoder, weights, source):
+        read = partial(_read, weights, name, source, views[name].dtype)
         if decoder.shard.is_whole or name not in pieces:
-            views[name].copy_(weights.read(name))
+            views[name].copy_(read())
         else:
-            fill_pieces(pieces[name], views[name], partial(weights.read, name))
+            fill_pieces(pieces[name], views[name], read)
+
+
+def _read(weights: Weights, name: str, source: str, dtype: torch.dtype, piece: Piece | None = None) -> Tensor:
+    tensor = weights.read(name, piece)
+    check_finite(tensor, f"{source}: {name}", dtype)
+    return tensor
 
 
 def _names_to_read(decoder: Decoder, weights: Weights, source: str) -> list[str]:
