@@ -24,6 +24,7 @@ from zipage.models.loading.tokenizer import load_tokenizer
 from zipage.models.spec import ModelSpec
 from zipage.parallel.ranked_worker import RankedWorker, start_ranks
 from zipage.scheduling.block_pool import BlockPool
+from zipage.scheduling.headroom import entries_to_keep
 from zipage.scheduling.scheduler import Scheduler
 from zipage.scheduling.sliding_blocks import SlidingBlocks
 from zipage.scheduling.swap_space import SwapCosts, SwapSpace
@@ -152,6 +153,7 @@ def core_on(
     )  # fmt: skip
     logger.info("memory plan: %s", plan)
     worker.attach(plan)
+    swap_space = _swap_space(plan, config, spec)
     scheduler = Scheduler(
         _pool(plan, config, spec),
         max_num_seqs=min(config.max_num_seqs, plan.num_windows or config.max_num_seqs),
@@ -160,7 +162,8 @@ def core_on(
         num_query_slots=plan.num_query_slots,
         trigger=config.trigger,
         scheduling=config.scheduling,
-        swap_space=_swap_space(plan, config, spec),
+        swap_space=swap_space,
+        headroom=entries_to_keep(swap_space, config.block_size),
         shares_prefixes=spec.recurrent is None,
         sliding=_sliding_blocks(plan, config, spec),
     )

@@ -147,6 +147,20 @@ def test_broken_files(tmp_path):
         GgufFile(path)
 
 
+@pytest.mark.parametrize("quantization", [Type.Q8_0, Type.F16, Type.F32])
+def test_a_weight_that_is_not_finite_is_named(quantization, tmp_path):
+    """A quantized block's scale among them."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, make_model("Qwen2"), quantization)
+    file = GgufFile(path)
+    content = bytearray(path.read_bytes())
+    offset = file.tensors["blk.1.ffn_down.weight"].offset
+    content[offset : offset + 4] = b"\0\0\xc0\x7f" if quantization is Type.F32 else b"\0\x7e\0\0"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.gguf: model\.layers\.1\.mlp\.down_proj\.weight holds nan"):
+        load_model(str(path), device="cpu")
+
+
 def test_without_the_package_gguf_only_quantized_files_fail(tmp_path, monkeypatch):
     plain, quantized = tmp_path / "plain.gguf", tmp_path / "quantized.gguf"
     write_gguf(plain, make_model("Llama"), Type.F16)
