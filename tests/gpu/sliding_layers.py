@@ -19,7 +19,7 @@ FAMILIES = {
 }
 CASES = (
     Case("zipage", SMALL_CHUNK, recent=8, protection="prompt"),
-    Case("r_kv", protection="sink:4"),
+    Case("r_kv", recent=8, protection="sink:4"),
     Case("lazy_eviction", {"alpha": 0.01}),
     Case("knorm"),
     Case("page_random", {"page_size": 16}),
@@ -30,7 +30,7 @@ VARIANTS = {
     "eager": {"enforce_eager": True, "max_num_batched_tokens": 24},
     "tight": {"num_blocks": 11, "headroom": 0},
     "paused": {},
-    "large blocks beside few windows": {"max_num_seqs": 3, "async_scheduling": True},
+    "few windows": {"max_num_seqs": 3, "async_scheduling": True},
 }
 BUDGETS = {"r_kv": 16}
 """By policy: one that is less than the window."""
