@@ -219,9 +219,12 @@ class Event(ABC):
         """Values, float32 [L, R, H, N, d]: a dense copy."""
 
     @abstractmethod
-    def output_norms(self) -> Tensor:
+    def output_norms(self, starts: Tensor) -> Tensor:
         """Mean over the group of |V W_o|, float32 [L, R, H, N]: W_o takes the values of a query head to the residual
         stream. The norm is the one that the policy asks for.
+
+        Args:
+            starts: int32 [R], slots from here on are asked for, each worth `2 G d width` operations. 0 before them.
 
         Raises:
             ValueError: it asks for none (`Policy.output_norm`).

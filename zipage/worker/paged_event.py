@@ -14,6 +14,7 @@ from kernels.attended import attended
 from kernels.attention_score import attention_score
 from kernels.cache_view import CacheView, shared
 from kernels.lag_spread import lag_spread
+from kernels.output_norms import output_norms
 from kernels.pool_scores import pool_scores
 from kernels.redundancy import redundancy
 from zipage.eviction.event import Event, Softmax
@@ -165,11 +166,11 @@ class PagedEvent(Event):
     def values(self) -> Tensor:
         return self._gathered(self.v_cache)
 
-    def output_norms(self) -> Tensor:
+    def output_norms(self, starts: Tensor) -> Tensor:
         if self.outputs is None:
             raise ValueError("event.output_norms needs a norm, and the policy asked for none: set output_norm")
-        values = zip(self.layers, self.values(), strict=True)
-        return torch.stack([self.outputs.of(layer, of_layer) for layer, of_layer in values])
+        weights = [self.outputs.weights[layer] for layer in self.layers]
+        return output_norms(self.view, weights, self.shared(starts.int()), self.outputs.norm)
 
     def value_ranges(self) -> Tensor:
         low, high = self.v_cache[:, self._blocks].aminmax(dim=-1)
