@@ -27,6 +27,7 @@ from kernels.gelu_mul_triton import gelu_mul_triton
 from kernels.lag_spread_triton import lag_spread_triton
 from kernels.linear_tiles import Tile
 from kernels.linear_triton import linear_triton
+from kernels.output_norms_triton import output_norms_triton
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill_triton import paged_prefill_triton
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
@@ -119,6 +120,8 @@ def compile_view_kernels(apart: bool) -> None:
     redundancy_triton(layers, tau=0.4, chunk=32)
     lag_spread_triton(layers, layers.lens, 24, 2.0**-12)
     redundancy_triton(layers, tau=0.4)
+    projections = [floats(256, HEADS * GROUP * DIM)] * LAYERS
+    output_norms_triton(layers, projections, layers.lens)
     forced = torch.zeros(REQUESTS, width, dtype=torch.bool)
     scores = torch.zeros(LAYERS, REQUESTS, HEADS, width)
     kept = select_triton(scores, spread(forced, LAYERS), layers.lens, layers.lens, BLOCK)
