@@ -232,9 +232,35 @@ class Event(ABC):
 
     # Reductions over keys and values. A cache may answer them without the dense copy.
 
+    def key_forms(self, linear: Tensor, sizes: Tensor | None = None, squares: Tensor | None = None) -> Tensor:
+        """`linear . K + sum over f of sizes_f |(x_f, y_f)| + squares_f . (x_f^2, 2 x_f y_f, y_f^2)` of each key K.
+
+        (x_f, y_f) are dimensions f and f + d / 2, a rotary pair.
+
+        Args:
+            linear: float32 [L or 1, R or 1, H, G, d], G numbers being asked of each key.
+            sizes: float32, the same with d / 2 for d; None: all 0.
+            squares: float32, the same with 3, d / 2; None: all 0.
+
+        Returns:
+            float32 [L, R, H, G, N].
+        """
+        keys = self.keys()
+        forms = linear @ keys.mT
+        if sizes is not None:
+            forms = forms + sizes @ keys.unflatten(-1, (2, -1)).norm(dim=-2).mT
+        if squares is not None:
+            x, y = keys.chunk(2, dim=-1)
+            forms = forms + squares.flatten(-2) @ torch.cat((x * x, 2 * x * y, y * y), dim=-1).mT
+        return forms
+
     def key_norms(self) -> Tensor:
         """|K|_2, float32 [L, R, H, N]."""
         return self.keys().norm(dim=-1)
+
+    def value_norms(self) -> Tensor:
+        """|V|_2, float32 [L, R, H, N]."""
+        return self.values().norm(dim=-1)
 
     def mean_unit_key(self) -> Tensor:
         """Mean of K / |K| over a request's n entries, float32 [L, R, H, d]."""

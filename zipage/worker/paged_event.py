@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.attended import attended
 from kernels.attention_score import attention_score
 from kernels.cache_view import CacheView, shared
+from kernels.key_forms import key_forms
 from kernels.lag_spread import lag_spread
 from kernels.output_norms import output_norms
 from kernels.pool_scores import pool_scores
@@ -172,6 +173,19 @@ class PagedEvent(Event):
         weights = [self.outputs.weights[layer] for layer in self.layers]
         return output_norms(self.view, weights, self.shared(starts.int()), self.outputs.norm)
 
+    def key_forms(self, linear: Tensor, sizes: Tensor | None = None, squares: Tensor | None = None) -> Tensor:
+        if not self.k_cache.is_cuda:
+            return super().key_forms(linear, sizes, squares)
+        lines = self.shape[:3]
+        weights = (None if x is None else x.expand(*lines, *x.shape[3:]) for x in (linear, sizes, squares))
+        return key_forms(self.view, *weights)
+
+    def key_norms(self) -> Tensor:
+        return self._norms(self.k_cache)
+
+    def value_norms(self) -> Tensor:
+        return self._norms(self.v_cache)
+
     def value_ranges(self) -> Tensor:
         low, high = self.v_cache[:, self._blocks].aminmax(dim=-1)
         return (high.float() - low.float()).transpose(2, 3).flatten(3)
@@ -214,6 +228,11 @@ class PagedEvent(Event):
         """int64 [R, max_blocks], the block tables with block 0 wherever a request has none."""
         first_slots = self.slots[:: self.k_cache.shape[3]]
         return torch.where(first_slots < self.lens[:, None], self.block_tables, 0).long()
+
+    def _norms(self, cache: Tensor) -> Tensor:
+        """[L, num_blocks, H, b, d] -> float32 [L, R, H, N]."""
+        norms = torch.linalg.vector_norm(cache[:, self._blocks], dim=-1, dtype=torch.float32)
+        return norms.transpose(2, 3).flatten(3)
 
     def _gathered(self, cache: Tensor) -> Tensor:
         """[L, num_blocks, H, b, c] -> float32 [L, R, H, N, c], zero past a request's n entries."""
