@@ -36,7 +36,6 @@ def _convolve(
     channels,
     TAPS: tl.constexpr,
     TAPS_PAD: tl.constexpr,
-    COUNT_PAD: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -46,10 +45,10 @@ def _convolve(
     if starts_ptr is None:
         span = tl.program_id(0)
         begin = span
-        first = span
+        tile = 0
         end = span + 1
     else:
-        span, first = find_tile(starts_ptr, tl.program_id(0), count, COUNT_PAD, TOKENS)
+        span, tile = find_tile(starts_ptr, tl.program_id(0), count, TOKENS)
         if span >= count:
             return
         begin = tl.load(starts_ptr + span)
@@ -65,7 +64,7 @@ def _convolve(
     x_ptr += begin.to(tl.int64) * token_stride + channel
     state_ptr += row * (TAPS - 1) * channels + channel
 
-    place = first - begin + tl.arange(0, TOKENS)[:, None]
+    place = tile * TOKENS + tl.arange(0, TOKENS)[:, None]
     inside = (place < end - begin) & exists
     total = tl.zeros([TOKENS, CHANNELS], tl.float32)
     for tap in tl.static_range(TAPS):
@@ -78,7 +77,7 @@ def _convolve(
     tl.store(out_ptr + (begin + place).to(tl.int64) * channels + channel, result, mask=inside)
 
     if TAPS > 1:
-        if first == begin:
+        if tile == 0:
             kept = tl.arange(0, TAPS_PAD)[:, None]
             lasting = (kept < TAPS - 1) & exists
             last = end - begin - (TAPS - 1) + kept
@@ -101,6 +100,6 @@ def causal_conv_triton(x: Tensor, weight: Tensor, state: Tensor, spans: Spans, o
     grid = most_tiles(tokens, count, tile) if tile > 1 else tokens, triton.cdiv(channels, CHANNELS)
     _convolve[grid](
         x, weight, state, spans.rows, spans.starts, spans.fresh_bytes, out, x.stride(0), count, channels,
-        TAPS=taps, TAPS_PAD=triton.next_power_of_2(max(1, taps - 1)), COUNT_PAD=triton.next_power_of_2(count),
+        TAPS=taps, TAPS_PAD=triton.next_power_of_2(max(1, taps - 1)),
         TOKENS=tile, CHANNELS=CHANNELS, num_warps=4, **dependent_launch(x),
     )  # fmt: skip

@@ -31,15 +31,10 @@ def _inverse(below, CHUNK: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.con
     """
     row, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     inverse = tl.where(row == column, 1.0, 0.0)
-    for level in tl.static_range(LEVELS):
-        size = 1 << level
-        of_pair = (row // size == column // size + 1) & (column // size % 2 == 0)
-        between = tl.where(of_pair, below, 0.0)
-        if level == 0:
-            inverse -= between
-        else:
-            between = tl.dot(between, inverse, input_precision=PRECISION)
-            inverse -= tl.dot(inverse, between, input_precision=PRECISION)
+    for level in range(LEVELS):  # a loop of the program: unrolled it would take a minute to compile
+        of_pair = (row >> level == (column >> level) + 1) & ((column >> level) % 2 == 0)
+        between = tl.dot(tl.where(of_pair, below, 0.0), inverse, input_precision=PRECISION)
+        inverse -= tl.dot(inverse, between, input_precision=PRECISION)
     return inverse
 
 
@@ -74,7 +69,6 @@ def _solve_chunks(
     DIM_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
-    COUNT_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
     LEVELS: tl.constexpr,
     EPS: tl.constexpr,
@@ -88,13 +82,13 @@ def _solve_chunks(
     """
     chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    span, begin = find_tile(starts_ptr, tl.program_id(0), count, COUNT_PAD, CHUNK)
+    span, tile = find_tile(starts_ptr, tl.program_id(0), count, CHUNK)
     if span >= count:
         return
     if tl.load(rows_ptr + span) < 0:
         return
     place = tl.arange(0, CHUNK)
-    token = (begin + place).to(tl.int64)
+    token = (tl.load(starts_ptr + span) + tile * CHUNK + place).to(tl.int64)
     inside = token < tl.load(starts_ptr + span + 1)
     dims, value_dims = tl.arange(0, DIM_PAD)[None, :], tl.arange(0, VALUE_PAD)[None, :]
     known = inside[:, None] & (dims < DIM)
@@ -154,7 +148,6 @@ def _pass_chunks(
     DIM_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
-    COUNT_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -165,7 +158,7 @@ def _pass_chunks(
     span_row = tl.load(rows_ptr + span)
     if (span_row < 0) | (begin == end):
         return
-    chunk = first_tile(starts_ptr, span, COUNT_PAD, CHUNK).to(tl.int64)
+    chunk = first_tile(starts_ptr, span, CHUNK).to(tl.int64)
     place, dims = tl.arange(0, CHUNK), tl.arange(0, DIM_PAD)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     row, wanted = place[:, None], (columns < VALUE_DIM)[None, :]
@@ -225,7 +218,7 @@ def gated_delta_triton(
     factors = torch.empty((chunks, value_heads, 3, CHUNK), dtype=torch.float32, device=q.device)
     shape = {
         "HEADS": value_heads, "GROUP": value_heads // heads, "DIM": dim, "VALUE_DIM": value_dim, "CHUNK": CHUNK,
-        "DIM_PAD": max(16, triton.next_power_of_2(dim)), "COUNT_PAD": triton.next_power_of_2(count),
+        "DIM_PAD": max(16, triton.next_power_of_2(dim)),
         "PRECISION": "tf32x3" if exact else "tf32",
     }  # fmt: skip
     strides = *q.stride()[:2], *k.stride()[:2]
@@ -238,5 +231,5 @@ def gated_delta_triton(
     columns = min(COLUMNS, max(16, triton.next_power_of_2(value_dim)))
     _pass_chunks[(triton.cdiv(value_dim, columns), value_heads, count)](
         q, k, *parts, factors, state, spans.rows, spans.starts, spans.fresh_bytes, out, *strides,
-        **shape, COLUMNS=columns, num_warps=4,
+        **shape, COLUMNS=columns, num_warps=4, num_stages=1 if exact else 2,
     )  # fmt: skip

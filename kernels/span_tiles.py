@@ -5,32 +5,43 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+SPANS: tl.constexpr = tl.constexpr(64)
+"""Spans that are looked at together."""
+
 
 @triton.jit
-def find_tile(starts_ptr, index, count, COUNT_PAD: tl.constexpr, TILE: tl.constexpr):
+def _tiles(starts_ptr, first, count, TILE: tl.constexpr):
+    """Of SPANS spans from `first` on: how many tiles each has."""
+    places = first + tl.arange(0, SPANS)
+    begins = tl.load(starts_ptr + places, mask=places < count, other=0)
+    ends = tl.load(starts_ptr + places + 1, mask=places < count, other=0)
+    return (ends - begins + TILE - 1) // TILE
+
+
+@triton.jit
+def find_tile(starts_ptr, index, count, TILE: tl.constexpr):
     """Spans are cut into tiles of TILE tokens, the last of a span shorter; all tiles have a number.
 
     Returns:
-        Of tile `index` the span, or COUNT_PAD where there is no such tile; and its first token.
+        Of tile `index` the span, at least `count` where there is no such tile; and its place in the span.
     """
-    places = tl.arange(0, COUNT_PAD)
-    begins = tl.load(starts_ptr + places, mask=places < count, other=0)
-    ends = tl.load(starts_ptr + places + 1, mask=places < count, other=0)
-    tiles = (ends - begins + TILE - 1) // TILE
-    behind = tl.cumsum(tiles, 0) <= index
-    span = tl.sum(behind.to(tl.int32), 0)
-    first = tl.sum(tl.where(behind, tiles, 0), 0)
-    begin = tl.sum(tl.where(places == span, begins, 0), 0)
-    return span, begin + (index - first) * TILE
+    span, before, seen = 0, 0, 0
+    for first in range(0, count, SPANS):
+        tiles = _tiles(starts_ptr, first, count, TILE)
+        behind = seen + tl.cumsum(tiles, 0) <= index
+        span += tl.sum(behind.to(tl.int32), 0)
+        before += tl.sum(tl.where(behind, tiles, 0), 0)
+        seen += tl.sum(tiles, 0)
+    return span, index - before
 
 
 @triton.jit
-def first_tile(starts_ptr, span, COUNT_PAD: tl.constexpr, TILE: tl.constexpr):
+def first_tile(starts_ptr, span, TILE: tl.constexpr):
     """The number of the first tile of a span."""
-    places = tl.arange(0, COUNT_PAD)
-    begins = tl.load(starts_ptr + places, mask=places < span, other=0)
-    ends = tl.load(starts_ptr + places + 1, mask=places < span, other=0)
-    return tl.sum((ends - begins + TILE - 1) // TILE, 0)
+    number = 0
+    for first in range(0, span, SPANS):
+        number += tl.sum(_tiles(starts_ptr, first, span, TILE), 0)
+    return number
 
 
 def most_tiles(tokens: int, spans: int, tile: int) -> int:

@@ -214,7 +214,6 @@ def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case, new_pr
 
 
 def test_decodes_of_a_hybrid_run_in_graphs_and_its_prompts_do_not(tmp_path):
-    """Rows of nobody have a state too, which is finite."""
     model = save_tiny_model("qwen3_next", tmp_path, num_hidden_layers=4)
     prompts = random_prompts([5, 20, 1, 33, 60, 7], VOCAB)
 
@@ -224,7 +223,6 @@ def test_decodes_of_a_hybrid_run_in_graphs_and_its_prompts_do_not(tmp_path):
         tokens = tokens_of(llm.generate(prompts, greedy(40), use_tqdm=False))
         assert llm.stats.preemptions > 0
         if in_graphs:
-            assert llm._core.runner.recurrent.state[:, 3].abs().sum().isfinite()
             assert len(steps) < llm.stats.steps
         return tokens, steps
 

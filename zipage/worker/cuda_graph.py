@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.cache_view import shared
 from kernels.expert_mlp import groups_on_device
+from kernels.spans import NO_ROW, Spans
 from kernels.store_positions import store_positions
 from zipage.models.decoder import Decoder
 from zipage.worker.block_tables import BlockTables
@@ -207,9 +208,15 @@ class StepGraphs:
     ) -> Tensor:
         observe = None if self._cache.predictions is None else self._scorer.into(self._cache, attention.slots)
         recurrent = self._cache.recurrent
-        recurrence = None if recurrent is None else StepRecurrence(recurrent, rows)
+        recurrence = None
+        if recurrent is not None:
+            recurrence = StepRecurrence(recurrent, Spans(self._held(rows)))
         token_ids = known_tokens(token_ids, token_rows, self._sampled)
         return self._decoder(token_ids, positions, attention, observe, recurrence)
+
+    def _held(self, rows: Tensor) -> Tensor:
+        """Rows of the recurrent states, of `rows` of the block tables."""
+        return rows.masked_fill(rows == self._tables.empty_row, NO_ROW)
 
     @property
     def kept_bytes(self) -> int:
