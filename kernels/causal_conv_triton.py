@@ -76,14 +76,13 @@ def _convolve(
     result = (rounded / (1.0 + tl.exp(-rounded))).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + (begin + place).to(tl.int64) * channels + channel, result, mask=inside)
 
-    if TAPS > 1:
-        if tile == 0:
-            kept = tl.arange(0, TAPS_PAD)[:, None]
-            lasting = (kept < TAPS - 1) & exists
-            last = end - begin - (TAPS - 1) + kept
-            inputs = _inputs(x_ptr, state_ptr, last, lasting, known_to, token_stride, channels, TAPS)
-            tl.debug_barrier()  # all threads have read the state
-            tl.store(state_ptr + kept * channels, inputs, mask=lasting)
+    if (tile == 0) & (TAPS > 1):
+        kept = tl.arange(0, TAPS_PAD)[:, None]
+        lasting = (kept < TAPS - 1) & exists
+        last = end - begin - (TAPS - 1) + kept
+        inputs = _inputs(x_ptr, state_ptr, last, lasting, known_to, token_stride, channels, TAPS)
+        tl.debug_barrier()  # all threads have read the state
+        tl.store(state_ptr + kept * channels, inputs, mask=lasting)
 
 
 def causal_conv_triton(x: Tensor, weight: Tensor, state: Tensor, spans: Spans, out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a gated delta rule forgets of its state, and how much it writes: of each token and head."""
+"""A gated delta rule's constants, and its gates: what it forgets of its state, and how much it writes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.layout import check_index
+
+CHUNK = 64
+"""Tokens that are computed together."""
+EPS = 1e-6
+"""Added to the squared length of a query or key."""
 
 
 class DeltaGates(NamedTuple):

@@ -10,14 +10,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.delta_gates import DeltaGates
+from kernels.delta_gates import CHUNK, EPS, DeltaGates
 from kernels.layout import DTYPES, check_index, fail
 from kernels.spans import NO_ROW, Spans
-
-CHUNK = 64
-"""Tokens that are computed together."""
-EPS = 1e-6
-"""Added to the squared length of a query or key."""
 
 
 def gated_delta(

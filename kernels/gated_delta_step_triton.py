@@ -6,10 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.delta_gates import DeltaGates
+from kernels.delta_gates import EPS, DeltaGates
 from kernels.delta_tiles import gates_of
 from kernels.dependent_launch import dependent_launch, wait_for_inputs
-from kernels.gated_delta import EPS
 from kernels.spans import Spans
 
 COLUMNS = 32

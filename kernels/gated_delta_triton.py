@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.delta_gates import DeltaGates
+from kernels.delta_gates import CHUNK, EPS, DeltaGates
 from kernels.delta_tiles import gates_of, inverse_length
-from kernels.gated_delta import CHUNK, EPS
 from kernels.span_tiles import find_tile, first_tile, most_tiles
 from kernels.spans import Spans
 

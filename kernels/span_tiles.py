@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SPANS: tl.constexpr = tl.constexpr(64)
+SPANS = tl.constexpr(64)
 """Spans that are looked at together."""
 
 

@@ -27,6 +27,7 @@ from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.delta_gates import DeltaGates
 from kernels.gated_delta_step_triton import gated_delta_step_triton
 from kernels.gated_delta_triton import gated_delta_triton
+from kernels.gated_norm_triton import gated_norm_triton
 from kernels.gelu_mul_triton import gelu_mul_triton
 from kernels.lag_spread_triton import lag_spread_triton
 from kernels.linear_tiles import Tile
@@ -138,6 +139,7 @@ def compile_other_kernels() -> None:
     for rows, tile in ((1, Tile(16, 256, 4)), (32, Tile(32, 256, 6)), (64, Tile(64, 128, 6)), (64, Tile(128, 64, 4))):
         linear_triton(floats(rows, 512), floats(128, 512), floats(128), None, tile)
     gelu_mul_triton(hidden)
+    gated_norm_triton(torch.zeros(TOKENS, HEADS, DIM), floats(TOKENS, HEADS, DIM), floats(DIM), 1e-6)
     clamped_swiglu_triton(hidden, 1.702, 7.0)
     qkv, weight = floats(TOKENS, (GROUP + 2) * HEADS * DIM), floats(DIM)
     for rotary_dim in (DIM, DIM // 4):
