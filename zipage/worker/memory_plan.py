@@ -106,7 +106,7 @@ def query_slot_bytes(spec: ModelSpec, window: int, dtype: torch.dtype) -> int:
 
 def state_bytes(spec: ModelSpec, dtype: torch.dtype, max_num_seqs: int) -> int:
     """Bytes of `RecurrentStates`."""
-    return 0 if spec.recurrent is None else (max_num_seqs + 1) * spec.recurrent.row_bytes(dtype.itemsize)
+    return 0 if spec.recurrent is None else max_num_seqs * spec.recurrent.row_bytes(dtype.itemsize)
 
 
 def check_states_fit(spec: ModelSpec, dtype: torch.dtype, max_num_seqs: int, free_bytes: int) -> None:
