@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
 
-def check_finite(tensor: Tensor, name: str, dtype: torch.dtype) -> None:
-    """See that each value of a weight is finite, in its own dtype and in the model's.
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are; where the tensor lies, without a copy."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def refuse_values(tensor: Tensor, name: str, dtype: torch.dtype) -> NoReturn:
+    """Say which value of a weight is not finite, in its own dtype or in the model's.
 
     Args:
-        name: what errors call the tensor.
+        tensor: as it was read.
+        name: what errors call it.
         dtype: of the model.
 
     Raises:
-        ValueError: one is not; the message says which value, and how many there are.
+        ValueError: always.
     """
-    if not tensor.numel() or torch.stack(tensor.aminmax()).to(dtype).isfinite().all():
-        return
     values = tensor[~tensor.to(dtype).isfinite()]
     broken = values[~values.isfinite()]
     if len(broken):

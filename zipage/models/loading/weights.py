@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zipage.models.decoder import Decoder
-from zipage.models.loading.finite import check_finite
+from zipage.models.loading.finite import is_finite, refuse_values
 from zipage.models.registry import find_family
 from zipage.models.shard import WHOLE, Piece, Shard, fill_pieces, whole_shape
 from zipage.models.spec import ModelSpec
@@ -83,17 +83,13 @@ def fill(decoder: Decoder, weights: Weights, source: str) -> None:
     """
     views, pieces = decoder.weight_views(), decoder.weight_pieces()
     for name in _names_to_read(decoder, weights, source):
-        read = partial(_read, weights, name, source, views[name].dtype)
+        view = views[name]
         if decoder.shard.is_whole or name not in pieces:
-            views[name].copy_(read())
+            view.copy_(weights.read(name))
         else:
-            fill_pieces(pieces[name], views[name], read)
-
-
-def _read(weights: Weights, name: str, source: str, dtype: torch.dtype, piece: Piece | None = None) -> Tensor:
-    tensor = weights.read(name, piece)
-    check_finite(tensor, f"{source}: {name}", dtype)
-    return tensor
+            fill_pieces(pieces[name], view, partial(weights.read, name))
+        if not is_finite(view):
+            refuse_values(weights.read(name), f"{source}: {name}", view.dtype)
 
 
 def _names_to_read(decoder: Decoder, weights: Weights, source: str) -> list[str]:
