@@ -49,11 +49,13 @@ def _check(view: CacheView, weights: Sequence[Tensor], starts: Tensor, norm: str
     check_choice("norm", norm, ("l1", "l2"))
     if len(weights) != layers:
         fail("weights", "length", len(weights), f"give that of each of {layers} layers")
+    first = weights[0]
+    if first.dim() != 2 or first.shape[1] == 0 or first.shape[1] % (heads * head_dim):
+        fail("weights", "shape", tuple(first.shape), f"give [width, a multiple of {heads} * {head_dim}]")
     for weight in weights:
-        if weight.dim() != 2 or weight.shape[1] == 0 or weight.shape[1] % (heads * head_dim):
-            fail("weights", "shape", tuple(weight.shape), f"give [width, a multiple of {heads} * {head_dim}]")
-        if weight.shape != weights[0].shape or weight.stride() != weights[0].stride() or weight.stride(1) != 1:
-            fail("weights", "stride", weight.stride(), "give all layers the same, rows contiguous")
+        if weight.shape != first.shape or weight.stride() != first.stride() or weight.stride(1) != 1:
+            what = tuple(weight.shape), weight.stride()
+            fail("weights", "shape and stride", what, "give all layers the same, rows contiguous")
         check_like("weights", weight, v_cache, "v_cache")
 
 

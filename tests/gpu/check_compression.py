@@ -31,12 +31,6 @@ from kernels.attention_score_triton import attended_triton, attention_score_trit
 from kernels.cache_view import CacheView, once, shared
 from kernels.compact_stable import compact_stable, compact_stable_reference, compact_stable_torch
 from kernels.compact_stable_triton import compact_stable_triton
-from kernels.key_forms import key_forms_reference
-from kernels.key_forms_triton import key_forms_triton
-from kernels.lag_spread import LEAST_RANGE, lag_spread_reference
-from kernels.lag_spread_triton import lag_spread_triton
-from kernels.output_norms import output_norms_reference
-from kernels.output_norms_triton import output_norms_triton
 from kernels.redundancy import redundancy, redundancy_reference
 from kernels.redundancy_triton import redundancy_triton
 from kernels.select import select, select_reference
@@ -47,6 +41,7 @@ from kernels.store_predictions import store_predictions_reference
 from kernels.store_predictions_triton import store_predictions_triton
 from tests.gpu.kernel_cases import DEVICE, DRY, QUARTERS, Checks, make_paged, provenance
 from tests.gpu.kernel_times import milliseconds, time_copy
+from tests.gpu.policy_cases import policy_cases
 
 LAYERS, HEADS = 2, 2
 BOUND = 1e-4
@@ -195,30 +190,8 @@ def check_scores(checks: Checks, shapes: list[tuple]) -> None:
                 expected = redundancy_reference(host, tau=0.05, chunk=chunk)
                 checks.add("redundancy", name, difference(out, expected), BOUND, chunk=chunk, fused=way, **case)
 
-            hidden = 1000 if number % 2 else 256  # a width in whole tiles, or not
-            projections = [
-                torch.randn(hidden, HEADS * group * head_dim, device=DEVICE).to(dtype) for _ in range(LAYERS)
-            ]
-            starts, norm = event.lens * (number % 3) // 3, ("l1", "l2")[number % 2]
-            expected = output_norms_reference(host, [x.cpu().float() for x in projections], starts.cpu(), norm)
-            out = output_norms_triton(event, projections, starts, norm)
-            checks.add("output_norms", name, difference(out, expected), BOUND, norm=norm, **case)
-
-            shape = *event.lens.shape, group
-            linear = torch.randn(*shape, head_dim, device=DEVICE)
-            pairs = torch.randn(*shape, 3, head_dim // 2, device=DEVICE)
-            for sizes, squares in ((None, None), (pairs[..., 0, :], None), (None, pairs), (pairs[..., 1, :], pairs)):
-                expected = key_forms_reference(
-                    host, *(None if x is None else x.cpu() for x in (linear, sizes, squares))
-                )
-                value = difference(key_forms_triton(event, linear, sizes, squares), expected)
-                checks.add(
-                    "key_forms", name, value, BOUND, sizes=sizes is not None, squares=squares is not None, **case
-                )
-
-            out = lag_spread_triton(event, torch.full_like(event.lens, 4), 128, LEAST_RANGE)
-            value = difference(out, lag_spread_reference(host, torch.full_like(host.lens, 4), 128))
-            checks.add("lag_spread", name, value, BOUND, **case)
+            for kernel, out, expected, more in policy_cases(event, host, group, number):
+                checks.add(kernel, name, difference(out, expected), BOUND, **more, **case)
 
 
 def check_selection(checks: Checks) -> None:

@@ -395,7 +395,7 @@ class Event(ABC):
     # Ranking.
 
     def top(self, values: Tensor, count: Tensor) -> Tensor:
-        """The `count` [R] largest entries of every row: bool [L, R, H, N]. Ties go to the higher slot."""
+        """The `count` [R] largest entries of every row, up to n: bool [L, R, H, N]. Ties go to the higher slot."""
         order = values.flip(-1).argsort(dim=-1, descending=True, stable=True)
         ranks = torch.empty_like(order).scatter_(-1, order, self.slots.expand_as(order)).flip(-1)
         return ranks < count[:, None, None]

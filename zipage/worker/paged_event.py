@@ -18,6 +18,7 @@ from kernels.lag_spread import lag_spread
 from kernels.output_norms import output_norms
 from kernels.pool_scores import pool_scores
 from kernels.redundancy import redundancy
+from kernels.select import select
 from zipage.eviction.event import Event, Softmax
 from zipage.models.shard import WHOLE, Shard
 from zipage.worker.output_norms import OutputNorms
@@ -194,6 +195,13 @@ class PagedEvent(Event):
         if not self.k_cache.is_cuda:
             return super().lag_spread(starts, partition)
         return lag_spread(self.view, self.shared(starts.int()), partition)
+
+    def top(self, values: Tensor, count: Tensor) -> Tensor:
+        values, none = values.expand(self.shape).contiguous(), torch.zeros_like(self.forced)
+        chosen = select(values, self.shared(none), self.view.lens, self.shared(count.int()), self.num_slots)
+        # Slot N takes what is none.
+        top = torch.zeros((*self.shape[:3], self.num_slots + 1), dtype=torch.bool, device=self.device)
+        return top.scatter_(-1, torch.where(chosen < 0, self.num_slots, chosen).long(), True)[..., :-1]
 
     @property
     def _logits_differ(self) -> bool:
