@@ -91,37 +91,38 @@ def _solve_chunks(
     inside = token < tl.load(starts_ptr + span + 1)
     dims, value_dims = tl.arange(0, DIM_PAD)[None, :], tl.arange(0, VALUE_PAD)[None, :]
     known = inside[:, None] & (dims < DIM)
-    k = tl.load(k_ptr + token[:, None] * k_token_stride + head // GROUP * k_head_stride + dims, mask=known, other=0.0)
-    k = k.to(tl.float32)
+    k_ptr += token[:, None] * k_token_stride + head // GROUP * k_head_stride + dims
+    k = tl.load(k_ptr, mask=known, other=0.0).to(tl.float32)
     k_factor = inverse_length(k, EPS)
     a = tl.load(a_ptr + token * a_stride + head, mask=inside, other=0.0)
     b = tl.load(b_ptr + token * b_stride + head, mask=inside, other=0.0)
     decay, beta = gates_of(a, b, tl.load(log_ptr + head), tl.load(bias_ptr + head))
     decay, beta = tl.where(inside, decay, 0.0), tl.where(inside, beta, 0.0)  # what comes after a span changes nothing
-    past = tl.cumsum(decay, 0)
+    past, last = tl.cumsum(decay, 0), tl.sum(decay, 0)
     row, column = place[:, None], place[None, :]
     between = tl.exp(tl.where(row >= column, past[:, None] - past[None, :], float("-inf"))) * k_factor[None, :]
-
     keys = tl.dot(k, tl.trans(k), input_precision=PRECISION)
     below = tl.where(row > column, (beta * k_factor)[:, None] * between * keys, 0.0)
-    inverse = _inverse(below, CHUNK, LEVELS, SOLVE)
-    erased = tl.dot(inverse * (beta * tl.exp(past) * k_factor)[None, :], k, input_precision=PRECISION)
-    own = chunk * HEADS + head
-    tl.store(erased_ptr + (own * CHUNK + row) * DIM + dims, erased, mask=dims < DIM)
-    wanted = inside[:, None] & (value_dims < VALUE_DIM)
-    v = tl.load(v_ptr + token[:, None] * v_token_stride + head * v_head_stride + value_dims, mask=wanted, other=0.0)
-    written = tl.dot(inverse * beta[None, :], v.to(tl.float32), input_precision=PRECISION)
-    tl.store(written_ptr + (own * CHUNK + row) * VALUE_DIM + value_dims, written, mask=value_dims < VALUE_DIM)
 
+    own = chunk * HEADS + head
     q = tl.load(q_ptr + token[:, None] * q_token_stride + head // GROUP * q_head_stride + dims, mask=known, other=0.0)
     q = q.to(tl.float32)
     q_factor = inverse_length(q, EPS) * scale
     seen = tl.dot(q, tl.trans(k), input_precision=PRECISION) * between * q_factor[:, None]
     tl.store(seen_ptr + (own * CHUNK + row) * CHUNK + column, seen)
-    last = tl.sum(decay, 0)
-    tl.store(factors_ptr + own * 3 * CHUNK + place, q_factor * tl.exp(past))
-    tl.store(factors_ptr + own * 3 * CHUNK + CHUNK + place, k_factor * tl.exp(last - past))
-    tl.store(factors_ptr + own * 3 * CHUNK + 2 * CHUNK + place, tl.exp(last) + tl.zeros_like(past))
+    factors_ptr += own * 3 * CHUNK + place
+    tl.store(factors_ptr, q_factor * tl.exp(past))
+    tl.store(factors_ptr + CHUNK, k_factor * tl.exp(last - past))
+    tl.store(factors_ptr + 2 * CHUNK, tl.exp(last) + tl.zeros_like(past))
+
+    inverse = _inverse(below, CHUNK, LEVELS, SOLVE)
+    k = tl.load(k_ptr, mask=known, other=0.0).to(tl.float32)  # again, since registers are too few to hold it
+    erased = tl.dot(inverse * (beta * tl.exp(past) * k_factor)[None, :], k, input_precision=PRECISION)
+    tl.store(erased_ptr + (own * CHUNK + row) * DIM + dims, erased, mask=dims < DIM)
+    wanted = inside[:, None] & (value_dims < VALUE_DIM)
+    v = tl.load(v_ptr + token[:, None] * v_token_stride + head * v_head_stride + value_dims, mask=wanted, other=0.0)
+    written = tl.dot(inverse * beta[None, :], v.to(tl.float32), input_precision=PRECISION)
+    tl.store(written_ptr + (own * CHUNK + row) * VALUE_DIM + value_dims, written, mask=value_dims < VALUE_DIM)
 
 
 @triton.jit(do_not_specialize=VARYING)

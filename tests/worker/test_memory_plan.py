@@ -13,7 +13,14 @@ from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.models.delta_net_spec import DeltaNetSpec
 from zipage.worker.kv_cache import KVCache
-from zipage.worker.memory_plan import MemoryPlan, block_bytes, check_states_fit, plan_memory, query_slot_bytes
+from zipage.worker.memory_plan import (
+    MemoryPlan,
+    block_bytes,
+    check_states_fit,
+    large_states,
+    plan_memory,
+    query_slot_bytes,
+)
 from zipage.worker.recurrent_states import RecurrentStates
 from zipage.worker.worker import DeviceMemory
 
@@ -131,6 +138,12 @@ def test_recurrent_states_are_told_and_blocks_are_those_of_layers_that_attend(po
     ):
         check_states_fit(QWEN3_NEXT, torch.bfloat16, 8, 8 * row)
     assert plan(policy).state_bytes == 0
+    assert large_states(plan(policy), 8) is None
+    assert large_states(it, 8) == (
+        f"max_num_seqs=8: recurrent states take 0.58 GiB, {8 * row / (8 * row + it.cache_bytes):.0%} of what they and "
+        "the KV cache have, whether requests run or not (73.7 MiB each): lower max_num_seqs to what runs at a time"
+    )
+    assert large_states(plan(policy, spec=QWEN3_NEXT, num_blocks=400, max_num_seqs=8), 8) is None
     check_states_fit(QWEN3_8B, torch.bfloat16, 8, 0)
 
 
