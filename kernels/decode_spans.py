@@ -13,7 +13,7 @@ SPAN = 16
 """Slots copied together: the smallest block, so a short request copies little of a large block."""
 
 
-class Spans(NamedTuple):
+class DecodeSpans(NamedTuple):
     """The spans of requests that have entries, the longest first.
 
     Attributes:
@@ -32,7 +32,7 @@ class Spans(NamedTuple):
     unused: Tensor
 
 
-def decode_spans(view: CacheView) -> Spans:
+def decode_spans(view: CacheView) -> DecodeSpans:
     """The spans of a layer's requests, whose heads share tables and lengths."""
     block_tables, cache_lens = view.block_tables.select(1, 0), view.lens.select(1, 0)
     kv_heads, block_size = view.k_cache.shape[1:3]
@@ -41,17 +41,17 @@ def decode_spans(view: CacheView) -> Spans:
     counts = spans.tolist()
     live = len(counts) - counts.count(0)
     if live == 0:
-        return Spans(order[:0], [], order.new_empty(0, kv_heads, 0), torch.empty(0, 0, dtype=torch.bool))
+        return DecodeSpans(order[:0], [], order.new_empty(0, kv_heads, 0), torch.empty(0, 0, dtype=torch.bool))
     width = counts[0]
     lens, order, spans = lens[:live], order[:live], spans[:live]
     index = _span_index(block_tables[order], spans, width, kv_heads, block_size)
     tail_unused = torch.arange(SPAN) >= (lens - (spans - 1) * SPAN)[:, None]
     unused = torch.cat((tail_unused, torch.arange(SPAN, width * SPAN) >= (spans * SPAN)[:, None]), dim=1)
-    return Spans(order, counts[:live], index, unused)
+    return DecodeSpans(order, counts[:live], index, unused)
 
 
 def _span_index(block_tables: Tensor, spans: Tensor, width: int, kv_heads: int, block_size: int) -> Tensor:
-    """`Spans.index`."""
+    """`DecodeSpans.index`."""
     per_block = block_size // SPAN
     place = torch.arange(-1, width - 1).repeat(len(spans), 1)
     place[:, 0] = spans - 1
