@@ -174,9 +174,7 @@ def test_prefix_caching_is_off(folder, caplog):
 def test_what_is_not_supported_says_so(folder, tmp_path, monkeypatch):
     """And reads no weight."""
     monkeypatch.setattr(SafetensorsFolder, "read", None)
-    with pytest.raises(
-        ValueError, match=r"^tensor_parallel_size=2: qwen3_\S+ is not supported: use one device"
-    ):
+    with pytest.raises(ValueError, match=r"^tensor_parallel_size=2: qwen3_\S+ is not supported: use one device"):
         make_llm(folder, None, tensor_parallel_size=2)
     with pytest.raises(ValueError, match=r"^policy=critical: weighs .*, and qwen3_\S+ has a gate of each query"):
         make_llm(folder, Case("critical"))
