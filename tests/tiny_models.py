@@ -36,6 +36,7 @@ MORE_FAMILIES = {
 }
 """Those that what is tested of every family is tested of in less breadth."""
 HYBRIDS = {
+    "qwen3_5_moe_text": ("Qwen3_5MoeText", HYBRID | MIXTURE | {"shared_expert_intermediate_size": 40}),
     "qwen3_5_text": ("Qwen3_5Text", HYBRID),
     "qwen3_next": ("Qwen3Next", HYBRID | MIXTURE | {"shared_expert_intermediate_size": 40}),
 }

@@ -86,6 +86,21 @@ def test_too_many_prompts_are_counted_and_not_read(server, monkeypatch):
     assert "at most 128 samples" in error["message"]
 
 
+@pytest.mark.parametrize("option", [{"continue_final_message": True, "add_generation_prompt": False}, {}])
+def test_a_refusal_does_not_say_the_messages_again(start, option):
+    """transformers' does, and so do templates that name a role which they don't know."""
+    template = (
+        "{{ raise_exception('No ' + messages[0].role) if messages[0].role != 'user' }}{{ messages[0].content[:9] }}"
+    )
+    server = start(chat_template=template)
+    long = "x" * 100_000
+    messages = [{"role": "user" if option else long, "content": long}]
+    answer = server.post("/v1/chat/completions", {"messages": messages} | option)
+    assert answer.status_code == 400
+    assert "the chat template refuses the messages" in answer.text
+    assert len(answer.text) < 1000
+
+
 def test_a_million_lists_are_not_searched_for_cycles_while_they_are_read(monkeypatch):
     enabled, read = [], schemas.from_json
     monkeypatch.setattr(schemas, "from_json", lambda *args, **kw: enabled.append(gc.isenabled()) or read(*args, **kw))

@@ -29,7 +29,7 @@ from zipage.scheduling.scheduler import Scheduler
 from zipage.scheduling.sliding_blocks import SlidingBlocks
 from zipage.scheduling.swap_space import SwapCosts, SwapSpace
 from zipage.scheduling.tile_pool import TilePool
-from zipage.worker.memory_plan import MemoryPlan, plan_memory
+from zipage.worker.memory_plan import MemoryPlan, large_states, plan_memory
 from zipage.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def _sliding_blocks(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> 
 
 def _swap_space(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> SwapSpace:
     operations = spec.token_operations, spec.pair_operations
-    row_bytes = plan.state_bytes // (config.max_num_seqs + 1)
+    row_bytes = plan.state_bytes // config.max_num_seqs
     operations = (count // config.tensor_parallel_size for count in operations)
     costs = SwapCosts(plan.block_bytes, *operations, row_bytes, plan.sliding_block_bytes)
     return SwapSpace(plan.num_host_slabs, plan.slab_blocks, costs, max(1, plan.slab_sliding_blocks))
@@ -152,6 +152,8 @@ def core_on(
         policy=worker.policy, max_blocks=rule and rule.peak_blocks, max_model_len=max_model_len,
     )  # fmt: skip
     logger.info("memory plan: %s", plan)
+    if line := large_states(plan, config.max_num_seqs):
+        logger.warning("%s", line)
     worker.attach(plan)
     swap_space = _swap_space(plan, config, spec)
     scheduler = Scheduler(

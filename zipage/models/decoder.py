@@ -246,8 +246,8 @@ class Decoder(nn.Module):
             observe: called once a layer, before its attention, with the same place and [T, width], what q, k and v
                 are projections of; it changes nothing.
             recurrence: called once a recurrent layer, in order, with its place among them, queries, keys and values
-                [T, channels], decay and beta float32 [T, Hv], and its convolution's weight [channels, K]; returns
-                float32 [T, Hv, dv], contiguous, what `recur` gives of each request's tokens.
+                [T, channels], its gates of T tokens, and its convolution's weight [channels, K]; returns float32
+                [T, Hv, dv], contiguous, what `recur` gives of each request's tokens.
 
         Returns:
             [T, width] in the model's dtype.

@@ -80,7 +80,10 @@ def test_any_run_of_rows_or_columns(made):
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "phi3", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_parameters_are_those_of_the_dense_folder(family, dtype, scale_dtype, tmp_path):
     """Whole and, where models are spread, on each of two ranks; rounded once."""
