@@ -261,8 +261,8 @@ class HeldEntries:
         num_prompt_tokens: the length of the prompt.
         num_tokens: its logical length.
         positions: int32 [L, H, entries], logical positions of the entries of each layer and KV head, in the order of
-            their slots, which is ascending. Under unequal budgets as wide as the longest head: -1 stands behind the
-            others' own.
+            their slots, which is ascending; sliding layers, which hold the latest, are not among the L. Under unequal
+            budgets as wide as the longest head: -1 stands behind the others' own.
     """
 
     num_prompt_tokens: int

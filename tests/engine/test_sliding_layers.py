@@ -12,7 +12,9 @@ from tests import calibrations
 from tests.engine.compressed import (
     UNBOUNDED,
     Recorder,
+    check_look,
     greedy,
+    looks,
     make_llm,
     pause_now_and_then,
     random_prompts,
@@ -61,6 +63,11 @@ def folder(request, tmp_path_factory):
     raised = {name: x + 4.0 if name.endswith("sinks") else x for name, x in weights.items()}
     save_file(raised, path / "model.safetensors", {"format": "pt"})
     return path
+
+
+@pytest.fixture(scope="module")
+def folder_of_gemma(tmp_path_factory):
+    return save_tiny_model("gemma3_text", tmp_path_factory.mktemp("gemma"), **OPTIONS["gemma3_text"])
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +199,15 @@ def test_a_request_may_ask_for_less_than_the_window(folder):
     outputs = llm.generate([[1] * 9] * 3, list(asked), use_tqdm=False)
     assert [len(tokens) for tokens in tokens_of(outputs)] == [60] * 3
     assert llm.stats.budget_bound == 3
+
+
+def test_what_is_held_is_told_of_full_layers(folder_of_gemma):
+    llm = make_llm(folder_of_gemma, Case("knorm"), budget=48, trace_positions=True)
+    seen, _ = looks(llm, random_prompts([40], VOCAB), greedy(60))
+    for found in seen.values():
+        for state, held, event in found:
+            check_look(state, held, event, (len(FULL["gemma3_text"]), 2))
+    assert state.compressions > 0
 
 
 REFUSED = [

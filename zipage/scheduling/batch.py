@@ -57,6 +57,7 @@ class Batch:
         prefills: chunks of prompts (and of texts that are recomputed after a preemption).
         preempted: requests that lost their blocks to this step; their text is computed again.
         sampled: requests that get a token from this step: `decodes`, then prefills that reach the end of their text.
+        slides: the model has sliding layers, whose tables may have grown.
         num_stalled: running requests that could decode if they had a query slot or a block; they wait.
     """
 
@@ -69,6 +70,7 @@ class Batch:
     prefills: list[Chunk] = field(default_factory=list)
     preempted: list[Preemption] = field(default_factory=list)
     sampled: list[Request] = field(default_factory=list)
+    slides: bool = False
     num_stalled: int = 0
 
     @property

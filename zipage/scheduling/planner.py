@@ -35,7 +35,7 @@ def plan_step(batch: Batch, drops: Sequence[int] = ()) -> StepPlan:
         sliding_copies=batch.sliding_copies,
         starts=[_start(request) for request in batch.entered],
         tables=[TableGrowth(r.row, *r.take_growth()) for r in requests if r.num_blocks_told != len(r.block_ids)],
-        sliding_tables=[TableGrowth(r.row, *r.sliding.take_growth()) for r in requests if r.sliding.has_grown],
+        sliding_tables=_sliding_growth(requests) if batch.slides else [],
         num_decodes=len(decodes),
         rows=_column([request.row for request in requests]),
         counts=counts,
@@ -46,6 +46,12 @@ def plan_step(batch: Batch, drops: Sequence[int] = ()) -> StepPlan:
         samples=samples,
         token_ids=np.concatenate(token_ids),
     )
+
+
+def _sliding_growth(requests: Sequence[Request]) -> list[TableGrowth]:
+    return [
+        TableGrowth(request.row, *request.sliding.take_growth()) for request in requests if request.sliding.has_grown
+    ]
 
 
 def plan_compression(compression: Compression) -> CompressionOrder:

@@ -131,7 +131,7 @@ class Scheduler:
 
     def schedule(self, now: float = 0.0) -> Batch:
         """Plan one step and take the blocks it needs. `now` (seconds) stamps requests scheduled for the first time."""
-        batch = Batch()
+        batch = Batch(slides=self.sliding is not None)
         self.slots.assign(self.running)
         unfinished, may_admit = self._schedule_decodes(batch)
         budget = self.max_num_batched_tokens - len(batch.decodes)

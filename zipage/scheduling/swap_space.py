@@ -84,7 +84,7 @@ class SwapSpace:
 
     def copies_blocks(self, block_size: int) -> bool:
         """Whether a request of one full block would be copied, if slabs were free."""
-        return self.num_slabs > 0 and self.costs is not None and self.costs.is_copy_cheaper(1, block_size)
+        return self.num_slabs > 0 and self.costs is not None and self.costs.is_copy_cheaper(1, block_size, 1)
 
     def take(self, request: Request) -> None:
         """A running request leaves with its entries."""
