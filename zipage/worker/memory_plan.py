@@ -284,13 +284,12 @@ def _windows(
     """
     if not spec.sliding_layers:
         return {"num_sliding_blocks": 0, "sliding_block_bytes": 0, "num_windows": 0}
-    each, size = (
-        most_blocks(spec.sliding_window, config.block_size),
-        sliding_block_bytes(spec, config.block_size, dtype),
-    )
+    each = most_blocks(spec.sliding_window, config.block_size)
+    size = sliding_block_bytes(spec, config.block_size, dtype)
     for_chunks = 1 - (-config.max_num_batched_tokens // config.block_size)
     if config.num_blocks is None:
-        beside = min(BLOCKS_BESIDE_WINDOW * each, most or BLOCKS_BESIDE_WINDOW * each)
+        beside = BLOCKS_BESIDE_WINDOW * each
+        beside = beside if most is None else min(beside, most)
         fit = (available - for_chunks * size) // (each * size + beside * block_bytes)
     else:
         fit = config.num_blocks
