@@ -76,11 +76,16 @@ class SlidingBlocks:
             # Those that hold output alone would crowd out prompts, and nobody begins behind them.
             of_prompt = -(-request.num_prompt_tokens // self.pool.block_size) - table.first
             of_prompt = min(gone, max(0, of_prompt))
-            self.pool.free(table.block_ids[:of_prompt])
+            self._free(table.block_ids[:of_prompt])
             self.pool.discard(table.block_ids[of_prompt:gone])
             del table.block_ids[:gone]
             table.first += gone
             self._spare += before - self._beyond(table)
+
+    def _free(self, blocks: Sequence[int]) -> None:
+        """Those that hold what another block holds, or no whole prefix, are taken before those that may be found."""
+        self.pool.free([block for block in blocks if self.pool.is_indexed(block)])
+        self.pool.discard([block for block in blocks if not self.pool.is_indexed(block)])
 
     def _first_seen(self, position: int) -> int:
         """Place of the first block that the query of the first position in a block sees. No more blocks are held so at
@@ -110,7 +115,7 @@ class SlidingBlocks:
     def release(self, request: Request) -> None:
         """A running request ends or leaves. Its table stays, as a record of what it held."""
         self._spare += self._beyond(request.sliding)
-        self.pool.free(request.sliding.block_ids)
+        self._free(request.sliding.block_ids)
 
     def come_back(self, request: Request) -> list[int]:
         """Other blocks for the table that a paused request had."""
