@@ -29,9 +29,11 @@ from kernels.gated_delta_step_triton import gated_delta_step_triton
 from kernels.gated_delta_triton import gated_delta_triton
 from kernels.gated_norm_triton import gated_norm_triton
 from kernels.gelu_mul_triton import gelu_mul_triton
+from kernels.key_forms_triton import key_forms_triton
 from kernels.lag_spread_triton import lag_spread_triton
 from kernels.linear_tiles import Tile
 from kernels.linear_triton import linear_triton
+from kernels.output_norms_triton import output_norms_triton
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill_triton import paged_prefill_triton
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
@@ -123,8 +125,13 @@ def compile_view_kernels(apart: bool) -> None:
             attention_score_triton(windows, layers, lens, lens, 0.1, softmax=softmax, **form)
         attended_triton(windows, layers, lens, lens, 0.1, 1e-4, **form)
     redundancy_triton(layers, tau=0.4, chunk=32)
+    linear, pairs = torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, DIM), torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, 3, 32)
+    key_forms_triton(layers, linear)
+    key_forms_triton(layers, linear, pairs[..., 0, :], pairs)
     lag_spread_triton(layers, layers.lens, 24, 2.0**-12)
     redundancy_triton(layers, tau=0.4)
+    projections = [floats(256, HEADS * GROUP * DIM)] * LAYERS
+    output_norms_triton(layers, projections, layers.lens)
     forced = torch.zeros(REQUESTS, width, dtype=torch.bool)
     scores = torch.zeros(LAYERS, REQUESTS, HEADS, width)
     kept = select_triton(scores, spread(forced, LAYERS), layers.lens, layers.lens, BLOCK)

@@ -249,18 +249,18 @@ def test_requests_that_run_in_graphs_from_their_first_token_get_the_tokens_of_an
 ):
     """`graphs`: whether all tokens of theirs attend as decodes."""
     # A small pool: some leave it, and compute their prompt and output anew.
-    model = save_tiny_model("qwen3", tmp_path)
+    model = save_tiny_model("qwen3", tmp_path, num_hidden_layers=2)
     prompts = random_prompts([5, 20, 70, 33, 1, 180, 64, 90], VOCAB)
     prompts += [prompts[2][:64] + tail for tail in random_prompts([7, 30], VOCAB, seed=1)]
 
     def served(all_decode: bool | None) -> tuple[list[list[int]], list[tuple[int, bool]]]:
-        llm = make_llm(model, case, debug=False, num_blocks=40, headroom=0, **options)
+        llm = make_llm(model, case, debug=False, num_blocks=32, headroom=0, **options)
         steps = [] if all_decode is None else run_in_graphs(llm, all_decode)
         outputs, waiting = {}, list(enumerate(prompts))
         while waiting or llm.has_unfinished_requests():
             if waiting:
                 index, prompt = waiting.pop(0)
-                llm.add_request(prompt, greedy(80), str(index))
+                llm.add_request(prompt, greedy(48), str(index))
             outputs |= {output.request_id: output for _ in range(5) for output in llm.step()}
         assert case is not None or llm.stats.preemptions > 0
         return tokens_of([outputs[str(index)] for index in range(len(prompts))]), steps
