@@ -146,8 +146,8 @@ CHANGES = {
     "overlapped": {"async_compression": True, "async_scheduling": True},
     "chunked": {"max_num_batched_tokens": 24},
     "constrained": {"scheduling": "constrained", "num_blocks": 10},
-    "tight": {"num_blocks": 8, "headroom": 0},
-    "tight-async": {"num_blocks": 8, "headroom": 0, "async_compression": True},
+    "tight": {"num_blocks": 7, "headroom": 0},
+    "tight-async": {"num_blocks": 7, "headroom": 0, "async_compression": True},
     "strided": {"layer_stride": 1},
     "paused": {},
 }
