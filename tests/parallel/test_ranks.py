@@ -82,7 +82,7 @@ def test_every_policy_keeps_what_one_device_keeps(one, two, pauses):
     policies = TOKEN_POLICIES[:: 3 if pauses else 1]  # what moves is blocks, whoever ranks
     expected, found = (answers(llm, policies, pauses) for llm in (one, two))
     assert not expected.differences(found)
-    assert len(found.kept) > 5 * len(policies)
+    assert len(found.kept) >= 5 * len(policies)
     assert all(positions.shape[1] == 2 for positions in found.kept.values()), "all heads, each once"
     assert (two.stats.pauses > 0) == (pauses > 0)
     assert two.stats.blocks_used == 0
@@ -94,7 +94,7 @@ def test_policies_that_no_other_engine_serves_keep_what_one_device_keeps(folder,
     expected, found = (answers(llm) for llm in (engine(folder, case), two))
     two.shutdown()
     assert not expected.differences(found)
-    assert len(found.kept) > 5
+    assert len(found.kept) >= 5
 
 
 def test_what_ranks_hold_is_told_together(two):
