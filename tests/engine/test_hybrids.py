@@ -195,7 +195,7 @@ def test_a_policy_that_turns_queries_needs_whole_heads(folder):
 
 
 @torch.inference_mode()
-def test_the_largest_step_is_of_prompts_and_of_decodes_of_all_rows(folder):
+def test_the_largest_step_is_of_prompts_of_all_rows(folder):
     """As it is measured on a GPU."""
     runner = make_llm(folder, None, debug=False, max_num_batched_tokens=200)._core.runner
     run_largest_step(runner, runner.cache, 200)

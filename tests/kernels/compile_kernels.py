@@ -157,13 +157,13 @@ def compile_other_kernels() -> None:
     copy_blocks_triton(cache, cache, longs(1), longs(1))
 
 
-def compile_recurrence(dtype: torch.dtype) -> None:
-    """Of Qwen3-Next's heads: of tokens each alone, and of spans."""
-    widths = 2 * 128, 2 * 128, 4 * 128
+def compile_recurrence(dtype: torch.dtype, dim: int) -> None:
+    """Of tokens each alone, and of spans."""
+    widths = 2 * dim, 2 * dim, 4 * dim
     x = torch.zeros(TOKENS, sum(widths), dtype=dtype)
-    q, k, v = (part.unflatten(1, (-1, 128)) for part in x.split(widths, dim=1))
+    q, k, v = (part.unflatten(1, (-1, dim)) for part in x.split(widths, dim=1))
     gates = DeltaGates(*torch.zeros(2, TOKENS, 4, dtype=dtype), *torch.zeros(2, 4))
-    inputs, states, out = torch.zeros(9, 3, x.shape[1], dtype=dtype), torch.zeros(9, 4, 128, 128), torch.zeros(v.shape)
+    inputs, states, out = torch.zeros(9, 3, x.shape[1], dtype=dtype), torch.zeros(9, 4, dim, dim), torch.zeros(v.shape)
     each, some = Spans(longs(TOKENS)), Spans(longs(3), ints(4), torch.zeros(3, dtype=torch.bool))
     for spans in (each, some):
         causal_conv_triton(x, torch.zeros(x.shape[1], 4, dtype=dtype), inputs, spans, torch.zeros_like(x))
@@ -177,5 +177,5 @@ if __name__ == "__main__":
     compile_view_kernels(apart=False)
     compile_view_kernels(apart=True)
     compile_other_kernels()
-    compile_recurrence(DTYPE)
-    compile_recurrence(torch.float32)
+    compile_recurrence(DTYPE, 128)  # Qwen3-Next's and Qwen3.5's
+    compile_recurrence(torch.float32, 16)

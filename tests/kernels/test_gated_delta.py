@@ -87,7 +87,7 @@ def test_spans_of_any_length(backend, dtype, lengths):
 
 @EVERY
 def test_the_same_key_again_and_again(backend, dtype):
-    """The system that a chunk solves is then as far from the identity as can be: powers of it would overflow."""
+    """The system that a chunk solves is then as far from the identity as can be: powers of it would lose all digits."""
     given = arguments(64, (0,), (True,), value_dim=40, dtype=dtype, device=device_of(backend))
     given["k"][:] = given["k"][:1]
     given["gates"].b[:] = 20.0

@@ -128,8 +128,8 @@ def _peak_of(device: torch.device, run: Callable[[], None]) -> int:
 
 
 def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> None:
-    """Prompts of `num_tokens` tokens in all, as many rows sampled as the batch may have, with every option on; and
-    recurrent layers' decodes of so many rows.
+    """Prompts of `num_tokens` tokens in all, as many rows sampled as the batch may have, with every option on; in
+    recurrent layers, prompts of so many rows.
     """
     length = min(num_tokens, runner.max_model_len)
     chunks = [length] * (num_tokens // length) + [num_tokens % length] * bool(num_tokens % length)
@@ -168,11 +168,10 @@ def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> No
     rows = min(runner.max_num_seqs, num_tokens)
     recurrence = None
     if runner.recurrent is not None:
-        # The first tokens as decodes, too: of all rows at once.
-        decodes = Spans(tensor(np.arange(rows), dtype=np.int64))
-        states = tensor(np.arange(len(chunks)) % runner.max_num_seqs, dtype=np.int64)
-        starts = tensor(np.cumsum([0, *chunks]), dtype=np.int32)
-        recurrence = StepRecurrence(runner.recurrent, decodes, Spans(states, starts, states >= 0))
+        # As many prompts as may be: each has a chunk of its own to compute, however short.
+        states = tensor(np.arange(rows), dtype=np.int64)
+        starts = tensor(np.arange(rows + 1) * num_tokens // rows, dtype=np.int32)
+        recurrence = StepRecurrence(runner.recurrent, Spans(states[:0]), Spans(states, starts, states >= 0))
     hidden = runner.decoder(tokens, tensor(entries, dtype=np.int64), attention, recurrence=recurrence)
     penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.1, "logit_bias": {0: 1.0}}
     every_option = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, logprobs=MOST_LOGPROBS, **penalties)
