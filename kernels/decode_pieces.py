@@ -8,11 +8,11 @@ from functools import cache
 import torch
 
 from kernels.cache_view import CacheView
+from kernels.decode_spans import DecodeSpans, decode_spans
 from kernels.pieces import Pieces
-from kernels.spans import Spans, decode_spans
 
 
-def decode_pieces(view: CacheView) -> Pieces | Spans | None:
+def decode_pieces(view: CacheView) -> Pieces | DecodeSpans | None:
     """How `paged_decode` cuts the requests of a step, to be given to it in every layer.
 
     Args:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kernels.attention_form import PLAIN, AttentionForm, check_form
 from kernels.cache_view import CacheView, check_view, entries_reference
+from kernels.decode_spans import SPAN, DecodeSpans, decode_spans
 from kernels.layout import check_queries, fail, given_or_new
 from kernels.paged_prefill import attend_reference, paged_prefill_torch
 from kernels.pieces import Pieces
-from kernels.spans import SPAN, Spans, decode_spans
 
 PIECE_BYTES = 2 << 20
 """K copied at a time: still in the caches when it is multiplied, and worth the calls."""
@@ -28,7 +28,7 @@ def paged_decode(
     q: Tensor,
     view: CacheView,
     scale: float,
-    pieces: Pieces | Spans | None = None,
+    pieces: Pieces | DecodeSpans | None = None,
     out: Tensor | None = None,
     form: AttentionForm = PLAIN,
 ) -> Tensor:
@@ -85,7 +85,7 @@ def paged_decode_torch(
     scale: float,
     out: Tensor | None = None,
     form: AttentionForm = PLAIN,
-    spans: Spans | None = None,
+    spans: DecodeSpans | None = None,
 ) -> Tensor:
     """`paged_decode`, in pieces of requests of about the same length, longest first.
 

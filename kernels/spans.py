@@ -1,4 +1,4 @@
-"""Where decode attention on a CPU finds entries: requests cut into spans, which are copied together."""
+"""Spans of a step's tokens, each of a sequence whose state lies in a row."""
 
 from __future__ import annotations
 
@@ -7,57 +7,50 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.cache_view import CacheView
+from kernels.layout import check_numbers, fail
 
-SPAN = 16
-"""Slots copied together: the smallest block, so a short request copies little of a large block."""
+NO_ROW = -1
+"""Row of a span that belongs to no sequence."""
 
 
 class Spans(NamedTuple):
-    """The spans of requests that have entries, the longest first.
+    """B spans.
 
     Attributes:
-        order: int64 [R], the row of each request.
-        counts: R spans.
-        index: int64 [R, H, counts[0]], numbers of spans in a cache seen as [spans, SPAN * d]. The last span comes
-            first, then 0, 1, ...; places past a request's spans name some span of the longest request's first block,
-            which has no weight there.
-        unused: bool [R, counts[0] * SPAN], the places that hold nothing of the request: in its first span, which is the
-            last, partly filled one, and past its spans.
+        rows: int64 [B], of their states, no two the same. A span of row -1 is left out: nothing of it is read, and
+            nothing written.
+        starts: int32 [B + 1]: span i is tokens `starts[i]` to `starts[i + 1]`; one without tokens leaves its state
+            as it is. None: of one token each.
+        fresh: bool [B], whether a span begins its sequence: its state is zero, whatever the row holds. None: none does.
     """
 
-    order: Tensor
-    counts: list[int]
-    index: Tensor
-    unused: Tensor
+    rows: Tensor
+    starts: Tensor | None = None
+    fresh: Tensor | None = None
 
+    def check(self, tokens: int, device: torch.device) -> None:
+        """Raise a ValueError that names what is not as above, its value and the remedy."""
+        if self.rows.dim() != 1:
+            fail("rows", "shape", tuple(self.rows.shape), "give [spans]")
+        count = len(self.rows)
+        check_numbers("rows", self.rows, torch.int64, (count,), device, "x")
+        if self.starts is None:
+            if count != tokens:
+                fail("rows", "shape", (count,), f"give one for each of {tokens} tokens, or `starts`")
+        else:
+            check_numbers("starts", self.starts, torch.int32, (count + 1,), device, "x")
+        if self.fresh is not None:
+            check_numbers("fresh", self.fresh, torch.bool, (count,), device, "x")
 
-def decode_spans(view: CacheView) -> Spans:
-    """The spans of a layer's requests, whose heads share tables and lengths."""
-    block_tables, cache_lens = view.block_tables.select(1, 0), view.lens.select(1, 0)
-    kv_heads, block_size = view.k_cache.shape[1:3]
-    lens, order = cache_lens.long().sort(descending=True, stable=True)
-    spans = (lens + SPAN - 1).div(SPAN, rounding_mode="floor")
-    counts = spans.tolist()
-    live = len(counts) - counts.count(0)
-    if live == 0:
-        return Spans(order[:0], [], order.new_empty(0, kv_heads, 0), torch.empty(0, 0, dtype=torch.bool))
-    width = counts[0]
-    lens, order, spans = lens[:live], order[:live], spans[:live]
-    index = _span_index(block_tables[order], spans, width, kv_heads, block_size)
-    tail_unused = torch.arange(SPAN) >= (lens - (spans - 1) * SPAN)[:, None]
-    unused = torch.cat((tail_unused, torch.arange(SPAN, width * SPAN) >= (spans * SPAN)[:, None]), dim=1)
-    return Spans(order, counts[:live], index, unused)
+    @property
+    def fresh_bytes(self) -> Tensor | None:
+        """`fresh` as int8."""
+        return None if self.fresh is None else self.fresh.view(torch.int8)
 
-
-def _span_index(block_tables: Tensor, spans: Tensor, width: int, kv_heads: int, block_size: int) -> Tensor:
-    """`Spans.index`."""
-    per_block = block_size // SPAN
-    place = torch.arange(-1, width - 1).repeat(len(spans), 1)
-    place[:, 0] = spans - 1
-    block = block_tables[:, : (width + per_block - 1) // per_block].long()
-    block = block.gather(1, place.div(per_block, rounding_mode="floor"))
-    missing = torch.arange(width) >= spans[:, None]
-    block = torch.where(missing, block_tables[0, 0].long(), block)
-    tile = (block * kv_heads)[:, None] + torch.arange(kv_heads)[:, None]
-    return tile * per_block + place.remainder(per_block)[:, None]
+    def each(self) -> list[tuple[int, int, int, bool]]:
+        """Row, begin and end of each span that has a row and tokens, and whether it is fresh; waits for the device."""
+        count = len(self.rows)
+        starts = range(count + 1) if self.starts is None else self.starts.tolist()
+        fresh = [False] * count if self.fresh is None else self.fresh.tolist()
+        spans = zip(self.rows.tolist(), starts[:-1], starts[1:], fresh, strict=True)
+        return [span for span in spans if span[0] != NO_ROW and span[1] < span[2]]

@@ -36,12 +36,13 @@ MORE_FAMILIES = {
 }
 """Those that what is tested of every family is tested of in less breadth."""
 HYBRIDS = {
+    "qwen3_5_moe_text": ("Qwen3_5MoeText", HYBRID | MIXTURE | {"shared_expert_intermediate_size": 40}),
     "qwen3_5_text": ("Qwen3_5Text", HYBRID),
     "qwen3_next": ("Qwen3Next", HYBRID | MIXTURE | {"shared_expert_intermediate_size": 40}),
 }
 """Those with recurrent layers: they run on one device, and share no prefixes."""
 FORMED = {"gemma3_text", "gpt_oss"}
-"""Those of them whose attention is not plain: they run on one device, with full KV."""
+"""Those of them whose attention is not plain: some policies refuse them."""
 
 
 def save_tiny_model(family: str, folder: Path, **more: Any) -> Path:

@@ -24,10 +24,11 @@ from zipage.models.loading.tokenizer import load_tokenizer
 from zipage.models.spec import ModelSpec
 from zipage.parallel.ranked_worker import RankedWorker, start_ranks
 from zipage.scheduling.block_pool import BlockPool
+from zipage.scheduling.headroom import entries_to_keep
 from zipage.scheduling.scheduler import Scheduler
 from zipage.scheduling.swap_space import SwapCosts, SwapSpace
 from zipage.scheduling.tile_pool import TilePool
-from zipage.worker.memory_plan import MemoryPlan, plan_memory
+from zipage.worker.memory_plan import MemoryPlan, large_states, plan_memory
 from zipage.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def _pool(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> BlockPool:
 
 def _swap_space(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> SwapSpace:
     operations = spec.token_operations, spec.pair_operations
-    row_bytes = plan.state_bytes // (config.max_num_seqs + 1)
+    row_bytes = plan.state_bytes // config.max_num_seqs
     costs = SwapCosts(plan.block_bytes, *(count // config.tensor_parallel_size for count in operations), row_bytes)
     return SwapSpace(plan.num_host_slabs, plan.slab_blocks, costs)
 
@@ -142,7 +143,10 @@ def core_on(
         policy=worker.policy, max_blocks=rule and rule.peak_blocks, max_model_len=max_model_len,
     )  # fmt: skip
     logger.info("memory plan: %s", plan)
+    if line := large_states(plan, config.max_num_seqs):
+        logger.warning("%s", line)
     worker.attach(plan)
+    swap_space = _swap_space(plan, config, spec)
     scheduler = Scheduler(
         _pool(plan, config, spec),
         max_num_seqs=config.max_num_seqs,
@@ -151,7 +155,8 @@ def core_on(
         num_query_slots=plan.num_query_slots,
         trigger=config.trigger,
         scheduling=config.scheduling,
-        swap_space=_swap_space(plan, config, spec),
+        swap_space=swap_space,
+        headroom=entries_to_keep(swap_space, config.block_size),
         shares_prefixes=spec.recurrent is None,
     )
     core = core_type(
