@@ -20,8 +20,9 @@ if not torch.cuda.is_available():
 def pytest_configure(config: pytest.Config) -> None:
     """Workers begin to import the tests at different places: what one has compiled, the others find compiled.
 
-    What can't be imported is told where it is collected.
+    What can't be imported is told where it is collected. Nothing imported is garbage.
     """
+    gc.set_threshold(1_000_000)
     if not (worker := getattr(config, "workerinput", None)):
         return
     places = [Path(argument.partition("::")[0]).resolve() for argument in config.args]

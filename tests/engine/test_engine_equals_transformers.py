@@ -53,7 +53,17 @@ def check(outputs, expected) -> None:
 
 def test_reference_wanders(reference):
     """A text that loops would agree with anything."""
-    assert min(len(set(tokens)) for tokens, _ in reference[2]) > 20
+    assert min(len(set(tokens)) for tokens, _ in reference[2]) > 15
+
+
+def test_a_wrong_guess_changes_no_token_of_the_reference(reference):
+    folder, prompts, expected = reference
+    tokens, logprobs = (part[:12] for part in expected[1])
+    wrong = [*tokens[:5], (tokens[5] + 1) % VOCAB, *tokens[6:]]
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for guess in ([], wrong, tokens[:3]):
+        found = transformers_greedy(model, prompts[1], 12, guess)
+        assert found == (tokens, pytest.approx(logprobs, abs=1e-4))
 
 
 @pytest.mark.parametrize("block_size", [16, 256])

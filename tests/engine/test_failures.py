@@ -40,7 +40,7 @@ FAILS = Case(f"{__name__}:FailsForLongPrompts")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = save_tiny_model("qwen3", tmp_path_factory.mktemp("model"))
+    folder = save_tiny_model("qwen3", tmp_path_factory.mktemp("model"), num_hidden_layers=2)
     save_tiny_tokenizer(folder)
     return folder
 
@@ -116,7 +116,7 @@ def tokens_alone(folder):
 def test_what_fails_in_the_last_layer_of_a_batch_costs_no_neighbour(
     folder, tokens_alone, fault, debug, asynchronous, overlaps
 ):
-    case = Case(f"{__name__}:Faulty", {"fault": fault, "layer": 2})
+    case = Case(f"{__name__}:Faulty", {"fault": fault, "layer": 1})
     options = {"async_compression": asynchronous, "async_scheduling": overlaps, "debug": debug, "layer_stride": 1}
     llm = make_llm(folder, case, **options)
     outputs = llm.generate(ALIGNED, ALIGNED_PARAMS, use_tqdm=False)
@@ -172,7 +172,7 @@ def test_whatever_a_policy_raises_ends_its_request_alone(
             raise make()  # noqa: B904
 
     monkeypatch.setattr(Faulty, "rank", raises)
-    case = Case(f"{__name__}:Faulty", {"fault": "raises", "layer": 2})
+    case = Case(f"{__name__}:Faulty", {"fault": "raises", "layer": 1})
     llm = make_llm(folder, case, async_compression=asynchronous, async_scheduling=overlaps, layer_stride=1)
     outputs = llm.generate(ALIGNED, ALIGNED_PARAMS, use_tqdm=False)
     at_fault = outputs.pop(1)

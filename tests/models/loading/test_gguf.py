@@ -82,6 +82,21 @@ def test_a_window_ends_the_contexts_of_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("tokens", "template", "ends"),
+    [
+        (["a", "<eos>", "b", "<end_of_turn>"], "<start_of_turn>{{ messages }}<end_of_turn>", (2, 3)),
+        (["<|return|>", "<|call|>", "b", "<|end|>"], "<|end|>{{ messages }}<|call|>, <|return|>", (0, 1, 2)),
+    ],
+)
+def test_ends_of_a_turn(tokens, template, ends, tmp_path):
+    """Beside the end of sequence, 2. gpt-oss ends each of its messages by <|end|>, and no turn."""
+    path = tmp_path / "model.gguf"
+    metadata = {"tokenizer.ggml.tokens": tokens, "tokenizer.chat_template": template}
+    write_gguf(path, make_model("Qwen2"), Type.F32, metadata)
+    assert gguf_spec(GgufFile(path)).eos_token_ids == ends
+
+
+@pytest.mark.parametrize(
     ("metadata", "num_full", "local_base"),
     [
         ({}, 1, 10000.0),
