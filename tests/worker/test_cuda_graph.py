@@ -91,12 +91,18 @@ def test_all_graphs_are_captured_on_one_stream_the_largest_first(tmp_path, fake_
 
 
 @pytest.mark.parametrize(
-    ("options", "largest"), [({}, [(288, False), (512, True)]), (UNEQUAL, [(264, False)])], ids=["", "unequal"]
+    ("family", "options", "largest"),
+    [
+        ("qwen3", {}, [(288, False), (512, True)]),
+        ("qwen3", UNEQUAL, [(264, False)]),
+        ("qwen3_next", {}, [(8, False), (512, True)]),
+    ],
+    ids=["", "unequal", "hybrid"],
 )
-def test_the_largest_graph_of_each_kind_is_measured(tmp_path, fake_cuda, monkeypatch, options, largest):
+def test_the_largest_graph_of_each_kind_is_measured(tmp_path, fake_cuda, monkeypatch, family, options, largest):
     """One has fewer tokens, and block tables for all of them: of long tables these take more than the rest."""
     case = ZIPAGE if options else None
-    runner = make_llm(save_tiny_model("qwen3", tmp_path), case, debug=False, **options)._core.runner
+    runner = make_llm(save_tiny_model(family, tmp_path), case, debug=False, **options)._core.runner
     runner._capture_stream = capture_stream(torch.device("cuda"))
     graphs, ran = runner.step_graphs(runner.cache, runner._tables), []
     monkeypatch.setattr(graphs, "forward", lambda inputs, size: ran.append((size, len(inputs) > 7 * size)))
