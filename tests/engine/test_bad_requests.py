@@ -78,6 +78,7 @@ def test_ids_of_a_tokenizer_beyond_the_embedding_cost_their_prompt(folder, monke
         ({"enable_chunked_prefill": False}, "max_num_batched_tokens=64 must hold max_model_len=1024"),
         ({"num_blocks": None, "kv_cache_memory_bytes": 100}, "no room for a KV block"),
         ({"kv_cache_memory_bytes": 10**6}, "give one of them"),
+        ({"swap_space": 1e6}, "so many GiB exceed this machine's memory"),
         ({"policy": "lru"}, "unknown policy 'lru'; known: full, zipage"),
         ({"policy": "zipagee", "budget_tokens": 64}, "did you mean 'zipage'"),
         ({"policy": "zipage"}, "budget_tokens=None: must be given with policy 'zipage'"),

@@ -139,7 +139,7 @@ def test_windows_come_first_and_blocks_of_full_layers_are_the_rest():
     # Longer requests than two blocks there are none: (1,024 - 198) / (2 * 6 + 2 * 6) = 34.4
     assert gpt_oss(policy="full", kv_cache_memory_bytes=GIB, max_model_len=512).num_windows == 34
     assert gpt_oss(policy="full", num_blocks=7).num_windows == 7
-    with pytest.raises(ValueError, match=r"no room for a KV block of .* or lower block_size or max_num_batched_tokens"):
+    with pytest.raises(ValueError, match=r"no room for .* beside 220200960 bytes of sliding layers: raise gpu_mem"):
         gpt_oss(policy="full", kv_cache_memory_bytes=211 * MIB)
 
 
@@ -150,6 +150,10 @@ def test_query_slots_are_counted_in_what_windows_leave():
     assert (it.num_windows, it.num_sliding_blocks, it.num_query_slots) == (64, 161, 57)
     assert it.num_blocks == 3130 * MIB // it.block_bytes
     assert gpt_oss(kv_cache_memory_bytes=4 * GIB).query_slot_bytes == 12 * 16 * 64 * 64 * 2, "of full layers alone"
+    with pytest.raises(
+        ValueError, match=r"exceed [0-9]+ bytes beside 220200960 bytes of sliding layers: raise gpu_mem"
+    ):
+        gpt_oss(kv_cache_memory_bytes=220 * MIB)
 
 
 def test_a_slab_of_host_memory_takes_blocks_of_either_kind():

@@ -18,6 +18,7 @@ from zipage.engine.model_check import check_model
 from zipage.engine.output_processor import OutputProcessor
 from zipage.engine.replicas import start_replicas
 from zipage.engine.telemetry import Telemetry
+from zipage.host_memory import check_swap_space
 from zipage.models.loading.loader import resolve_device
 from zipage.models.loading.share import obtain_model
 from zipage.models.loading.tokenizer import load_tokenizer
@@ -54,6 +55,7 @@ def start(config: EngineConfig, *, apart: bool = False) -> Engine:
     Raises:
         ValueError, FileNotFoundError: as `LLM`.
     """
+    check_swap_space(config.swap_space, config.tensor_parallel_size * config.data_parallel_size)
     core, spec = start_replicas(config) if apart or config.data_parallel_size > 1 else build_core(config)
     try:
         inputs = build_inputs(config, spec)

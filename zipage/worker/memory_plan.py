@@ -231,7 +231,9 @@ def plan_memory(
     if evicts:
         most = min(max_blocks, most)
     windows = _windows(config, spec, dtype, available, size, most)
-    available -= windows["num_sliding_blocks"] * windows["sliding_block_bytes"]
+    of_sliding = windows["num_sliding_blocks"] * windows["sliding_block_bytes"]
+    beside_sliding = f" beside {of_sliding} bytes of sliding layers" if of_sliding else ""
+    available -= of_sliding
     held = weight_bytes, activation_bytes
     slabs = _host_slabs(config, size, windows["sliding_block_bytes"])
     if not evicts:
@@ -239,8 +241,8 @@ def plan_memory(
             num_blocks = available // size
         if num_blocks < 1:
             raise ValueError(
-                f"no room for a KV block of {size} bytes: raise gpu_memory_utilization or kv_cache_memory_bytes, "
-                "or lower block_size or max_num_batched_tokens"
+                f"no room for a KV block of {size} bytes{beside_sliding}: raise gpu_memory_utilization or "
+                "kv_cache_memory_bytes, or lower block_size or max_num_batched_tokens"
             )
         beside = {"num_host_slabs": slabs, "state_bytes": states}
         return MemoryPlan(num_blocks, config.block_size, size, *held, **beside, **windows)
@@ -253,8 +255,8 @@ def plan_memory(
     if num_query_slots < 1:
         raise ValueError(
             f"no room for one request: {most} KV blocks of {size} bytes and {slot_size} bytes of queries exceed "
-            f"{max(available, 0)} bytes: raise gpu_memory_utilization or kv_cache_memory_bytes, or lower "
-            "budget_tokens, interval, max_model_len, block_size or max_num_batched_tokens"
+            f"{max(available, 0)} bytes{beside_sliding}: raise gpu_memory_utilization or kv_cache_memory_bytes, or "
+            "lower budget_tokens, interval, max_model_len, block_size or max_num_batched_tokens"
         )
     return MemoryPlan(
         num_blocks,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable
 from functools import partial
 from typing import Protocol
@@ -11,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from zipage.host_memory import host_memory_bytes
 from zipage.models.decoder import Decoder
 from zipage.models.loading.finite import is_finite, refuse_values
 from zipage.models.registry import find_family
@@ -64,7 +64,7 @@ def check_before_allocating(
     elif device.type == "cpu":
         layer, total = (sum(p.nbytes for p in module.parameters()) for module in (decoder.layers, decoder))
         needed = total + layer * (spec.depth - 1) if are_alike else total
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = host_memory_bytes()
         if needed > memory:
             raise ValueError(f"{source}: the model takes {needed >> 30:,} GiB, this machine has {memory >> 30:,} GiB")
 
