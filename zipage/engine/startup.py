@@ -24,7 +24,6 @@ from zipage.models.loading.tokenizer import load_tokenizer
 from zipage.models.spec import ModelSpec
 from zipage.parallel.ranked_worker import RankedWorker, start_ranks
 from zipage.scheduling.block_pool import BlockPool
-from zipage.scheduling.scheduler import Scheduler
 from zipage.scheduling.swap_space import SwapCosts, SwapSpace
 from zipage.scheduling.tile_pool import TilePool
 from zipage.worker.memory_plan import MemoryPlan, plan_memory
@@ -143,7 +142,7 @@ def core_on(
     )  # fmt: skip
     logger.info("memory plan: %s", plan)
     worker.attach(plan)
-    scheduler = Scheduler(
+    scheduler = core_type.scheduler_type(
         _pool(plan, config, spec),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

@@ -84,7 +84,7 @@ class Scheduler:
         After `advance`, so that a compression is launched behind the step that filled the last block and its request
         misses none; where a step is empty, without.
         """
-        begun = self.compressions.order(self.running, self._num_short)
+        begun = self.compressions.order(self.running, self._awake(), self._num_short)
         for compression in begun:
             compression.request.status = Status.COMPRESSING
         return begun
@@ -130,17 +130,30 @@ class Scheduler:
             for request in self.running
         )
         if self.waiting and len(self.running) < self.max_num_seqs:
-            wanted += self.headroom.wanted_by(self.waiting[0]) + self.headroom.of_all(self.running)
+            wanted += self.headroom.wanted_by(self.waiting[0]) + self._room()
         return wanted - self.pool.num_free
+
+    # What a scheduler that leaves requests alone while nothing happens to them has otherwise
+
+    def _new_batch(self) -> Batch:
+        return Batch()
+
+    def _awake(self) -> list[Request]:
+        """Running requests to look at, oldest first."""
+        return self.running
+
+    def _room(self) -> int:
+        """Blocks to leave free for those who run."""
+        return self.headroom.of_all(self.running)
 
     # Planning
 
     def schedule(self, now: float = 0.0) -> Batch:
         """Plan one step and take the blocks it needs. `now` (seconds) stamps requests scheduled for the first time."""
-        batch = Batch()
+        batch = self._new_batch()
         self.slots.assign(self.running)
         unfinished, may_admit = self._schedule_decodes(batch)
-        budget = self.max_num_batched_tokens - len(batch.decodes)
+        budget = self.max_num_batched_tokens - batch.num_decodes
         for request in unfinished:
             if budget <= 0:
                 break
@@ -160,10 +173,7 @@ class Scheduler:
         reserved = 0
         may_admit = True
         running, pool, size = self.running, self.pool, self.pool.block_size
-        i = 0
-        while i < len(running):
-            request = running[i]
-            i += 1
+        for request in self._awake().copy():
             if request.status is not Status.RUNNING or request.has_all_tokens:
                 continue
             if len(request.token_ids) - request.num_computed != 1:
@@ -215,7 +225,7 @@ class Scheduler:
         """
         pool = self.pool
         while pool.num_free < reserved + (num_fresh_blocks(request, pool) if to_compress else 1):
-            if self.compressions.in_flight or any(other.has_all_tokens for other in self.running):
+            if self.compressions.in_flight or any(other.has_all_tokens for other in self._awake()):
                 return False
             victim = self._find_victim(request)
             # A bounded one that leaves of itself may lack queries of its window; computed again, it has them.
@@ -244,7 +254,7 @@ class Scheduler:
     def _admit(self, batch: Batch, budget: int, now: float) -> None:
         self.slots.assign(self.running)
         held_back = []
-        room = self.headroom.of_all(self.running) if self.waiting else 0
+        room = self._room() if self.waiting else 0
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             if request.num_pending:
