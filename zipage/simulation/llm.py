@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -114,6 +115,7 @@ class SimulatedCore(EngineCore):
     """Hands its runner the work of a step in place of its plan."""
 
     scheduler_type = SleepingScheduler
+    deferred_interrupts = nullcontext  # no device is left half-way
     scheduler: SleepingScheduler
     token_listeners: list[TokenListener]
     tokens_listeners: list[TokensListener]

@@ -48,7 +48,7 @@ def _of_tokens(name: str) -> property:
     read = slot.__get__
 
     def get(request: SleepingRequest) -> Any:
-        if request.lags:
+        if request.lags and (request.is_asleep or request.steps.booked > request.booked):
             request.catch_up()
         return read(request)
 
@@ -74,7 +74,7 @@ class SleepingRequest(Request):
     """
 
     __slots__ = (
-        *("_advanced", "_booked", "is_asleep", "lags", "room", "sampled_in", "steps", "token", "token_time"),
+        *("_advanced", "booked", "is_asleep", "lags", "room", "sampled_in", "steps", "token", "token_time"),
         *("until", "wakes"),
     )
 
@@ -93,7 +93,7 @@ class SleepingRequest(Request):
         if self.lags:
             self.catch_up()
         if not self.lags:
-            self._booked = self.steps.advanced
+            self.booked = self.steps.advanced
         self._advanced, self.until = self.steps.advanced, ALWAYS
         self.is_asleep = self.lags = True
         self.wakes, self.room = wakes, room
@@ -102,7 +102,7 @@ class SleepingRequest(Request):
         """The batches before the next one have it still."""
         self.catch_up()
         self.is_asleep, self.until = False, self.steps.advanced
-        self.lags = self._booked < self.until
+        self.lags = self.booked < self.until
         self.sampled_in = self.until - 1
 
     def catch_up(self) -> None:
@@ -113,18 +113,18 @@ class SleepingRequest(Request):
             _ENTRIES.__set__(self, _ENTRIES.__get__(self) + count)
             tokens.extend(UNKNOWN * count)
             pending += count
-        count = min(steps.booked, self.until) - self._booked
+        count = min(steps.booked, self.until) - self.booked
         if count > 0:
-            self._booked += count
+            self.booked += count
             first = len(tokens) - pending
             tokens[first : first + count] = array("i", (self.token,)) * count
             pending -= count
         _PENDING.__set__(self, pending)
-        self.lags = self.is_asleep or self._booked < self.until
+        self.lags = self.is_asleep or self.booked < self.until
 
     def lacks_token_of(self, batch: SleepingBatch) -> bool:
         """Whether the batch gives it a token that is not booked, without having it in a list."""
-        return self.lags and self._booked <= batch.number < self.until
+        return self.lags and self.booked <= batch.number < self.until
 
     def drop_pending(self) -> None:
         """It has ended; what is under way for it is not booked any more."""
