@@ -75,7 +75,7 @@ class SleepingRequest(Request):
 
     __slots__ = (
         *("_advanced", "booked", "is_asleep", "lags", "room", "sampled_in", "steps", "token", "token_time"),
-        *("until", "wakes"),
+        *("since", "until", "wakes"),
     )
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -94,7 +94,7 @@ class SleepingRequest(Request):
             self.catch_up()
         if not self.lags:
             self.booked = self.steps.advanced
-        self._advanced, self.until = self.steps.advanced, ALWAYS
+        self.since, self._advanced, self.until = self.booked, self.steps.advanced, ALWAYS
         self.is_asleep = self.lags = True
         self.wakes, self.room = wakes, room
 
@@ -269,7 +269,8 @@ class SleepingScheduler(Scheduler):
 
     def _wake(self, request: SleepingRequest) -> None:
         request.wake()
-        request.token_time = self.booked_at
+        if self.steps.booked > request.since:
+            request.token_time = self.booked_at
         if request.lags:
             self._lagging.append(request)
         insort(self._up, request, key=AGE)
