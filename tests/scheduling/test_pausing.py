@@ -5,6 +5,7 @@ import pytest
 from tests.scheduling.compressing import sharers, started, step_until
 from tests.scheduling.fabricated import make_request, make_rule
 from zipage.scheduling.batch import Batch
+from zipage.scheduling.headroom import COPIED_HEADROOM, HEADROOM, entries_to_keep
 from zipage.scheduling.request import Status
 from zipage.scheduling.swap_space import SwapCosts, SwapSpace
 
@@ -254,3 +255,17 @@ def test_a_copy_costs_twice_its_bytes_and_a_computation_grows_with_the_square():
     assert costs.is_copy_cheaper(10, 176)
     assert not costs.is_copy_cheaper(10, 1), "of a request whose prompt has just begun"
     assert costs.is_copy_cheaper(200, 2400), "4 billion against 2.4, and 5.8 of attention"
+
+
+@pytest.mark.parametrize(
+    ("space", "room"),
+    [
+        (SwapSpace(8, 2, SwapCosts(1, 10**9, 0)), COPIED_HEADROOM),
+        (SwapSpace(0, 2, SwapCosts(1, 10**9, 0)), HEADROOM),
+        (SwapSpace(8, 2, SwapCosts(10**9, 1, 0)), HEADROOM),
+        (SwapSpace(), HEADROOM),
+    ],
+    ids=["copied", "no slabs", "cheaper to compute", "no host memory"],
+)
+def test_less_room_is_kept_where_those_who_leave_are_copied(space, room):
+    assert entries_to_keep(space, block_size=16) == room

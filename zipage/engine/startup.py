@@ -24,6 +24,7 @@ from zipage.models.loading.tokenizer import load_tokenizer
 from zipage.models.spec import ModelSpec
 from zipage.parallel.ranked_worker import RankedWorker, start_ranks
 from zipage.scheduling.block_pool import BlockPool
+from zipage.scheduling.headroom import entries_to_keep
 from zipage.scheduling.swap_space import SwapCosts, SwapSpace
 from zipage.scheduling.tile_pool import TilePool
 from zipage.worker.memory_plan import MemoryPlan, plan_memory
@@ -142,6 +143,7 @@ def core_on(
     )  # fmt: skip
     logger.info("memory plan: %s", plan)
     worker.attach(plan)
+    swap_space = _swap_space(plan, config, spec)
     scheduler = core_type.scheduler_type(
         _pool(plan, config, spec),
         max_num_seqs=config.max_num_seqs,
@@ -150,7 +152,8 @@ def core_on(
         num_query_slots=plan.num_query_slots,
         trigger=config.trigger,
         scheduling=config.scheduling,
-        swap_space=_swap_space(plan, config, spec),
+        swap_space=swap_space,
+        headroom=entries_to_keep(swap_space, config.block_size),
         shares_prefixes=spec.recurrent is None,
     )
     core = core_type(

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.prefix_lookup import PrefixLookup
 from zipage.scheduling.request import Request, Status
+from zipage.scheduling.swap_space import SwapSpace
 from zipage.scheduling.triggers import Trigger
 from zipage.tile_table import num_blocks
 
@@ -14,6 +15,13 @@ HEADROOM = 128
 """Entries of each running request for which room is kept when another is admitted. With less, more are admitted that
 must soon leave again, to be computed anew; with more, the pool stands empty (`tests/benchmarks/growth.py`).
 """
+COPIED_HEADROOM = 32
+"""The same where those who leave are copied to host memory, beside steps, so that leaving costs little."""
+
+
+def entries_to_keep(swap_space: SwapSpace, block_size: int) -> int:
+    """Entries of each running request for which an engine keeps room."""
+    return COPIED_HEADROOM if swap_space.copies_blocks(block_size) else HEADROOM
 
 
 class Headroom:

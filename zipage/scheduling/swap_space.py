@@ -71,6 +71,10 @@ class SwapSpace:
             return False
         return self.costs.is_copy_cheaper(num_blocks(request.block_ids), request.cache_len)
 
+    def copies_blocks(self, block_size: int) -> bool:
+        """Whether a request of one full block would be copied, if slabs were free."""
+        return self.num_slabs > 0 and self.costs is not None and self.costs.is_copy_cheaper(1, block_size)
+
     def take(self, request: Request) -> None:
         """A running request leaves with its entries."""
         self.num_used += self.slabs_of(request)

@@ -50,4 +50,8 @@ BENCHMARK_IDS = {
     "full_at_1_7_h200": "serve_bench-98a114c52f99",
     "zipage_at_1_9_h200": "serve_bench-0c541fb2eff0",
     "zipage_at_3_0_h200": "serve_bench-52bea124c8e5",
+    "engine_bench_mixed_h200": "engine_bench-95b15048eb52",
+    "engine_bench_trace_h200": "engine_bench-e94c71db16e2",
+    "engine_bench_small_h200": "engine_bench-abec7a519ab3",
+    "engine_bench_alone_h200": "engine_bench-0f42d63e7f50",
 }
