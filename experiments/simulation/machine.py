@@ -25,12 +25,11 @@ class Machine:
         link_bandwidth: bytes a second between GPUs. host_bandwidth: between GPU and host memory.
         weight_share, product_share: of bandwidth and arithmetic that matrix products reach.
         entry_share, prefill_share: the same of attention to the cache, and within prompts.
-        imbalance: of attention to the cache, what N requests of unequal lengths take longer, as a share of their entries
-            at the whole bandwidth and times the square root of N.
+        imbalance: what attention takes longer for N requests of unequal lengths, times the square root of N: a share of
+            the time of their entries at the whole bandwidth.
         attention_seconds: of a layer's attention beside that.
         layer_seconds: of a layer's small kernels.
-        overlap_seconds: of a layer's kernels, that a step of few rows saves since each is launched before the one ahead of
-            it has ended.
+        overlap_seconds: that a layer of few rows saves, since each kernel is launched before the one ahead has ended.
         row_passes: how often they move the numbers of a token, `width` of them.
         sample_seconds: of sampling, for each request and token of the vocabulary.
         collective_seconds: of a sum over GPUs, twice a layer. link_share: of the link's bandwidth that it reaches.

@@ -4,7 +4,7 @@ A roofline with shares: each part of a step reaches its own share of the machine
 
     products   = ((weights / bandwidth)^4 + (tokens x operations / flops)^4)^(1/4)      a roofline with a round corner
     attention  = layers x a constant + entries x bytes / bandwidth + prefill pairs x operations / flops
-               + entries x bytes / whole bandwidth x a constant / (requests)^(1/2)      some have more to read than others
+               + entries x bytes / whole bandwidth x a constant / requests^(1/2)      some have more to read
     the rest   = layers x (a constant + tokens x bytes of a row / bandwidth) + sampled tokens x vocabulary x a constant
                - layers x a constant where kernels of few rows overlap
     ranks      = 2 x layers x (latency + 2 x tokens x bytes of a row / link) + sampled tokens x bytes of logits / link

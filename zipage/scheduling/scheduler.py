@@ -38,6 +38,8 @@ class Scheduler:
     docs/scheduling.md has the rules: who gets memory and query slots, and why no request starves.
     """
 
+    batch_type, asleep_room = Batch, 0  # other ones in a simulation
+
     def __init__(
         self,
         pool: BlockPool,
@@ -130,27 +132,18 @@ class Scheduler:
             for request in self.running
         )
         if self.waiting and len(self.running) < self.max_num_seqs:
-            wanted += self.headroom.wanted_by(self.waiting[0]) + self._room()
+            wanted += self.headroom.wanted_by(self.waiting[0]) + self.headroom.of_all(self.running)
         return wanted - self.pool.num_free
-
-    # What a scheduler that leaves requests alone while nothing happens to them has otherwise
-
-    def _new_batch(self) -> Batch:
-        return Batch()
-
-    def _awake(self) -> list[Request]:
-        """Running requests to look at, oldest first."""
-        return self.running
-
-    def _room(self) -> int:
-        """Blocks to leave free for those who run."""
-        return self.headroom.of_all(self.running)
 
     # Planning
 
+    def _awake(self) -> list[Request]:
+        """Running requests to look at, oldest first: a simulation leaves others alone."""
+        return self.running
+
     def schedule(self, now: float = 0.0) -> Batch:
         """Plan one step and take the blocks it needs. `now` (seconds) stamps requests scheduled for the first time."""
-        batch = self._new_batch()
+        batch = self.batch_type()
         self.slots.assign(self.running)
         unfinished, may_admit = self._schedule_decodes(batch)
         budget = self.max_num_batched_tokens - batch.num_decodes
@@ -254,7 +247,7 @@ class Scheduler:
     def _admit(self, batch: Batch, budget: int, now: float) -> None:
         self.slots.assign(self.running)
         held_back = []
-        room = self._room() if self.waiting else 0
+        room = self.headroom.of_all(self._awake()) + self.asleep_room if self.waiting else 0
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             if request.num_pending:
@@ -335,9 +328,7 @@ class Scheduler:
         self.waiting.insert(place, request)
 
     def _resume(self, batch: Batch, request: Request, room: int) -> bool:
-        """Give the head of the queue, which is paused, its blocks and slot back, with room for its next token and
-        `room` blocks for the others.
-        """
+        """Give the paused head of the queue its blocks and slot back; its next token and `room` blocks still fit."""
         if request.queries_saved and not self.slots.can_serve(request, self.running):
             return False
         shared = self.prefixes.unchanged_blocks(request)

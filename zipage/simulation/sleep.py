@@ -161,6 +161,8 @@ class SleepingScheduler(Scheduler):
         booked_at: when the latest batch was booked.
     """
 
+    batch_type = SleepingBatch
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.steps = Steps()
@@ -174,7 +176,7 @@ class SleepingScheduler(Scheduler):
         self._wakes: dict[int, list[SleepingRequest]] = {}
         self._lagging: list[SleepingRequest] = []
         self._unbooked: deque[SleepingBatch] = deque()
-        self._entries = self._asleep_room = 0
+        self._entries = self.asleep_room = 0
         """Of those that sleep; entries less the number of the batch, for each."""
 
     def add(self, request: SleepingRequest) -> None:
@@ -193,18 +195,16 @@ class SleepingScheduler(Scheduler):
     def _awake(self) -> list[SleepingRequest]:
         return self._up
 
-    def _room(self) -> int:
-        return self._asleep_room + self.headroom.of_all(self._up)
-
-    def _new_batch(self) -> SleepingBatch:
+    def schedule(self, now: float = 0.0) -> SleepingBatch:
         self._wake_due()
-        return SleepingBatch(number=self.steps.advanced)
+        return super().schedule(now)
 
     def _schedule_decodes(self, batch: SleepingBatch) -> tuple[list[Request], bool]:
         found = super()._schedule_decodes(batch)
         if self.may_sleep and self._is_predictable:
             batch.decodes = [request for request in batch.decodes if not self._sleeps(request)]
             batch.sampled = batch.decodes.copy()
+        batch.number = self.steps.advanced
         batch.num_asleep = batch.num_heard = self.num_asleep
         return found
 
@@ -223,7 +223,7 @@ class SleepingScheduler(Scheduler):
         wakes, room = self.steps.advanced + count, self.headroom.of(request)
         self.num_asleep += 1
         self._entries += request.cache_len - self.steps.advanced
-        self._asleep_room += room
+        self.asleep_room += room
         request.sleep(wakes, room)
         self._wakes.setdefault(wakes, []).append(request)
         return True
@@ -276,7 +276,7 @@ class SleepingScheduler(Scheduler):
         insort(self._up, request, key=AGE)
         self.num_asleep -= 1
         self._entries -= _ENTRIES.__get__(request) - self.steps.advanced
-        self._asleep_room -= request.room
+        self.asleep_room -= request.room
 
     # Who comes and goes
 
