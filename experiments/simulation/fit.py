@@ -127,7 +127,10 @@ def few_rows_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredA
             found.append(float(np.log(1e3 * seconds / case["step_ms"])))
         for measured, base in zip(arms, simulated):
             shape = base.times.shape
-            found += _off(measured, base, StepModel(changed(values), shape), StepModel(machine, shape))
+            now = StepModel(changed(values), shape)
+            found += _off(measured, base, now, StepModel(machine, shape))
+            long = np.quantile(sum(now.parts(*base.works()[:-1])), 0.9)
+            found.append(float(np.log(1e3 * long / measured.row["step_ms"]["p90"])))
         return found
 
     return changed(least_squares(residuals, np.ones(2), bounds=(0, np.inf)).x)
