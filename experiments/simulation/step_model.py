@@ -64,12 +64,13 @@ class StepModel:
     ) -> tuple[Any, Any, Any]:  # fmt: skip
         """Seconds of the matrix products, of attention and of the rest; of numbers or of arrays."""
         m, shape, sizes = self.machine, self.shape, self.shape.sizes
+        most = np.maximum if isinstance(num_decodes, np.ndarray) else max  # which is faster for numbers
         tokens = num_decodes + prefill_tokens
         reads = sizes.weight_bytes / (m.bandwidth * m.weight_share)
         arithmetic = tokens * sizes.token_flops / (m.flops * m.product_share)
         products = (reads**CORNER + arithmetic**CORNER) ** (1 / CORNER)
         entries = decode_entries + all_decode * prefill_entries
-        passes = 1 / m.entry_share + m.imbalance * np.maximum(num_decodes, 1) ** -0.5
+        passes = 1 / m.entry_share + m.imbalance * most(num_decodes, 1) ** -0.5
         attention = shape.layers * m.attention_seconds + entries * sizes.kv_bytes / m.bandwidth * passes
         attention += (1 - all_decode) * prefill_entries * shape.pair_flops / (m.flops * m.prefill_share)
         row = 2 * shape.width  # bytes
@@ -81,7 +82,7 @@ class StepModel:
             rest += 2 * shape.layers * (m.collective_seconds + 2 * tokens * row / link)
             rest += num_decodes * sizes.vocab_size * LOGIT_BYTES / link
         moves = moved_blocks * self._block_bytes / m.host_bandwidth
-        return products, attention, np.maximum(rest, moves - products - attention)
+        return products, attention, most(rest, moves - products - attention)
 
     def host(self, work: StepWork) -> float:
         return self.machine.host_seconds + self.machine.host_row_seconds * work.num_decodes
