@@ -8,10 +8,11 @@ from functools import cache
 import torch
 
 from kernels.cache_view import CacheView
+from kernels.decode_spans import DecodeSpans, decode_spans
 from kernels.pieces import Pieces
 
 
-def decode_pieces(view: CacheView) -> Pieces | None:
+def decode_pieces(view: CacheView) -> Pieces | DecodeSpans | None:
     """How `paged_decode` cuts the requests of a step, to be given to it in every layer.
 
     Args:
@@ -19,10 +20,11 @@ def decode_pieces(view: CacheView) -> Pieces | None:
             lengths differ.
 
     Returns:
-        The pieces, of all layers where the view has them; None on a CPU, which cuts nothing.
+        The pieces, of all layers where the view has them. On a CPU the spans of the requests, which stay whole; None
+        where lengths differ.
     """
     if not view.lens.is_cuda:
-        return None
+        return None if view.lens.dim() == 3 or view.heads_differ else decode_spans(view)
     with torch.cuda.device(view.lens.device):
         return _triton()(view)
 

@@ -15,13 +15,10 @@ from torch import Tensor
 
 from kernels.attention_form import PLAIN, AttentionForm, check_form
 from kernels.cache_view import CacheView, check_view, entries_reference
+from kernels.decode_spans import SPAN, DecodeSpans, decode_spans
 from kernels.layout import check_queries, fail, given_or_new
 from kernels.paged_prefill import attend_reference, paged_prefill_torch
 from kernels.pieces import Pieces
-
-SPAN = 16
-"""Slots copied together: the smallest block, so a short request copies little of a large block."""
-
 
 PIECE_BYTES = 2 << 20
 """K copied at a time: still in the caches when it is multiplied, and worth the calls."""
@@ -31,7 +28,7 @@ def paged_decode(
     q: Tensor,
     view: CacheView,
     scale: float,
-    pieces: Pieces | None = None,
+    pieces: Pieces | DecodeSpans | None = None,
     out: Tensor | None = None,
     form: AttentionForm = PLAIN,
 ) -> Tensor:
@@ -55,7 +52,7 @@ def paged_decode(
     if q.is_cuda:
         with torch.cuda.device(q.device):
             return _triton()(q, view, scale, pieces, out, form)
-    return paged_decode_torch(q, view, scale, out, form)
+    return paged_decode_torch(q, view, scale, out, form, pieces)
 
 
 def _check(q: Tensor, view: CacheView, form: AttentionForm) -> None:
@@ -83,7 +80,12 @@ def paged_decode_reference(q: Tensor, view: CacheView, scale: float, form: Atten
 
 
 def paged_decode_torch(
-    q: Tensor, view: CacheView, scale: float, out: Tensor | None = None, form: AttentionForm = PLAIN
+    q: Tensor,
+    view: CacheView,
+    scale: float,
+    out: Tensor | None = None,
+    form: AttentionForm = PLAIN,
+    spans: DecodeSpans | None = None,
 ) -> Tensor:
     """`paged_decode`, in pieces of requests of about the same length, longest first.
 
@@ -98,25 +100,14 @@ def paged_decode_torch(
         by_head = q.reshape(view.lens.numel(), -1, q.shape[2])
         paged_decode_torch(by_head, view.by_head(), scale, out.view(by_head.shape))
         return out
+    order, counts, index, unused = decode_spans(view) if spans is None else spans
     k_cache, v_cache = view.k_cache, view.v_cache
-    block_tables, cache_lens = view.block_tables.select(1, 0), view.lens.select(1, 0)
-    batch, query_heads, head_dim = q.shape
-    kv_heads, block_size = k_cache.shape[1:3]
+    live, (query_heads, head_dim), kv_heads = len(counts), q.shape[1:], k_cache.shape[1]
     out.zero_()
-    lens, order = cache_lens.long().sort(descending=True, stable=True)
-    spans = (lens + SPAN - 1).div(SPAN, rounding_mode="floor")
-    counts = spans.tolist()
-    live = batch - counts.count(0)
     if live == 0:
         return out
-    lens, order, spans = lens[:live], order[:live], spans[:live]
-
-    index = _span_index(block_tables[order], spans, counts[0], kv_heads, block_size)
     rows = _pad_rows((q[order].float() * scale).view(live, kv_heads, -1, head_dim))
     k_spans, v_spans = k_cache.view(-1, SPAN * head_dim), v_cache.view(-1, SPAN * head_dim)
-    tail_unused = torch.arange(SPAN) >= (lens - (spans - 1) * SPAN)[:, None]
-    unused = torch.cat((tail_unused, torch.arange(SPAN, counts[0] * SPAN) >= (spans * SPAN)[:, None]), dim=1)
-
     span_bytes = kv_heads * SPAN * head_dim * k_cache.element_size()
     piece_spans = max(counts[0], PIECE_BYTES // span_bytes)
     copied = torch.empty((min(piece_spans, live * counts[0]) * kv_heads, SPAN * head_dim), dtype=k_cache.dtype)
@@ -159,23 +150,6 @@ def _attend_piece(
     for places in (slice(SPAN), slice(max(SPAN, first_gap), unused.shape[1])):
         by_head[:, :, places].masked_fill_(unused[:, None, places, None], 0)
     return torch.bmm(weights, entries.float())
-
-
-def _span_index(block_tables: Tensor, spans: Tensor, width: int, kv_heads: int, block_size: int) -> Tensor:
-    """Numbers of the spans of each request and head in a cache seen as [spans, SPAN * d]: int64 [B, H, width].
-
-    The last span comes first, then 0, 1, ...; the longest request is row 0. Places past a request's spans name some
-    span of row 0's first block, which has no weight there.
-    """
-    per_block = block_size // SPAN
-    place = torch.arange(-1, width - 1).repeat(len(spans), 1)
-    place[:, 0] = spans - 1
-    block = block_tables[:, : (width + per_block - 1) // per_block].long()
-    block = block.gather(1, place.div(per_block, rounding_mode="floor"))
-    missing = torch.arange(width) >= spans[:, None]
-    block = torch.where(missing, block_tables[0, 0].long(), block)
-    tile = (block * kv_heads)[:, None] + torch.arange(kv_heads)[:, None]
-    return tile * per_block + place.remainder(per_block)[:, None]
 
 
 def _pad_rows(q: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """How much paged keys repeat each other, in Triton: in chunks ("lightning") or over the whole request.
 
-The tile of cosines is never written. A chunk of up to 256 keys is one program's work. A larger set takes two launches:
-rows find their sum, their last duplicate and its cosine; columns then take off what they excuse.
+The tile of cosines is never written. A chunk of up to 256 keys is one program's work. In a larger set a key's sum of
+cosines is its product with the sum of all directions, and products of pairs, each made once, only find its last
+duplicate. What a key is excused is summed in integers: sums in any order are the same.
 
 Sources: R-KV (arXiv 2505.24133), Zipage (arXiv 2603.08743), G-KV (arXiv 2512.00504).
 """
@@ -22,14 +23,20 @@ CHUNK_BYTES = 64 * 1024
 MAX_CHUNK = 256
 SOFTMAX_TILE = 4096
 
+ROWS = 128
+"""Keys whose last duplicates a program finds, in 16 bits: each tile of keys that it reads is worth as many products."""
+
+FIXED = 2**32
+"""Units of what a key is excused to a cosine of 1."""
+
 LENS_STRIDES = ("lens_layer_stride", "lens_row_stride", "lens_head_stride")
 
 
 @triton.jit
-def _inverse_norms(k):
-    """1 / |k| of each column of k [DIM_PAD, n], the norm at least 1e-6: float32 [n]."""
+def _norms(k):
+    """|k| of each column of k [DIM_PAD, n], at least 1e-6: float32 [n]."""
     x = k.to(tl.float32)
-    return 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-6)
+    return tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-6)
 
 
 @triton.jit
@@ -79,7 +86,7 @@ def _chunk_sums(
 
     blocks = load_blocks(table, start, length, BLOCK_SIZE, CHUNK)
     k = load_keys(k_head, blocks, block_stride, start, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, CHUNK)
-    norms = _inverse_norms(k)
+    norms = 1.0 / _norms(k)
     columns = tl.arange(0, CHUNK)
     raw = tl.zeros([CHUNK], tl.float32)
     for first in range(0, CHUNK, ROWS):
@@ -87,7 +94,7 @@ def _chunk_sums(
         k_rows = load_keys(
             k_head, row_blocks, block_stride, start + first, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, ROWS
         )  # fmt: skip
-        cosine = _cosines(k_rows, _inverse_norms(k_rows), first + tl.arange(0, ROWS), k, norms, columns)
+        cosine = _cosines(k_rows, 1.0 / _norms(k_rows), first + tl.arange(0, ROWS), k, norms, columns)
         last = tl.max(tl.where(cosine > threshold, columns[None, :], -1), 1)
         raw += tl.sum(tl.where(columns[None, :] == last[:, None], 0.0, cosine), 0)
     entries = start + columns
@@ -106,16 +113,81 @@ def _compared(start, length, CHUNK: tl.constexpr):
         return start * 0, length
 
 
-@triton.jit(do_not_specialize=["table_ptr", "lens_ptr", "sum_ptr", "last_ptr", "excused_ptr", *LENS_STRIDES])
-def _row_sums(
+@triton.jit(do_not_specialize=["table_ptr", "lens_ptr", "sums_ptr", *LENS_STRIDES])
+def _norms_and_sums(
     k_ptr,
     table_ptr,
     lens_ptr,
-    sum_ptr,
+    norms_ptr,
+    sums_ptr,
+    layer_stride,
+    block_stride,
+    head_stride,
+    table_layer_stride,
+    table_row_stride,
+    table_head_stride,
+    lens_layer_stride,
+    lens_row_stride,
+    lens_head_stride,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One layer, request, KV head and tile of keys: each one's norm, inf past n, and the sum of k / |k|."""
+    start = tl.program_id(0) * TILE
+    pair = tl.program_id(1)
+    row = pair // HEADS
+    layer = tl.program_id(2).to(tl.int64)
+    head = pair % HEADS
+    length = tl.load(lens_ptr + layer * lens_layer_stride + row * lens_row_stride + head * lens_head_stride)
+    k_head = k_ptr + layer * layer_stride + head * head_stride
+    table = table_ptr + layer * table_layer_stride + row.to(tl.int64) * table_row_stride + head * table_head_stride
+    line = layer * tl.num_programs(1) + pair
+
+    blocks = load_blocks(table, start, length, BLOCK_SIZE, TILE)
+    k = load_keys(k_head, blocks, block_stride, start, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE)
+    norms = _norms(k)
+    keys = start + tl.arange(0, TILE)
+    norms_line = norms_ptr + line * tl.num_programs(0) * TILE
+    tl.store(norms_line + keys, tl.where(keys < length, norms, float("inf")))
+    place = (line * tl.num_programs(0) + tl.program_id(0)) * DIM_PAD + tl.arange(0, DIM_PAD)
+    tl.store(sums_ptr + place, tl.sum(k.to(tl.float32) / norms[None, :], 1))
+
+
+@triton.jit
+def _are_duplicates(
+    k_rows,
+    bounds,
+    k_head,
+    norms_line,
+    blocks,
+    block_stride,
+    first,
+    length,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Whether the products of k_rows [ROWS, DIM_PAD] with keys first .. are above `bounds` times their norms."""
+    k = load_keys(k_head, blocks, block_stride, first, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE, MASKED=False)
+    norms = tl.load(norms_line + first + tl.arange(0, TILE))
+    return tl.dot(k_rows, k, input_precision="ieee") > bounds[:, None] * norms[None, :]
+
+
+@triton.jit(do_not_specialize=["table_ptr", "lens_ptr", "last_ptr", *LENS_STRIDES])
+def _last_duplicates(
+    k_ptr,
+    table_ptr,
+    lens_ptr,
+    norms_ptr,
     last_ptr,
-    excused_ptr,
     threshold,
     width,
+    norms_width,
     layer_stride,
     block_stride,
     head_stride,
@@ -133,7 +205,9 @@ def _row_sums(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One layer, request, KV head and tile of keys: each key's sum of cosines, last duplicate (or -1), its cosine."""
+    """One layer, request, KV head and tile of keys: the last duplicates of these among themselves and later keys, and
+    of later ones among these. `last` holds -1, or what other tiles found of a key.
+    """
     start = tl.program_id(0) * ROWS
     pair = tl.program_id(1)
     row = pair // HEADS
@@ -144,38 +218,128 @@ def _row_sums(
         return
     k_head = k_ptr + layer * layer_stride + head * head_stride
     table = table_ptr + layer * table_layer_stride + row.to(tl.int64) * table_row_stride + head * table_head_stride
+    index = layer * tl.num_programs(1) + pair
+    norms_line = norms_ptr + index * norms_width
 
-    row_blocks = load_blocks(table, start, length, BLOCK_SIZE, ROWS)
-    k_rows = load_keys(k_head, row_blocks, block_stride, start, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, ROWS)
-    norms_rows = _inverse_norms(k_rows)
+    blocks = load_blocks(table, start, length, BLOCK_SIZE, ROWS)
+    k = load_keys(k_head, blocks, block_stride, start, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, ROWS)
     rows = start + tl.arange(0, ROWS)
-    total = tl.zeros([ROWS], tl.float32)
-    last = tl.full([ROWS], -1, tl.int32)
-    excused = tl.zeros([ROWS], tl.float32)
-    begin, end = _compared(start, length, CHUNK)
-    blocks = load_blocks(table, begin, length, BLOCK_SIZE, TILE)
-    for first in range(begin, end, TILE):
-        next_blocks = load_blocks(table, first + TILE, length, BLOCK_SIZE, TILE)
-        k = load_keys(k_head, blocks, block_stride, first, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE)
-        columns = first + tl.arange(0, TILE)
-        cosine = _cosines(k_rows, norms_rows, rows, k, _inverse_norms(k), columns)
-        total += tl.sum(cosine, 1)
-        found = tl.max(tl.where(cosine > threshold, columns[None, :], -1), 1)
-        value = tl.sum(tl.where(columns[None, :] == found[:, None], cosine, 0.0), 1)
-        excused = tl.where(found >= 0, value, excused)
-        last = tl.maximum(last, found)
-        blocks = next_blocks
-    place = (layer * tl.num_programs(1) + pair) * width + rows
     held = rows < length
-    tl.store(sum_ptr + place, total, mask=held)
-    tl.store(last_ptr + place, last, mask=held)
-    tl.store(excused_ptr + place, excused, mask=held)
+    k = tl.trans(k)  # here, or each tile's product would begin with a copy of it
+    bounds = threshold * tl.load(norms_line + rows)  # of no key past n
+    inside = tl.arange(0, TILE)
+    last_line = last_ptr + index * width
+    own = start // TILE * TILE
+    blocks = load_blocks(table, own, length, BLOCK_SIZE, TILE)
+    above = _are_duplicates(
+        k, bounds, k_head, norms_line, blocks, block_stride, own, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE
+    )  # fmt: skip
+    above = above & (rows[:, None] != own + inside[None, :])
+    found = tl.max(tl.where(above, inside[None, :], -1), 1)
+    last = tl.where(found >= 0, own + found, -1)
+    _, end = _compared(start, length, CHUNK)
+    blocks = load_blocks(table, own + TILE, length, BLOCK_SIZE, TILE)
+    for first in range(own + TILE, end, TILE):
+        next_blocks = load_blocks(table, first + TILE, length, BLOCK_SIZE, TILE)
+        above = _are_duplicates(
+            k, bounds, k_head, norms_line, blocks, block_stride, first, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE
+        )  # fmt: skip
+        found = tl.max(tl.where(above, inside[None, :], -1), 1)
+        last = tl.where(found >= 0, first + found, last)
+        if tl.max(found, 0) >= 0:
+            earlier = tl.max(tl.where(above, rows[:, None], -1), 0)
+            tl.atomic_max(last_line + first + inside, earlier, mask=earlier >= 0, sem="relaxed")
+        blocks = next_blocks
+    tl.atomic_max(last_line + rows, last, mask=held & (last >= 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["lens_ptr", "last_ptr", "excused_ptr", *LENS_STRIDES])
-def _take_off_excused(
-    sum_ptr,
+@triton.jit(
+    do_not_specialize=["table_ptr", "lens_ptr", "last_ptr", "sums_ptr", "raw_ptr", "excused_ptr",
+                       *LENS_STRIDES]
+)  # fmt: skip
+def _sums_and_excused(
+    k_ptr,
+    table_ptr,
+    lens_ptr,
+    norms_ptr,
     last_ptr,
+    sums_ptr,
+    raw_ptr,
+    excused_ptr,
+    width,
+    norms_width,
+    runs,
+    layer_stride,
+    block_stride,
+    head_stride,
+    table_layer_stride,
+    table_row_stride,
+    table_head_stride,
+    lens_layer_stride,
+    lens_row_stride,
+    lens_head_stride,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    FIXED: tl.constexpr,
+):
+    """One layer, request, KV head and tile of keys: each key's sum of cosines, and its cosine with its last duplicate
+    added to what that one is excused, in units of 1 / FIXED.
+    """
+    start = tl.program_id(0) * ROWS
+    pair = tl.program_id(1)
+    row = pair // HEADS
+    layer = tl.program_id(2).to(tl.int64)
+    head = pair % HEADS
+    length = tl.load(lens_ptr + layer * lens_layer_stride + row * lens_row_stride + head * lens_head_stride)
+    if start >= length:
+        return
+    k_head = k_ptr + layer * layer_stride + head * head_stride
+    table = table_ptr + layer * table_layer_stride + row.to(tl.int64) * table_row_stride + head * table_head_stride
+    index = layer * tl.num_programs(1) + pair
+    norms_line = norms_ptr + index * norms_width
+
+    blocks = load_blocks(table, start, length, BLOCK_SIZE, ROWS)
+    k = load_keys(k_head, blocks, block_stride, start, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, ROWS)
+    rows = start + tl.arange(0, ROWS)
+    held = rows < length
+    norms = tl.load(norms_line + rows, mask=held, other=1.0)
+    dims = tl.arange(0, DIM_PAD)
+    x = k.to(tl.float32)
+    run = start // CHUNK if CHUNK > 0 else 0
+    total = tl.load(sums_ptr + (index * runs + run) * DIM_PAD + dims)
+    itself = tl.sum(x * x, 0) / (norms * norms)
+    tl.store(raw_ptr + index * width + rows, tl.sum(x * total[:, None], 0) / norms - itself, mask=held)
+
+    last = tl.load(last_ptr + index * width + rows, mask=held, other=-1)
+    found = last >= 0
+    last_blocks = tl.load(table + last // BLOCK_SIZE, mask=found, other=0).to(tl.int64)
+    places = last_blocks * block_stride + last % BLOCK_SIZE * HEAD_DIM
+    inside = found[None, :] & (dims < HEAD_DIM)[:, None]
+    k_last = tl.load(k_head + places[None, :] + dims[:, None], mask=inside, other=0.0)
+    cosine = tl.sum(x * k_last.to(tl.float32), 0) / (norms * tl.load(norms_line + last, mask=found, other=1.0))
+    tl.atomic_add(excused_ptr + index * width + last, (cosine * FIXED).to(tl.int64), mask=found, sem="relaxed")
+
+
+@triton.jit
+def _logits(raw_line, excused_line, index, length, tau, CHUNK: tl.constexpr, FIXED: tl.constexpr):
+    """raw / (tau * keys compared) of keys `index`, once what they are excused is off; -inf from `length` on."""
+    held = index < length
+    raw = tl.load(raw_line + index, mask=held, other=float("-inf"))
+    if excused_line is None:
+        return raw
+    else:
+        begin, end = _compared(index, length, CHUNK)
+        raw -= tl.load(excused_line + index, mask=held, other=0).to(tl.float32) / FIXED
+        return raw / (tau * tl.where(held, end - begin, 1).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["lens_ptr", "excused_ptr", *LENS_STRIDES])
+def _softmax_rows(
+    x_ptr,
     excused_ptr,
     lens_ptr,
     tau,
@@ -185,59 +349,28 @@ def _take_off_excused(
     lens_head_stride,
     HEADS: tl.constexpr,
     CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    FIXED: tl.constexpr,
 ):
-    """One layer, request, KV head and tile of keys: raw / (tau * keys compared), in the sums' place."""
-    start = tl.program_id(0) * ROWS
-    pair = tl.program_id(1)
-    row = pair // HEADS
-    head = pair % HEADS
-    layer = tl.program_id(2).to(tl.int64)
-    length = tl.load(lens_ptr + layer * lens_layer_stride + row * lens_row_stride + head * lens_head_stride)
-    if start >= length:
-        return
-    base = (layer * tl.num_programs(1) + pair) * width
-    rows = start + tl.arange(0, ROWS)
-    raw = tl.load(sum_ptr + base + rows, mask=rows < length, other=0.0)
-    begin, end = _compared(start, length, CHUNK)
-    for first in range(begin, end, TILE):
-        others = first + tl.arange(0, TILE)
-        last = tl.load(last_ptr + base + others, mask=others < end, other=-1)
-        excused = tl.load(excused_ptr + base + others, mask=others < end, other=0.0)
-        raw -= tl.sum(tl.where(rows[:, None] == last[None, :], excused[None, :], 0.0), 1)
-    tl.store(sum_ptr + base + rows, raw / (tau * (end - begin).to(tl.float32)), mask=rows < length)
-
-
-@triton.jit(do_not_specialize=["lens_ptr", *LENS_STRIDES])
-def _softmax_rows(
-    x_ptr,
-    lens_ptr,
-    width,
-    lens_layer_stride,
-    lens_row_stride,
-    lens_head_stride,
-    HEADS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """One layer, request and KV head: the softmax of its first n numbers, in place, and -inf in the others."""
+    """One layer, request and KV head: the softmax of its first n logits, in place, and -inf in the others."""
     pair = tl.program_id(0)
     row = pair // HEADS
     head = pair % HEADS
     layer = tl.program_id(1).to(tl.int64)
     length = tl.load(lens_ptr + layer * lens_layer_stride + row * lens_row_stride + head * lens_head_stride)
-    line = x_ptr + (layer * tl.num_programs(0) + pair) * width
+    place = (layer * tl.num_programs(0) + pair) * width
+    line = x_ptr + place
+    excused_line = None if excused_ptr is None else excused_ptr + place
     highest = float("-inf")
     total = 0.0
     for start in range(0, length, TILE):
-        index = start + tl.arange(0, TILE)
-        x = tl.load(line + index, mask=index < length, other=float("-inf"))
+        x = _logits(line, excused_line, start + tl.arange(0, TILE), length, tau, CHUNK, FIXED)
         new = tl.maximum(highest, tl.max(x, 0))
         total = total * tl.exp(highest - new) + tl.sum(tl.exp(x - new), 0)
         highest = new
     for start in range(0, width, TILE):
         index = start + tl.arange(0, TILE)
-        x = tl.load(line + index, mask=index < length, other=0.0)
+        x = _logits(line, excused_line, index, length, tau, CHUNK, FIXED)
         value = tl.where(index < length, tl.exp(x - highest) / total, float("-inf"))
         tl.store(line + index, value, mask=index < width)
 
@@ -245,7 +378,7 @@ def _softmax_rows(
 def redundancy_triton(
     view: CacheView, *, tau: float, threshold: float = 0.5, chunk: int | None = None, fused: bool = True
 ) -> Tensor:
-    """`redundancy` in two launches for chunks that a program holds, in three for larger sets.
+    """`redundancy` in two launches for chunks that a program holds, in four and a sum for larger sets.
 
     Args:
         fused: False takes the way of larger sets for every chunk. The others as in `redundancy`.
@@ -261,32 +394,45 @@ def redundancy_triton(
     shape = {"HEADS": kv_heads, "HEAD_DIM": head_dim, "DIM_PAD": dim_pad, "BLOCK_SIZE": block_size}
     wide = k_cache.element_size() == 4
     most = CHUNK_BYTES // (2 if wide else 1)
+    excused = None
     if fused and chunk and chunk <= MAX_CHUNK and chunk * dim_pad * k_cache.element_size() <= most:
         _chunk_sums[(triton.cdiv(width, chunk), pairs, layers)](
             k_cache, block_tables, lens, out, tau, threshold, width, *strides,
             **shape, CHUNK=chunk, ROWS=min(chunk, 16 if wide else 64), num_warps=8 if chunk > 64 else 4, num_stages=2,
         )  # fmt: skip
     else:
-        rows = min(chunk or 64, 16 if wide else 64)
+        runs = triton.cdiv(width, chunk) if chunk else 1
+        rows = min(chunk or ROWS, 16 if wide else 64 if dim_pad > 128 else ROWS)
         tile = min(chunk or 128, 32 if wide else 64 if dim_pad > 128 else 128)
-        last = torch.empty(out.shape, dtype=torch.int32, device=out.device)
-        excused = torch.empty_like(out)
-        grid = triton.cdiv(width, rows), pairs, layers
-        _row_sums[grid](
-            k_cache, block_tables, lens, out, last, excused, threshold, width, *strides,
-            **shape, CHUNK=chunk or 0, ROWS=rows, TILE=tile, num_warps=4, num_stages=2,
+        tiles = runs * (chunk // tile) if chunk else triton.cdiv(width, tile)
+        norms = torch.empty((layers, pairs, tiles * tile), dtype=torch.float32, device=out.device)
+        sums = torch.empty((layers, pairs, tiles, dim_pad), dtype=torch.float32, device=out.device)
+        last = torch.full(out.shape, -1, dtype=torch.int32, device=out.device)
+        excused = torch.zeros(out.shape, dtype=torch.int64, device=out.device)
+        keys, shape["CHUNK"] = (k_cache, block_tables, lens, norms), chunk or 0
+        _norms_and_sums[(tiles, pairs, layers)](*keys, sums, *strides, **shape, TILE=tile, num_warps=4)
+        sums = sums.unflatten(2, (runs, -1)).sum(dim=3)
+        _last_duplicates[(triton.cdiv(width, rows), pairs, layers)](
+            *keys, last, threshold, width, tiles * tile, *strides,
+            **shape, ROWS=rows, TILE=tile, num_stages=2,
+            # Two programs a multiprocessor: one looks through products while the other makes some.
+            **({"num_warps": 8, "maxnreg": 128} if rows > 64 else {"num_warps": 4}),
         )  # fmt: skip
-        _take_off_excused[grid](
-            out, last, excused, lens, tau, width, *lens.stride(),
-            HEADS=kv_heads, CHUNK=chunk or 0, ROWS=rows, TILE=tile, num_warps=4,
+        _sums_and_excused[(triton.cdiv(width, tile), pairs, layers)](
+            *keys, last, sums, out, excused, width, tiles * tile, runs, *strides,
+            **shape, ROWS=tile, FIXED=FIXED, num_warps=4,
         )  # fmt: skip
     _softmax_rows[(pairs, layers)](
         out,
+        excused,
         lens,
+        tau,
         width,
         *lens.stride(),
         HEADS=kv_heads,
+        CHUNK=chunk or 0,
         TILE=min(SOFTMAX_TILE, triton.next_power_of_2(width)),
+        FIXED=FIXED,
         num_warps=8,
     )
     return out

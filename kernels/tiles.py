@@ -69,16 +69,24 @@ def load_keys(
     DIM_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    MASKED: tl.constexpr = True,
 ):
     """K of entries start .. start + TILE - 1, one per column: [DIM_PAD, TILE], 0 past `length`, where none is loaded.
 
-    k_ptr is at the KV head, `blocks` is the tile's `load_blocks`, `start` a multiple of TILE.
+    k_ptr is at the KV head, `blocks` is the tile's `load_blocks`, `start` a multiple of TILE. Not MASKED, columns past
+    `length` hold anything, NaN too.
     """
     inside = tl.arange(0, TILE)
     dims = tl.arange(0, DIM_PAD)
     offsets = blocks * block_stride + (start % BLOCK_SIZE + inside) % BLOCK_SIZE * HEAD_DIM
-    mask = (start + inside < length)[None, :] & (dims < HEAD_DIM)[:, None]
-    return tl.load(k_ptr + offsets[None, :] + dims[:, None], mask=mask, other=0.0)
+    k_ptrs = k_ptr + offsets[None, :] + dims[:, None]
+    if MASKED:
+        k = tl.load(k_ptrs, mask=(start + inside < length)[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
+    elif HEAD_DIM == DIM_PAD:
+        k = tl.load(k_ptrs)
+    else:
+        k = tl.load(k_ptrs, mask=(dims < HEAD_DIM)[:, None], other=0.0)
+    return k
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,13 @@ MORE_FAMILIES = {
 }
 """Those that what is tested of every family is tested of in less breadth."""
 HYBRIDS = {
+    "qwen3_5_moe_text": ("Qwen3_5MoeText", HYBRID | MIXTURE | {"shared_expert_intermediate_size": 40}),
     "qwen3_5_text": ("Qwen3_5Text", HYBRID),
     "qwen3_next": ("Qwen3Next", HYBRID | MIXTURE | {"shared_expert_intermediate_size": 40}),
 }
 """Those with recurrent layers: they run on one device, and share no prefixes."""
 FORMED = {"gemma3_text", "gpt_oss"}
-"""Those of them whose attention is not plain: they run on one device, with full KV."""
+"""Those of them whose attention is not plain: some policies refuse them."""
 
 
 def save_tiny_model(family: str, folder: Path, **more: Any) -> Path:
@@ -74,14 +76,26 @@ def save_tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 @torch.inference_mode()
-def transformers_greedy(model, prompt: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
-    """Greedy tokens and their log-probabilities: one prompt alone, by the model's own forward pass and cache."""
-    tokens, logprobs = [], []
-    step = model(torch.tensor([prompt], device=model.device), use_cache=True)
-    for _ in range(num_tokens):
-        logits = step.logits[0, -1]
-        token = logits.argmax()
-        tokens.append(token.item())
-        logprobs.append(logits.log_softmax(-1)[token].item())
-        step = model(token.view(1, 1), past_key_values=step.past_key_values, use_cache=True)
-    return tokens, logprobs
+def transformers_greedy(
+    model, prompt: list[int], num_tokens: int, guess: Sequence[int] = ()
+) -> tuple[list[int], list[float]]:
+    """Greedy tokens and their log-probabilities: one prompt alone, by the model's own forward pass and cache.
+
+    A `guess` changes no token: as far as the model draws it, one pass is enough.
+    """
+
+    def run(token_ids: Sequence[int], cache=None):
+        return model(torch.tensor([token_ids], device=model.device), past_key_values=cache, use_cache=True)
+
+    step = run([*prompt, *guess])
+    logits = step.logits[0, len(prompt) - 1 :]
+    drawn = logits.argmax(dim=-1).tolist()
+    right = next((i for i, (token, guessed) in enumerate(zip(drawn, guess)) if token != guessed), len(guess))
+    rows = list(logits[: right + 1])
+    if right < len(guess):
+        step = run([*prompt, *drawn[:right]])
+    while len(rows) < num_tokens:
+        step = run([rows[-1].argmax().item()], step.past_key_values)
+        rows.append(step.logits[0, -1])
+    best = torch.stack(rows[:num_tokens]).log_softmax(dim=-1).max(dim=-1)
+    return best.indices.tolist(), best.values.tolist()

@@ -27,11 +27,11 @@ def test_a_long_thought_stays_inside_its_blocks(tmp_path, asynchronous):
     llm = make_llm(tmp_path, ZIPAGE, num_blocks=10, max_num_seqs=2, debug=False, async_compression=asynchronous)
     used = []
     llm.step_listeners.append(lambda step: used.append(step.blocks_used))
-    outputs = llm.generate(random_prompts([20, 30], VOCAB), greedy(1200), use_tqdm=False)
-    assert [len(tokens) for tokens in tokens_of(outputs)] == [1200, 1200]
+    outputs = llm.generate(random_prompts([20, 30], VOCAB), greedy(600), use_tqdm=False)
+    assert [len(tokens) for tokens in tokens_of(outputs)] == [600, 600]
     assert max(used) == 2 * 5
     assert llm.stats.preemptions == llm.stats.pauses == 0
-    assert [output.metrics.compressions for output in outputs] == [(20 + 1198 - 64) // 16, (30 + 1198 - 64) // 16]
+    assert [output.metrics.compressions for output in outputs] == [(20 + 598 - 64) // 16, (30 + 598 - 64) // 16]
 
 
 def test_counters_events_and_steps_tell_the_same(folder):
@@ -205,8 +205,8 @@ def test_pressure_compresses_where_memory_is_short(folder, case, asynchronous):
     llm = make_llm(folder, case, trigger="pressure", num_blocks=16, async_compression=asynchronous)
     steps = []
     llm.step_listeners.append(steps.append)
-    outputs = llm.generate(random_prompts([20, 70, 5, 30], VOCAB), greedy(200), use_tqdm=False)
-    assert [len(tokens) for tokens in tokens_of(outputs)] == [200] * 4
+    outputs = llm.generate(random_prompts([20, 70, 5, 30], VOCAB), greedy(100), use_tqdm=False)
+    assert [len(tokens) for tokens in tokens_of(outputs)] == [100] * 4
     assert llm.stats.compressions_applied == llm.stats.compressions_ordered > 0
     assert max(step.blocks_used for step in steps) == 16
     assert llm.stats.blocks_used == 0

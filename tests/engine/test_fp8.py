@@ -12,7 +12,7 @@ from tests.tiny_models import VOCAB, save_tiny_model, transformers_greedy
 
 pytestmark = pytest.mark.usefixtures("forked_children")
 
-NUM_TOKENS = 200
+NUM_TOKENS = 80
 LAYERS = {"num_hidden_layers": 2}
 
 
@@ -36,7 +36,7 @@ def test_tokens_of_the_dense_weights_and_of_transformers(family, tmp_path, monke
     monkeypatch.setattr(quantizer, "is_accelerate_available", lambda: True)
     given = FineGrainedFP8Config(dequantize=True, weight_block_size=block)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=given).eval()
-    assert [transformers_greedy(model, prompt, NUM_TOKENS)[0] for prompt in prompts] == expected
+    assert [transformers_greedy(model, *each)[0] for each in zip(prompts, [NUM_TOKENS] * 2, expected)] == expected
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])

@@ -18,7 +18,7 @@ RENDERED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = save_tiny_model("qwen3", tmp_path_factory.mktemp("model"))
+    folder = save_tiny_model("qwen3", tmp_path_factory.mktemp("model"), num_hidden_layers=2)
     save_tiny_tokenizer(folder)
     return folder
 

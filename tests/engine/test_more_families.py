@@ -27,7 +27,7 @@ from zipage.worker.train_scorer import train_scorer
 
 pytestmark = pytest.mark.usefixtures("forked_children")
 
-NUM_TOKENS = 200
+NUM_TOKENS = 100
 LENGTHS = (17, 33, 70, 200)
 NUM_LAYERS = 2
 
@@ -49,17 +49,19 @@ def prompts():
 
 
 @pytest.fixture(scope="module")
-def expected(model, prompts):
-    tokens = [transformers_greedy(model, prompt, NUM_TOKENS)[0] for prompt in prompts]
+def expected(folder, model, prompts):
+    guesses = tokens_of(make_llm(folder, None).generate(prompts, greedy(NUM_TOKENS), use_tqdm=False))
+    tokens = [transformers_greedy(model, *each)[0] for each in zip(prompts, [NUM_TOKENS] * len(prompts), guesses)]
     assert min(len(set(each)) for each in tokens) > 20, "a text that loops would agree with anything"
     return tokens
 
 
-@pytest.mark.parametrize(("block_size", "num_blocks"), [(16, 28), (256, 4)])
+@pytest.mark.parametrize(("block_size", "num_blocks"), [(16, 24), (256, 4)])
 def test_tokens_of_transformers(folder, prompts, expected, block_size, num_blocks):
     """Mixed lengths in chunks, preemptions and pauses; then again, where the first run left prefixes."""
-    llm = make_llm(folder, None, block_size=block_size, num_blocks=num_blocks, max_num_batched_tokens=40)
-    pause_now_and_then(llm, share=0.02)
+    options = {"block_size": block_size, "num_blocks": num_blocks, "max_num_batched_tokens": 40}
+    llm = make_llm(folder, None, headroom=0, **options)
+    pause_now_and_then(llm, share=0.04)
     for num_tokens in (NUM_TOKENS, 20):
         outputs = llm.generate(prompts, greedy(num_tokens), use_tqdm=False)
         assert tokens_of(outputs) == [tokens[:num_tokens] for tokens in expected]
@@ -121,8 +123,6 @@ def test_what_takes_plain_attention_says_so(family, what, tmp_path, monkeypatch)
     """And reads no weight."""
     monkeypatch.setattr(SafetensorsFolder, "read", None)
     folder = str(save_tiny_model(family, tmp_path, num_hidden_layers=NUM_LAYERS))
-    with pytest.raises(ValueError, match=f"^tensor_parallel_size=2: attention with {what} is not .*: use one device"):
-        make_llm(folder, None, tensor_parallel_size=2)
     told = {"source": {}, "device": "cpu"}
     for write in (
         lambda out: calibrate(folder, [[1] * 9], out, kind="expected_attention", **told),

@@ -31,7 +31,7 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = save_tiny_model("qwen3", tmp_path_factory.mktemp("model"))
+    folder = save_tiny_model("qwen3", tmp_path_factory.mktemp("model"), num_hidden_layers=2)
     save_tiny_tokenizer(folder)
     return folder
 

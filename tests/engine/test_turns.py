@@ -11,6 +11,7 @@ from zipage import LLM, SamplingParams
 PROMPTS = random_prompts((5, 33, 17, 9, 70, 40), VOCAB)
 FOLLOW_UPS = random_prompts((3, 1, 20), VOCAB, seed=5)
 ZIPAGE = Case("zipage", {"chunk": 32})
+NUM_TOKENS = 100
 CASES = {
     "full": (None, {}),
     "preempted": (None, {"num_blocks": 22}),
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
 def with_ends(llm: LLM, **options) -> list[SamplingParams]:
     """For each prompt, options under which tokens that it draws anyway are end tokens."""
     drawn = tokens_of(llm.generate(PROMPTS, greedy(40), use_tqdm=False))
-    return [greedy(150, seed=3, stop_token_ids=[tokens[4], tokens[11]], **options) for tokens in drawn]
+    return [greedy(NUM_TOKENS, seed=3, stop_token_ids=[tokens[4], tokens[11]], **options) for tokens in drawn]
 
 
 def read_back(tokens: list[int], params: SamplingParams) -> list[bool]:
@@ -87,22 +88,20 @@ def test_a_conversation_under_full_kv_is_what_its_turns_are_one_by_one(folder, a
     for prompt, asked, output in zip(PROMPTS, params, outputs, strict=True):
         text = [*prompt]
         for follow_up in [*FOLLOW_UPS, []]:
-            left = len(prompt) + 150 - len(text)
+            left = len(prompt) + NUM_TOKENS - len(text)
             single = greedy(left, stop_token_ids=asked.stop_token_ids)
             text += tokens_of(llm.generate([text], single, use_tqdm=False))[0]
             if text[-1] not in asked.stop_token_ids:
                 break
             text += follow_up
-        assert output == text[len(prompt) :][:150]
+        assert output == text[len(prompt) :][:NUM_TOKENS]
 
 
 @LOOPS
 def test_forced_tokens_that_a_free_run_drew_change_nothing_after_them(folder, async_scheduling):
     llm = make_llm(folder, ZIPAGE, async_scheduling=async_scheduling)
-    free = tokens_of(llm.generate(PROMPTS, greedy(120), use_tqdm=False))
-    params = [
-        greedy(120, forced_token_ids=tokens[:n]) for tokens, n in zip(free, (1, 50, 119, 120, 90, 7), strict=True)
-    ]
+    free = tokens_of(llm.generate(PROMPTS, greedy(80), use_tqdm=False))
+    params = [greedy(80, forced_token_ids=tokens[:n]) for tokens, n in zip(free, (1, 50, 79, 80, 60, 7), strict=True)]
     assert tokens_of(llm.generate(PROMPTS, params, use_tqdm=False)) == free
 
 

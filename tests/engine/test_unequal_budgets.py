@@ -26,7 +26,7 @@ from zipage.models.decoder import Decoder
 from zipage.worker.tiled_attention import TiledAttention
 
 NUM_LAYERS = 2
-LENGTHS = (5, 17, 33, 17, 70, 100)
+LENGTHS = (5, 17, 33, 70)
 SNAPKV, ZIPAGE, R_KV = Case("snapkv"), Case("zipage", SMALL_CHUNK), Case("r_kv")
 KINDS = {
     "pyramid": {"beta": 4.0},
@@ -117,7 +117,7 @@ SIMULATED = [
 
 @pytest.mark.parametrize(("case", "name", "rounding"), SIMULATED, ids=str)
 def test_what_each_head_keeps_equals_the_simulation_over_a_generation(folder, case, name, rounding, monkeypatch):
-    prompt, new, keep, block = 24, 106, 48, 16
+    prompt, new, keep, block = 24, 74, 48, 16
     recorder = Recorder()
     monkeypatch.setattr(TiledAttention, "__call__", recorder.wrap(TiledAttention.__call__))
     monkeypatch.setattr(Decoder, "forward", recorder.watch(Decoder.forward))
@@ -145,9 +145,9 @@ CHANGES = {
     "asynchronous": {"async_compression": True},
     "overlapped": {"async_compression": True, "async_scheduling": True},
     "chunked": {"max_num_batched_tokens": 24},
-    "constrained": {"scheduling": "constrained", "num_blocks": 15},
-    "tight": {"num_blocks": 10, "headroom": 0},
-    "tight-async": {"num_blocks": 10, "headroom": 0, "async_compression": True},
+    "constrained": {"scheduling": "constrained", "num_blocks": 10},
+    "tight": {"num_blocks": 7, "headroom": 0},
+    "tight-async": {"num_blocks": 7, "headroom": 0, "async_compression": True},
     "strided": {"layer_stride": 1},
     "paused": {},
 }
@@ -193,11 +193,11 @@ def test_every_policy_ranks_heads_that_hold_next_to_nothing(folder, prompts, cas
     def tokens(prompts: list) -> list[list[int]]:
         llm = make_llm(folder, case, 32, trace_positions=True, **unequal("pyramid", "entry", beta=1e6))
         events = record_events(llm)
-        found = tokens_of(llm.generate(prompts, greedy(40, seed=1), use_tqdm=False))
+        found = tokens_of(llm.generate(prompts, greedy(34, seed=1), use_tqdm=False))
         assert {(event.kept_positions[-1] >= 0).sum(axis=-1).max() for event in events} == {must}
         return found
 
-    assert tokens(prompts[2:4]) == [*tokens(prompts[2:3]), *tokens(prompts[3:4])]
+    assert tokens(prompts[1:3]) == [*tokens(prompts[1:2]), *tokens(prompts[2:3])]
 
 
 def test_samples_of_a_prompt_each_hold_their_own(folder):
@@ -209,10 +209,11 @@ def test_samples_of_a_prompt_each_hold_their_own(folder):
     assert llm.stats.blocks_used == 0
 
 
-def test_a_batch_that_fails_in_a_later_layer_goes_on_request_by_request(folder, prompts, monkeypatch):
+def test_a_batch_that_fails_in_a_later_layer_goes_on_request_by_request(folder, monkeypatch):
     """With what each head of the layers before it keeps."""
     from zipage.worker import tile_compression
 
+    prompts = random_prompts((5, 17, 33, 17, 70, 100), VOCAB)
     options = {"async_compression": False, "layer_stride": 1} | unequal("adaptive", "entry")
     params = [greedy(NEW, seed=i) for i in range(len(prompts))]
     expected = tokens_of(make_llm(folder, SNAPKV, BUDGET, **options).generate(prompts, params, use_tqdm=False))

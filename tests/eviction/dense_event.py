@@ -93,10 +93,11 @@ class DenseEvent(Event):
     def predictions(self):
         return self.predicted_entries
 
-    def output_norms(self):
+    def output_norms(self, starts):
         values = torch.where(self.valid[..., None], self.value_entries, self.poison)
         projected = torch.einsum("lrhnd,lhgdw->lrhgnw", values, self.output_matrix)
-        return projected.norm(p=self.order, dim=-1).mean(dim=3)
+        norms = projected.norm(p=self.order, dim=-1).mean(dim=3)
+        return torch.where(self.slots >= starts[:, None, None], norms, 0.0)
 
     def queries(self):
         return self.query_entries

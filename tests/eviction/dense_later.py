@@ -46,14 +46,25 @@ class LaterMethods:
 
     def _critical(self, place, s, forced):
         """What the base keeps of its share, then products."""
-        o, shape = self.own, (self.layers, self.heads, self.group, self.keys.shape[3])
-        output = calibrations.output_projection(*shape).astype(np.float64) if self.output is None else self.output
-        values = self.values[place][self.cache[place].tokens]
-        order = {"l1": 1, "l2": 2}[o["norm"]]
-        lengths = np.mean([np.linalg.norm(values @ matrix, order, axis=1) for matrix in output[place]], axis=0)
+        o, lengths = self.own, self._lengths(place)
         free = sorted((j for j in range(len(s)) if j not in forced), key=lambda j: (-s[j], -j))
         first = set(free[: math.floor(o["phi"] * (self.keep - len(forced)))])
         return [math.inf if j in first else (x + o["eps"]) * lengths[j] for j, x in enumerate(s)]
+
+    def _lengths(self, place):
+        shape = self.layers, self.heads, self.group, self.keys.shape[3]
+        output = calibrations.output_projection(*shape).astype(np.float64) if self.output is None else self.output
+        values = self.values[place][self.cache[place].tokens]
+        order = {"l1": 1, "l2": 2}[self.own["norm"]]
+        return np.mean([np.linalg.norm(values @ matrix, order, axis=1) for matrix in output[place]], axis=0)
+
+    def states(self, place):
+        """What each entry carries, a tuple of numbers; None for what it does not."""
+        carried = [x if isinstance(x, tuple) else (x,) for x in self.cache[place].carried]
+        if self.policy != "critical":
+            return carried
+        base = [x if self.scorer == "h2o" else () for x in carried]
+        return [(*x, length) for x, length in zip(base, self._lengths(place), strict=True)]
 
     def _lazy_eviction(self, place, n):
         o, head = self.o, self.cache[place]

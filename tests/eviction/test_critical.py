@@ -30,8 +30,8 @@ def test_values_of_one_length_keep_what_the_base_keeps(base, norm):
     same = [replace(tokens, values=tokens.values[:, :, :1].expand_as(tokens.values)) for tokens in REQUESTS]
     policy = make("critical", base=base, phi=0.0, norm=norm, **BASES[base])
     event = dense_event(policy, same, [80, 80])
-    lengths = event.output_norms()
-    event.output_norms = lambda: lengths[..., :1]  # equal but for rounding
+    lengths = event.output_norms(torch.zeros_like(event.lens))
+    event.output_norms = lambda starts: lengths[..., :1]  # equal but for rounding
     plain = dense_event(make(base, **BASES[base]), same, [80, 80])
     ranked = policy.score(event)[..., :64].argsort(dim=-1)
     assert torch.equal(ranked, make(base, **BASES[base]).score(plain)[..., :64].argsort(dim=-1))
@@ -63,7 +63,7 @@ def test_few_free_entries_leave_the_base_no_choice():
 
 def test_options_that_are_not_its_own_are_the_bases():
     policy = make("critical", base="h2o", decay=0.25, phi=0.3)
-    assert (policy.scorer.decay, policy.state, policy.num_queries) == (0.25, True, 16)
+    assert (policy.scorer.decay, policy.num_states, policy.num_queries) == (0.25, 2, 16)
     assert policy.label == ("CriticalKV (base=h2o, phi=0.3, norm=l1) of window-accumulated H2O (decay=0.25)")
     assert policy == make("critical", base="h2o", decay=0.25, phi=0.3)
     assert hash(policy) == hash(make("critical", base="h2o", decay=0.25, phi=0.3))

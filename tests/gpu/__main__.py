@@ -87,6 +87,7 @@ CHECKS = (
         KERNELS,
         ("--only", "forms,score_forms,replays,writes,layer_ops,linear,sampling", "--no-timing"),
     ),
+    Check("recurrence", "tests.gpu.check_recurrence", ("--no-timing",)),
     Check("unequal budgets", UNEQUAL, ("--only", "tokens,kept")),
     Check("requests", ENGINE, ("--only", "requests")),
     Check("quantized weights", ENGINE, ("--only", "quantized")),

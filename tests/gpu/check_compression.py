@@ -31,8 +31,6 @@ from kernels.attention_score_triton import attended_triton, attention_score_trit
 from kernels.cache_view import CacheView, once, shared
 from kernels.compact_stable import compact_stable, compact_stable_reference, compact_stable_torch
 from kernels.compact_stable_triton import compact_stable_triton
-from kernels.lag_spread import LEAST_RANGE, lag_spread_reference
-from kernels.lag_spread_triton import lag_spread_triton
 from kernels.redundancy import redundancy, redundancy_reference
 from kernels.redundancy_triton import redundancy_triton
 from kernels.select import select, select_reference
@@ -43,6 +41,7 @@ from kernels.store_predictions import store_predictions_reference
 from kernels.store_predictions_triton import store_predictions_triton
 from tests.gpu.kernel_cases import DEVICE, DRY, QUARTERS, Checks, make_paged, provenance
 from tests.gpu.kernel_times import milliseconds, time_copy
+from tests.gpu.policy_cases import policy_cases
 
 LAYERS, HEADS = 2, 2
 BOUND = 1e-4
@@ -191,9 +190,8 @@ def check_scores(checks: Checks, shapes: list[tuple]) -> None:
                 expected = redundancy_reference(host, tau=0.05, chunk=chunk)
                 checks.add("redundancy", name, difference(out, expected), BOUND, chunk=chunk, fused=way, **case)
 
-            out = lag_spread_triton(event, torch.full_like(event.lens, 4), 128, LEAST_RANGE)
-            value = difference(out, lag_spread_reference(host, torch.full_like(host.lens, 4), 128))
-            checks.add("lag_spread", name, value, BOUND, **case)
+            for kernel, out, expected, more in policy_cases(event, host, group, number):
+                checks.add(kernel, name, difference(out, expected), BOUND, **more, **case)
 
 
 def check_selection(checks: Checks) -> None:

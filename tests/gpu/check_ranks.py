@@ -5,7 +5,8 @@
 One row a number of ranks and engine: greedy float32 tokens, and the logical positions that each layer and KV head kept
 at each compression, with budgets that bind, chunked prompts, compressions beside the steps, and pauses. One engine
 serves all policies that keep single entries, each page policy has its own; with `--full`, so has every policy with all
-of its options. The model has two KV heads, so four ranks hold each twice.
+of its options. Models have two KV heads, so four ranks hold each twice. Those with windows in some layers run the first
+two engines.
 
 `--sizes` defaults to those of 2 and 4 that the machine has GPUs for. Exits with 1 where anything disagrees, or where
 there are fewer than two GPUs.
@@ -24,7 +25,7 @@ import torch
 
 from tests.eviction.cases import CASES, SMALL_CHUNK, Case
 from tests.parallel.ranked import OWN_CASES, TOKEN_POLICIES, Answers, answers, engine
-from tests.tiny_models import save_tiny_model
+from tests.tiny_models import FORMED, save_tiny_model
 
 ENGINES = [
     (None, [None]),
@@ -50,7 +51,7 @@ def generated(folder: Path, case: Case | None, policies: list[str | None], devic
 
 def compared(folder: Path, case: Case | None, policies: list[str | None], device: str, size: int, one: Answers) -> dict:
     """One row."""
-    row = {"engine": str(case or "full"), "policies": len(policies), "ranks": size}
+    row = {"model": folder.name, "engine": str(case or "full"), "policies": len(policies), "ranks": size}
     try:
         found = generated(folder, case, policies, device, tensor_parallel_size=size)
     except Exception as error:
@@ -82,16 +83,17 @@ def main() -> int:
     engines = [*ENGINES, *([(case, [None]) for case in CASES] if options.full else [])]
     rows = []
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(AT_ONCE) as pool:
-        folder = save_tiny_model("qwen3", Path(name) / "qwen3")
         waiting = []
-        for case, policies in engines:
-            one = generated(folder, case, policies, options.device)
-            waiting += [pool.submit(compared, folder, case, policies, options.device, size, one) for size in sizes]
+        for family, some in (("qwen3", engines), *((family, ENGINES[:2]) for family in sorted(FORMED))):
+            folder = save_tiny_model(family, Path(name) / family)
+            for case, policies in some:
+                one = generated(folder, case, policies, options.device)
+                waiting += [pool.submit(compared, folder, case, policies, options.device, size, one) for size in sizes]
         for future in waiting:
             rows.append(future.result())
             print(rows[-1], flush=True)
             options.out.write_text(json.dumps({"commit": options.commit, "gpus": count, "rows": rows}, indent=1))
-    wrong = [f"{row['engine']} on {row['ranks']}" for row in rows if not row["ok"]]
+    wrong = [f"{row['model']}, {row['engine']} on {row['ranks']}" for row in rows if not row["ok"]]
     kept = sum(row.get("compressions", 0) for row in rows)
     verdict = f"differ: {', '.join(wrong)}" if wrong else "all alike"
     print(f"{len(rows)} engines on {sizes} ranks, {kept} compressions: {verdict}")

@@ -19,14 +19,21 @@ from kernels.add_rms_norm_triton import add_rms_norm_triton
 from kernels.attention_form import AttentionForm
 from kernels.attention_score_triton import attended_triton, attention_score_triton
 from kernels.cache_view import CacheView, shared
+from kernels.causal_conv_triton import causal_conv_triton
 from kernels.clamped_swiglu_triton import clamped_swiglu_triton
 from kernels.compact_stable_triton import compact_stable_triton
 from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
+from kernels.delta_gates import DeltaGates
+from kernels.gated_delta_step_triton import gated_delta_step_triton
+from kernels.gated_delta_triton import gated_delta_triton
+from kernels.gated_norm_triton import gated_norm_triton
 from kernels.gelu_mul_triton import gelu_mul_triton
+from kernels.key_forms_triton import key_forms_triton
 from kernels.lag_spread_triton import lag_spread_triton
 from kernels.linear_tiles import Tile
 from kernels.linear_triton import linear_triton
+from kernels.output_norms_triton import output_norms_triton
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill_triton import paged_prefill_triton
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
@@ -34,6 +41,7 @@ from kernels.redundancy_triton import redundancy_triton
 from kernels.sample_from_logits_triton import sample_from_logits_triton
 from kernels.select_triton import select_triton
 from kernels.silu_mul_triton import silu_mul_triton
+from kernels.spans import Spans
 from kernels.store_kv_triton import store_kv_triton
 from kernels.store_positions_triton import store_positions_triton
 from kernels.store_predictions_triton import store_predictions_triton
@@ -117,8 +125,13 @@ def compile_view_kernels(apart: bool) -> None:
             attention_score_triton(windows, layers, lens, lens, 0.1, softmax=softmax, **form)
         attended_triton(windows, layers, lens, lens, 0.1, 1e-4, **form)
     redundancy_triton(layers, tau=0.4, chunk=32)
+    linear, pairs = torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, DIM), torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, 3, 32)
+    key_forms_triton(layers, linear)
+    key_forms_triton(layers, linear, pairs[..., 0, :], pairs)
     lag_spread_triton(layers, layers.lens, 24, 2.0**-12)
     redundancy_triton(layers, tau=0.4)
+    projections = [floats(256, HEADS * GROUP * DIM)] * LAYERS
+    output_norms_triton(layers, projections, layers.lens)
     forced = torch.zeros(REQUESTS, width, dtype=torch.bool)
     scores = torch.zeros(LAYERS, REQUESTS, HEADS, width)
     kept = select_triton(scores, spread(forced, LAYERS), layers.lens, layers.lens, BLOCK)
@@ -133,6 +146,7 @@ def compile_other_kernels() -> None:
     for rows, tile in ((1, Tile(16, 256, 4)), (32, Tile(32, 256, 6)), (64, Tile(64, 128, 6)), (64, Tile(128, 64, 4))):
         linear_triton(floats(rows, 512), floats(128, 512), floats(128), None, tile)
     gelu_mul_triton(hidden)
+    gated_norm_triton(torch.zeros(TOKENS, HEADS, DIM), floats(TOKENS, HEADS, DIM), floats(DIM), 1e-6)
     clamped_swiglu_triton(hidden, 1.702, 7.0)
     qkv, weight = floats(TOKENS, (GROUP + 2) * HEADS * DIM), floats(DIM)
     for rotary_dim in (DIM, DIM // 4):
@@ -143,9 +157,25 @@ def compile_other_kernels() -> None:
     copy_blocks_triton(cache, cache, longs(1), longs(1))
 
 
+def compile_recurrence(dtype: torch.dtype, dim: int) -> None:
+    """Of tokens each alone, and of spans."""
+    widths = 2 * dim, 2 * dim, 4 * dim
+    x = torch.zeros(TOKENS, sum(widths), dtype=dtype)
+    q, k, v = (part.unflatten(1, (-1, dim)) for part in x.split(widths, dim=1))
+    gates = DeltaGates(*torch.zeros(2, TOKENS, 4, dtype=dtype), *torch.zeros(2, 4))
+    inputs, states, out = torch.zeros(9, 3, x.shape[1], dtype=dtype), torch.zeros(9, 4, dim, dim), torch.zeros(v.shape)
+    each, some = Spans(longs(TOKENS)), Spans(longs(3), ints(4), torch.zeros(3, dtype=torch.bool))
+    for spans in (each, some):
+        causal_conv_triton(x, torch.zeros(x.shape[1], 4, dtype=dtype), inputs, spans, torch.zeros_like(x))
+    gated_delta_step_triton(q, k, v, gates, states, each, out)
+    gated_delta_triton(q, k, v, gates, states, some, out)
+
+
 if __name__ == "__main__":
     triton.runtime.driver.set_active(HopperDriver())
     JITFunction.__getitem__ = lambda kernel, grid: partial(compile_one, kernel, grid=grid)
     compile_view_kernels(apart=False)
     compile_view_kernels(apart=True)
     compile_other_kernels()
+    compile_recurrence(DTYPE, 128)  # Qwen3-Next's and Qwen3.5's
+    compile_recurrence(torch.float32, 16)

@@ -24,9 +24,13 @@ sys.modules["triton"] = None
 import torch
 from kernels.add_rms_norm import add_rms_norm
 from kernels.cache_view import CacheView
+from kernels.causal_conv import causal_conv
 from kernels.compact_stable import compact_stable
 from kernels.copy_blocks import copy_blocks
 from kernels.expert_mlp import expert_mlp
+from kernels.delta_gates import DeltaGates
+from kernels.gated_delta import gated_delta
+from kernels.gated_norm import gated_norm
 from kernels.linear import linear
 from kernels.paged_decode import paged_decode
 from kernels.paged_prefill import paged_prefill
@@ -35,6 +39,7 @@ from kernels.redundancy import redundancy
 from kernels.sample_from_logits import sample_from_logits
 from kernels.select import select
 from kernels.silu_mul import silu_mul
+from kernels.spans import Spans
 from kernels.store_kv import store_kv
 from kernels.store_predictions import store_predictions
 from kernels.store_step import store_step
@@ -54,6 +59,10 @@ normed = add_rms_norm(torch.randn(1, 128), torch.randn(1, 128), torch.ones(128),
 q, k, v = qk_norm_rope(normed, None, None, 1e-6, torch.ones(1, 1, 32), torch.zeros(1, 1, 16), 2, 1)
 store_step(k, v, q, cache, cache, torch.randn(1, 4, 2, 32), torch.tensor([[20]]), torch.tensor([3]))
 expert_mlp(normed, torch.zeros(1, 1).long(), torch.ones(1, 1), torch.randn(2, 8, 128), torch.randn(2, 128, 4))
+spans, heads = Spans(torch.tensor([0]), torch.tensor([0, 1]).int()), normed.view(1, 4, 32)
+causal_conv(normed, torch.randn(128, 4), torch.randn(1, 3, 128), spans)
+gates = DeltaGates(*torch.randn(2, 1, 4), *torch.randn(2, 4))
+gated_norm(gated_delta(heads, heads, heads, gates, torch.randn(1, 4, 32, 32), spans), heads, torch.ones(32), 1e-6)
 logits = linear(silu_mul(normed), torch.randn(9, 64))
 sample_from_logits(logits, torch.ones(1), torch.full((1,), 0.5, dtype=torch.float64))
 """

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from kernels.cache_view import CacheView
+from kernels.decode_pieces import decode_pieces
 from kernels.decode_pieces_triton import decode_pieces_triton
-from kernels.paged_decode import paged_decode_reference, paged_decode_torch
+from kernels.paged_decode import paged_decode, paged_decode_reference, paged_decode_torch
 from kernels.paged_decode_triton import paged_decode_triton
 from tests.kernels.paged import BACKENDS, BOUNDS, DEVICE, device_of, error, fused, make_paged, upcast
 
@@ -124,3 +125,14 @@ def test_addresses_past_two_to_the_31():
     host = CacheView.shared(last, last, tables.cpu() * 0, lens.cpu())
     expected = paged_decode_reference(q.cpu().float(), host, 0.1)
     assert error(paged_decode_triton(q, CacheView.shared(cache, cache, tables, lens), 0.1), expected) < 1e-3
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("contexts", [[257, 0, 63, 1, 300], [0, 0], [(257, 0), (63, 130)]], ids=["", "empty", "apart"])
+def test_spans_of_a_layer_are_those_of_the_next(contexts):
+    view = make_paged(contexts, 64, 2, 64, torch.float32, "cpu")
+    pieces = decode_pieces(view)
+    assert (pieces is None) == view.heads_differ
+    following = view._replace(k_cache=view.k_cache.flip(-1), v_cache=view.v_cache.flip(-1))
+    q = torch.randn(len(contexts), 6, 64)
+    assert error(paged_decode(q, following, 0.1, pieces), paged_decode_reference(q, following, 0.1)) < 1e-5

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.causal_conv import causal_conv_reference
+from kernels.delta_gates import DeltaGates
 from kernels.gated_delta import gated_delta_reference
 from kernels.paged_prefill import attend_reference
 from zipage.models.decoder import Decoder
@@ -41,12 +42,11 @@ def dense_recurrence_of(decoder: Decoder) -> Recurrence | None:
     if net is None:
         return None
 
-    def recur(layer: int, x: Tensor, decay: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
-        x, _ = causal_conv_reference(x[None], torch.zeros(1, *net.conv_shape, dtype=x.dtype), weight)
+    def recur(layer: int, x: Tensor, gates: DeltaGates, weight: Tensor) -> Tensor:
+        x, _ = causal_conv_reference(x, torch.zeros(net.conv_shape, dtype=x.dtype), weight)
         q, k, v = x.split([net.keys, net.keys, net.values], dim=-1)
         q, k = (heads.unflatten(-1, (net.num_key_heads, net.key_dim)) for heads in (q, k))
         v = v.unflatten(-1, (net.num_value_heads, net.value_dim))
-        state = torch.zeros(1, *net.state_shape)
-        return gated_delta_reference(q, k, v, decay[None], beta[None], state)[0][0].contiguous()
+        return gated_delta_reference(q, k, v, *gates.computed(), torch.zeros(net.state_shape))[0].contiguous()
 
     return recur

@@ -94,6 +94,21 @@ CASES = {
             | {"partial_rotary_factor": 0.5, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
         },
     ),
+    "qwen3.5-moe": ("Qwen3_5MoeText", HYBRID | MIXTURE | {"shared_expert_intermediate_size": 40}),
+    "qwen3.5-moe-of-images": (
+        "Qwen3_5MoeText",
+        HYBRID
+        | MIXTURE
+        | {
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "num_experts_per_tok": 3,
+            "shared_expert_intermediate_size": 20,
+            "tie_word_embeddings": True,
+            "rope_parameters": ROPE["default"]
+            | {"partial_rotary_factor": 0.5, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+        },
+    ),
     "qwen3-moe-window": ("Qwen3Moe", MIXTURE | {"use_sliding_window": True, "sliding_window": LENGTH}),
 }
 

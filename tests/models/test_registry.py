@@ -36,6 +36,7 @@ def test_these_families_and_no_other():
         "gpt_oss",
         "qwen3_next",
         "qwen3_5_text",
+        "qwen3_5_moe_text",
     ]
     assert all(name == family.name for name, family in registry.FAMILIES.items())
 

@@ -15,7 +15,7 @@ from zipage import LLM, SamplingParams
 from zipage.eviction import registry
 
 LENGTHS = (5, 33, 70)
-TOKENS = 64
+TOKENS = 50
 OF_THEIR_OWN = ("lagkv", "q_filters", "triattention", "expected_attention", "kvzap", "critical", "lazy_eviction")
 """Policies that need options here, which a request can't give."""
 TOKEN_POLICIES = [

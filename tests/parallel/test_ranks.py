@@ -44,7 +44,7 @@ ZIPAGE = Case("zipage", SMALL_CHUNK)
 @pytest.fixture(scope="module", name="folder")
 def model_folder(tmp_path_factory):
     """Two KV heads: four ranks hold each twice."""
-    return save_tiny_model("qwen3", tmp_path_factory.mktemp("model"))
+    return save_tiny_model("qwen3", tmp_path_factory.mktemp("model"), num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module", name="one")
@@ -82,7 +82,7 @@ def test_every_policy_keeps_what_one_device_keeps(one, two, pauses):
     policies = TOKEN_POLICIES[:: 3 if pauses else 1]  # what moves is blocks, whoever ranks
     expected, found = (answers(llm, policies, pauses) for llm in (one, two))
     assert not expected.differences(found)
-    assert len(found.kept) > 5 * len(policies)
+    assert len(found.kept) >= 5 * len(policies)
     assert all(positions.shape[1] == 2 for positions in found.kept.values()), "all heads, each once"
     assert (two.stats.pauses > 0) == (pauses > 0)
     assert two.stats.blocks_used == 0
@@ -94,7 +94,7 @@ def test_policies_that_no_other_engine_serves_keep_what_one_device_keeps(folder,
     expected, found = (answers(llm) for llm in (engine(folder, case), two))
     two.shutdown()
     assert not expected.differences(found)
-    assert len(found.kept) > 5
+    assert len(found.kept) >= 5
 
 
 def test_what_ranks_hold_is_told_together(two):
@@ -102,7 +102,7 @@ def test_what_ranks_hold_is_told_together(two):
     for found in seen.values():
         assert any(state.compressions and held is not None for state, held, _ in found)
         for look in found:
-            check_look(*look, heads=(3, 2))
+            check_look(*look, heads=(2, 2))
 
 
 def test_four_ranks_of_two_heads_and_whole_pages(folder):
@@ -114,7 +114,7 @@ def test_four_ranks_of_two_heads_and_whole_pages(folder):
     assert found.kept
     assert not expected.differences(found)
     for look in looks(four, [list(range(50))], greedy(24))[0].popitem()[1]:  # one compression
-        check_look(*look, heads=(3, 2))
+        check_look(*look, heads=(2, 2))
     pids = pids_of(four)
     four.shutdown()
     wait_for_end(pids)

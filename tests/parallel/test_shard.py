@@ -7,10 +7,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from kernels.add_rms_norm import add_rms_norm
+from tests.models.dense import dense_attention_of
 from tests.models.loading.gguf_writer import write_gguf
-from tests.models.tiny import MIXTURE, make_model
-from tests.tiny_models import FAMILIES, FORMED, MORE_FAMILIES, VOCAB, save_tiny_model
+from tests.models.tiny import GEMMA, GPT_OSS, MIXTURE, make_model
+from tests.tiny_models import FAMILIES, MORE_FAMILIES, VOCAB, save_tiny_model
 from zipage.models.attention import AttentionSpec
 from zipage.models.loading.loader import load_model
 from zipage.models.loading.safetensors_folder import SafetensorsFolder
@@ -32,13 +32,10 @@ class Threads:
             self._barrier.wait(10)
             return parts
 
-        def add_rms_norm_of_sum(hidden, part, place, weight, eps):
-            return add_rms_norm(hidden, sum(everyone(part)), weight, eps)
-
         return SimpleNamespace(
             product=lambda x, weight, place: x @ weight.T,
             part=lambda x, place: x,
-            add_rms_norm=add_rms_norm_of_sum,
+            sum=lambda part, place: sum(everyone(part)),
             reduce=lambda x: sum(everyone(x)),
             gather=lambda x: torch.stack(everyone(x)),
         )
@@ -60,37 +57,27 @@ def on_ranks(size: int, run) -> list:
     return results
 
 
-def attention(spec):
-    """Causal, of one prompt; as `Decoder.forward` takes it."""
-
-    def attend(layer, q, k, v):
-        groups = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        logits = torch.einsum("qhd,khd->hqk", q, k) * spec.attention[layer].scale
-        mask = torch.ones(len(q), len(k), dtype=torch.bool).triu(1)
-        return torch.einsum("hqk,khd->qhd", logits.masked_fill(mask, -torch.inf).softmax(-1), v)
-
-    return attend
-
-
-@pytest.mark.parametrize("family", sorted({*FAMILIES, *MORE_FAMILIES} - FORMED))
+@pytest.mark.parametrize("family", sorted({*FAMILIES, *MORE_FAMILIES}))
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
 def test_ranks_compute_what_one_device_does(family, size, load_format, tmp_path):
-    biases = {"llama": {"attention_bias": True, "mlp_bias": True}}.get(family, {})
-    folder = save_tiny_model(family, tmp_path, **biases)
+    more = {
+        "llama": {"attention_bias": True, "mlp_bias": True},
+        "gemma3_text": {"attention_bias": True, "attn_logit_softcapping": 5.0},
+    }.get(family, {})
+    folder = save_tiny_model(family, tmp_path, **more)
     options = {"device": "cpu", "load_format": load_format, "seed": 3}
     whole = load_model(str(folder), **options)
     tokens = torch.arange(40) * 7 % VOCAB
     positions = torch.arange(40)
     with torch.inference_mode():
-        hidden = whole.decoder(tokens, positions, attention(whole.spec))
+        hidden = whole.decoder(tokens, positions, dense_attention_of(whole.decoder))
         expected = whole.decoder.logits(hidden)
     joint = Threads(size)
 
     def run(rank):
         decoder = load_model(str(folder), **options, shard=Shard(rank, size, joint.of(rank))).decoder
-        states = decoder(tokens, positions, attention(decoder.spec))
+        states = decoder(tokens, positions, dense_attention_of(decoder))
         return states, decoder.logits(states), sum(p.numel() for p in decoder.parameters())
 
     results = on_ranks(size, run)
@@ -100,7 +87,7 @@ def test_ranks_compute_what_one_device_does(family, size, load_format, tmp_path)
         assert logits.shape == expected.shape
         assert torch.equal(states, results[0][0]), "all ranks have the same, to the last bit"
     most = sum(p.numel() for p in whole.decoder.parameters()) / size
-    assert max(count for *_, count in results) < 1.3 * most
+    assert max(count for *_, count in results) < 1.4 * most
 
 
 def test_heads_go_round():
@@ -174,6 +161,8 @@ def test_the_last_rank_of_an_uneven_vocabulary_is_padded_with_zeros(tmp_path):
         ("Qwen2", {}),
         ("Phi3", {}),
         ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 64}),
+        ("Gemma3Text", GEMMA),
+        ("GptOss", GPT_OSS),
     ],
 )
 def test_rows_and_columns_of_a_gguf_file(family, options, tmp_path):
@@ -190,4 +179,6 @@ def test_rows_and_columns_of_a_gguf_file(family, options, tmp_path):
                 axis, fulls = pieces[name][0].axis, [piece.full for piece in pieces[name]]
                 parts = zip(pieces[name], expected.split(fulls, dim=axis), strict=True)
                 expected = torch.cat([piece.of(part) for piece, part in parts], dim=axis)
+            if name.endswith("down_proj_bias") and rank:  # added to the sum of the ranks once
+                expected = torch.zeros_like(view)
             assert torch.equal(view, expected), name

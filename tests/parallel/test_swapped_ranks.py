@@ -10,7 +10,7 @@ from tests.tiny_models import save_tiny_model
 @pytest.mark.usefixtures("forked_children")
 @pytest.mark.parametrize("case", [None, Case("h2o")], ids=str)
 def test_each_rank_copies_its_shard_of_a_preempted_request(tmp_path, monkeypatch, case):
-    folder = save_tiny_model("qwen3", tmp_path)
+    folder = save_tiny_model("qwen3", tmp_path, num_hidden_layers=2)
     monkeypatch.setattr("zipage.scheduling.swap_space.OPERATIONS_PER_BYTE", 0)
     options = {"num_blocks": 14, "headroom": 0, "interval": None if case is None else 48}
     expected = answers(engine(folder, case, **options))

@@ -21,7 +21,6 @@ from tests.experiments.running.forked import Forked, ForkedPython
 from tests.serve.running import ENGINE, MODEL, POLICY, REASONER, answers, free_port, snapshots, wait_until
 from zipage import LLM, SamplingParams, processes
 from zipage.config import EngineConfig
-from zipage.serve import api as api_module
 from zipage.serve import server as server_module
 from zipage.serve.cli import serve
 from zipage.serve.config import ServeConfig
@@ -113,67 +112,6 @@ def test_max_n(start):
         error = server.post("/v1/completions", BODY | more).json()["error"]
         assert error["param"] == "n"
         assert "at most 3 samples" in error["message"]
-
-
-# Neighbours
-
-
-def test_bad_words_are_not_encoded_between_two_steps(start, monkeypatch):
-    server = start()
-    inputs, threads = server.engine.llm._inputs, []
-    encode = inputs._encode
-    monkeypatch.setattr(
-        inputs, "_encode", lambda text, **kw: threads.append(threading.current_thread().name) or encode(text, **kw)
-    )
-    answer = server.post("/v1/completions", BODY | {"bad_words": ["12", "x="]})
-    assert answer.status_code == 200
-    assert len(threads) == 5  # bare and after a space, and the prompt
-    assert all(name.startswith("tokenizer") for name in threads)
-    server.check_empty()
-
-
-def test_no_short_text_waits_for_a_long_one(start, monkeypatch):
-    server = start()
-    tokenize, goes_on = server.engine.llm.tokenize, threading.Event()
-
-    def slow(prompt):
-        if len(prompt) > 1000:
-            goes_on.wait(20)
-        return tokenize(prompt)
-
-    monkeypatch.setattr(server.engine.llm, "tokenize", slow)
-    long, statuses = {"prompt": "x" * 300_000}, []
-    tasks = [
-        threading.Thread(target=lambda path=path: statuses.append(httpx.post(server.url + path, json=long).status_code))
-        for path in ("/v1/completions", "/tokenize")
-    ]
-    for task in tasks:
-        task.start()
-    try:
-        wait_until(lambda: server.gate.num_inside == 2)
-        assert server.post("/v1/completions", BODY, timeout=5).status_code == 200
-        assert server.post("/tokenize", {"prompt": "x"}, timeout=5).status_code == 200
-        assert not statuses
-    finally:
-        goes_on.set()
-        for task in tasks:
-            task.join(30)
-    assert sorted(statuses) == [200, 400]
-    server.check_empty()
-
-
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_logprobs_are_not_written_in_the_event_loop(server, monkeypatch, path):
-    """Those of long samples take seconds, in which nobody else would get a token."""
-    threads, dumps = [], api_module.dumps
-    monkeypatch.setattr(api_module, "dumps", lambda value: threads.append(threading.current_thread()) or dumps(value))
-    body = {"max_tokens": 4, "n": 2, "logprobs": 3, "prompt": "x"}
-    if "chat" in path:
-        body = {"max_tokens": 4, "n": 2, "logprobs": True, "messages": [{"role": "user", "content": "x"}]}
-    answer = server.post(path, body).json()
-    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
-    assert len(threads) == 4  # head, two choices, usage
-    assert server._thread not in threads
 
 
 # Clients that leave

@@ -24,7 +24,7 @@ TIMES = ("time", "host_time", "device_time", "step_time")
 
 @pytest.fixture(scope="module", name="folder")
 def tiny_folder(tmp_path_factory):
-    return str(save_tiny_model("qwen3", tmp_path_factory.mktemp("model")))
+    return str(save_tiny_model("qwen3", tmp_path_factory.mktemp("model"), num_hidden_layers=2))
 
 
 def requests(count: int, prompt: int = 40, output: int = 300) -> list[tuple[list[int], SamplingParams]]:

@@ -162,8 +162,8 @@ class PagedCache:
             return None
         layers, _, heads, _, dim = self.k.shape
         made_up = torch.from_numpy(calibrations.output_projection(layers, heads, self.q.shape[3] // heads, dim))
-        weights = made_up.flatten(1, 3).mT.to(self.device, self.dtype)
-        return OutputNorms(list(weights), heads, dim, policy.output_norm)
+        weights = made_up.flatten(1, 3).mT.contiguous().to(self.device, self.dtype)
+        return OutputNorms(list(weights), policy.output_norm)
 
     def compress(self, policy: Policy, batch: Sequence[int], **options) -> Tensor:
         """One event of the requests of `batch`; a request that shares a block moves into blocks of its own.

@@ -13,7 +13,14 @@ from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.models.delta_net_spec import DeltaNetSpec
 from zipage.worker.kv_cache import KVCache
-from zipage.worker.memory_plan import MemoryPlan, block_bytes, check_states_fit, plan_memory, query_slot_bytes
+from zipage.worker.memory_plan import (
+    MemoryPlan,
+    block_bytes,
+    check_states_fit,
+    large_states,
+    plan_memory,
+    query_slot_bytes,
+)
 from zipage.worker.recurrent_states import RecurrentStates
 from zipage.worker.worker import DeviceMemory
 
@@ -119,18 +126,24 @@ def test_recurrent_states_are_told_and_blocks_are_those_of_layers_that_attend(po
     """By hand: 36 layers, each 32 * 128 * 128 numbers of four bytes, and 3 inputs of 8,192 channels of two."""
     it = plan(policy, spec=QWEN3_NEXT, num_blocks=100, max_num_seqs=8)
     row = 36 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
-    assert it.state_bytes == 9 * row
+    assert it.state_bytes == 8 * row
     entry = 2 * 256 * 2 + (8 if policy == "zipage" else 0)
     assert it.block_bytes == 12 * 2 * 256 * entry
-    assert f"recurrent states {9 * row / GIB:.2f} GiB" in str(it)
+    assert f"recurrent states {8 * row / GIB:.2f} GiB" in str(it)
     states = RecurrentStates(QWEN3_NEXT.recurrent, 8, torch.bfloat16, torch.device("meta"))
     assert states.nbytes == it.state_bytes
-    check_states_fit(QWEN3_NEXT, torch.bfloat16, 8, 9 * row + 1)
+    check_states_fit(QWEN3_NEXT, torch.bfloat16, 8, 8 * row + 1)
     with pytest.raises(
-        ValueError, match=r"max_num_seqs=8: recurrent states of 0\.65 GiB exceed .*: lower max_num_seqs"
+        ValueError, match=r"max_num_seqs=8: recurrent states of 0\.58 GiB exceed .*: lower max_num_seqs"
     ):
-        check_states_fit(QWEN3_NEXT, torch.bfloat16, 8, 9 * row)
+        check_states_fit(QWEN3_NEXT, torch.bfloat16, 8, 8 * row)
     assert plan(policy).state_bytes == 0
+    assert large_states(plan(policy), 8) is None
+    assert large_states(it, 8) == (
+        f"max_num_seqs=8: recurrent states take 0.58 GiB, {8 * row / (8 * row + it.cache_bytes):.0%} of what they and "
+        "the KV cache have, whether requests run or not (73.7 MiB each): lower max_num_seqs to what runs at a time"
+    )
+    assert large_states(plan(policy, spec=QWEN3_NEXT, num_blocks=400, max_num_seqs=8), 8) is None
     check_states_fit(QWEN3_8B, torch.bfloat16, 8, 0)
 
 

@@ -75,10 +75,9 @@ def assert_equal_after(simulation: Simulation, n: int, cache: PagedCache, policy
         assert torch.equal(k[layer, head], tokens.keys[layer, head, kept]), where
         assert torch.equal(v[layer, head], tokens.values[layer, head, kept]), where
         if policy.state:
-            carried = simulation.cache[layer, head].carried
-            assert carried[:protected] == [None] * protected
-            all_carried = [x if isinstance(x, tuple) else (x,) * policy.num_states for x in carried[protected:]]
-            for have, want in zip(cache.states(i), zip(*all_carried, strict=True), strict=False):
+            assert simulation.cache[layer, head].carried[:protected] == [None] * protected
+            all_carried = zip(*simulation.states((layer, head))[protected:], strict=True)
+            for have, want in zip(cache.states(i)[: policy.num_states], all_carried, strict=True):
                 carried = torch.tensor([-1.0 if x is None else float(x) for x in want])
                 torch.testing.assert_close(have[layer, head, protected:], carried, rtol=1e-4, atol=1e-6)
 

@@ -50,6 +50,8 @@ TEMPLATE_OPTIONS = frozenset(
 SPECIAL_TOKENS = frozenset(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 """Names that templates read of the tokenizer. Many write one behind each message, so that of any length it would make
 gigabytes of a small request."""
+LONGEST_REASON = 500
+"""Characters of an error that is told: a template may say again all that it was given."""
 SEED_STEP = 0x9E3779B97F4A7C15
 """Between the seeds that engines of neighbouring seeds give their requests."""
 
@@ -68,7 +70,7 @@ def read(prompt: Any, tokenize: Callable[[Any], Tokens]) -> Tokens:
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(f"the prompt cannot be read ({described(error)})") from error
+        raise ValueError(f"the prompt cannot be read ({_reason(error)})") from error
 
 
 def as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
@@ -106,6 +108,11 @@ def text_of(prompt: Prompt) -> str | None:
     """The prompt's text, where it has one."""
     text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
     return text if isinstance(text, str) else None
+
+
+def _reason(error: BaseException) -> str:
+    text = described(error)
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
 
 def _is_token(kind: type) -> bool:
@@ -257,7 +264,7 @@ class InputProcessor:
         try:
             text = self.tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **options)
         except Exception as error:  # the template is a program
-            raise ValueError(f"the chat template refuses the messages ({described(error)})") from error
+            raise ValueError(f"the chat template refuses the messages ({_reason(error)})") from error
         return Tokens(text, self._encode(text, add_special_tokens=False))
 
     def _token_ids(self, prompt: object) -> list[int]:
@@ -285,7 +292,7 @@ class InputProcessor:
         except BaseException as error:
             if not is_tokenizer_error(error):
                 raise
-            raise ValueError(f"the tokenizer cannot encode the prompt ({described(error)})") from error
+            raise ValueError(f"the tokenizer cannot encode the prompt ({_reason(error)})") from error
         bad = next((token for token in token_ids if token >= self._vocab_size), None)
         if bad is not None:
             token = self.tokenizer.convert_ids_to_tokens(bad)

@@ -27,7 +27,7 @@ from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.headroom import entries_to_keep
 from zipage.scheduling.swap_space import SwapCosts, SwapSpace
 from zipage.scheduling.tile_pool import TilePool
-from zipage.worker.memory_plan import MemoryPlan, plan_memory
+from zipage.worker.memory_plan import MemoryPlan, large_states, plan_memory
 from zipage.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def _pool(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> BlockPool:
 
 def _swap_space(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> SwapSpace:
     operations = spec.token_operations, spec.pair_operations
-    row_bytes = plan.state_bytes // (config.max_num_seqs + 1)
+    row_bytes = plan.state_bytes // config.max_num_seqs
     costs = SwapCosts(plan.block_bytes, *(count // config.tensor_parallel_size for count in operations), row_bytes)
     return SwapSpace(plan.num_host_slabs, plan.slab_blocks, costs)
 
@@ -142,6 +142,8 @@ def core_on(
         policy=worker.policy, max_blocks=rule and rule.peak_blocks, max_model_len=max_model_len,
     )  # fmt: skip
     logger.info("memory plan: %s", plan)
+    if line := large_states(plan, config.max_num_seqs):
+        logger.warning("%s", line)
     worker.attach(plan)
     swap_space = _swap_space(plan, config, spec)
     scheduler = core_type.scheduler_type(

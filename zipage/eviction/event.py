@@ -219,9 +219,12 @@ class Event(ABC):
         """Values, float32 [L, R, H, N, d]: a dense copy."""
 
     @abstractmethod
-    def output_norms(self) -> Tensor:
+    def output_norms(self, starts: Tensor) -> Tensor:
         """Mean over the group of |V W_o|, float32 [L, R, H, N]: W_o takes the values of a query head to the residual
         stream. The norm is the one that the policy asks for.
+
+        Args:
+            starts: int32 [R], slots from here on are asked for, each worth `2 G d width` operations. 0 before them.
 
         Raises:
             ValueError: it asks for none (`Policy.output_norm`).
@@ -229,9 +232,35 @@ class Event(ABC):
 
     # Reductions over keys and values. A cache may answer them without the dense copy.
 
+    def key_forms(self, linear: Tensor, sizes: Tensor | None = None, squares: Tensor | None = None) -> Tensor:
+        """`linear . K + sum over f of sizes_f |(x_f, y_f)| + squares_f . (x_f^2, 2 x_f y_f, y_f^2)` of each key K.
+
+        (x_f, y_f) are dimensions f and f + d / 2, a rotary pair.
+
+        Args:
+            linear: float32 [L or 1, R or 1, H, G, d], G numbers being asked of each key.
+            sizes: float32, the same with d / 2 for d; None: all 0.
+            squares: float32, the same with 3, d / 2; None: all 0.
+
+        Returns:
+            float32 [L, R, H, G, N].
+        """
+        keys = self.keys()
+        forms = linear @ keys.mT
+        if sizes is not None:
+            forms = forms + sizes @ keys.unflatten(-1, (2, -1)).norm(dim=-2).mT
+        if squares is not None:
+            x, y = keys.chunk(2, dim=-1)
+            forms = forms + squares.flatten(-2) @ torch.cat((x * x, 2 * x * y, y * y), dim=-1).mT
+        return forms
+
     def key_norms(self) -> Tensor:
         """|K|_2, float32 [L, R, H, N]."""
         return self.keys().norm(dim=-1)
+
+    def value_norms(self) -> Tensor:
+        """|V|_2, float32 [L, R, H, N]."""
+        return self.values().norm(dim=-1)
 
     def mean_unit_key(self) -> Tensor:
         """Mean of K / |K| over a request's n entries, float32 [L, R, H, d]."""
@@ -366,7 +395,7 @@ class Event(ABC):
     # Ranking.
 
     def top(self, values: Tensor, count: Tensor) -> Tensor:
-        """The `count` [R] largest entries of every row: bool [L, R, H, N]. Ties go to the higher slot."""
+        """The `count` [R] largest entries of every row, up to n: bool [L, R, H, N]. Ties go to the higher slot."""
         order = values.flip(-1).argsort(dim=-1, descending=True, stable=True)
         ranks = torch.empty_like(order).scatter_(-1, order, self.slots.expand_as(order)).flip(-1)
         return ranks < count[:, None, None]

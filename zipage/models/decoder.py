@@ -62,11 +62,13 @@ class DecoderLayer(nn.Module):
         self.k_norm = parameter(heads.head_dim) if spec.qk_norm else None
         self.output_weight = parameter(spec.width, self.output.count)
         self.output_bias = parameter(spec.width) if spec.output_bias else None
+        self.own_heads = shard.query_heads(whole)
         self.sinks = parameter(heads.num_heads) if heads.sinks else None
         self.form = AttentionForm(heads.window, heads.soft_cap, self.sinks)
         self.attention_output_norm = parameter(spec.width) if spec.output_norms else None
         self.mlp_output_norm = parameter(spec.width) if spec.output_norms else None
         self.mlp_norm = parameter(spec.width)
+        self.places = (None, None) if spec.output_norms else (0, 1)  # where what is added to the stream is a part
         self.mlp = new_mlp(spec, index, dtype, device, shard)
 
     def forward(
@@ -89,7 +91,7 @@ class DecoderLayer(nn.Module):
         Returns:
             [T, width], this layer's output, not yet added.
         """
-        normed = self.shard.add_rms_norm(hidden, delta, 1, self.input_norm, self.eps, self.norm_offset)
+        normed = self.shard.add_rms_norm(hidden, delta, self.places[1], self.input_norm, self.eps, self.norm_offset)
         if observe is not None:
             observe(self.place, normed)
         qkv = linear(normed, self.qkv_weight, self.qkv_bias)
@@ -101,9 +103,9 @@ class DecoderLayer(nn.Module):
         if gate is not None:
             attended = attended * gate.sigmoid()
         delta = self.shard.row_parallel(attended, self.output_weight, self.output_bias, 0)
-        delta = self._output_norm(delta, self.attention_output_norm)
-        normed = self.shard.add_rms_norm(hidden, delta, 0, self.mlp_norm, self.eps, self.norm_offset)
-        return self._output_norm(self.mlp(normed), self.mlp_output_norm)
+        delta = self._output_norm(delta, 0, self.attention_output_norm)
+        normed = self.shard.add_rms_norm(hidden, delta, self.places[0], self.mlp_norm, self.eps, self.norm_offset)
+        return self._output_norm(self.mlp(normed), 1, self.mlp_output_norm)
 
     def _without_gate(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """[T, (Hq + 2 H) * d] of a product whose rows have a gate behind each query, and the gates [T, Hq * d]."""
@@ -111,17 +113,24 @@ class DecoderLayer(nn.Module):
         q, gate = both.unflatten(1, (self.num_heads, 2, -1)).unbind(2)
         return torch.cat((q.flatten(1), kv), dim=1), gate.flatten(1)
 
-    def _output_norm(self, delta: Tensor, weight: Tensor | None) -> Tensor:
-        return delta if weight is None else add_rms_norm(delta, None, weight, self.eps, self.norm_offset)
+    def _output_norm(self, delta: Tensor, place: int, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return delta
+        return add_rms_norm(self.shard.sum(delta, place), None, weight, self.eps, self.norm_offset)
 
     def pieces(self) -> dict[str, tuple[Piece, ...]]:
         """As `Decoder.pieces`."""
-        own = {"qkv_weight": self.qkv, "qkv_bias": self.qkv, "output_weight": (self.output,)}
+        own = {
+            "qkv_weight": self.qkv,
+            "qkv_bias": self.qkv,
+            "output_weight": (self.output,),
+            "sinks": (self.own_heads,),
+        }
         return own | prefixed("mlp", self.mlp.pieces())
 
     def weight_pieces(self) -> dict[str, tuple[Piece, ...]]:
         """As `Decoder.weight_pieces`."""
-        own = row_pieces(self._qkv_names, self.qkv) | {"o_proj.weight": (self.output,)}
+        own = row_pieces(self._qkv_names, self.qkv) | {"o_proj.weight": (self.output,), "sinks": (self.own_heads,)}
         return prefixed("self_attn", own) | prefixed("mlp", self.mlp.weight_pieces())
 
     def weight_views(self) -> dict[str, Tensor]:
@@ -237,8 +246,8 @@ class Decoder(nn.Module):
             observe: called once a layer, before its attention, with the same place and [T, width], what q, k and v
                 are projections of; it changes nothing.
             recurrence: called once a recurrent layer, in order, with its place among them, queries, keys and values
-                [T, channels], decay and beta float32 [T, Hv], and its convolution's weight [channels, K]; returns
-                float32 [T, Hv, dv], contiguous, what `recur` gives of each request's tokens.
+                [T, channels], its gates of T tokens, and its convolution's weight [channels, K]; returns float32
+                [T, Hv, dv], contiguous, what `recur` gives of each request's tokens.
 
         Returns:
             [T, width] in the model's dtype.
@@ -255,7 +264,8 @@ class Decoder(nn.Module):
                 continue
             cos, sin = angles if layer.form.window is None else local_angles
             delta = layer(hidden, delta, cos, sin, attention, observe)
-        return self.shard.add_rms_norm(hidden, delta, 1, self.norm, self.spec.rms_norm_eps, self.spec.norm_offset)
+        place = None if self.spec.output_norms else 1
+        return self.shard.add_rms_norm(hidden, delta, place, self.norm, self.spec.rms_norm_eps, self.spec.norm_offset)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, width] -> [N, vocab] in the model's dtype."""

@@ -2,46 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kernels.causal_conv import causal_conv
+from kernels.delta_gates import DeltaGates
 from kernels.gated_delta import gated_delta
+from kernels.gated_norm import gated_norm
 from kernels.linear import linear
+from kernels.spans import Spans
 from zipage.models.delta_net_spec import DeltaNetSpec
 from zipage.models.layer_mlp import new_mlp
 from zipage.models.mlp import new_parameter, prefixed
 from zipage.models.shard import Piece, Shard
 from zipage.models.spec import ModelSpec
 
-Recurrence = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
+Recurrence = Callable[[int, Tensor, DeltaGates, Tensor], Tensor]
 
 
 def recur(
-    spec: DeltaNetSpec, x: Tensor, decay: Tensor, beta: Tensor, weight: Tensor, conv: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a `Recurrence` does with B pieces of sequences.
+    spec: DeltaNetSpec,
+    x: Tensor,
+    gates: DeltaGates,
+    weight: Tensor,
+    conv: Tensor,
+    state: Tensor,
+    spans: Spans,
+    mixed: Tensor,
+    out: Tensor,
+) -> None:
+    """What a `Recurrence` does with spans of sequences.
 
     Args:
-        x: [B, T, channels]; queries, keys and values before their convolution.
-        decay, beta: float32 [B, T, Hv], of `gated_delta`.
+        x: [T, channels]; queries, keys and values before their convolution.
+        gates: of `gated_delta`.
         weight: [channels, K], of the convolution.
-        conv: [B, *spec.conv_shape], of x's dtype, and
-        state: float32 [B, *spec.state_shape]: what the pieces before these left, or zeros.
-
-    Returns:
-        float32 [B, T, Hv, dv], and what these pieces leave.
+        conv: [rows, *spec.conv_shape], of x's dtype, and
+        state: float32 [rows, *spec.state_shape]: what the spans before these left; written in place.
+        spans: of the tokens.
+        mixed: [T, channels], of x's dtype, overwritten.
+        out: float32 [T, Hv, dv], written where spans are.
     """
-    x, conv = causal_conv(x, conv, weight)
-    q, k, v = x.split([spec.keys, spec.keys, spec.values], dim=-1)
-    q, k = (heads.unflatten(-1, (spec.num_key_heads, spec.key_dim)) for heads in (q, k))
-    v = v.unflatten(-1, (spec.num_value_heads, spec.value_dim))
-    out, state = gated_delta(q, k, v, decay, beta, state)
-    return out, conv, state
+    causal_conv(x, weight, conv, spans, mixed)
+    q, k, v = mixed.split([spec.keys, spec.keys, spec.values], dim=1)
+    q, k = (heads.unflatten(1, (spec.num_key_heads, spec.key_dim)) for heads in (q, k))
+    gated_delta(q, k, v.unflatten(1, (spec.num_value_heads, spec.value_dim)), gates, state, spans, out)
+
+
+def _ungrouped(parts: Sequence[int], groups: int, device: torch.device) -> Tensor:
+    """int64: where columns of parts, one after another, are if each group has its own of all parts together."""
+    columns = torch.arange(sum(parts), device=device).view(groups, -1).split([part // groups for part in parts], dim=1)
+    return torch.cat([part.flatten() for part in columns])
 
 
 class GatedDeltaNet(nn.Module):
@@ -65,24 +79,22 @@ class GatedDeltaNet(nn.Module):
         self.decay_bias = new_parameter(net.num_value_heads, dtype=torch.float32, device=device)
         self.gated_norm = parameter(net.value_dim)
         self.output_weight = parameter(spec.width, net.values)
+        if net.grouped:
+            parts = net.keys, net.keys, net.values, net.values
+            self._inputs = _ungrouped(parts, net.num_key_heads, device)
+            self._controls = _ungrouped((net.num_value_heads,) * 2, net.num_key_heads, device)
 
     def forward(self, x: Tensor, recurrence: Recurrence) -> Tensor:
         """[T, width] -> [T, width]."""
-        mixed, z, b, a = self._projected(x)
-        decay = -self.decay_log.exp() * F.softplus(a.float() + self.decay_bias)
-        out = recurrence(self.place, mixed, decay, b.float().sigmoid(), self.conv_weight)
-        out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + self.eps)
-        out = (self.gated_norm * out.to(x.dtype)).float() * F.silu(z.float())
-        return linear(out.to(x.dtype).flatten(1), self.output_weight)
-
-    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k and v [T, channels], z [T, Hv, dv], b and a [T, Hv]."""
         net, inputs, controls = self.spec, linear(x, self.input_weight), linear(x, self.control_weight)
-        groups = net.num_key_heads if net.grouped else 1
-        sizes = [size // groups for size in (net.keys, net.keys, net.values, net.values)]
-        q, k, v, z = (part.flatten(1) for part in inputs.unflatten(1, (groups, -1)).split(sizes, dim=-1))
-        b, a = (part.flatten(1) for part in controls.unflatten(1, (groups, -1)).chunk(2, dim=-1))
-        return torch.cat((q, k, v), dim=1), z.unflatten(1, (net.num_value_heads, net.value_dim)), b, a
+        if net.grouped:
+            inputs, controls = inputs.index_select(1, self._inputs), controls.index_select(1, self._controls)
+        mixed, z = inputs.split([net.channels, net.values], dim=1)
+        b, a = controls.chunk(2, dim=1)
+        gates = DeltaGates(a, b, self.decay_log, self.decay_bias)
+        out = recurrence(self.place, mixed, gates, self.conv_weight)
+        z = z.unflatten(1, (net.num_value_heads, net.value_dim))
+        return linear(gated_norm(out, z, self.gated_norm, self.eps).flatten(1), self.output_weight)
 
     def weight_views(self) -> dict[str, Tensor]:
         """As `Decoder.weight_views`."""

@@ -38,6 +38,15 @@ def no_window(config: PretrainedConfig) -> None:
     return None
 
 
+QWEN_EXPERT_KEYS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+"""`Family.gguf_keys` of Qwen's mixtures."""
+
+
 def refuse_biases(config: PretrainedConfig) -> None:
     """Raise a ValueError for a bias that transformers' class of the model does not have."""
     for name in ("attention_bias", "mlp_bias"):
@@ -85,7 +94,12 @@ class Family:
         gguf: GGUF files of its models can be read.
         gguf_rotary_pairs: llama.cpp's converter stores rows of q and k in rotary pairs, (i, i + head_dim / 2) side by
             side.
+        gguf_architecture: `general.architecture` in a GGUF file; None: `name` without underscores.
+        gguf_keys: keys under the architecture's name in a GGUF file that other families lack -> fields of a
+            `config.json`.
+        gguf_names: tensors of a layer that a GGUF file names otherwise than those of other families.
         gguf_fields: fields of a `config.json` that are the same for all its models, and that a GGUF file lacks.
+        gguf_config: fields of a `config.json` as a GGUF file's keys give them -> as the family has them.
     """
 
     name: str
@@ -105,9 +119,13 @@ class Family:
     unread: tuple[str, ...] = ()
     gguf: bool = True
     gguf_rotary_pairs: bool = False
+    gguf_architecture: str | None = None
+    gguf_keys: Mapping[str, str] = field(default_factory=dict)
+    gguf_names: Mapping[str, str] = field(default_factory=dict)
     gguf_fields: Mapping[str, Any] = field(default_factory=dict)
+    gguf_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
     @property
     def gguf_name(self) -> str:
         """`general.architecture` in a GGUF file."""
-        return self.name.replace("_", "")
+        return self.gguf_architecture or self.name.replace("_", "")

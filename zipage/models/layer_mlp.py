@@ -20,4 +20,4 @@ def new_mlp(spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.devic
         return GatedMLP(spec.width, spec.mlp_width, **flags, shard=shard, **options)
     if experts.swiglu is None:
         return SparseMLP(spec.width, experts, shard=shard, **options)
-    return BiasedSparseMLP(spec.width, experts, **options)
+    return BiasedSparseMLP(spec.width, experts, shard=shard, **options)

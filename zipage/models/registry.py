@@ -13,19 +13,22 @@ from zipage.models.families.phi3 import PHI3
 from zipage.models.families.qwen2 import QWEN2
 from zipage.models.families.qwen2_moe import QWEN2_MOE
 from zipage.models.families.qwen3 import QWEN3
+from zipage.models.families.qwen3_5_moe_text import QWEN3_5_MOE_TEXT
 from zipage.models.families.qwen3_5_text import QWEN3_5_TEXT
 from zipage.models.families.qwen3_moe import QWEN3_MOE
 from zipage.models.families.qwen3_next import QWEN3_NEXT
 from zipage.models.family import Family
 from zipage.models.fields import FIELDS, is_texts, shown
 
-_ALL = LLAMA, MISTRAL, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GEMMA3_TEXT, GPT_OSS, QWEN3_NEXT, QWEN3_5_TEXT
+_PLAIN = LLAMA, MISTRAL, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+_ALL = *_PLAIN, GEMMA3_TEXT, GPT_OSS, QWEN3_NEXT, QWEN3_5_TEXT, QWEN3_5_MOE_TEXT
 FAMILIES = {family.name: family for family in _ALL}
 
 _LATENT = "has multi-head latent attention: its cache holds no keys of a head's own to score or to evict"
 _RECURRENT = "has recurrent layers: there are none that attend, and no entries to evict"
 REFUSED = {
     "gemma3": "reads images; 'gemma3_text' is supported",
+    "qwen3_5_moe": "reads images; 'qwen3_5_moe_text' is supported",
     "qwen3_5": "reads images; 'qwen3_5_text' is supported",
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2"), _LATENT),
     **dict.fromkeys(("mamba", "mamba2"), _RECURRENT),

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from kernels.add_rms_norm import add_rms_norm
 from kernels.linear import linear
-from zipage.models.attention import AttentionSpec, refuse_forms
+from zipage.models.attention import AttentionSpec
 from zipage.models.spec import ModelSpec
 
 
@@ -40,8 +40,8 @@ class Collectives(Protocol):
     """What the forward pass needs: all ranks call the same, in the same order, with tensors of one shape. What it sums
     is the same on each rank to the last bit.
 
-    The output of a row-parallel product stays in parts, one a rank, until `add_rms_norm` sums them. Successive ones are
-    kept in places 0 and 1 in turn.
+    The output of a row-parallel product stays in parts, one a rank, until `sum` joins them. Successive ones are kept in
+    places 0 and 1 in turn.
     """
 
     def product(self, x: Tensor, weight: Tensor, place: int) -> Tensor:
@@ -50,8 +50,8 @@ class Collectives(Protocol):
     def part(self, x: Tensor, place: int) -> Tensor:
         """The same of a part that is computed already: x [T, width], contiguous."""
 
-    def add_rms_norm(self, hidden: Tensor, part: Tensor, place: int, weight: Tensor, eps: float) -> Tensor:
-        """`kernels.add_rms_norm` of the sum over ranks of `part`, which `product` gave for `place`."""
+    def sum(self, part: Tensor, place: int) -> Tensor:
+        """Of all ranks' `part`, which `product` or `part` gave for `place`; as long valid."""
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`."""
@@ -116,10 +116,7 @@ class Shard:
         """Raise a ValueError where the model cannot be spread over `size` ranks."""
         heads, kv_heads, size = spec.num_heads, spec.num_kv_heads, self.size
         if size > 1:
-            option = f"tensor_parallel_size={size}"
-            refuse_forms(spec.attention, option, "use one device")
-            if spec.output_norms or spec.norm_offset or spec.recurrent is not None:
-                raise ValueError(f"{option}: {spec.architecture} is not spread over ranks: use one device")
+            spec.refuse_hybrids(f"tensor_parallel_size={size}", "use one device")
         if heads % size or (kv_heads % size and size % kv_heads):
             fits = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
             raise ValueError(
@@ -155,13 +152,22 @@ class Shard:
         count = -(-full // self.size)
         return Piece(axis, self.rank * count, count, full)
 
+    def once(self, axis: int, full: int) -> Piece:
+        """All of what is added to a sum over ranks: on rank 0, and zeros on the others."""
+        return Piece(axis, full if self.rank else 0, full, full)
+
+    def query_heads(self, whole: AttentionSpec) -> Piece:
+        """Those that are computed here."""
+        own, group = self.kv_heads(whole.num_kv_heads), whole.num_heads // whole.num_kv_heads
+        return Piece(0, own.start * group, len(own) * group, whole.num_heads)
+
     def head_pieces(self, whole: AttentionSpec) -> tuple[Piece, Piece, Piece]:
         """Rows of the q, k and v projections."""
         own, dim = self.kv_heads(whole.num_kv_heads), whole.head_dim
-        group = whole.num_heads // whole.num_kv_heads
         kv = Piece(0, own.start * dim, len(own) * dim, whole.num_kv_heads * dim)
-        rows = 2 if whole.output_gate else 1  # a head's query, and its gate
-        q = Piece(0, kv.first * group * rows, kv.count * group * rows, whole.num_heads * dim * rows)
+        rows = dim * (2 if whole.output_gate else 1)  # a head's query, and its gate
+        heads = self.query_heads(whole)
+        q = Piece(0, heads.first * rows, heads.count * rows, heads.full * rows)
         return q, kv, kv
 
     def output_columns(self, whole: AttentionSpec) -> tuple[Piece, slice]:
@@ -174,7 +180,7 @@ class Shard:
 
     def row_parallel(self, x: Tensor, weight: Tensor, bias: Tensor | None, place: int) -> Tensor:
         """`x @ weight.T + bias`, where `x` [T, k] and `weight` [width, k] are the rank's columns: its part of the sum,
-        for `add_rms_norm` with the same `place`.
+        for `sum` or `add_rms_norm` with the same `place`.
         """
         if self.is_whole:
             return linear(x, weight, bias)
@@ -185,15 +191,20 @@ class Shard:
         """As `row_parallel`, of the rank's part x [T, width] of a sum."""
         return x if self.is_whole else self.collectives.part(x, place)
 
+    def sum(self, part: Tensor, place: int) -> Tensor:
+        """Of what `row_parallel` or `part` gave on all ranks."""
+        return part if self.is_whole else self.collectives.sum(part, place)
+
     def add_rms_norm(
-        self, hidden: Tensor, part: Tensor | None, place: int, weight: Tensor, eps: float, offset: float = 0.0
+        self, hidden: Tensor, part: Tensor | None, place: int | None, weight: Tensor, eps: float, offset: float = 0.0
     ) -> Tensor:
-        """`kernels.add_rms_norm` of what `row_parallel` gave on all ranks; None: nothing is added. There is no offset
-        where a model is spread (`check`).
+        """`kernels.add_rms_norm` of the sum of what `row_parallel` gave on all ranks; None: nothing is added.
+
+        Args:
+            place: None: `part` is the sum already.
         """
-        if self.is_whole or part is None:
-            return add_rms_norm(hidden, part, weight, eps, offset)
-        return self.collectives.add_rms_norm(hidden, part, place, weight, eps)
+        delta = part if part is None or place is None else self.sum(part, place)
+        return add_rms_norm(hidden, delta, weight, eps, offset)
 
     def embed(self, token_ids: Tensor, embedding: Tensor) -> Tensor:
         """Rows `token_ids` [T] of the whole embedding, of which `embedding` is the rank's piece."""

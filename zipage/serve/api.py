@@ -61,19 +61,22 @@ class Api:
         self.has_template = template is not None
         self.splits_reasoning = marks_reasoning(template)
 
-    async def read(self, request: Request, kind: type[AnyBody]) -> tuple[AnyBody, int]:
-        """The body, if it asks for a model that is served, and its size in bytes."""
+    async def read(self, request: Request, kind: type[AnyBody]) -> tuple[AnyBody, int, float]:
+        """The body, if it asks for a model that is served, its size in bytes, and when it was there (host clock,
+        `time.perf_counter`).
+        """
         raw = await read_body(request, self.config.max_body_bytes)
-        body = parse(kind, raw)
+        arrival = time.perf_counter()
+        body = await self.engine.read(lambda: parse(kind, raw), len(raw))
         if body.model is not None and body.model not in self.names:
             served = ", ".join(self.names)
             raise ApiError(404, f"model={shown(body.model)} is not served here: {served}", "model", "model_not_found")
-        return body, len(raw)
+        return body, len(raw), arrival
 
     async def answer(self, request: Request, kind: type[SamplingBody], endpoint: ModuleType) -> Response:
         """Generate, streaming or not; `endpoint` knows the format."""
-        body, num_bytes = await self.read(request, kind)
-        generation = await self._submit(body, num_bytes, time.perf_counter(), endpoint)
+        body, num_bytes, arrival = await self.read(request, kind)
+        generation = await self._submit(body, num_bytes, arrival, endpoint)
         generation.watch(request.receive)
         head = {
             "id": generation.request_id,
@@ -92,11 +95,11 @@ class Api:
 
     async def _submit(self, body: SamplingBody, num_bytes: int, arrival: float, endpoint: ModuleType) -> Generation:
         params = body.params()
-        readers = endpoint.readers(body, self.llm, self.config.chat_template)
-        num_samples = len(readers) * params.n
+        num_samples = body.num_prompts * params.n
         if num_samples > self.config.max_n:
             what = f"n={params.n}: at most {self.config.max_n} samples of all prompts together (--max-n)"
             raise ApiError(400, what, "n")
+        readers = endpoint.readers(body, self.llm, self.config.chat_template)
         self.engine.admit(num_samples, self.config.max_queue)
         try:
             if params.bad_words:
@@ -167,7 +170,7 @@ class Api:
         }
 
     async def tokenize(self, request: Request) -> dict[str, Any]:
-        body, num_bytes = await self.read(request, TokenizeRequest)
+        body, num_bytes, _ = await self.read(request, TokenizeRequest)
         template = self.config.chat_template
         try:
             if body.messages is None:
@@ -187,7 +190,7 @@ class Api:
         return {"count": len(ids), "max_model_len": self.llm.max_model_len, "tokens": ids, "token_strs": spelled}
 
     async def detokenize(self, request: Request) -> dict[str, Any]:
-        body, num_bytes = await self.read(request, DetokenizeRequest)
+        body, num_bytes, _ = await self.read(request, DetokenizeRequest)
         tokenizer = self.llm.get_tokenizer()
         if tokenizer is None:
             raise ApiError(400, "tokens: the engine has no tokenizer (--skip-tokenizer-init)", "tokens")

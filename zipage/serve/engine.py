@@ -23,7 +23,7 @@ from zipage.stats import EngineStats, HeldEntries, Snapshot
 logger = logging.getLogger(__name__)
 
 LONG = 2**18
-"""Bytes of a body from which on to tokenize it takes a good part of a second."""
+"""Bytes of a body from which on to read or tokenize it takes a good part of a second."""
 
 Command = Callable[[LLM], None]
 Answer = TypeVar("Answer")
@@ -153,6 +153,12 @@ class Engine:
     def check_alive(self) -> None:
         if self.failure is not None:
             raise ApiError(503, f"the engine has failed: {self.failure}", code="engine_failed")
+
+    async def read(self, read: Callable[[], Answer], num_bytes: int) -> Answer:
+        """Run what reads a body of so many bytes: here, or on the thread of long texts."""
+        if num_bytes <= LONG:
+            return read()
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing_long, read)
 
     async def tokenize(self, read: Callable[[], Answer], num_bytes: int) -> Answer:
         """Run what tokenizes a body of so many bytes on a thread beside: long ones take long, and no short one waits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -78,6 +79,7 @@ class SamplingBody(Body):
 
     ABOUT: ClassVar[str]
     """The field that a refusal is about if it names none."""
+    num_prompts: ClassVar[int] = 1
 
     model: str | None = None
     stream: bool | None = None
@@ -151,6 +153,11 @@ class CompletionRequest(SamplingBody):
 
     prompt: Any
     logprobs: int | None = None
+
+    @property
+    def num_prompts(self) -> int:
+        several = isinstance(self.prompt, list) and self.prompt and isinstance(self.prompt[0], str | list)
+        return len(self.prompt) if several else 1
 
     def prompts(self) -> list[str | list[int]]:
         """One or several texts or lists of token ids."""
@@ -281,7 +288,7 @@ def parse(kind: type[AnyBody], raw: bytes) -> AnyBody:
         ApiError: it is no JSON object, or a field is unknown, missing or of the wrong type; the message names it.
     """
     try:
-        given = from_json(raw, allow_inf_nan=False)
+        given = _json(raw)
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
     if not isinstance(given, dict):
@@ -306,6 +313,19 @@ def parse(kind: type[AnyBody], raw: bytes) -> AnyBody:
         raise _invalid(error, supported) from None
     body.check()
     return body
+
+
+def _json(raw: bytes) -> Any:
+    """Without Python's search for cycles: it would look at each of a million lists several times, while all threads
+    wait.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return from_json(raw, allow_inf_nan=False)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _refuse(name: str, value: Any) -> None:

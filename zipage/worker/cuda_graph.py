@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.cache_view import shared
 from kernels.expert_mlp import groups_on_device
+from kernels.spans import NO_ROW, Spans
 from kernels.store_positions import store_positions
 from zipage.models.decoder import Decoder
 from zipage.worker.block_tables import BlockTables
@@ -102,10 +103,10 @@ class StepGraphs:
         self._stream = stream
         self._scorer = scorer
         grouped = decoder.spec.experts is None or groups_on_device(decoder.dtype, decoder.device)
-        self._take_chunks = grouped and not cache.tiled and cache.recurrent is None
-        prompt_tokens = PROMPT_TOKENS if self._take_chunks else DECODED_TOKENS
-        if cache.recurrent is not None:
-            prompt_tokens = 0
+        self._take_chunks = grouped and not cache.tiled
+        # A token of a recurrent layer needs the state that the one before it leaves.
+        self._decoded_tokens = DECODED_TOKENS if cache.recurrent is None else 0
+        prompt_tokens = PROMPT_TOKENS if self._take_chunks else self._decoded_tokens
         self.most = min(max_num_batched_tokens, len(sampled) + prompt_tokens)
         self._sizes = batch_sizes(self.most)
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
@@ -116,21 +117,19 @@ class StepGraphs:
 
     def takes(self, batch: TokenBatch, chunks: PromptChunks) -> bool:
         """Whether a step may run here."""
-        if self._cache.recurrent is not None and len(chunks):
-            return False  # a token's state is that which the token before it leaves
         few = self._take_chunks and len(chunks) <= PROMPTS and len(batch) <= self.most
-        return few or self._all_decode(batch, chunks)
+        return few or self._all_decode(batch, chunks, self._decoded_tokens)
 
     @staticmethod
-    def _all_decode(batch: TokenBatch, chunks: PromptChunks) -> bool:
-        """Whether all tokens of a step may attend as decodes."""
+    def _all_decode(batch: TokenBatch, chunks: PromptChunks, most: int = DECODED_TOKENS) -> bool:
+        """Whether all tokens of a step may attend as decodes, up to `most` of them of prompts."""
         lens = batch.lens[chunks.bounds[0] :]
-        return len(lens) <= DECODED_TOKENS and lens.sum() <= DECODED_READS
+        return len(lens) <= most and lens.sum() <= DECODED_READS
 
     def run(self, batch: TokenBatch, chunks: PromptChunks) -> Tensor:
         """Hidden states [n, width], overwritten by the next run."""
         size = self._size_for(len(batch))
-        prompts = not self._all_decode(batch, chunks)
+        prompts = not self._all_decode(batch, chunks, self._decoded_tokens)
         if (size, prompts) not in self._graphs:
             self._capture_new(size, prompts)
         inputs = self.inputs(size, batch, chunks if prompts else None)
@@ -176,7 +175,7 @@ class StepGraphs:
                 query_indices=queries,
                 num_decodes=size,
             )
-            return self._decode(token_ids, token_rows, positions, rows, attention)
+            return self._decode(token_ids, token_rows, positions, attention, self._recurrence(rows))
         if self._cache.positions is not None:
             layers, _, heads, _ = self._cache.positions.shape
             store_positions(positions.int(), self._cache.positions, shared(slots, heads, layers))
@@ -195,21 +194,32 @@ class StepGraphs:
             attention.prefill_tables = self._tables.device.index_select(0, chunks[:PROMPTS])
             attention.prefill_lens, attention.cu_seqlens = chunks[PROMPTS:].int().split([PROMPTS, PROMPTS + 1])
             attention.max_seqlen = size
-        return self._decode(token_ids, token_rows, positions, rows, attention)
+        recurrence = self._recurrence(rows[:decodes])
+        if recurrence is not None and len(chunks):
+            fresh = positions[attention.cu_seqlens[:-1].clamp(max=size - 1)] == 0
+            recurrence.chunks = Spans(self._held(chunks[:PROMPTS]), attention.cu_seqlens, fresh)
+        return self._decode(token_ids, token_rows, positions, attention, recurrence)
 
     def _decode(
         self,
         token_ids: Tensor,
         token_rows: Tensor,
         positions: Tensor,
-        rows: Tensor,
         attention: PagedAttention | TiledAttention,
+        recurrence: StepRecurrence | None,
     ) -> Tensor:
         observe = None if self._cache.predictions is None else self._scorer.into(self._cache, attention.slots)
-        recurrent = self._cache.recurrent
-        recurrence = None if recurrent is None else StepRecurrence(recurrent, rows)
         token_ids = known_tokens(token_ids, token_rows, self._sampled)
         return self._decoder(token_ids, positions, attention, observe, recurrence)
+
+    def _recurrence(self, rows: Tensor) -> StepRecurrence | None:
+        """What recurrent layers do with decodes of these rows, where there are any such layers."""
+        recurrent = self._cache.recurrent
+        return None if recurrent is None else StepRecurrence(recurrent, Spans(self._held(rows)))
+
+    def _held(self, rows: Tensor) -> Tensor:
+        """Rows of the recurrent states, of `rows` of the block tables."""
+        return rows.masked_fill(rows == self._tables.empty_row, NO_ROW)
 
     @property
     def kept_bytes(self) -> int:
@@ -222,7 +232,7 @@ class StepGraphs:
         """Run once what the largest graph of each kind holds. The one where all tokens attend as decodes is no larger,
         but it has block tables for all of them.
         """
-        decoded = min(self.most, len(self._sampled) + DECODED_TOKENS)
+        decoded = min(self.most, len(self._sampled) + self._decoded_tokens)
         self._warm_up(self._size_for(decoded), False)
         if self._take_chunks:
             self._warm_up(self.most, True)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.cache_view import CacheView
+from kernels.output_norms import output_norms
 from zipage.counters import normal, uniform
 from zipage.transfer import to_device
 from zipage.worker.paged_event import PagedEvent
@@ -24,7 +26,6 @@ class LineEvent(PagedEvent):
         size: layers, requests and heads whose lines these are, in this order.
         request_seeds, request_rounds: of each request; `seeds` and `rounds` are those of the lines.
         q_cache: [1, lines, w, G, d], the latest queries of each line in order.
-        model_kv_heads: KV heads of a layer.
         first_layer: number of the first of the layers; `layer_offset` is 0, as is the number of its only one.
     """
 
@@ -32,7 +33,6 @@ class LineEvent(PagedEvent):
     request_seeds: Sequence[int] = ()
     request_rounds: Sequence[int] = ()
     first_layer: int = 0
-    model_kv_heads: int = 1
 
     def lines(self, x: Tensor) -> Tensor:
         """[L or 1, R or 1, H or 1, N] -> [1, lines, 1, N]."""
@@ -47,19 +47,17 @@ class LineEvent(PagedEvent):
     def mean_over_layers_and_heads(self, scores: Tensor) -> Tensor:
         raise ValueError("heads of unequal lengths have no slots in common over layers: use allocation='uniform'")
 
-    def output_norms(self) -> Tensor:
+    def output_norms(self, starts: Tensor) -> Tensor:
         if self.outputs is None:
-            return super().output_norms()
-        layers, requests, heads = self.size
-        values = self.values().view(layers, requests, heads, *self.shape[3:], self.head_dim)
-        first, last = self.head_offset, self.head_offset + heads
-        norms = []
-        for layer, of_layer in enumerate(values, start=self.first_layer):
-            # Where these are some of the heads, the others are empty.
-            every = of_layer.new_zeros((requests, self.model_kv_heads, *of_layer.shape[2:]))
-            every[:, first:last] = of_layer
-            norms.append(self.outputs.of(layer, every)[:, first:last])
-        return self.lines(torch.stack(norms))
+            return super().output_norms(starts)
+        layers, _, heads = self.size
+        columns = self.group_size * self.head_dim
+        own = slice(self.head_offset * columns, (self.head_offset + heads) * columns)
+        weights = [weight[:, own] for weight in self.outputs.weights[self.first_layer : self.first_layer + layers]]
+        # Each layer and head sees the one pool of tiles.
+        caches = (cache.expand(layers, -1, heads, -1, -1) for cache in (self.k_cache, self.v_cache))
+        view = CacheView(*caches, self.block_tables.view(*self.size, -1), self.lens.view(self.size))
+        return self.lines(output_norms(view, weights, starts.int().view(self.size), self.outputs.norm))
 
     def uniform(self, stream: int, *, per_layer: bool = True, per_head: bool = True, run: int = 1) -> Tensor:
         layers = range(self.first_layer, self.first_layer + self.size[0]) if per_layer else range(1)

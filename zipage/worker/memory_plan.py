@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 DEFAULT_CPU_BYTES = GIB
+LARGE_SHARE = 0.25
+"""Of what states and blocks take together: recurrent states beyond it are told of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ def query_slot_bytes(spec: ModelSpec, window: int, dtype: torch.dtype) -> int:
 
 def state_bytes(spec: ModelSpec, dtype: torch.dtype, max_num_seqs: int) -> int:
     """Bytes of `RecurrentStates`."""
-    return 0 if spec.recurrent is None else (max_num_seqs + 1) * spec.recurrent.row_bytes(dtype.itemsize)
+    return 0 if spec.recurrent is None else max_num_seqs * spec.recurrent.row_bytes(dtype.itemsize)
 
 
 def check_states_fit(spec: ModelSpec, dtype: torch.dtype, max_num_seqs: int, free_bytes: int) -> None:
@@ -117,6 +119,18 @@ def check_states_fit(spec: ModelSpec, dtype: torch.dtype, max_num_seqs: int, fre
             f"max_num_seqs={max_num_seqs}: recurrent states of {needed / GIB:.2f} GiB exceed what is free, "
             f"{max(free_bytes, 0) / GIB:.2f} GiB: lower max_num_seqs or raise gpu_memory_utilization"
         )
+
+
+def large_states(plan: MemoryPlan, max_num_seqs: int) -> str | None:
+    """One line where recurrent states take much of what blocks could have, and what to do about it."""
+    both = plan.state_bytes + plan.cache_bytes
+    if plan.state_bytes <= LARGE_SHARE * both:
+        return None
+    return (
+        f"max_num_seqs={max_num_seqs}: recurrent states take {plan.state_bytes / GIB:.2f} GiB, "
+        f"{plan.state_bytes / both:.0%} of what they and the KV cache have, whether requests run or not "
+        f"({plan.state_bytes / max_num_seqs / 2**20:.1f} MiB each): lower max_num_seqs to what runs at a time"
+    )
 
 
 def bounded_sizes(spec: ModelSpec, block_size: int, dtype: torch.dtype, policy: Policy) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.cache_view import shared
 from kernels.copy_blocks import copy_blocks
+from kernels.spans import Spans
 from kernels.store_positions import store_positions
 from zipage.eviction.fault import first_line
 from zipage.models.decoder import Decoder
@@ -28,7 +29,7 @@ from zipage.worker.kv_cache import KVCache
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.recurrent_states import RecurrentStates
 from zipage.worker.sampler import Logprobs, Sampler
-from zipage.worker.step_recurrence import StateChunk, StepRecurrence
+from zipage.worker.step_recurrence import StepRecurrence
 from zipage.worker.swap import Swapper, slab_blocks
 from zipage.worker.tile_tables import TileTables
 from zipage.worker.tiled_attention import TiledAttention
@@ -321,7 +322,13 @@ class ModelRunner:
         """What recurrent layers do with a plan, where there are any."""
         if self.recurrent is None:
             return None
-        return StepRecurrence(self.recurrent, self._tensor(plan.rows[: plan.num_decodes]), StateChunk.of(plan))
+        n, chunks = plan.num_decodes, None
+        rows = self._tensor(plan.rows)
+        if len(plan.rows) > n:
+            starts = np.cumsum([n, *plan.counts[n:]])
+            fresh = self._tensor(plan.positions[n:]) == 0
+            chunks = Spans(rows[n:], self._tensor(starts, np.int32), fresh)
+        return StepRecurrence(self.recurrent, Spans(rows[:n]), chunks)
 
     def _observe(self, slots: Tensor) -> Callable[[int, Tensor], None] | None:
         """What scores new entries, where the cache keeps predictions."""

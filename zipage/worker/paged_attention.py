@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import CacheView, shared
 from kernels.decode_pieces import decode_pieces
+from kernels.decode_spans import DecodeSpans
 from kernels.paged_decode import paged_decode
 from kernels.paged_prefill import paged_prefill
 from kernels.pieces import Pieces
@@ -57,7 +58,7 @@ class PagedAttention:
     _slots: Tensor | None = field(init=False, default=None)
     _decodes: tuple[Tensor, Tensor] | None = field(init=False, default=None)
     _prefills: tuple[Tensor, Tensor] | None = field(init=False, default=None)
-    _pieces: Pieces | None = field(init=False, default=None)
+    _pieces: Pieces | DecodeSpans | None = field(init=False, default=None)
     """Slots, (tables, lengths) and the decodes' pieces as kernels take them, made at the first call for all layers."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

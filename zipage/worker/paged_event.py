@@ -13,9 +13,12 @@ from torch import Tensor
 from kernels.attended import attended
 from kernels.attention_score import attention_score
 from kernels.cache_view import CacheView, shared
+from kernels.key_forms import key_forms
 from kernels.lag_spread import lag_spread
+from kernels.output_norms import output_norms
 from kernels.pool_scores import pool_scores
 from kernels.redundancy import redundancy
+from kernels.select import select
 from zipage.eviction.event import Event, Softmax
 from zipage.models.shard import WHOLE, Shard
 from zipage.worker.output_norms import OutputNorms
@@ -165,11 +168,24 @@ class PagedEvent(Event):
     def values(self) -> Tensor:
         return self._gathered(self.v_cache)
 
-    def output_norms(self) -> Tensor:
+    def output_norms(self, starts: Tensor) -> Tensor:
         if self.outputs is None:
             raise ValueError("event.output_norms needs a norm, and the policy asked for none: set output_norm")
-        values = zip(self.layers, self.values(), strict=True)
-        return torch.stack([self.outputs.of(layer, of_layer) for layer, of_layer in values])
+        weights = [self.outputs.weights[layer] for layer in self.layers]
+        return output_norms(self.view, weights, self.shared(starts.int()), self.outputs.norm)
+
+    def key_forms(self, linear: Tensor, sizes: Tensor | None = None, squares: Tensor | None = None) -> Tensor:
+        if not self.k_cache.is_cuda:
+            return super().key_forms(linear, sizes, squares)
+        lines = self.shape[:3]
+        weights = (None if x is None else x.expand(*lines, *x.shape[3:]) for x in (linear, sizes, squares))
+        return key_forms(self.view, *weights)
+
+    def key_norms(self) -> Tensor:
+        return self._norms(self.k_cache)
+
+    def value_norms(self) -> Tensor:
+        return self._norms(self.v_cache)
 
     def value_ranges(self) -> Tensor:
         low, high = self.v_cache[:, self._blocks].aminmax(dim=-1)
@@ -179,6 +195,13 @@ class PagedEvent(Event):
         if not self.k_cache.is_cuda:
             return super().lag_spread(starts, partition)
         return lag_spread(self.view, self.shared(starts.int()), partition)
+
+    def top(self, values: Tensor, count: Tensor) -> Tensor:
+        values, none = values.expand(self.shape).contiguous(), torch.zeros_like(self.forced)
+        chosen = select(values, self.shared(none), self.view.lens, self.shared(count.int()), self.num_slots)
+        # Slot N takes what is none.
+        top = torch.zeros((*self.shape[:3], self.num_slots + 1), dtype=torch.bool, device=self.device)
+        return top.scatter_(-1, torch.where(chosen < 0, self.num_slots, chosen).long(), True)[..., :-1]
 
     @property
     def _logits_differ(self) -> bool:
@@ -213,6 +236,11 @@ class PagedEvent(Event):
         """int64 [R, max_blocks], the block tables with block 0 wherever a request has none."""
         first_slots = self.slots[:: self.k_cache.shape[3]]
         return torch.where(first_slots < self.lens[:, None], self.block_tables, 0).long()
+
+    def _norms(self, cache: Tensor) -> Tensor:
+        """[L, num_blocks, H, b, d] -> float32 [L, R, H, N]."""
+        norms = torch.linalg.vector_norm(cache[:, self._blocks], dim=-1, dtype=torch.float32)
+        return norms.transpose(2, 3).flatten(3)
 
     def _gathered(self, cache: Tensor) -> Tensor:
         """[L, num_blocks, H, b, c] -> float32 [L, R, H, N, c], zero past a request's n entries."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.attention_form import AttentionForm
+from kernels.spans import Spans
 from zipage.eviction.rule import EvictionRule
 from zipage.models.shard import WHOLE, Shard
 from zipage.models.spec import ModelSpec
@@ -25,7 +25,7 @@ from zipage.worker.kv_cache import KVCache
 from zipage.worker.model_runner import ModelRunner
 from zipage.worker.output_norms import OutputNorms
 from zipage.worker.paged_attention import PagedAttention
-from zipage.worker.step_recurrence import StateChunk, StepRecurrence
+from zipage.worker.step_recurrence import StepRecurrence
 from zipage.worker.tile_tables import TileTables
 from zipage.worker.tiled_attention import TiledAttention
 
@@ -126,8 +126,8 @@ def _peak_of(device: torch.device, run: Callable[[], None]) -> int:
 
 
 def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> None:
-    """Prompts of `num_tokens` tokens in all, as many rows sampled as the batch may have, with every option on; and
-    recurrent layers' decodes of so many rows.
+    """Prompts of `num_tokens` tokens in all, as many rows sampled as the batch may have, with every option on; in
+    recurrent layers, prompts of so many rows.
     """
     length = min(num_tokens, runner.max_model_len)
     chunks = [length] * (num_tokens // length) + [num_tokens % length] * bool(num_tokens % length)
@@ -167,10 +167,10 @@ def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> No
     rows = min(runner.max_num_seqs, num_tokens)
     recurrence = None
     if runner.recurrent is not None:
-        ends = np.cumsum([0, *chunks]).tolist()
-        states = [StateChunk(0, begin, end, True) for begin, end in pairwise(ends)]
-        # The first tokens as decodes, too: these copy the states of all rows, outside graphs in a step with prompts.
-        recurrence = StepRecurrence(runner.recurrent, tensor(np.arange(rows), dtype=np.int64), states)
+        # As many prompts as may be: each has a chunk of its own to compute, however short.
+        states = tensor(np.arange(rows), dtype=np.int64)
+        starts = tensor(np.arange(rows + 1) * num_tokens // rows, dtype=np.int32)
+        recurrence = StepRecurrence(runner.recurrent, Spans(states[:0]), Spans(states, starts, states >= 0))
     hidden = runner.decoder(tokens, tensor(entries, dtype=np.int64), attention, recurrence=recurrence)
     penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.1, "logit_bias": {0: 1.0}}
     every_option = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, logprobs=MOST_LOGPROBS, **penalties)

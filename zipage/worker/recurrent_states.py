@@ -14,16 +14,16 @@ class RecurrentStates:
     """One row of the batch, one row here: a request's state lies where its row is, from its first token on.
 
     Args:
-        num_rows: most requests at a time. Row `num_rows` belongs to none, as in `BlockTables`.
+        num_rows: most requests at a time.
 
     Attributes:
-        conv: [L, num_rows + 1, K - 1, channels] of `dtype`, the latest inputs of each convolution.
-        state: float32 [L, num_rows + 1, Hv, dk, dv].
+        conv: [L, num_rows, K - 1, channels] of `dtype`, the latest inputs of each convolution.
+        state: float32 [L, num_rows, Hv, dk, dv].
     """
 
     def __init__(self, spec: DeltaNetSpec, num_rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.spec = spec
-        shape = len(spec.layers), num_rows + 1
+        shape = len(spec.layers), num_rows
         self.conv = torch.zeros((*shape, *spec.conv_shape), dtype=dtype, device=device)
         self.state = torch.zeros((*shape, *spec.state_shape), dtype=torch.float32, device=device)
 

@@ -198,7 +198,6 @@ class TileCompressor:
             state_caches=cache.scores[: policy.num_states],
             prediction_cache=cache.predictions if policy.predicts else None,
             outputs=self._outputs if policy.output_norm else None,
-            model_kv_heads=spec.num_kv_heads,
             head_offset=heads.start,
             size=size,
             request_seeds=batch.seeds,

@@ -138,7 +138,7 @@ class Worker:
                 f"of whole groups, so at most as many ranks as the model has KV heads, {self._model_heads}"
             )
         weights = [layer.output_weight for layer in decoder.attending]
-        return OutputNorms(weights, self.spec.num_kv_heads, self.spec.head_dim, self.policy.output_norm)
+        return OutputNorms(weights, self.policy.output_norm)
 
     def _measure(self, max_model_len: int) -> DeviceMemory:
         weights = sum(p.numel() * p.itemsize for p in self.runner.decoder.parameters())

@@ -76,7 +76,7 @@ def test_answers_are_the_solutions(problems, answers):
 def test_engine_equals_transformers(prompts, answers):
     model = AutoModelForCausalLM.from_pretrained(REASONER, dtype=torch.float32).eval()
     for prompt, answer in zip(prompts[:2], answers[:2], strict=True):
-        assert transformers_greedy(model, prompt, len(answer.token_ids))[0] == answer.token_ids
+        assert transformers_greedy(model, prompt, len(answer.token_ids), answer.token_ids)[0] == answer.token_ids
 
 
 def test_main_job_from_another_folder(tmp_path, monkeypatch, capsys):

@@ -80,7 +80,10 @@ def test_any_run_of_rows_or_columns(made):
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "phi3", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_parameters_are_those_of_the_dense_folder(family, dtype, scale_dtype, tmp_path):
     """Whole and, where models are spread, on each of two ranks; rounded once."""
@@ -170,6 +173,48 @@ def test_tensors_that_do_not_fit_are_named(folder, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_model(str(folder), device="cpu")
     assert str(folder) in str(caught.value)
+
+
+def with_one(value, dtype=torch.float32):
+    """Scales of which one has another value."""
+    scales = torch.full((5, 3), 0.01, dtype=dtype)
+    scales[3, 1] = value
+    return scales
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), r"holds nan \(1 of 15 scales\): must be finite and not negative: download the model again"),
+        (float("inf"), r"holds inf \(1 of 15 scales\): must be finite"),
+        (-0.5, r"holds -0\.5 \(1 of 15 scales\): must be finite and not negative"),
+        (0.0, r"holds 0 \(1 of 15 scales\): must be positive where codes are not zero"),
+    ],
+)
+def test_a_scale_that_is_none_is_named(folder, value, message, dtype):
+    edit(folder, _scale_inv=with_one(value, dtype))
+    with pytest.raises(ValueError, match=rf"layers\.0\.self_attn\.q_proj\.weight_scale_inv {message}") as caught:
+        load_model(str(folder), device="cpu")
+    assert str(folder) in str(caught.value)
+
+
+def test_a_block_of_zeros_may_have_the_scale_zero(folder):
+    codes = torch.ones(96, 64)
+    codes[60:80, 24:48] = 0
+    edit(folder, **{"": codes.to(torch.float8_e4m3fn), "_scale_inv": with_one(0.0)})
+    load_model(str(folder), device="cpu")
+
+
+def test_codes_and_products_that_are_no_numbers(folder):
+    codes = torch.full((96, 64), 448.0)
+    edit(folder, **{"": codes.to(torch.float8_e4m3fn), "_scale_inv": with_one(1e38)})
+    with pytest.raises(ValueError, match=r"q_proj\.weight holds inf: 480 of its 6144 values are not finite"):
+        load_model(str(folder), device="cpu")
+    codes[5, 6] = float("nan")
+    edit(folder, **{"": codes.to(torch.float8_e4m3fn), "_scale_inv": with_one(0.01)})
+    with pytest.raises(ValueError, match=r"q_proj\.weight holds nan: 1 of its 6144 values are not finite"):
+        load_model(str(folder), device="cpu")
 
 
 @pytest.mark.parametrize(

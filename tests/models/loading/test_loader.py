@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import re
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.models.dense import dense_attention, dense_recurrence_of
 from tests.models.tiny import COMMON, HYBRID, LENGTH, make_model, reference_logits, token_ids
 from zipage.models.loading.loader import load_model, resolve_device
+from zipage.models.shard import Shard
 
 INDEX = "model.safetensors.index.json"
 
@@ -55,6 +58,25 @@ def test_missing_left_over_and_misshapen_tensors_are_named_together(folder):
     assert "missing: model.layers.1.self_attn.k_proj.weight" in message
     assert "left over: model.layers.2.self_attn.q_proj.bias" in message
     assert "wrong shape: model.norm.weight is [63], not [64]" in message
+
+
+@pytest.mark.parametrize("shard", [Shard(), Shard(1, 2)])
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (math.nan, "float32", r"holds nan: 1 of its \d+ values are not finite; download the model again"),
+        (-math.inf, "bfloat16", r"holds -inf: 1 of its \d+ values are not finite; download the model again"),
+        (7e4, "float16", r"holds 7e\+04, which float16 cannot: pass dtype='bfloat16'"),
+        (3.4e38, "bfloat16", r"holds 3\.4e\+38, which bfloat16 cannot: pass dtype='float32'"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named(folder, value, dtype, message, shard):
+    """By the rank that holds it, where there are several."""
+    name = "model.layers.1.self_attn.k_proj.weight"
+    edit_weights(folder, lambda tensors: tensors[name][-1].fill_(1)[-1].fill_(value))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(folder))}: {re.escape(name)} {message}"):
+        load_model(str(folder), device="cpu", dtype=dtype, shard=shard)
+    load_model(str(folder), device="cpu", dtype=dtype, shard=Shard(0, 2))
 
 
 def test_a_long_list_of_tensors_is_cut(folder):

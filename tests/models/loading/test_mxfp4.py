@@ -11,7 +11,7 @@ from tests.models.dense import dense_attention_of
 from tests.models.tiny import GPT_OSS, LENGTH, make_model, reference_logits, token_ids
 from zipage.models.loading.loader import load_model
 from zipage.models.loading.mxfp4 import Mxfp4Folder, dequantized
-from zipage.models.shard import Piece
+from zipage.models.shard import Piece, Shard
 
 CONFIG = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
 
@@ -67,11 +67,33 @@ def test_a_folder_computes_what_transformers_computes(packed, caplog):
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_some_experts_are_read_alone(packed):
+def test_any_run_is_read_alone(packed):
+    """Also one that begins and ends within a block."""
     weights = Mxfp4Folder(packed[0], torch.device("cpu"))
-    name = "model.layers.0.mlp.experts.down_proj"
     assert weights.dtype == torch.float32
-    assert torch.equal(weights.read(name, Piece(0, 2, 3, 6)), weights.read(name)[2:5])
+    for name in ("gate_up_proj", "down_proj"):
+        whole = weights.read(f"model.layers.0.mlp.experts.{name}")
+        for axis, full in enumerate(whole.shape):
+            for first, count in ((0, full), (1, 3), (full // 2, full - full // 2), (full // 4, full // 3)):
+                piece = Piece(axis, first, count, full)
+                assert torch.equal(weights.read(f"model.layers.0.mlp.experts.{name}", piece), piece.of(whole))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_hold_what_one_device_holds(packed, size):
+    """Halves of a block of 32 among them; what is added to a sum once, rank 0 has alone."""
+    whole = load_model(str(packed[0]), device="cpu").decoder.weight_views()
+    shards = [load_model(str(packed[0]), device="cpu", shard=Shard(rank, size)).decoder for rank in range(size)]
+    for name in (name for name in whole if ".experts." in name or name.endswith("sinks")):
+        views = [shard.weight_views()[name] for shard in shards]
+        (piece,) = shards[0].weight_pieces()[name]
+        if name.endswith("down_proj_bias"):
+            assert torch.equal(views[0], whole[name])
+            assert not any(view.any() for view in views[1:])
+        elif name.endswith("sinks"):  # of two KV heads: four ranks hold each twice
+            assert torch.equal(torch.cat(views[:: size // 2]), whole[name])
+        else:
+            assert torch.equal(torch.cat(views, dim=piece.axis), whole[name])
 
 
 @pytest.mark.parametrize(
@@ -94,6 +116,16 @@ def test_broken_blocks_are_named(packed, changes, message):
     for name, tensor in changes.items():
         tensors[f"model.layers.1.mlp.experts.{name}"] = tensor
     save_file({name: x for name, x in tensors.items() if x is not None}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_model(str(folder), device="cpu")
+
+
+def test_a_scale_that_is_no_number_is_named(packed):
+    folder, _ = packed
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.down_proj_scales"][3, 7, 0] = 255
+    save_file(tensors, folder / "model.safetensors")
+    message = r"layers\.1\.mlp\.experts\.down_proj_scales holds 255 \(1 of 384 scales\): must be below 255, which is no"
     with pytest.raises(ValueError, match=message):
         load_model(str(folder), device="cpu")
 

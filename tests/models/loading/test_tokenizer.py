@@ -57,6 +57,7 @@ def gguf_with(tmp_path):
         ("gpt-2", ["a", "Ċ", "Ċ", "12", "Ġ", "Ġ", "3"]),
         ("qwen2", ["a", "ĊĊ", "1", "2", "Ġ", "Ġ", "3"]),
         ("llama-bpe", ["a", "ĊĊ", "12", "Ġ", "Ġ", "3"]),
+        ("gpt-4o", ["a", "ĊĊ", "12", "Ġ", "Ġ", "3"]),
     ],
 )
 def test_gguf_cuts_text_as_its_vocabulary_was_trained(gguf_with, pre, pieces):
@@ -64,7 +65,15 @@ def test_gguf_cuts_text_as_its_vocabulary_was_trained(gguf_with, pre, pieces):
     assert tokenizer.tokenize("a\n\n12  3") == pieces
 
 
-@pytest.mark.parametrize("pre", ["smollm", "qwen2", "llama-bpe", "gpt-2"])
+def test_words_of_gpt_oss(gguf_with):
+    """Capitals begin a word, an ending stays with its word, a slash with what is before it (tiktoken's o200k_base)."""
+    cut = gguf_with("gpt-4o", add_bos_token=False).backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    text = "HelloWorld it's DON'T 12345 a/b://\n  x"
+    pieces = ["Hello", "World", "Ġit's", "ĠDON'T", "Ġ", "123", "45", "Ġa", "/b", "://Ċ", "Ġ", "Ġx"]
+    assert [piece for piece, _ in cut(text)] == pieces
+
+
+@pytest.mark.parametrize("pre", ["smollm", "qwen2", "llama-bpe", "gpt-2", "gpt-4o"])
 def test_gguf_text_comes_back(gguf_with, pre):
     tokenizer = gguf_with(pre, add_bos_token=False)
     assert [tokenizer.decode(tokenizer.encode(text)) for text in TEXTS] == TEXTS
@@ -75,6 +84,7 @@ def test_gguf_special_tokens_and_template(gguf_with):
     tokenizer = gguf_with("smollm")
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<pad>")
     assert (tokenizer.eos_token_id, len(tokenizer), tokenizer.unk_token) == (2, len(TOKENS), None)
+    assert tokenizer.model_max_length == 128
     text = tokenizer.apply_chat_template([{"role": "user", "content": "lo"}], tokenize=False)
     assert text == "<|im_start|>user\nlo<|im_end|>\n"
     ids = tokenizer.encode(text)

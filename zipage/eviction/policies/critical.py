@@ -22,7 +22,7 @@ class Critical(Policy):
 
     The `floor(phi * free)` best by s alone stay before that, free being what is left beside the entries that must stay;
     the published code counts the whole budget, sinks and window included. s must be >= 0 (`Policy.nonnegative`), since
-    a product turns the order of negative scores round.
+    a product turns the order of negative scores round. An entry carries |V W_o| along, 4 bytes.
 
     Options that are none of these are the base's: `base=h2o decay=0.5`. Under `expected_attention` set `vnorm=false`,
     or the value counts twice; its `eps` is out of reach.
@@ -31,7 +31,7 @@ class Critical(Policy):
         base: policy that scores.
         phi: share of the free entries that the base alone chooses.
         eps: added to the base's scores.
-        norm: "l1", as published, or "l2", which takes hidden / d times fewer operations.
+        norm: "l1", as published, or "l2".
         scorer: no option: the base with its options.
     """
 
@@ -96,11 +96,12 @@ class Critical(Policy):
 
     @property
     def state(self) -> bool:
-        return self.scorer.state
+        return True
 
     @property
     def num_states(self) -> int:
-        return self.scorer.num_states
+        """The base's, and the length of the projected value, which never changes."""
+        return self.scorer.num_states + 1
 
     @property
     def all_layers(self) -> bool:
@@ -130,8 +131,16 @@ class Critical(Policy):
         ranked = event.valid & ~event.forced[:, None]
         first = event.top(scores.masked_fill(~ranked, float("-inf")), (self.phi * free.double()).floor())
         # What the base holds as HUGE may have overflowed.
-        weighted = ((scores + self.eps) * event.output_norms()).clamp_max(HUGE)
+        weighted = ((scores + self.eps) * self._lengths(event)).clamp_max(HUGE)
         return torch.where(first, HUGE, weighted)
+
+    def _lengths(self, event: Event) -> Tensor:
+        """|V W_o|: carried along, and made of the entries that have come since."""
+        starts = torch.maximum(event.carried, event.protected)
+        carried = event.slots < starts[:, None, None]
+        lengths = torch.where(carried, event.stored_states[-1].clamp_min(0.0), event.output_norms(starts))
+        event.store(*event.new_states[: self.scorer.num_states], lengths)
+        return lengths
 
 
 def _made(base: str, options: Mapping[str, Any]) -> Policy:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -75,15 +75,21 @@ class ExpectedAttention(Policy):
         return True
 
     def rank(self, event: Event) -> Tensor:
-        # mu'.K = mu.K" and K^T C' K = K"^T C K" where K" is the key, turned back.
-        keys = turned(event.keys(), self._turn(event).conj()[:, None, None])
-        mean, spread = self._of_file(event, keys) if self.stats == "file" else self._of_window(event, keys)
-        logits = (keys @ mean.mT) / math.sqrt(event.head_dim) + spread / (2 * event.head_dim)
+        turn = self._turn(event)[:, None, None]
+        mean, spread = self._of_file(event) if self.stats == "file" else self._of_window(event)
+        linear = turned(mean, turn) / math.sqrt(event.head_dim)
+        if self.cov == "pairs":
+            logits = event.key_forms(linear, squares=_turned_pairs(spread, turn) / (2 * event.head_dim))
+        else:
+            logits = event.key_forms(linear)
+        if self.cov == "full":
+            # K^T C' K = K"^T C K" where K" is the key, turned back.
+            logits = logits + spread(turned(event.keys(), turn.conj())) / (2 * event.head_dim)
         ranked = event.valid & (event.slots >= self.sink)
-        shares = logits.masked_fill(~ranked[..., None], float("-inf")).softmax(dim=3).mean(dim=-1)
+        shares = logits.masked_fill(~ranked[:, :, None], float("-inf")).softmax(dim=-1).mean(dim=3)
         scores = shares + self.eps
         if self.vnorm:
-            scores = scores * event.values().norm(dim=-1)
+            scores = scores * event.value_norms()
         return torch.where(event.slots < self.sink, HUGE, scores)
 
     def _turn(self, event: Event) -> Tensor:
@@ -92,30 +98,28 @@ class ExpectedAttention(Policy):
         turn = torch.exp(1j * ahead[:, None] * event.inv_freq).mean(dim=0)
         return event.rope_factor * turn * torch.exp(1j * event.logical_lens.double()[:, None] * event.inv_freq)
 
-    def _of_file(self, event: Event, keys: Tensor) -> tuple[Tensor, Tensor | float]:
-        """mu [L, 1, H, G, d] and K"^T C K" [L, R, H, N, G]."""
+    def _of_file(self, event: Event) -> tuple[Tensor, Any]:
+        """mu [L, 1, H, G, d] and C: in "pairs" [L, 1, H, G, 3, d / 2], "full" K" [L, R, H, N, d] -> [L, R, H, G, N]."""
         known = {name: array.unflatten(1, (event.num_heads, -1))[:, None] for name, array in event.calibration.items()}
-        if self.cov == "none":
-            return known["mean"], 0.0
         if self.cov == "pairs":
-            return known["mean"], _pair_form(keys, known["pairs"])
-        heads = known["covariance"].unbind(dim=3)
-        return known["mean"], torch.stack([((keys @ head) * keys).sum(dim=-1) for head in heads], dim=-1)
+            return known["mean"], known["pairs"].mT
+        return known["mean"], lambda keys: torch.stack(
+            [((keys @ head) * keys).sum(dim=-1) for head in known["covariance"].unbind(dim=3)], dim=3
+        )
 
-    def _of_window(self, event: Event, keys: Tensor) -> tuple[Tensor, Tensor | float]:
-        """mu [L, R, H, G, d] and K"^T C K" [L, R, H, N, G]."""
+    def _of_window(self, event: Event) -> tuple[Tensor, Any]:
+        """The same, [L, R, ...], of the window's queries."""
         places = event.logical_lens[:, None] - self.window + torch.arange(self.window, device=event.device)
         back = torch.exp(-1j * places.double()[..., None] * event.inv_freq) / event.rope_factor
         queries = turned(event.queries(), back[:, :, None]).unflatten(3, (event.num_heads, -1)).movedim(2, 4)
         mean = queries.mean(dim=4)
-        if self.cov == "none":
-            return mean, 0.0
         apart = queries - mean[..., None, :]
         if self.cov == "pairs":
             real, imaginary = apart.chunk(2, dim=-1)
-            products = torch.stack((real * real, real * imaginary, imaginary * imaginary), dim=-1)
-            return mean, _pair_form(keys, products.mean(dim=4))
-        return mean, torch.stack([(keys @ head.mT).square().mean(dim=-1) for head in apart.unbind(dim=3)], dim=-1)
+            return mean, torch.stack((real * real, real * imaginary, imaginary * imaginary), dim=-2).mean(dim=4)
+        return mean, lambda keys: torch.stack(
+            [(keys @ head.mT).square().mean(dim=-1) for head in apart.unbind(dim=3)], dim=3
+        )
 
 
 def turned(x: Tensor, turn: Tensor) -> Tensor:
@@ -125,8 +129,16 @@ def turned(x: Tensor, turn: Tensor) -> Tensor:
     return torch.cat((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
 
 
-def _pair_form(keys: Tensor, pairs: Tensor) -> Tensor:
-    """[L, R, H, N, d] under blocks (xx, xy, yy) [L, R or 1, H, G, d / 2, 3] -> [L, R, H, N, G]."""
-    real, imaginary = keys.chunk(2, dim=-1)
-    products = real * real, 2 * real * imaginary, imaginary * imaginary
-    return sum(product @ block.mT for product, block in zip(products, pairs.unbind(dim=-1), strict=True))
+def _turned_pairs(pairs: Tensor, turn: Tensor) -> Tensor:
+    """Covariances (xx, xy, yy) [L, R or 1, H, G, 3, d / 2] of rotary pairs, once these are turned."""
+    xx, xy, yy = pairs.unbind(dim=-2)
+    cos, sin = turn.real.float(), turn.imag.float()
+    mixed = cos * sin
+    return torch.stack(
+        (
+            cos * cos * xx - 2 * mixed * xy + sin * sin * yy,
+            mixed * (xx - yy) + (cos * cos - sin * sin) * xy,
+            sin * sin * xx + 2 * mixed * xy + cos * cos * yy,
+        ),
+        dim=-2,
+    )

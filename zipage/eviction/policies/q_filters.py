@@ -33,5 +33,4 @@ class QFilters(Policy):
         return ("filters",)
 
     def rank(self, event: Event) -> Tensor:
-        filters = event.calibration["filters"][:, None, :, :, None]
-        return (event.keys() @ filters).squeeze(-1)
+        return event.key_forms(event.calibration["filters"][:, None, :, None]).squeeze(3)

@@ -63,12 +63,10 @@ class TriAttention(Policy):
         query = mean * _turn(event)[:, None]
         queries = torch.cat((query.real, query.imag), dim=-1).float().unflatten(2, (event.num_heads, -1))
         spread = (known["mean_size"] - mean.abs()).float().unflatten(2, (event.num_heads, -1))
-        keys = event.keys()
-        sizes = keys.unflatten(-1, (2, -1)).norm(dim=-2)
-        scores = keys @ queries.mT + sizes @ spread.mT
+        scores = event.key_forms(queries, sizes=spread)
         if self.z:
             scores = _z_scores(event, scores)
-        scores = scores.amax(dim=-1)
+        scores = scores.amax(dim=3)
         return scores.mean(dim=0, keepdim=True) if self.sets == "shared" else scores
 
 
@@ -80,10 +78,10 @@ def _turn(event: Event) -> Tensor:
 
 
 def _z_scores(event: Event, scores: Tensor) -> Tensor:
-    """[L, R, H, N, G], over each request's entries that are not protected."""
-    counted = (event.valid & (event.slots >= event.protected[:, None, None]))[..., None]
+    """[L, R, H, G, N], over each request's entries that are not protected."""
+    counted = (event.valid & (event.slots >= event.protected[:, None, None]))[:, :, None]
     number = (event.lens - event.protected).clamp_min(1)[:, None, None, None]
-    mean = torch.where(counted, scores, 0.0).sum(dim=3, keepdim=True) / number
+    mean = torch.where(counted, scores, 0.0).sum(dim=-1, keepdim=True) / number
     centred = scores - mean
-    variance = torch.where(counted, centred, 0.0).square().sum(dim=3, keepdim=True) / number
+    variance = torch.where(counted, centred, 0.0).square().sum(dim=-1, keepdim=True) / number
     return centred / variance.sqrt().clamp_min(LEAST_STD)

@@ -13,6 +13,8 @@ from zipage.models.fields import FULL, SLIDING
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+LAYERS_OF_27B = 62
+
 
 def _flags(config: PretrainedConfig) -> dict[str, Any]:
     if config.hidden_activation != "gelu_pytorch_tanh":
@@ -54,6 +56,22 @@ def _rope(config: PretrainedConfig) -> tuple[Mapping[str, Any], Mapping[str, Any
     return config.rope_parameters[FULL], config.rope_parameters[SLIDING]
 
 
+def _gguf_config(fields: dict[str, Any]) -> dict[str, Any]:
+    """As llama.cpp takes what files do not say: each sixth layer is full, the others have the rotary base 10,000, and
+    the largest model, which has 62 layers, has a scale of its own.
+    """
+    local = {"rope_type": "default", "rope_theta": fields.get("rope_local_base_freq", 10000.0)}
+    whole = fields["num_hidden_layers"] == LAYERS_OF_27B
+    more = {
+        "query_pre_attn_scalar": fields["hidden_size"] // fields["num_attention_heads"]
+        if whole
+        else fields["head_dim"],
+        "rope_parameters": {FULL: fields["rope_parameters"], SLIDING: local},
+        "sliding_window_pattern": fields.get("sliding_window_pattern", 6) if fields["sliding_window"] else 1,
+    }
+    return {name: value for name, value in fields.items() if name != "rope_local_base_freq"} | more
+
+
 GEMMA3_TEXT = Family(
     name="gemma3_text",
     checkpoint_class="Gemma3ForCausalLM",
@@ -64,5 +82,16 @@ GEMMA3_TEXT = Family(
     rope=_rope,
     stretches_positions=False,
     attention=_attention,
-    gguf=False,
+    gguf_architecture="gemma3",
+    gguf_keys={
+        "attention.sliding_window_pattern": "sliding_window_pattern",
+        "final_logit_softcapping": "final_logit_softcapping",
+        "rope.freq_base_swa": "rope_local_base_freq",
+    },
+    gguf_names={
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+    gguf_config=_gguf_config,
 )

@@ -32,6 +32,11 @@ def _attention(config: PretrainedConfig, full: AttentionSpec) -> tuple[Attention
     return by_layer_type(config, replace(full, sinks=True))
 
 
+def _gguf_config(fields: dict[str, Any]) -> dict[str, Any]:
+    """YaRN's bounds are not rounded to whole dimensions, which files do not say."""
+    return fields | {"rope_parameters": fields["rope_parameters"] | {"truncate": False}}
+
+
 GPT_OSS = Family(
     name="gpt_oss",
     checkpoint_class="GptOssForCausalLM",
@@ -41,5 +46,16 @@ GPT_OSS = Family(
     quantization=("mxfp4",),
     sparse=True,
     attention=_attention,
-    gguf=False,
+    gguf_architecture="gpt-oss",
+    gguf_keys={
+        "expert_count": "num_local_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "intermediate_size",
+    },
+    gguf_names={
+        "attn_sinks": "self_attn.sinks",
+        "ffn_gate_inp": "mlp.router",
+        "post_attention_norm": "post_attention_layernorm",
+    },
+    gguf_config=_gguf_config,
 )

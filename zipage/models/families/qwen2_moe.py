@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from zipage.models.family import Family, expert_spec, refuse_biases
+from zipage.models.family import QWEN_EXPERT_KEYS, Family, expert_spec, refuse_biases
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,5 +22,6 @@ QWEN2_MOE = Family(
     config_class="Qwen2MoeConfig",
     flags=_flags,
     sparse=True,
+    gguf_keys=QWEN_EXPERT_KEYS,
     gguf_fields={"norm_topk_prob": False},
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from zipage.models.families.qwen3 import flags
-from zipage.models.family import Family, expert_spec
+from zipage.models.family import QWEN_EXPERT_KEYS, Family, expert_spec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,5 +22,6 @@ QWEN3_MOE = Family(
     flags=_flags,
     window=lambda config: config.sliding_window,
     sparse=True,
+    gguf_keys=QWEN_EXPERT_KEYS,
     gguf_fields={"norm_topk_prob": True},
 )

@@ -15,7 +15,7 @@ from zipage.models.shard import Piece
 
 class Fp8Folder(QuantizedFolder):
     """A folder whose eight-bit tensors NAME.weight are read as float32, each value times its block's
-    NAME.weight_scale_inv.
+    NAME.weight_scale_inv. A scale is what the largest code of its block was divided by: positive, or 0 where all are 0.
 
     Args:
         folder, device: as `SafetensorsFolder`'s.
@@ -44,7 +44,11 @@ class Fp8Folder(QuantizedFolder):
         first = [0, 0]
         if piece is not None:
             first[piece.axis] = min(piece.first, piece.full)
-        return dequantized(codes, self._files.read(name + self.scales), self._block, tuple(first))
+        scales = self._files.read(name + self.scales)
+        self.check_values(name, scales, scales.isfinite() & (scales >= 0), "finite and not negative")
+        if not scales.all() and dequantized(codes, (scales == 0).float(), self._block, tuple(first)).any():
+            self.check_values(name, scales, scales > 0, "positive where codes are not zero")
+        return dequantized(codes, scales, self._block, tuple(first))
 
 
 def dequantized(codes: Tensor, scales: Tensor, block: tuple[int, int], first: tuple[int, int] = (0, 0)) -> Tensor:

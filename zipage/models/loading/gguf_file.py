@@ -26,6 +26,8 @@ VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _F32, _F16, _BF16 = 0, 1, 30
+MXFP4 = 39
+"""Among ggml's types: 17 bytes a block of 32, the first of which is the exponent; 255 is none."""
 _BROKEN = (struct.error, LookupError, ArithmeticError, MemoryError, RecursionError, TypeError, UnicodeDecodeError)
 _KINDS: dict[type, tuple[Callable[[Any], bool], str]] = {
     int: (is_integer, "an integer"),
@@ -135,6 +137,10 @@ class GgufFile:
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
+        if tensor.ggml_type == MXFP4 and (values.reshape(-1, 17)[:, 0] == 255).any():
+            raise ValueError(
+                f"{self.path}: tensor {name} has a scale of 255, which is no exponent: download the file again"
+            )
         # gguf works on 16 rows at a time: longer rows, of whole blocks all the same, take a third of the time.
         joined = math.gcd(values.shape[0], 32) if values.ndim == 2 else 1
         values = values.reshape(-1, joined * values.shape[-1])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zipage.models.family import no_window
-from zipage.models.fields import MOST_EXPERTS
+from zipage.models.fields import MOST_EXPERTS, SLIDING
+from zipage.models.loading.gguf_experts import joined_experts
 from zipage.models.loading.gguf_file import GgufFile
 from zipage.models.loading.hf_config import hf_config, spec_from_config
 from zipage.models.registry import find_family, find_gguf_family
@@ -22,7 +23,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 
 # Ends of a turn in the chat templates of these families; a file's own end-of-sequence id may be another token.
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|return|>", "<|call|>")
 
 _TOP = {
     "token_embd": "model.embed_tokens",
@@ -55,13 +56,8 @@ _FUSED = {"ffn_up": "mlp.gate_up_proj"}
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 """Tensors of all experts of a layer, one after another."""
 
-_EXPERT_KEYS = {
-    "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-}
-"""Keys under the architecture's name -> fields of a `config.json`."""
+_FLOAT_KEYS = ("final_logit_softcapping", "rope.freq_base_swa")
+"""Of `Family.gguf_keys`; values of the others are integers."""
 
 # Keys under the architecture's name that are read below, or that change no result.
 _KNOWN_KEYS = frozenset(
@@ -149,11 +145,14 @@ class GgufWeights:
         self._spec = spec
         of_rotary = (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS)
         self._sources: dict[str, tuple[str, int | None]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._joined = joined_experts(file) if spec.experts and spec.experts.swiglu else {}
+        self.shapes: dict[str, tuple[int, ...]] = {name: joined.shape for name, joined in self._joined.items()}
+        passed_over = {*of_rotary, *(part for joined in self._joined.values() for part in joined.parts)}
+        names = _LAYER | (_FUSED if spec.fused_weights else {}) | find_family(spec.architecture).gguf_names
         for name, tensor in file.tensors.items():
-            if name in of_rotary:
+            if name in passed_over:
                 continue
-            for hf_name, expert in _hf_names(name, tensor.shape, spec.fused_weights):
+            for hf_name, expert in _hf_names(name, tensor.shape, names):
                 self._sources[hf_name] = name, expert
                 self.shapes[hf_name] = tensor.shape if expert is None else tensor.shape[1:]
             if name.endswith("ffn_gate_inp_shexp.weight") and len(tensor.shape) == 1:
@@ -164,6 +163,8 @@ class GgufWeights:
 
         Of rows no more is read than they are. Rows are cut from whole heads.
         """
+        if name in self._joined:
+            return self._joined[name].read(piece)
         source, expert = self._sources[name]
         if expert is not None:
             whole = self._file.read(source, range(expert, expert + 1))[0]
@@ -175,6 +176,8 @@ class GgufWeights:
         is_head = ".q_proj." in name or ".k_proj." in name
         if is_head and find_family(self._spec.architecture).gguf_rotary_pairs:
             tensor = _halves(tensor, tensor.shape[0] // self._spec.head_dim)
+        if self._spec.norm_offset and name.endswith("norm.weight"):  # which the converter has added
+            tensor = tensor.float() - self._spec.norm_offset
         return piece.of(tensor) if piece is not None and piece.axis == 1 else tensor
 
 
@@ -184,15 +187,15 @@ def _halves(tensor: Tensor, num_heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
-def _hf_names(name: str, shape: tuple[int, ...], fused: bool) -> list[tuple[str, int | None]]:
+def _hf_names(name: str, shape: tuple[int, ...], names: Mapping[str, str]) -> list[tuple[str, int | None]]:
     """Hugging Face's names of a tensor, and which expert each is of all that it holds."""
     stem, dot, suffix = name.rpartition(".")
     if stem in _TOP:
         return [(_TOP[stem] + dot + suffix, None)]
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    names = _LAYER | (_FUSED if fused else {})
     if layer and layer[2] in names:
-        return [(f"model.layers.{layer[1]}.{names[layer[2]]}.{suffix}", None)]
+        hf_name = f"model.layers.{layer[1]}.{names[layer[2]]}"
+        return [(hf_name if hf_name.endswith(".sinks") else f"{hf_name}.{suffix}", None)]
     if layer and layer[2] in _EXPERTS and len(shape) == 3 and shape[0] <= MOST_EXPERTS:
         experts = f"model.layers.{layer[1]}.mlp.experts"
         return [(f"{experts}.{expert}.{_EXPERTS[layer[2]]}.{suffix}", expert) for expert in range(shape[0])]
@@ -206,9 +209,9 @@ def _config(file: GgufFile, architecture: str) -> dict[str, Any]:
     family = find_gguf_family(architecture)
     is_long = LONG_FACTORS in file.tensors and SHORT_FACTORS in file.tensors
     known = _KNOWN_KEYS | {
-        *(["attention.sliding_window"] if family.window is not no_window else []),
+        *(["attention.sliding_window"] if family.window is not no_window or SLIDING in family.layer_types else []),
         *(["rope.scaling.attn_factor"] if is_long else []),
-        *(_EXPERT_KEYS if family.sparse else []),
+        *family.gguf_keys,
     }
     unused = sorted(key for key in values.keys() - known if values[key])
     if unused:
@@ -241,11 +244,10 @@ def _config(file: GgufFile, architecture: str) -> dict[str, Any]:
         }
     if family.partial_rotary:
         rope["partial_rotary_factor"] = optional("rope.dimension_count", head_dim) / max(head_dim, 1)
-    more = {field: optional(key, None) for key, field in _EXPERT_KEYS.items()} if family.sparse else {}
+    more = {field: optional(key, None, float if key in _FLOAT_KEYS else int) for key, field in family.gguf_keys.items()}
     more["original_max_position_embeddings"] = optional("rope.scaling.original_context_length", 0) or None
-    return (
+    return family.gguf_config(
         dict(family.gguf_fields)
-        | {name: value for name, value in more.items() if value is not None}
         | {
             "model_type": family.name,
             "architectures": [family.checkpoint_class],
@@ -263,6 +265,7 @@ def _config(file: GgufFile, architecture: str) -> dict[str, Any]:
             "tie_word_embeddings": "output.weight" not in file.tensors,
             "eos_token_id": file.get("tokenizer.ggml.eos_token_id", int),
         }
+        | {name: value for name, value in more.items() if value is not None}
     )
 
 

@@ -37,6 +37,15 @@ _LLAMA3_SPLIT = (
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_UPPER, _LOWER, _ENDINGS = (
+    r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}",
+    r"\p{Ll}\p{Lm}\p{Lo}\p{M}",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+)
+_GPT4O_SPLIT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_ENDINGS}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 # tokenizer.ggml.pre -> how text is cut before merging
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -44,6 +53,7 @@ _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 _SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2])
 _LLAMA3 = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), _BYTES])
 _QWEN2 = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN2_SPLIT), "isolated"), _BYTES])
+_GPT4O = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_GPT4O_SPLIT), "isolated"), _BYTES])
 PRE_TOKENIZERS = {
     "gpt-2": _GPT2,
     "smollm": _SMOLLM,
@@ -52,6 +62,7 @@ PRE_TOKENIZERS = {
     "llama-v3": _LLAMA3,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
+    "gpt-4o": _GPT4O,
 }
 
 
@@ -160,7 +171,6 @@ def _wrapped(
     keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: metadata.get(f"{key}_token_id") for name, key in keys.items()}
     tokens = metadata["tokens"]
-    context = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=chat_template,

@@ -63,7 +63,7 @@ def load_model(
     Raises:
         FileNotFoundError: the model, its config, its weights or a shard is missing.
         ValueError: the architecture or an option of it is not supported; a file is broken; a tensor is missing, left
-            over, present twice or of another shape; `dtype` is unknown; there is no such device; the model cannot be
+            over, present twice, of another shape or not finite; `dtype` is unknown; no such device; the model cannot be
             spread over the shard's ranks.
         ImportError: a quantized GGUF file, and the package `gguf` is absent.
     """

@@ -10,10 +10,13 @@ from zipage.models.shard import Piece
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Of the codes 0 to 7; 8 to 15 are the same, negative."""
+BLOCK = 32
 BLOCK_BYTES = 16
-"""Of 32 floats, two a byte, the first in its lower half."""
+"""Of a block, two floats a byte, the first in its lower half."""
 BIAS = 127
 """Of a block's exponent."""
+NO_EXPONENT = 255
+"""What the format has for a block that is not a number."""
 
 
 class Mxfp4Folder(QuantizedFolder):
@@ -29,17 +32,26 @@ class Mxfp4Folder(QuantizedFolder):
 
     def shape_of(self, codes: tuple[int, ...]) -> tuple[int, ...]:
         experts, rows, blocks, _ = codes
-        return experts, blocks * 2 * BLOCK_BYTES, rows
+        return experts, blocks * BLOCK, rows
 
     def dequantized(self, name: str, piece: Piece | None) -> Tensor:
-        """A piece is some of the experts (axis 0)."""
-        return dequantized(*(self._files.read(name + end, piece) for end in (self.codes, self.scales))).mT
+        """Of a run of the inner dimension (axis 1) the blocks in which it lies are read."""
+        stored, skipped = piece, 0
+        if piece is not None and piece.axis == 1:
+            begin, skipped = divmod(piece.first, BLOCK)
+            stored = Piece(2, begin, -(-(piece.first + piece.count) // BLOCK) - begin, piece.full // BLOCK)
+        elif piece is not None and piece.axis == 2:
+            stored = piece.along(1)
+        blocks, scales = (self._files.read(name + end, stored) for end in (self.codes, self.scales))
+        self.check_values(name, scales, scales != NO_EXPONENT, f"below {NO_EXPONENT}, which is no exponent")
+        values = dequantized(blocks, scales).mT
+        return values if piece is None or piece.axis != 1 else values[:, skipped : skipped + piece.stored]
 
 
 def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
     """uint8 [experts, rows, n, 16] and [experts, rows, n] -> bfloat16 [experts, rows, 32 * n]."""
     values = torch.tensor([*VALUES, *(-value for value in VALUES)], dtype=torch.bfloat16, device=blocks.device)
-    out = torch.empty((*scales.shape, 2 * BLOCK_BYTES), dtype=torch.bfloat16, device=blocks.device)
+    out = torch.empty((*scales.shape, BLOCK), dtype=torch.bfloat16, device=blocks.device)
     for expert, codes, exponents in zip(out, blocks, scales, strict=True):  # one by one, to save memory
         halves = values[torch.stack((codes & 15, codes >> 4), dim=-1).int()].flatten(-2)
         expert.copy_(torch.ldexp(halves, exponents.int()[..., None] - BIAS))

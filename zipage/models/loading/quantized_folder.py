@@ -59,7 +59,7 @@ class QuantizedFolder(ABC):
         return next((self._files.dtypes[name] for name in self.shapes if name not in self._quantized), torch.bfloat16)
 
     def read(self, name: str, piece: Piece | None = None) -> Tensor:
-        """One tensor, or a piece of it."""
+        """One tensor, or a piece of it. Raises a ValueError where a scale is none."""
         return self.dequantized(name, piece) if name in self._quantized else self._files.read(name, piece)
 
     def cost(self, dtype: torch.dtype) -> str:
@@ -82,6 +82,15 @@ class QuantizedFolder(ABC):
     @abstractmethod
     def dequantized(self, name: str, piece: Piece | None) -> Tensor:
         """As `read`, of a quantized tensor."""
+
+    def check_values(self, name: str, scales: Tensor, are_right: Tensor, rule: str) -> None:
+        """Raise a ValueError where a scale of tensor NAME is wrong; `rule` ends the sentence "must be ..."."""
+        if not are_right.all():
+            wrong = scales[~are_right]
+            raise ValueError(
+                f"{self._files.folder}: {name}{self.scales} holds {wrong[0].item():.3g} ({len(wrong)} of "
+                f"{scales.numel()} scales): must be {rule}: {REMEDY}"
+            )
 
     def _check_scales(self, folder: Path, name: str) -> None:
         codes, scales = name + self.codes, name + self.scales

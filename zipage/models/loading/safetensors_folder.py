@@ -74,7 +74,7 @@ class SafetensorsFolder:
             return file.get_tensor(name)
         first = min(piece.first, piece.full)
         run = slice(first, first + piece.stored)
-        return file.get_slice(name)[run] if piece.axis == 0 else file.get_slice(name)[:, run]
+        return file.get_slice(name)[(slice(None),) * piece.axis + (run,)]
 
     def _weight_map(self) -> dict[str, str]:
         """Tensor name -> shard, as the index has it; empty for a single file, which comes first where both exist."""

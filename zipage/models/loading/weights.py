@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zipage.models.decoder import Decoder
+from zipage.models.loading.finite import is_finite, refuse_values
 from zipage.models.registry import find_family
 from zipage.models.shard import WHOLE, Piece, Shard, fill_pieces, whole_shape
 from zipage.models.spec import ModelSpec
@@ -78,13 +79,17 @@ def fill(decoder: Decoder, weights: Weights, source: str) -> None:
 
     Raises:
         ValueError: tensors are missing, left over or of another shape; the message names them. Nothing was read then.
+            Or a value is not finite, which comes out while others are read.
     """
     views, pieces = decoder.weight_views(), decoder.weight_pieces()
     for name in _names_to_read(decoder, weights, source):
+        view = views[name]
         if decoder.shard.is_whole or name not in pieces:
-            views[name].copy_(weights.read(name))
+            view.copy_(weights.read(name))
         else:
-            fill_pieces(pieces[name], views[name], partial(weights.read, name))
+            fill_pieces(pieces[name], view, partial(weights.read, name))
+        if not is_finite(view):
+            refuse_values(weights.read(name), f"{source}: {name}", view.dtype)
 
 
 def _names_to_read(decoder: Decoder, weights: Weights, source: str) -> list[str]:
