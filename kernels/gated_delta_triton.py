@@ -29,8 +29,8 @@ def _inverse(below, CHUNK: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.con
     Blocks on the diagonal are inverted, then pairs of them: [[A, 0], [C, B]] has -B^-1 C A^-1 below.
     """
     row, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    inverse = tl.where(row == column, 1.0, 0.0)
-    for level in range(LEVELS):  # a loop of the program: unrolled it would take a minute to compile
+    inverse = tl.where(row == column, 1.0, 0.0) - tl.where((row == column + 1) & (column % 2 == 0), below, 0.0)
+    for level in range(1, LEVELS):  # a loop of the program: unrolled it would take a minute to compile
         of_pair = (row >> level == (column >> level) + 1) & ((column >> level) % 2 == 0)
         between = tl.dot(tl.where(of_pair, below, 0.0), inverse, input_precision=PRECISION)
         inverse -= tl.dot(inverse, between, input_precision=PRECISION)
@@ -71,7 +71,6 @@ def _solve_chunks(
     CHUNK: tl.constexpr,
     LEVELS: tl.constexpr,
     EPS: tl.constexpr,
-    SOLVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One chunk and value head: all that its tokens do that does not depend on the state before it.
@@ -115,7 +114,7 @@ def _solve_chunks(
     tl.store(factors_ptr + CHUNK, k_factor * tl.exp(last - past))
     tl.store(factors_ptr + 2 * CHUNK, tl.exp(last) + tl.zeros_like(past))
 
-    inverse = _inverse(below, CHUNK, LEVELS, SOLVE)
+    inverse = _inverse(below, CHUNK, LEVELS, PRECISION)
     k = tl.load(k_ptr, mask=known, other=0.0).to(tl.float32)  # again, since registers are too few to hold it
     erased = tl.dot(inverse * (beta * tl.exp(past) * k_factor)[None, :], k, input_precision=PRECISION)
     tl.store(erased_ptr + (own * CHUNK + row) * DIM + dims, erased, mask=dims < DIM)
@@ -226,7 +225,7 @@ def gated_delta_triton(
         q, k, v, *gates, spans.rows, spans.starts, *parts, factors, dim**-0.5, count,
         *strides, *v.stride()[:2], gates.a.stride(0), gates.b.stride(0),
         **shape, VALUE_PAD=max(16, triton.next_power_of_2(value_dim)), LEVELS=CHUNK.bit_length() - 1, EPS=EPS,
-        SOLVE="tf32x3", num_warps=4,
+        num_warps=4,
     )  # fmt: skip
     columns = min(COLUMNS, max(16, triton.next_power_of_2(value_dim)))
     _pass_chunks[(triton.cdiv(value_dim, columns), value_heads, count)](

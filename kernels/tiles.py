@@ -157,13 +157,15 @@ def attend_tile(
 
     q [M, DIM_PAD]; row i sees the entries below limits[i], none of them past `length`, and of a WINDOW the last of
     these. k_ptr and v_ptr are at the KV head, `blocks` is the tile's `load_blocks`, `start` a multiple of TILE. Not
-    MASKED promises that every row sees the whole tile. Entries past `length` are never loaded: unused slots may hold
-    NaN, and 0 * NaN is NaN. With a SOFT_CAP, `scale_log2` is `score_scale`'s.
+    MASKED promises that every row sees the whole tile. Entries past `length`, or before all windows, are never loaded:
+    unused slots may hold NaN, and 0 * NaN is NaN. With a SOFT_CAP, `scale_log2` is `score_scale`'s.
     """
     inside = tl.arange(0, TILE)
     dims = tl.arange(0, DIM_PAD)
     entries = start + inside
     held = entries < length
+    if WINDOW is not None:
+        held &= entries >= tl.min(limits, 0) - WINDOW
     offsets = blocks * block_stride + (start % BLOCK_SIZE + inside) % BLOCK_SIZE * HEAD_DIM
     k_ptrs = k_ptr + offsets[None, :] + dims[:, None]
     v_ptrs = v_ptr + offsets[:, None] + dims[None, :]

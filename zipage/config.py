@@ -228,15 +228,8 @@ class EngineConfig:
         policy = registry.make(self.policy, self.policy_options)
         return policy if policy.evicts else None
 
-    def rule(
-        self,
-        policy: Policy,
-        budget_tokens: int,
-        prompt_len: int,
-        protection: str | None = None,
-        sliding_window: int = 0,
-    ) -> EvictionRule:
-        """What bounds a request under `policy`; a `protection` of None is the engine's, `sliding_window` the model's.
+    def rule(self, policy: Policy, budget_tokens: int, prompt_len: int, protection: str | None = None) -> EvictionRule:
+        """What bounds a request under `policy`; a `protection` of None is the engine's.
 
         Raises:
             ValueError: policy, budget and protection do not go together; the message names what to change.
@@ -244,7 +237,7 @@ class EngineConfig:
         leading = Protection.parse(protection or self.protection, policy.implied_protection)
         allocation = allocations.make(self.allocation, self.allocation_options)
         budget = self._budget(budget_tokens)
-        return EvictionRule.of(policy, budget, leading, self.recent_tokens, prompt_len, allocation, sliding_window)
+        return EvictionRule.of(policy, budget, leading, self.recent_tokens, prompt_len, allocation)
 
     def largest_rule(self, max_model_len: int) -> EvictionRule | None:
         """What bounds a request whose prompt is as long as can be: with it, protection takes as much as it ever does.

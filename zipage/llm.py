@@ -40,7 +40,6 @@ class LLM:
         config: the options as given.
         memory_plan: what is reserved; with replicas, of the smallest.
         max_model_len: longest prompt plus output, in tokens.
-        sliding_window: entries that sliding layers of the model see; 0: there are none.
         step_listeners: each is called with the `StepStats` of every step, when it is over.
         event_listeners: each is called with an `EventStats` for every compression, pause, resumption and preemption,
             when its step is over. A listener that raises is logged and called no more; with `debug` it raises. With
@@ -56,7 +55,6 @@ class LLM:
         self._outputs = engine.outputs
         self.memory_plan = engine.spec.memory_plan
         self.max_model_len = engine.spec.max_model_len
-        self.sliding_window = engine.spec.sliding_window
         self.step_listeners = self._core.listeners.steps
         self.event_listeners = self._core.listeners.events
         self._events: deque[StreamEvent] = deque()

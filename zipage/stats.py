@@ -24,6 +24,7 @@ class RequestMetrics:
         preemptions, pauses, compressions: how often each happened.
         peak_blocks: the most KV blocks a sample held at once, shared ones included, and what a compression took beside
             its table; in the record of a prompt, of the sample that held the most. None where the engine does not tell.
+        peak_sliding_blocks: the same of blocks of sliding layers; 0 where the model has none.
         query_slot: whether it held a query slot at any time. None where the engine does not tell.
     """
 
@@ -39,6 +40,7 @@ class RequestMetrics:
     pauses: int = 0
     compressions: int = 0
     peak_blocks: int | None = None
+    peak_sliding_blocks: int | None = None
     query_slot: bool | None = None
 
     # By vLLM's names, of both its generations of metrics. Times are of one host clock, `arrival`'s.
@@ -128,7 +130,8 @@ class EngineStats:
     ended while they were: with a token of the step that was under way when they left. `bytes_to_host` and
     `bytes_from_host` are of blocks that were copied so, of each rank. `requests_failed` counts prompts that were
     refused or that ended with an error. `prompts_truncated` counts prompts under protection "prompt" that do not fit
-    their budget whole.
+    their budget whole. Blocks are those of full layers where others slide; these have pools of their own, of which
+    `sliding_blocks_used` and `sliding_blocks_total` tell.
 
     With `data_parallel_size` above 1 every counter and every gauge is the sum over the replicas, `blocks_total` and
     `steps` among them; `host_time` and `device_time` then exceed the time that passed. Gauges are as last heard of,
@@ -164,6 +167,8 @@ class EngineStats:
     query_slots_used: int = 0
     blocks_used: int = 0
     blocks_total: int = 0
+    sliding_blocks_used: int = 0
+    sliding_blocks_total: int = 0
 
 
 @dataclass(slots=True)
@@ -182,8 +187,9 @@ class EventStats:
         blocks_before, blocks_after: blocks in its table.
         seconds: of a compression, from order to completion as the host saw it; 0 for the other kinds.
         kept_positions: of a compression, with `trace_positions`: int32 [L, H, entries_after], the logical positions
-            that each layer and KV head kept, ascending. None without. Under unequal budgets it is as wide as the
-            longest head, and -1 stands behind the others' own, and entries and blocks are means over heads.
+            that each layer and KV head kept, ascending; sliding layers, which keep a window, are not among the L. None
+            without. Under unequal budgets it is as wide as the longest head, and -1 stands behind the others' own, and
+            entries and blocks are means over heads.
         replica: on which it happened; `step` is its count.
     """
 
@@ -255,8 +261,8 @@ class HeldEntries:
         num_prompt_tokens: the length of the prompt.
         num_tokens: its logical length.
         positions: int32 [L, H, entries], logical positions of the entries of each layer and KV head, in the order of
-            their slots, which is ascending. Under unequal budgets as wide as the longest head: -1 stands behind the
-            others' own.
+            their slots, which is ascending; sliding layers, which hold the latest, are not among the L. Under unequal
+            budgets as wide as the longest head: -1 stands behind the others' own.
     """
 
     num_prompt_tokens: int
@@ -284,5 +290,6 @@ def combine_metrics(samples: list[RequestMetrics]) -> RequestMetrics:
         pauses=sum(sample.pauses for sample in samples),
         compressions=sum(sample.compressions for sample in samples),
         peak_blocks=max(present("peak_blocks"), default=None),
+        peak_sliding_blocks=max(present("peak_sliding_blocks"), default=None),
         query_slot=max(present("query_slot"), default=None),
     )

@@ -58,9 +58,9 @@ def summarise(
         `rate` is in requests a second: `offered` as they arrived (`offered_rate`), `achieved` as they were answered,
         over all the `seconds`.
         `blocks_held` is the most blocks that an answered sample held at once, as the engine counted them, and
-        `kv_bytes` what these took in bytes: keys and values with scores and positions, and its query slot if it held
-        one. With several replicas `steps` counts those of all, `itl` is between the steps of each, and the peaks are of
-        all at once.
+        `kv_bytes` what these took in bytes: keys and values with scores and positions, those of sliding layers, and its
+        query slot if it held one. With several replicas `steps` counts those of all, `itl` is between the steps of
+        each, and the peaks are of all at once.
     """
     answered = [row for row in requests if row.get("error") is None]
     compressed = sum(bool(row.get("compressions")) for row in answered)
@@ -199,7 +199,8 @@ def cache_bytes(row: Mapping[str, Any], memory: Mapping[str, Any] | None) -> int
     blocks = row.get("peak_blocks")
     if blocks is None or memory is None or "block_bytes" not in memory:
         return None
-    return blocks * memory["block_bytes"] + bool(row.get("query_slot")) * memory["query_slot_bytes"]
+    sliding = (row.get("peak_sliding_blocks") or 0) * memory.get("sliding_block_bytes", 0)
+    return blocks * memory["block_bytes"] + sliding + bool(row.get("query_slot")) * memory["query_slot_bytes"]
 
 
 def place_accuracy(grades: Sequence[Sequence[float] | None]) -> list[float] | None:

@@ -12,7 +12,7 @@ from tests.tiny_models import VOCAB, save_tiny_model, transformers_greedy
 
 pytestmark = pytest.mark.usefixtures("forked_children")
 
-NUM_TOKENS = 80
+NUM_TOKENS = 200
 LAYERS = {"num_hidden_layers": 2}
 
 

@@ -170,6 +170,15 @@ def test_prefix_caching_is_off(folder, caplog):
     assert not [record for record in caplog.records if "prefix" in record.message]
 
 
+@pytest.mark.parametrize(("num_blocks", "told"), [(16, True), (4096, False)])
+def test_states_that_take_much_of_the_memory_are_told_of(folder, caplog, num_blocks, told):
+    with caplog.at_level(logging.WARNING):
+        make_llm(folder, None, num_blocks=num_blocks, max_num_seqs=64)
+    messages = [record.message for record in caplog.records if "recurrent states" in record.message]
+    assert len(messages) == told
+    assert all(message.startswith("max_num_seqs=64: recurrent states take ") for message in messages)
+
+
 @every_hybrid
 def test_what_is_not_supported_says_so(folder, tmp_path, monkeypatch):
     """And reads no weight."""

@@ -27,7 +27,7 @@ from zipage.worker.train_scorer import train_scorer
 
 pytestmark = pytest.mark.usefixtures("forked_children")
 
-NUM_TOKENS = 100
+NUM_TOKENS = 200
 LENGTHS = (17, 33, 70, 200)
 NUM_LAYERS = 2
 
@@ -56,7 +56,7 @@ def expected(folder, model, prompts):
     return tokens
 
 
-@pytest.mark.parametrize(("block_size", "num_blocks"), [(16, 24), (256, 4)])
+@pytest.mark.parametrize(("block_size", "num_blocks"), [(16, 28), (256, 4)])
 def test_tokens_of_transformers(folder, prompts, expected, block_size, num_blocks):
     """Mixed lengths in chunks, preemptions and pauses; then again, where the first run left prefixes."""
     options = {"block_size": block_size, "num_blocks": num_blocks, "max_num_batched_tokens": 40}

@@ -34,7 +34,7 @@ PROMPTS = [f"{i}: " + "once upon a time " * (1 + i % 4) for i in range(6)]
 
 @pytest.fixture(scope="module", name="folder")
 def model_folder(tmp_path_factory):
-    folder = save_tiny_model("qwen3", tmp_path_factory.mktemp("model"), num_hidden_layers=2)
+    folder = save_tiny_model("qwen3", tmp_path_factory.mktemp("model"))
     save_tiny_tokenizer(folder)
     return folder
 

@@ -1,6 +1,5 @@
-"""Eviction in models with sliding layers: these keep the latest entries, and policies rank those of full layers."""
+"""Models with sliding layers: these hold a window in blocks of their own, and policies evict from full layers."""
 
-import re
 from itertools import product
 
 import numpy as np
@@ -13,7 +12,9 @@ from tests import calibrations
 from tests.engine.compressed import (
     UNBOUNDED,
     Recorder,
+    check_look,
     greedy,
+    looks,
     make_llm,
     pause_now_and_then,
     random_prompts,
@@ -23,10 +24,9 @@ from tests.engine.compressed import (
 from tests.eviction.cases import SMALL_CHUNK, Case
 from tests.eviction.dense_simulation import Simulation
 from tests.tiny_models import VOCAB, save_tiny_model
-from zipage.engine.rules import served_policies
 from zipage.models.decoder import Decoder
 from zipage.models.loading.safetensors_folder import SafetensorsFolder
-from zipage.worker.paged_attention import PagedAttention
+from zipage.worker.mixed_attention import MixedAttention
 
 WINDOW = 24
 OPTIONS = {
@@ -66,6 +66,11 @@ def folder(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def folder_of_gemma(tmp_path_factory):
+    return save_tiny_model("gemma3_text", tmp_path_factory.mktemp("gemma"), **OPTIONS["gemma3_text"])
+
+
+@pytest.fixture(scope="module")
 def prompts():
     return random_prompts(LENGTHS, VOCAB)
 
@@ -84,7 +89,9 @@ CASES = [
     ("gpt_oss", Case("lazy_eviction", {"alpha": 0.01}), {"layer_stride": 1}),
     ("gpt_oss", Case("critical"), {"async_compression": True}),
     ("gpt_oss", Case("page_attention", {"page_size": 4, "native": False}, protection="prompt"), {}),
-    ("gemma3_text", Case("snapkv", {"softmax": "cut"}), {"layer_stride": 2}),
+    ("gpt_oss", Case("zipage", SMALL_CHUNK, recent=8), {"budget": 16}),  # less than the window
+    ("gpt_oss", Case("page_attention", {"page_size": 16}), {}),
+    ("gemma3_text", Case("snapkv", {"softmax": "cut"}), {"layer_stride": 2, "max_num_batched_tokens": 24}),
     ("gemma3_text", Case("h2o"), {"trigger": "pressure", "num_blocks": 5}),
 ]
 
@@ -94,20 +101,19 @@ CASES = [
 )
 def test_full_layers_keep_what_the_simulation_keeps_and_sliding_ones_their_window(folder, case, options, monkeypatch):
     """And what comes of attention is that of a dense model whose full layers have lost the others."""
-    prompt, new, keep = 40, 100, 48
+    prompt, new, keep = 40, 100, options.get("budget", 48)
     recorder = Recorder()
-    monkeypatch.setattr(PagedAttention, "__call__", recorder.wrap(PagedAttention.__call__))
+    monkeypatch.setattr(MixedAttention, "__call__", recorder.wrap(MixedAttention.__call__))
     monkeypatch.setattr(Decoder, "forward", recorder.watch(Decoder.forward))
-    llm = make_llm(folder, case, budget=keep, trace_positions=True, **options)
-    events, full, ring = record_events(llm), FULL[folder.name], llm._core.runner.cache.queries
-    sliding = [layer for layer in range(len(ring)) if layer not in full]
-    queries_kept = []
-    llm.step_listeners.append(lambda _: queries_kept.append([ring[some].isfinite().any() for some in (full, sliding)]))
+    llm = make_llm(folder, case, **{"budget": keep} | options, trace_positions=True)
+    events, full, cache = record_events(llm), FULL[folder.name], llm._core.runner.cache
     llm.generate(random_prompts([prompt], VOCAB, seed=3), greedy(new, seed=5), use_tqdm=False)
     events = [event for event in events if event.kind == "compress"]
     assert len(events) >= 2
-    assert torch.tensor(queries_kept).any(dim=0).tolist() == [True, False]
     decoder = llm._core.runner.decoder
+    assert {len(x) for x in (cache.k, cache.positions, cache.queries, *cache.scores)} == {len(full)}
+    assert len(cache.sliding.k) == len(decoder.layers) - len(full)
+    assert cache.sliding.positions is cache.sliding.queries is None
     arrays = recorder.arrays(llm)
     simulation = Simulation(
         policy=case.policy, options=case.options, **{name: array[full] for name, array in arrays.items()}, seed=5,
@@ -116,18 +122,15 @@ def test_full_layers_keep_what_the_simulation_keeps_and_sliding_ones_their_windo
         sinks=np.stack([decoder.forms[i].sinks.double().numpy() for i in full]) if folder.name == "gpt_oss" else None,
     )  # fmt: skip
     heads = range(arrays["keys"].shape[1])
-    pinned = 16 if case.protection == "prompt" else 0  # of 31 or 39 protected ones: a window of 24 of 48 stays
     for event, kept in zip(events, simulation.run([event.entries_before for event in events]), strict=True):
-        for layer, head in product(range(len(decoder.layers)), heads):
-            expected = list(range(pinned)) + list(range(event.num_tokens - 1 - keep + pinned, event.num_tokens - 1))
-            if layer in full:
-                expected = kept[full.index(layer), head]
-            assert event.kept_positions[layer, head].tolist() == expected, (event.round, layer, head)
+        assert len(event.kept_positions) == len(full)
+        for place in product(range(len(full)), heads):
+            assert event.kept_positions[place].tolist() == kept[place], (event.round, place)
     for layer, head, position in product(range(len(decoder.layers)), heads, range(prompt, prompt + new - 1)):
         seen = list(range(position + 1))[-WINDOW if layer not in full else 0 :]
         past = [event for event in events if event.num_tokens <= position + 1]
         if layer in full and past:
-            seen = [*past[-1].kept_positions[layer, head], *range(past[-1].num_tokens - 1, position + 1)]
+            seen = [*past[-1].kept_positions[full.index(layer), head], *range(past[-1].num_tokens - 1, position + 1)]
         group = arrays["queries"].shape[2] // len(heads)
         own = slice(head * group, (head + 1) * group)
         found = torch.stack([torch.cat(recorder.outputs[layer])[position, own]])
@@ -165,7 +168,6 @@ BINDING = {
     ids=str,
 )
 def test_a_batch_equals_its_requests_alone(folder, case, prompts):
-    """Samples share their prompt, of which sliding layers leave one block where it is."""
     prompts = prompts[1:]
     params = [greedy(BOUNDED_TOKENS, seed=i, n=1 + i % 2) for i in range(len(prompts))]
     llm = make_llm(folder, case, 48, async_compression=False, enable_prefix_caching=False)
@@ -191,23 +193,24 @@ def test_a_batch_equals_its_requests_alone(folder, case, prompts):
 
 
 @each_family
-def test_a_request_that_the_window_forbids_costs_no_other(folder):
+def test_a_request_may_ask_for_less_than_the_window(folder):
     llm = make_llm(folder, Case("zipage", SMALL_CHUNK, recent=8), budget=48)
-    asked = greedy(30, budget_tokens=16), greedy(30, policy="page_random"), greedy(30, budget_tokens=32)
-    small, pages, ample = llm.generate([[1] * 9] * 3, list(asked), use_tqdm=False)
-    assert re.fullmatch("budget_tokens=16 is less than the window of 24 that .* to at least 24", small.error)
-    assert pages.error.startswith("SamplingParams.policy='page_random': drops the same blocks in all layers")
-    assert len(tokens_of([ample])[0]) == 30
-    assert "page_random" not in served_policies(llm.config, llm.sliding_window)
+    asked = greedy(60, budget_tokens=16), greedy(60, policy="random"), greedy(60, budget_tokens=32)
+    outputs = llm.generate([[1] * 9] * 3, list(asked), use_tqdm=False)
+    assert [len(tokens) for tokens in tokens_of(outputs)] == [60] * 3
+    assert llm.stats.budget_bound == 3
+
+
+def test_what_is_held_is_told_of_full_layers(folder_of_gemma):
+    llm = make_llm(folder_of_gemma, Case("knorm"), budget=48, trace_positions=True)
+    seen, _ = looks(llm, random_prompts([40], VOCAB), greedy(60))
+    for found in seen.values():
+        for state, held, event in found:
+            check_look(state, held, event, (len(FULL["gemma3_text"]), 2))
+    assert state.compressions > 0
 
 
 REFUSED = [
-    (
-        Case("zipage", SMALL_CHUNK, recent=8),
-        {"budget": 16},
-        r"budget_tokens=16 is less than the window of 24 that the model's",
-    ),
-    (Case("page_attention", {"page_size": 16}), {}, r"policy=page_attention: drops the same blocks in all layers"),
     (Case("expected_attention", {"stats": "window"}), {}, r"policy=expected_attention: attention with window=24 \(lay"),
     (
         Case("kvzap", {"calibration": "none"}),
@@ -235,3 +238,10 @@ def test_values_behind_a_norm_are_not_weighed(tmp_path):
     folder = save_tiny_model("gemma3_text", tmp_path, num_hidden_layers=2)
     with pytest.raises(ValueError, match=r"^policy=critical: .* gemma3_text has a norm behind it: take another policy"):
         make_llm(folder, Case("critical"), budget=48)
+
+
+def test_where_all_layers_have_a_window_there_is_nothing_to_choose(tmp_path):
+    folder = save_tiny_model("gemma3_text", tmp_path, num_hidden_layers=1)
+    assert make_llm(folder, None)._core.runner.cache.sliding is None
+    with pytest.raises(ValueError, match=r"^policy=knorm: each layer of the model has a window, .*: set policy=full"):
+        make_llm(folder, Case("knorm"))

@@ -1,6 +1,7 @@
 """Requests that lose their blocks before a compression and come back by copy: no token changes, nothing leaks."""
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -26,13 +27,26 @@ SETTINGS = {
     "predictions": (Case("kvzap", MADE_UP), {"num_blocks": 12, **LATE}),
     "pages": (Case("page_random", {"page_size": 16}), {"num_blocks": 12, **LATE}),
     "protected": (Case("random", protection="prompt"), {"num_blocks": 12, **LATE}),
+    "sliding": (None, {"num_blocks": 14, "family": "gemma3_text"}),
+    "sliding, bounded": (Case("zipage", SMALL_CHUNK), {"num_blocks": 12, "family": "gpt_oss", **LATE}),
     "unequal": (Case("zipage", SMALL_CHUNK), {"num_blocks": 12, **LATE, **UNEQUAL}),
 }
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny_model("qwen3", tmp_path_factory.mktemp("model"), num_hidden_layers=2)
+def folders(tmp_path_factory):
+    """Of a family, a model."""
+
+    @cache
+    def made(family: str) -> Path:
+        return save_tiny_model(family, tmp_path_factory.mktemp(family), num_hidden_layers=2)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(folders):
+    return folders("qwen3")
 
 
 @pytest.fixture
@@ -44,6 +58,7 @@ def copies_are_free(monkeypatch):
 def check_returned(llm: LLM) -> None:
     core = llm._core
     assert llm.stats.blocks_used == llm.stats.query_slots_used == core.scheduler.swap_space.num_used == 0
+    assert llm.stats.sliding_blocks_used == 0
     assert not core.runner.swapper.copies
     assert core.runner.swapper.num_free_slabs >= llm.memory_plan.num_host_slabs
 
@@ -52,14 +67,14 @@ PARAMS = [greedy(TOKENS, seed=i) for i in range(len(PROMPTS))]
 
 
 @pytest.fixture(scope="module")
-def in_ample_memory(folder):
+def in_ample_memory(folders):
     """Of a setting, the tokens where no request has to leave."""
 
     @cache
     def tokens(setting: str) -> list[list[int]]:
         case, options = SETTINGS[setting]
-        ample = {key: value for key, value in options.items() if key != "num_blocks"}
-        llm = make_llm(folder, case, **{"async_compression": False} | ample)
+        ample = {key: value for key, value in options.items() if key not in ("num_blocks", "family")}
+        llm = make_llm(folders(options.get("family", "qwen3")), case, **{"async_compression": False} | ample)
         return tokens_of(llm.generate(PROMPTS, PARAMS, use_tqdm=False))
 
     return tokens
@@ -67,9 +82,12 @@ def in_ample_memory(folder):
 
 @pytest.mark.parametrize("overlaps", [False, True], ids=["one by one", "overlapped"])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_tokens_are_those_of_ample_memory(folder, copies_are_free, in_ample_memory, setting, overlaps):
+def test_tokens_are_those_of_ample_memory(folders, copies_are_free, in_ample_memory, setting, overlaps):
     case, options = SETTINGS[setting]
-    llm = make_llm(folder, case, headroom=0, swap_space=0.01, async_scheduling=overlaps, **options)
+    options = options.copy()
+    llm = make_llm(
+        folders(options.pop("family", "qwen3")), case, headroom=0, swap_space=0.01, async_scheduling=overlaps, **options
+    )
     events = record_events(llm)
     assert tokens_of(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == in_ample_memory(setting)
     left = [event for event in events if event.kind == "pause" and not event.round]
@@ -78,7 +96,10 @@ def test_tokens_are_those_of_ample_memory(folder, copies_are_free, in_ample_memo
     assert llm.stats.bytes_to_host >= llm.stats.bytes_from_host > 0
     if case is None:
         assert llm.stats.preemptions == 0
-        assert llm.stats.bytes_to_host == sum(event.blocks_before for event in left) * llm.memory_plan.block_bytes
+        copied = sum(event.blocks_before for event in left) * llm.memory_plan.block_bytes
+        sliding = llm._core.scheduler.swap_space.sliding_out * llm.memory_plan.sliding_block_bytes
+        assert (sliding > 0) == (setting == "sliding")
+        assert llm.stats.bytes_to_host == copied + sliding
     check_returned(llm)
 
 

@@ -8,7 +8,6 @@ import torch
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
 from zipage.eviction.protection import Protection, forced_mask
-from zipage.eviction.rule import EvictionRule
 
 
 def test_budget_rounds_up_to_blocks():
@@ -84,23 +83,6 @@ def test_the_smallest_choices_are_allowed():
     Protection("sink", 48).check(64, 16)
     Protection("sink", 4).check(48, 16, 16)
     Protection("prompt").check(32, 16, 16)
-
-
-def test_blocks_are_pinned_as_far_as_they_leave_sliding_layers_their_window():
-    def rule(tokens: int, protection: str, sliding_window: int) -> EvictionRule:
-        budget = Budget.from_tokens(tokens, 16)
-        return EvictionRule.of(
-            registry.make("knorm"), budget, Protection.parse(protection), 0, 90, None, sliding_window
-        )
-
-    assert [rule(96, "prompt", window).pinned_blocks for window in (0, 6, 16, 17, 48, 96)] == [5, 5, 5, 4, 3, 0]
-    assert [rule(96, "sink:20", window).pinned_blocks for window in (0, 80, 81)] == [1, 1, 0]
-    assert rule(96, "prompt", 96).protected == 90, "they stay all the same"
-    message = (
-        "budget_tokens=90, rounded up to 96 .* is less than the window of 97 .*: raise budget_tokens to at least 97"
-    )
-    with pytest.raises(ValueError, match=message):
-        rule(90, "prompt", 97)
 
 
 def test_must_mask():

@@ -14,7 +14,7 @@ from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill import paged_prefill, paged_prefill_reference, paged_prefill_torch
 from kernels.paged_prefill_triton import paged_prefill_triton
 from tests.kernels.grid import half
-from tests.kernels.paged import BACKENDS, BOUNDS, DEVICE, device_of, error, fused, make_paged, starts, upcast
+from tests.kernels.paged import BACKENDS, BOUNDS, DEVICE, GARBAGE, device_of, error, fused, make_paged, starts, upcast
 
 DECODE = {"triton": paged_decode_triton, "torch": paged_decode_torch}
 PREFILL = {"triton": paged_prefill_triton, "torch": paged_prefill_torch}
@@ -123,6 +123,32 @@ def test_prefill(backend, dtype, name, queries, contexts, block_size, head_dim):
     out = PREFILL[backend](q, view, bounds, max(queries), 0.2, form=form)
     expected = paged_prefill_reference(q.cpu().float(), upcast(view), bounds.cpu(), max(queries), 0.2, on_host(form))
     assert error(out, expected) < bound(dtype, form)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("window", "block_size"), [(1, 16), (17, 16), (40, 16), (130, 32)])
+def test_blocks_before_all_windows_are_not_read(backend, dtype, window, block_size):
+    """They may be another request's by now: of each request, one decode and one chunk."""
+    device, contexts, queries = device_of(backend), [300, 39, 1, 170], [60, 7, 1, 1]
+    view = make_paged(contexts, block_size, 2, 64, dtype, device)
+    bounds, form = starts(queries, device), AttentionForm(window=window)
+    chunks, decodes = (fused(count, 4, 64, dtype, device) for count in (sum(queries), 4))
+    host, tables = upcast(view), view.block_tables[:, 0].clone()
+    expected = (
+        paged_prefill_reference(chunks.cpu().float(), host, bounds.cpu(), max(queries), 0.2, form),
+        paged_decode_reference(decodes.cpu().float(), host, 0.2, form),
+    )
+    for past, which in (([n - q for n, q in zip(contexts, queries)], 0), ([n - 1 for n in contexts], 1)):
+        for row, position in enumerate(past):
+            for place in range(max(0, position - window + 1) // block_size):
+                view.k_cache[tables[row, place]] = view.v_cache[tables[row, place]] = float("nan")
+                view.block_tables[row, 0, place] = GARBAGE
+        if which:
+            out = DECODE[backend](decodes, view, 0.2, form=form)
+        else:
+            out = PREFILL[backend](chunks, view, bounds, max(queries), 0.2, form=form)
+        assert error(out, expected[which]) < BOUNDS[dtype]
 
 
 def test_torch_masks_in_parts(monkeypatch):

@@ -54,6 +54,14 @@ def test_spans_of_any_length(backend, dtype, taps):
     compare(backend, x, weight, state, spans, out)
 
 
+def test_more_spans_than_are_looked_at_together():
+    lengths, device = [1, 0, 2] * 25, device_of("triton")
+    rows = torch.randperm(75)
+    x, weight, state, out = arguments(75, rows.tolist(), (False,) * 75, 2, 8, torch.float32, device)
+    starts = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    compare("triton", x, weight, state, Spans(rows.to(device), starts), out)
+
+
 @EVERY
 @pytest.mark.parametrize("fresh", [None, (False, True, False, True)])
 def test_a_token_each(backend, dtype, fresh):

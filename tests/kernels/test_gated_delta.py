@@ -85,6 +85,15 @@ def test_spans_of_any_length(backend, dtype, lengths):
     compare(backend, given, Spans(torch.tensor(rows, device=device), starts, torch.tensor(fresh, device=device)))
 
 
+def test_more_spans_than_are_looked_at_together():
+    device, rows = device_of("triton"), torch.randperm(70)
+    given = arguments(
+        105, rows.tolist(), (False,) * 70, heads=1, group=1, dim=4, value_dim=4, dtype=torch.float32, device=device
+    )
+    starts = torch.tensor([0, *[1, 2] * 35], device=device).cumsum(0, dtype=torch.int32)
+    compare("triton", given, Spans(rows.to(device), starts))
+
+
 @EVERY
 def test_the_same_key_again_and_again(backend, dtype):
     """The system that a chunk solves is then as far from the identity as can be: powers of it would lose all digits."""

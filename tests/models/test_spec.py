@@ -136,13 +136,14 @@ def test_full_layers_are_told_from_sliding_ones():
         types = [{"s": "sliding_attention", "f": "full_attention"}[kind] for kind in kinds]
         return spec_of("gpt_oss", num_hidden_layers=len(kinds), layer_types=types, sliding_window=8)
 
-    for kinds, full in (("sfsf", [1, 3]), ("ffss", [0, 1]), ("ssfssfs", [2, 5]), ("sf", [1]), ("ff", [0, 1])):
-        assert list(spec(kinds).full_layers()) == full
-    assert (spec("sf").sliding_window, spec("ff").sliding_window) == (8, 0)
-    with pytest.raises(ValueError, match=r"layer_types: full layers \[0, 1, 3\] are not at equal distances"):
-        spec("ffsf").full_layers()
-    with pytest.raises(ValueError, match="no layer sees all entries: each has a window"):
-        spec("ss").full_layers()
+    for kinds, sliding in (("sfsf", (0, 2)), ("ffsf", (2,)), ("ssfssfs", (0, 1, 3, 4, 6)), ("ff", ())):
+        found = spec(kinds)
+        assert found.sliding_layers == sliding
+        assert sorted((*found.full_layers, *sliding)) == list(range(len(kinds)))
+        assert (found.full.num_layers, found.full.sliding_window) == (len(found.full_layers), 0)
+        assert found.sliding_window == (8 if sliding else 0)
+    assert spec("ss").sliding_layers == (), "their cache is that of full layers"
+    assert len(spec("ss").full_layers) == 2
 
 
 def test_windows_that_reach_no_layer_are_no_windows():

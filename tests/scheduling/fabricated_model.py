@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from tests.scheduling.fabricated import EOS
 from tests.scheduling.fabricated_memory import FabricatedMemory
+from tests.scheduling.fabricated_sliding import FabricatedSliding
 from tests.scheduling.shadow import Shadow, after, after_eviction, survivors
 from zipage.scheduling.batch import Batch
 from zipage.scheduling.compression import Compression
@@ -61,6 +62,7 @@ class FabricatedModel(FabricatedMemory):
         self.host_copies: dict[int, tuple[list[list[int | None]], dict | None]] = {}
         self.flights: list[_Flight] = []
         self.rng = random.Random(self.seed)
+        self.sliding = None if self.scheduler.sliding is None else FabricatedSliding(self.scheduler, self.events)
         self._under_way: tuple[Batch, list[int]] | None = None
 
     def shadow(self, request: Request) -> Shadow:
@@ -97,6 +99,8 @@ class FabricatedModel(FabricatedMemory):
             self.save(swap.request, save)
         for preemption in batch.preempted:
             self.shadow(preemption.request).forget()
+            if self.sliding is not None:
+                self.sliding.forget(preemption.request.number)
         fresh = set(self._fresh)
         self._poison_fresh()
         for swap, restore in zip(batch.resumed, plan.restores, strict=True):
@@ -104,6 +108,8 @@ class FabricatedModel(FabricatedMemory):
         for src, dst in batch.copies:
             self._assert_writable(dst)
             self.cells[dst] = self.cells[src].copy()
+        if self.sliding is not None:
+            self.sliding.begin(plan)
         self._bind_slots()
         for row, first, block_ids in plan.tables:
             self.tables[row][first : first + len(block_ids)] = block_ids
@@ -150,6 +156,8 @@ class FabricatedModel(FabricatedMemory):
         scheduler = self.scheduler
         scheduler.check_integrity()
         self._poison_dead()
+        if self.sliding is not None:
+            self.sliding.poison_dead()
         by_pressure = isinstance(scheduler.trigger, Pressure)
         for request in scheduler.running:
             shadow = self.shadow(request)
@@ -200,6 +208,8 @@ class FabricatedModel(FabricatedMemory):
             if ring is not None:
                 ring[(position + i) % request.rule.window] = (request.number, position + i)
         shadow.num_computed += len(tokens)
+        if self.sliding is not None:
+            self.sliding.compute(request, row, entries[len(entries) - len(tokens) :])
 
     # Query slots
 
@@ -225,6 +235,8 @@ class FabricatedModel(FabricatedMemory):
             ring = self.rings[swap.query_slot].copy() if shadow.slot == swap.query_slot else {}
         self.host_copies[swap.number] = [self.cells[block].copy() for block in swap.block_ids], ring
         shadow.slot = -1
+        if self.sliding is not None:
+            self.sliding.save(swap)
 
     def _restore(self, request: Request, swap: Restore, fresh: set[int]) -> None:
         shadow = self.shadow(request)
@@ -248,6 +260,8 @@ class FabricatedModel(FabricatedMemory):
     def _drop(self, numbers: list[int]) -> None:
         for number in numbers:
             del self.host_copies[number]
+            if self.sliding is not None:
+                self.sliding.forget(number)
 
     # Compressions
 

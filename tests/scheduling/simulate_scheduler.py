@@ -22,7 +22,9 @@ from zipage.eviction.rule import EvictionRule
 from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.request import Request, Status
 from zipage.scheduling.scheduler import Scheduler
+from zipage.scheduling.sliding_blocks import SlidingBlocks
 from zipage.scheduling.swap_space import SwapCosts, SwapSpace
+from zipage.sliding_table import most_blocks
 
 MUST_OCCUR = (
     "aborts",
@@ -42,6 +44,9 @@ MUST_OCCUR = (
     "recomputed_then_compressed",
     "resumes",
     "resumes_with_shared_blocks",
+    "sliding_copies",
+    "sliding_prefix_cut",
+    "sliding_prefix_shared",
     "stalls",
     "swap_space_full",
     "tokens_dropped",
@@ -82,6 +87,18 @@ def random_rules(rng: random.Random, size: int) -> list[Budget | None]:
     return rules
 
 
+def _sliding_blocks(rng: random.Random, size: int, caching: bool, seqs: int, batched: int) -> SlidingBlocks | None:
+    """As the memory plan has them, or a few blocks less for chunks, in half of the configurations."""
+    if rng.random() < 0.5:
+        return None
+    window = rng.choice([1, 2, size, size + 1, rng.randint(1, 4 * size), 40 * size])
+    for_chunks = -(-batched // size) + 1
+    if rng.random() < 0.3:
+        for_chunks = rng.randint(0, for_chunks)
+    pool = BlockPool(seqs * most_blocks(window, size) + for_chunks, size, caching)
+    return SlidingBlocks(pool, window, seqs)
+
+
 class Simulation:
     """One random configuration with one random load, run to its end."""
 
@@ -120,7 +137,8 @@ class Simulation:
         caching = rng.random() < 0.7
         slabs = random.Random(-seed).choice([0, 1, 2, 3, 1000])  # of its own, so that all else stays what it was
         space = SwapSpace(slabs, max(1, 4 // size), SwapCosts(block_bytes=0, token_operations=1, pair_operations=0))
-        self.scheduler = Scheduler(BlockPool(num_blocks, size, caching), **options, swap_space=space)
+        sliding = _sliding_blocks(random.Random(-1 - seed), size, caching, seqs, options["max_num_batched_tokens"])
+        self.scheduler = Scheduler(BlockPool(num_blocks, size, caching), **options, swap_space=space, sliding=sliding)
         self.model = FabricatedModel(self.scheduler, seed, max_delay=rng.choice([0, 0, 1, 4]), overlaps=bool(seed % 2))
         self.requests: list[Request] = []
         self.max_eos = rng.choice([0.0, 0.02])
@@ -156,6 +174,7 @@ class Simulation:
             "policy=" + ("drops_blocks" if policy.drops_blocks else "pages" if policy.page > 1 else "tokens"),
             f"mixed_unbounded={None in kinds}",
             f"rules={len(kinds)}",
+            "sliding=" + ("none" if sliding is None else "caching" if caching else "alone"),
             "pool=" + ("tight" if num_blocks < 1.5 * need else "ample"),
             *{f"protection={kind[2].kind}" for kind in kinds if kind},
             *{f"interval={kind[1].interval_blocks} blocks" for kind in kinds if kind},

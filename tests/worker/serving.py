@@ -28,7 +28,7 @@ from zipage.worker.kv_cache import KVCache
 
 SPEC = SimpleNamespace(
     num_layers=2,
-    sliding_window=0,
+    sliding_layers=(),
     num_heads=4,
     num_kv_heads=2,
     head_dim=32,

@@ -13,7 +13,7 @@ from tests.eviction.cases import Case
 from tests.tiny_models import VOCAB, save_tiny_model
 from zipage import LLM
 from zipage.scheduling.planner import plan_step
-from zipage.worker.cuda_graph import StepGraphs, batch_sizes, capture_stream
+from zipage.worker.cuda_graph import NO_CHUNKS, StepGraphs, batch_sizes, capture_stream
 from zipage.worker.token_batch import PromptChunks, TokenBatch
 
 ZIPAGE, KVZAP = Case("zipage", {"chunk": 32}), Case("kvzap", MADE_UP)
@@ -91,12 +91,18 @@ def test_all_graphs_are_captured_on_one_stream_the_largest_first(tmp_path, fake_
 
 
 @pytest.mark.parametrize(
-    ("options", "largest"), [({}, [(288, False), (512, True)]), (UNEQUAL, [(264, False)])], ids=["", "unequal"]
+    ("family", "options", "largest"),
+    [
+        ("qwen3", {}, [(288, False), (512, True)]),
+        ("qwen3", UNEQUAL, [(264, False)]),
+        ("qwen3_next", {}, [(8, False), (512, True)]),
+    ],
+    ids=["", "unequal", "hybrid"],
 )
-def test_the_largest_graph_of_each_kind_is_measured(tmp_path, fake_cuda, monkeypatch, options, largest):
+def test_the_largest_graph_of_each_kind_is_measured(tmp_path, fake_cuda, monkeypatch, family, options, largest):
     """One has fewer tokens, and block tables for all of them: of long tables these take more than the rest."""
     case = ZIPAGE if options else None
-    runner = make_llm(save_tiny_model("qwen3", tmp_path), case, debug=False, **options)._core.runner
+    runner = make_llm(save_tiny_model(family, tmp_path), case, debug=False, **options)._core.runner
     runner._capture_stream = capture_stream(torch.device("cuda"))
     graphs, ran = runner.step_graphs(runner.cache, runner._tables), []
     monkeypatch.setattr(graphs, "forward", lambda inputs, size: ran.append((size, len(inputs) > 7 * size)))
@@ -116,7 +122,7 @@ def run_in_graphs(llm: LLM, all_decode: bool | None = None) -> list[tuple[int, b
         A list that gets the tokens of each step, and whether it had prefill attention.
     """
     runner, steps = llm._core.runner, []
-    graphs = runner.step_graphs(runner.cache, runner._tables)
+    graphs = runner.step_graphs(runner.cache, runner._tables, runner._sliding_tables)
 
     def run(batch: TokenBatch, chunks: PromptChunks) -> torch.Tensor:
         size, prompts = len(batch) + 5, not all_decode
@@ -215,6 +221,16 @@ def test_a_padded_batch_gives_the_logits_of_an_eager_step(tmp_path, case, new_pr
         torch.testing.assert_close(x, once, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+def test_steps_of_nobody_run_where_layers_slide(tmp_path):
+    """As they do before a capture."""
+    runner = make_llm(save_tiny_model("gpt_oss", tmp_path, num_hidden_layers=2), None)._core.runner
+    graphs = runner.step_graphs(runner.cache, runner._tables, runner._sliding_tables)
+    for chunks in (None, NO_CHUNKS):
+        with torch.inference_mode():
+            assert graphs.forward(graphs.inputs(16, None, chunks), 16).isfinite().all()
+    assert graphs.kept_bytes == 8 * len(graphs.inputs(graphs.most, None, NO_CHUNKS)) + 4 * graphs.most * 64
+
+
 def test_steps_of_a_hybrid_run_in_graphs(tmp_path):
     """Those with prompts in graphs that have chunks, however short these are."""
     model = save_tiny_model("qwen3_next", tmp_path, num_hidden_layers=4)
@@ -237,19 +253,21 @@ def test_steps_of_a_hybrid_run_in_graphs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("case", "options", "graphs"),
+    ("case", "options", "graphs", "family"),
     [
-        *product((None, ZIPAGE, Case("random"), KVZAP), [{}], [(True, False)]),
-        *product((ZIPAGE, KVZAP), [UNEQUAL], [(True,)]),
+        *product((None, ZIPAGE, Case("random"), KVZAP), [{}], [(True, False)], ["qwen3"]),
+        *product((ZIPAGE, KVZAP), [UNEQUAL], [(True,)], ["qwen3"]),
+        (None, {}, (True, False), "gpt_oss"),
+        (ZIPAGE, {}, (True, False), "gemma3_text"),
     ],
     ids=lambda value: "unequal" if value is UNEQUAL else "" if value == {} else str(value),
 )
 def test_requests_that_run_in_graphs_from_their_first_token_get_the_tokens_of_an_eager_engine(
-    tmp_path, case, options, graphs
+    tmp_path, case, options, graphs, family
 ):
     """`graphs`: whether all tokens of theirs attend as decodes."""
     # A small pool: some leave it, and compute their prompt and output anew.
-    model = save_tiny_model("qwen3", tmp_path, num_hidden_layers=2)
+    model = save_tiny_model(family, tmp_path, num_hidden_layers=2)
     prompts = random_prompts([5, 20, 70, 33, 1, 180, 64, 90], VOCAB)
     prompts += [prompts[2][:64] + tail for tail in random_prompts([7, 30], VOCAB, seed=1)]
 

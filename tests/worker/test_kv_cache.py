@@ -6,7 +6,7 @@ import torch
 
 from zipage.worker.kv_cache import NOWHERE, KVCache
 
-TINY = SimpleNamespace(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+TINY = SimpleNamespace(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, sliding_layers=())
 
 
 def test_what_is_not_asked_for_is_not_there():

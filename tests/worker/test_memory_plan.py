@@ -11,7 +11,9 @@ from tests.tiny_models import save_tiny_model
 from zipage.config import EngineConfig
 from zipage.eviction import registry
 from zipage.eviction.budget import Budget
+from zipage.models.attention import AttentionSpec
 from zipage.models.delta_net_spec import DeltaNetSpec
+from zipage.models.spec import ModelSpec
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.memory_plan import (
     MemoryPlan,
@@ -25,13 +27,14 @@ from zipage.worker.recurrent_states import RecurrentStates
 from zipage.worker.worker import DeviceMemory
 
 MIB, GIB = 2**20, 2**30
-QWEN3_8B = SimpleNamespace(num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, recurrent=None)
-TINY = SimpleNamespace(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, recurrent=None)
+QWEN3_8B = SimpleNamespace(num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, recurrent=None, sliding_layers=())
+TINY = SimpleNamespace(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, recurrent=None, sliding_layers=())
 QWEN3_NEXT = SimpleNamespace(
     num_layers=12,
     num_heads=16,
     num_kv_heads=2,
     head_dim=256,
+    sliding_layers=(),
     recurrent=DeltaNetSpec(
         layers=tuple(i for i in range(48) if i % 4 < 3), num_key_heads=16, num_value_heads=32, key_dim=128,
         value_dim=128, taps=4, grouped=True,
@@ -109,6 +112,52 @@ def test_full_kv_plans_neither_slots_nor_positions():
     assert it == MemoryPlan(1137, 256, 36 * MIB, 0, 0)  # 40,960 MiB / 36 MiB = 1137.8
     assert "query slots" not in str(it)
     assert plan("full", free=None).num_blocks == GIB // (36 * MIB)
+
+
+def gpt_oss(**options) -> MemoryPlan:
+    """Of the shape of gpt-oss-20b: half of 24 layers see 128 entries. A block of a layer takes 512 KiB."""
+    heads = {"num_heads": 64, "num_kv_heads": 8, "head_dim": 64, "scale": 0.125}
+    layers = [AttentionSpec(**heads, window=None if i % 2 else 128) for i in range(24)]
+    spec = ModelSpec(
+        architecture="gpt_oss", vocab_size=9, width=8, mlp_width=8, rms_norm_eps=1e-6, inv_freq=(1.0,) * 32,
+        max_position=131072, attention=layers,
+    )  # fmt: skip
+    return plan(spec=spec, **options)
+
+
+def test_windows_come_first_and_blocks_of_full_layers_are_the_rest():
+    # A window of 128 lies in two blocks of 256; a step of 8,192 tokens takes 32 more and one that begins within one.
+    it = gpt_oss(policy="full")
+    assert (it.block_bytes, it.sliding_block_bytes) == (6 * MIB, 6 * MIB)
+    assert (it.num_windows, it.num_sliding_blocks) == (512, 512 * 2 + 33)
+    assert it.num_blocks == (40 * GIB) // (6 * MIB) - 1057
+    assert it.cache_bytes <= 40 * GIB
+    assert "sliding layers 6.19 GiB = 1057 blocks (6.00 MiB each) for windows of 512 requests" in str(it)
+    # (1,024 - 33 * 6) / (2 * 6 + 8 * 6) = 13.8
+    it = gpt_oss(policy="full", kv_cache_memory_bytes=GIB)
+    assert (it.num_windows, it.num_sliding_blocks, it.num_blocks) == (13, 59, 111)
+    # Longer requests than two blocks there are none: (1,024 - 198) / (2 * 6 + 2 * 6) = 34.4
+    assert gpt_oss(policy="full", kv_cache_memory_bytes=GIB, max_model_len=512).num_windows == 34
+    assert gpt_oss(policy="full", num_blocks=7).num_windows == 7
+    with pytest.raises(ValueError, match=r"no room for a KV block of .* or lower block_size or max_num_batched_tokens"):
+        gpt_oss(policy="full", kv_cache_memory_bytes=211 * MIB)
+
+
+def test_query_slots_are_counted_in_what_windows_leave():
+    it = gpt_oss(policy="random", kv_cache_memory_bytes=4 * GIB)
+    # (4,096 - 198) / (12 + 8 * 6.09375) = 64.1; 4,096 - 161 * 6 = 3,130 MiB are 57.07 requests of nine blocks.
+    assert (it.block_bytes, it.query_slot_bytes) == (6 * MIB + 12 * 8 * 256 * 4, 0)
+    assert (it.num_windows, it.num_sliding_blocks, it.num_query_slots) == (64, 161, 57)
+    assert it.num_blocks == 3130 * MIB // it.block_bytes
+    assert gpt_oss(kv_cache_memory_bytes=4 * GIB).query_slot_bytes == 12 * 16 * 64 * 64 * 2, "of full layers alone"
+
+
+def test_a_slab_of_host_memory_takes_blocks_of_either_kind():
+    it = gpt_oss(policy="random", swap_space=1.0)
+    assert it.slab_bytes == it.block_bytes > it.sliding_block_bytes
+    assert (it.slab_blocks, it.slab_sliding_blocks, it.num_host_slabs) == (1, 1, GIB // it.block_bytes)
+    small = gpt_oss(policy="random", swap_space=1.0, block_size=16)
+    assert (small.slab_blocks, small.slab_sliding_blocks) == (16, 16)
 
 
 def test_no_room_says_what_would_make_some():

@@ -46,9 +46,13 @@ def test_what_bounds_no_request_has_no_bytes():
         memory(model="/nowhere")
 
 
-@pytest.mark.parametrize(("policy", "options"), [("zipage", {"window": 8}), ("random", {}), ("keydiff", {})])
-def test_an_engine_takes_what_was_told(tmp_path, policy, options):
-    folder = save_tiny_model("qwen2", tmp_path / "model")
+CASES = [("zipage", {"window": 8}, "qwen2"), ("random", {}, "qwen2"), ("keydiff", {}, "qwen2")]
+CASES += [("zipage", {"window": 8}, "gpt_oss"), ("knorm", {}, "gemma3_text")]
+
+
+@pytest.mark.parametrize(("policy", "options", "family"), CASES)
+def test_an_engine_takes_what_was_told(tmp_path, policy, options, family):
+    folder = save_tiny_model(family, tmp_path / "model", num_hidden_layers=2)
     given = {"policy": policy, "policy_options": options, "budget_tokens": 40, "interval": 20, "block_size": 16}
     given |= {"device": "cpu", "num_blocks": 20, "skip_tokenizer_init": True, "max_num_seqs": 4}
     told = RequestMemory.of(EngineConfig(model=folder, **given))
@@ -59,4 +63,5 @@ def test_an_engine_takes_what_was_told(tmp_path, policy, options):
     (output,) = llm.generate([[1, 2, 3]], params, use_tqdm=False)
     metrics = output.outputs[0].metrics
     held = metrics.peak_blocks * plan.block_bytes + metrics.query_slot * plan.query_slot_bytes
+    held += metrics.peak_sliding_blocks * plan.sliding_block_bytes
     assert held == told.bytes_of(40) == told.bytes_of(48)

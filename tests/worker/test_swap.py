@@ -1,19 +1,22 @@
 """What a swap brings back, and what it leaves alone."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from zipage.models.attention import AttentionSpec
 from zipage.models.delta_net_spec import DeltaNetSpec
+from zipage.models.spec import ModelSpec
 from zipage.tile_table import TileTable
 from zipage.worker import swap
 from zipage.worker.kv_cache import NOWHERE, KVCache
 from zipage.worker.recurrent_states import RecurrentStates
 from zipage.worker.swap import Swapper
 
-SPEC = SimpleNamespace(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8)
+SPEC = SimpleNamespace(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, sliding_layers=())
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 on_every_device = pytest.mark.parametrize("device", DEVICES)
@@ -92,6 +95,37 @@ def test_blocks_and_queries_come_back_elsewhere_bit_for_bit(num_units, dtype, de
     assert cache.scores[0][:, others].isnan().all()
     assert (cache.positions[:, others] == NOWHERE).all()
     assert cache.queries[:, 1:].isnan().all()
+
+
+@on_every_device
+@pytest.mark.parametrize(("num_units", "slabs"), [(1, 3 + 2), (2, 1 + 1)])
+def test_blocks_of_sliding_layers_go_with_the_others(num_units, slabs, device):
+    """Two layers slide and one does not: a slab takes one block of theirs, or nearly two of its own."""
+    make = partial(AttentionSpec, num_heads=4, num_kv_heads=2, head_dim=8, scale=1.0)
+    spec = ModelSpec(
+        architecture="gpt_oss", vocab_size=9, width=8, mlp_width=8, rms_norm_eps=1e-6, inv_freq=(1.0,) * 4,
+        max_position=64, attention=[make(window=window) for window in (20, None, 20)],
+    )  # fmt: skip
+    cache = KVCache(spec, 10, 16, torch.float32, torch.device(device), positions=True, num_sliding_blocks=9)
+    old, new = ([7, 2, 5], [8, 1]), ([1, 5, 9], [2, 8])
+    for part, blocks in zip((cache, cache.sliding), old, strict=True):
+        part.poison(slice(None))
+        fill(part, blocks)
+    saved = [[bits(x[:, ids]) for x in part.entry_tensors] for part, ids in zip((cache, cache.sliding), old)]
+    swapper = Swapper(cache, num_units)
+    swapper.begin()
+    swapper.save(4, old[0], -1, sliding_ids=old[1])
+    swapper.wait()
+    assert len(swapper.copies[4].slabs) == slabs
+    cache.poison(slice(None))
+    cache.sliding.poison(slice(None))
+    swapper.begin()
+    swapper.restore(4, new[0], 0, -1, sliding_ids=new[1])
+    swapper.wait()
+    for part, ids, tensors in zip((cache, cache.sliding), new, saved):
+        assert all(torch.equal(bits(x[:, ids]), expected) for x, expected in zip(part.entry_tensors, tensors))
+        others = [i for i in range(part.k.shape[1]) if i not in ids]
+        assert part.k[:, others].isnan().all()
 
 
 @on_every_device

@@ -29,7 +29,7 @@ KERNELS = (
 
 class Spec:
     attention = tuple(AttentionSpec(num_heads=6, num_kv_heads=3, head_dim=32, scale=scale) for scale in (0.2, 0.4))
-    num_layers, num_heads, num_kv_heads, head_dim = 2, 6, 3, 32
+    num_layers, num_heads, num_kv_heads, head_dim, sliding_layers = 2, 6, 3, 32, ()
 
 
 @pytest.fixture

@@ -16,11 +16,9 @@ class CoreSpec:
         max_model_len: longest prompt plus output, in tokens.
         vocab_size: token ids are below it.
         eos_token_ids: of the model; the tokenizer may know another.
-        sliding_window: entries that sliding layers of the model see; 0: there are none.
     """
 
     memory_plan: MemoryPlan
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    sliding_window: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from zipage.scheduling.batch import Batch
@@ -19,8 +19,12 @@ class DebugChecks:
     def __init__(self, scheduler: Scheduler, cache: KVCache) -> None:
         self._scheduler = scheduler
         self._cache = cache
-        self._poisoned = set(scheduler.pool.unindexed_free_blocks())
+        self._pools = [(scheduler.pool, cache)]
         cache.poison(slice(None))
+        if scheduler.sliding is not None:
+            self._pools.append((scheduler.sliding.pool, cache.sliding))
+            cache.sliding.poison(slice(None))
+        self._poisoned = [set(pool.unindexed_free_blocks()) for pool, _ in self._pools]
         cache.poison_queries(slice(None))
         self._poison_rows(range(scheduler.max_num_seqs))
 
@@ -35,10 +39,10 @@ class DebugChecks:
                 for tile, offset in request.block_ids.unwritten(request.cache_len, size):
                     self._cache.poison(tile, offset)
                 continue
-            first, offset = divmod(request.cache_len, size)
-            for block in request.block_ids[first:]:
-                self._cache.poison(block, offset)
-                offset = 0
+            _poison_end(self._cache, request.block_ids, request.cache_len)
+            if self._scheduler.sliding is not None:
+                table = request.sliding
+                _poison_end(self._cache.sliding, table.block_ids, request.num_computed - table.first * size)
 
     def after(self) -> None:
         """Check pool, tables and rows; poison free blocks that no prefix refers to.
@@ -47,13 +51,22 @@ class DebugChecks:
             RuntimeError: an invariant is broken.
         """
         self._scheduler.check_integrity()
-        dead = set(self._scheduler.pool.unindexed_free_blocks())
-        for block in dead - self._poisoned:
-            self._cache.poison(block)
-        self._poisoned = dead
+        for place, (pool, cache) in enumerate(self._pools):
+            dead = set(pool.unindexed_free_blocks())
+            for block in dead - self._poisoned[place]:
+                cache.poison(block)
+            self._poisoned[place] = dead
         self._poison_rows({*range(self._scheduler.max_num_seqs)} - {r.row for r in self._scheduler.running})
 
     def _poison_rows(self, rows: Iterable[int]) -> None:
         """Those of recurrent layers, where there are any."""
         if self._cache.recurrent is not None:
             self._cache.recurrent.poison(rows)
+
+
+def _poison_end(cache: KVCache, block_ids: Sequence[int], num_entries: int) -> None:
+    """What blocks have behind so many entries."""
+    first, offset = divmod(num_entries, cache.block_size)
+    for block in block_ids[first:]:
+        cache.poison(block, offset)
+        offset = 0

@@ -147,7 +147,7 @@ class InputProcessor:
         self._max_model_len = core.max_model_len
         self._vocab_size = core.vocab_size
         self._eos_token_ids = end_of_sequence_ids(core.eos_token_ids, tokenizer)
-        self._rules = Rules(config, core.sliding_window)
+        self._rules = Rules(config)
         self.tokenizer = tokenizer
         self._warned_of_idle = False
         self._encoded_words = lru_cache(MOST_WORD_LISTS)(self._encode_words)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from zipage.config import EngineConfig
-from zipage.eviction.policy import Policy
 from zipage.models.attention import refuse_forms
 from zipage.models.spec import ModelSpec
 
@@ -30,16 +29,7 @@ def check_model(config: EngineConfig, spec: ModelSpec) -> None:
             f"{name}: weighs what the output projection adds, and {spec.architecture} has a gate of each query before "
             "it: take another policy"
         )
-    if spec.sliding_window:
-        spec.full_layers()
-        refuse_dropping(name, policy)
-        config.rule(policy, config.budget_tokens, prompt_len=1, sliding_window=spec.sliding_window)
-
-
-def refuse_dropping(name: str, policy: Policy) -> None:
-    """Raise a ValueError that begins with `name` where a policy can't serve models with sliding layers."""
-    if policy.drops_blocks:
+    if all(layer.window for layer in spec.attention):
         raise ValueError(
-            f"{name}: drops the same blocks in all layers, and sliding layers keep the latest entries: "
-            "set native=False, or take a policy of tokens"
+            f"{name}: each layer of the model has a window, so that there is nothing to choose: set policy=full"
         )

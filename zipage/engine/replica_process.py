@@ -32,7 +32,7 @@ def run(channel: Channel) -> None:
         start.inherited.take_over(channel.send)
         core, spec = build_core(start.config)
         channel.send(spec)
-        Replica(channel, core, Rules(start.config, spec.sliding_window)).serve()
+        Replica(channel, core, Rules(start.config)).serve()
     except BaseException as error:
         with suppress(OSError):  # the other side is gone
             channel.send(packed(error))

@@ -21,6 +21,7 @@ def request_metrics(request: Request) -> RequestMetrics:
         pauses=request.num_pauses,
         compressions=request.num_compressions,
         peak_blocks=request.peak_blocks,
+        peak_sliding_blocks=request.peak_sliding_blocks,
         query_slot=request.has_held_slot,
     )
     if request.first_scheduled is not None:

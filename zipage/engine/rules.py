@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 
 from zipage.config import EngineConfig
-from zipage.engine.model_check import refuse_dropping
 from zipage.eviction import registry
 from zipage.eviction.policy import Policy
 from zipage.eviction.rule import EvictionRule
@@ -15,9 +14,9 @@ AMPLE = 2**20
 """A budget that no policy finds too small."""
 
 
-def served_policies(config: EngineConfig, sliding_window: int) -> list[str]:
+def served_policies(config: EngineConfig) -> list[str]:
     """Names of the registered policies that a request of an engine may choose, given the budget that they need."""
-    rules, found = Rules(config, sliding_window), []
+    rules, found = Rules(config), []
     for name in registry.POLICIES:
         with suppress(ValueError):
             rules.of(SamplingParams(policy=name, budget_tokens=AMPLE), 1)
@@ -30,12 +29,10 @@ class Rules:
 
     Args:
         config: of the engine. What its policy keeps in the cache decides which policies a request may name.
-        sliding_window: of the model, as in `CoreSpec`.
     """
 
-    def __init__(self, config: EngineConfig, sliding_window: int) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._sliding_window = sliding_window
         self._own = config.make_policy()
         self._policies = {None: self._own, config.policy: self._own, "full": None}
 
@@ -51,7 +48,7 @@ class Rules:
         if policy is None:
             return None
         budget = params.budget_tokens or self._config.budget_tokens
-        rule = self._config.rule(policy, budget, prompt_len, params.protection, self._sliding_window)
+        rule = self._config.rule(policy, budget, prompt_len, params.protection)
         policy.check_budget(keep=rule.keep, protected=rule.protected)
         return rule
 
@@ -84,8 +81,6 @@ class Rules:
                 f"SamplingParams.policy={name!r}: needs {' and '.join(lacks)}, for which an engine of policy "
                 f"{self._config.policy!r} reserves no memory: start one of policy {name!r}"
             )
-        if self._sliding_window:
-            refuse_dropping(f"SamplingParams.policy={name!r}", policy)
         try:
             policy.check(block_size=self._config.block_size, recent=self._config.recent_tokens)
         except ValueError as error:

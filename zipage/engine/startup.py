@@ -25,6 +25,7 @@ from zipage.models.spec import ModelSpec
 from zipage.parallel.ranked_worker import RankedWorker, start_ranks
 from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.headroom import entries_to_keep
+from zipage.scheduling.sliding_blocks import SlidingBlocks
 from zipage.scheduling.swap_space import SwapCosts, SwapSpace
 from zipage.scheduling.tile_pool import TilePool
 from zipage.worker.memory_plan import MemoryPlan, large_states, plan_memory
@@ -113,11 +114,19 @@ def _pool(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> BlockPool:
     return BlockPool(plan.num_blocks, config.block_size, caches)
 
 
+def _sliding_blocks(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> SlidingBlocks | None:
+    if not spec.sliding_layers:
+        return None
+    pool = BlockPool(plan.num_sliding_blocks, config.block_size, config.enable_prefix_caching)
+    return SlidingBlocks(pool, spec.sliding_window, plan.num_windows)
+
+
 def _swap_space(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> SwapSpace:
     operations = spec.token_operations, spec.pair_operations
     row_bytes = plan.state_bytes // config.max_num_seqs
-    costs = SwapCosts(plan.block_bytes, *(count // config.tensor_parallel_size for count in operations), row_bytes)
-    return SwapSpace(plan.num_host_slabs, plan.slab_blocks, costs)
+    operations = (count // config.tensor_parallel_size for count in operations)
+    costs = SwapCosts(plan.block_bytes, *operations, row_bytes, plan.sliding_block_bytes)
+    return SwapSpace(plan.num_host_slabs, plan.slab_blocks, costs, max(1, plan.slab_sliding_blocks))
 
 
 def core_on(
@@ -148,7 +157,7 @@ def core_on(
     swap_space = _swap_space(plan, config, spec)
     scheduler = core_type.scheduler_type(
         _pool(plan, config, spec),
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=min(config.max_num_seqs, plan.num_windows or config.max_num_seqs),
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_chunked_prefill=config.enable_chunked_prefill,
         num_query_slots=plan.num_query_slots,
@@ -157,16 +166,17 @@ def core_on(
         swap_space=swap_space,
         headroom=entries_to_keep(swap_space, config.block_size),
         shares_prefixes=spec.recurrent is None,
+        sliding=_sliding_blocks(plan, config, spec),
     )
     core = core_type(
         scheduler,
         worker.runner,
         worker.compressor,
-        Telemetry(scheduler, plan.block_bytes, strict=config.debug, clock=clock),
+        Telemetry(scheduler, plan.block_bytes, plan.sliding_block_bytes, strict=config.debug, clock=clock),
         DebugChecks(scheduler, worker.cache) if config.debug else None,
         overlaps=worker.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
         async_compression=config.async_compression,
-        heads=(spec.num_layers, spec.num_kv_heads),
+        heads=(spec.full.num_layers, spec.num_kv_heads),
         clock=clock,
     )
-    return core, CoreSpec(plan, max_model_len, spec.vocab_size, spec.eos_token_ids, spec.sliding_window)
+    return core, CoreSpec(plan, max_model_len, spec.vocab_size, spec.eos_token_ids)

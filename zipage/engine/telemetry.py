@@ -59,7 +59,8 @@ class Listeners:
 
 
 class Telemetry:
-    """Fills the records of `zipage.stats`; `clock` is that of its core, `block_bytes` those of a block of each rank.
+    """Fills the records of `zipage.stats`; `clock` is that of its core, `block_bytes` and
+    `sliding_block_bytes` those of a block of each rank.
 
     Attributes:
         counters: those that the scheduler does not keep itself.
@@ -70,14 +71,18 @@ class Telemetry:
         self,
         scheduler: Scheduler,
         block_bytes: int,
+        sliding_block_bytes: int = 0,
         strict: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._scheduler = scheduler
         self._block_bytes = block_bytes
+        self._sliding_block_bytes = sliding_block_bytes
         self._clock = clock
         self._num_applied = 0
-        self.counters = EngineStats(blocks_total=scheduler.pool.num_blocks)
+        sliding = scheduler.sliding
+        totals = {"sliding_blocks_total": 0 if sliding is None else sliding.pool.num_blocks}
+        self.counters = EngineStats(blocks_total=scheduler.pool.num_blocks, **totals)
         self.listeners = Listeners(strict)
 
     def record_step(self, batch: Batch, num_tokens: int, begin: float, device_time: float) -> None:
@@ -166,12 +171,13 @@ class Telemetry:
     def stats(self) -> EngineStats:
         """All counters, and gauges as they are now."""
         scheduler, compressions = self._scheduler, self._scheduler.compressions
+        swap, sliding_bytes = scheduler.swap_space, self._sliding_block_bytes
         return replace(
             self.counters,
             pauses=scheduler.num_pauses,
             resumes=scheduler.num_resumes,
-            bytes_to_host=scheduler.swap_space.blocks_out * self._block_bytes,
-            bytes_from_host=scheduler.swap_space.blocks_in * self._block_bytes,
+            bytes_to_host=swap.blocks_out * self._block_bytes + swap.sliding_out * sliding_bytes,
+            bytes_from_host=swap.blocks_in * self._block_bytes + swap.sliding_in * sliding_bytes,
             compressions_ordered=compressions.num_ordered,
             compressions_applied=compressions.num_applied,
             compressions_failed=compressions.num_failed,
@@ -184,4 +190,5 @@ class Telemetry:
             num_compressing=len(compressions.in_flight),
             query_slots_used=scheduler.slots.num_used,
             blocks_used=scheduler.pool.num_used,
+            sliding_blocks_used=0 if scheduler.sliding is None else scheduler.sliding.pool.num_used,
         )

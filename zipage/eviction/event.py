@@ -57,7 +57,6 @@ class Event(ABC):
         calibration: the arrays of the policy's calibration file that it asks for, by name: float32 [L, rows, ...] of
             this launch's layers and heads, `rows` being H, or H * G for query heads.
         layer_offset, head_offset: numbers of the first layer and KV head of this launch in the whole model.
-        layer_step: from one layer of this launch to the next.
         new_states: what the policy handed to `store`; empty without state.
     """
 
@@ -79,7 +78,6 @@ class Event(ABC):
     rope_factor: float = 1.0
     calibration: Mapping[str, Tensor] = field(default_factory=dict)
     layer_offset: int = 0
-    layer_step: int = 1
     head_offset: int = 0
     new_states: tuple[Tensor, ...] = ()
 
@@ -99,8 +97,8 @@ class Event(ABC):
 
     @property
     def layers(self) -> range:
-        """Numbers of this launch's layers in the whole model."""
-        return range(self.layer_offset, self.layer_offset + self.layer_step * self.num_layers, self.layer_step)
+        """Numbers of this launch's layers among those of the whole model that are ranked."""
+        return range(self.layer_offset, self.layer_offset + self.num_layers)
 
     @property
     def device(self) -> torch.device:

@@ -26,7 +26,6 @@ class EvictionRule:
         recent: r, latest entries that stay at every event.
         prompt_truncated: the whole prompt should be protected and does not fit the budget.
         allocation: how budgets differ by layer and head; None: they do not.
-        sliding_window: entries that sliding layers of the model see, which keep the latest; 0: there are none.
     """
 
     policy: Policy
@@ -35,7 +34,6 @@ class EvictionRule:
     recent: int = 0
     prompt_truncated: bool = False
     allocation: Allocation | None = None
-    sliding_window: int = 0
 
     @classmethod
     def of(
@@ -46,7 +44,6 @@ class EvictionRule:
         recent: int,
         prompt_len: int,
         allocation: Allocation | None = None,
-        sliding_window: int = 0,
     ) -> EvictionRule:
         """The rule for a prompt of `prompt_len` tokens.
 
@@ -56,14 +53,9 @@ class EvictionRule:
         budget.check(policy, protection, recent)
         if allocation is not None:
             allocation.check(policy)
-        if budget.keep < sliding_window:
-            raise ValueError(
-                f"{budget} is less than the window of {sliding_window} that the model's sliding layers see: "
-                f"raise budget_tokens to at least {sliding_window}"
-            )
         size = prompt_len, budget.keep, recent, policy.page
         leading = protection.length(*size), recent, protection.prompt_truncated(*size)
-        return cls(policy, budget, *leading, allocation, sliding_window)
+        return cls(policy, budget, *leading, allocation)
 
     @property
     def keep(self) -> int:
@@ -107,7 +99,5 @@ class EvictionRule:
 
     @property
     def pinned_blocks(self) -> int:
-        """Leading blocks of protected entries alone: no event writes to them, so they may stay shared. Only as many as
-        leave sliding layers, which have the same blocks, room for their window.
-        """
-        return min(self.protected, self.keep - self.sliding_window) // self.budget.block_size
+        """Leading blocks of protected entries alone: no event writes to them, so they may stay shared."""
+        return self.protected // self.budget.block_size

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -153,28 +154,34 @@ class ModelSpec:
 
     @property
     def pair_operations(self) -> int:
-        """Of the attention of one token to one entry, all layers."""
-        return 4 * self.num_layers * self.num_heads * self.head_dim
+        """Of the attention of one token to one entry, all layers but those that slide."""
+        return 4 * len(self.full_layers) * self.num_heads * self.head_dim
+
+    @property
+    def sliding_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers whose cache holds a window and no more: those with a window, where others have none."""
+        sliding = tuple(index for index, layer in enumerate(self.attention) if layer.window is not None)
+        return sliding if len(sliding) < self.num_layers else ()
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Numbers of the other layers, whose entries policies rank."""
+        sliding = set(self.sliding_layers)
+        return tuple(index for index in range(self.num_layers) if index not in sliding)
 
     @property
     def sliding_window(self) -> int:
-        """Entries that the widest window of some layers sees; 0: all layers are full."""
-        return max(layer.window or 0 for layer in self.attention)
+        """Entries that the widest window of `sliding_layers` sees; 0: there are none."""
+        return max((self.attention[index].window for index in self.sliding_layers), default=0)
 
-    def full_layers(self) -> range:
-        """Numbers of the layers that see all entries.
+    @property
+    def full(self) -> ModelSpec:
+        """The same of `full_layers` alone, as their cache and compressions take it."""
+        return self.of_layers(self.full_layers) if self.sliding_layers else self
 
-        Raises:
-            ValueError: there is none, or they do not come at equal distances.
-        """
-        full = [index for index, layer in enumerate(self.attention) if layer.window is None]
-        if not full:
-            raise ValueError("no layer sees all entries: each has a window, which bounds the cache without a policy")
-        step = full[1] - full[0] if len(full) > 1 else 1
-        numbers = range(full[0], full[-1] + 1, step)
-        if list(numbers) != full:
-            raise ValueError(f"layer_types: full layers {full} are not at equal distances")
-        return numbers
+    def of_layers(self, numbers: Sequence[int]) -> ModelSpec:
+        """The same of some of the layers that attend."""
+        return replace(self, attention=tuple(self.attention[index] for index in numbers))
 
     @property
     def num_layers(self) -> int:

@@ -58,10 +58,12 @@ class Compress(NamedTuple):
 
 
 class Poison(NamedTuple):
-    """Overwrite blocks, as `KVCache.poison` does; of None, the queries of `slot`."""
+    """Overwrite blocks, as `KVCache.poison` does; of None, the queries of `slot`. `slides`: of
+    sliding layers."""
 
     blocks: int | slice | None
     slot: int | slice
+    slides: bool = False
 
 
 class TellMisranked(NamedTuple):

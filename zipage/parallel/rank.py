@@ -130,10 +130,10 @@ class Rank:
                     self._outbox.send(m.Moved(lost))
             case m.Compress(orders):
                 worker.compressor.submit(orders)
-            case m.Poison(None, slot):
+            case m.Poison(None, slot, _):
                 worker.cache.poison_queries(slot)
-            case m.Poison(blocks, slot):
-                worker.cache.poison(blocks, slot)
+            case m.Poison(blocks, slot, slides):
+                (worker.cache.sliding if slides else worker.cache).poison(blocks, slot)
             case m.TellMisranked():
                 worker.compressor.ranks.poll(wait=True)
                 self._outbox.send(m.Misranked([*worker.compressor.ranks.failed]))

@@ -143,12 +143,14 @@ class RankedCache:
     recurrent = None
     """Models with recurrent layers are not spread."""
 
-    def __init__(self, group: RankGroup, block_size: int) -> None:
+    def __init__(self, group: RankGroup, block_size: int, slides: bool = False) -> None:
         self._group = group
         self.block_size = block_size
+        self._slides = slides
+        self.sliding = None if slides else RankedCache(group, block_size, slides=True)
 
     def poison(self, blocks: int | slice, first_slot: int = 0) -> None:
-        self._group.tell(m.Poison(blocks, first_slot))
+        self._group.tell(m.Poison(blocks, first_slot, self._slides))
 
     def poison_queries(self, slot: int | slice) -> None:
         self._group.tell(m.Poison(None, slot))

@@ -95,6 +95,14 @@ class BlockPool:
             if count == 0:
                 self._free[block] = None
 
+    def discard(self, blocks: Iterable[int]) -> None:
+        """As `free`. Those that nobody holds any more leave the prefix index, and are the next to be handed out."""
+        for block in blocks:
+            self.free([block])
+            if self.ref_counts[block] == 0:
+                self.forget(block)
+                self._free.move_to_end(block, last=False)
+
     def find_prefix(self, token_ids: array, max_blocks: int) -> tuple[list[int], list[int]]:
         """Longest run of indexed blocks that holds the beginning of `token_ids` (C ints), `max_blocks` at most.
 
@@ -114,6 +122,11 @@ class BlockPool:
             blocks.append(block)
             prefix_ids.append(prefix_id)
         return blocks, prefix_ids
+
+    def find_block(self, parent_id: int, token_ids: array) -> int | None:
+        """The block that was registered so (no reference taken), if it is still there."""
+        hit = self._index.get((parent_id, token_ids.tobytes()))
+        return None if hit is None else hit[0]
 
     def register(self, block: int, parent_id: int, token_ids: array) -> int:
         """Enter a full block, whose entries are computed, under the prefix it extends.

@@ -61,6 +61,19 @@ class Headroom:
             total = -(-self.prefixes.num_to_compute(request) // self.pool.block_size)
         return total - sum(self.pool.ref_counts[block] > 0 for block in shared)
 
+    def num_short(self, running: Iterable[Request], head: Request | None) -> int:
+        """Blocks that decodes at a block's end want beyond the free ones, and `head` of the queue if it may enter."""
+        size = self.pool.block_size
+        wanted = sum(
+            request.cache_len == len(request.block_ids) * size
+            and request.status is Status.RUNNING
+            and not request.has_all_tokens
+            for request in running
+        )
+        if head is not None:
+            wanted += self.wanted_by(head) + self.of_all(running)
+        return wanted - self.pool.num_free
+
     def next_block(self, request: Request) -> int:
         """Blocks that a paused request needs for its next token beside those it had, unless it is compressed first."""
         held = len(request.block_ids) * self.pool.block_size

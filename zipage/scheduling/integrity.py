@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 from zipage.scheduling.compression_scheduler import CompressionScheduler
 from zipage.scheduling.request import Request
+from zipage.scheduling.sliding_blocks import SlidingBlocks
 
 
-def check_requests(running: Sequence[Request], compressions: CompressionScheduler) -> None:
-    """Check pool, block tables and lengths.
+def check_requests(
+    running: Sequence[Request], compressions: CompressionScheduler, sliding: SlidingBlocks | None = None
+) -> None:
+    """Check pools, block tables and lengths.
 
     Raises:
         RuntimeError: an invariant is broken; the message says which.
@@ -17,6 +20,8 @@ def check_requests(running: Sequence[Request], compressions: CompressionSchedule
     fresh = [compression.fresh for compression in compressions.in_flight.values()]
     compressions.pool.check_integrity([request.block_ids for request in running] + fresh)
     compressions.check_integrity()
+    if sliding is not None:
+        sliding.check_integrity(running)
     for request in running:
         _check_request(request, compressions)
 

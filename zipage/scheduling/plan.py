@@ -22,14 +22,15 @@ seeds: sample 1 under seed 0 is not to draw what sample 0 draws under seed 1."""
 
 
 class Save(NamedTuple):
-    """Blocks to copy to host memory under a request's number; with the queries of `query_slot`, unless it is -1, and
-    what recurrent layers keep of `row`.
+    """Blocks to copy to host memory under a request's number; with the queries of `query_slot`, unless it is -1, what
+    recurrent layers keep of `row`, and blocks of sliding layers.
     """
 
     number: int
     block_ids: Table
     query_slot: int
     row: int = -1
+    sliding_ids: Sequence[int] = ()
 
 
 class Restore(NamedTuple):
@@ -39,6 +40,7 @@ class Restore(NamedTuple):
         num_shared: leading blocks that hold the same already, to be left alone.
         query_slot: takes the queries that were saved; -1 for none.
         row: takes the recurrent layers' state.
+        sliding_ids: the same of sliding layers, where none are left alone.
     """
 
     number: int
@@ -46,6 +48,7 @@ class Restore(NamedTuple):
     num_shared: int
     query_slot: int
     row: int = -1
+    sliding_ids: Sequence[int] = ()
 
 
 class RowStart(NamedTuple):
@@ -88,9 +91,10 @@ class StepPlan:
         drops: numbers of requests whose saved blocks are not needed any more.
         saves, restores: blocks of requests that are paused and resumed; saves come first, since others, resumed ones
             among them, get their blocks.
-        copies: (source, destination) blocks to copy after that.
+        copies, sliding_copies: (source, destination) blocks to copy after that; of sliding layers.
         starts: rows that requests take.
-        tables: what block tables have gained; of a table that was replaced, all of it.
+        tables, sliding_tables: what block tables have gained; of a table that was replaced, all of it. In those of
+            sliding layers, what is out of the window has no meaning.
         num_decodes: leading requests, which compute one token each; the others compute a chunk of their text.
         rows: int64 [n], row of each request.
         counts: int64 [n], tokens that it computes, at least one.
@@ -106,8 +110,10 @@ class StepPlan:
     saves: list[Save] = field(default_factory=list)
     restores: list[Restore] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    sliding_copies: list[tuple[int, int]] = field(default_factory=list)
     starts: list[RowStart] = field(default_factory=list)
     tables: list[TableGrowth] = field(default_factory=list)
+    sliding_tables: list[TableGrowth] = field(default_factory=list)
     num_decodes: int = 0
     rows: np.ndarray = field(default_factory=_none)
     counts: np.ndarray = field(default_factory=_none)
@@ -125,6 +131,11 @@ class StepPlan:
             ids = growth.block_ids
             taken.update(ids.ids.tolist() if isinstance(ids, TileTable) else ids)
         return taken
+
+    def sliding_blocks_taken(self) -> set[int]:
+        """The same of sliding layers."""
+        taken = {block for copy in self.sliding_copies for block in copy}
+        return taken.union(*(growth.block_ids for growth in self.sliding_tables))
 
 
 class CompressionOrder(NamedTuple):

@@ -29,11 +29,13 @@ def plan_step(batch: Batch, drops: Sequence[int] = ()) -> StepPlan:
         token_ids.append(np.array(request.token_ids[request.num_computed : end], dtype=np.int64))
     return StepPlan(
         drops=list(drops),
-        saves=[Save(request.number, blocks[:], slot, row) for request, blocks, _, slot, row in batch.paused],
+        saves=[Save(request.number, blocks[:], slot, row, ids) for request, blocks, _, slot, row, ids in batch.paused],
         restores=[Restore(swap.request.number, swap.block_ids[:], *swap[2:]) for swap in batch.resumed],
         copies=batch.copies,
+        sliding_copies=batch.sliding_copies,
         starts=[_start(request) for request in batch.entered],
         tables=[TableGrowth(r.row, *r.take_growth()) for r in requests if r.num_blocks_told != len(r.block_ids)],
+        sliding_tables=_sliding_growth(requests) if batch.slides else [],
         num_decodes=len(decodes),
         rows=_column([request.row for request in requests]),
         counts=counts,
@@ -44,6 +46,12 @@ def plan_step(batch: Batch, drops: Sequence[int] = ()) -> StepPlan:
         samples=samples,
         token_ids=np.concatenate(token_ids),
     )
+
+
+def _sliding_growth(requests: Sequence[Request]) -> list[TableGrowth]:
+    return [
+        TableGrowth(request.row, *request.sliding.take_growth()) for request in requests if request.sliding.has_grown
+    ]
 
 
 def plan_compression(compression: Compression) -> CompressionOrder:

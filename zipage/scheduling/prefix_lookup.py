@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from zipage.scheduling.block_pool import ROOT, BlockPool
 from zipage.scheduling.request import Request, Status
+from zipage.scheduling.sliding_blocks import SlidingBlocks, SlidingPrefix
 from zipage.scheduling.triggers import Trigger
 
 
@@ -16,12 +17,14 @@ class CachedPrefix(NamedTuple):
         shared: full blocks to share, and `prefix_ids` at their ends.
         num_cached: tokens that they hold together with the copy of `tail`.
         tail: a sibling's last prompt block, not full, to copy; or None.
+        sliding: what of it sliding layers need.
     """
 
     shared: list[int]
     prefix_ids: list[int]
     num_cached: int
     tail: int | None
+    sliding: SlidingPrefix = SlidingPrefix()
 
 
 class PrefixLookup:
@@ -30,11 +33,19 @@ class PrefixLookup:
     Args:
         shares_prefixes: a request may begin behind a prefix whose blocks it shares. Not so where the model keeps a
             state that blocks don't hold.
+        sliding: blocks of sliding layers, which have to hold the end of a prefix, too; None: there are no such layers.
     """
 
-    def __init__(self, pool: BlockPool, trigger: Trigger, shares_prefixes: bool = True) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        trigger: Trigger,
+        shares_prefixes: bool = True,
+        sliding: SlidingBlocks | None = None,
+    ) -> None:
         self.pool = pool
         self.trigger = trigger
+        self.sliding = sliding
         self.shares_prefixes = shares_prefixes and pool.shares_blocks
 
     def num_to_compute(self, request: Request) -> int:
@@ -71,9 +82,9 @@ class PrefixLookup:
         limit = self.num_to_compute(request) - 1
         if request.rule is not None and request.rule.window:
             limit = max(0, min(limit, self.trigger.fewest_entries(request) - request.rule.window))
-        shared, prefix_ids = self.pool.find_prefix(request.token_ids, limit // size)
+        indexed = self._indexed(request, limit // size)
         if donor is None:
-            return CachedPrefix(shared, prefix_ids, len(shared) * size, None)
+            return indexed
         num_cached = min(limit, request.num_prompt_tokens - 1)
         tail = None
         is_whole = donor.num_compressions == 0 and donor.status is Status.RUNNING
@@ -84,9 +95,22 @@ class PrefixLookup:
             tail = donor.block_ids[full]
         if tail is None:
             num_cached = full * size
-        if len(shared) * size >= num_cached:
-            return CachedPrefix(shared, prefix_ids, len(shared) * size, None)
-        return CachedPrefix(donor.block_ids[:full], donor.prefix_ids[:full], num_cached, tail)
+        if indexed.num_cached >= num_cached:
+            return indexed
+        shared = CachedPrefix(donor.block_ids[:full], donor.prefix_ids[:full], num_cached, tail)
+        if self.sliding is None:
+            return shared
+        of_sliding = self.sliding.share(donor, num_cached)
+        return indexed if of_sliding is None else shared._replace(sliding=of_sliding)
+
+    def _indexed(self, request: Request, max_blocks: int) -> CachedPrefix:
+        """What the prefix index finds of a text, `max_blocks` at most."""
+        blocks, prefix_ids = self.pool.find_prefix(request.token_ids, max_blocks)
+        if self.sliding is None:
+            return CachedPrefix(blocks, prefix_ids, len(blocks) * self.pool.block_size, None)
+        sliding = self.sliding.find(prefix_ids)
+        count = sliding.first + len(sliding.shared)
+        return CachedPrefix(blocks[:count], prefix_ids[:count], count * self.pool.block_size, None, sliding)
 
     def unchanged_blocks(self, request: Request) -> list[int]:
         """Leading blocks of a paused request that still hold what they held: an id of a prefix is never used again."""
@@ -117,3 +141,5 @@ class PrefixLookup:
             tokens = request.token_ids[i * size : (i + 1) * size]
             parent_id = prefix_ids[-1] if prefix_ids else ROOT
             prefix_ids.append(self.pool.register(request.block_ids[i], parent_id, tokens))
+        if self.sliding is not None:
+            self.sliding.register(request)

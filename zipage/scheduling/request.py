@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zipage.outputs import FinishReason, Logprob
 from zipage.sampling_params import SamplingParams
+from zipage.sliding_table import SlidingTable
 from zipage.tile_table import Table, num_blocks
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ class Request:
         first_scheduled, first_token_time, finish_time: host clock.
         cached_tokens: prompt tokens that the cache held when the request was first scheduled.
         num_preemptions, num_pauses: how often each happened.
+
+    By `SlidingBlocks`:
+        sliding: its table in sliding layers; empty where there are none. Of one that doesn't run: the one it had.
+        peak_sliding_blocks: the most blocks it held there at once.
 
     By `CompressionScheduler`:
         num_compressions: so far. After the first, entries are no longer a prefix of the text.
@@ -123,6 +128,7 @@ class Request:
         "num_taken",
         "number",
         "peak_blocks",
+        "peak_sliding_blocks",
         "prefix_ids",
         "queries_from",
         "queries_saved",
@@ -133,6 +139,7 @@ class Request:
         "sampling_params",
         "seed",
         "siblings",
+        "sliding",
         "status",
         "stop_ids",
         "stop_reason",
@@ -195,6 +202,7 @@ class Request:
         self.row = -1
         self.num_blocks_told = 0
         self.prefix_ids: list[int] = []
+        self.sliding = SlidingTable()
         self.num_compressions = 0
         self.query_slot = -1
         self.queries_from = 0
@@ -208,6 +216,7 @@ class Request:
         self.num_preemptions = 0
         self.num_pauses = 0
         self.peak_blocks = 0
+        self.peak_sliding_blocks = 0
         self.has_held_slot = False
 
     @property

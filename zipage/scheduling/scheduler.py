@@ -18,6 +18,7 @@ from zipage.scheduling.integrity import check_requests
 from zipage.scheduling.prefix_lookup import PrefixLookup
 from zipage.scheduling.query_slots import QuerySlots
 from zipage.scheduling.request import Request, Status
+from zipage.scheduling.sliding_blocks import SlidingBlocks
 from zipage.scheduling.swap_space import SwapSpace
 from zipage.scheduling.triggers import TRIGGERS
 
@@ -53,8 +54,10 @@ class Scheduler:
         scheduling: str = "hybrid",
         swap_space: SwapSpace | None = None,
         shares_prefixes: bool = True,
+        sliding: SlidingBlocks | None = None,
     ) -> None:
         self.pool = pool
+        self.sliding = sliding
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_chunked_prefill = enable_chunked_prefill
@@ -63,7 +66,7 @@ class Scheduler:
         self.trigger = TRIGGERS[trigger](pool)
         self.compressions = CompressionScheduler(pool, self.trigger)
         self.slots = QuerySlots(num_query_slots, self.trigger, constrained=scheduling == "constrained")
-        self.prefixes = PrefixLookup(pool, self.trigger, shares_prefixes)
+        self.prefixes = PrefixLookup(pool, self.trigger, shares_prefixes, sliding)
         self.headroom = Headroom(pool, self.trigger, self.prefixes, headroom)
         self.swap_space = swap_space or SwapSpace()
         self.num_pauses = self.num_resumes = 0
@@ -123,17 +126,8 @@ class Scheduler:
         self.finish([request], "error", now)
 
     def _num_short(self) -> int:
-        """Blocks that decodes at a block's end and the head of the queue want beyond the free ones."""
-        size = self.pool.block_size
-        wanted = sum(
-            request.cache_len == len(request.block_ids) * size
-            and request.status is Status.RUNNING
-            and not request.has_all_tokens
-            for request in self.running
-        )
-        if self.waiting and len(self.running) < self.max_num_seqs:
-            wanted += self.headroom.wanted_by(self.waiting[0]) + self.headroom.of_all(self.running)
-        return wanted - self.pool.num_free
+        head = self.waiting[0] if self.waiting and len(self.running) < self.max_num_seqs else None
+        return self.headroom.num_short(self.running, head)
 
     # Planning
 
@@ -143,7 +137,7 @@ class Scheduler:
 
     def schedule(self, now: float = 0.0) -> Batch:
         """Plan one step and take the blocks it needs. `now` (seconds) stamps requests scheduled for the first time."""
-        batch = self.batch_type()
+        batch = self.batch_type(slides=self.sliding is not None)
         self.slots.assign(self.running)
         unfinished, may_admit = self._schedule_decodes(batch)
         budget = self.max_num_batched_tokens - batch.num_decodes
@@ -162,10 +156,8 @@ class Scheduler:
             Running requests whose prompt is unfinished, and whether others may be admitted: not while somebody waits
             for blocks, which they would take, or share and so make the compression of their holder need more.
         """
-        unfinished = []
-        reserved = 0
-        may_admit = True
-        running, pool, size = self.running, self.pool, self.pool.block_size
+        unfinished, reserved, may_admit = [], 0, True
+        running, pool, size, sliding = self.running, self.pool, self.pool.block_size, self.sliding
         for request in self._awake().copy():
             if request.status is not Status.RUNNING or request.has_all_tokens:
                 continue
@@ -197,6 +189,8 @@ class Scheduler:
                         batch.num_stalled += 1
                     continue
                 request.grow(pool.allocate(1))
+            if sliding is not None:
+                sliding.extend(request, 1)
             batch.decodes.append(request)
         batch.sampled = batch.decodes.copy()
         return [request for request in unfinished if request.status is Status.RUNNING], may_admit
@@ -239,6 +233,8 @@ class Scheduler:
     def _add_chunk(self, batch: Batch, request: Request, budget: int) -> int:
         remaining = self.prefixes.num_to_compute(request) - request.num_computed
         num_tokens = min(remaining, budget)
+        if self.sliding is not None:
+            num_tokens = self.sliding.extend(request, num_tokens)
         batch.prefills.append(Chunk(request, num_tokens))
         if request.num_computed + num_tokens == request.num_tokens:
             batch.sampled.append(request)
@@ -282,6 +278,8 @@ class Scheduler:
                 request.cached_tokens = min(prefix.num_cached, request.num_prompt_tokens)
             if prefix.tail is not None:
                 batch.copies.append((prefix.tail, blocks[len(prefix.shared)]))
+            if self.sliding is not None:
+                batch.sliding_copies += self.sliding.adopt(request, prefix.sliding)
             budget -= self._add_chunk(batch, request, budget)
             room += self.headroom.of(request)
         self.waiting.extendleft(reversed(held_back))
@@ -299,7 +297,8 @@ class Scheduler:
 
     def pause(self, request: Request, batch: Batch) -> None:
         """Move a running request's entries to host memory with `batch`; it returns when there is room."""
-        batch.paused.append(Swap(request, request.block_ids, 0, request.query_slot, request.row))
+        places = request.query_slot, request.row, request.sliding.block_ids
+        batch.paused.append(Swap(request, request.block_ids, 0, *places))
         request.queries_saved = request.query_slot >= 0
         self.swap_space.take(request)
         table = request.block_ids
@@ -339,7 +338,8 @@ class Scheduler:
         self._enter(batch, request, blocks)
         self.prefixes.cut(request, len(shared))
         self.slots.give_back(request, self.running)
-        batch.resumed.append(Swap(request, blocks, len(shared), request.query_slot, request.row))
+        places = request.query_slot, request.row, () if self.sliding is None else self.sliding.come_back(request)
+        batch.resumed.append(Swap(request, blocks, len(shared), *places))
         self.slots.offer(request)
         self.num_resumes += 1
         return True
@@ -350,6 +350,8 @@ class Scheduler:
         request.row = -1
         request.hold([])
         self.slots.take_back(request)
+        if self.sliding is not None:
+            self.sliding.release(request)
 
     # After the step
 
@@ -363,6 +365,8 @@ class Scheduler:
             request.cache_len += num_tokens
             if self.pool.enable_prefix_caching:
                 self.prefixes.register(request)
+        if self.sliding is not None:
+            self.sliding.slide(batch.decodes + [chunk.request for chunk in batch.prefills])
         for token_row, request in enumerate(batch.sampled):
             request.await_token(token_row)
 
@@ -437,12 +441,8 @@ class Scheduler:
         return self.swap_space.take_dropped()
 
     def check_integrity(self) -> None:
-        """Check the invariants of pool, tables, slots and compressions (for tests and debug runs).
-
-        Raises:
-            RuntimeError: an invariant is broken; the message says which.
-        """
-        check_requests(self.running, self.compressions)
+        """Raises RuntimeError where pools, tables, slots and compressions disagree (for tests and debug runs)."""
+        check_requests(self.running, self.compressions, self.sliding)
         rows = [request.row for request in self.running]
         if sorted(rows + self._rows) != list(range(self.max_num_seqs)):
             raise RuntimeError("batch rows leaked or were handed out twice")

@@ -164,7 +164,7 @@ class Api:
             "has_text": self.llm.get_tokenizer() is not None,
             "has_template": self.has_template and self.llm.get_tokenizer() is not None,
             "policy": config.policy,
-            "policies": served_policies(config, self.llm.sliding_window),
+            "policies": served_policies(config),
             "budget_tokens": config.budget_tokens,
             "protection": config.protection,
         }

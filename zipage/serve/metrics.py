@@ -39,6 +39,8 @@ GAUGES = {
     "zipage:query_slots_used": ("query_slots_used", "Query slots held."),
     "zipage:kv_blocks_used": ("blocks_used", "KV blocks in use."),
     "zipage:kv_blocks_total": ("blocks_total", "KV blocks in the pool."),
+    "zipage:sliding_blocks_used": ("sliding_blocks_used", "Blocks of sliding layers in use."),
+    "zipage:sliding_blocks_total": ("sliding_blocks_total", "Blocks of sliding layers in their pool."),
 }
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60, 300)
 LONG = (0.3, 0.5, 1, 2.5, 5, 10, 15, 30, 60, 120, 240, 480, 960, 1920)

@@ -170,7 +170,7 @@ class SleepingScheduler(Scheduler):
         self.may_sleep = True
         self.booked_at = 0.0
         self.num_asleep = 0
-        self._is_predictable = isinstance(self.trigger, BlockFull)
+        self._is_predictable = isinstance(self.trigger, BlockFull) and self.sliding is None
         self._up: list[SleepingRequest] = []
         """Running requests that are awake, oldest first."""
         self._wakes: dict[int, list[SleepingRequest]] = {}

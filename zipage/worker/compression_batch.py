@@ -13,7 +13,7 @@ from zipage.models.shard import Shard
 from zipage.models.spec import ModelSpec
 from zipage.scheduling.plan import CompressionOrder
 from zipage.transfer import to_device
-from zipage.worker.compressor import LAUNCH_ENTRIES, Sliding
+from zipage.worker.compressor import LAUNCH_ENTRIES
 from zipage.worker.kv_cache import KVCache
 from zipage.worker.output_norms import OutputNorms
 from zipage.worker.paged_event import PagedEvent
@@ -43,7 +43,6 @@ class CompressionBatch:
         self.tables = [order.new_ids for order in orders]
         self._recent = orders[0].rule.recent
         self._pinned = [order.rule.pinned_blocks for order in orders]
-        self._block_size = block_size
         self._numbers = (
             [order.num_entries for order in orders],
             self.keep,
@@ -111,11 +110,6 @@ class CompressionBatch:
             shard=shard,
             model_heads=model_heads,
         )
-
-    def sliding(self, full: range, device: torch.device) -> Sliding:
-        """For `compress`, of a model whose layers are not all `full`."""
-        pinned = [blocks * self._block_size for blocks in self._pinned]
-        return Sliding(full, to_device(pinned, device, np.int32))
 
     def destinations(self, device: torch.device) -> Tensor:
         """int32 [R, dst_blocks] for `compress`: -1 for the blocks that no event writes to."""

@@ -89,7 +89,7 @@ class CompressionRunner:
 
     Args:
         cache: with positions, and with scores and queries where a policy asks for them.
-        spec: of the heads in `cache`.
+        spec: of the layers and heads in `cache`.
         asynchronous: as above.
         layer_stride: layers of one launch; None takes what a bound on memory allows (`compress`).
         trace: read back the positions that stay, which waits for the GPU.
@@ -124,7 +124,6 @@ class CompressionRunner:
         self._inv_freq = to_device(spec.inv_freq, cache.k.device, np.float64)
         self._calibration = calibration or {}
         self._outputs = outputs
-        self._has_sliding = spec.sliding_window > 0
         sinks = [form.sinks for form in forms or () if form.sinks is not None]
         self._sinks = torch.stack(sinks) if sinks else None
         self._layer_stride = layer_stride
@@ -380,7 +379,6 @@ class CompressionRunner:
             max_keep=max(batch.keep),
             stride=stride,
             first_layer=first_layer,
-            sliding=batch.sliding(self._spec.full_layers(), event.device) if self._has_sliding else None,
         ).failed
         return failed | was_misranked if was_misranked else failed
 

@@ -14,7 +14,6 @@ from kernels.select import select
 from zipage.eviction.fault import FAULTS
 from zipage.eviction.policy import Policy
 from zipage.worker.paged_event import PagedEvent
-from zipage.worker.sliding_layers import latest, ranked_layers
 
 LAUNCH_ENTRIES = 2**20
 """Entries (layers * R * H * N) of one launch, which bounds the memory that scores and dense copies take."""
@@ -40,18 +39,6 @@ class PartlyCompressed(RuntimeError):
         return [any(of_request) for of_request in zip(*(launch.tolist() for launch in self._failed), strict=True)]
 
 
-class Sliding(NamedTuple):
-    """Of a model with sliding layers.
-
-    Attributes:
-        full: numbers of the other layers, which alone a policy ranks.
-        pinned: int32 [R], leading entries in blocks that no event writes to.
-    """
-
-    full: range
-    pinned: Tensor
-
-
 class Choice(NamedTuple):
     """What stays of R requests.
 
@@ -73,7 +60,6 @@ def compress(
     max_keep: int,
     stride: int | None = None,
     first_layer: int = 0,
-    sliding: Sliding | None = None,
 ) -> Choice:
     """Evict what `policy` ranks lowest and move the survivors, K, V and states, into the first slots of a request.
 
@@ -83,7 +69,7 @@ def compress(
 
     Args:
         policy: one that evicts.
-        event: all layers of the model, or any range of them if the policy does not need all at once.
+        event: all layers that are ranked, or any range of them if the policy does not need all at once.
         states: further int32 or float32 [L, num_blocks, H, b] to move along, such as the entries' logical positions;
             none of `event.state_caches`.
         dst_tables: int32 [R, dst_blocks], read up to ceil(min(keep, n) / b): a request's private blocks, either its own
@@ -94,7 +80,6 @@ def compress(
         stride: layers of one launch, for policies that may see them one by one; None takes as many as make up
             `LAUNCH_ENTRIES`, and at least one.
         first_layer: of the event's layers, below their number; those before it are left alone.
-        sliding: None: the policy ranks all layers.
 
     Returns:
         What stayed in the layers from `first_layer` on, K being max_keep.
@@ -121,9 +106,8 @@ def compress(
         for first in range(first_layer, event.num_layers, step):
             last = min(first + step, event.num_layers)
             launch = event.of_layers(first, last)
-            choice, updates = _choose(policy, launch, max_keep, sliding)
-            moved = [*(state[first:last] for state in states), *launch.state_caches]
-            updates = [None] * len(states) + updates
+            choice = choose(policy, launch, max_keep)
+            moved, updates = _states_to_move(policy, launch, [state[first:last] for state in states])
             untouched = None
             compact_stable(launch.view, moved, choice.kept, launch.shared(dst_tables), updates)
             untouched = last
@@ -148,23 +132,10 @@ def choose(policy: Policy, event: PagedEvent, max_keep: int) -> Choice:
     return Choice(kept, highest.masked_fill(event.forced, 0).isnan().any(dim=-1))
 
 
-def _choose(
-    policy: Policy, event: PagedEvent, max_keep: int, sliding: Sliding | None
-) -> tuple[Choice, list[Tensor | None]]:
-    """What stays in the layers of one launch, and of each state of the policy the new values by source slot."""
-    if sliding is None:
-        choice = choose(policy, event, max_keep)
-        return choice, [state.expand(event.shape).contiguous() for state in event.new_states[: policy.num_states]]
-    kept = event.shared(latest(event, sliding.pinned, min(max_keep, event.num_slots))).contiguous()
-    ranked = ranked_layers(event, sliding.full)
-    if ranked is None:
-        failed = torch.zeros(event.num_requests, dtype=torch.bool, device=event.device)
-        return Choice(kept, failed), [None] * policy.num_states
-    some = event.of_layers(ranked.start, ranked.stop, ranked.step)
-    choice = choose(policy, some, max_keep)
-    kept[ranked] = choice.kept
-    updates = []
-    for state in some.new_states[: policy.num_states]:
-        updates.append(torch.zeros(event.shape, dtype=torch.float32, device=event.device))
-        updates[-1][ranked] = state
-    return Choice(kept, choice.failed), updates
+def _states_to_move(
+    policy: Policy, event: PagedEvent, states: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """What moves beside K and V in one launch, and of each the values by source slot that replace the old ones."""
+    updates: list[Tensor | None] = [None] * len(states)
+    updates += [state.expand(event.shape).contiguous() for state in event.new_states[: policy.num_states]]
+    return [*states, *event.state_caches], updates

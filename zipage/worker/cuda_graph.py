@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
 
@@ -18,6 +19,7 @@ from zipage.models.decoder import Decoder
 from zipage.worker.block_tables import BlockTables
 from zipage.worker.entry_scorer import EntryScorer
 from zipage.worker.kv_cache import KVCache
+from zipage.worker.mixed_attention import LayerGroup, LayerGroups, MixedAttention
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.step_recurrence import StepRecurrence
 from zipage.worker.tile_tables import TileTables
@@ -81,6 +83,7 @@ class StepGraphs:
         max_num_batched_tokens: most tokens of a step.
         stream: `capture_stream` of the device; None on a CPU, where nothing is captured.
         scorer: of new entries, where the cache keeps predictions.
+        sliding_tables: of all requests in sliding layers, where there are any.
 
     Attributes:
         most: tokens of the largest graph.
@@ -95,6 +98,7 @@ class StepGraphs:
         max_num_batched_tokens: int,
         stream: torch.cuda.Stream | None,
         scorer: EntryScorer | None = None,
+        sliding_tables: BlockTables | None = None,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
@@ -102,6 +106,13 @@ class StepGraphs:
         self._sampled = sampled
         self._stream = stream
         self._scorer = scorer
+        self._groups = LayerGroups(decoder)
+        self._sliding_tables = sliding_tables
+        slides = sliding_tables is not None
+        self._lines = 7 + slides
+        """Fields of `TokenBatch` that a graph reads."""
+        self._chunk_numbers = (3 + slides) * PROMPTS + 1
+        """What it reads of chunks: their fields, those of `ends` where layers slide."""
         grouped = decoder.spec.experts is None or groups_on_device(decoder.dtype, decoder.device)
         self._take_chunks = grouped and not cache.tiled
         # A token of a recurrent layer needs the state that the one before it leaves.
@@ -141,28 +152,32 @@ class StepGraphs:
         """What a graph reads, int64 on the host: the fields of `TokenBatch`, each of `size` and padded with the empty
         row, and where there are `chunks` their fields, padded to `PROMPTS`. No batch: the padding alone.
         """
-        flat = np.zeros(7 * size + (0 if chunks is None else 3 * PROMPTS + 1), dtype=np.int64)
-        packed, last = flat[: 7 * size].reshape(7, size), flat[7 * size :]
-        packed[[1, 3, 4]] = -1
+        lines = self._lines
+        flat = np.zeros(lines * size + (0 if chunks is None else self._chunk_numbers), dtype=np.int64)
+        packed, last = flat[: lines * size].reshape(lines, size), flat[lines * size :]
+        packed[[1, 3, 4]] = packed[7:] = -1
         packed[5] = self._tables.empty_row
         if batch is not None:
-            for line, field in zip(packed, fields(TokenBatch), strict=True):
+            for line, field in zip(packed, fields(TokenBatch)[:lines], strict=True):
                 line[: len(batch)] = getattr(batch, field.name)
         if chunks is not None:
             count, decodes = len(chunks), chunks.bounds[0]
             packed[5, decodes:], packed[6, decodes:] = self._tables.empty_row, 0  # they are of no decode
             last[:PROMPTS] = self._tables.empty_row
             last[:count], last[PROMPTS : PROMPTS + count] = chunks.rows, chunks.lens
-            last[2 * PROMPTS :] = chunks.bounds[-1]
+            last[2 * PROMPTS : 3 * PROMPTS + 1] = chunks.bounds[-1]
             last[2 * PROMPTS : 2 * PROMPTS + count] = chunks.bounds[:-1]
+            if count and self._sliding_tables is not None:
+                last[3 * PROMPTS + 1 :][:count] = chunks.ends
         return torch.from_numpy(flat)
 
     def forward(self, inputs: Tensor, size: int) -> Tensor:
         """The captured computation: hidden states [size, width]. Logits are left out, since each graph would keep its
         own, hundreds of megabytes in all.
         """
-        token_ids, token_rows, positions, slots, queries, rows, lens = inputs[: 7 * size].view(7, size)
-        chunks = inputs[7 * size :]
+        lines = inputs[: self._lines * size].view(self._lines, size)
+        token_ids, token_rows, positions, slots, queries, rows, lens, *sliding_slots = lines
+        chunks = inputs[self._lines * size :]
         queries = None if self._cache.queries is None else queries
         if self._cache.tiled:
             attention = TiledAttention(
@@ -180,32 +195,59 @@ class StepGraphs:
             layers, _, heads, _ = self._cache.positions.shape
             store_positions(positions.int(), self._cache.positions, shared(slots, heads, layers))
         decodes = min(size, len(self._sampled)) if len(chunks) else size
-        attention = PagedAttention(
-            self._cache,
-            self._decoder.spec.attention,
-            slots=slots,
-            query_indices=queries,
-            num_decodes=decodes,
-            decode_tables=self._tables.device.index_select(0, rows[:decodes]),
-            decode_lens=lens[:decodes].int(),
-            forms=self._decoder.forms,
-        )
+        parts = ()
         if len(chunks):
-            attention.prefill_tables = self._tables.device.index_select(0, chunks[:PROMPTS])
-            attention.prefill_lens, attention.cu_seqlens = chunks[PROMPTS:].int().split([PROMPTS, PROMPTS + 1])
-            attention.max_seqlen = size
+            sizes = [PROMPTS, PROMPTS + 1] + [PROMPTS] * len(sliding_slots)
+            parts = chunks[:PROMPTS], *chunks[PROMPTS:].int().split(sizes)
+        both = rows[:decodes], parts
+        full = self._attention(self._cache, self._groups.full, self._tables, slots, lens, 1, *both)
+        full.query_indices, sliding = queries, None
+        if sliding_slots:
+            # Of no request, a token has no entries here either.
+            lens = torch.where(lens > 0, positions + 1, 0)
+            kept = self._cache.sliding, self._groups.sliding, self._sliding_tables
+            sliding = self._attention(*kept, *sliding_slots, lens, 3, *both)
         recurrence = self._recurrence(rows[:decodes])
         if recurrence is not None and len(chunks):
-            fresh = positions[attention.cu_seqlens[:-1].clamp(max=size - 1)] == 0
-            recurrence.chunks = Spans(self._held(chunks[:PROMPTS]), attention.cu_seqlens, fresh)
-        return self._decode(token_ids, token_rows, positions, attention, recurrence)
+            fresh = positions[full.cu_seqlens[:-1].clamp(max=size - 1)] == 0
+            recurrence.chunks = Spans(self._held(chunks[:PROMPTS]), full.cu_seqlens, fresh)
+        return self._decode(token_ids, token_rows, positions, self._groups.join(full, sliding), recurrence)
+
+    def _attention(
+        self,
+        cache: KVCache,
+        group: LayerGroup,
+        tables: BlockTables,
+        slots: Tensor,
+        lens: Tensor,
+        chunk_lens: int,
+        rows: Tensor,
+        chunks: Sequence[Tensor],
+    ) -> PagedAttention:
+        """Of the layers of one cache. `rows`: of the decodes. `chunks`: rows, lengths, bounds, lengths in sliding
+        layers; `chunk_lens` is the place of those that count. None: all tokens are decodes.
+        """
+        attention = PagedAttention(
+            cache,
+            group.attention,
+            slots=slots,
+            num_decodes=len(rows),
+            decode_tables=tables.device.index_select(0, rows),
+            decode_lens=lens[: len(rows)].int(),
+            forms=group.forms,
+        )
+        if chunks:
+            attention.prefill_tables = tables.device.index_select(0, chunks[0])
+            attention.prefill_lens, attention.cu_seqlens = chunks[chunk_lens], chunks[2]
+            attention.max_seqlen = len(slots)
+        return attention
 
     def _decode(
         self,
         token_ids: Tensor,
         token_rows: Tensor,
         positions: Tensor,
-        attention: PagedAttention | TiledAttention,
+        attention: PagedAttention | MixedAttention | TiledAttention,
         recurrence: StepRecurrence | None,
     ) -> Tensor:
         observe = None if self._cache.predictions is None else self._scorer.into(self._cache, attention.slots)
@@ -225,7 +267,8 @@ class StepGraphs:
     def kept_bytes(self) -> int:
         """What graphs keep beside their pool: inputs and hidden states."""
         return (
-            8 * (7 * self.most + 3 * PROMPTS + 1) + self.most * self._decoder.spec.width * self._decoder.dtype.itemsize
+            8 * (self._lines * self.most + self._chunk_numbers)
+            + self.most * self._decoder.spec.width * self._decoder.dtype.itemsize
         )
 
     def warm_up_largest(self) -> None:
@@ -259,7 +302,7 @@ class StepGraphs:
         """Capture a graph, and the largest before it, if there is none yet."""
         if self._inputs is None:
             device, spec = self._cache.k.device, self._decoder.spec
-            self._inputs = torch.empty(7 * self.most + 3 * PROMPTS + 1, dtype=torch.int64, device=device)
+            self._inputs = torch.empty(self._lines * self.most + self._chunk_numbers, dtype=torch.int64, device=device)
             self._hidden = torch.empty(self.most, spec.width, dtype=self._decoder.dtype, device=device)
             self._capture(self.most, self._take_chunks)
         if (size, prompts) not in self._graphs:

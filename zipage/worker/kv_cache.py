@@ -22,10 +22,13 @@ class KVCache:
         window: w, queries kept in a query slot.
         tiled: heads hold unequal lengths.
         recurrent: what recurrent layers keep of each row of the batch, for those who move requests; or None.
+        num_sliding_blocks: of the layers of the model that slide, where there are any; those of `num_blocks` are of the
+            others.
 
     Attributes:
-        k, v: [L, num_blocks, H, b, d] of `dtype`. Where heads hold unequal lengths, the same memory is tiles of any
-            layer and head, [1, L * num_blocks * H, 1, b, ...], as is what is kept beside it.
+        sliding: keys and values of sliding layers, in blocks of their own; None where there are none.
+        k, v: [L, num_blocks, H, b, d] of `dtype`, L being the other layers. Where heads hold unequal lengths, the same
+            memory is tiles of any layer and head, [1, L * num_blocks * H, 1, b, ...], as is what is kept beside it.
         positions: int32 [L, num_blocks, H, b], the entries' logical positions, which differ by layer and head once
             some were evicted; or None.
         scores: float32 [L, num_blocks, H, b] each, what an eviction policy stored for each entry.
@@ -48,7 +51,13 @@ class KVCache:
         window: int = 0,
         tiled: bool = False,
         recurrent: RecurrentStates | None = None,
+        num_sliding_blocks: int = 0,
     ) -> None:
+        self.sliding = None
+        if spec.sliding_layers:
+            sliding = spec.of_layers(spec.sliding_layers)
+            self.sliding = KVCache(sliding, num_sliding_blocks, block_size, dtype, device)
+            spec = spec.full
         self.tiled = tiled
         self.block_size = block_size
         self.window = window
@@ -70,6 +79,11 @@ class KVCache:
     def entry_tensors(self) -> list[Tensor]:
         """All that a block holds: the tensors [L, num_blocks, ...] that are there."""
         return [self.k, self.v, *self.scores, *self.states]
+
+    @property
+    def unit_bytes(self) -> int:
+        """Of a block, or of a tile."""
+        return sum(x[:, 0].nbytes for x in self.entry_tensors)
 
     @property
     def states(self) -> list[Tensor]:

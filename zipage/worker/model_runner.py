@@ -26,6 +26,7 @@ from zipage.worker.block_tables import BlockTables
 from zipage.worker.cuda_graph import StepGraphs, capture_stream, known_tokens
 from zipage.worker.entry_scorer import EntryScorer
 from zipage.worker.kv_cache import KVCache
+from zipage.worker.mixed_attention import LayerGroup, LayerGroups
 from zipage.worker.paged_attention import PagedAttention
 from zipage.worker.recurrent_states import RecurrentStates
 from zipage.worker.sampler import Logprobs, Sampler
@@ -107,6 +108,7 @@ class ModelRunner:
 
     Attributes:
         recurrent: what recurrent layers keep of each row; None where there are none.
+        groups: the layers by what holds their entries.
     """
 
     def __init__(
@@ -136,7 +138,9 @@ class ModelRunner:
         if spec.recurrent is not None:
             self.recurrent = RecurrentStates(spec.recurrent, max_num_seqs, decoder.dtype, device)
         self.cache: KVCache | None = None
+        self.groups = LayerGroups(decoder)
         self._tables: BlockTables | TileTables | None = None
+        self._sliding_tables: BlockTables | None = None
         self.swapper: Swapper | None = None
         self._sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         """Tokens of the latest step, for the next one to go on from before the host knows them."""
@@ -151,14 +155,17 @@ class ModelRunner:
         self.cache = cache
         columns = self.spec.num_layers * self.spec.num_kv_heads if cache.tiled else 1
         self.swapper = Swapper(cache, slab_blocks(cache.block_size) * columns, num_host_slabs)
-        self._tables = self.block_tables(cache)
+        self._tables, self._sliding_tables = self.block_tables(cache), self.sliding_tables(cache)
         if self.device.type == "cuda" and not self.enforce_eager:
-            self._graphs = self.step_graphs(cache, self._tables)
+            self._graphs = self.step_graphs(cache, self._tables, self._sliding_tables)
 
-    def step_graphs(self, cache: KVCache, tables: BlockTables | TileTables) -> StepGraphs:
+    def step_graphs(
+        self, cache: KVCache, tables: BlockTables | TileTables, sliding_tables: BlockTables | None = None
+    ) -> StepGraphs:
         """Graphs over `cache`, none captured yet."""
         most = self.max_num_batched_tokens
-        return StepGraphs(self.decoder, cache, tables, self._sampled, most, self._capture_stream, self.scorer)
+        kept = self._sampled, most, self._capture_stream, self.scorer
+        return StepGraphs(self.decoder, cache, tables, *kept, sliding_tables=sliding_tables)
 
     def block_tables(self, cache: KVCache) -> BlockTables | TileTables:
         """Tables of all rows, none written yet."""
@@ -166,6 +173,10 @@ class ModelRunner:
         if cache.tiled:
             return TileTables(*size, num_layers=self.spec.num_layers, num_heads=self.spec.num_kv_heads)
         return BlockTables(*size)
+
+    def sliding_tables(self, cache: KVCache) -> BlockTables | None:
+        """The same of sliding layers, where there are any."""
+        return None if cache.sliding is None else self.block_tables(cache.sliding)
 
     @torch.inference_mode()
     def move(self, plan: StepPlan) -> dict[int, str]:
@@ -191,17 +202,19 @@ class ModelRunner:
                     with _noted(lost, restore.number, "from"):
                         swapper.restore(*restore)
             if len(plan.rows):
-                swapper.wait_for(plan.blocks_taken())
+                swapper.wait_for(plan.blocks_taken(), plan.sliding_blocks_taken())
             else:
                 swapper.wait()
         if plan.copies:
-            self._copy_blocks(plan.copies)
+            self._copy_blocks(self.cache, plan.copies)
+        if plan.sliding_copies:
+            self._copy_blocks(self.cache.sliding, plan.sliding_copies)
         return lost
 
-    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+    def _copy_blocks(self, cache: KVCache, copies: list[tuple[int, int]]) -> None:
         src, dst = (self._tensor(ids) for ids in np.array(copies, dtype=np.int64).T)
-        copy_blocks(self.cache.k, self.cache.v, src, dst)
-        for x in self.cache.states:
+        copy_blocks(cache.k, cache.v, src, dst)
+        for x in cache.states:
             x[:, dst] = x[:, src]
         # Scores have no meaning there: only a compression writes them, and the blocks of a compressed request are no
         # longer a prefix of its text that another could take over.
@@ -268,7 +281,11 @@ class ModelRunner:
         for growth in plan.tables:
             self._tables.write(growth)
         self._tables.upload()
-        batch = TokenBatch.of(plan, self._tables, self.cache.window)
+        if self._sliding_tables is not None:
+            for growth in plan.sliding_tables:
+                self._sliding_tables.write(growth)
+            self._sliding_tables.upload()
+        batch = TokenBatch.of(plan, self._tables, self.cache.window, self._sliding_tables)
         chunks = PromptChunks.of(plan)
         if self._graphs is not None and self._graphs.takes(batch, chunks):
             hidden = self._graphs.run(batch, chunks)
@@ -293,30 +310,49 @@ class ModelRunner:
         """Hidden states [n, width], every kernel launched from here; prompts take prefill attention."""
         if self.cache.tiled:
             return self._run_tiled(plan, batch)
-        num_decodes = plan.num_decodes
-        attention = PagedAttention(
-            self.cache, self.spec.attention, slots=None, num_decodes=num_decodes, forms=self.decoder.forms
-        )
-        if num_decodes:
-            lens = batch.lens[:num_decodes]
-            attention.decode_lens = self._tensor(lens, np.int32)
-            attention.decode_tables = self._tables.of(batch.rows[:num_decodes], int(lens.max()))
-        if len(chunks):
-            attention.prefill_tables = self._tables.of(chunks.rows, int(chunks.lens.max()))
-            attention.prefill_lens = self._tensor(chunks.lens, np.int32)
-            attention.cu_seqlens = self._tensor(chunks.bounds, np.int32)
-            attention.max_seqlen = int(np.diff(chunks.bounds).max())
-        fields = batch.token_ids, batch.token_rows, batch.positions, batch.slots, batch.queries
-        token_ids, token_rows, positions, attention.slots, queries = self._tensor(np.stack(fields))
-        if self.cache.queries is not None:
-            attention.query_indices = queries
+        groups, cache, num_decodes = self.groups, self.cache, plan.num_decodes
+        rows = batch.rows[:num_decodes], chunks
+        full, sliding = self._attention(cache, groups.full, self._tables, batch.lens, chunks.lens, *rows), None
+        fields = [batch.token_ids, batch.token_rows, batch.positions, batch.slots, batch.queries]
+        if cache.sliding is not None:
+            lens = batch.positions + 1, chunks.ends
+            sliding = self._attention(cache.sliding, groups.sliding, self._sliding_tables, *lens, *rows)
+            fields.append(batch.sliding_slots)
+        token_ids, token_rows, positions, full.slots, queries, *more = self._tensor(np.stack(fields))
+        if cache.queries is not None:
+            full.query_indices = queries
+        if sliding is not None:
+            (sliding.slots,) = more
         if batch.token_rows.max() >= 0:
             token_ids = known_tokens(token_ids, token_rows, self._sampled)
         if self.cache.positions is not None:
             layers, _, heads, _ = self.cache.positions.shape
-            store_positions(positions.int(), self.cache.positions, shared(attention.slots, heads, layers))
-        recurrence = self._recurrence(plan)
-        return self.decoder(token_ids, positions, attention, self._observe(attention.slots), recurrence)
+            store_positions(positions.int(), self.cache.positions, shared(full.slots, heads, layers))
+        attention, recurrence = groups.join(full, sliding), self._recurrence(plan)
+        return self.decoder(token_ids, positions, attention, self._observe(full.slots), recurrence)
+
+    def _attention(
+        self,
+        cache: KVCache,
+        group: LayerGroup,
+        tables: BlockTables,
+        lens: np.ndarray,
+        chunk_lens: np.ndarray,
+        decode_rows: np.ndarray,
+        chunks: PromptChunks,
+    ) -> PagedAttention:
+        """Of the layers of one cache, without slots; `lens` of each token, `chunk_lens` of each chunk."""
+        count = len(decode_rows)
+        attention = PagedAttention(cache, group.attention, slots=None, num_decodes=count, forms=group.forms)
+        if count:
+            attention.decode_lens = self._tensor(lens[:count], np.int32)
+            attention.decode_tables = tables.of(decode_rows, int(lens[:count].max()))
+        if len(chunks):
+            attention.prefill_tables = tables.of(chunks.rows, int(chunk_lens.max()))
+            attention.prefill_lens = self._tensor(chunk_lens, np.int32)
+            attention.cu_seqlens = self._tensor(chunks.bounds, np.int32)
+            attention.max_seqlen = int(np.diff(chunks.bounds).max())
+        return attention
 
     def _recurrence(self, plan: StepPlan) -> StepRecurrence | None:
         """What recurrent layers do with a plan, where there are any."""

@@ -24,6 +24,7 @@ from zipage.worker.kv_cache import KVCache
 @dataclass(slots=True)
 class PagedAttention:
     """Stores a layer's new keys and values, and the queries that an eviction will read, then attends over block tables.
+    The layers are those of one cache.
 
     The batch is decodes (one token each) followed by prefill chunks. Tokens of neither attend to nothing; what comes of
     them has no meaning.
@@ -39,8 +40,7 @@ class PagedAttention:
         decode_lens, prefill_lens: int32 [B], entries of each request with this step's included.
         cu_seqlens: int32 [prefills + 1], borders of the chunks in the batch.
         max_seqlen: at least the longest chunk; 0: there is none.
-        forms: of each layer's attention; None: all are plain. Entries of a window are those of the latest positions,
-            since layers with one keep the latest entries. None of their queries is kept: no policy ranks them.
+        forms: of each layer's attention; None: all are plain. What lies before a window is not read.
     """
 
     cache: KVCache
@@ -67,7 +67,7 @@ class PagedAttention:
         if self._slots is None:
             self._share(k_cache, v_cache)
         n, form = self.num_decodes, PLAIN if self.forms is None else self.forms[layer]
-        if self.query_indices is None or form.window is not None:
+        if self.query_indices is None:
             store_kv(k, v, k_cache, v_cache, self._slots)
         else:
             store_step(k, v, q, k_cache, v_cache, self.cache.queries[layer], self._slots, self.query_indices)

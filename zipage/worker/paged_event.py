@@ -77,14 +77,13 @@ class PagedEvent(Event):
         if self.window and self.q_cache.shape[2] < self.window:
             raise ValueError(f"q_cache holds {self.q_cache.shape[2]} queries of a request: the window is {self.window}")
 
-    def of_layers(self, first: int, last: int, step: int = 1) -> PagedEvent:
-        """The same event over layers first, first + step .. of this one, before `last`."""
-        some = slice(first, last, step)
+    def of_layers(self, first: int, last: int) -> PagedEvent:
+        """The same event over layers first .. last - 1 of this one."""
+        some = slice(first, last)
         return replace(
             self,
-            num_layers=len(range(first, last, step)),
-            layer_offset=self.layer_offset + self.layer_step * first,
-            layer_step=self.layer_step * step,
+            num_layers=last - first,
+            layer_offset=self.layer_offset + first,
             calibration={name: array[some] for name, array in self.calibration.items()},
             scales=self.scales[some],
             soft_caps=self.soft_caps and self.soft_caps[some],

@@ -22,6 +22,7 @@ from zipage.transfer import to_device
 from zipage.worker.compression_runner import CompressionRunner
 from zipage.worker.compressor import LAUNCH_ENTRIES
 from zipage.worker.kv_cache import KVCache
+from zipage.worker.mixed_attention import LayerGroup
 from zipage.worker.model_runner import ModelRunner
 from zipage.worker.output_norms import OutputNorms
 from zipage.worker.paged_attention import PagedAttention
@@ -71,16 +72,17 @@ def measure_peak(
         positions=tiled,
         tiled=tiled,
         recurrent=runner.recurrent,
+        num_sliding_blocks=num_blocks,
     )
     step = _peak_of(runner.device, lambda: run_largest_step(runner, cache, num_tokens))
-    tables = runner.block_tables(cache)
-    held = tables.nbytes
+    tables, sliding_tables = runner.block_tables(cache), runner.sliding_tables(cache)
+    held = tables.nbytes + (0 if sliding_tables is None else sliding_tables.nbytes)
     if not runner.enforce_eager:
         # Graphs keep what they allocate, beside what other steps do; the largest needs most, and all share it.
-        graphs = runner.step_graphs(cache, tables)
+        graphs = runner.step_graphs(cache, tables, sliding_tables)
         held += _peak_of(runner.device, graphs.warm_up_largest) + graphs.kept_bytes
         del graphs
-    del cache, tables
+    del cache, tables, sliding_tables
     if rule is not None:
         kept = {"positions": True, "scores": rule.policy.num_states, "predictions": rule.policy.predicts}
         options = kept | {"num_query_slots": 1, "window": rule.window, "tiled": tiled}
@@ -88,8 +90,8 @@ def measure_peak(
         # Budget and interval may be beyond any request.
         cache = KVCache(runner.spec, 1 + min(rule.kept_blocks, longest), block_size, dtype, runner.device, **options)
         options = {"shard": shard, "model_heads": model_heads, "calibration": calibration, "outputs": outputs}
-        options["forms"] = runner.decoder.forms
-        compress = partial(run_compression, cache, runner.spec, rule, layer_stride, asynchronous, **options)
+        options["forms"] = runner.groups.full.forms
+        compress = partial(run_compression, cache, runner.spec.full, rule, layer_stride, asynchronous, **options)
         shapes = largest_batches(runner, rule, block_size)
         compression = max(_peak_of(runner.device, partial(compress, *shape)) for shape in shapes)
         # The shape of most compressions to come, so that its kernels are compiled before requests wait for them.
@@ -153,16 +155,15 @@ def run_largest_step(runner: ModelRunner, cache: KVCache, num_tokens: int) -> No
             chunks=chunks,
         )
     else:
-        attention = PagedAttention(
-            cache,
-            runner.spec.attention,
-            slots=tensor(entries, dtype=np.int64),
-            prefill_tables=tensor(np.tile(np.arange(cache.k.shape[1]), (len(chunks), 1)), dtype=np.int32),
-            prefill_lens=tensor(chunks, dtype=np.int32),
-            cu_seqlens=tensor(np.cumsum([0, *chunks]), dtype=np.int32),
-            max_seqlen=length,
-            forms=runner.decoder.forms,
-        )
+        slots, lens = tensor(entries, dtype=np.int64), tensor(chunks, dtype=np.int32)
+        prefill_tables = tensor(np.tile(np.arange(cache.k.shape[1]), (len(chunks), 1)), dtype=np.int32)
+        bounds = tensor(np.cumsum([0, *chunks]), dtype=np.int32)
+
+        def prompts(cache: KVCache, group: LayerGroup) -> PagedAttention:
+            chunks = {"prefill_tables": prefill_tables, "prefill_lens": lens, "cu_seqlens": bounds}
+            return PagedAttention(cache, group.attention, slots, max_seqlen=length, forms=group.forms, **chunks)
+
+        attention = runner.groups.over(cache, prompts)
     tokens = tensor(np.zeros(num_tokens), dtype=np.int64)
     rows = min(runner.max_num_seqs, num_tokens)
     recurrence = None

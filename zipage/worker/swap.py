@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,16 +31,24 @@ class HostCopy:
     """What a paused request's blocks, query slot and row held, on the host.
 
     Attributes:
-        num_units: blocks, or tiles.
-        slabs: uint8 each; entries as in `Swapper._views`, in the order of the table.
+        num_units: blocks, or tiles; and blocks of sliding layers.
+        slabs: uint8 each; entries as in `Swapper._views`, in the order of the table, then of that of sliding layers.
         queries: [L, w, Hq, d], or None.
         states: of recurrent layers, [L, ...] each; none where there are none.
     """
 
-    num_units: int
+    num_units: tuple[int, int]
     slabs: list[Tensor]
     queries: Tensor | None
     states: list[Tensor]
+
+
+class _Part(NamedTuple):
+    """Blocks of one cache that go into a slab; `first` is the place of the first of them in their table."""
+
+    cache: KVCache
+    first: int
+    ids: np.ndarray
 
 
 class Swapper:
@@ -51,7 +60,8 @@ class Swapper:
 
     Args:
         cache: whose blocks these are.
-        num_units: blocks, or tiles, of a slab.
+        num_units: blocks, or tiles, of a slab; if the cache has sliding layers and a slab of these takes more bytes, it
+            has as many of their blocks and so more of these.
         num_slabs: to pin now. Where more are needed, more are pinned then, and kept.
 
     Attributes:
@@ -60,14 +70,15 @@ class Swapper:
 
     def __init__(self, cache: KVCache, num_units: int, num_slabs: int = 0) -> None:
         self._cache = cache
-        self._num_units = num_units
-        self._slab_bytes = num_units * sum(x[:, 0].nbytes for x in cache.entry_tensors)
+        units = [cache.unit_bytes] if cache.sliding is None else [cache.unit_bytes, cache.sliding.unit_bytes]
+        self._slab_bytes = num_units * max(units)
         self.copies: dict[int, HostCopy] = {}
         self._free: list[Tensor] = []
         self._stream = torch.cuda.Stream(cache.k.device) if cache.k.is_cuda else None
         self._staged: Tensor | None = None
         self._marks: list[tuple[frozenset[int] | None, torch.cuda.Event]] = []
-        """What has been queued since `wait`, in order: the blocks that it reads or writes; None for queries, states."""
+        """What has been queued since `wait`, in order: the blocks that it reads or writes, those of sliding layers
+        below 0 (`~block`); None for queries, states."""
         at_once = max(1, PINNED_BYTES // self._slab_bytes)
         while num_slabs > 0:
             self._pin(min(num_slabs, at_once))
@@ -83,15 +94,23 @@ class Swapper:
 
     # Copies
 
-    def save(self, number: int, table: Sequence[int] | TileTable, query_slot: int, row: int = -1) -> None:
+    def save(
+        self,
+        number: int,
+        table: Sequence[int] | TileTable,
+        query_slot: int,
+        row: int = -1,
+        sliding_ids: Sequence[int] = (),
+    ) -> None:
         """Copy all that blocks, a query slot and a row hold, those first that a pool hands out first.
 
         Args:
             query_slot: -1 for none.
             row: of recurrent layers, where there are any.
+            sliding_ids: blocks of sliding layers, where there are any.
         """
         cache, ids = self._cache, _ids(table)
-        parts = self._parts(ids)
+        parts = self._parts(ids, sliding_ids)
         if len(self._free) < len(parts):
             self._pin(len(parts) - len(self._free))
         slabs = [self._free.pop() for _ in parts]
@@ -106,8 +125,8 @@ class Swapper:
                     states = [_to_host(x[:, row]) for x in cache.recurrent.tensors]
                     self._mark(None)
                 for part, slab in zip(reversed(parts), reversed(slabs), strict=True):
-                    places = to_device(part, cache.k.device)
-                    for x, staged, host in zip(cache.entry_tensors, *self._views(slab, len(part)), strict=True):
+                    places = to_device(part.ids, cache.k.device)
+                    for x, staged, host in zip(part.cache.entry_tensors, *self._views(slab, part), strict=True):
                         torch.index_select(x, 1, places, out=staged)
                         if staged is not host:
                             host.copy_(staged, non_blocking=True)
@@ -115,15 +134,21 @@ class Swapper:
         except BaseException:
             self._free += slabs
             raise
-        self.copies[number] = HostCopy(len(ids), slabs, queries, states)
+        self.copies[number] = HostCopy((len(ids), len(sliding_ids)), slabs, queries, states)
 
     def restore(
-        self, number: int, table: Sequence[int] | TileTable, first: int, query_slot: int, row: int = -1
+        self,
+        number: int,
+        table: Sequence[int] | TileTable,
+        first: int,
+        query_slot: int,
+        row: int = -1,
+        sliding_ids: Sequence[int] = (),
     ) -> None:
-        """Copy back into a table as long as the saved one, into `query_slot` and into `row`. The copy is gone then.
+        """Copy back into tables as long as the saved ones, into `query_slot` and into `row`. The copy is gone then.
 
         Args:
-            first: leading blocks to leave alone, because they hold the same already.
+            first: leading blocks of the first table to leave alone, because they hold the same already.
             query_slot: any slot, as a ring does not depend on it; -1 leaves the queries behind.
 
         Raises:
@@ -131,8 +156,9 @@ class Swapper:
         """
         cache, copy, ids = self._cache, self.copies.pop(number), _ids(table)
         self._free += copy.slabs  # whatever is saved there next is queued behind this
-        if len(ids) != copy.num_units:
-            raise RuntimeError(f"{copy.num_units} blocks were saved and {len(ids)} are to take them")
+        units = len(ids), len(sliding_ids)
+        if units != copy.num_units:
+            raise RuntimeError(f"{sum(copy.num_units)} blocks were saved and {sum(units)} are to take them")
         with self._beside():
             if query_slot >= 0 and copy.queries is not None:
                 cache.queries[:, query_slot].copy_(copy.queries, non_blocking=True)
@@ -141,12 +167,12 @@ class Swapper:
                 for x, host in zip(cache.recurrent.tensors, copy.states, strict=True):
                     x[:, row].copy_(host, non_blocking=True)
                 self._mark(None)
-            for place, (part, slab) in enumerate(zip(self._parts(ids), copy.slabs, strict=True)):
-                same = max(0, first - place * self._num_units)
-                if same >= len(part):
+            for part, slab in zip(self._parts(ids, sliding_ids), copy.slabs, strict=True):
+                same = max(0, first - part.first) if part.cache is cache else 0
+                if same >= len(part.ids):
                     continue
-                places = to_device(part[same:], cache.k.device)
-                for x, staged, host in zip(cache.entry_tensors, *self._views(slab, len(part)), strict=True):
+                places = to_device(part.ids[same:], cache.k.device)
+                for x, staged, host in zip(part.cache.entry_tensors, *self._views(slab, part), strict=True):
                     if staged is not host:
                         staged.copy_(host, non_blocking=True)
                     x.index_copy_(1, places, staged[:, same:])
@@ -158,24 +184,30 @@ class Swapper:
         if copy is not None:
             self._free += copy.slabs
 
-    def _parts(self, ids: np.ndarray) -> list[np.ndarray]:
+    def _parts(self, ids: np.ndarray, sliding_ids: Sequence[int]) -> list[_Part]:
         """Of each slab."""
-        return [ids[first : first + self._num_units] for first in range(0, len(ids), self._num_units)]
+        parts = []
+        for cache, some in ((self._cache, ids), (self._cache.sliding, _ids(sliding_ids))):
+            if len(some):
+                count = self._slab_bytes // cache.unit_bytes
+                parts += [_Part(cache, begin, some[begin : begin + count]) for begin in range(0, len(some), count)]
+        return parts
 
-    def _views(self, slab: Tensor, count: int) -> tuple[list[Tensor], list[Tensor]]:
-        """[L, count, ...] for each of `KVCache.entry_tensors`: of the device's buffer, and of a slab. On a CPU both are
-        the slab.
+    def _views(self, slab: Tensor, part: _Part) -> tuple[list[Tensor], list[Tensor]]:
+        """[L, blocks, ...] for each of `KVCache.entry_tensors`: of the device's buffer, and of a slab. On a CPU both
+        are the slab.
         """
         if self._stream is None:
-            views = self._divide(slab, count)
+            views = self._divide(slab, part)
             return views, views
         if self._staged is None:
             self._staged = torch.empty(self._slab_bytes, dtype=torch.uint8, device=self._cache.k.device)
-        return self._divide(self._staged, count), self._divide(slab, count)
+        return self._divide(self._staged, part), self._divide(slab, part)
 
-    def _divide(self, memory: Tensor, count: int) -> list[Tensor]:
-        views, end = [], 0
-        for x in self._cache.entry_tensors:
+    @staticmethod
+    def _divide(memory: Tensor, part: _Part) -> list[Tensor]:
+        views, end, count = [], 0, len(part.ids)
+        for x in part.cache.entry_tensors:
             begin, end = end, end + count * x[:, 0].nbytes
             views.append(memory[begin:end].view(x.dtype).view(x.shape[0], count, *x.shape[2:]))
         return views
@@ -187,9 +219,9 @@ class Swapper:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
-    def wait_for(self, blocks: Iterable[int]) -> None:
+    def wait_for(self, blocks: Iterable[int], sliding_blocks: Iterable[int] = ()) -> None:
         """What is queued on the current stream from now on finds copies of these blocks, queries and states done."""
-        blocks = set(blocks)
+        blocks = {*blocks, *(~block for block in sliding_blocks)}
         for ids, event in reversed(self._marks):  # the last one is behind all before it
             if ids is None or not ids.isdisjoint(blocks):
                 event.wait(torch.cuda.current_stream(self._stream.device))
@@ -204,11 +236,14 @@ class Swapper:
     def _beside(self) -> AbstractContextManager:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _mark(self, part: np.ndarray | None) -> None:
+    def _mark(self, part: _Part | None) -> None:
         if self._stream is not None:
             event = torch.cuda.Event()
             event.record(self._stream)
-            self._marks.append((None if part is None else frozenset(part.tolist()), event))
+            blocks = None
+            if part is not None:
+                blocks = frozenset((part.ids if part.cache is self._cache else ~part.ids).tolist())
+            self._marks.append((blocks, event))
 
 
 def _ids(table: Sequence[int] | TileTable) -> np.ndarray:

@@ -25,6 +25,8 @@ class TokenBatch:
         queries: int64 [T], where their queries go, -1 for nowhere.
         rows: int64 [T], of the block tables.
         lens: int64 [T], entries of each request up to this one.
+        sliding_slots: int64 [T], where their entries go in sliding layers; None where there are none. These hold the
+            entries up to `positions`, as far as they are in the window.
     """
 
     token_ids: np.ndarray
@@ -34,13 +36,16 @@ class TokenBatch:
     queries: np.ndarray
     rows: np.ndarray
     lens: np.ndarray
+    sliding_slots: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     @classmethod
-    def of(cls, plan: StepPlan, tables: BlockTables | TileTables, window: int) -> TokenBatch:
-        """The tokens of a plan that `tables` are up to date with.
+    def of(
+        cls, plan: StepPlan, tables: BlockTables | TileTables, window: int, sliding: BlockTables | None = None
+    ) -> TokenBatch:
+        """The tokens of a plan that `tables` are up to date with, and those of `sliding` layers.
 
         Args:
             window: w, queries in a query slot. Of a longer chunk only the last w are kept, so that no two share a place
@@ -58,7 +63,9 @@ class TokenBatch:
         queries = query_slots  # -1, unless there are any
         if window:
             queries = np.where(query_slots >= 0, query_slots * window + positions % window, -1)
-        return cls(plan.token_ids, token_rows, positions, tables.slots(rows, entries), queries, rows, entries + 1)
+        sliding_slots = None if sliding is None else sliding.slots(rows, positions)
+        slots = tables.slots(rows, entries)
+        return cls(plan.token_ids, token_rows, positions, slots, queries, rows, entries + 1, sliding_slots)
 
 
 @dataclass(slots=True)
@@ -69,11 +76,13 @@ class PromptChunks:
         rows: int64 [P], of the block tables.
         lens: int64 [P], entries of each request with its chunk's.
         bounds: int64 [P + 1], places of their tokens in the batch.
+        ends: int64 [P], logical positions behind them: `lens` of sliding layers, which alone read them.
     """
 
     rows: np.ndarray
     lens: np.ndarray
     bounds: np.ndarray
+    ends: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,4 +92,5 @@ class PromptChunks:
         """The chunks of a plan."""
         n = plan.num_decodes
         counts = plan.counts[n:]
-        return cls(plan.rows[n:], plan.lens[n:] + counts, n + np.cumsum([0, *counts]))
+        bounds = n + np.cumsum([0, *counts])
+        return cls(plan.rows[n:], plan.lens[n:] + counts, bounds, plan.positions[n:] + counts)

@@ -18,11 +18,17 @@ from zipage.threads import warn_of_spinning
 from zipage.worker.compression_runner import CompressionRunner
 from zipage.worker.entry_scorer import EntryScorer
 from zipage.worker.kv_cache import KVCache
-from zipage.worker.memory_plan import MemoryPlan, block_bytes, bounded_sizes, check_states_fit
+from zipage.worker.memory_plan import (
+    MemoryPlan,
+    block_bytes,
+    bounded_sizes,
+    check_states_fit,
+    slab_bytes,
+    sliding_block_bytes,
+)
 from zipage.worker.model_runner import ModelRunner
 from zipage.worker.output_norms import OutputNorms
 from zipage.worker.peak import measure_peak
-from zipage.worker.swap import slab_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +143,7 @@ class Worker:
                 f"tensor_parallel_size={decoder.shard.size}: policy {self.policy.name!r} needs the output projection "
                 f"of whole groups, so at most as many ranks as the model has KV heads, {self._model_heads}"
             )
-        weights = [layer.output_weight for layer in decoder.attending]
+        weights = [decoder.attending[layer].output_weight for layer in self.spec.full_layers]
         return OutputNorms(weights, self.policy.output_norm)
 
     def _measure(self, max_model_len: int) -> DeviceMemory:
@@ -160,7 +166,8 @@ class Worker:
         if self.policy is not None or config.swap_space:
             sizes = self.spec, config.block_size, self.dtype
             size = block_bytes(*sizes) if self.policy is None else bounded_sizes(*sizes, self.policy)[0]
-            peak += slab_blocks(config.block_size) * size  # through which requests go to host memory
+            # Through which requests go to host memory.
+            peak += slab_bytes(config.block_size, size, sliding_block_bytes(*sizes))
         free, total = torch.cuda.mem_get_info(self.device)
         recurrent = self.runner.recurrent
         states = 0 if recurrent is None else recurrent.nbytes  # of which the memory plan tells
@@ -183,11 +190,12 @@ class Worker:
             window=0 if policy is None else policy.num_queries,
             tiled=config.is_tiled,
             recurrent=self.runner.recurrent,
+            num_sliding_blocks=plan.num_sliding_blocks,
         )
         self.runner.attach(self.cache, plan.num_host_slabs)
         self.compressor = CompressionRunner(
             self.cache,
-            self.spec,
+            self.spec.full,
             asynchronous=config.async_compression,
             layer_stride=config.layer_stride,
             trace=config.trace_positions,
@@ -196,5 +204,5 @@ class Worker:
             model_heads=self._model_heads,
             calibration=self._calibration,
             outputs=self._outputs,
-            forms=self.runner.decoder.forms,
+            forms=self.runner.groups.full.forms,
         )

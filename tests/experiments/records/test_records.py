@@ -401,5 +401,7 @@ def test_bytes_of_a_cache_are_those_of_the_blocks_it_held():
     row = {"prompt_tokens": 16, "output_tokens": 1000, "peak_blocks": 22, "query_slot": True, "error": None}
     assert cache_bytes(row, plan) == 2207
     assert cache_bytes(row | {"query_slot": False}, plan) == 2200
+    sliding = cache_bytes(row | {"peak_sliding_blocks": 3}, plan | {"sliding_block_bytes": 20})
+    assert sliding == 2267
     assert cache_bytes(row | {"peak_blocks": None}, plan) is None, "an engine that does not tell"
     assert cache_bytes(row, None) is cache_bytes(row, {"planned_by": "another"}) is None
