@@ -28,7 +28,7 @@ def machine_of_record(folder: Path) -> Machine:
     provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     gpus, names = provenance.get("hardware", {}).get("gpus") or ["H100"], machine_names()
     name = next((name for name in names if name.partition("_")[0].upper() in gpus[0].upper()), "h100")
-    is_older = provenance["started"] < OVERLAPS_FROM and f"{name}_before" in names
+    is_older = provenance.get("started", OVERLAPS_FROM) < OVERLAPS_FROM and f"{name}_before" in names
     return read_machine(f"{name}_before" if is_older else name)
 
 
