@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cache_view import CacheView
-from kernels.tiles import load_blocks, load_keys, padded_dim
+from kernels.tiles import has_large_shared_memory, load_blocks, load_keys, padded_dim
 
 STRIDES = tuple(f"{of}_{by}_stride" for of in ("table", "lens", "start") for by in ("layer", "row", "head"))
 
@@ -97,6 +97,26 @@ def _addresses(pointers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(pointers, dtype=torch.int64, device=device)
 
 
+def norm_tiles(dim_pad: int, element_size: int, large: bool) -> dict[str, int]:
+    """Values and rows of the projection a tile, and Triton's launch options.
+
+    As many values as registers hold the products of, for each is a product more for a weight that is read; and tiles of
+    weights on their way as shared memory holds beside them.
+
+    Args:
+        dim_pad: of a head, padded.
+        element_size: bytes; 4 has no tensor cores (exact float32).
+        large: `has_large_shared_memory`; otherwise 99 KB must do.
+    """
+    if element_size == 4:
+        rows, tile, warps, stages = 16, 32, 4, 2
+    elif not large:
+        rows, tile, warps, stages = 64, 64, 4, 2
+    else:
+        rows, tile, warps, stages = (256, 128, 8, 3) if dim_pad <= 128 else (128, 128, 8, 2)
+    return {"ROWS": rows, "TILE": tile, "num_warps": warps, "num_stages": stages}
+
+
 def output_norms_triton(view: CacheView, weights: Sequence[Tensor], starts: Tensor, norm: str = "l1") -> Tensor:
     """`kernels.output_norms` on CUDA, or interpreted."""
     v_cache, head_dim = view.v_cache, view.v_cache.shape[-1]
@@ -106,10 +126,7 @@ def output_norms_triton(view: CacheView, weights: Sequence[Tensor], starts: Tens
     if out.numel() == 0:
         return out.unflatten(2, (heads, -1)).mean(dim=3)
     dim_pad = padded_dim(head_dim)
-    if v_cache.element_size() == 4:
-        tiles = {"ROWS": 16, "TILE": 32, "num_warps": 4, "num_stages": 2}
-    else:  # as many rows as registers hold the products of: each is a product more for a weight that is read
-        tiles = {"ROWS": 256 if dim_pad <= 128 else 128, "TILE": 128, "num_warps": 8, "num_stages": 3}
+    tiles = norm_tiles(dim_pad, v_cache.element_size(), has_large_shared_memory(v_cache.device))
     pointers = tuple(weight.data_ptr() for weight in weights)
     _output_norms[(triton.cdiv(view.width, tiles["ROWS"]), requests * query_heads, layers)](
         v_cache,

@@ -5,9 +5,6 @@ Sources: FlashAttention-2 (arXiv 2307.08691), PagedAttention (arXiv 2309.06180).
 
 from __future__ import annotations
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,11 +12,14 @@ from torch import Tensor
 from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import CacheView
 from kernels.layout import given_or_new
-from kernels.tiles import attend_tile, load_blocks, load_sinks, padded_dim, score_scale
-
-LARGE_SHARED_MEMORY = 200 * 1024
-"""Bytes that a program may use on Hopper (227 KB) and its successors; the A100 has 163 KB, desktop GPUs 99 KB."""
-
+from kernels.tiles import (
+    attend_tile,
+    has_large_shared_memory,
+    load_blocks,
+    load_sinks,
+    padded_dim,
+    score_scale,
+)
 
 POINTERS = ("table_ptr", "starts_ptr", "lens_ptr")
 NUMBERS = ("group", "table_row_stride", "table_head_stride", "lens_row_stride", "lens_head_stride")
@@ -118,7 +118,7 @@ def tile_config(head_dim: int, element_size: int, large: bool) -> dict[str, int]
     Args:
         head_dim: of the caches.
         element_size: bytes; 4 has no tensor cores (exact float32), so its tiles are small.
-        large: the GPU has LARGE_SHARED_MEMORY, hence warpgroup matrix instructions; otherwise 99 KB must do.
+        large: `has_large_shared_memory`, hence warpgroup matrix instructions; otherwise 99 KB must do.
     """
     dim = padded_dim(head_dim)
     if element_size == 4:
@@ -130,13 +130,6 @@ def tile_config(head_dim: int, element_size: int, large: bool) -> dict[str, int]
     else:
         queries, tile, warps, stages = (128 if large else 64, 32, 8, 2)
     return {"QUERIES": queries, "TILE": tile, "num_warps": warps, "num_stages": stages}
-
-
-@functools.cache
-def _large_shared_memory(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= LARGE_SHARED_MEMORY
 
 
 def paged_prefill_triton(
@@ -156,7 +149,7 @@ def paged_prefill_triton(
     out = given_or_new(out, q)
     if max_seqlen == 0 or batch == 0:
         return out
-    options = tile_config(head_dim, q.element_size(), _large_shared_memory(q.device))
+    options = tile_config(head_dim, q.element_size(), has_large_shared_memory(q.device))
     _attend_chunks[(triton.cdiv(max_seqlen, options["QUERIES"]), batch, query_heads)](
         q, k_cache, v_cache, block_tables, cu_seqlens, lens, out, form.sinks,
         score_scale(scale, form.soft_cap), query_heads // kv_heads,

@@ -38,6 +38,18 @@ def score_scale(scale: float, soft_cap: float | None) -> float:
     return scale * LOG2_E if soft_cap is None else scale / soft_cap
 
 
+LARGE_SHARED_MEMORY = 200 * 1024
+"""Bytes that a program may use on Hopper (227 KB) and its successors; the A100 has 163 KB, desktop GPUs 99 KB."""
+
+
+@functools.cache
+def has_large_shared_memory(device: torch.device) -> bool:
+    """Whether a program may use `LARGE_SHARED_MEMORY`."""
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= LARGE_SHARED_MEMORY
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 1 on a CPU, where kernels are interpreted."""

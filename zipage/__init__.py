@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from zipage.engine.chat_template import template_reads
     from zipage.llm import LLM
     from zipage.models.loading.share import share_model
-    from zipage.simulation.llm import SimulatedLLM
+    from zipage.simulation.llm import SimulatedLLM, StepTokens
     from zipage.simulation.times import CompressionTime, CompressionWork, StepWork
     from zipage.worker.calibrate import calibrate
     from zipage.worker.request_memory import RequestMemory
@@ -46,6 +46,7 @@ __all__ = [
     "SimulatedLLM",
     "Snapshot",
     "StepStats",
+    "StepTokens",
     "StepWork",
     "StreamEvent",
     "calibrate",
@@ -65,6 +66,7 @@ _LAZY = {
     "SimulatedLLM": "zipage.simulation.llm",
     "CompressionTime": "zipage.simulation.times",
     "CompressionWork": "zipage.simulation.times",
+    "StepTokens": "zipage.simulation.llm",
     "StepWork": "zipage.simulation.times",
     "calibrate": "zipage.worker.calibrate",
     "measure_ceilings": "kernels.bench",

@@ -15,15 +15,21 @@ from experiments.simulation.aims import AIMS, figure, off, pair
 from experiments.simulation.arms import MeasuredArm, measured_arms, simulate_arm
 from experiments.simulation.machine import Machine, machine_names, read_machine
 
+OVERLAPS_FROM = "2026-11-28T06:04"
+"""Since when an engine's kernels of few rows overlap (commit bc54748, UTC)."""
 COUNTS = ("preemptions", "pauses", "compressions")
 RATIOS = ("tokens_per_second", "steps", "mean_batch")
 
 
 def machine_of_record(folder: Path) -> Machine:
-    """The machine of `conf/machine/` whose name is in that of the record's GPU; an H100 where none is."""
-    gpus = json.loads((folder / PROVENANCE).read_text(encoding="utf-8")).get("hardware", {}).get("gpus") or ["H100"]
-    name = next((name for name in machine_names() if name.partition("_")[0].upper() in gpus[0].upper()), "h100")
-    return read_machine(name)
+    """The machine of `conf/machine/` whose name is in that of the record's GPU, an H100 where none is; as it was with
+    engines before `OVERLAPS_FROM`, where there is one of that time.
+    """
+    provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    gpus, names = provenance.get("hardware", {}).get("gpus") or ["H100"], machine_names()
+    name = next((name for name in names if name.partition("_")[0].upper() in gpus[0].upper()), "h100")
+    is_older = provenance.get("started", OVERLAPS_FROM) < OVERLAPS_FROM and f"{name}_before" in names
+    return read_machine(f"{name}_before" if is_older else name)
 
 
 def compared(folder: Path, machine: Machine) -> Iterator[dict[str, Any]]:

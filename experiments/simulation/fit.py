@@ -9,6 +9,9 @@ Six stages, each with what those before have found:
 4. What it takes to launch a layer kernel by kernel, from the slowest steps of an arm of small layers.
 5. What the host takes, from arms whose steps are so short that it shows, each simulated anew at every trial.
 6. What a request takes to its engine, from the median TTFT of a server. It needs the trace that was served.
+
+`--few-rows` fits what few rows and unequal lengths change, and nothing else: from a profile's steps, whose kernels
+overlap, so that their times do not add up, and from arms of such loads.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ DEVICE = (
     *("weight_share", "product_share", "entry_share"),
     *("attention_seconds", "layer_seconds", "row_passes", "sample_seconds"),
 )
+FEW = ("imbalance", "overlap_seconds")
 HOST = ("host_row_seconds", "compression_seconds", "compression_score_seconds", "interpreter_share")
 LARGEST, SMALLEST = 0.99, 1e-15
 """Of a share, and of any constant that is fitted as its logarithm."""
@@ -104,6 +108,32 @@ def device_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredArm
     highest = [np.log(LARGEST) if name.endswith("_share") else np.inf for name in DEVICE]
     fitted = least_squares(residuals, np.minimum(begin, np.array(highest) - 1e-6), bounds=(-np.inf, highest))
     return replace(machine, **dict(zip(DEVICE, np.exp(fitted.x).tolist())))
+
+
+def few_rows_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredArm]) -> Machine:
+    """What steps of few rows save, and what unequal lengths cost."""
+    profile_shape = SimulatedShape.read(PROFILED_MODEL)
+    cases = json.loads(profile.read_text(encoding="utf-8"))["cases"]
+    simulated = [simulate_arm(measured.arm, machine) for measured in arms]
+    begin = np.array([1.0, 1e-5])
+
+    def changed(values: np.ndarray) -> Machine:
+        return replace(machine, **dict(zip(FEW, (values * begin).tolist())))
+
+    def residuals(values: np.ndarray) -> list[float]:
+        model, found = StepModel(changed(values), profile_shape), []
+        for case in cases:
+            seconds = float(sum(model.parts(case["rows"], case["kv_bytes"] / profile_shape.sizes.kv_bytes)))
+            found.append(float(np.log(1e3 * seconds / case["step_ms"])))
+        for measured, base in zip(arms, simulated):
+            shape = base.times.shape
+            now = StepModel(changed(values), shape)
+            found += _off(measured, base, now, StepModel(machine, shape))
+            long = np.quantile(sum(now.parts(*base.works()[:-1])), 0.9)
+            found.append(float(np.log(1e3 * long / measured.row["step_ms"]["p90"])))
+        return found
+
+    return changed(least_squares(residuals, np.ones(2), bounds=(0, np.inf)).x)
 
 
 def _off(measured: MeasuredArm, base: SimulatedArm, now: StepModel, before: StepModel) -> list[float]:
@@ -229,6 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only-served", action="store_true", help="stage 6 alone: all else stays as the machine has it"
     )
+    parser.add_argument(
+        "--few-rows", action="store_true", help="only what few rows change, from --profile and the arms of --device"
+    )
     parser.add_argument("--trials", type=int, default=40, help="of the host's constants; 0 leaves them as they are")
     parser.add_argument("--out", type=Path, help="a file of conf/machine/; without, it is printed")
     options = parser.parse_args(arguments)
@@ -236,6 +269,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only_served and options.trace is None:
             raise UsageError("--only-served: needs --trace")
         machine = read_machine(options.machine)
+        if options.few_rows:
+            arms = [arm for folder in options.device for arm in measured_arms(folder)]
+            machine = few_rows_constants(machine, options.profile, arms)
+            print("\n".join(f"{name}: {getattr(machine, name):.6g}" for name in FEW))
+            return 0
         if not options.only_served:
             machine = _of_engines(machine, options)
         if options.trace is None:

@@ -22,7 +22,7 @@ from experiments.serving.prompts import Asked
 from experiments.simulation.arms import started, times_of
 from experiments.simulation.machine import Machine
 from experiments.simulation.routers import find_router
-from zipage import RequestOutput, SamplingParams, SimulatedLLM
+from zipage import RequestOutput, SamplingParams, SimulatedLLM, StepTokens
 
 SHORTEST, BIN = 1e-5, math.log(1.01)
 """Seconds of the first bin, and the logarithm of a bin's width."""
@@ -39,16 +39,19 @@ class Tails:
 
     def __init__(self) -> None:
         self._counts = np.zeros(BINS, dtype=np.int64)
-        self._fresh: list[float] = []
+        self._fresh: list[tuple[float, int]] = []
 
-    def add(self, values: Iterable[float]) -> None:
+    def add(self, values: Iterable[tuple[float, int]]) -> None:
+        """Times, and how many there are of each."""
         self._fresh += values
         if len(self._fresh) >= KEPT:
             self._count()
 
     def _count(self) -> None:
-        bins = np.log(np.maximum(self._fresh, SHORTEST) / SHORTEST) / BIN
-        self._counts += np.bincount(np.minimum(bins.astype(np.int64), BINS - 1), minlength=BINS)
+        times, counts = np.array(self._fresh or [(SHORTEST, 0)]).T
+        bins = np.log(np.maximum(times, SHORTEST) / SHORTEST) / BIN
+        counts = np.bincount(np.minimum(bins.astype(np.int64), BINS - 1), counts, BINS)
+        self._counts += counts.astype(np.int64)
         self._fresh = []
 
     def quantiles(self) -> dict[str, float] | None:
@@ -74,10 +77,10 @@ class Replica:
         self.llm, self.clock = llm, llm.clock
         self.left = self.sent = self.measured = self.open = self.finished = self.failed = self.tokens = 0
         self.due: dict[str, float] = {}
-        self._last: dict[str, float] = {}
+        self._heard = 0.0
         self._asked: dict[str, Asked] = {}
         self._tails, self._begin, self._end = tails, begin, end
-        llm.token_listeners.append(self._hear)
+        llm.tokens_listeners.append(self._hear)
 
     def _is_measured(self, due: float) -> bool:
         return self._begin <= due < self._end
@@ -98,24 +101,17 @@ class Replica:
         self.due[name] = request.due
         self._asked[name] = request
 
-    def _hear(self, now: float, names: list[str]) -> None:
-        self.left -= len(names)
+    def _hear(self, tokens: StepTokens) -> None:
+        now = self._heard = tokens.time
+        self.left -= tokens.count
         if self._begin <= now < self._end:
-            self.tokens += len(names)
-        last, gaps, firsts = self._last, [], []
-        for name in names:
-            if name in last:
-                gaps.append(now - last[name])
-            else:
-                firsts.append(name)
-            last[name] = now
-        if self._begin <= now < self._end:
-            self._tails["itl"].add(gaps)
-        for name in firsts:
+            self.tokens += tokens.count
+            self._tails["itl"].add(tokens.gaps)
+        for name in tokens.firsts:
             due, request = self.due.pop(name), self._asked[name]
             self.left -= request.prompt_tokens
             if self._is_measured(due):
-                self._tails["ttft"].add([now - due])
+                self._tails["ttft"].add([(now - due, 1)])
 
     def step(self) -> None:
         for output in self.llm.step():
@@ -123,18 +119,18 @@ class Replica:
 
     def _end_of(self, output: RequestOutput) -> None:
         name = output.request_id
-        request, last = self._asked.pop(name), self._last.pop(name, None)
-        self.due.pop(name, None)
+        request = self._asked.pop(name)
+        has_token = self.due.pop(name, None) is None
         if not self._is_measured(request.due):
             return
         self.open -= 1
-        if output.error is not None or last is None:
+        if output.error is not None or not has_token:
             self.failed += 1
             return
         self.finished += 1
-        self._tails["e2e"].add([last - request.due])
+        self._tails["e2e"].add([(self._heard - request.due, 1)])
         if output.metrics.tpot is not None:
-            self._tails["tpot"].add([output.metrics.tpot])
+            self._tails["tpot"].add([(output.metrics.tpot, 1)])
 
     def waited(self) -> float:
         """Seconds that the first request without a token has waited."""
@@ -143,7 +139,7 @@ class Replica:
     def give_up(self) -> None:
         """The requests that have no token yet have waited until now at least, and count as that."""
         now = self.clock()
-        waits = [now - due for due in self.due.values() if self._is_measured(due)]
+        waits = [(now - due, 1) for due in self.due.values() if self._is_measured(due)]
         self._tails["ttft"].add(waits)
 
 

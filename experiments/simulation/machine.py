@@ -25,8 +25,11 @@ class Machine:
         link_bandwidth: bytes a second between GPUs. host_bandwidth: between GPU and host memory.
         weight_share, product_share: of bandwidth and arithmetic that matrix products reach.
         entry_share, prefill_share: the same of attention to the cache, and within prompts.
+        imbalance: what attention takes longer for N requests of unequal lengths, times the square root of N: a share of
+            the time of their entries at the whole bandwidth.
         attention_seconds: of a layer's attention beside that.
         layer_seconds: of a layer's small kernels.
+        overlap_seconds: that a layer of few rows saves, since each kernel is launched before the one ahead has ended.
         row_passes: how often they move the numbers of a token, `width` of them.
         sample_seconds: of sampling, for each request and token of the vocabulary.
         collective_seconds: of a sum over GPUs, twice a layer. link_share: of the link's bandwidth that it reaches.
@@ -71,6 +74,8 @@ class Machine:
     interpreter_share: float
     beside: float
     request_seconds: float
+    imbalance: float = 0.0
+    overlap_seconds: float = 0.0
     eager: bool = False
 
     def __post_init__(self) -> None:
@@ -113,7 +118,7 @@ def machine_of(values: dict[str, Any], source: str) -> Machine:
     known = {field.name: field for field in fields(Machine)}
     if unknown := sorted(set(values) - set(known)):
         raise UsageError(f"{source}: unknown option {unknown[0]}; known: {', '.join(known)}")
-    if missing := sorted(set(known) - set(values) - {"eager"}):
+    if missing := sorted(set(known) - set(values) - {"imbalance", "overlap_seconds", "eager"}):
         raise UsageError(f"{source}: {missing[0]} is missing")
     texts = ("name", "origin", "eager")
     try:

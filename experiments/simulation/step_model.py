@@ -4,7 +4,9 @@ A roofline with shares: each part of a step reaches its own share of the machine
 
     products   = ((weights / bandwidth)^4 + (tokens x operations / flops)^4)^(1/4)      a roofline with a round corner
     attention  = layers x a constant + entries x bytes / bandwidth + prefill pairs x operations / flops
+               + entries x bytes / whole bandwidth x a constant / requests^(1/2)      some have more to read
     the rest   = layers x (a constant + tokens x bytes of a row / bandwidth) + sampled tokens x vocabulary x a constant
+               - layers x a constant where kernels of few rows overlap
     ranks      = 2 x layers x (latency + 2 x tokens x bytes of a row / link) + sampled tokens x bytes of logits / link
     moves      = blocks to host memory and back / host link, as far as the step beside them is shorter
 
@@ -26,6 +28,8 @@ from zipage import CompressionTime, CompressionWork, StepWork
 
 CORNER = 4
 """How sharp the roofline's corner is: at 48, 128 and 256 rows of Qwen3-8B's shape it is as a profile shows it."""
+OVERLAPPED_ROWS = 64
+"""Rows of a step up to which kernels are launched before those ahead of them have ended."""
 LOGITS_COPIES = 48
 """Bytes of each logit that the largest step holds at once, as memory plans show them: float32, twelve times."""
 MLP_BYTES = 3.4
@@ -60,22 +64,25 @@ class StepModel:
     ) -> tuple[Any, Any, Any]:  # fmt: skip
         """Seconds of the matrix products, of attention and of the rest; of numbers or of arrays."""
         m, shape, sizes = self.machine, self.shape, self.shape.sizes
+        most = np.maximum if isinstance(num_decodes, np.ndarray) else max  # which is faster for numbers
         tokens = num_decodes + prefill_tokens
         reads = sizes.weight_bytes / (m.bandwidth * m.weight_share)
         arithmetic = tokens * sizes.token_flops / (m.flops * m.product_share)
         products = (reads**CORNER + arithmetic**CORNER) ** (1 / CORNER)
         entries = decode_entries + all_decode * prefill_entries
-        attention = shape.layers * m.attention_seconds + entries * sizes.kv_bytes / (m.bandwidth * m.entry_share)
+        passes = 1 / m.entry_share + m.imbalance * most(num_decodes, 1) ** -0.5
+        attention = shape.layers * m.attention_seconds + entries * sizes.kv_bytes / m.bandwidth * passes
         attention += (1 - all_decode) * prefill_entries * shape.pair_flops / (m.flops * m.prefill_share)
         row = 2 * shape.width  # bytes
-        rest = shape.layers * (m.layer_seconds + m.row_passes * tokens * row / m.bandwidth)
+        overlapped = m.overlap_seconds * (tokens <= OVERLAPPED_ROWS)
+        rest = shape.layers * (m.layer_seconds - overlapped + m.row_passes * tokens * row / m.bandwidth)
         rest += m.sample_seconds * num_decodes * sizes.vocab_size
         if shape.ranks > 1:
             link = m.link_bandwidth * m.link_share * shape.ranks / (shape.ranks - 1)
             rest += 2 * shape.layers * (m.collective_seconds + 2 * tokens * row / link)
             rest += num_decodes * sizes.vocab_size * LOGIT_BYTES / link
         moves = moved_blocks * self._block_bytes / m.host_bandwidth
-        return products, attention, np.maximum(rest, moves - products - attention)
+        return products, attention, most(rest, moves - products - attention)
 
     def host(self, work: StepWork) -> float:
         return self.machine.host_seconds + self.machine.host_row_seconds * work.num_decodes

@@ -32,7 +32,13 @@ def simulate(module: str, given: list[str], request) -> None:
     program = importlib.import_module(module)
     if module.endswith("fit"):
         patch.setattr(program, "_of_servers", lambda machine, *_: machine)
-        for stage in ("device_constants", "collective_constant", "launch_constant", "host_constants"):
+        for stage in (
+            "device_constants",
+            "collective_constant",
+            "launch_constant",
+            "host_constants",
+            "few_rows_constants",
+        ):
             patch.setattr(program, stage, lambda machine, *_: machine)
     elif given[0] in ("serve", "fleet", "capacity"):
         given = ["examples/traffic.csv" if option == "FILE" else option for option in given]

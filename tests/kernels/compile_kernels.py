@@ -6,6 +6,7 @@ of each kernel. The interpreter is chosen at import, hence a process of its own.
 """
 
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -49,6 +50,8 @@ from kernels.store_step_triton import store_step_triton
 
 LAYERS, REQUESTS, HEADS, GROUP, DIM, BLOCK, MAX_BLOCKS, TOKENS, WINDOW = 3, 5, 2, 4, 64, 16, 6, 7, 8
 DTYPE = torch.bfloat16
+SHARED_BYTES = 227 * 1024
+"""That a program may use on Hopper. A kernel that wants more compiles, and fails when it is launched."""
 
 
 class HopperDriver:
@@ -66,6 +69,8 @@ class HopperDriver:
 
 def compile_one(kernel: JITFunction, *args, grid, **kwargs) -> None:
     compiled = kernel.warmup(*args, grid=grid, **kwargs)
+    if compiled.metadata.shared > SHARED_BYTES:
+        raise AssertionError(f"{kernel.fn.__name__}: {compiled.metadata.shared} bytes of shared memory")
     if compiled.metadata.launch_pdl:
         check_waits(kernel.fn.__name__, compiled.asm["ptx"])
     print(Path(kernel.fn.__code__.co_filename).stem, kernel.fn.__name__, flush=True)
@@ -138,6 +143,20 @@ def compile_view_kernels(apart: bool) -> None:
     compact_stable_triton(layers, [state, state], kept, layers.block_tables, [None, scores.int()])
 
 
+def compile_wide_heads() -> None:
+    """What has tiles of its own for the widest heads."""
+    dim = 256
+    caches = floats(2, LAYERS, REQUESTS * MAX_BLOCKS, HEADS, BLOCK, dim)
+    view = CacheView.shared(*caches, ints(REQUESTS, MAX_BLOCKS), ints(REQUESTS))
+    output_norms_triton(view, [floats(512, HEADS * GROUP * dim)] * LAYERS, view.lens)
+    redundancy_triton(view, tau=0.4)
+    linear, pairs = (
+        torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, dim),
+        torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, 3, 128),
+    )
+    key_forms_triton(view, linear, pairs[..., 0, :], pairs)
+
+
 def compile_other_kernels() -> None:
     hidden = floats(TOKENS, 256)
     add_rms_norm_triton(hidden, hidden, hidden[0], 1e-6)
@@ -173,9 +192,12 @@ def compile_recurrence(dtype: torch.dtype, dim: int) -> None:
 
 if __name__ == "__main__":
     triton.runtime.driver.set_active(HopperDriver())
+    for module in (output_norms_triton, paged_prefill_triton):
+        vars(sys.modules[module.__module__])["has_large_shared_memory"] = lambda device: True
     JITFunction.__getitem__ = lambda kernel, grid: partial(compile_one, kernel, grid=grid)
     compile_view_kernels(apart=False)
     compile_view_kernels(apart=True)
+    compile_wide_heads()
     compile_other_kernels()
     compile_recurrence(DTYPE, 128)  # Qwen3-Next's and Qwen3.5's
     compile_recurrence(torch.float32, 16)

@@ -45,10 +45,10 @@ def test_a_request_is_due_when_its_budget_is_full_and_under_pressure_when_blocks
     inside, full, over = held("a", entries=8), held("b", entries=12), held("c", prompt=21, entries=24)
     running = [inside, full, over]
     assert [block_full.is_due(request) for request in running] == [False, True, True]
-    assert block_full.choose(running, (), lambda: 0) == [full, over]
+    assert block_full.choose(running, running, (), lambda: 0) == [full, over]
     assert not any(map(pressure.is_due, running))
     for num_short, expected in ((0, []), (1, [over]), (4, [over]), (5, [over, full])):
-        assert pressure.choose(running, (), lambda short=num_short: short) == expected
+        assert pressure.choose(running, running, (), lambda short=num_short: short) == expected
     assert block_full.blocks_to_expect(inside) == 3
     assert pressure.blocks_to_expect(inside) == 0
 
@@ -68,14 +68,14 @@ def test_an_interval_of_two_blocks():
     block_full, pressure = (TRIGGERS[name](BlockPool(20, 4)) for name in ("block_full", "pressure"))
     rule = make_rule(4, 4, interval_blocks=2, window=2)
     three, full = held("a", entries=12, rule=rule), held("b", entries=16, rule=rule)
-    assert block_full.choose([three, full], (), lambda: 0) == [full]
+    assert block_full.choose([three, full], [three, full], (), lambda: 0) == [full]
     assert (block_full.most_entries(three), block_full.blocks_to_expect(three)) == (16, 4)
     assert [block_full.is_in_window(full, n, -(-(n + 1) // 4)) for n in (11, 13, 14)] == [False, False, True]
     assert pressure.fewest_entries(held(entries=4, rule=rule)) == 9, "one more than stay"
     over, most = held("c", entries=12, rule=make_rule(4, 4, interval_blocks=2)), held("d", entries=20, rule=rule)
     most.query_slot = 0
-    assert pressure.choose([over, most], (), lambda: 3) == [most], "it gives three blocks back"
-    assert pressure.choose([over, most], (), lambda: 4) == [most, over]
+    assert pressure.choose([over, most], [over, most], (), lambda: 3) == [most], "it gives three blocks back"
+    assert pressure.choose([over, most], [over, most], (), lambda: 4) == [most, over]
 
 
 # A wave
@@ -92,14 +92,14 @@ def test_a_wave_is_compressed_at_a_multiple_of_the_rate_of_compressions():
     running = wave(512)
     waiting = running
     for step in range(128 // PACE):
-        chosen = trigger.choose(running, (), lambda: 0)
+        chosen = trigger.choose(running, running, (), lambda: 0)
         assert chosen == waiting[: 512 * PACE // 128], step
         waiting = waiting[len(chosen) :]
         assert [request for request in running if trigger.is_deferred(request)] == waiting
         for request in chosen:
             request.cache_len, request.block_ids = 512, request.block_ids[:4]
     assert not waiting
-    assert trigger.choose(running, (), lambda: 0) == []
+    assert trigger.choose(running, running, (), lambda: 0) == []
 
 
 @pytest.mark.parametrize(
@@ -108,13 +108,13 @@ def test_a_wave_is_compressed_at_a_multiple_of_the_rate_of_compressions():
 def test_what_a_step_bears_grows_with_those_that_run_and_shrinks_with_their_interval(count, interval_blocks, most):
     trigger = BlockFull(BlockPool(4096, 128))
     running = wave(count, interval_blocks=interval_blocks)
-    assert len(trigger.choose(running, (), lambda: 0)) == most
+    assert len(trigger.choose(running, running, (), lambda: 0)) == most
 
 
 def test_a_request_of_more_blocks_than_it_may_hold_is_never_passed_over():
     trigger = BlockFull(BlockPool(4096, 128))
     running = wave(8) + wave(3, entries=1280, prompt=1280)
-    assert trigger.choose(running, (), lambda: 0) == [running[0], *running[8:]]
+    assert trigger.choose(running, running, (), lambda: 0) == [running[0], *running[8:]]
     assert [trigger.is_deferred(request) for request in running] == [False] + [True] * 7 + [False] * 3
 
 
@@ -122,5 +122,5 @@ def test_pressure_passes_nobody_over():
     """It chooses no more than memory wants."""
     trigger = TRIGGERS["pressure"](BlockPool(4096, 128))
     running = wave(64)
-    assert trigger.choose(running, (), lambda: 64) == running
+    assert trigger.choose(running, running, (), lambda: 64) == running
     assert not any(map(trigger.is_deferred, running))

@@ -49,6 +49,8 @@ class EngineCore(Core):
         clock: seconds, of the host or of a simulation.
     """
 
+    scheduler_type = Scheduler
+
     def __init__(
         self,
         scheduler: Scheduler,

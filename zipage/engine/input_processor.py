@@ -127,7 +127,12 @@ class InputProcessor:
         core: what its core serves.
         tokenizer: None where prompts are token ids only.
         clock: of the core.
+
+    Attributes:
+        request_type: of the samples that it makes.
     """
+
+    request_type = Request
 
     def __init__(
         self,
@@ -183,7 +188,7 @@ class InputProcessor:
             arrival=self._clock(),
             follow=follow,
         )
-        return order.samples(rule)
+        return order.samples(rule, self.request_type)
 
     def prepare(self, params: SamplingParams) -> None:
         """Encode bad words, which takes long where they are many: `samples` of the same words then need not.

@@ -121,6 +121,8 @@ class Core(ABC):
 
     # Wholeness
 
+    deferred_interrupts = staticmethod(deferred_interrupts)
+
     def check_alive(self) -> None:
         """Raises RuntimeError if the engine was shut down or has failed."""
         if self.is_shut_down:
@@ -139,7 +141,7 @@ class Core(ABC):
             RuntimeError: the engine was shut down or has failed.
         """
         self.check_alive()
-        with deferred_interrupts():
+        with self.deferred_interrupts():
             self.in_step = True
             try:
                 with self._on_device():

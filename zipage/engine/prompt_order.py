@@ -43,10 +43,10 @@ class PromptOrder(NamedTuple):
             first.follow,
         )
 
-    def samples(self, rule: EvictionRule | None) -> list[Request]:
+    def samples(self, rule: EvictionRule | None, kind: type[Request] = Request) -> list[Request]:
         """The `params.n` samples, under what bounds their cache."""
         samples = [
-            Request(
+            kind(
                 self.request_id,
                 self.token_ids,
                 self.params,

@@ -26,7 +26,6 @@ from zipage.models.spec import ModelSpec
 from zipage.parallel.ranked_worker import RankedWorker, start_ranks
 from zipage.scheduling.block_pool import BlockPool
 from zipage.scheduling.headroom import entries_to_keep
-from zipage.scheduling.scheduler import Scheduler
 from zipage.scheduling.sliding_blocks import SlidingBlocks
 from zipage.scheduling.swap_space import SwapCosts, SwapSpace
 from zipage.scheduling.tile_pool import TilePool
@@ -158,7 +157,7 @@ def core_on(
         logger.warning("%s", line)
     worker.attach(plan)
     swap_space = _swap_space(plan, config, spec)
-    scheduler = Scheduler(
+    scheduler = core_type.scheduler_type(
         _pool(plan, config, spec),
         max_num_seqs=min(config.max_num_seqs, plan.num_windows or config.max_num_seqs),
         max_num_batched_tokens=config.max_num_batched_tokens,

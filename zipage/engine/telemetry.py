@@ -94,7 +94,7 @@ class Telemetry:
         step = StepStats(
             step=counters.steps,
             time=end,
-            num_decode=len(batch.decodes),
+            num_decode=batch.num_decodes,
             num_prefill=len(batch.prefills),
             prefill_tokens=sum(chunk.num_tokens for chunk in batch.prefills),
             num_preempted=len(batch.preempted),

@@ -74,10 +74,14 @@ class Batch:
     num_stalled: int = 0
 
     @property
+    def num_decodes(self) -> int:
+        return len(self.decodes)
+
+    @property
     def num_tokens(self) -> int:
-        return len(self.decodes) + sum(chunk.num_tokens for chunk in self.prefills)
+        return self.num_decodes + sum(chunk.num_tokens for chunk in self.prefills)
 
     @property
     def is_empty(self) -> bool:
         """Nothing changes with this step."""
-        return not (self.decodes or self.prefills or self.paused or self.resumed or self.preempted)
+        return not (self.num_decodes or self.prefills or self.paused or self.resumed or self.preempted)

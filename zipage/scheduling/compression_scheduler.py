@@ -37,9 +37,11 @@ class CompressionScheduler:
         self.num_bound = 0
         self._numbers = count()
 
-    def order(self, running: Sequence[Request], num_short: Callable[[], int]) -> list[Compression]:
+    def order(
+        self, running: Sequence[Request], awake: Sequence[Request], num_short: Callable[[], int]
+    ) -> list[Compression]:
         """Take the requests that the trigger chooses out of the batch; arguments as in `Trigger.choose`."""
-        chosen = self.trigger.choose(running, self.in_flight.values(), num_short)
+        chosen = self.trigger.choose(running, awake, self.in_flight.values(), num_short)
         begun = [self._order(request) for request in chosen]
         return [compression for compression in begun if compression is not None]
 

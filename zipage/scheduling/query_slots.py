@@ -38,6 +38,8 @@ class QuerySlots:
         self.constrained = constrained
         self._free = list(range(num_slots - 1, -1, -1))
         self._survey: _Survey | None = None
+        self._has_returned = False
+        """A slot came back since they were assigned; who enters meanwhile is offered one."""
 
     @property
     def num_free(self) -> int:
@@ -55,10 +57,13 @@ class QuerySlots:
     def assign(self, running: Iterable[Request]) -> None:
         """Give free slots to those that lack one, in the order given. A step begins with it."""
         self._survey = None
+        if not self._has_returned:  # none is free, or nobody lacks one
+            return
         for request in running:
             if not self._free:
-                return
+                break
             self.offer(request)
+        self._has_returned = False
 
     def offer(self, request: Request) -> None:
         """Give the request a slot if one is free and it lacks and wants it. Its queries are kept from now on."""
@@ -122,6 +127,7 @@ class QuerySlots:
         """The request stops running. Its slot, if any, is free."""
         if request.query_slot >= 0:
             self._free.append(request.query_slot)
+            self._has_returned = True
             request.query_slot = -1
 
     def check_integrity(self, running: Iterable[Request]) -> None:

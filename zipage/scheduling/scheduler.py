@@ -39,6 +39,8 @@ class Scheduler:
     docs/scheduling.md has the rules: who gets memory and query slots, and why no request starves.
     """
 
+    batch_type, asleep_room = Batch, 0  # other ones in a simulation
+
     def __init__(
         self,
         pool: BlockPool,
@@ -87,7 +89,7 @@ class Scheduler:
         After `advance`, so that a compression is launched behind the step that filled the last block and its request
         misses none; where a step is empty, without.
         """
-        begun = self.compressions.order(self.running, self._num_short)
+        begun = self.compressions.order(self.running, self._awake(), self._num_short)
         for compression in begun:
             compression.request.status = Status.COMPRESSING
         return begun
@@ -129,12 +131,16 @@ class Scheduler:
 
     # Planning
 
+    def _awake(self) -> list[Request]:
+        """Running requests to look at, oldest first: a simulation leaves others alone."""
+        return self.running
+
     def schedule(self, now: float = 0.0) -> Batch:
         """Plan one step and take the blocks it needs. `now` (seconds) stamps requests scheduled for the first time."""
-        batch = Batch(slides=self.sliding is not None)
+        batch = self.batch_type(slides=self.sliding is not None)
         self.slots.assign(self.running)
         unfinished, may_admit = self._schedule_decodes(batch)
-        budget = self.max_num_batched_tokens - len(batch.decodes)
+        budget = self.max_num_batched_tokens - batch.num_decodes
         for request in unfinished:
             if budget <= 0:
                 break
@@ -150,14 +156,9 @@ class Scheduler:
             Running requests whose prompt is unfinished, and whether others may be admitted: not while somebody waits
             for blocks, which they would take, or share and so make the compression of their holder need more.
         """
-        unfinished = []
-        reserved = 0
-        may_admit = True
+        unfinished, reserved, may_admit = [], 0, True
         running, pool, size, sliding = self.running, self.pool, self.pool.block_size, self.sliding
-        i = 0
-        while i < len(running):
-            request = running[i]
-            i += 1
+        for request in self._awake().copy():
             if request.status is not Status.RUNNING or request.has_all_tokens:
                 continue
             if len(request.token_ids) - request.num_computed != 1:
@@ -211,7 +212,7 @@ class Scheduler:
         """
         pool = self.pool
         while pool.num_free < reserved + (num_fresh_blocks(request, pool) if to_compress else 1):
-            if self.compressions.in_flight or any(other.has_all_tokens for other in self.running):
+            if self.compressions.in_flight or any(other.has_all_tokens for other in self._awake()):
                 return False
             victim = self._find_victim(request)
             # A bounded one that leaves of itself may lack queries of its window; computed again, it has them.
@@ -242,7 +243,7 @@ class Scheduler:
     def _admit(self, batch: Batch, budget: int, now: float) -> None:
         self.slots.assign(self.running)
         held_back = []
-        room = self.headroom.of_all(self.running) if self.waiting else 0
+        room = self.headroom.of_all(self._awake()) + self.asleep_room if self.waiting else 0
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             if request.num_pending:
@@ -326,9 +327,7 @@ class Scheduler:
         self.waiting.insert(place, request)
 
     def _resume(self, batch: Batch, request: Request, room: int) -> bool:
-        """Give the head of the queue, which is paused, its blocks and slot back, with room for its next token and
-        `room` blocks for the others.
-        """
+        """Give the paused head of the queue its blocks and slot back; its next token and `room` blocks still fit."""
         if request.queries_saved and not self.slots.can_serve(request, self.running):
             return False
         shared = self.prefixes.unchanged_blocks(request)

@@ -25,12 +25,14 @@ class Trigger(ABC):
 
     @abstractmethod
     def choose(
-        self, running: Sequence[Request], in_flight: Collection[Compression], num_short: Callable[[], int]
-    ) -> list[Request]:
+        self, running: Sequence[Request], awake: Sequence[Request], in_flight: Collection[Compression],
+        num_short: Callable[[], int],
+    ) -> list[Request]:  # fmt: skip
         """Which requests to compress now.
 
         Args:
             running: oldest first.
+            awake: of these, all whose last block is full, and others.
             in_flight: compressions under way.
             num_short: counts the blocks that the pool lacks.
         """
@@ -82,10 +84,11 @@ class BlockFull(Trigger):
         self._deferred: set[Request] = set()
 
     def choose(
-        self, running: Sequence[Request], in_flight: Collection[Compression], num_short: Callable[[], int]
-    ) -> list[Request]:
+        self, running: Sequence[Request], awake: Sequence[Request], in_flight: Collection[Compression],
+        num_short: Callable[[], int],
+    ) -> list[Request]:  # fmt: skip
         size = self.pool.block_size
-        full = [r for r in running if r.rule is not None and r.cache_len == len(r.block_ids) * size]
+        full = [r for r in awake if r.rule is not None and r.cache_len == len(r.block_ids) * size]
         due = [r for r in full if r.status is Status.RUNNING and self.is_due(r) and not r.has_all_tokens]
         self._deferred.clear()
         if len(due) > 1:
@@ -128,8 +131,9 @@ class Pressure(Trigger):
     """When the pool lacks blocks: those who are most over their budget first, as many as it takes."""
 
     def choose(
-        self, running: Sequence[Request], in_flight: Collection[Compression], num_short: Callable[[], int]
-    ) -> list[Request]:
+        self, running: Sequence[Request], awake: Sequence[Request], in_flight: Collection[Compression],
+        num_short: Callable[[], int],
+    ) -> list[Request]:  # fmt: skip
         num_missing = num_short()
         num_missing -= sum(len(other.block_ids) - other.request.rule.kept_blocks for other in in_flight)
         if num_missing <= 0:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from zipage.config import EngineConfig
 from zipage.engine.core import EngineCore
 from zipage.engine.input_processor import InputProcessor
+from zipage.engine.interface import TokenDelta
 from zipage.engine.model_check import check_model
 from zipage.engine.output_processor import OutputProcessor
 from zipage.engine.startup import Engine, build_inputs, core_on
@@ -21,8 +23,8 @@ from zipage.models.registry import find_family
 from zipage.models.shard import Shard
 from zipage.models.spec import ModelSpec
 from zipage.sampling_params import SamplingParams
-from zipage.scheduling.batch import Batch
 from zipage.simulation.device import PlannedWork, SimulatedCompressor, SimulatedRunner, Timeline, VirtualClock
+from zipage.simulation.sleep import SleepingBatch, SleepingRequest, SleepingScheduler
 from zipage.simulation.times import DeviceTimes, StepWork
 from zipage.worker.cuda_graph import DECODED_READS, DECODED_TOKENS, PROMPT_TOKENS, PROMPTS
 from zipage.worker.memory_plan import MemoryPlan
@@ -32,6 +34,25 @@ from zipage.worker.worker import DeviceMemory
 NUM_TOKENS = 1024
 """Distinct tokens that simulated requests draw."""
 TokenListener = Callable[[float, list[str]], None]
+
+
+class StepTokens(NamedTuple):
+    """The tokens that came of a step.
+
+    Attributes:
+        time: when they were there.
+        count: how many; one a request.
+        firsts: ids of the requests whose first it is.
+        gaps: of the others, seconds since their token before, and how many waited as long.
+    """
+
+    time: float
+    count: int
+    firsts: list[str]
+    gaps: list[tuple[float, int]]
+
+
+TokensListener = Callable[[StepTokens], None]
 
 
 class SimulatedLLM(LLM):
@@ -52,7 +73,8 @@ class SimulatedLLM(LLM):
     Attributes:
         clock: seconds since the start.
         token_listeners: each is called in a step, with the time and the ids of the requests that got a token. That is
-            much less work than a stream.
+            much less work than a stream. Add them before any request.
+        tokens_listeners: each is called in a step with a `StepTokens`, which is far less work again.
     """
 
     def __init__(self, model: str | PathLike[str], *, times: DeviceTimes, **options: Any) -> None:
@@ -67,6 +89,7 @@ class SimulatedLLM(LLM):
         self._times = times
         super().__init__(model, **options)
         self.token_listeners: list[TokenListener] = self._core.token_listeners
+        self.tokens_listeners: list[TokensListener] = self._core.tokens_listeners
 
     def _add(self, number: int, prompt: Any, tokenize: Any, params: SamplingParams | None, *more: Any) -> Any:
         for name, absent in (("logprobs", None), ("return_hidden_states", False)):
@@ -83,31 +106,52 @@ class SimulatedLLM(LLM):
         core, core_spec = core_on(worker, config, spec, max_model_len, SimulatedCore, clock)
         inputs: InputProcessor = build_inputs(config, core_spec, clock)
         core.set_ends(spec.eos_token_ids, spec.vocab_size)
-        core.token_listeners = []
+        core.token_listeners, core.tokens_listeners = [], []
+        inputs.request_type = SleepingRequest
         return Engine(core, inputs, OutputProcessor(inputs.tokenizer, core.counters, clock), core_spec)
 
 
 class SimulatedCore(EngineCore):
     """Hands its runner the work of a step in place of its plan."""
 
-    _tokens: list[int]
+    scheduler_type = SleepingScheduler
+    deferred_interrupts = nullcontext  # no device is left half-way
+    scheduler: SleepingScheduler
     token_listeners: list[TokenListener]
+    tokens_listeners: list[TokensListener]
 
     def set_ends(self, ends: tuple[int, ...], vocab_size: int) -> None:
         """Which tokens end a request, so that none of them is drawn."""
         allowed = (token for token in range(vocab_size) if token not in ends)
-        self._tokens = [token for token, _ in zip(allowed, range(NUM_TOKENS))]
+        self.scheduler.tokens = [token for token, _ in zip(allowed, range(NUM_TOKENS))]
 
-    def _book(self, batch: Batch, result: StepResult, now: float) -> int:
+    def step(self) -> list[TokenDelta]:
+        self.scheduler.may_sleep = not self.token_listeners
+        return super().step()
+
+    def _book(self, batch: SleepingBatch, result: StepResult, now: float) -> int:
         if self.token_listeners:
             heard = [request.request_id for request in batch.sampled if request.finish_reason is None]
             for listener in self.token_listeners:
                 listener(now, heard)
-        return super()._book(batch, result, now)
+        if self.tokens_listeners:
+            tokens = self._tokens_of(batch, now)
+            for listener in self.tokens_listeners:
+                listener(tokens)
+        return super()._book(batch, result, now) + batch.num_heard
 
-    def _plan(self, batch: Batch) -> PlannedWork:
+    def _tokens_of(self, batch: SleepingBatch, now: float) -> StepTokens:
+        live = [request for request in batch.sampled if request.finish_reason is None]
+        firsts = [request.request_id for request in live if request.first_token_time is None]
+        gaps = [(now - request.token_time, 1) for request in live if request.first_token_time is not None]
+        if batch.num_heard:
+            gaps.append((now - self.scheduler.booked_at, batch.num_heard))
+        return StepTokens(now, len(live) + batch.num_heard, firsts, gaps)
+
+    def _plan(self, batch: SleepingBatch) -> PlannedWork:
         self.scheduler.take_dropped()
-        entries = sum([request.cache_len for request in batch.decodes]) + len(batch.decodes)
+        entries = sum([request.cache_len for request in batch.decodes]) + self.scheduler.asleep_entries
+        entries += batch.num_decodes
         tokens = reads = 0
         for request, count in batch.prefills:
             tokens += count
@@ -115,11 +159,8 @@ class SimulatedCore(EngineCore):
         moved = sum(len(swap.block_ids) - swap.num_shared for swap in (*batch.paused, *batch.resumed))
         few = len(batch.prefills) <= PROMPTS and tokens <= PROMPT_TOKENS
         all_decode = tokens <= DECODED_TOKENS and reads <= DECODED_READS
-        work = StepWork(len(batch.decodes), entries, tokens, reads, all_decode, moved, few or all_decode)
-        if not self.scheduler.pool.enable_prefix_caching:
-            return PlannedWork(work, self._tokens[:1] * len(batch.sampled))
-        drawn, count = self._tokens, len(self._tokens)
-        return PlannedWork(work, [drawn[request.number % count] for request in batch.sampled])
+        work = StepWork(batch.num_decodes, entries, tokens, reads, all_decode, moved, few or all_decode)
+        return PlannedWork(work, [request.token for request in batch.sampled])
 
 
 class SimulatedWorker:

@@ -44,7 +44,7 @@ def test_tails_are_quantiles_to_one_percent():
     random, tails = Random(0), Tails()
     values = [random.lognormvariate(-3, 1) for _ in range(100_000)]
     for begin in range(0, len(values), 1000):
-        tails.add(values[begin : begin + 1000])
+        tails.add((value, 1) for value in values[begin : begin + 1000])
     found = tails.quantiles()
     for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
         assert found[name] == pytest.approx(quantile(sorted(values), share), rel=0.01)

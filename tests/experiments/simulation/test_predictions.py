@@ -10,8 +10,14 @@ from experiments.errors import UsageError
 from experiments.paths import ROOT
 from experiments.simulation.aims import aims_table, figure
 from experiments.simulation.arms import measured_arms, simulate_arm
-from experiments.simulation.errors import compared, error_table, load_table
-from experiments.simulation.fit import DEVICE, device_constants, kernel_shares, request_constant
+from experiments.simulation.errors import compared, error_table, load_table, machine_of_record
+from experiments.simulation.fit import (
+    DEVICE,
+    device_constants,
+    few_rows_constants,
+    kernel_shares,
+    request_constant,
+)
 from experiments.simulation.machine import read_machine
 
 RECORDS = ROOT / "results" / "records"
@@ -33,6 +39,27 @@ def test_a_fit_to_one_record_predicts_another():
     measured = other.row["tokens_per_second"]
     assert simulate_arm(other.arm, wrong).row["tokens_per_second"] / measured < 0.95
     assert simulate_arm(other.arm, fitted).row["tokens_per_second"] == pytest.approx(measured, rel=0.03)
+
+
+def test_what_few_rows_change_predicts_other_loads():
+    """Fitted to one request alone and to a mixed load of an 8B shape; a trace and a small model are predicted."""
+    machine = replace(read_machine("h200"), imbalance=0.0, overlap_seconds=0.0)
+    arms = [arm_of("engine_bench_alone_h200", "full"), arm_of("engine_bench_mixed_h200", "full")]
+    fitted = few_rows_constants(machine, RECORDS / "profile_step_after_h200.json", arms)
+    for record, name, before in (("trace", "zipage_2048", 0.02), ("small", "zipage", 0.03), ("alone", "full", -0.12)):
+        other = arm_of(f"engine_bench_{record}_h200", name)
+        without, found = (
+            simulate_arm(other.arm, on).row["tokens_per_second"] / other.row["tokens_per_second"] - 1
+            for on in (machine, fitted)
+        )
+        assert abs(found) < 0.03
+        assert (without - before) * before > 0
+
+
+def test_records_are_simulated_as_the_engine_was_then():
+    for record, name in (("engine_bench_alone_h200", "h200"), ("engine_bench_ranks_h200/one_gpu", "h200_before")):
+        assert machine_of_record(RECORDS / record) == read_machine(name)
+    assert machine_of_record(RECORDS / "engine_bench_policies_h100") == read_machine("h100")
 
 
 def test_the_constant_of_requests_predicts_the_median_ttft_of_another_record():

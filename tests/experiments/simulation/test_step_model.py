@@ -44,8 +44,21 @@ def test_the_corner_of_the_roofline_is_round(shape):
     assert products == pytest.approx(2 ** (1 / 4) * shape.sizes.weight_bytes / 0.5e12, rel=0.01)
 
 
+def test_kernels_of_few_rows_overlap(shape):
+    plain, overlapping = (StepModel(replace(PLAIN, overlap_seconds=seconds), shape) for seconds in (0.0, 1e-5))
+    saved = [plain.step(work) - overlapping.step(work) for work in (StepWork(64, 500), StepWork(60, 500, 5))]
+    assert saved == pytest.approx([shape.layers * 1e-5, 0.0])
+
+
+def test_few_requests_of_unequal_lengths_keep_some_of_the_device_waiting(shape):
+    plain, uneven = (StepModel(replace(PLAIN, imbalance=share), shape) for share in (0.0, 1.5))
+    lost = [uneven.step(StepWork(rows, 90_000)) - plain.step(StepWork(rows, 90_000)) for rows in (4, 100)]
+    whole = 90_000 * shape.sizes.kv_bytes / PLAIN.bandwidth
+    assert lost == pytest.approx([1.5 / 2 * whole, 1.5 / 10 * whole])
+
+
 def test_numbers_and_arrays_alike(shape):
-    model = StepModel(read_machine("h100"), shape)
+    model = StepModel(read_machine("h200"), shape)
     works = [StepWork(3, 500), StepWork(7, 100, 512, 4096, False, 2)]
     arrays = sum(model.parts(*np.array(works, dtype=float).T[:-1]))
     assert arrays == pytest.approx([model.step(work) for work in works])
