@@ -145,6 +145,19 @@ def test_an_exponent_that_is_none_is_named(tmp_path):
         load_model(str(path), device="cpu")
 
 
+def test_a_quantized_norm_is_named(tmp_path):
+    path, name = tmp_path / "model.gguf", b"output_norm.weight"
+    write_gguf(path, make_model("Llama"), Type.F32)
+    data = bytearray(path.read_bytes())
+    place = data.index(name) + len(name) + 4 + 8  # behind the number of dimensions and the only one
+    data[place] = Type.Q4_0
+    path.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"tensor output_norm\.weight has no rows to be quantized in: convert the file"
+    ):
+        load_model(str(path), device="cpu")
+
+
 def test_spec_and_dummy(tmp_path):
     model = make_model("Qwen2", tie_word_embeddings=True)
     path = tmp_path / "model.gguf"

@@ -156,6 +156,10 @@ class GgufFile:
         tensor = self.tensors[name]
         if tensor.ggml_type in _FLOATS:
             return _FLOATS[tensor.ggml_type], tensor.shape
+        if len(tensor.shape) < 2:
+            raise ValueError(
+                f"{self.path}: tensor {name} has no rows to be quantized in: convert the file to another type"
+            )
         try:
             from gguf.constants import GGMLQuantizationType
             from gguf.quants import quant_shape_to_byte_shape
