@@ -52,6 +52,15 @@ def test_flags_of_the_families():
     assert llama.mlp_bias
 
 
+def test_a_mixture_need_not_say_how_wide_the_mlp_is_that_it_lacks():
+    """transformers' config of Qwen3.5's mixtures has no such field, and neither have the published ones."""
+    published = {name: value for name, value in COMMON.items() if name != "intermediate_size"}
+    spec = spec_from_config(
+        hf_config(published | {"model_type": "qwen3_5_moe_text", "layer_types": ["full_attention"] * 3})
+    )
+    assert (spec.experts.num_experts, spec.experts.dense_layers) == (256, ())
+
+
 def test_a_config_of_the_old_form_reads_like_the_new():
     old = spec_of("llama", rope_theta=500000.0, rope_scaling={"type": "linear", "factor": 4.0}, torch_dtype="float16")
     new = spec_of("llama", rope_parameters=ROPE["linear"] | {"rope_theta": 500000.0}, dtype="float16")

@@ -122,7 +122,7 @@ def spec_from_config(config: PretrainedConfig, eos_token_ids: Iterable[int] = ()
         vocab_size=config.vocab_size,
         width=config.hidden_size,
         attention=attention,
-        mlp_width=config.intermediate_size,
+        mlp_width=_mlp_width(config),
         rms_norm_eps=config.rms_norm_eps,
         inv_freq=tuple(rotary.inv_freq.tolist()),
         long_inv_freq=None if long is None else tuple(long.tolist()),
@@ -136,6 +136,12 @@ def spec_from_config(config: PretrainedConfig, eos_token_ids: Iterable[int] = ()
         quantization=quantization,
         **flags,
     )
+
+
+def _mlp_width(config: PretrainedConfig) -> int | None:
+    """Of layers without experts; where all have some, the config may leave it out."""
+    width = getattr(config, "intermediate_size", None)
+    return getattr(config, "moe_intermediate_size", None) if width is None else width
 
 
 def token_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
