@@ -1,8 +1,8 @@
 """How much paged keys repeat each other, in Triton: in chunks ("lightning") or over the whole request.
 
 The tile of cosines is never written. A chunk of up to 256 keys is one program's work. In a larger set a key's sum of
-cosines is its product with the sum of all directions, and products of pairs, each made once, only find its last
-duplicate. What a key is excused is summed in integers: sums in any order are the same.
+cosines is its product with the sum of all directions, and products of pairs only find its last duplicate. What a key is
+excused is summed in integers: sums in any order are the same.
 
 Sources: R-KV (arXiv 2505.24133), Zipage (arXiv 2603.08743), G-KV (arXiv 2512.00504).
 """
@@ -158,24 +158,42 @@ def _norms_and_sums(
 
 
 @triton.jit
-def _are_duplicates(
+def _last_in(
+    last,
     k_rows,
     bounds,
+    start,
     k_head,
+    table,
     norms_line,
-    blocks,
     block_stride,
     first,
+    end,
     length,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    ITSELF: tl.constexpr,
 ):
-    """Whether the products of k_rows [ROWS, DIM_PAD] with keys first .. are above `bounds` times their norms."""
-    k = load_keys(k_head, blocks, block_stride, first, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE, MASKED=False)
-    norms = tl.load(norms_line + first + tl.arange(0, TILE))
-    return tl.dot(k_rows, k, input_precision="ieee") > bounds[:, None] * norms[None, :]
+    """The later of `last` [ROWS] and the last of the keys first .. end - 1 whose product with a row's key is above
+    `bounds` times its norm, which is inf past `length`. ITSELF: these keys are the rows, and others in their tile.
+    """
+    rows = start + tl.arange(0, ROWS)
+    inside = tl.arange(0, TILE)
+    blocks = load_blocks(table, first, length, BLOCK_SIZE, TILE)
+    for tile in range(first, end, TILE):
+        next_blocks = load_blocks(table, tile + TILE, length, BLOCK_SIZE, TILE)
+        k = load_keys(k_head, blocks, block_stride, tile, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE, MASKED=False)
+        norms = tl.load(norms_line + tile + inside)
+        products = tl.dot(k_rows, k, input_precision="ieee")
+        if ITSELF:
+            products = tl.where(rows[:, None] == tile + inside[None, :], float("-inf"), products)
+        found = tl.max(tl.where(products > bounds[:, None] * norms[None, :], inside[None, :], -1), 1)
+        last = tl.where(found >= 0, tl.maximum(last, tile + found), last)
+        blocks = next_blocks
+    return last
 
 
 @triton.jit(do_not_specialize=["table_ptr", "lens_ptr", "last_ptr", *LENS_STRIDES])
@@ -205,9 +223,7 @@ def _last_duplicates(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One layer, request, KV head and tile of keys: the last duplicates of these among themselves and later keys, and
-    of later ones among these. `last` holds -1, or what other tiles found of a key.
-    """
+    """One layer, request, KV head and tile of keys: each key's last duplicate, or -1."""
     start = tl.program_id(0) * ROWS
     pair = tl.program_id(1)
     row = pair // HEADS
@@ -225,32 +241,26 @@ def _last_duplicates(
     k = load_keys(k_head, blocks, block_stride, start, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, ROWS)
     rows = start + tl.arange(0, ROWS)
     held = rows < length
+    norms = tl.load(norms_line + rows, mask=held, other=1.0)
     k = tl.trans(k)  # here, or each tile's product would begin with a copy of it
-    bounds = threshold * tl.load(norms_line + rows)  # of no key past n
-    inside = tl.arange(0, TILE)
-    last_line = last_ptr + index * width
+    begin, end = _compared(start, length, CHUNK)
     own = start // TILE * TILE
-    blocks = load_blocks(table, own, length, BLOCK_SIZE, TILE)
-    above = _are_duplicates(
-        k, bounds, k_head, norms_line, blocks, block_stride, own, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE
+    last = tl.where(held, -1, length)
+    last = _last_in(
+        last, k, threshold * norms, start, k_head, table, norms_line, block_stride, own + TILE, end, length,
+        HEAD_DIM, DIM_PAD, BLOCK_SIZE, ROWS, TILE, False,
     )  # fmt: skip
-    above = above & (rows[:, None] != own + inside[None, :])
-    found = tl.max(tl.where(above, inside[None, :], -1), 1)
-    last = tl.where(found >= 0, own + found, -1)
-    _, end = _compared(start, length, CHUNK)
-    blocks = load_blocks(table, own + TILE, length, BLOCK_SIZE, TILE)
-    for first in range(own + TILE, end, TILE):
-        next_blocks = load_blocks(table, first + TILE, length, BLOCK_SIZE, TILE)
-        above = _are_duplicates(
-            k, bounds, k_head, norms_line, blocks, block_stride, first, length, HEAD_DIM, DIM_PAD, BLOCK_SIZE, TILE
-        )  # fmt: skip
-        found = tl.max(tl.where(above, inside[None, :], -1), 1)
-        last = tl.where(found >= 0, first + found, last)
-        if tl.max(found, 0) >= 0:
-            earlier = tl.max(tl.where(above, rows[:, None], -1), 0)
-            tl.atomic_max(last_line + first + inside, earlier, mask=earlier >= 0, sem="relaxed")
-        blocks = next_blocks
-    tl.atomic_max(last_line + rows, last, mask=held & (last >= 0), sem="relaxed")
+    last = _last_in(
+        last, k, threshold * norms, start, k_head, table, norms_line, block_stride, own, own + TILE, length,
+        HEAD_DIM, DIM_PAD, BLOCK_SIZE, ROWS, TILE, True,
+    )  # fmt: skip
+    # Where each key has one among these, none before can be its last.
+    own = tl.where(tl.min(last, 0) < 0, own, begin)
+    last = _last_in(
+        last, k, threshold * norms, start, k_head, table, norms_line, block_stride, begin, own, length,
+        HEAD_DIM, DIM_PAD, BLOCK_SIZE, ROWS, TILE, False,
+    )  # fmt: skip
+    tl.store(last_ptr + index * width + rows, last, mask=held)
 
 
 @triton.jit(
@@ -407,7 +417,7 @@ def redundancy_triton(
         tiles = runs * (chunk // tile) if chunk else triton.cdiv(width, tile)
         norms = torch.empty((layers, pairs, tiles * tile), dtype=torch.float32, device=out.device)
         sums = torch.empty((layers, pairs, tiles, dim_pad), dtype=torch.float32, device=out.device)
-        last = torch.full(out.shape, -1, dtype=torch.int32, device=out.device)
+        last = torch.empty(out.shape, dtype=torch.int32, device=out.device)
         excused = torch.zeros(out.shape, dtype=torch.int64, device=out.device)
         keys, shape["CHUNK"] = (k_cache, block_tables, lens, norms), chunk or 0
         _norms_and_sums[(tiles, pairs, layers)](*keys, sums, *strides, **shape, TILE=tile, num_warps=4)
