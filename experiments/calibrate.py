@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = {"full": chosen.covariance != "pairs"} if chosen.kind == "expected_attention" else {}
     try:
         with share_model():
-            texts, source, _ = ask(chosen)
+            texts, source, _ = ask(chosen, chosen.kind)
             given = {"kind": chosen.kind, "source": source, "options": options, "seed": chosen.seed}
             where = {"device": chosen.device, "dtype": chosen.dtype}
             path = calibrate(chosen.model, [tokens for tokens, _ in texts], chosen.out, **given, **where)

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--ridge={chosen.ridge}: must be above 0")
     try:
         with share_model():
-            texts, source, separator = ask(chosen, SEPARATOR)
+            texts, source, separator = ask(chosen, "kvzap", SEPARATOR)
             source |= {"tokens": sum(len(tokens) for tokens, _ in texts)}
             given = {"target": chosen.target, "separator": separator, "ridge": chosen.ridge, "seed": chosen.seed}
             where = {"device": chosen.device, "dtype": chosen.dtype}

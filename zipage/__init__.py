@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from zipage.models.loading.share import share_model
     from zipage.simulation.llm import SimulatedLLM, StepTokens
     from zipage.simulation.times import CompressionTime, CompressionWork, StepWork
-    from zipage.worker.calibrate import calibrate
+    from zipage.worker.calibrate import calibrate, load_to_calibrate
     from zipage.worker.request_memory import RequestMemory
     from zipage.worker.train_scorer import train_scorer
 
@@ -52,6 +52,7 @@ __all__ = [
     "calibrate",
     "closest",
     "find_policy",
+    "load_to_calibrate",
     "measure_ceilings",
     "measure_kernels",
     "share_model",
@@ -69,6 +70,7 @@ _LAZY = {
     "StepTokens": "zipage.simulation.llm",
     "StepWork": "zipage.simulation.times",
     "calibrate": "zipage.worker.calibrate",
+    "load_to_calibrate": "zipage.worker.calibrate",
     "measure_ceilings": "kernels.bench",
     "measure_kernels": "kernels.bench",
     "share_model": "zipage.models.loading.share",

@@ -8,7 +8,7 @@ from experiments.calibration.answers import answered
 from experiments.calibration.corpora import CORPORA, corpus, corpus_for
 from experiments.command_line import Parser
 from experiments.records import content_hash
-from zipage import LLM
+from zipage import LLM, load_to_calibrate
 
 
 def add_options(parser: Parser, tokens: int) -> None:
@@ -31,8 +31,10 @@ def check(parser: Parser, chosen: argparse.Namespace) -> None:
         parser.error(f"--tokens={chosen.tokens} --max-tokens={chosen.max_tokens}: must be at least 1")
 
 
-def ask(chosen: argparse.Namespace, separator: str = "") -> tuple[list[tuple[list[int], int]], dict, list[int]]:
-    """Prompts and the model's answers to them.
+def ask(
+    chosen: argparse.Namespace, kind: str, separator: str = ""
+) -> tuple[list[tuple[list[int], int]], dict, list[int]]:
+    """Prompts and the model's answers to them, if a file of this kind can be made for it.
 
     Returns:
         Token ids of each text and how many of them are its prompt; where they come from, for the file's header; and the
@@ -41,6 +43,7 @@ def ask(chosen: argparse.Namespace, separator: str = "") -> tuple[list[tuple[lis
     name = chosen.corpus or corpus_for(chosen.model)
     conversations = corpus(name, chosen.seed)
     memory = {"kv_cache_memory_bytes": chosen.kv_cache_memory_bytes}
+    load_to_calibrate(chosen.model, kind, device=chosen.device, dtype=chosen.dtype, seed=chosen.seed)
     llm = LLM(chosen.model, seed=chosen.seed, device=chosen.device, dtype=chosen.dtype, **memory)
     try:
         texts = answered(llm, conversations, chosen.tokens, max_tokens=chosen.max_tokens, seed=chosen.seed)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from experiments import calibrate
+from experiments import calibrate, train_scorer
 from experiments.calibration.answers import answered
 from experiments.calibration.corpora import TASKS, TOPICS, corpus, corpus_for
 from experiments.errors import UsageError
@@ -108,3 +108,11 @@ def test_shipped_files_fit_the_shipped_model_and_are_small(kind):
     }
     llm = LLM(str(REASONER), device="cpu", num_blocks=16, max_model_len=256, **options)
     assert llm.generate("<|user|>a=1", use_tqdm=False)[0].error is None
+
+
+@pytest.mark.parametrize("command", [calibrate, train_scorer], ids=["calibrate", "train_scorer"])
+def test_a_model_that_cannot_be_calibrated_is_refused_before_it_answers(command, tmp_path, monkeypatch, capsys):
+    save_tiny_tokenizer(save_tiny_model("gemma3_text", tmp_path / "model"))
+    monkeypatch.setattr("experiments.calibration.command.LLM", None)
+    assert command.main([str(tmp_path / "model"), "--out", str(tmp_path / "file")]) == 2
+    assert "is not supported: calibrate another model" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from zipage.worker.paged_attention import PagedAttention
 class Spec:
     attention = tuple(AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, scale=scale) for scale in (0.5, 2.0))
     num_layers, num_heads, num_kv_heads, head_dim = 2, 4, 2, 8
+    sliding_layers = ()
 
 
 def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

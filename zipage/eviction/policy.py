@@ -73,7 +73,7 @@ class Policy(ABC):
     @property
     def calibration_command(self) -> str:
         """What makes that file."""
-        return COMMAND
+        return f"{COMMAND} --kind {self.calibration_kind}"
 
     @property
     def predicts(self) -> bool:

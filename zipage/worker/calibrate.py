@@ -18,6 +18,7 @@ from zipage.eviction.query_statistics import STATISTICS, Heads, QueryStatistics
 from zipage.models.attention import refuse_forms
 from zipage.models.decoder import Decoder
 from zipage.models.loading.identity import model_identity
+from zipage.models.loading.loader import LoadedModel
 from zipage.models.loading.share import obtain_model
 from zipage.models.spec import ModelSpec
 from zipage.transfer import to_device
@@ -60,12 +61,7 @@ def calibrate(
             f"kind={kind!r}: must be one of {', '.join(STATISTICS)}" + f"; did you mean {close!r}?" * bool(close)
         )
     drawn = {"load_format": load_format, "seed": seed}
-
-    def check(spec: ModelSpec) -> None:
-        refuse_forms(spec.attention, f"calibration of {kind}", "calibrate another model")
-        spec.refuse_hybrids(f"calibration of {kind}", "calibrate another model")
-
-    loaded = obtain_model(str(model), dtype=dtype, device=device, check=check, **drawn)
+    loaded = load_to_calibrate(model, kind, dtype=dtype, device=device, **drawn)
     spec = loaded.spec
     num_tokens = sum(max(0, len(sequence) - SKIPPED) for sequence in sequences)
     if num_tokens < 1:
@@ -80,6 +76,21 @@ def calibrate(
     told = {**source, "tokens": num_tokens, "seed": seed}
     write_calibration(path, kind, statistics.arrays(), model_identity(str(model), **drawn), told)
     return path
+
+
+def load_to_calibrate(model: str | PathLike[str], kind: str, **options: Any) -> LoadedModel:
+    """A model whose queries, keys and values a calibration or a scorer can be made of; `options` as `LLM`'s. Within
+    `share_model` it stays loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: as `LLM`; its attention has windows, caps or sinks, or it has recurrent layers.
+    """
+
+    def check(spec: ModelSpec) -> None:
+        refuse_forms(spec.attention, f"calibration of {kind}", "calibrate another model")
+        spec.refuse_hybrids(f"calibration of {kind}", "calibrate another model")
+
+    return obtain_model(str(model), check=check, **options)
 
 
 def read(decoder: Decoder, token_ids: Sequence[int], statistics: QueryStatistics, first: int) -> None:

@@ -14,12 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from zipage.checks import shown
 from zipage.eviction.calibration import write_calibration
-from zipage.models.attention import refuse_forms
 from zipage.models.decoder import Decoder
 from zipage.models.loading.identity import model_identity
-from zipage.models.loading.share import obtain_model
-from zipage.models.spec import ModelSpec
 from zipage.transfer import to_device
+from zipage.worker.calibrate import load_to_calibrate
 from zipage.worker.entry_targets import entry_targets
 from zipage.worker.ridge import RidgeSums
 
@@ -77,11 +75,7 @@ def train_scorer(
         raise ValueError(f"{len(texts)} texts: give at least {HELD_OUT}, of which one is held out")
     drawn = {"load_format": load_format, "seed": seed}
 
-    def check(spec: ModelSpec) -> None:
-        refuse_forms(spec.attention, f"calibration of {KIND}", "calibrate another model")
-        spec.refuse_hybrids(f"calibration of {KIND}", "calibrate another model")
-
-    decoder = obtain_model(str(model), dtype=dtype, device=device, check=check, **drawn).decoder
+    decoder = load_to_calibrate(model, KIND, dtype=dtype, device=device, **drawn).decoder
     spec = decoder.spec
     sums = [RidgeSums(spec.num_layers, spec.width, spec.num_kv_heads, decoder.device) for _ in range(2)]
     for number, (token_ids, prompt_len) in enumerate(texts):
