@@ -156,19 +156,20 @@ class GgufFile:
         tensor = self.tensors[name]
         if tensor.ggml_type in _FLOATS:
             return _FLOATS[tensor.ggml_type], tensor.shape
-        if len(tensor.shape) < 2:
-            raise ValueError(
-                f"{self.path}: tensor {name} has no rows to be quantized in: convert the file to another type"
-            )
         try:
             from gguf.constants import GGMLQuantizationType
             from gguf.quants import quant_shape_to_byte_shape
         except ImportError as error:
             raise ImportError(f"{self.path} is quantized, which takes the package gguf: pip install gguf") from error
         try:
-            return np.uint8, quant_shape_to_byte_shape(tensor.shape, GGMLQuantizationType(tensor.ggml_type))
+            shape = quant_shape_to_byte_shape(tensor.shape, GGMLQuantizationType(tensor.ggml_type))
         except (ValueError, LookupError) as error:
             raise ValueError(f"{self.path}: tensor {name}: {error}; convert the file to another type") from error
+        if len(shape) < 2:
+            raise ValueError(
+                f"{self.path}: tensor {name} has no rows to be quantized in: convert the file to another type"
+            )
+        return np.uint8, shape
 
     def _parse(self, cursor: _Cursor) -> None:
         version = cursor.scalar("I")
