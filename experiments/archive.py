@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from experiments import records
 from experiments.analysis.samples import read_samples
 from experiments.command_line import Parser, stoppable
 from experiments.errors import RunError, UsageError
+from experiments.records.provenance import without_folders
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,6 @@ TEXTS = ("prompt", "output", "output_token_ids")
 
 DIVERGENCES, LEAST_DIVERGENCE = "token_divergences", 1e-4
 """A column that a copy holds to two digits, and what it holds as 0."""
-
-FOLDERS = re.compile(r"""(?<=[\s=\["',:])/(?:[^\s/"',\]]+/)+""")
-"""The folders of an absolute path, in a config or a command line."""
 
 
 def archive(run: Path, folder: Path, steps: bool = False, events: bool = False, texts: bool = False) -> Path:
@@ -80,7 +77,7 @@ def archive(run: Path, folder: Path, steps: bool = False, events: bool = False, 
 def _copy_texts(run: Path, staging: Path) -> None:
     for name in (records.CONFIG, records.PROVENANCE):
         text = (run / name).read_text(encoding="utf-8")
-        (staging / name).write_text(FOLDERS.sub("", text), encoding="utf-8")
+        (staging / name).write_text(without_folders(text), encoding="utf-8")
 
 
 def _rounded(rows: pa.Table) -> pa.Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -32,6 +33,19 @@ PACKAGES = (
     "numpy",
     "vllm",
 )
+
+FOLDERS = re.compile(r"""(?<=[\s=\["',:])/(?:[^\s/"',\]]+/)+""")
+"""The folders of an absolute path, in a config or a command line."""
+
+
+def without_folders(text: str) -> str:
+    """A config or a command line in which files that were given with their whole paths go by their names alone."""
+    return FOLDERS.sub("", text)
+
+
+def simulate_command(what: str, arguments: Sequence[str]) -> str:
+    """A line of `python -m experiments.simulate`, as its records tell it."""
+    return without_folders(f"python -m experiments.simulate {what} {shlex.join(arguments)}")
 
 
 def collect(command: Sequence[str] | None = None, machine: Machine | None = None) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from experiments.bench.serve_loads import ServedArm
 from experiments.errors import UsageError
-from experiments.records.provenance import code_state
+from experiments.records.provenance import code_state, simulate_command
 from experiments.reporting.markdown import markdown
 from experiments.simulation.capacity import bearable, dollars_per_million, gpus_needed, searched
 from experiments.simulation.fleet import simulate_fleet
@@ -103,7 +102,7 @@ def _say(row: dict[str, Any]) -> None:
 def _keep(options: Namespace, what: str, arguments: Sequence[str], machine: Machine, content: dict[str, Any]) -> None:
     if options.out:
         head = {"what": f"{what}, simulated on {machine.name}", "simulated": vars(machine), "seed": options.seed}
-        head |= {"command": f"python -m experiments.simulate {what} {shlex.join(arguments)}"}
+        head |= {"command": simulate_command(what, arguments)}
         options.out.write_text(json.dumps(head | content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -8,7 +8,6 @@ graphs, without which steps are launched kernel by kernel.
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -20,7 +19,7 @@ from experiments.command_line import Parser
 from experiments.config.schema import Experiment
 from experiments.errors import UsageError
 from experiments.records import METRICS, read_config
-from experiments.records.provenance import code_state
+from experiments.records.provenance import code_state, simulate_command
 from experiments.reporting.markdown import markdown
 from experiments.simulation.machine import read_machine
 from experiments.simulation.runs import experiment_of, measured_runs, metrics_of
@@ -63,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{model}: {rows[-1]['simulated']}", file=sys.stderr, flush=True)
     if options.out:
         head = {"what": f"the paper's options, simulated on {machine.name}", "simulated": vars(machine)}
-        head |= {"command": f"python -m experiments.simulate paper {shlex.join(arguments)}"} | code
+        head |= {"command": simulate_command("paper", arguments)} | code
         options.out.write_text(json.dumps(head | {"published": PUBLISHED, "rows": rows}, indent=1) + "\n")
     print(f"Simulated on {machine.name}; the paper: {PUBLISHED}, A100s, its own loads.\n\n{paper_table(rows)}")
     return 0

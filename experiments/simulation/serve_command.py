@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from experiments.bench.serve_loads import ServedArm, read_served_arms
 from experiments.command_line import Parser
 from experiments.errors import UsageError
 from experiments.paths import ROOT
-from experiments.records.provenance import code_state
+from experiments.records.provenance import code_state, simulate_command
 from experiments.reporting.markdown import markdown
 from experiments.simulation.machine import read_machine
 from experiments.simulation.serving import simulated_rows
@@ -92,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{arm.title} at {row['rate']:g} requests/s: {_verdict(row)}", file=sys.stderr, flush=True)
     if options.out:
         head = {"what": f"serve_bench, simulated on {machine.name}", "simulated": vars(machine), "seed": options.seed}
-        head |= {"command": f"python -m experiments.simulate serve {shlex.join(arguments)}"} | code
+        head |= {"command": simulate_command("serve", arguments)} | code
         options.out.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(f"Simulated on {machine.name}; times in ms.\n\n{serve_table(rows)}")
     return 0

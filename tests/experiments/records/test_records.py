@@ -23,6 +23,7 @@ from experiments.config.schema import Experiment, WorkloadConfig, to_dict
 from experiments.errors import RunError, UsageError
 from experiments.paths import ROOT
 from experiments.records import content, ids, schemas
+from experiments.records.provenance import FOLDERS
 from experiments.reporting.conclusion import conclusions
 from experiments.running import outcomes
 from experiments.running.job import Job
@@ -405,3 +406,16 @@ def test_bytes_of_a_cache_are_those_of_the_blocks_it_held():
     assert sliding == 2267
     assert cache_bytes(row | {"peak_blocks": None}, plan) is None, "an engine that does not tell"
     assert cache_bytes(row, None) is cache_bytes(row, {"planned_by": "another"}) is None
+
+
+def test_committed_records_name_no_folder_of_a_machine():
+    """But temporary ones, in commands of old records."""
+    found = {}
+    for path in (ROOT / "results").rglob("*"):
+        if path.suffix in (".json", ".yaml", ".md"):
+            folders = [
+                name for name in FOLDERS.findall(path.read_text(encoding="utf-8")) if not name.startswith("/tmp/")
+            ]
+            if folders:
+                found[path.name] = folders
+    assert not found

@@ -53,7 +53,9 @@ def test_a_search_ends_between_a_rate_that_holds_and_one_that_does_not(load, tmp
     assert simulate.main(["serve", load, "--model", "models/qwen3-0.6b-shape", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert text.startswith("Simulated on H100")
-    rows = json.loads(out.read_text())["rows"]
+    told = json.loads(out.read_text())
+    assert told["command"].endswith(" --out rows.json"), "and no folder of this machine"
+    rows = told["rows"]
     assert {row["arm"] for row in rows} == {"full", "zipage"}
     for arm in ("full", "zipage"):
         mine = [row for row in rows if row["arm"] == arm]
