@@ -42,8 +42,8 @@ LOAD = ("engine.max_num_seqs", REPLICAS, "scenario.", "hardware.")
 PREFERRED = ("engine.", "scenario.", "hardware.", "provenance.code.")
 """Of several baselines, the one that differs in the fewest of these is taken, and of those the latest."""
 
-BYTES = ("kv_bytes.mean", 1.05)
-"""A control of as many bytes holds at least this run's bytes, and at most this many times as many."""
+BYTES = ("kv_bytes.mean", 0.05)
+"""A control of as many bytes holds the run's bytes within this share of them."""
 
 _POLICY, _BUDGET = "sampling.policy", "sampling.budget_tokens"
 """Options of a request that stand before the run's policy and budget."""
@@ -74,22 +74,14 @@ def random_with_prompt(runs: pd.DataFrame) -> list[int | None]:
 
 
 def random_of_as_many_bytes(runs: pd.DataFrame) -> list[int | None]:
-    """The same of the same bytes: the control whose samples held the fewest bytes that are no fewer than the run's.
+    """The position of each run's control of as many bytes: random eviction that protects the prompt; None as above.
 
-    A budget counts entries; a policy also holds queries, scores and positions, and these are counted here. None where
-    no control holds as many, or the least holds over 5 % more.
+    A budget counts entries; a policy also holds queries, scores and positions, and these are counted here. Of the
+    controls within 5 % of the run's bytes, the one that holds the fewest that are no fewer than the run's is taken;
+    where all hold fewer, the one that holds the most.
     """
     runs = _described(runs)
-    control, compared = _controls(runs)
-    column, most = BYTES
-    held = runs.reindex(columns=[column]).astype(float).to_numpy()[:, 0]
-    groups = _groups(runs, MATCHED + tuple(name for name in BUDGET if name != "budget"))
-    found: list[int | None] = [None] * len(runs)
-    for i in np.flatnonzero(compared & (held > 0)):
-        enough = control & (groups == groups[i]) & (held >= held[i]) & (held <= most * held[i])
-        if enough.any():
-            found[i] = int(min(np.flatnonzero(enough), key=lambda j: held[j]))
-    return found
+    return _of_as_many_bytes(runs, *_controls(runs))
 
 
 def random_alike(runs: pd.DataFrame) -> list[int | None]:
@@ -99,19 +91,10 @@ def random_alike(runs: pd.DataFrame) -> list[int | None]:
     return _match(runs, control, compared, MATCHED + BUDGET + PROTECTION, (*PREFERRED, "policy."))
 
 
-def random_nearest_in_bytes(runs: pd.DataFrame) -> list[int | None]:
-    """The same of whatever budget comes nearest to the run's bytes, and within 5 % of them."""
+def random_alike_of_as_many_bytes(runs: pd.DataFrame) -> list[int | None]:
+    """The position of each run's random eviction of as many bytes, by the same rule, that protects the same."""
     runs = _described(runs)
-    control, compared = _random(runs)
-    column, most = BYTES
-    held = runs.reindex(columns=[column]).astype(float).to_numpy()[:, 0]
-    groups = _groups(runs, MATCHED + tuple(name for name in BUDGET if name != "budget") + PROTECTION)
-    found: list[int | None] = [None] * len(runs)
-    for i in np.flatnonzero(compared & (held > 0)):
-        off = np.where(control & (groups == groups[i]) & (held > 0), np.abs(held / held[i] - 1), np.inf)
-        if off.min() <= most - 1:
-            found[i] = int(off.argmin())
-    return found
+    return _of_as_many_bytes(runs, *_random(runs), PROTECTION)
 
 
 def same_with_equal_budgets(runs: pd.DataFrame) -> list[int | None]:
@@ -182,6 +165,20 @@ def _random(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Masks over described runs: those of random eviction, whatever it protects, and those to compare with them."""
     control = runs["policy"].isin(("random", "random_attention")).to_numpy()
     return control, ~control & (runs["policy"] != "full").to_numpy()
+
+
+def _of_as_many_bytes(
+    runs: pd.DataFrame, control: np.ndarray, compared: np.ndarray, matched: tuple[str, ...] = ()
+) -> list[int | None]:
+    column, off = BYTES
+    held = runs.reindex(columns=[column]).astype(float).to_numpy()[:, 0]
+    groups = _groups(runs, MATCHED + tuple(name for name in BUDGET if name != "budget") + matched)
+    found: list[int | None] = [None] * len(runs)
+    for i in np.flatnonzero(compared & (held > 0)):
+        near = np.flatnonzero(control & (groups == groups[i]) & (np.abs(held - held[i]) <= off * held[i]))
+        if len(near):
+            found[i] = int(min(near, key=lambda j: (held[j] < held[i], abs(held[j] - held[i]))))
+    return found
 
 
 def _match(

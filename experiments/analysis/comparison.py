@@ -107,8 +107,8 @@ def compare(
         full.run, full.difference, full.low, full.high, full.verdict, full.power_warning: the baseline under full KV,
             accuracy less its accuracy, paired by problem, and what `non_inferiority` and `power_warning` say.
         random.run, ...: the same against random eviction of the same budget that protects the prompt.
-        bytes.run, ...: the same against random eviction that protects the prompt and holds as many bytes, or up to 5 %
-            more.
+        bytes.run, ...: the same against random eviction that protects the prompt and holds as many bytes, as
+            `random_of_as_many_bytes` of `experiments.analysis.baselines` says.
         output_length.inflation: mean output length over that of full KV.
         goodput, slo_goodput: right answers per second, and those in time. A grade between 0 and 1 counts in part.
         slo_share, slo_rate: share of the requests that were answered in time with all their samples, and how many a

@@ -18,7 +18,7 @@ from experiments.analysis.baselines import (
     fields,
     full_kv,
     random_alike,
-    random_nearest_in_bytes,
+    random_alike_of_as_many_bytes,
     same_with_equal_budgets,
 )
 from experiments.analysis.bootstrap import percentiles
@@ -83,7 +83,8 @@ def ranking(
         bytes_of_full: mean KV bytes of a request over those under full KV.
         random.run, random.difference, random.low, random.high: random eviction of the same budget that protects the
             same, and the figure less that one's.
-        bytes.run, ...: the same of random eviction that protects the same and holds as many bytes, within 5 %.
+        bytes.run, ...: the same of random eviction that protects the same and holds as many bytes, as
+            `random_of_as_many_bytes` of `experiments.analysis.baselines` says.
         uniform.run, ...: of the same policy with equal budgets, where they are unequal.
         best.run, ...: of the best of the field, for all others.
 
@@ -97,7 +98,7 @@ def ranking(
     held, full = compared["kv_bytes.mean"].astype(float).to_numpy(), full_kv(runs)
     rivals = {
         "random": random_alike(runs),
-        "bytes": random_nearest_in_bytes(runs),
+        "bytes": random_alike_of_as_many_bytes(runs),
         "uniform": same_with_equal_budgets(runs),
     }
     read = cache(_read)

@@ -22,6 +22,8 @@ def conclusions(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> lis
     no workload is graded, it names the run that gained the most tokens/s under the same load; `scenario=fidelity` is no
     load.
 
+    Memory is what a request's cache held at most, the mean over requests, as in the ranking.
+
     The interval is that of the run's accuracy, over the accuracy of full KV taken as it is.
 
     Args:
@@ -43,7 +45,7 @@ def conclusions(runs: pd.DataFrame, compared: pd.DataFrame | None = None) -> lis
     base = full.loc[beside["full.run"]].set_index(beside.index)
     beside = beside.assign(
         _kept=(beside["accuracy"] / base["accuracy"]).where(base["accuracy"] > 0),
-        _memory=beside["kv_bytes.max"].astype(float) / base["kv_bytes.max"].astype(float),
+        _memory=beside["kv_bytes.mean"].astype(float) / base["kv_bytes.mean"].astype(float),
         _speed=beside["output_tokens_per_second"].astype(float) / base["output_tokens_per_second"].astype(float),
         _full=base["accuracy"],
     )

@@ -166,11 +166,11 @@ def provenance_table(runs: pd.DataFrame) -> pd.DataFrame:
 def _explained(margin: float) -> str:
     return (
         "<details open><summary>How to read the table</summary><p>Accuracy is the mean over samples with a 95 % "
-        "interval that resamples problems. Differences are paired by problem. KV MiB is the most that one sample's "
-        "cache held, scores, positions and query slot included. Random + prompt is the control of the same budget, or, "
-        "beside it, of as many bytes and up to 5 % more. The verdict is about non-inferiority to full KV at a margin "
-        f"of {100 * margin:g} points. Right answers per GPU-hour leave loading out. Pool is engine.num_blocks, batch "
-        "is engine.max_num_seqs.</p></details>"
+        "interval that resamples problems. Differences are paired by problem. KV MiB is the most that a sample's cache "
+        "held, scores, positions and query slot included, the mean over samples. Random + prompt is the control of the "
+        "same budget, or, beside it, of as many bytes: within 5 %, and no fewer where there is such a one. The verdict "
+        f"is about non-inferiority to full KV at a margin of {100 * margin:g} points. Right answers per GPU-hour leave "
+        "loading out. Pool is engine.num_blocks, batch is engine.max_num_seqs.</p></details>"
     )
 
 

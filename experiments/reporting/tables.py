@@ -70,7 +70,7 @@ COLUMNS: dict[str, Cell] = {
     FIDELITY[1]: _bounded("agreement", 100, "{:.1f}"),
     FIDELITY[2]: _bounded("worked_loss", 1, "{:+.4f}"),
     "tokens/s": _number("output_tokens_per_second", "{:,.0f}"),
-    "KV MiB": lambda row: "-" if pd.isna(row["kv_bytes.max"]) else f"{row['kv_bytes.max'] / 2**20:,.2f}",
+    "KV MiB": lambda row: "-" if pd.isna(row["kv_bytes.mean"]) else f"{row['kv_bytes.mean'] / 2**20:,.2f}",
     "less full KV": _difference("full"),
     "verdict": _text("full.verdict"),
     "less random + prompt": _difference("random"),

@@ -16,7 +16,7 @@ from experiments.analysis.statistics import paired_difference
 from experiments.records import load_requests, load_runs
 from experiments.reporting.ranking_table import UNTOLD, winners
 from tests.experiments import made_runs
-from tests.experiments.analysis.test_comparison import make_run
+from tests.experiments.analysis.test_comparison import OF_AS_MANY_BYTES, make_run
 
 PROBLEMS = 100
 DRAWN = np.random.default_rng(0)
@@ -26,10 +26,10 @@ def graded(right: float) -> list[float]:
     return DRAWN.binomial(1, right, 2 * PROBLEMS).astype(float).tolist()
 
 
-def make(folder: Path, name: str, policy: str, grades: list[float], held: float = 100.0, **more: Any) -> None:
+def make(folder: Path, name: str, policy: str, grades: list[float], held: float | None = 100.0, **more: Any) -> None:
     """A run of `policy`; `more` are options of it."""
     options = {"name": policy, "budget_tokens": 512} | more
-    make_run(folder, name, options, grades, metrics={"kv_bytes": {"mean": held}})
+    make_run(folder, name, options, grades, metrics={"kv_bytes": None if held is None else {"mean": held}})
 
 
 def make_fed(folder: Path, name: str, policy: str, divergences: list[list[float]]) -> None:
@@ -92,16 +92,17 @@ def test_runs_loaded_apart_and_put_together_rank_as_those_loaded_at_once(tmp_pat
     pd.testing.assert_frame_equal(table.reset_index(drop=True), ranking(apart.reset_index(drop=True)))
 
 
-def test_as_many_bytes_are_within_a_twentieth_whatever_the_budget(tmp_path):
-    make(tmp_path, "a", "r_kv", graded(0.8), held=100.0)
-    make(tmp_path, "b", "snapkv", graded(0.8), held=120.0)
-    make(tmp_path, "same", "random", graded(0.6), held=94.0)
-    make(tmp_path, "near", "random", graded(0.6), held=97.0, budget_tokens=768)
-    make(tmp_path, "more", "random", graded(0.6), held=104.0, budget_tokens=1024)
-    make(tmp_path, "nearest-prompt", "random", graded(0.6), held=100.0, protection="prompt")
+@pytest.mark.parametrize(("held", "found"), OF_AS_MANY_BYTES)
+def test_the_control_of_as_many_bytes_is_found_by_the_rule_of_the_comparison(tmp_path, held, found):
+    """Among those that protect the same."""
+    make(tmp_path, "run", "r_kv", graded(0.8), held=100.0)
+    make(tmp_path, "prompt", "random", graded(0.6), held=100.0, protection="prompt")
+    for budget, (name, mean) in enumerate(held.items(), 600):
+        make(tmp_path, name, "random", graded(0.6), held=mean, budget_tokens=budget)
     table = ranked(tmp_path)
-    assert table["bytes.run"].dropna().to_dict() == {"a": "near"}
-    assert told(table.loc["a"], "bytes") == pytest.approx(difference(tmp_path, "a", "near"))
+    assert table["bytes.run"].dropna().to_dict() == ({"run": found} if found else {})
+    if found:
+        assert told(table.loc["run"], "bytes") == pytest.approx(difference(tmp_path, "run", found))
 
 
 def test_unequal_budgets_are_set_beside_equal_ones_of_the_same_options(tmp_path):
