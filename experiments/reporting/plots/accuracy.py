@@ -77,7 +77,7 @@ def accuracy_by_budget(runs: pd.DataFrame, compared: pd.DataFrame | None = None)
 
 
 def _mebibytes(runs: pd.DataFrame, budget: float) -> str:
-    """What a sample's cache held at most, the mean over samples, from the least to the most of a budget's runs, or ""."""
+    """What a sample's cache held at most, the mean over samples: the least and the most of a budget's runs; or ""."""
     held = runs[runs["budget"] == budget].reindex(columns=["kv_bytes.mean"]).iloc[:, 0].astype(float)
     least, most = (f"{value / 2**20:.2g}" for value in (held.min(), held.max()))
     if held.isna().all():
