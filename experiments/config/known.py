@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from experiments.config.schema import Experiment
 
-BESIDE = {"sweep": "NAME", "share_model": "true"}
+BESIDE = {"sweep": "NAME", "share_model": "true", "arms": "[1,2]"}
 """What a command line may add with `+` though it is no option of a run, and a value of it."""
 
 

@@ -40,6 +40,8 @@ RUN = (sys.executable, "-m", "experiments.run")
 WORKER = (sys.executable, "-m", "experiments.running.worker")
 SHARE = "share_model"
 """`+share_model=true`: arms of Zipage on the same model and hardware follow each other in one process."""
+ARMS = "arms"
+"""`+arms=[1,3]`: these arms alone, by their numbers in the plan."""
 ALIKE = ("model.name", "workload.name", "limit", "sampling.n", "sampling.max_tokens", "hardware.device")
 """Runs that are equal in these options take about as long as each other."""
 
@@ -52,7 +54,7 @@ def run(
 
     Args:
         names: of sweeps (see `experiments.config.arms`).
-        arguments: overrides for every arm, and `+share_model=true`.
+        arguments: overrides for every arm, `+share_model=true`, and `+arms=[N,N]`.
         child: the command that makes one run of the overrides after it.
         worker: the command of an `experiments.running.child.Worker` that makes one after another.
         dry_run: print the plan and stop.
@@ -64,9 +66,11 @@ def run(
         UsageError: the sweep can't be done as asked; nothing was run.
     """
     shares, arguments = _asks_to_share(arguments)
+    numbers, arguments = _asks_for_arms(arguments)
     sweep = None
     try:
         name, jobs = "+".join(Path(name).stem for name in names), prepare(names, arguments, backends)
+        jobs = jobs if numbers is None else _chosen(names, jobs, numbers)
         config = jobs[0][1].experiment.launcher
         if dry_run:
             Sweep(name, place(names, jobs, config.accelerator)).print_plan()
@@ -85,11 +89,42 @@ def run(
 
 def _asks_to_share(arguments: Sequence[str]) -> tuple[bool, list[str]]:
     """Whether arms share a model, and the rest of the arguments."""
-    asked = [argument for argument in arguments if argument.lstrip("+").partition("=")[0] == SHARE]
+    asked, rest = _taken_out(SHARE, arguments)
     values = {argument.partition("=")[2].lower() for argument in asked}
     if not values <= {"true", "false"} or len(values) > 1:
         raise UsageError(f"{' '.join(asked)}: must be +{SHARE}=true or +{SHARE}=false")
-    return values == {"true"}, [argument for argument in arguments if argument not in asked]
+    return values == {"true"}, rest
+
+
+def _asks_for_arms(arguments: Sequence[str]) -> tuple[list[int] | None, list[str]]:
+    """Numbers of the arms that are asked for, None for all, and the rest of the arguments."""
+    asked, rest = _taken_out(ARMS, arguments)
+    if not asked:
+        return None, rest
+    numbers = asked[0].partition("=")[2].removeprefix("[").removesuffix("]").replace(" ", "").split(",")
+    if len(asked) > 1 or not all(number.isdecimal() for number in numbers):
+        raise UsageError(f"{' '.join(asked)}: must be numbers of arms, such as +{ARMS}=[1,3]; --dry-run shows them")
+    return sorted(set(map(int, numbers))), rest
+
+
+def _taken_out(name: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that set `name`, and the others."""
+    asked = [argument for argument in arguments if argument.lstrip("+").partition("=")[0] == name]
+    return asked, [argument for argument in arguments if argument not in asked]
+
+
+def _chosen(names: Sequence[str], jobs: Sequence[tuple[Arm, job.Job]], numbers: Sequence[int]) -> list:
+    """The arms of these numbers in the plan, where arms that mean the same run are one."""
+    distinct: dict[Path, tuple[Arm, job.Job]] = {}
+    for arm in jobs:
+        distinct.setdefault(arm[1].folder, arm)
+    for number in numbers:
+        if not 1 <= number <= len(distinct):
+            raise UsageError(
+                f"+{ARMS}: no arm {number}: sweep {', '.join(names)} has {len(distinct)}; --dry-run shows them"
+            )
+    arms = list(distinct.values())
+    return [arms[number - 1] for number in numbers]
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,11 @@ def make_run(given: list[str], request) -> None:
     patch, output = request.getfixturevalue("monkeypatch"), request.getfixturevalue("capsys")
     options = request.getfixturevalue("small")(given)
     sweeps, arguments = split_command_line(options)
-    if sweeps:
+    if "--dry-run" in options or any(option.startswith("+arms=") for option in options):
+        patch.setattr(sys, "argv", ["experiments.run", *dict.fromkeys([*options, "--dry-run"])])
+        assert run.main(BACKENDS) == 0, output.readouterr().err
+        assert output.readouterr().out.startswith("sweep ")
+    elif sweeps:
         arms = sweep.plan(sweeps, [a for a in arguments if a != "+share_model=true"], BACKENDS)
         assert len(arms) > 1
         assert all(arm.experiment.sampling.max_tokens > held(arm.experiment) for arm in arms)

@@ -20,11 +20,12 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.config.arms import expand
+from experiments.records import load_runs
 from experiments.running.plan_text import arm_names, plan_lines
 from experiments.running.progress import Progress
 from experiments.running.sweep import Sweep
 from tests.experiments.running.run_process import ROOT
-from tests.experiments.running.sweep_helpers import launch_sweep, small  # noqa: F401
+from tests.experiments.running.sweep_helpers import launch_sweep, small, sweep_file  # noqa: F401
 
 
 def test_dry_run_prints_the_plan_and_stops(launch_sweep, small, results, capsys):
@@ -38,6 +39,45 @@ def test_dry_run_prints_the_plan_and_stops(launch_sweep, small, results, capsys)
     capsys.readouterr()
     assert launch_sweep(small, "--dry-run", "policy.budget_tokens=32,48,64") == 0
     assert "7 arms, 5 done, 2 to go, about 0:00:0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("written", ["+arms=[1,4]", "arms=4,1", "+arms=[ 4, 1, 4 ]"])
+def test_chosen_arms_alone_are_run_by_their_numbers_in_the_plan(launch_sweep, small, results, capsys, written):
+    assert launch_sweep(small, written, "--dry-run") == 0
+    assert capsys.readouterr().out.startswith("sweep small: 2 arms, 0 done, 2 to go\n")
+    assert launch_sweep(small, written) == 0
+    assert [arm.partition("=")[2] for ran in launch_sweep.ran for arm in ran if arm.startswith("policy=")] == [
+        "full",
+        "random",
+    ]
+    assert "policy.budget_tokens=48" in launch_sweep.ran[1]
+    assert len(load_runs(sweep_file(results))) == 2
+    capsys.readouterr()
+    assert launch_sweep(small, "--dry-run") == 0
+    assert capsys.readouterr().out.startswith("sweep small: 5 arms, 2 done, 3 to go"), "they are the whole sweep's"
+
+
+def test_numbers_count_arms_that_mean_the_same_run_once_as_the_plan_does(launch_sweep, small, capsys):
+    twice = "sampling.temperature=0,0.0"
+    assert launch_sweep(small, twice, "+arms=5", "--dry-run") == 0
+    assert "  all arms: random block_size=16 budget=64 " in capsys.readouterr().out
+    assert launch_sweep(small, twice, "+arms=6", "--dry-run") == 2
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("+arms=[1,6]", "+arms: no arm 6: sweep small has 5; --dry-run shows them"),
+        ("+arms=0", "+arms: no arm 0: sweep small has 5; --dry-run shows them"),
+        ("+arms=[]", "+arms=[]: must be numbers of arms, such as +arms=[1,3]; --dry-run shows them"),
+        ("+arms=random", "+arms=random: must be numbers of arms, such as +arms=[1,3]; --dry-run shows them"),
+        ("+arms=1-3", "+arms=1-3: must be numbers of arms, such as +arms=[1,3]; --dry-run shows them"),
+    ],
+)
+def test_an_arm_that_is_not_there_is_refused(launch_sweep, tmp_path, small, capsys, written, said):
+    assert launch_sweep(small, written) == 2
+    assert capsys.readouterr().err.replace(f"{tmp_path}/", "").replace(".yaml", "") == f"error: {said}\n"
+    assert launch_sweep.ran == []
 
 
 def test_dry_run_of_a_single_run_is_refused(launch_sweep, capsys):
