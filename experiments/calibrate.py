@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with share_model():
             texts, source, _ = ask(chosen, chosen.kind)
             given = {"kind": chosen.kind, "source": source, "options": options, "seed": chosen.seed}
-            where = {"device": chosen.device, "dtype": chosen.dtype}
+            where = {"device": chosen.device, "dtype": chosen.dtype, "use_tqdm": True}
             path = calibrate(chosen.model, [tokens for tokens, _ in texts], chosen.out, **given, **where)
     except (UsageError, ValueError, FileNotFoundError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             texts, source, separator = ask(chosen, "kvzap", SEPARATOR)
             source |= {"tokens": sum(len(tokens) for tokens, _ in texts)}
             given = {"target": chosen.target, "separator": separator, "ridge": chosen.ridge, "seed": chosen.seed}
-            where = {"device": chosen.device, "dtype": chosen.dtype}
+            where = {"device": chosen.device, "dtype": chosen.dtype, "use_tqdm": True}
             r2 = train_scorer(chosen.model, texts, chosen.out, source=source, **given, **where)
     except (UsageError, ValueError, FileNotFoundError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

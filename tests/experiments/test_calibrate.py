@@ -1,6 +1,7 @@
 """`python -m experiments.calibrate`, and the files that come with the shipped reasoner."""
 
 import json
+import re
 from itertools import islice
 
 import pytest
@@ -67,8 +68,23 @@ def test_answers_are_cut_at_the_number_of_tokens(tmp_path):
     texts = answered(llm, corpus("instructions", 0), 500, max_tokens=20, seed=0)
     assert sum(len(tokens) for tokens, _ in texts) == 500
     assert all(0 < prompt <= len(tokens) <= prompt + 20 for tokens, prompt in texts)
-    with pytest.raises(UsageError, match="the model answers none of 64 prompts; the first: "):
+    with pytest.raises(UsageError, match="the model answers none of 25 prompts; the first: "):
         answered(llm, iter([[{"role": "user", "content": "x" * 2000}]] * 64), 500, max_tokens=20, seed=0)
+
+
+def test_few_tokens_take_few_answers_and_a_bar_counts_them(tmp_path, capsys):
+    """Those of the larger number begin with those of the smaller."""
+    folder = save_tiny_model("qwen3", tmp_path, num_hidden_layers=1)
+    save_tiny_tokenizer(folder)
+    llm, steps = LLM(str(folder), device="cpu", num_blocks=64, block_size=64), []
+    llm.step_listeners.append(steps.append)
+    few = answered(llm, corpus("instructions", 0), 150, max_tokens=2048, seed=0)
+    assert sum(step.num_decode + step.prefill_tokens for step in steps) < 2 * 150
+    assert re.search(r"answers: 100%\|.*\| 150/150 ", capsys.readouterr().err)
+    assert len(llm.step_listeners) == 1
+    more = answered(llm, corpus("instructions", 0), 600, max_tokens=2048, seed=0)
+    assert more[0][0][:150] == few[0][0]
+    assert len(few) < len(more) <= 64
 
 
 def test_the_command_writes_the_same_file_again(tmp_path, capsys):

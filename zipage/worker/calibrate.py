@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
 
 from zipage.checks import closest
 from zipage.eviction.calibration import write_calibration
@@ -40,6 +41,7 @@ def calibrate(
     device: str = "auto",
     dtype: str = "auto",
     load_format: str = "auto",
+    use_tqdm: bool = False,
 ) -> Path:
     """Write the calibration file of a model: statistics of its queries over texts, which full KV reads.
 
@@ -51,6 +53,7 @@ def calibrate(
         source: what the texts are, for the file's header.
         options: of the kind; `expected_attention` takes `full` (True), whether the whole covariance is stored.
         seed: of what is drawn, and of dummy weights.
+        use_tqdm: show a progress bar.
 
     Raises:
         FileNotFoundError, ValueError: as `LLM`; an unknown kind; no token to count.
@@ -69,7 +72,7 @@ def calibrate(
     heads = Heads(spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim)
     statistics = STATISTICS[kind](heads, num_tokens, seed, loaded.decoder.device, **options or {})
     first = 0
-    for sequence in sequences:
+    for sequence in tqdm(sequences, desc="reading", unit=" texts", disable=not use_tqdm, dynamic_ncols=True):
         read(loaded.decoder, sequence, statistics, first)
         first += max(0, len(sequence) - SKIPPED)
     path = Path(out)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
 
 from zipage.checks import shown
 from zipage.eviction.calibration import write_calibration
@@ -46,6 +47,7 @@ def train_scorer(
     device: str = "auto",
     dtype: str = "auto",
     load_format: str = "auto",
+    use_tqdm: bool = False,
 ) -> list[float]:
     """Write a scorer of new entries for policy `kvzap`: ridge regression, in each layer, of the targets of its KV heads
     (`entry_targets`) on the input of its attention.
@@ -60,6 +62,7 @@ def train_scorer(
         ridge: penalty on squared weights, above 0.
         source: what the texts are, for the file's header.
         seed: of dummy weights.
+        use_tqdm: show a progress bar.
 
     Returns:
         R^2 on the texts held out, of each layer, mean over its KV heads.
@@ -78,7 +81,8 @@ def train_scorer(
     decoder = load_to_calibrate(model, KIND, dtype=dtype, device=device, **drawn).decoder
     spec = decoder.spec
     sums = [RidgeSums(spec.num_layers, spec.width, spec.num_kv_heads, decoder.device) for _ in range(2)]
-    for number, (token_ids, prompt_len) in enumerate(texts):
+    bar = tqdm(texts, desc="reading", unit=" texts", disable=not use_tqdm, dynamic_ncols=True)
+    for number, (token_ids, prompt_len) in enumerate(bar):
         into = sums[number % HELD_OUT == HELD_OUT - 1]
         read(decoder, token_ids, prompt_len, target, separator, into.add)
     trained_on, held_out = sums
