@@ -20,9 +20,8 @@ MULTIRUN = ".multirun"
 def explain(error: Exception) -> str:
     """One line for an error of composition that names the option, and the closest known one."""
     if isinstance(error, MissingConfigException) and error.options:
-        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        # A user's own policy has a module and a class, and no file in conf/policy/.
-        close = f"policy.name={choice}" if group == "policy" and ":" in choice else closest(choice, error.options)
+        group, _, choice = (error.missing_cfg_file or "").partition("/")
+        close = _own(group, choice) or closest(choice, error.options)
         hint = f"; did you mean {close}?" if close else ""
         return f"{group}={choice}: no such choice{hint} (choices: {', '.join(error.options)})"
     if isinstance(error, OSError) and Path(str(error.filename)).name == MULTIRUN:
@@ -38,6 +37,15 @@ def explain(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {text}"
     return _reworded(text) if isinstance(error, HydraException) else text
+
+
+def _own(group: str, choice: str) -> str | None:
+    """How a user's own model or policy is named, which is no file of `conf/GROUP/`; None where it is neither."""
+    if group == "model" and choice.endswith(".gguf"):
+        return f"model=gguf model.path={choice}"
+    if group == "model" and "/" in choice:
+        return f"model=hf model.path={choice}"
+    return f"policy.name={choice}" if group == "policy" and ":" in choice else None
 
 
 def _reworded(text: str) -> str:

@@ -155,7 +155,8 @@ def test_a_new_policy_takes_one_file(tmp_path, monkeypatch):
     ("name", "options", "message"),
     [
         ("zipge", {}, "did you mean 'zipage'"),
-        ("no.such.module:Policy", {}, "cannot be loaded"),
+        ("no.such.module:Policy", {}, r"no module 'no' is installed, nor in /.+; name the folder"),
+        ("zipage.nothing:Policy", {}, r"cannot be loaded: no module 'zipage.nothing' is installed, nor in "),
         ("zipage.eviction.policies.zipage:Nothing", {}, "cannot be loaded"),
         ("zipage.eviction.policies.zipage:Zipge", {}, "has no Zipge; did you mean Zipage"),
         ("examples.my_policy:MyPolcy", {}, "examples.my_policy has no MyPolcy; did you mean MyPolicy"),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
+import sysconfig
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +73,7 @@ def find(name: str) -> type[Policy]:
     if not attribute:
         raise ValueError(_unknown(name))
     with named(name, "loaded"):
-        holder = importlib.import_module(module)
+        holder = _imported(name, module)
         found = getattr(holder, attribute, None)
     if found is None:
         raise ValueError(f"policy {shown(name)} cannot be loaded: {_missing(holder, attribute)}")
@@ -80,6 +83,26 @@ def find(name: str) -> type[Policy]:
             "that sets name, variant and paper and implements rank"
         )
     return found
+
+
+def _imported(policy: str, module: str) -> ModuleType:
+    """Raises ValueError where there is no such module; what the module itself lacks is its own error."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(
+            f"policy {shown(policy)} cannot be loaded: no module {shown(error.name)} is installed, nor in "
+            f"{' or '.join(_folders()) or 'any other folder'}; name the folder that holds it in PYTHONPATH"
+        ) from error
+
+
+def _folders() -> list[str]:
+    """Where Python looks for modules besides those that are installed."""
+    installed = (str(Path(sysconfig.get_path("stdlib")).parent / "python"), sysconfig.get_path("purelib"))
+    folders = dict.fromkeys(str(Path(folder).resolve()) for folder in sys.path)
+    return [folder for folder in folders if not folder.startswith(installed) and Path(folder).is_dir()]
 
 
 def location(policy: type[Policy]) -> str | None:
