@@ -10,6 +10,7 @@ import gc
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ import threading
 import tomllib
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ DOCUMENTS = [
     ROOT / "results" / "README.md",
     HELP,
 ]
-PROGRAMS = ("python ", "make ", "pip ", "wandb ", "jupyter ", "zipage ")
+PROGRAMS = ("python ", "make ", "pip ", "wandb ", "jupyter ", "zipage ", "curl ")
 HARNESS = "python -m experiments.run"
 BENCHMARKS = {"scenario=kernels", "scenario=engine_bench", "scenario=serve_bench"}
 RECORD_READERS = ("experiments.report", "experiments.regrade", "experiments.archive", "experiments.bench")
@@ -250,6 +252,19 @@ def serve_model(given: list[str], request) -> None:
     assert codes == [0]
 
 
+def send_body(given: list[str], request) -> None:
+    """What curl would send is answered."""
+    served, tiny = request.getfixturevalue("served"), request.getfixturevalue("tiny")
+    url, *options = given
+    values = dict(zip(options[::2], options[1::2], strict=True))
+    assert set(values) == {"-H", "-d"}
+    body = json.loads(values["-d"]) | {"model": str(tiny), "max_completion_tokens": 4}
+    headers = dict([values["-H"].split(": ")])
+    answer = httpx.post(url.replace("http://127.0.0.1:8000", served), headers=headers, json=body, timeout=30)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] <= 4
+
+
 def find_target(given: list[str]) -> None:
     """It installs, or runs all tests."""
     assert re.search(rf"^{given[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -290,6 +305,8 @@ def test_the_command_works(command, request):
     elif program == "zipage":
         assert given[0] == "serve"
         serve_model(given[1:], request)
+    elif program == "curl":
+        send_body(given, request)
     elif program == "pip":
         find_extra(given)
     elif program == "python" and given[0].endswith(".py"):
@@ -366,6 +383,20 @@ def test_python_blocks_work(tiny, runs, served, capsys):
                 block = block.replace(shown, made_small.format(tiny=tiny, runs=runs, served=served))
             exec(compile(block, document.name, "exec"), names)
     assert capsys.readouterr().out
+
+
+def test_the_readme_evicts_offline_too(monkeypatch):
+    """Its eight lines with what it says to write instead: the model of the clone, some of its tokens."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    made, params = re.search(
+        r"^Offline.*?`(LLM\(.*?\))` and `(SamplingParams\(.*?\))`", text, re.DOTALL | re.M
+    ).groups()
+    llm = eval(made.replace(")", ", device='cpu', num_blocks=64)"), {"LLM": LLM})
+    params = eval(params, {"SamplingParams": SamplingParams})
+    assert params.max_tokens >= 512
+    llm.generate("Why is the sky blue?", replace(params, max_tokens=140), use_tqdm=False)
+    assert llm.stats.entries_evicted > 0
 
 
 SIGNATURE = re.compile(r"^(?:    def )?(\w+)\(([^()]*)\) ->", flags=re.MULTILINE)
