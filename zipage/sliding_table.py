@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
-def most_blocks(window: int, block_size: int) -> int:
-    """Blocks that the entries of a window lie in at most, wherever it begins in a block."""
-    return -(-(window - 1) // block_size) + 1
+def most_blocks(window: int, block_size: int, max_model_len: int | None = None) -> int:
+    """Blocks that the entries of a window lie in at most, wherever it begins in a block of a request.
+
+    Args:
+        max_model_len: tokens of the longest request; None: there is no bound.
+    """
+    blocks = -(-(window - 1) // block_size) + 1
+    return blocks if max_model_len is None else min(blocks, -(-max_model_len // block_size))
 
 
 @dataclass(slots=True)

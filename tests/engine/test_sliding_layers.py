@@ -83,6 +83,19 @@ def test_an_unbounded_budget_gives_the_tokens_of_full_kv(folder, prompts):
     assert tokens_of(llm.generate(prompts * len(RANKED), params, use_tqdm=False)) == full * len(RANKED)
 
 
+@each_family
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_windows_longer_than_any_request_take_no_memory_and_tokens_are_the_same(folder, prompts, async_scheduling):
+    """Windows of 24 entries lie in three blocks of 16. Requests of 32 tokens have two, and fill them to the last."""
+    prompts, options = prompts[:2] + prompts[3:4], {"num_blocks": 64, "async_scheduling": async_scheduling}
+    params = [greedy(32 - len(prompt)) for prompt in prompts]
+    expected, short = (make_llm(folder, None, max_model_len=longest, **options) for longest in (64, 32))
+    assert short.memory_plan.num_sliding_blocks == 2 * short.memory_plan.num_windows
+    outputs = short.generate(prompts, params, use_tqdm=False)
+    assert tokens_of(outputs) == tokens_of(expected.generate(prompts, params, use_tqdm=False))
+    assert {output.outputs[0].metrics.peak_sliding_blocks for output in outputs} == {2}
+
+
 CASES = [
     ("gpt_oss", Case("zipage", SMALL_CHUNK, recent=8, protection="prompt"), {}),
     ("gpt_oss", Case("r_kv", protection="sink:4"), {"interval": 32}),

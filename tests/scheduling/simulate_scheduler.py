@@ -87,16 +87,21 @@ def random_rules(rng: random.Random, size: int) -> list[Budget | None]:
     return rules
 
 
-def _sliding_blocks(rng: random.Random, size: int, caching: bool, seqs: int, batched: int) -> SlidingBlocks | None:
-    """As the memory plan has them, or a few blocks less for chunks, in half of the configurations."""
+def _sliding_blocks(
+    rng: random.Random, size: int, caching: bool, seqs: int, batched: int, longest: int
+) -> SlidingBlocks | None:
+    """As the memory plan has them, or a few blocks less for chunks, in half of the configurations. Half of these know
+    how long the longest request is.
+    """
     if rng.random() < 0.5:
         return None
     window = rng.choice([1, 2, size, size + 1, rng.randint(1, 4 * size), 40 * size])
     for_chunks = -(-batched // size) + 1
     if rng.random() < 0.3:
         for_chunks = rng.randint(0, for_chunks)
-    pool = BlockPool(seqs * most_blocks(window, size) + for_chunks, size, caching)
-    return SlidingBlocks(pool, window, seqs)
+    longest = longest if rng.random() < 0.5 else None
+    pool = BlockPool(seqs * most_blocks(window, size, longest) + for_chunks, size, caching)
+    return SlidingBlocks(pool, window, seqs, longest)
 
 
 class Simulation:
@@ -137,7 +142,9 @@ class Simulation:
         caching = rng.random() < 0.7
         slabs = random.Random(-seed).choice([0, 1, 2, 3, 1000])  # of its own, so that all else stays what it was
         space = SwapSpace(slabs, max(1, 4 // size), SwapCosts(block_bytes=0, token_operations=1, pair_operations=0))
-        sliding = _sliding_blocks(random.Random(-1 - seed), size, caching, seqs, options["max_num_batched_tokens"])
+        sliding = _sliding_blocks(
+            random.Random(-1 - seed), size, caching, seqs, options["max_num_batched_tokens"], longest_text
+        )
         self.scheduler = Scheduler(BlockPool(num_blocks, size, caching), **options, swap_space=space, sliding=sliding)
         self.model = FabricatedModel(self.scheduler, seed, max_delay=rng.choice([0, 0, 1, 4]), overlaps=bool(seed % 2))
         self.requests: list[Request] = []

@@ -42,6 +42,19 @@ def test_a_request_that_decodes_holds_its_window_and_no_more(rule):
     assert model.scheduler.sliding.pool.num_used == 0
 
 
+@pytest.mark.parametrize("longest", [1, 4, 5, 21])
+def test_requests_as_long_as_can_be_fill_blocks_of_their_length_alone(longest):
+    """Windows of 100 blocks, and none of them is kept."""
+    seqs, each = 3, -(-longest // SIZE)
+    sliding = SlidingBlocks(BlockPool(seqs * each, SIZE), 100 * SIZE, seqs, longest)
+    assert sliding.per_request == each
+    model = FabricatedModel(make_scheduler(block_size=SIZE, max_num_seqs=seqs, sliding=sliding))
+    prompt = max(1, longest // 2)
+    requests = [make_request(str(n), prompt=[n] * prompt, max_tokens=max(1, longest - prompt)) for n in range(5)]
+    served(model, *requests)
+    assert {request.peak_sliding_blocks for request in requests} <= {each, -(-max(1, longest - 1) // SIZE)}
+
+
 def test_a_prompt_is_computed_in_chunks_as_long_as_spare_blocks_allow():
     model = sliding_model(window=5, spare=1, seqs=2)
     chunks = []

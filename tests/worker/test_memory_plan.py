@@ -136,11 +136,21 @@ def test_windows_come_first_and_blocks_of_full_layers_are_the_rest():
     # (1,024 - 33 * 6) / (2 * 6 + 8 * 6) = 13.8
     it = gpt_oss(policy="full", kv_cache_memory_bytes=GIB)
     assert (it.num_windows, it.num_sliding_blocks, it.num_blocks) == (13, 59, 111)
-    # Longer requests than two blocks there are none: (1,024 - 198) / (2 * 6 + 2 * 6) = 34.4
-    assert gpt_oss(policy="full", kv_cache_memory_bytes=GIB, max_model_len=512).num_windows == 34
+    # Longer requests than three blocks there are none: (1,024 - 198) / (2 * 6 + 3 * 6) = 27.5
+    assert gpt_oss(policy="full", kv_cache_memory_bytes=GIB, max_model_len=768).num_windows == 27
+    # Two blocks hold any request whole, and nothing is kept for chunks: 1,024 / (2 * 6 + 2 * 6) = 42.7
+    it = gpt_oss(policy="full", kv_cache_memory_bytes=GIB, max_model_len=512)
+    assert (it.num_windows, it.num_sliding_blocks) == (42, 84)
     assert gpt_oss(policy="full", num_blocks=7).num_windows == 7
     with pytest.raises(ValueError, match=r"no room for .* beside 220200960 bytes of sliding layers: raise gpu_mem"):
         gpt_oss(policy="full", kv_cache_memory_bytes=211 * MIB)
+
+
+def test_a_window_is_no_longer_than_a_request_can_be():
+    for max_model_len, each in ((1, 1), (256, 1), (257, 2)):
+        it = gpt_oss(policy="full", max_model_len=max_model_len)
+        assert (it.num_windows, it.num_sliding_blocks) == (512, 512 * each)
+    assert gpt_oss(policy="full", max_model_len=513).num_sliding_blocks == 512 * 2 + 33
 
 
 def test_query_slots_are_counted_in_what_windows_leave():

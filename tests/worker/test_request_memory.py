@@ -52,9 +52,10 @@ CASES += [("zipage", {"window": 8}, "gpt_oss"), ("knorm", {}, "gemma3_text")]
 
 @pytest.mark.parametrize(("policy", "options", "family"), CASES)
 def test_an_engine_takes_what_was_told(tmp_path, policy, options, family):
-    folder = save_tiny_model(family, tmp_path / "model", num_hidden_layers=2)
+    shape = {"sliding_window": 300} if family == "gemma3_text" else {}  # longer than any request
+    folder = save_tiny_model(family, tmp_path / "model", num_hidden_layers=2, **shape)
     given = {"policy": policy, "policy_options": options, "budget_tokens": 40, "interval": 20, "block_size": 16}
-    given |= {"device": "cpu", "num_blocks": 20, "skip_tokenizer_init": True, "max_num_seqs": 4}
+    given |= {"device": "cpu", "num_blocks": 20, "skip_tokenizer_init": True, "max_num_seqs": 4, "max_model_len": 124}
     told = RequestMemory.of(EngineConfig(model=folder, **given))
     llm = LLM(folder, **given)
     plan = llm.memory_plan

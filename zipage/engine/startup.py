@@ -116,11 +116,13 @@ def _pool(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> BlockPool:
     return BlockPool(plan.num_blocks, config.block_size, caches)
 
 
-def _sliding_blocks(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> SlidingBlocks | None:
+def _sliding_blocks(
+    plan: MemoryPlan, config: EngineConfig, spec: ModelSpec, max_model_len: int
+) -> SlidingBlocks | None:
     if not spec.sliding_layers:
         return None
     pool = BlockPool(plan.num_sliding_blocks, config.block_size, config.enable_prefix_caching)
-    return SlidingBlocks(pool, spec.sliding_window, plan.num_windows)
+    return SlidingBlocks(pool, spec.sliding_window, plan.num_windows, max_model_len)
 
 
 def _swap_space(plan: MemoryPlan, config: EngineConfig, spec: ModelSpec) -> SwapSpace:
@@ -168,7 +170,7 @@ def core_on(
         swap_space=swap_space,
         headroom=entries_to_keep(swap_space, config.block_size),
         shares_prefixes=spec.recurrent is None,
-        sliding=_sliding_blocks(plan, config, spec),
+        sliding=_sliding_blocks(plan, config, spec, max_model_len),
     )
     core = core_type(
         scheduler,

@@ -38,13 +38,14 @@ class SlidingBlocks:
         pool: of these blocks alone.
         window: entries that a query sees, its own included.
         num_requests: that may run at once.
+        max_model_len: tokens of the longest request; None: there is no bound.
     """
 
-    def __init__(self, pool: BlockPool, window: int, num_requests: int) -> None:
+    def __init__(self, pool: BlockPool, window: int, num_requests: int, max_model_len: int | None = None) -> None:
         self.pool = pool
         self.window = window
         self.num_requests = num_requests
-        self.per_request = most_blocks(window, pool.block_size)
+        self.per_request = most_blocks(window, pool.block_size, max_model_len)
         self._spare = pool.num_blocks - num_requests * self.per_request
         if self._spare < 0:
             raise ValueError(

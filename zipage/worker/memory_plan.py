@@ -230,7 +230,7 @@ def plan_memory(
     most = -(-max_model_len // config.block_size) if max_model_len else None
     if evicts:
         most = min(max_blocks, most)
-    windows = _windows(config, spec, dtype, available, size, most)
+    windows = _windows(config, spec, dtype, available, size, most, max_model_len)
     of_sliding = windows["num_sliding_blocks"] * windows["sliding_block_bytes"]
     beside_sliding = f" beside {of_sliding} bytes of sliding layers" if of_sliding else ""
     available -= of_sliding
@@ -273,9 +273,16 @@ def plan_memory(
 
 
 def _windows(
-    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, available: int, block_bytes: int, most: int | None
+    config: EngineConfig,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    available: int,
+    block_bytes: int,
+    most: int | None,
+    max_model_len: int | None,
 ) -> dict[str, int]:
-    """Fields of a plan for sliding layers: R windows of W blocks each, and blocks for the chunks of a step.
+    """Fields of a plan for sliding layers: R windows of W blocks each, and blocks for the chunks of a step, where these
+    may be longer than W.
 
         R = min(max_num_seqs, floor((available - chunks) / (W * sliding block + min(4 * W, most) * block)))
 
@@ -286,9 +293,10 @@ def _windows(
     """
     if not spec.sliding_layers:
         return {"num_sliding_blocks": 0, "sliding_block_bytes": 0, "num_windows": 0}
-    each = most_blocks(spec.sliding_window, config.block_size)
+    each = most_blocks(spec.sliding_window, config.block_size, max_model_len)
     size = sliding_block_bytes(spec, config.block_size, dtype)
-    for_chunks = 1 - (-config.max_num_batched_tokens // config.block_size)
+    fits_whole = max_model_len is not None and each * config.block_size >= max_model_len
+    for_chunks = 0 if fits_whole else 1 - (-config.max_num_batched_tokens // config.block_size)
     if config.num_blocks is None:
         beside = BLOCKS_BESIDE_WINDOW * each
         beside = beside if most is None else min(beside, most)

@@ -53,7 +53,9 @@ class RequestMemory:
         sizes = spec, config.block_size, dtype
         sliding_bytes = 0
         if spec.sliding_layers:
-            sliding_bytes = most_blocks(spec.sliding_window, config.block_size) * sliding_block_bytes(*sizes)
+            longest = config.model_len(spec.max_position)
+            window = most_blocks(spec.sliding_window, config.block_size, longest)
+            sliding_bytes = window * sliding_block_bytes(*sizes)
         return cls(config.block_size, interval_blocks, *bounded_sizes(*sizes, made), sliding_bytes)
 
     def bytes_of(self, budget_tokens: int) -> int:
