@@ -1,7 +1,10 @@
 """Programs that the documents name, in less than full size: each is tried with the options that are written there."""
 
 import importlib
+import json
 from pathlib import Path
+
+import httpx
 
 from experiments.paths import ROOT
 
@@ -59,3 +62,16 @@ def simulate(module: str, given: list[str], request) -> None:
     if "--out" in given:
         given[given.index("--out") + 1] = str(folder / "out")
     assert program.main(given) == 0
+
+
+def send_body(given: list[str], request) -> None:
+    """What curl would send is answered."""
+    served, tiny = request.getfixturevalue("served"), request.getfixturevalue("tiny")
+    url, *options = given
+    values = dict(zip(options[::2], options[1::2], strict=True))
+    assert set(values) == {"-H", "-d"}
+    body = json.loads(values["-d"]) | {"model": str(tiny), "max_completion_tokens": 4}
+    headers = dict([values["-H"].split(": ")])
+    answer = httpx.post(url.replace("http://127.0.0.1:8000", served), headers=headers, json=body, timeout=30)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] <= 4

@@ -10,7 +10,6 @@ import gc
 import importlib
 import importlib.util
 import inspect
-import json
 import re
 import shlex
 import shutil
@@ -40,7 +39,7 @@ from experiments.records import load_runs
 from experiments.running import sweep
 from experiments.workloads import load_problems
 from experiments.workloads.problem import Problem
-from tests.experiments.document_programs import calibrate_a_little, simulate, train_a_little
+from tests.experiments.document_programs import calibrate_a_little, send_body, simulate, train_a_little
 from tests.experiments.workloads.test_workload_configs import ITEMS, write
 from tests.serve.running import RunningServer, answers, free_port, wait_until
 from tests.tiny_models import save_tiny_model, save_tiny_tokenizer
@@ -250,19 +249,6 @@ def serve_model(given: list[str], request) -> None:
     servers[0].should_exit = True
     thread.join(30)
     assert codes == [0]
-
-
-def send_body(given: list[str], request) -> None:
-    """What curl would send is answered."""
-    served, tiny = request.getfixturevalue("served"), request.getfixturevalue("tiny")
-    url, *options = given
-    values = dict(zip(options[::2], options[1::2], strict=True))
-    assert set(values) == {"-H", "-d"}
-    body = json.loads(values["-d"]) | {"model": str(tiny), "max_completion_tokens": 4}
-    headers = dict([values["-H"].split(": ")])
-    answer = httpx.post(url.replace("http://127.0.0.1:8000", served), headers=headers, json=body, timeout=30)
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["usage"]["completion_tokens"] <= 4
 
 
 def find_target(given: list[str]) -> None:
