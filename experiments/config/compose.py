@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -103,7 +105,7 @@ def load_experiment(overrides: Sequence[str] = ()) -> Experiment:
 def _composed(overrides: Sequence[str]) -> DictConfig:
     """What Hydra composes.
 
-    It takes a tenth of a second for the choices of groups. So these are composed once, and the other options set as it
+    It takes a tenth of a second for the choices of groups. So each is composed once, and the other options set as it
     would set them, unless anything is out of the ordinary or fails: then all is left to Hydra.
     """
     # Inside an application of Hydra's, as `python -m experiments.run` is, there is an instance to compose with.
@@ -138,7 +140,32 @@ def _split(overrides: Sequence[str]) -> tuple[tuple[str, ...], list[tuple[str, A
 
 @lru_cache(maxsize=1024)
 def _of_choices(choices: tuple[str, ...], stamp: Any) -> bytes:
-    """The composed config, pickled, which is copied ten times as fast; `stamp`: of the files that it is made from."""
+    """The composed config, pickled, which is copied ten times as fast; `stamp`: of the files that it is made from.
+
+    A choice decides its own group alone, unless its file says otherwise: so each is composed once, whatever is
+    beside it.
+    """
+    last = {_parsed(choice).key_or_group: choice for choice in choices}
+    if any(_decides_more(CONF / name / f"{_parsed(choice).value()}.yaml") for name, choice in last.items()):
+        return _together(choices)
+    config = pickle.loads(_alone(None, stamp))
+    for name, choice in last.items():
+        config[name] = pickle.loads(_alone(choice, stamp))[name]
+    return pickle.dumps(config)
+
+
+def _decides_more(file: Path) -> bool:
+    """Than its group."""
+    return re.search(r"^defaults:|@package", file.read_text(encoding="utf-8"), re.MULTILINE) is not None
+
+
+@lru_cache(maxsize=1024)
+def _alone(choice: str | None, stamp: Any) -> bytes:
+    """One choice, or none, as in `_of_choices`."""
+    return _together([] if choice is None else [choice])
+
+
+def _together(choices: Sequence[str]) -> bytes:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return pickle.dumps(compose("config", overrides=list(choices)))
 
