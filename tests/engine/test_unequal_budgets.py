@@ -26,7 +26,7 @@ from zipage.models.decoder import Decoder
 from zipage.worker.tiled_attention import TiledAttention
 
 NUM_LAYERS = 2
-LENGTHS = (5, 17, 33, 70)
+LENGTHS = (9, 17, 33, 70)
 SNAPKV, ZIPAGE, R_KV = Case("snapkv"), Case("zipage", SMALL_CHUNK), Case("r_kv")
 KINDS = {
     "pyramid": {"beta": 4.0},
@@ -117,7 +117,7 @@ SIMULATED = [
 
 @pytest.mark.parametrize(("case", "name", "rounding"), SIMULATED, ids=str)
 def test_what_each_head_keeps_equals_the_simulation_over_a_generation(folder, case, name, rounding, monkeypatch):
-    prompt, new, keep, block = 24, 74, 48, 16
+    prompt, new, keep, block = 24, 58, 48, 16
     recorder = Recorder()
     monkeypatch.setattr(TiledAttention, "__call__", recorder.wrap(TiledAttention.__call__))
     monkeypatch.setattr(Decoder, "forward", recorder.watch(Decoder.forward))
@@ -140,7 +140,7 @@ def test_what_each_head_keeps_equals_the_simulation_over_a_generation(folder, ca
     assert len(lengths) > 1 or rounding == "page" or flat
 
 
-BUDGET, NEW = 32, 50
+BUDGET, NEW = 32, 42
 CHANGES = {
     "asynchronous": {"async_compression": True},
     "overlapped": {"async_compression": True, "async_scheduling": True},
