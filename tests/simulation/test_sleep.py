@@ -20,6 +20,7 @@ OPTIONS = {
     "max_model_len": 400,
     "swap_space": 0.01,
 }
+REQUESTS = 40
 BOUNDED = {"policy": "zipage", "budget_tokens": 48, "recent_tokens": 16}
 CASES = {
     "full": {},
@@ -56,7 +57,7 @@ def served(folder, options: dict, seed: int, named: bool) -> tuple[list, ...]:
     if named:
         llm.token_listeners.append(lambda now, names: heard.update({now: len(names)}))
     shared = [random.randrange(3, 60) for _ in range(40)]
-    for number in range(60):
+    for number in range(REQUESTS):
         prompt = shared[: random.randrange(40)] + [random.randrange(3, 60) for _ in range(random.randrange(1, 60))]
         params = SamplingParams(
             max_tokens=random.randrange(1, 250),
@@ -73,7 +74,7 @@ def served(folder, options: dict, seed: int, named: bool) -> tuple[list, ...]:
     while llm.has_unfinished_requests():
         outputs += llm.step()
         if random.random() < 0.002:
-            llm.abort(str(random.randrange(60)))
+            llm.abort(str(random.randrange(REQUESTS)))
         llm._core.scheduler.check_integrity()
     llm.shutdown()
     assert (slept > 0) == (not named and options.get("trigger") != "pressure")

@@ -84,17 +84,29 @@ def test_an_idle_server_answers_at_the_pace_of_a_step(load, capsys, tmp_path):
     assert row["e2e"]["p50"] == pytest.approx(row["ttft"]["p50"] + 199 * row["itl"]["p50"], rel=0.05)
 
 
-@pytest.fixture(name="served")
-def record_that_passes_for_served(load, tmp_path, capsys):
-    """Rates simulated on an H200, as a record of `scenario=serve_bench` has them."""
+def arms_of(load: str):
     experiment = load_experiment(["scenario=serve_bench", *LIKE, f"scenario.loads=[{load}]"])
-    arms = served_arms(experiment, find_model(experiment.model), BACKENDS)
-    folder = tmp_path / "served" / "small_h200"
-    folder.mkdir(parents=True)
+    return experiment, served_arms(experiment, find_model(experiment.model), BACKENDS)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Rates simulated on an H200, as JSON."""
+    path = tmp_path_factory.mktemp("load") / "small.yaml"
+    path.write_text(LOAD)
+    arms = arms_of(str(path))[1]
     rows = [simulate_rate(arm, read_machine("h200"), rate) for arm in arms[:2] for rate in (20, 40)]
     rows = [row | {"backend": "zipage", "refused": None, "streams": None} for row in rows]
-    rows.append(rows[0] | {"backend": "vllm", "arm": "vllm"})
-    (folder / "rows.json").write_text(json.dumps(rows))
+    return json.dumps([*rows, rows[0] | {"backend": "vllm", "arm": "vllm"}])
+
+
+@pytest.fixture(name="served")
+def record_that_passes_for_served(load, rows, tmp_path, capsys):
+    """These rates as a record of `scenario=serve_bench` has them."""
+    experiment, arms = arms_of(load)
+    folder = tmp_path / "served" / "small_h200"
+    folder.mkdir(parents=True)
+    (folder / "rows.json").write_text(rows)
     write_config(folder, asdict(experiment))
     inputs = {"loads": content_hash([arm.plain() for arm in arms])}
     provenance = {"inputs": inputs, "hardware": {"gpus": ["NVIDIA H200"]}}
@@ -153,8 +165,7 @@ def test_a_load_that_has_changed_is_found_as_it_was(served, load, tmp_path, monk
     write_config(served, config)
     rows = [row for row in json.loads((served / "rows.json").read_text()) if row["arm"] == "zipage"]
     (served / "rows.json").write_text(json.dumps(rows))
-    experiment = load_experiment(["scenario=serve_bench", *LIKE, f"scenario.loads=[{load}]"])
-    arms = served_arms(experiment, find_model(experiment.model), BACKENDS)
+    arms = arms_of(load)[1]
     inputs = {"loads": content_hash([arm.plain() for arm in arms if arm.name == "zipage"])}
     (served / "provenance.json").write_text(json.dumps({"inputs": inputs}))
     monkeypatch.setattr("experiments.simulation.served.LOADS", tmp_path / "loads")
