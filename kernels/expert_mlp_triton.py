@@ -1,4 +1,4 @@
-"""A mixture of experts in Triton: each program multiplies a tile of one expert's tokens with its own part of the weight.
+"""A mixture of experts in Triton: a program multiplies a tile of one expert's tokens with its own part of the weight.
 
 The rows of a product are pairs of a token and one of its experts, numbered token by token. They stay where they are:
 only their numbers are sorted by expert. A tile is up to `ExpertTile.rows` pairs of one expert. How many tiles there are

@@ -4,7 +4,9 @@
 
 Routing is random. A part is a CUDA graph over several layers one after the other, whose weights are more than a cache
 holds. `least_us` is the longer of reading the experts that are touched and of multiplying with them, at `--bandwidth`
-and `--flops`. Without a GPU the same runs small, to see that it does.
+and `--flops`. Parts whose names begin with `grouped` are of `expert_mlp_grouped`, those with `triton` of
+`expert_mlp_triton`, with the tiles of `TILES` that were fastest; `error` is between the two. Without a GPU the same
+runs small, to see that it does.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.clamped_swiglu import clamped_swiglu
-from kernels.expert_mlp import Biases, Gate, expert_mlp
+from kernels.dependent_launch import dependent_launch
+from kernels.expert_mlp import Biases, Gate, expert_mlp, expert_mlp_grouped
+from kernels.expert_mlp_triton import combine_experts, expert_mlp_triton, group_by_expert, multiply_experts
+from kernels.expert_tiles import ExpertTile
 from kernels.silu_mul import silu_mul
 from tests.gpu.check_compressed_engine import versions
 
@@ -31,6 +36,18 @@ TOKENS = (1, 8, 32, 64, 128, 256, 1024, 8192)
 LAYERS = 4
 """Even one token's experts in as many layers are 300 MB."""
 REPLAYS = 15
+FEW_ROWS = (64, 64, 4), (64, 64, 6), (64, 128, 3), (64, 128, 4), (64, 256, 2), (64, 256, 3), (128, 64, 4), (128, 128, 3)
+TILES = (
+    *(ExpertTile(rows, 32, depth, stages) for rows in (16, 32) for depth, stages in ((128, 4), (256, 3))),
+    *(
+        ExpertTile(rows, outputs, depth, stages)
+        for rows in (16, 32)
+        for outputs, depth, stages in FEW_ROWS
+    ),
+    *(ExpertTile(64, outputs, depth, stages) for outputs, depth, stages in ((64, 64, 4), (128, 64, 3), (128, 128, 3))),
+    *(ExpertTile(rows, 128, 64, stages, 8) for rows in (64, 128) for stages in (3, 4)),
+    *(ExpertTile(128, 256, 64, stages, 8) for stages in (3, 4)),
+)  # fmt: skip
 DRY = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if DRY else "cuda")
 
@@ -151,6 +168,52 @@ def grouped_parts(layers: Layers, x: Tensor, routing: list) -> dict[str, Callabl
     return parts
 
 
+def tile_times(layers: Layers, x: Tensor, routing: list) -> tuple[list[dict], tuple[ExpertTile, ExpertTile]]:
+    """Each tile's times of the first and of the second product; the two of as many rows that take least together."""
+    mean = len(x) * layers.active / layers.num_experts
+    launch = dependent_launch(x[:1])
+    gated = _normal(len(x) * layers.active, layers.inner)
+    times = []
+    for tile in TILES:
+        if not (mean / 8 <= tile.rows <= max(16, 4 * mean)):
+            continue
+        grouped = [group_by_expert(experts, layers.num_experts, tile, launch) for experts, _ in routing]
+        first, second = (
+            micros(lambda i, x=x, w=w: multiply_experts(x, w[i], None, *grouped[i], tile, launch))  # noqa: B023
+            for x, w in ((x, layers.gate_up), (gated, layers.down))
+        )
+        times.append({"tile": tile, "first": first, "second": second})
+    best = {}
+    for rows in {row["tile"].rows for row in times}:
+        own = [row for row in times if row["tile"].rows == rows]
+        pair = [min(own, key=lambda row, part=part: row[part]) for part in ("first", "second")]
+        best[pair[0]["first"] + pair[1]["second"]] = pair[0]["tile"], pair[1]["tile"]
+    return times, best[min(best)]
+
+
+def triton_parts(
+    layers: Layers, x: Tensor, routing: list, tiles: tuple[ExpertTile, ExpertTile]
+) -> dict[str, Callable[[int], object]]:
+    """What `expert_mlp_triton` is made of, each part with inputs that are there already."""
+    launch = dependent_launch(x[:1])
+    grouped = [group_by_expert(experts, layers.num_experts, tiles[0], launch) for experts, _ in routing]
+    gate_up = _normal(len(x) * layers.active, 2 * layers.inner)
+    parts = _normal(len(x) * layers.active, layers.width)
+    biases = [given or (None, None) for given in layers.biases]
+
+    def product(i: int, number: int) -> Tensor:
+        given, weight = ((x, layers.gate_up), (gate_up[:, : layers.inner], layers.down))[number]
+        return multiply_experts(given, weight[i], biases[i][number], *grouped[i], tiles[number], launch)
+
+    return {
+        "group": lambda i: group_by_expert(routing[i][0], layers.num_experts, tiles[0], launch),
+        "first": lambda i: product(i, 0),
+        "gate": lambda _: layers.gate(gate_up),
+        "second": lambda i: product(i, 1),
+        "combine": lambda i: combine_experts(parts, routing[i][1], launch),
+    }
+
+
 @torch.inference_mode()
 def measure(name: str, layers: Layers, tokens: int, bandwidth: float, flops: float) -> dict:
     x = _normal(tokens, layers.width)
@@ -158,29 +221,40 @@ def measure(name: str, layers: Layers, tokens: int, bandwidth: float, flops: flo
     touched = statistics.mean(len(experts.unique()) for experts, _ in routing)
     numbers = 3 * layers.width * layers.inner
     read, multiplied = 2 * touched * numbers / bandwidth, 2 * tokens * layers.active * numbers / flops
-    whole = partial(_whole, layers, x, routing)
-    parts = route_parts(layers, x) | grouped_parts(layers, x, routing)
+    whole = {"expert_mlp": expert_mlp, "grouped": expert_mlp_grouped}
+    parts = route_parts(layers, x)
+    parts |= {f"grouped {part}": compute for part, compute in grouped_parts(layers, x, routing).items()}
+    tiles = {}
+    if not DRY:
+        times, best = tile_times(layers, x, routing)
+        parts |= {f"triton {part}": compute for part, compute in triton_parts(layers, x, routing, best).items()}
+        whole["triton"] = partial(expert_mlp_triton, tiles=best)
+        tiles = {"best": best, "tiles": [row | {"tile": list(row["tile"])} for row in times]}
+
+    def run(compute: Callable, i: int) -> Tensor:
+        return compute(
+            x, *routing[i], layers.gate_up[i], layers.down[i], biases=layers.biases[i], gate=layers.gate
+        )  # fmt: skip
+
+    outs = [run(compute, 0).float() for compute in whole.values()]
     return {
         "model": name,
         "tokens": tokens,
         "touched": touched,
         "least_us": 1e6 * max(read, multiplied),
-        "whole_us": micros(whole),
+        "whole_us": {key: micros(partial(run, compute)) for key, compute in whole.items()},
         "parts_us": {part: micros(compute) for part, compute in parts.items()},
-    }
+        "error": ((outs[-1] - outs[1]).norm() / outs[1].norm()).item(),
+    } | tiles
 
 
-def _whole(layers: Layers, x: Tensor, routing: list, i: int) -> Tensor:
-    return expert_mlp(x, *routing[i], layers.gate_up[i], layers.down[i], biases=layers.biases[i], gate=layers.gate)
-
-
-def line(row: dict) -> str:
+def lines(row: dict) -> str:
+    head = f"{row['model'].removesuffix('-shape')} {row['tokens']} tokens"
+    ways = ", ".join(f"{way} {us:.1f} ({us / row['least_us']:.2f} x)" for way, us in row["whole_us"].items())
     parts = ", ".join(f"{part} {us:.1f}" for part, us in row["parts_us"].items())
-    ratio = row["whole_us"] / row["least_us"]
-    return (
-        f"{row['model'].removesuffix('-shape'):14} {row['tokens']:5} tokens {row['touched']:6.1f} experts:"
-        f" {row['whole_us']:8.1f} us, least {row['least_us']:7.1f}, {ratio:5.2f} x; {parts}"
-    )
+    best = "" if "best" not in row else f"\n  best {[list(tile) for tile in row['best']]}, error {row['error']:.1e}"
+    tiles = "".join(f"\n  {row['tile']}: {row['first']:.1f} {row['second']:.1f}" for row in row.get("tiles", ()))
+    return f"{head}, {row['touched']:.1f} experts: least {row['least_us']:.1f} us; {ways}\n  {parts}{best}{tiles}"
 
 
 def main() -> None:
@@ -204,15 +278,17 @@ def main() -> None:
         layers = Layers(json.loads(Path("models", name, "config.json").read_text()))
         for tokens in map(int, args.tokens.split(",")):
             record["rows"].append(measure(name, layers, tokens, args.bandwidth, args.flops))
-            print(line(record["rows"][-1]), flush=True)
+            print(lines(record["rows"][-1]), flush=True)
             args.out.write_text(json.dumps(record, indent=1) + "\n")
         del layers
         if not DRY:
             torch.cuda.empty_cache()
-    print("model           tokens  us a layer  least us    ratio")
+    print(
+        "model          tokens  experts  least us  " + "  ".join(f"{way:>10}" for way in record["rows"][0]["whole_us"])
+    )
     for row in record["rows"]:
-        ratio = row["whole_us"] / row["least_us"]
-        print(f"{row['model']:15.15} {row['tokens']:6} {row['whole_us']:11.1f} {row['least_us']:9.1f} {ratio:8.2f}")
+        ways = "  ".join(f"{us:10.1f}" for us in row["whole_us"].values())
+        print(f"{row['model']:14.14} {row['tokens']:6} {row['touched']:8.1f}  {row['least_us']:8.1f}  {ways}")
 
 
 if __name__ == "__main__":
