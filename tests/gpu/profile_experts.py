@@ -38,7 +38,7 @@ LAYERS = 4
 REPLAYS = 15
 FEW_ROWS = (64, 64, 4), (64, 64, 6), (64, 128, 3), (64, 128, 4), (64, 256, 2), (64, 256, 3), (128, 64, 4), (128, 128, 3)
 TILES = (
-    *(ExpertTile(rows, 32, depth, stages) for rows in (16, 32) for depth, stages in ((128, 4), (256, 3))),
+    *(ExpertTile(rows, 32, depth, stages) for rows in (16, 32) for depth, stages in ((128, 6), (256, 4))),
     *(
         ExpertTile(rows, outputs, depth, stages)
         for rows in (16, 32)
