@@ -36,9 +36,9 @@ TOKENS = (1, 8, 32, 64, 128, 256, 1024, 8192)
 LAYERS = 4
 """Even one token's experts in as many layers are 300 MB."""
 REPLAYS = 15
-FEW_ROWS = (64, 64, 4), (64, 64, 6), (64, 128, 3), (64, 128, 4), (64, 256, 2), (64, 256, 3), (128, 64, 4), (128, 128, 3)
+FEW_ROWS = (64, 64, 4), (64, 64, 6), (64, 128, 3), (64, 128, 4), (64, 128, 6), (64, 256, 3), (128, 64, 4), (128, 128, 3)
 TILES = (
-    *(ExpertTile(rows, 32, depth, stages) for rows in (16, 32) for depth, stages in ((128, 6), (256, 4))),
+    *(ExpertTile(rows, 32, depth, stages) for rows in (16, 32) for depth, stages in ((128, 6), (256, 4), (256, 6))),
     *(
         ExpertTile(rows, outputs, depth, stages)
         for rows in (16, 32)
