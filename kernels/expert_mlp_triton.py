@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent_launch import dependent_launch, wait_for_inputs
-from kernels.expert_tiles import ExpertTile
+from kernels.expert_tiles import ExpertTile, find_tiles
+from kernels.tiles import has_large_shared_memory
 
 Options = dict[str, bool]
 """`dependent_launch`'s."""
@@ -236,19 +237,22 @@ def expert_mlp_triton(
     down: Tensor,
     biases: tuple[Tensor, Tensor] | None,
     gate: Callable[[Tensor], Tensor],
-    tiles: tuple[ExpertTile, ExpertTile],
+    tiles: tuple[ExpertTile, ExpertTile] | None = None,
 ) -> Tensor:
     """`expert_mlp` in four launches and the gate's.
 
     Args:
         x, experts, shares, gate_up, down, biases, gate: `expert_mlp`'s.
-        tiles: of the two products, with as many rows.
+        tiles: of the two products, with as many rows; None: `find_tiles`'s.
 
     Returns:
         [T, width], contiguous.
     """
     if len(x) == 0:
         return torch.empty_like(x)
+    if tiles is None:
+        large = x.itemsize == 2 and has_large_shared_memory(x.device)
+        tiles = find_tiles(len(x), experts.shape[1], len(down), large)
     first, second = (None, None) if biases is None else biases
     launch = dependent_launch(x[:1])  # however many rows: no product here is cuBLAS's
     order, listed = group_by_expert(experts.contiguous(), len(down), tiles[0], launch)
