@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent_launch import dependent_launch, wait_for_inputs
-from kernels.expert_tiles import ExpertTile, find_tiles
+from kernels.expert_tiles import ExpertTile, find_tile
 from kernels.tiles import has_large_shared_memory
 
 Options = dict[str, bool]
@@ -237,25 +237,24 @@ def expert_mlp_triton(
     down: Tensor,
     biases: tuple[Tensor, Tensor] | None,
     gate: Callable[[Tensor], Tensor],
-    tiles: tuple[ExpertTile, ExpertTile] | None = None,
+    tile: ExpertTile | None = None,
 ) -> Tensor:
     """`expert_mlp` in four launches and the gate's.
 
     Args:
         x, experts, shares, gate_up, down, biases, gate: `expert_mlp`'s.
-        tiles: of the two products, with as many rows; None: `find_tiles`'s.
+        tile: of both products; None: `find_tile`'s.
 
     Returns:
         [T, width], contiguous.
     """
     if len(x) == 0:
         return torch.empty_like(x)
-    if tiles is None:
-        large = x.itemsize == 2 and has_large_shared_memory(x.device)
-        tiles = find_tiles(len(x), experts.shape[1], len(down), large)
+    if tile is None:
+        tile = find_tile(*experts.shape, len(down), x.itemsize, has_large_shared_memory(x.device))
     first, second = (None, None) if biases is None else biases
     launch = dependent_launch(x[:1])  # however many rows: no product here is cuBLAS's
-    order, listed = group_by_expert(experts.contiguous(), len(down), tiles[0], launch)
-    inner = gate(multiply_experts(x, gate_up, first, order, listed, tiles[0], launch))
-    parts = multiply_experts(inner, down, second, order, listed, tiles[1], launch)
+    order, tiles = group_by_expert(experts.contiguous(), len(down), tile, launch)
+    inner = gate(multiply_experts(x, gate_up, first, order, tiles, tile, launch))
+    parts = multiply_experts(inner, down, second, order, tiles, tile, launch)
     return combine_experts(parts, shares.contiguous(), launch)

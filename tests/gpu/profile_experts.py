@@ -5,7 +5,7 @@
 Routing is random. A part is a CUDA graph over several layers one after the other, whose weights are more than a cache
 holds. `least_us` is the longer of reading the experts that are touched and of multiplying with them, at `--bandwidth`
 and `--flops`. Parts whose names begin with `grouped` are of `expert_mlp_grouped`, those with `triton` of
-`expert_mlp_triton`, with the tiles of `TILES` that were fastest; `error` is between the two. Without a GPU the same
+`expert_mlp_triton`, with the tile of `TILES` that is fastest; `error` is between the two. Without a GPU the same
 runs small, to see that it does.
 """
 
@@ -168,8 +168,8 @@ def grouped_parts(layers: Layers, x: Tensor, routing: list) -> dict[str, Callabl
     return parts
 
 
-def tile_times(layers: Layers, x: Tensor, routing: list) -> tuple[list[dict], tuple[ExpertTile, ExpertTile]]:
-    """Each tile's times of the first and of the second product; the two of as many rows that take least together."""
+def tile_times(layers: Layers, x: Tensor, routing: list) -> list[dict]:
+    """Each tile's times of the first and of the second product, the fastest first."""
     mean = len(x) * layers.active / layers.num_experts
     launch = dependent_launch(x[:1])
     gated = _normal(len(x) * layers.active, layers.inner)
@@ -183,30 +183,23 @@ def tile_times(layers: Layers, x: Tensor, routing: list) -> tuple[list[dict], tu
             for x, w in ((x, layers.gate_up), (gated, layers.down))
         )
         times.append({"tile": tile, "first": first, "second": second})
-    best = {}
-    for rows in {row["tile"].rows for row in times}:
-        own = [row for row in times if row["tile"].rows == rows]
-        pair = [min(own, key=lambda row, part=part: row[part]) for part in ("first", "second")]
-        best[pair[0]["first"] + pair[1]["second"]] = pair[0]["tile"], pair[1]["tile"]
-    return times, best[min(best)]
+    return sorted(times, key=lambda row: row["first"] + row["second"])
 
 
-def triton_parts(
-    layers: Layers, x: Tensor, routing: list, tiles: tuple[ExpertTile, ExpertTile]
-) -> dict[str, Callable[[int], object]]:
+def triton_parts(layers: Layers, x: Tensor, routing: list, tile: ExpertTile) -> dict[str, Callable[[int], object]]:
     """What `expert_mlp_triton` is made of, each part with inputs that are there already."""
     launch = dependent_launch(x[:1])
-    grouped = [group_by_expert(experts, layers.num_experts, tiles[0], launch) for experts, _ in routing]
+    grouped = [group_by_expert(experts, layers.num_experts, tile, launch) for experts, _ in routing]
     gate_up = _normal(len(x) * layers.active, 2 * layers.inner)
     parts = _normal(len(x) * layers.active, layers.width)
     biases = [given or (None, None) for given in layers.biases]
 
     def product(i: int, number: int) -> Tensor:
         given, weight = ((x, layers.gate_up), (gate_up[:, : layers.inner], layers.down))[number]
-        return multiply_experts(given, weight[i], biases[i][number], *grouped[i], tiles[number], launch)
+        return multiply_experts(given, weight[i], biases[i][number], *grouped[i], tile, launch)
 
     return {
-        "group": lambda i: group_by_expert(routing[i][0], layers.num_experts, tiles[0], launch),
+        "group": lambda i: group_by_expert(routing[i][0], layers.num_experts, tile, launch),
         "first": lambda i: product(i, 0),
         "gate": lambda _: layers.gate(gate_up),
         "second": lambda i: product(i, 1),
@@ -226,10 +219,11 @@ def measure(name: str, layers: Layers, tokens: int, bandwidth: float, flops: flo
     parts |= {f"grouped {part}": compute for part, compute in grouped_parts(layers, x, routing).items()}
     tiles = {}
     if not DRY:
-        times, best = tile_times(layers, x, routing)
+        times = tile_times(layers, x, routing)
+        best = times[0]["tile"]
         parts |= {f"triton {part}": compute for part, compute in triton_parts(layers, x, routing, best).items()}
-        whole["triton"] = partial(expert_mlp_triton, tiles=best)
-        tiles = {"best": best, "tiles": [row | {"tile": list(row["tile"])} for row in times]}
+        whole["triton"] = partial(expert_mlp_triton, tile=best)
+        tiles = {"tiles": [row | {"tile": list(row["tile"])} for row in times]}
 
     def run(compute: Callable, i: int) -> Tensor:
         return compute(
@@ -252,9 +246,9 @@ def lines(row: dict) -> str:
     head = f"{row['model'].removesuffix('-shape')} {row['tokens']} tokens"
     ways = ", ".join(f"{way} {us:.1f} ({us / row['least_us']:.2f} x)" for way, us in row["whole_us"].items())
     parts = ", ".join(f"{part} {us:.1f}" for part, us in row["parts_us"].items())
-    best = "" if "best" not in row else f"\n  best {[list(tile) for tile in row['best']]}, error {row['error']:.1e}"
     tiles = "".join(f"\n  {row['tile']}: {row['first']:.1f} {row['second']:.1f}" for row in row.get("tiles", ()))
-    return f"{head}, {row['touched']:.1f} experts: least {row['least_us']:.1f} us; {ways}\n  {parts}{best}{tiles}"
+    error = f"error {row['error']:.1e}"
+    return f"{head}, {row['touched']:.1f} experts: least {row['least_us']:.1f} us; {ways}\n  {parts}; {error}{tiles}"
 
 
 def main() -> None:

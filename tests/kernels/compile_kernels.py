@@ -27,7 +27,7 @@ from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.delta_gates import DeltaGates
 from kernels.expert_mlp_triton import expert_mlp_triton
-from kernels.expert_tiles import BY_ROWS, SMALL, ExpertTile
+from kernels.expert_tiles import EXACT, TILES, ExpertTile
 from kernels.gated_delta_step_triton import gated_delta_step_triton
 from kernels.gated_delta_triton import gated_delta_triton
 from kernels.gated_norm_triton import gated_norm_triton
@@ -166,7 +166,7 @@ def compile_experts(dtype: torch.dtype, width: int, *tiles: ExpertTile) -> None:
     x, shares = torch.zeros(TOKENS, width, dtype=dtype), torch.zeros(TOKENS, 4)
     for tile in tiles:
         for given in (None, biases):
-            expert_mlp_triton(x, longs(TOKENS, 4), shares, gate_up, down, given, silu_mul_triton, (tile, tile))
+            expert_mlp_triton(x, longs(TOKENS, 4), shares, gate_up, down, given, silu_mul_triton, tile)
 
 
 def compile_other_kernels() -> None:
@@ -213,7 +213,6 @@ if __name__ == "__main__":
     compile_other_kernels()
     compile_recurrence(DTYPE, 128)  # Qwen3-Next's and Qwen3.5's
     compile_recurrence(torch.float32, 16)
-    few, many = (tiles[0] for tiles in (BY_ROWS[16], BY_ROWS[64]))
-    compile_experts(DTYPE, 2048, *{tile for tiles in BY_ROWS.values() for tile in tiles})
-    compile_experts(DTYPE, 1440, few, many)  # half of gpt-oss's width
-    compile_experts(torch.float32, 2048, SMALL)
+    compile_experts(DTYPE, 2048, *TILES)
+    compile_experts(DTYPE, 1440, TILES[0])  # half of gpt-oss's width
+    compile_experts(torch.float32, 2048, EXACT)

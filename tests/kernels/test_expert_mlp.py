@@ -9,7 +9,7 @@ import torch
 from kernels.clamped_swiglu import clamped_swiglu, clamped_swiglu_reference
 from kernels.expert_mlp import expert_mlp, expert_mlp_all, expert_mlp_grouped, expert_mlp_reference
 from kernels.expert_mlp_triton import expert_mlp_triton, group_by_expert
-from kernels.expert_tiles import BY_ROWS, SMALL, ExpertTile, find_tiles
+from kernels.expert_tiles import EXACT, ExpertTile, find_tile
 from kernels.silu_mul import silu_mul_torch
 from tests.kernels.paged import DEVICE, TRITON_DTYPES
 
@@ -90,7 +90,7 @@ BOUNDS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 def triton(given, tile=ONE_TILE, gate=silu_mul_torch, biases=None):
     given = {name: x.to(DEVICE) for name, x in given.items()}
     biases = None if biases is None else tuple(bias.to(DEVICE) for bias in biases)
-    return expert_mlp_triton(**given, biases=biases, gate=gate, tiles=(tile, tile)).cpu()
+    return expert_mlp_triton(**given, biases=biases, gate=gate, tile=tile).cpu()
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
@@ -155,10 +155,10 @@ def test_worst_routings_need_all_tiles():
 
 
 def test_tiles_follow_the_tokens_of_an_expert():
-    first = [find_tiles(tokens, 8, 128, large=True)[0].rows for tokens in (1, 128, 256, 512, 8192)]
-    assert first == [16, 16, 32, 64, 64]
-    assert find_tiles(8192, 8, 128, large=False) == (SMALL, SMALL)
-    assert all(tile.rows == rows for rows, tiles in BY_ROWS.items() for tile in tiles)
+    rows = [find_tile(tokens, 8, 128, 2, large=True).rows for tokens in (1, 128, 129, 256, 512, 1024, 8192)]
+    assert rows == [16, 16, 32, 32, 64, 128, 128]
+    assert find_tile(8192, 8, 128, 2, large=False).rows == 64
+    assert find_tile(8192, 8, 128, 4, large=True) == EXACT
 
 
 @pytest.mark.parametrize(
