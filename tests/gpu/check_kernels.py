@@ -52,6 +52,7 @@ from kernels.store_kv import store_kv_reference
 from kernels.store_kv_triton import store_kv_triton
 from kernels.store_step import store_queries_reference
 from kernels.store_step_triton import store_step_triton
+from kernels.topk_softmax import topk_softmax, topk_softmax_reference
 from tests.gpu.kernel_cases import (
     DEVICE,
     DRY,
@@ -337,8 +338,11 @@ def check_experts(checks: Checks, grid: Grid) -> None:
         x = torch.randn(tokens, width, **options)
         gate_up = torch.randn(num_experts, 2 * inner, width, **options) * width**-0.5
         down = torch.randn(num_experts, width, inner, **options) * inner**-0.5
-        shares = torch.rand(tokens, active, device=DEVICE)
-        experts = torch.rand(tokens, num_experts, device=DEVICE).topk(active).indices
+        logits = torch.randn(tokens, num_experts, device=DEVICE)
+        shares, experts = topk_softmax(logits, active, biased)
+        expected = topk_softmax_reference(logits, active, biased)
+        checks.add("topk_softmax ids", name, int((experts != expected[1]).sum()), 0, **case)
+        checks.add("topk_softmax", name, error(shares, expected[0]), BOUNDS["float32"], **case)
         given = x, experts, shares, gate_up, down
         gates, reference_gates = {}, {}
         if biased:

@@ -49,6 +49,7 @@ from kernels.store_kv_triton import store_kv_triton
 from kernels.store_positions_triton import store_positions_triton
 from kernels.store_predictions_triton import store_predictions_triton
 from kernels.store_step_triton import store_step_triton
+from kernels.topk_softmax_triton import topk_softmax_triton
 
 LAYERS, REQUESTS, HEADS, GROUP, DIM, BLOCK, MAX_BLOCKS, TOKENS, WINDOW = 3, 5, 2, 4, 64, 16, 6, 7, 8
 DTYPE = torch.bfloat16
@@ -164,6 +165,7 @@ def compile_experts(dtype: torch.dtype, width: int, *tiles: ExpertTile) -> None:
     gate_up, down = torch.zeros(experts, 2 * inner, width, dtype=dtype), torch.zeros(experts, width, inner, dtype=dtype)
     biases = gate_up[:, :, 0].contiguous(), down[:, :, 0].contiguous()
     x, shares = torch.zeros(TOKENS, width, dtype=dtype), torch.zeros(TOKENS, 4)
+    topk_softmax_triton(torch.zeros(TOKENS, experts), 4, normalized=True)
     for tile in tiles:
         for given in (None, biases):
             expert_mlp_triton(x, longs(TOKENS, 4), shares, gate_up, down, given, silu_mul_triton, tile)
