@@ -24,8 +24,8 @@ from kernels.tiles import has_large_shared_memory
 Options = dict[str, bool]
 """`dependent_launch`'s."""
 
-CHUNK = 1024
-"""Pairs that a program looks through at a time for those of its expert."""
+FEW_PAIRS, MANY_PAIRS = 1024, 4096
+"""Pairs that a program looks through at a time for those of its expert; MANY_PAIRS where there are more."""
 COMBINED = 512
 """Columns that a program combines."""
 
@@ -171,12 +171,13 @@ def group_by_expert(experts: Tensor, num_experts: int, tile: ExpertTile, launch:
     """
     pairs = experts.numel()
     slots = tile.most_tiles(pairs, num_experts)
+    chunk = FEW_PAIRS if pairs <= MANY_PAIRS else MANY_PAIRS
     order = torch.empty(pairs, dtype=torch.int32, device=experts.device)
     tiles = torch.empty((slots, 3), dtype=torch.int32, device=experts.device)
     _group[(num_experts,)](
         experts, order, tiles, pairs, slots, num_experts,
-        ROWS=tile.rows, EXPERTS=max(128, triton.next_power_of_2(num_experts + 1)), CHUNK=CHUNK,
-        num_warps=4, **launch,
+        ROWS=tile.rows, EXPERTS=max(128, triton.next_power_of_2(num_experts + 1)), CHUNK=chunk,
+        num_warps=chunk // 256, **launch,
     )  # fmt: skip
     return order, tiles
 

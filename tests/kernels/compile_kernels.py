@@ -26,7 +26,7 @@ from kernels.compact_stable_triton import compact_stable_triton
 from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.delta_gates import DeltaGates
-from kernels.expert_mlp_triton import expert_mlp_triton
+from kernels.expert_mlp_triton import expert_mlp_triton, group_by_expert
 from kernels.expert_tiles import EXACT, TILES, ExpertTile
 from kernels.gated_delta_step_triton import gated_delta_step_triton
 from kernels.gated_delta_triton import gated_delta_triton
@@ -166,6 +166,7 @@ def compile_experts(dtype: torch.dtype, width: int, *tiles: ExpertTile) -> None:
     biases = gate_up[:, :, 0].contiguous(), down[:, :, 0].contiguous()
     x, shares = torch.zeros(TOKENS, width, dtype=dtype), torch.zeros(TOKENS, 4)
     topk_softmax_triton(torch.zeros(TOKENS, experts), 4, normalized=True)
+    group_by_expert(longs(2048, 4), experts, tiles[0], {"DEPENDENT": False})
     for tile in tiles:
         for given in (None, biases):
             expert_mlp_triton(x, longs(TOKENS, 4), shares, gate_up, down, given, silu_mul_triton, tile)
