@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.expert_tiles import MOST_TOKENS
 from kernels.layout import check_index, check_rows, fail
 from kernels.silu_mul import silu_mul, silu_mul_reference
 
@@ -31,7 +33,7 @@ def expert_mlp(
 ) -> Tensor:
     """The sum over a token's experts of share * down(gate(gate_up(x))), where gate_up and down are linear.
 
-    Nothing on the host depends on the routing while a CUDA graph is captured.
+    On a GPU nothing on the host depends on the routing.
 
     Args:
         x: [T, width], last dimension contiguous; float32, float16 or bfloat16.
@@ -50,16 +52,16 @@ def expert_mlp(
     """
     _check(x, experts, shares, gate_up, down, biases)
     aligned = all(size * x.itemsize % GROUPED_BYTES == 0 for size in (x.shape[1], down.shape[2]))
-    if aligned and (groups_on_device(x.dtype, x.device) or not torch.cuda.is_current_stream_capturing()):
-        return expert_mlp_grouped(x, experts, shares, gate_up, down, biases, gate)
-    return expert_mlp_all(x, experts, shares, gate_up, down, biases, gate)
+    if x.is_cuda and not (aligned and len(x) > MOST_TOKENS and _groups_on_device(x)):
+        with torch.cuda.device(x.device):
+            return _triton()(x, experts, shares, gate_up, down, biases, gate)
+    compute = expert_mlp_grouped if aligned else expert_mlp_all
+    return compute(x, experts, shares, gate_up, down, biases, gate)
 
 
-def groups_on_device(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `expert_mlp` groups tokens in a CUDA graph too. Elsewhere a graph holds all experts over all tokens."""
-    if device.type == "cpu":
-        return True
-    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in GROUPED_CAPABILITIES
+def _groups_on_device(x: Tensor) -> bool:
+    """Whether PyTorch's grouped product reads the groups of x on the GPU."""
+    return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in GROUPED_CAPABILITIES
 
 
 def _check(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor, biases: Biases | None) -> None:
@@ -146,3 +148,10 @@ def expert_mlp_all(
         part = F.linear(gate(F.linear(x, gate_up[expert], first)), down[expert], second)
         out += (share * part).masked_fill_(~chosen.any(1, keepdim=True), 0.0)
     return out.to(x.dtype)
+
+
+@cache
+def _triton() -> Callable:
+    from kernels.expert_mlp_triton import expert_mlp_triton
+
+    return expert_mlp_triton

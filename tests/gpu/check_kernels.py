@@ -38,6 +38,7 @@ from kernels.copy_blocks import copy_blocks_reference
 from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.expert_mlp import expert_mlp, expert_mlp_reference
+from kernels.expert_tiles import MOST_TOKENS
 from kernels.gelu_mul import gelu_mul, gelu_mul_reference
 from kernels.linear import linear, linear_reference
 from kernels.paged_decode import paged_decode, paged_decode_reference
@@ -53,6 +54,7 @@ from kernels.store_kv import store_kv_reference
 from kernels.store_kv_triton import store_kv_triton
 from kernels.store_step import store_queries_reference
 from kernels.store_step_triton import store_step_triton
+from kernels.topk_softmax import topk_softmax, topk_softmax_reference
 from tests.gpu.kernel_cases import (
     DEVICE,
     DRY,
@@ -337,15 +339,22 @@ def check_combining(checks: Checks, replays: int = 300, layers: int = 24) -> Non
 
 
 def check_experts(checks: Checks, grid: Grid) -> None:
-    """A mixture of experts, also in a graph that is replayed with other tokens for other experts; and gpt-oss's."""
-    tokens, width, inner, num_experts, active = (5, 32, 16, 6, 2) if DRY else (64, 2048, 768, 128, 8)
-    for name, biased in product(grid.dtypes, (False, True)):
+    """A mixture of experts, also in a graph that is replayed with other tokens for other experts; and gpt-oss's.
+
+    Token 0 and its experts stay: what it gets must not change by a bit with its neighbours.
+    """
+    width, inner, num_experts, active = (32, 16, 6, 2) if DRY else (2048, 768, 128, 8)
+    for name, biased, tokens in product(grid.dtypes, (False, True), (5,) if DRY else (1, 64, MOST_TOKENS + 8)):
         options = {"device": DEVICE, "dtype": getattr(torch, name)}
+        case = {"biased": biased, "tokens": tokens}
         x = torch.randn(tokens, width, **options)
         gate_up = torch.randn(num_experts, 2 * inner, width, **options) * width**-0.5
         down = torch.randn(num_experts, width, inner, **options) * inner**-0.5
-        shares = torch.rand(tokens, active, device=DEVICE)
-        experts = torch.rand(tokens, num_experts, device=DEVICE).topk(active).indices
+        logits = torch.randn(tokens, num_experts, device=DEVICE)
+        shares, experts = topk_softmax(logits, active, biased)
+        expected = topk_softmax_reference(logits, active, biased)
+        checks.add("topk_softmax ids", name, int((experts != expected[1]).sum()), 0, **case)
+        checks.add("topk_softmax", name, error(shares, expected[0]), BOUNDS["float32"], **case)
         given = x, experts, shares, gate_up, down
         gates, reference_gates = {}, {}
         if biased:
@@ -354,17 +363,19 @@ def check_experts(checks: Checks, grid: Grid) -> None:
             gates = {"biases": biases, "gate": partial(clamped_swiglu, **limits)}
             reference_gates = {"biases": biases, "gate": partial(clamped_swiglu_reference, **limits)}
         out, graph = expert_mlp(*given, **gates), None
+        first = out[0].clone()
         for replay in range(1 if DRY else 3):
             expected = expert_mlp_reference(*given, **reference_gates)
-            checks.add("expert_mlp", name, error(out, expected), 4 * BOUNDS[name], replay=replay, biased=biased)
+            checks.add("expert_mlp", name, error(out, expected), 4 * BOUNDS[name], replay=replay, **case)
+            checks.add("expert_mlp alone", name, int((out[0] != first).sum()), 0, replay=replay, **case)
             if DRY:
                 continue
             if graph is None:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
                     out = expert_mlp(*given, **gates)
-            x.normal_()
-            experts.copy_(torch.rand(tokens, num_experts // 2**replay, device=DEVICE).topk(active).indices)
+            x[1:].normal_()
+            experts[1:] = torch.rand(tokens - 1, num_experts // 2**replay, device=DEVICE).topk(active).indices
             graph.replay()
 
 

@@ -26,6 +26,8 @@ from kernels.compact_stable_triton import compact_stable_triton
 from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.delta_gates import DeltaGates
+from kernels.expert_mlp_triton import expert_mlp_triton, group_by_expert
+from kernels.expert_tiles import EXACT, TILES, ExpertTile
 from kernels.gated_delta_step_triton import gated_delta_step_triton
 from kernels.gated_delta_triton import gated_delta_triton
 from kernels.gated_norm_triton import gated_norm_triton
@@ -48,6 +50,7 @@ from kernels.store_kv_triton import store_kv_triton
 from kernels.store_positions_triton import store_positions_triton
 from kernels.store_predictions_triton import store_predictions_triton
 from kernels.store_step_triton import store_step_triton
+from kernels.topk_softmax_triton import topk_softmax_triton
 
 LAYERS, REQUESTS, HEADS, GROUP, DIM, BLOCK, MAX_BLOCKS, TOKENS, WINDOW = 3, 5, 2, 4, 64, 16, 6, 7, 8
 DTYPE = torch.bfloat16
@@ -158,6 +161,18 @@ def compile_wide_heads() -> None:
     key_forms_triton(view, linear, pairs[..., 0, :], pairs)
 
 
+def compile_experts(dtype: torch.dtype, width: int, *tiles: ExpertTile) -> None:
+    experts, inner = 32, width // 2
+    gate_up, down = torch.zeros(experts, 2 * inner, width, dtype=dtype), torch.zeros(experts, width, inner, dtype=dtype)
+    biases = gate_up[:, :, 0].contiguous(), down[:, :, 0].contiguous()
+    x, shares = torch.zeros(TOKENS, width, dtype=dtype), torch.zeros(TOKENS, 4)
+    topk_softmax_triton(torch.zeros(TOKENS, experts), 4, normalized=True)
+    group_by_expert(longs(2048, 4), experts, tiles[0], {"DEPENDENT": False})
+    for tile in tiles:
+        for given in (None, biases):
+            expert_mlp_triton(x, longs(TOKENS, 4), shares, gate_up, down, given, silu_mul_triton, tile)
+
+
 def compile_other_kernels() -> None:
     hidden = floats(TOKENS, 256)
     add_rms_norm_triton(hidden, hidden, hidden[0], 1e-6)
@@ -214,3 +229,6 @@ if __name__ == "__main__":
     compile_other_kernels()
     compile_recurrence(DTYPE, 128)  # Qwen3-Next's and Qwen3.5's
     compile_recurrence(torch.float32, 16)
+    compile_experts(DTYPE, 2048, *TILES)
+    compile_experts(DTYPE, 1440, TILES[0])  # half of gpt-oss's width
+    compile_experts(torch.float32, 2048, EXACT)
