@@ -15,7 +15,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate, product
@@ -28,10 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
-from kernels import paged_prefill_gluon
 from kernels.add_rms_norm import add_rms_norm_reference
 from kernels.add_rms_norm_triton import add_rms_norm_triton
-from kernels.attention_form import PLAIN, AttentionForm
+from kernels.attention_form import AttentionForm
 from kernels.cache_view import CacheView, shared
 from kernels.clamped_swiglu import clamped_swiglu, clamped_swiglu_reference
 from kernels.copy_blocks import copy_blocks_reference
@@ -44,7 +42,6 @@ from kernels.linear import linear, linear_reference
 from kernels.paged_decode import paged_decode, paged_decode_reference
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill import paged_prefill_reference
-from kernels.paged_prefill_triton import paged_prefill_triton
 from kernels.qk_norm_rope import qk_norm_rope_reference
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
 from kernels.sample_from_logits_triton import sample_from_logits_triton
@@ -64,6 +61,7 @@ from tests.gpu.kernel_cases import (
     fused,
     make_apart,
     make_paged,
+    prefill_kernels,
     provenance,
     rotation,
     upcast,
@@ -128,13 +126,6 @@ def check_attention(checks: Checks, grid: Grid) -> None:
                 for kernel, prefill in prefill_kernels(q).items():
                     out = prefill(q, view, bounds.to(DEVICE), max(queries), scale)
                     checks.add(kernel, name, error(out, expected), bound, chunk=chunk, apart=apart, **case)
-
-
-def prefill_kernels(q: Tensor, form: AttentionForm = PLAIN) -> dict[str, Callable]:
-    """Those that take such queries on this GPU. Each is checked, whichever `paged_prefill` chooses."""
-    if DRY or not paged_prefill_gluon.takes(q, form):
-        return {"paged_prefill": paged_prefill_triton}
-    return {"paged_prefill": paged_prefill_triton, "paged_prefill_gluon": paged_prefill_gluon.paged_prefill_gluon}
 
 
 def check_forms(checks: Checks, grid: Grid) -> None:

@@ -33,6 +33,7 @@ from kernels.gated_delta_triton import gated_delta_triton
 from kernels.gated_norm_triton import gated_norm_triton
 from kernels.gelu_mul_triton import gelu_mul_triton
 from kernels.key_forms_triton import key_forms_triton
+from kernels.key_squares_triton import key_squares_triton
 from kernels.lag_spread_triton import lag_spread_triton
 from kernels.linear_tiles import Tile
 from kernels.linear_triton import linear_triton
@@ -137,6 +138,10 @@ def compile_view_kernels(apart: bool) -> None:
     linear, pairs = torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, DIM), torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, 3, 32)
     key_forms_triton(layers, linear)
     key_forms_triton(layers, linear, pairs[..., 0, :], pairs)
+    for dim in (DIM, 128):
+        caches = floats(2, LAYERS, REQUESTS * MAX_BLOCKS, HEADS, BLOCK, dim)
+        matrices = torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, dim, dim)
+        key_squares_triton(CacheView(*caches, *layers[2:]), matrices, torch.zeros(REQUESTS, 2, dim // 2))
     lag_spread_triton(layers, layers.lens, 24, 2.0**-12)
     redundancy_triton(layers, tau=0.4)
     projections = [floats(256, HEADS * GROUP * DIM)] * LAYERS
