@@ -28,8 +28,8 @@ from kernels.dependent_launch import dependent_launch
 from kernels.expert_mlp import Biases, Gate, expert_mlp, expert_mlp_grouped
 from kernels.expert_mlp_triton import combine_experts, expert_mlp_triton, group_by_expert, multiply_experts
 from kernels.expert_tiles import ExpertTile
+from kernels.route import route
 from kernels.silu_mul import silu_mul
-from kernels.topk_softmax import topk_softmax
 from tests.gpu.check_compressed_engine import versions
 
 MODELS = ("qwen3-30b-a3b-shape", "gpt-oss-20b-shape")
@@ -117,7 +117,7 @@ def micros(compute: Callable[[int], object]) -> float:
 
 
 def route_parts(layers: Layers, x: Tensor) -> dict[str, Callable[[int], object]]:
-    """The router's product, and what turns it into experts and shares: in PyTorch and as a kernel."""
+    """The router's product, and what turns it into experts and shares, in PyTorch; both in kernels."""
     logits = F.linear(x.float(), layers.router[0])
 
     def choose(_: int) -> Tensor:
@@ -127,7 +127,7 @@ def route_parts(layers: Layers, x: Tensor) -> dict[str, Callable[[int], object]]
     return {
         "router": lambda i: F.linear(x.float(), layers.router[i]),
         "choose": choose,
-        "topk_softmax": lambda _: topk_softmax(logits, layers.active, normalized=True),
+        "route": lambda i: route(x, layers.router[i], None, layers.active, normalized=True),
     }
 
 
