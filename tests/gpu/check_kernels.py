@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate, product
@@ -27,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
+from kernels import paged_prefill_gluon
 from kernels.add_rms_norm import add_rms_norm_reference
 from kernels.add_rms_norm_triton import add_rms_norm_triton
-from kernels.attention_form import AttentionForm
+from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import CacheView, shared
 from kernels.clamped_swiglu import clamped_swiglu, clamped_swiglu_reference
 from kernels.copy_blocks import copy_blocks_reference
@@ -123,8 +125,16 @@ def check_attention(checks: Checks, grid: Grid) -> None:
                     continue
                 q = fused(sum(queries), KV_HEADS * group, head_dim, dtype)
                 expected = paged_prefill_reference(q.float(), ref, bounds, max(queries), scale)
-                out = paged_prefill_triton(q, view, bounds.to(DEVICE), max(queries), scale)
-                checks.add("paged_prefill", name, error(out, expected), bound, chunk=chunk, apart=apart, **case)
+                for kernel, prefill in prefill_kernels(q).items():
+                    out = prefill(q, view, bounds.to(DEVICE), max(queries), scale)
+                    checks.add(kernel, name, error(out, expected), bound, chunk=chunk, apart=apart, **case)
+
+
+def prefill_kernels(q: Tensor, form: AttentionForm = PLAIN) -> dict[str, Callable]:
+    """Those that take such queries on this GPU. Each is checked, whichever `paged_prefill` chooses."""
+    if DRY or not paged_prefill_gluon.takes(q, form):
+        return {"paged_prefill": paged_prefill_triton}
+    return {"paged_prefill": paged_prefill_triton, "paged_prefill_gluon": paged_prefill_gluon.paged_prefill_gluon}
 
 
 def check_forms(checks: Checks, grid: Grid) -> None:
@@ -147,8 +157,9 @@ def check_forms(checks: Checks, grid: Grid) -> None:
         bounds = torch.tensor([0, *accumulate(queries)], dtype=torch.int32)
         q = fused(sum(queries), KV_HEADS * 4, head_dim, dtype)
         expected = paged_prefill_reference(q.float(), ref, bounds, max(queries), scale, form)
-        out = paged_prefill_triton(q, view, bounds.to(DEVICE), max(queries), scale, form=form)
-        checks.add("prefill_forms", name, error(out, expected), bound, **case)
+        for kernel, prefill in prefill_kernels(q, form).items():
+            out = prefill(q, view, bounds.to(DEVICE), max(queries), scale, form=form)
+            checks.add(f"{kernel}_forms", name, error(out, expected), bound, **case)
 
 
 def check_writes(checks: Checks, grid: Grid) -> None:
@@ -276,9 +287,10 @@ def check_large_addresses(checks: Checks) -> None:
     out = paged_decode_triton(q[:1], view, 0.1)
     expected = paged_decode_reference(q[:1].float(), host, 0.1)
     checks.add("paged_decode", "bfloat16", error(out, expected), BOUNDS["bfloat16"], elements=cache.numel())
-    out = paged_prefill_triton(q, view, bounds, 100, 0.1)
     expected = paged_prefill_reference(q.float(), host, bounds.cpu(), 100, 0.1)
-    checks.add("paged_prefill", "bfloat16", error(out, expected), BOUNDS["bfloat16"], elements=cache.numel())
+    for kernel, prefill in prefill_kernels(q).items():
+        out = prefill(q, view, bounds, 100, 0.1)
+        checks.add(kernel, "bfloat16", error(out, expected), BOUNDS["bfloat16"], elements=cache.numel())
 
 
 def check_graph(checks: Checks) -> None:

@@ -38,6 +38,7 @@ from kernels.linear_tiles import Tile
 from kernels.linear_triton import linear_triton
 from kernels.output_norms_triton import output_norms_triton
 from kernels.paged_decode_triton import paged_decode_triton
+from kernels.paged_prefill_gluon import paged_prefill_gluon
 from kernels.paged_prefill_triton import paged_prefill_triton
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
 from kernels.redundancy_triton import redundancy_triton
@@ -192,6 +193,17 @@ def compile_other_kernels() -> None:
     copy_blocks_triton(cache, cache, longs(1), longs(1))
 
 
+def compile_prompts() -> None:
+    """For Hopper: blocks larger and smaller than a tile, tables and lengths of each head, and a sink."""
+    for dim, block, dtype in ((128, 256, torch.bfloat16), (64, 16, torch.float16)):
+        caches = torch.zeros(2, REQUESTS * MAX_BLOCKS, HEADS, block, dim, dtype=dtype)
+        view = CacheView.shared(*caches, ints(REQUESTS, MAX_BLOCKS), ints(REQUESTS))
+        q = torch.zeros(TOKENS, HEADS * GROUP, dim, dtype=dtype)
+        apart = CacheView(*caches, view.block_tables.contiguous(), view.lens.contiguous())
+        paged_prefill_gluon(q, view, ints(REQUESTS + 1), TOKENS, 0.1)
+        paged_prefill_gluon(q, apart, ints(REQUESTS + 1), TOKENS, 0.1, form=AttentionForm(sinks=q[0, :, 0]))
+
+
 def compile_recurrence(dtype: torch.dtype, dim: int) -> None:
     """Of tokens each alone, and of spans."""
     widths = 2 * dim, 2 * dim, 4 * dim
@@ -214,6 +226,7 @@ if __name__ == "__main__":
     compile_view_kernels(apart=False)
     compile_view_kernels(apart=True)
     compile_wide_heads()
+    compile_prompts()
     compile_other_kernels()
     compile_recurrence(DTYPE, 128)  # Qwen3-Next's and Qwen3.5's
     compile_recurrence(torch.float32, 16)
