@@ -27,6 +27,7 @@ from torch import Tensor
 from kernels.cache_view import CacheView
 
 DEVICE = "cpu" if DRY else "cuda"
+BOUNDS = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 
 
 @dataclass(frozen=True)
