@@ -16,7 +16,6 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import accumulate, product
 from pathlib import Path
 
@@ -35,8 +34,6 @@ from kernels.clamped_swiglu import clamped_swiglu, clamped_swiglu_reference
 from kernels.copy_blocks import copy_blocks_reference
 from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
-from kernels.expert_mlp import expert_mlp, expert_mlp_reference
-from kernels.expert_tiles import MOST_TOKENS
 from kernels.gelu_mul import gelu_mul, gelu_mul_reference
 from kernels.linear import linear, linear_reference
 from kernels.paged_decode import paged_decode, paged_decode_reference
@@ -51,8 +48,9 @@ from kernels.store_kv import store_kv_reference
 from kernels.store_kv_triton import store_kv_triton
 from kernels.store_step import store_queries_reference
 from kernels.store_step_triton import store_step_triton
-from kernels.topk_softmax import topk_softmax, topk_softmax_reference
+from tests.gpu.expert_cases import check_experts
 from tests.gpu.kernel_cases import (
+    BOUNDS,
     DEVICE,
     DRY,
     Checks,
@@ -71,7 +69,6 @@ from tests.gpu.overlap_cases import check_overlap
 from tests.gpu.pairwise import pairwise
 from tests.gpu.score_forms import check_score_forms
 
-BOUNDS = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 KV_HEADS = 2
 
 
@@ -329,50 +326,9 @@ def check_combining(checks: Checks, replays: int = 300, layers: int = 24) -> Non
         checks.add("paged_decode", "bfloat16", value, 2 * BOUNDS["bfloat16"], **case)
 
 
-def check_experts(checks: Checks, grid: Grid) -> None:
-    """A mixture of experts, also in a graph that is replayed with other tokens for other experts; and gpt-oss's.
-
-    Token 0 and its experts stay: what it gets must not change by a bit with its neighbours.
-    """
-    width, inner, num_experts, active = (32, 16, 6, 2) if DRY else (2048, 768, 128, 8)
-    for name, biased, tokens in product(grid.dtypes, (False, True), (5,) if DRY else (1, 64, MOST_TOKENS + 8)):
-        options = {"device": DEVICE, "dtype": getattr(torch, name)}
-        case = {"biased": biased, "tokens": tokens}
-        x = torch.randn(tokens, width, **options)
-        gate_up = torch.randn(num_experts, 2 * inner, width, **options) * width**-0.5
-        down = torch.randn(num_experts, width, inner, **options) * inner**-0.5
-        logits = torch.randn(tokens, num_experts, device=DEVICE)
-        shares, experts = topk_softmax(logits, active, biased)
-        expected = topk_softmax_reference(logits, active, biased)
-        checks.add("topk_softmax ids", name, int((experts != expected[1]).sum()), 0, **case)
-        checks.add("topk_softmax", name, error(shares, expected[0]), BOUNDS["float32"], **case)
-        given = x, experts, shares, gate_up, down
-        gates, reference_gates = {}, {}
-        if biased:
-            biases = torch.randn(num_experts, 2 * inner, **options), torch.randn(num_experts, width, **options)
-            limits = {"alpha": 1.702, "limit": 7.0}
-            gates = {"biases": biases, "gate": partial(clamped_swiglu, **limits)}
-            reference_gates = {"biases": biases, "gate": partial(clamped_swiglu_reference, **limits)}
-        out, graph = expert_mlp(*given, **gates), None
-        first = out[0].clone()
-        for replay in range(1 if DRY else 3):
-            expected = expert_mlp_reference(*given, **reference_gates)
-            checks.add("expert_mlp", name, error(out, expected), 4 * BOUNDS[name], replay=replay, **case)
-            checks.add("expert_mlp alone", name, int((out[0] != first).sum()), 0, replay=replay, **case)
-            if DRY:
-                continue
-            if graph is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    out = expert_mlp(*given, **gates)
-            x[1:].normal_()
-            experts[1:] = torch.rand(tokens - 1, num_experts // 2**replay, device=DEVICE).topk(active).indices
-            graph.replay()
-
-
 def check_replays(checks: Checks, grid: Grid) -> None:
     """What an interpreter on a CPU can't show: large addresses, and launches of a graph that follow each other."""
-    check_experts(checks, grid)
+    check_experts(checks, grid.dtypes)
     if not DRY:
         check_large_addresses(checks)
         check_graph(checks)

@@ -31,6 +31,7 @@ from kernels.cache_view import CacheView
 from kernels.paged_prefill_triton import paged_prefill_triton
 
 DEVICE = "cpu" if DRY else "cuda"
+BOUNDS = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 
 
 @dataclass(frozen=True)

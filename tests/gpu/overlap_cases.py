@@ -18,9 +18,9 @@ from kernels.expert_tiles import find_tile
 from kernels.linear import linear
 from kernels.paged_decode import paged_decode
 from kernels.qk_norm_rope import qk_norm_rope
+from kernels.route_triton import choose_experts, logit_parts
 from kernels.silu_mul import silu_mul
 from kernels.store_step import store_step
-from kernels.topk_softmax import topk_softmax
 from tests.gpu.kernel_cases import DEVICE, Checks, differing, make_paged, rotation
 
 WIDTH, INNER, HEADS, KV_HEADS, DIM, BLOCK = 1024, 3072, 16, 2, 128, 16
@@ -76,13 +76,14 @@ class Layers:
 
 
 class ExpertLayers:
-    """The kernels of sparse layers; a layer's logits are the first columns of its input."""
+    """The kernels of sparse layers, with one router for all."""
 
     EXPERTS, ACTIVE = 32, 4
 
     def __init__(self, rows: int) -> None:
         self.tile = find_tile(rows, self.ACTIVE, self.EXPERTS, 2, large=True)
         self.norm = torch.ones(WIDTH, device=DEVICE, dtype=torch.bfloat16)
+        self.router = torch.randn(self.EXPERTS, WIDTH, device=DEVICE) * WIDTH**-0.5
         shapes = (2 * EXPERT_INNER, WIDTH), (WIDTH, EXPERT_INNER)
         self.weights = [
             [
@@ -102,8 +103,8 @@ class ExpertLayers:
         hidden, delta, launch = launched(inputs.clone()), None, dependent_launch(inputs[:1])
         for gate_up, down in self.weights:
             normed = launched(add_rms_norm(hidden, delta, self.norm, 1e-6))
-            logits = launched(normed[:, : self.EXPERTS].float())
-            shares, experts = launched(topk_softmax(logits, self.ACTIVE, normalized=True))
+            logits = launched(logit_parts(normed, self.router))
+            shares, experts = launched(choose_experts(logits, None, self.ACTIVE, normalized=True))
             grouped = launched(group_by_expert(experts, self.EXPERTS, self.tile, launch))
             inner = launched(multiply_experts(normed, gate_up, None, *grouped, self.tile, launch))
             gated = launched(silu_mul(inner))

@@ -5,8 +5,8 @@
 Routing is random. A part is a CUDA graph over several layers one after the other, whose weights are more than a cache
 holds. `least_us` is the longer of reading the experts that are touched and of multiplying with them, at `--bandwidth`
 and `--flops`. Parts whose names begin with `grouped` are of `expert_mlp_grouped`, those with `triton` of
-`expert_mlp_triton`, with the tile of `TILES` that is fastest; `error` is between the two. Without a GPU the same
-runs small, to see that it does.
+`expert_mlp_triton`, with the tile of `TILES` that is fastest, or with `--no-search` the one that `expert_mlp` takes;
+`error` is between the two. Without a GPU the same runs small, to see that it does.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from kernels.clamped_swiglu import clamped_swiglu
 from kernels.dependent_launch import dependent_launch
 from kernels.expert_mlp import Biases, Gate, expert_mlp, expert_mlp_grouped
 from kernels.expert_mlp_triton import combine_experts, expert_mlp_triton, group_by_expert, multiply_experts
-from kernels.expert_tiles import ExpertTile
+from kernels.expert_tiles import ExpertTile, find_tile
+from kernels.route import route
 from kernels.silu_mul import silu_mul
-from kernels.topk_softmax import topk_softmax
+from kernels.tiles import has_large_shared_memory
 from tests.gpu.check_compressed_engine import versions
 
 MODELS = ("qwen3-30b-a3b-shape", "gpt-oss-20b-shape")
@@ -117,7 +118,7 @@ def micros(compute: Callable[[int], object]) -> float:
 
 
 def route_parts(layers: Layers, x: Tensor) -> dict[str, Callable[[int], object]]:
-    """The router's product, and what turns it into experts and shares: in PyTorch and as a kernel."""
+    """The router's product, and what turns it into experts and shares, in PyTorch; both in kernels."""
     logits = F.linear(x.float(), layers.router[0])
 
     def choose(_: int) -> Tensor:
@@ -127,7 +128,7 @@ def route_parts(layers: Layers, x: Tensor) -> dict[str, Callable[[int], object]]
     return {
         "router": lambda i: F.linear(x.float(), layers.router[i]),
         "choose": choose,
-        "topk_softmax": lambda _: topk_softmax(logits, layers.active, normalized=True),
+        "route": lambda i: route(x, layers.router[i], None, layers.active, normalized=True),
     }
 
 
@@ -173,15 +174,20 @@ def grouped_parts(layers: Layers, x: Tensor, routing: list) -> dict[str, Callabl
     return parts
 
 
-def tile_times(layers: Layers, x: Tensor, routing: list) -> list[dict]:
+def candidates(layers: Layers, tokens: int, search: bool) -> list[ExpertTile]:
+    """The tile that `expert_mlp` takes, or all whose rows suit so many tokens."""
+    if not search:
+        return [find_tile(tokens, layers.active, layers.num_experts, 2, has_large_shared_memory(DEVICE))]
+    mean = tokens * layers.active / layers.num_experts
+    return [tile for tile in TILES if mean / 8 <= tile.rows <= max(16, 4 * mean)]
+
+
+def tile_times(layers: Layers, x: Tensor, routing: list, tiles: list[ExpertTile]) -> list[dict]:
     """Each tile's times of the first and of the second product, the fastest first."""
-    mean = len(x) * layers.active / layers.num_experts
     launch = dependent_launch(x[:1])
     gated = _normal(len(x) * layers.active, layers.inner)
     times = []
-    for tile in TILES:
-        if not (mean / 8 <= tile.rows <= max(16, 4 * mean)):
-            continue
+    for tile in tiles:
         grouped = [group_by_expert(experts, layers.num_experts, tile, launch) for experts, _ in routing]
         first, second = (
             micros(lambda i, x=x, w=w: multiply_experts(x, w[i], None, *grouped[i], tile, launch))  # noqa: B023
@@ -213,7 +219,7 @@ def triton_parts(layers: Layers, x: Tensor, routing: list, tile: ExpertTile) -> 
 
 
 @torch.inference_mode()
-def measure(name: str, layers: Layers, tokens: int, bandwidth: float, flops: float) -> dict:
+def measure(name: str, layers: Layers, tokens: int, bandwidth: float, flops: float, search: bool) -> dict:
     x = _normal(tokens, layers.width)
     routing = layers.route(tokens)
     touched = statistics.mean(len(experts.unique()) for experts, _ in routing)
@@ -224,7 +230,7 @@ def measure(name: str, layers: Layers, tokens: int, bandwidth: float, flops: flo
     parts |= {f"grouped {part}": compute for part, compute in grouped_parts(layers, x, routing).items()}
     tiles = {}
     if not DRY:
-        times = tile_times(layers, x, routing)
+        times = tile_times(layers, x, routing, candidates(layers, tokens, search))
         best = times[0]["tile"]
         parts |= {f"triton {part}": compute for part, compute in triton_parts(layers, x, routing, best).items()}
         whole["triton"] = partial(expert_mlp_triton, tile=best)
@@ -264,10 +270,11 @@ def main() -> None:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS[:2] if DRY else TOKENS)))
     parser.add_argument("--bandwidth", type=float, default=4.35e12, help="bytes a second")
     parser.add_argument("--flops", type=float, default=7e14, help="of matrix products, a second")
+    parser.add_argument("--no-search", dest="search", action="store_false", help="time the chosen tile alone")
     args = parser.parse_args()
     record = {
         "command": f"python -m tests.gpu.profile_experts --models {args.models} --tokens {args.tokens}"
-        f" --bandwidth {args.bandwidth:g} --flops {args.flops:g}",
+        f" --bandwidth {args.bandwidth:g} --flops {args.flops:g}" + " --no-search" * (not args.search),
         "commit": args.commit,
         **versions(DEVICE.type),
         "rows": [],
@@ -276,7 +283,7 @@ def main() -> None:
     for name in args.models.split(","):
         layers = Layers(json.loads(Path("models", name, "config.json").read_text()))
         for tokens in map(int, args.tokens.split(",")):
-            record["rows"].append(measure(name, layers, tokens, args.bandwidth, args.flops))
+            record["rows"].append(measure(name, layers, tokens, args.bandwidth, args.flops, args.search))
             print(lines(record["rows"][-1]), flush=True)
             args.out.write_text(json.dumps(record, indent=1) + "\n")
         del layers

@@ -43,6 +43,7 @@ from kernels.paged_prefill_gluon import paged_prefill_gluon
 from kernels.paged_prefill_triton import paged_prefill_triton
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
 from kernels.redundancy_triton import redundancy_triton
+from kernels.route_triton import route_triton
 from kernels.sample_from_logits_triton import sample_from_logits_triton
 from kernels.select_triton import select_triton
 from kernels.silu_mul_triton import silu_mul_triton
@@ -51,7 +52,6 @@ from kernels.store_kv_triton import store_kv_triton
 from kernels.store_positions_triton import store_positions_triton
 from kernels.store_predictions_triton import store_predictions_triton
 from kernels.store_step_triton import store_step_triton
-from kernels.topk_softmax_triton import topk_softmax_triton
 
 LAYERS, REQUESTS, HEADS, GROUP, DIM, BLOCK, MAX_BLOCKS, TOKENS, WINDOW = 3, 5, 2, 4, 64, 16, 6, 7, 8
 DTYPE = torch.bfloat16
@@ -171,7 +171,8 @@ def compile_experts(dtype: torch.dtype, width: int, *tiles: ExpertTile) -> None:
     gate_up, down = torch.zeros(experts, 2 * inner, width, dtype=dtype), torch.zeros(experts, width, inner, dtype=dtype)
     biases = gate_up[:, :, 0].contiguous(), down[:, :, 0].contiguous()
     x, shares = torch.zeros(TOKENS, width, dtype=dtype), torch.zeros(TOKENS, 4)
-    topk_softmax_triton(torch.zeros(TOKENS, experts), 4, normalized=True)
+    for bias in (None, torch.zeros(experts)):
+        route_triton(torch.zeros(TOKENS, width, dtype=dtype), torch.zeros(experts, width), bias, 4, normalized=True)
     group_by_expert(longs(2048, 4), experts, tiles[0], {"DEPENDENT": False})
     for tile in tiles:
         for given in (None, biases):
