@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.expert_tiles import MOST_TOKENS
 from kernels.layout import check_index, check_rows, fail
 from kernels.silu_mul import silu_mul, silu_mul_reference
 
@@ -18,8 +17,6 @@ Gate = Callable[[Tensor], Tensor]
 
 GROUPED_BYTES = 16
 """PyTorch's grouped product wants rows of a multiple of so many bytes."""
-GROUPED_CAPABILITIES = (9, 10)
-"""Major compute capabilities where it reads the groups on the device, in bfloat16. Elsewhere the host reads them."""
 
 
 def expert_mlp(
@@ -51,17 +48,12 @@ def expert_mlp(
         ValueError: an argument's shape, dtype, device or layout is not as above.
     """
     _check(x, experts, shares, gate_up, down, biases)
-    aligned = all(size * x.itemsize % GROUPED_BYTES == 0 for size in (x.shape[1], down.shape[2]))
-    if x.is_cuda and not (aligned and len(x) > MOST_TOKENS and _groups_on_device(x)):
+    if x.is_cuda:
         with torch.cuda.device(x.device):
             return _triton()(x, experts, shares, gate_up, down, biases, gate)
+    aligned = all(size * x.itemsize % GROUPED_BYTES == 0 for size in (x.shape[1], down.shape[2]))
     compute = expert_mlp_grouped if aligned else expert_mlp_all
     return compute(x, experts, shares, gate_up, down, biases, gate)
-
-
-def _groups_on_device(x: Tensor) -> bool:
-    """Whether PyTorch's grouped product reads the groups of x on the GPU."""
-    return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in GROUPED_CAPABILITIES
 
 
 def _check(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor, biases: Biases | None) -> None:

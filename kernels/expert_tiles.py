@@ -40,8 +40,6 @@ EXACT = ExpertTile(16, 64, 32, 3)
 """Of float32."""
 ROWS_PER_TOKEN = 2
 """Rows of a tile over an expert's tokens if all experts have as many: few experts then need two tiles."""
-MOST_TOKENS = 1024
-"""Up to which these products were measured; PyTorch's grouped product took 1.5 to 2.5 times as long."""
 
 
 def find_tile(tokens: int, active: int, num_experts: int, itemsize: int, large: bool) -> ExpertTile:
