@@ -12,7 +12,6 @@ from torch import Tensor
 from kernels.cache_view import CacheView, check_view, entries_reference
 from kernels.layout import check_index, fail
 
-
 MOST_DIM = 128
 """Of a head."""
 
