@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 def with_ends(llm: LLM, **options) -> list[SamplingParams]:
     """For each prompt, options under which tokens that it draws anyway are end tokens."""
-    drawn = tokens_of(llm.generate(PROMPTS, greedy(40), use_tqdm=False))
+    drawn = tokens_of(llm.generate(PROMPTS, greedy(12), use_tqdm=False))
     return [greedy(NUM_TOKENS, seed=3, stop_token_ids=[tokens[4], tokens[11]], **options) for tokens in drawn]
 
 
