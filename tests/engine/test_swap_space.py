@@ -12,7 +12,7 @@ from zipage import LLM
 from zipage.scheduling import swap_space
 
 PROMPTS = random_prompts((5, 33, 17, 40, 21, 70), VOCAB)
-TOKENS = 50
+TOKENS = 44
 LATE = {"budget": 48, "interval": 48}
 """Six blocks between compressions, so that many leave before their first."""
 UNEQUAL = {"allocation": "adaptive", "enable_prefix_caching": False}
