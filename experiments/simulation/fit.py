@@ -3,7 +3,7 @@
 Six stages, each with what those before have found:
 
 1. Shares of a compression and of prefill attention, from the kernels' benchmark.
-2. Shares of products and attention and the constants of a layer, by least squares over a profile's parts of a step and
+2. What a product takes beside its bytes, from products of five sizes in a profile of ranks. Shares of products and attention and the constants of a layer, by least squares over a profile's parts of a step and
    over step times of the engine's benchmark. Which steps an arm takes is simulated once: constants change their times.
 3. What a sum over GPUs takes: the link's share from the gather in a profile of two ranks, the rest from an arm on two.
 4. What it takes to launch a layer kernel by kernel, from the slowest steps of an arm of small layers.
@@ -41,8 +41,8 @@ from experiments.simulation.step_model import LOGIT_BYTES, StepModel
 RECORDS = ROOT / "results" / "records"
 PROFILED_MODEL = ROOT / "models" / "qwen3-8b-shape"
 """Of `profile_step` and of the kernels' benchmark."""
-PROFILED_ROWS = 64
-"""Requests of the profile of ranks."""
+PROFILED_ROWS, PROFILED_STEPS = 64, 10
+"""Requests and steps of the profile of ranks."""
 SHARED = "full:256x1024="
 """A case of the profile whose requests share some of their blocks, so that their attention comes out too fast
 (docs/performance.md)."""
@@ -82,6 +82,20 @@ def profiled(path: Path) -> list[tuple[dict[str, Any], tuple[float, float, float
         named = [us.pop("matmul"), us.pop("attention")]
         parts.append((case, tuple(1e-6 * value for value in (*named, sum(us.values())))))
     return parts
+
+
+def product_constant(machine: Machine, path: Path) -> Machine:
+    """Stage 2, from a profile of ranks: where the line of products' times over their bytes begins."""
+    profile = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads((PROFILED_MODEL / "config.json").read_text(encoding="utf-8"))
+    width, inner, head_dim = (config[name] for name in ("hidden_size", "intermediate_size", "head_dim"))
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    rows = (head_dim * (heads + 2 * kv_heads), head_dim * heads, 2 * inner, inner, config["vocab_size"])
+    sizes = np.sort(rows) * width * LOGIT_BYTES / profile["gpus"]
+    kernels = [row for row in profile["rows"] if row["kernel"].startswith("nvjet")]
+    seconds = np.sort([1e-3 * row["ms_a_step"] * PROFILED_STEPS / row["calls"] for row in kernels])
+    _, begin = np.polyfit(sizes, seconds, 1, w=1 / seconds)
+    return replace(machine, product_seconds=max(0.0, float(begin)))
 
 
 def device_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredArm]) -> Machine:
@@ -129,7 +143,7 @@ def few_rows_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredA
             shape = base.times.shape
             now = StepModel(changed(values), shape)
             found += _off(measured, base, now, StepModel(machine, shape))
-            long = np.quantile(sum(now.parts(*base.works()[:-1])), 0.9)
+            long = np.quantile(sum(now.parts(*base.works())), 0.9)
             found.append(float(np.log(1e3 * long / measured.row["step_ms"]["p90"])))
         return found
 
@@ -139,8 +153,8 @@ def few_rows_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredA
 def _off(measured: MeasuredArm, base: SimulatedArm, now: StepModel, before: StepModel) -> list[float]:
     """By how much the time of an arm's steps is off under other constants: their sum and their median."""
     works = base.works()
-    after = sum(now.parts(*works[:-1]))
-    seconds = sum(repeat.seconds for repeat in base.repeats) + float(np.sum(after - sum(before.parts(*works[:-1]))))
+    after = sum(now.parts(*works))
+    seconds = sum(repeat.seconds for repeat in base.repeats) + float(np.sum(after - sum(before.parts(*works))))
     tokens = sum(repeat.tokens for repeat in base.repeats)
     rate = tokens / seconds / measured.row["tokens_per_second"]
     return [float(np.log(rate)), float(np.log(1e3 * np.median(after) / measured.row["step_ms"]["p50"]))]
@@ -214,7 +228,7 @@ def request_constant(machine: Machine, rows: Sequence[dict[str, Any]]) -> Machin
 def as_yaml(machine: Machine, head: str) -> str:
     lines = [f"# {head}"]
     for name, value in asdict(machine).items():
-        if name != "eager":
+        if value is not None and name not in ("eager", "launches_prompts"):
             lines.append(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
     return "\n".join(lines) + "\n"
 
@@ -294,7 +308,7 @@ def _of_engines(machine: Machine, options: Namespace) -> Machine:
     """Stages 1 to 5."""
     machine = kernel_shares(machine, options.kernels)
     arms = [arm for folder in options.device for arm in measured_arms(folder)]
-    machine = device_constants(machine, options.profile, arms)
+    machine = device_constants(product_constant(machine, options.link), options.profile, arms)
     machine = collective_constant(link_share(machine, options.link), _one_arm(options.ranks))
     machine = launch_constant(machine, _one_arm(options.launch))
     if options.trials:

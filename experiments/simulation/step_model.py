@@ -3,6 +3,7 @@
 A roofline with shares: each part of a step reaches its own share of the machine's bandwidth or arithmetic.
 
     products   = ((weights / bandwidth)^4 + (tokens x operations / flops)^4)^(1/4)      a roofline with a round corner
+               + number of products x a constant
     attention  = layers x a constant + entries x bytes / bandwidth + prefill pairs x operations / flops
                + entries x bytes / whole bandwidth x a constant / requests^(1/2)      some have more to read
     the rest   = layers x (a constant + tokens x bytes of a row / bandwidth) + sampled tokens x vocabulary x a constant
@@ -13,7 +14,8 @@ A roofline with shares: each part of a step reaches its own share of the machine
 `link` is what a GPU of N has for what the N - 1 others hold: N / (N - 1) of a share of the published bandwidth.
 
 The host takes a constant and a constant a request. A step that is no graph also takes as long as the host launches its
-kernels, a constant a layer.
+kernels, a constant a layer. A graph that no step has asked for before is captured first: its kernels are launched twice,
+once to warm up.
 """
 
 from __future__ import annotations
@@ -36,6 +38,12 @@ MLP_BYTES = 3.4
 """The same of each token and number of the MLP's inner width."""
 LOGIT_BYTES = 2
 """Of a logit that is gathered from the ranks, in bfloat16."""
+LAYER_PRODUCTS = 4
+"""Queries, keys and values; attention's output; gate and up; down."""
+CAPTURE_LAUNCHES = 2
+"""Times that a step's kernels are launched to make it a graph: to warm up, and to be captured."""
+TIMED = 6
+"""Fields of `StepWork` that the device's time depends on, the first ones."""
 
 
 class StepModel:
@@ -56,7 +64,7 @@ class StepModel:
         return int(logits + MLP_BYTES * max_num_batched_tokens * spec.mlp_width / self.shape.ranks)
 
     def step(self, work: StepWork) -> float:
-        return float(sum(self.parts(*work[:-1])))
+        return float(sum(self.parts(*work[:TIMED])))
 
     def parts(
         self, num_decodes: Any, decode_entries: Any, prefill_tokens: Any = 0, prefill_entries: Any = 0,
@@ -69,6 +77,7 @@ class StepModel:
         reads = sizes.weight_bytes / (m.bandwidth * m.weight_share)
         arithmetic = tokens * sizes.token_flops / (m.flops * m.product_share)
         products = (reads**CORNER + arithmetic**CORNER) ** (1 / CORNER)
+        products += (LAYER_PRODUCTS * shape.layers + 1) * m.product_seconds
         entries = decode_entries + all_decode * prefill_entries
         passes = 1 / m.entry_share + m.imbalance * most(num_decodes, 1) ** -0.5
         attention = shape.layers * m.attention_seconds + entries * sizes.kv_bytes / m.bandwidth * passes
@@ -88,8 +97,10 @@ class StepModel:
         return self.machine.host_seconds + self.machine.host_row_seconds * work.num_decodes
 
     def launch(self, work: StepWork) -> float:
-        is_graph = work.is_graph and not self.machine.eager
-        return 0.0 if is_graph else self.shape.layers * self.machine.launch_seconds
+        m = self.machine
+        is_eager = m.eager or (m.launches_prompts and not work.all_decode)
+        times = CAPTURE_LAUNCHES * work.num_captures if work.is_graph and not is_eager else 1
+        return times * self.shape.layers * m.launch_seconds
 
     def compression(self, work: CompressionWork) -> CompressionTime:
         m, kv_bytes = self.machine, self.shape.sizes.kv_bytes

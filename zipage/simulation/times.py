@@ -20,6 +20,7 @@ class StepWork(NamedTuple):
         all_decode: tokens of prompts attend as decodes, so that each reads all before it anew.
         moved_blocks: to host memory and back, of requests that are paused and resumed.
         is_graph: the step would be one CUDA graph.
+        num_captures: graphs that are captured before it, since no step has asked for them yet.
     """
 
     num_decodes: int
@@ -29,6 +30,7 @@ class StepWork(NamedTuple):
     all_decode: bool = True
     moved_blocks: int = 0
     is_graph: bool = True
+    num_captures: int = 0
 
 
 class CompressionWork(NamedTuple):
@@ -79,6 +81,6 @@ class DeviceTimes(Protocol):
 
     def launch(self, work: StepWork) -> float:
         """Seconds in which the host launches a step's kernels, while the device is at work on those before; 0 for a
-        graph."""
+        graph that was captured earlier."""
 
     def compression(self, work: CompressionWork) -> CompressionTime: ...
