@@ -6,8 +6,9 @@ Six stages, each with what those before have found:
 2. What a product takes beside its bytes, from products of five sizes in a profile of ranks. Shares of products and attention and the constants of a layer, by least squares over a profile's parts of a step and
    over step times of the engine's benchmark. Which steps an arm takes is simulated once: constants change their times.
 3. What a sum over GPUs takes: the link's share from the gather in a profile of two ranks, the rest from an arm on two.
-4. What it takes to launch a layer kernel by kernel, from the slowest steps of an arm of small layers.
-5. What the host takes, from arms whose steps are so short that it shows, each simulated anew at every trial.
+4. What it takes to launch a layer kernel by kernel, from tokens/s of an arm of small layers that was timed once.
+5. What the host takes, from arms whose steps are so short that it shows (their tokens/s, number, median and slowest
+   tenth), each simulated anew at every trial.
 6. What a request takes to its engine, from the median TTFT of a server. It needs the trace that was served.
 
 `--few-rows` fits what few rows and unequal lengths change, and nothing else: from a profile's steps, whose kernels
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares, minimize
+from scipy.optimize import brentq, least_squares, minimize
 
 from experiments.command_line import Parser, stoppable
 from experiments.errors import UsageError
@@ -51,7 +52,9 @@ DEVICE = (
     *("attention_seconds", "layer_seconds", "row_passes", "sample_seconds"),
 )
 FEW = ("imbalance", "overlap_seconds")
-HOST = ("host_row_seconds", "compression_seconds", "compression_score_seconds", "interpreter_share")
+HOST = ("host_seconds", "host_row_seconds", "compression_seconds", "compression_score_seconds", "interpreter_share")
+LAUNCHES = 1e-4, 4e-3
+"""Between which a layer's launch is sought, in seconds."""
 LARGEST, SMALLEST = 0.99, 1e-15
 """Of a share, and of any constant that is fitted as its logarithm."""
 
@@ -170,13 +173,13 @@ def link_share(machine: Machine, path: Path) -> Machine:
 
 
 def launch_constant(machine: Machine, measured: MeasuredArm) -> Machine:
-    """Stage 4: what a layer must take for the 99th percentile of an arm's steps, launched kernel by kernel."""
-    for _ in range(3):
-        simulated = simulate_arm(measured.arm, machine)
-        lacking = measured.row["step_ms"]["p99"] - simulated.row["step_ms"]["p99"]
-        seconds = machine.launch_seconds + 1e-3 * lacking / simulated.times.shape.layers
-        machine = replace(machine, launch_seconds=max(0.0, seconds))
-    return machine
+    """Stage 4: what a layer must take for the tokens/s of an arm with prompts and captures, launched kernel by kernel."""
+
+    def off(seconds: float) -> float:
+        row = simulate_arm(measured.arm, replace(machine, launch_seconds=seconds)).row
+        return float(np.log(row["tokens_per_second"] / measured.row["tokens_per_second"]))
+
+    return replace(machine, launch_seconds=float(brentq(off, *LAUNCHES, xtol=1e-5)))
 
 
 def collective_constant(machine: Machine, measured: MeasuredArm) -> Machine:
@@ -201,6 +204,8 @@ def host_constants(machine: Machine, arms: Sequence[MeasuredArm], trials: int) -
             row = simulate_arm(measured.arm, changed(values)).row
             for name in ("tokens_per_second", "steps"):
                 total += np.log(row[name] / measured.row[name]) ** 2
+            for share in ("p50", "p90"):
+                total += np.log(row["step_ms"][share] / measured.row["step_ms"][share]) ** 2
         return total
 
     begin = np.log([getattr(machine, name) for name in HOST])
@@ -263,9 +268,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--link", type=Path, default=RECORDS / "ranks_profile_h200.json", help="a profile of ranks")
     parser.add_argument(
         "--launch",
-        default=str(RECORDS / "engine_bench_policies_h100" / "random"),
+        default=str(RECORDS / "engine_bench_redesign_h100" / "after_small1" / "full"),
         metavar="RECORD/ARM",
-        help="an arm whose slowest steps the host launches kernel by kernel",
+        help="an arm of small layers, timed once: its host launches prompts, and graphs that it captures",
     )
     served = RECORDS / "serve_trace_four_h100"
     parser.add_argument("--served", type=Path, default=served, help="a folder of records of scenario=serve_bench")
