@@ -5,7 +5,8 @@ Six stages, each with what those before have found:
 1. Shares of a compression and of prefill attention, from the kernels' benchmark.
 2. What a product takes beside its bytes, from products of five sizes in a profile of ranks. Shares of products and attention and the constants of a layer, by least squares over a profile's parts of a step and
    over step times of the engine's benchmark. Which steps an arm takes is simulated once: constants change their times.
-3. What a sum over GPUs takes: the link's share from the gather in a profile of two ranks, the rest from an arm on two.
+3. What crosses the link: a gather's share of it from a profile of two ranks; what a sum takes, and its share, from two
+   arms on two GPUs, of 64 rows and of 250.
 4. What it takes to launch a layer kernel by kernel, from tokens/s of an arm of small layers that was timed once.
 5. What the host takes, from arms whose steps are so short that it shows (their tokens/s, number, median and slowest
    tenth), each simulated anew at every trial.
@@ -51,6 +52,7 @@ DEVICE = (
     *("weight_share", "product_share", "entry_share"),
     *("attention_seconds", "layer_seconds", "row_passes", "sample_seconds"),
 )
+SUMS = ("collective_seconds", "sum_share")
 FEW = ("imbalance", "overlap_seconds")
 HOST = ("host_seconds", "host_row_seconds", "compression_seconds", "compression_score_seconds", "interpreter_share")
 LAUNCHES = 1e-4, 4e-3
@@ -87,6 +89,14 @@ def profiled(path: Path) -> list[tuple[dict[str, Any], tuple[float, float, float
     return parts
 
 
+def _reads(case: dict[str, Any], shape: SimulatedShape) -> dict[str, float]:
+    """What a profiled step reads. Its lengths are spread evenly unless the case ends in `=`."""
+    rows, entries = case["rows"], case["kv_bytes"] / shape.sizes.kv_bytes
+    mean = entries / rows
+    lengths = np.full(rows, mean) if case["case"].endswith("=") else np.linspace(1, 2 * mean, rows)
+    return {"num_decodes": rows, "decode_entries": entries, "decode_squares": float((lengths**2).sum())}
+
+
 def product_constant(machine: Machine, path: Path) -> Machine:
     """Stage 2, from a profile of ranks: where the line of products' times over their bytes begins."""
     profile = json.loads(path.read_text(encoding="utf-8"))
@@ -112,8 +122,7 @@ def device_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredArm
         changed = replace(machine, **dict(zip(DEVICE, np.exp(values).tolist())))
         model, found = StepModel(changed, profile_shape), []
         for case, measured in cases:
-            entries = case["kv_bytes"] / profile_shape.sizes.kv_bytes
-            parts = np.array(model.parts(case["rows"], entries))
+            parts = np.array(model.parts(**_reads(case, profile_shape)))
             parts[2] -= changed.sample_seconds * case["rows"] * profile_shape.sizes.vocab_size  # not profiled
             off = (parts - measured) / sum(measured)
             found += [off[0], off[2]] if case["case"] == SHARED else list(off)
@@ -140,7 +149,7 @@ def few_rows_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredA
     def residuals(values: np.ndarray) -> list[float]:
         model, found = StepModel(changed(values), profile_shape), []
         for case in cases:
-            seconds = float(sum(model.parts(case["rows"], case["kv_bytes"] / profile_shape.sizes.kv_bytes)))
+            seconds = float(sum(model.parts(**_reads(case, profile_shape))))
             found.append(float(np.log(1e3 * seconds / case["step_ms"])))
         for measured, base in zip(arms, simulated):
             shape = base.times.shape
@@ -182,13 +191,22 @@ def launch_constant(machine: Machine, measured: MeasuredArm) -> Machine:
     return replace(machine, launch_seconds=float(brentq(off, *LAUNCHES, xtol=1e-5)))
 
 
-def collective_constant(machine: Machine, measured: MeasuredArm) -> Machine:
-    """Stage 3: what a sum over GPUs must take for the median step of an arm on several of them."""
-    free = replace(machine, collective_seconds=0.0)
-    simulated = simulate_arm(measured.arm, free)
-    lacking = measured.row["step_ms"]["p50"] - simulated.row["step_ms"]["p50"]
-    sums = 2 * simulated.times.shape.layers
-    return replace(machine, collective_seconds=max(0.0, 1e-3 * lacking / sums))
+def sum_constants(machine: Machine, arms: Sequence[MeasuredArm]) -> Machine:
+    """Stage 3: what a sum over GPUs must take for the median steps of arms with few and with many rows."""
+    simulated = [simulate_arm(measured.arm, machine) for measured in arms]
+
+    def changed(values: np.ndarray) -> Machine:
+        return replace(machine, **dict(zip(SUMS, np.exp(values).tolist())))
+
+    def residuals(values: np.ndarray) -> list[float]:
+        found = []
+        for measured, base in zip(arms, simulated):
+            after = sum(StepModel(changed(values), base.times.shape).parts(*base.works()))
+            found.append(float(np.log(1e3 * np.median(after) / measured.row["step_ms"]["p50"])))
+        return found
+
+    begin = np.log([getattr(machine, name) for name in SUMS])
+    return changed(least_squares(residuals, np.minimum(begin, -1e-2), bounds=(-np.inf, (np.inf, 0.0))).x)
 
 
 def host_constants(machine: Machine, arms: Sequence[MeasuredArm], trials: int) -> Machine:
@@ -261,9 +279,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--ranks",
-        default=str(RECORDS / "engine_bench_ranks_h100" / "two_h100" / "two"),
+        nargs="+",
+        default=[
+            str(RECORDS / "engine_bench_ranks_h100" / "two_h100" / "two"),
+            str(RECORDS / "engine_bench_short_ranks_h100" / "two_zipage_short" / "two_zipage"),
+        ],
         metavar="RECORD/ARM",
-        help="an arm on several GPUs",
+        help="arms on several GPUs, of few rows and of many",
     )
     parser.add_argument("--link", type=Path, default=RECORDS / "ranks_profile_h200.json", help="a profile of ranks")
     parser.add_argument(
@@ -314,13 +336,13 @@ def _of_engines(machine: Machine, options: Namespace) -> Machine:
     machine = kernel_shares(machine, options.kernels)
     arms = [arm for folder in options.device for arm in measured_arms(folder)]
     machine = device_constants(product_constant(machine, options.link), options.profile, arms)
-    machine = collective_constant(link_share(machine, options.link), _one_arm(options.ranks))
+    machine = sum_constants(link_share(machine, options.link), [_one_arm(name) for name in options.ranks])
     machine = launch_constant(machine, _one_arm(options.launch))
     if options.trials:
         machine = host_constants(machine, [_one_arm(name) for name in options.host], options.trials)
     records = [options.kernels.name, options.profile.stem, *(folder.name for folder in options.device)]
     records.append(options.link.stem)
-    others = [options.ranks, options.launch, *(options.host if options.trials else [])]
+    others = [*options.ranks, options.launch, *(options.host if options.trials else [])]
     records += ["/".join(Path(name).parts[-2:]) for name in dict.fromkeys(others)]
     return replace(machine, origin=f"published rates; constants fitted to {', '.join(records)}")
 

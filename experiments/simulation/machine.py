@@ -33,7 +33,8 @@ class Machine:
         overlap_seconds: that a layer of few rows saves, since each kernel is launched before the one ahead has ended.
         row_passes: how often they move the numbers of a token, `width` of them.
         sample_seconds: of sampling, for each request and token of the vocabulary.
-        collective_seconds: of a sum over GPUs, twice a layer. link_share: of the link's bandwidth that it reaches.
+        collective_seconds: of a sum over GPUs, twice a layer. sum_share: of the link's bandwidth that it reaches.
+            link_share: that a gather of logits reaches.
         host_seconds, host_row_seconds: of scheduling and booking a step, and for each request in it.
         launch_seconds: of launching a layer's kernels where they are no part of a graph.
         eager: no step is a graph. launches_prompts: no step is whose prompts have attention of their own, as before
@@ -67,6 +68,7 @@ class Machine:
     sample_seconds: float
     collective_seconds: float
     link_share: float
+    sum_share: float
     host_seconds: float
     host_row_seconds: float
     launch_seconds: float
