@@ -89,14 +89,6 @@ def profiled(path: Path) -> list[tuple[dict[str, Any], tuple[float, float, float
     return parts
 
 
-def _reads(case: dict[str, Any], shape: SimulatedShape) -> dict[str, float]:
-    """What a profiled step reads. Its lengths are spread evenly unless the case ends in `=`."""
-    rows, entries = case["rows"], case["kv_bytes"] / shape.sizes.kv_bytes
-    mean = entries / rows
-    lengths = np.full(rows, mean) if case["case"].endswith("=") else np.linspace(1, 2 * mean, rows)
-    return {"num_decodes": rows, "decode_entries": entries, "decode_squares": float((lengths**2).sum())}
-
-
 def product_constant(machine: Machine, path: Path) -> Machine:
     """Stage 2, from a profile of ranks: where the line of products' times over their bytes begins."""
     profile = json.loads(path.read_text(encoding="utf-8"))
@@ -122,7 +114,8 @@ def device_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredArm
         changed = replace(machine, **dict(zip(DEVICE, np.exp(values).tolist())))
         model, found = StepModel(changed, profile_shape), []
         for case, measured in cases:
-            parts = np.array(model.parts(**_reads(case, profile_shape)))
+            entries = case["kv_bytes"] / profile_shape.sizes.kv_bytes
+            parts = np.array(model.parts(case["rows"], entries))
             parts[2] -= changed.sample_seconds * case["rows"] * profile_shape.sizes.vocab_size  # not profiled
             off = (parts - measured) / sum(measured)
             found += [off[0], off[2]] if case["case"] == SHARED else list(off)
@@ -149,7 +142,7 @@ def few_rows_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredA
     def residuals(values: np.ndarray) -> list[float]:
         model, found = StepModel(changed(values), profile_shape), []
         for case in cases:
-            seconds = float(sum(model.parts(**_reads(case, profile_shape))))
+            seconds = float(sum(model.parts(case["rows"], case["kv_bytes"] / profile_shape.sizes.kv_bytes)))
             found.append(float(np.log(1e3 * seconds / case["step_ms"])))
         for measured, base in zip(arms, simulated):
             shape = base.times.shape

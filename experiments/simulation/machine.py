@@ -127,7 +127,9 @@ def machine_of(values: dict[str, Any], source: str) -> Machine:
     known = {field.name: field for field in fields(Machine)}
     if unknown := sorted(set(values) - set(known)):
         raise UsageError(f"{source}: unknown option {unknown[0]}; known: {', '.join(known)}")
-    if missing := sorted(set(known) - set(values) - {field.name for field in fields(Machine) if field.default is not MISSING}):
+    if missing := sorted(
+        set(known) - set(values) - {field.name for field in fields(Machine) if field.default is not MISSING}
+    ):
         raise UsageError(f"{source}: {missing[0]} is missing")
     plain = ("name", "origin", "eager", "launches_prompts", "until")
     try:

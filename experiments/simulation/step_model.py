@@ -5,13 +5,13 @@ A roofline with shares: each part of a step reaches its own share of the machine
     products   = ((weights / bandwidth)^4 + (tokens x operations / flops)^4)^(1/4)      a roofline with a round corner
                + number of products x a constant
     attention  = layers x a constant + entries x bytes / bandwidth + prefill pairs x operations / flops
-               + entries x bytes / whole bandwidth x a constant x spread / requests^(1/2)      some have more to read
+               + entries x bytes / whole bandwidth x a constant / requests^(1/2)      some have more to read
     the rest   = layers x (a constant + tokens x bytes of a row / bandwidth) + sampled tokens x vocabulary x a constant
                - layers x a constant where kernels of few rows overlap
     ranks      = 2 x layers x (latency + 2 x tokens x bytes of a row / link) + sampled tokens x bytes of logits / link
     moves      = blocks to host memory and back / host link, as far as the step beside them is shorter
 
-`spread` is the standard deviation of what requests read over its mean. `link` is what a GPU of N has for what the N - 1 others hold: N / (N - 1) of a share of the published bandwidth, one of
+`link` is what a GPU of N has for what the N - 1 others hold: N / (N - 1) of a share of the published bandwidth, one of
 sums, one of gathers.
 
 The host takes a constant and a constant a request. A step that is no graph also takes as long as the host launches its
@@ -43,7 +43,7 @@ LAYER_PRODUCTS = 4
 """Queries, keys and values; attention's output; gate and up; down."""
 CAPTURE_LAUNCHES = 2
 """Times that a step's kernels are launched to make it a graph: to warm up, and to be captured."""
-TIMED = 7
+TIMED = 6
 """Fields of `StepWork` that the device's time depends on, the first ones."""
 
 
@@ -69,7 +69,7 @@ class StepModel:
 
     def parts(
         self, num_decodes: Any, decode_entries: Any, prefill_tokens: Any = 0, prefill_entries: Any = 0,
-        all_decode: Any = 1, moved_blocks: Any = 0, decode_squares: Any = 0,
+        all_decode: Any = 1, moved_blocks: Any = 0,
     ) -> tuple[Any, Any, Any]:  # fmt: skip
         """Seconds of the matrix products, of attention and of the rest; of numbers or of arrays."""
         m, shape, sizes = self.machine, self.shape, self.shape.sizes
@@ -80,10 +80,8 @@ class StepModel:
         products = (reads**CORNER + arithmetic**CORNER) ** (1 / CORNER)
         products += (LAYER_PRODUCTS * shape.layers + 1) * m.product_seconds
         entries = decode_entries + all_decode * prefill_entries
-        # The mean over requests of entries times their spread, over the square root of how many they are.
-        uneven = most(decode_squares - decode_entries * decode_entries / most(num_decodes, 1), 0) ** 0.5
-        reads_late = entries / m.entry_share + m.imbalance * uneven
-        attention = shape.layers * m.attention_seconds + reads_late * sizes.kv_bytes / m.bandwidth
+        passes = 1 / m.entry_share + m.imbalance * most(num_decodes, 1) ** -0.5
+        attention = shape.layers * m.attention_seconds + entries * sizes.kv_bytes / m.bandwidth * passes
         attention += (1 - all_decode) * prefill_entries * shape.pair_flops / (m.flops * m.prefill_share)
         row = 2 * shape.width  # bytes
         overlapped = m.overlap_seconds * (tokens <= OVERLAPPED_ROWS)
