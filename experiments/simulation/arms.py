@@ -111,8 +111,8 @@ def started(options: Mapping[str, Any], times: StepModel) -> SimulatedLLM:
 
 
 def simulate_arm(arm: Arm, machine: Machine) -> SimulatedArm:
-    """Run an arm on a machine that is simulated, as it is measured: a first repeat captures graphs that no warm-up asked
-    for, so that repeats differ.
+    """Run an arm on a machine that is simulated, as it is measured: the first repeat captures graphs that no warm-up
+    asked for.
 
     Raises:
         RunError: as `experiments.bench.measure.measure`.

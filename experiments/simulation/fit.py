@@ -3,8 +3,9 @@
 Six stages, each with what those before have found:
 
 1. Shares of a compression and of prefill attention, from the kernels' benchmark.
-2. What a product takes beside its bytes, from products of five sizes in a profile of ranks. Shares of products and attention and the constants of a layer, by least squares over a profile's parts of a step and
-   over step times of the engine's benchmark. Which steps an arm takes is simulated once: constants change their times.
+2. What a product takes beside its bytes, from products of five sizes in a profile of ranks. Shares of products and
+   attention and the constants of a layer, by least squares over a profile's parts of a step and over step times of the
+   engine's benchmark. Which steps an arm takes is simulated once: constants change their times.
 3. What crosses the link: a gather's share of it from a profile of two ranks; what a sum takes, and its share, from two
    arms on two GPUs, of 64 rows and of 250.
 4. What it takes to launch a layer kernel by kernel, from tokens/s of an arm of small layers that was timed once.
@@ -175,7 +176,7 @@ def link_share(machine: Machine, path: Path) -> Machine:
 
 
 def launch_constant(machine: Machine, measured: MeasuredArm) -> Machine:
-    """Stage 4: what a layer must take for the tokens/s of an arm with prompts and captures, launched kernel by kernel."""
+    """Stage 4: what a layer's launches must take for the tokens/s of an arm with prompts, and captures of graphs."""
 
     def off(seconds: float) -> float:
         row = simulate_arm(measured.arm, replace(machine, launch_seconds=seconds)).row

@@ -15,8 +15,8 @@ A roofline with shares: each part of a step reaches its own share of the machine
 sums, one of gathers.
 
 The host takes a constant and a constant a request. A step that is no graph also takes as long as the host launches its
-kernels, a constant a layer. A graph that no step has asked for before is captured first: its kernels are launched twice,
-once to warm up.
+kernels, a constant a layer. A graph that no step has asked for before is captured first, so that its kernels are
+launched twice, once to warm up.
 """
 
 from __future__ import annotations
