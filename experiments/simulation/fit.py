@@ -22,8 +22,10 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,11 @@ from scipy.optimize import brentq, least_squares, minimize
 from experiments.command_line import Parser, stoppable
 from experiments.errors import UsageError
 from experiments.paths import ROOT
-from experiments.records import ROWS
+from experiments.records import METRICS, ROWS
 from experiments.simulation.arms import MeasuredArm, SimulatedArm, measured_arms, simulate_arm
-from experiments.simulation.machine import Machine, read_machine
+from experiments.simulation.errors import machine_of_record
+from experiments.simulation.machine import MACHINES, Machine, file_of, read_machine
+from experiments.simulation.runs import simulate_run
 from experiments.simulation.served import compared_rates
 from experiments.simulation.shape import SimulatedShape
 from experiments.simulation.step_model import LOGIT_BYTES, StepModel
@@ -55,6 +59,7 @@ DEVICE = (
 )
 SUMS = ("collective_seconds", "sum_share")
 FEW = ("imbalance", "overlap_seconds")
+MOST_IMBALANCE = 8.0
 HOST = ("host_seconds", "host_row_seconds", "compression_seconds", "compression_score_seconds", "interpreter_share")
 LAUNCHES = 1e-4, 4e-3
 """Between which a layer's launch is sought, in seconds."""
@@ -90,6 +95,14 @@ def profiled(path: Path) -> list[tuple[dict[str, Any], tuple[float, float, float
     return parts
 
 
+def _reads(case: dict[str, Any], shape: SimulatedShape) -> dict[str, float]:
+    """What a profiled step reads. Its lengths are spread evenly unless the case ends in `=`."""
+    rows, entries = case["rows"], case["kv_bytes"] / shape.sizes.kv_bytes
+    mean = entries / rows
+    lengths = np.full(rows, mean) if case["case"].endswith("=") else np.linspace(1, 2 * mean, rows)
+    return {"num_decodes": rows, "decode_entries": entries, "decode_squares": float((lengths**2).sum())}
+
+
 def product_constant(machine: Machine, path: Path) -> Machine:
     """Stage 2, from a profile of ranks: where the line of products' times over their bytes begins."""
     profile = json.loads(path.read_text(encoding="utf-8"))
@@ -115,13 +128,13 @@ def device_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredArm
         changed = replace(machine, **dict(zip(DEVICE, np.exp(values).tolist())))
         model, found = StepModel(changed, profile_shape), []
         for case, measured in cases:
-            entries = case["kv_bytes"] / profile_shape.sizes.kv_bytes
-            parts = np.array(model.parts(case["rows"], entries))
+            parts = np.array(model.parts(**_reads(case, profile_shape)))
             parts[2] -= changed.sample_seconds * case["rows"] * profile_shape.sizes.vocab_size  # not profiled
             off = (parts - measured) / sum(measured)
             found += [off[0], off[2]] if case["case"] == SHARED else list(off)
         for measured, base, shape in zip(arms, simulated, shapes):
-            found += _off(measured, base, StepModel(changed, shape), StepModel(machine, shape))
+            now, before = (StepModel(on, shape, base.times.block_size) for on in (changed, machine))
+            found += _off(measured, base, now, before)
         return found
 
     begin = np.log([max(getattr(machine, name), SMALLEST) for name in DEVICE])
@@ -131,29 +144,55 @@ def device_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredArm
 
 
 def few_rows_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredArm]) -> Machine:
-    """What steps of few rows save, and what unequal lengths cost."""
+    """What steps of few rows save."""
     profile_shape = SimulatedShape.read(PROFILED_MODEL)
     cases = json.loads(profile.read_text(encoding="utf-8"))["cases"]
     simulated = [simulate_arm(measured.arm, machine) for measured in arms]
-    begin = np.array([1.0, 1e-5])
 
     def changed(values: np.ndarray) -> Machine:
-        return replace(machine, **dict(zip(FEW, (values * begin).tolist())))
+        return replace(machine, overlap_seconds=float(values[0]) * 1e-5)
 
     def residuals(values: np.ndarray) -> list[float]:
         model, found = StepModel(changed(values), profile_shape), []
         for case in cases:
-            seconds = float(sum(model.parts(case["rows"], case["kv_bytes"] / profile_shape.sizes.kv_bytes)))
+            seconds = float(sum(model.parts(**_reads(case, profile_shape))))
             found.append(float(np.log(1e3 * seconds / case["step_ms"])))
         for measured, base in zip(arms, simulated):
             shape = base.times.shape
-            now = StepModel(changed(values), shape)
-            found += _off(measured, base, now, StepModel(machine, shape))
+            now, before = (StepModel(on, shape, base.times.block_size) for on in (changed(values), machine))
+            found += _off(measured, base, now, before)
             long = np.quantile(sum(now.parts(*base.works())), 0.9)
             found.append(float(np.log(1e3 * long / measured.row["step_ms"]["p90"])))
         return found
 
-    return changed(least_squares(residuals, np.ones(2), bounds=(0, np.inf)).x)
+    return changed(least_squares(residuals, np.ones(1), bounds=(0, np.inf)).x)
+
+
+def block_constant(machine: Machine, measured: MeasuredArm) -> Machine:
+    """Stage 2: as how many entries more a block counts, for the median step of an arm with small ones."""
+    simulated, size = simulate_arm(measured.arm, machine), measured.arm.options["block_size"]
+
+    def off(entries: float) -> float:
+        model = StepModel(replace(machine, block_entries=entries), simulated.times.shape, size)
+        return float(1e3 * np.median(sum(model.parts(*simulated.works()))) - measured.row["step_ms"]["p50"])
+
+    return replace(machine, block_entries=float(brentq(off, 0, size)))
+
+
+def imbalance_constant(machine: Machine, folder: Path, trace: str | None) -> Machine:
+    """What unequal lengths must cost for the tokens/s of a whole run, on a machine of its time."""
+    like = MACHINES / file_of(machine_of_record(folder))
+    measured = json.loads((folder / METRICS).read_text(encoding="utf-8"))["output_tokens_per_second"]
+
+    def off(imbalance: float) -> float:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "machine.yaml"
+            path.write_text(f"like: {like}\nimbalance: {imbalance}\n", encoding="utf-8")
+            with redirect_stdout(sys.stderr):
+                simulated = simulate_run(folder, str(path), trace)["output_tokens_per_second"]
+            return float(np.log(simulated / measured))
+
+    return replace(machine, imbalance=float(brentq(off, 0, MOST_IMBALANCE, xtol=0.02)))
 
 
 def _off(measured: MeasuredArm, base: SimulatedArm, now: StepModel, before: StepModel) -> list[float]:
@@ -195,7 +234,8 @@ def sum_constants(machine: Machine, arms: Sequence[MeasuredArm]) -> Machine:
     def residuals(values: np.ndarray) -> list[float]:
         found = []
         for measured, base in zip(arms, simulated):
-            after = sum(StepModel(changed(values), base.times.shape).parts(*base.works()))
+            model = StepModel(changed(values), base.times.shape, base.times.block_size)
+            after = sum(model.parts(*base.works()))
             found.append(float(np.log(1e3 * np.median(after) / measured.row["step_ms"]["p50"])))
         return found
 
@@ -281,6 +321,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="RECORD/ARM",
         help="arms on several GPUs, of few rows and of many",
     )
+    parser.add_argument(
+        "--blocks",
+        default=str(RECORDS / "engine_bench_short_h100" / "full"),
+        metavar="RECORD/ARM",
+        help="an arm whose blocks are small",
+    )
     parser.add_argument("--link", type=Path, default=RECORDS / "ranks_profile_h200.json", help="a profile of ranks")
     parser.add_argument(
         "--launch",
@@ -297,6 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--few-rows", action="store_true", help="only what few rows change, from --profile and the arms of --device"
     )
+    parser.add_argument("--uneven", type=Path, metavar="RUN", help="with --few-rows: a whole run of unequal lengths")
     parser.add_argument("--trials", type=int, default=40, help="of the host's constants; 0 leaves them as they are")
     parser.add_argument("--out", type=Path, help="a file of conf/machine/; without, it is printed")
     options = parser.parse_args(arguments)
@@ -306,6 +353,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine = read_machine(options.machine)
         if options.few_rows:
             arms = [arm for folder in options.device for arm in measured_arms(folder)]
+            if options.uneven is not None:
+                machine = imbalance_constant(machine, options.uneven, options.trace)
             machine = few_rows_constants(machine, options.profile, arms)
             print("\n".join(f"{name}: {getattr(machine, name):.6g}" for name in FEW))
             return 0
@@ -330,13 +379,14 @@ def _of_engines(machine: Machine, options: Namespace) -> Machine:
     machine = kernel_shares(machine, options.kernels)
     arms = [arm for folder in options.device for arm in measured_arms(folder)]
     machine = device_constants(product_constant(machine, options.link), options.profile, arms)
+    machine = block_constant(machine, _one_arm(options.blocks))
     machine = sum_constants(link_share(machine, options.link), [_one_arm(name) for name in options.ranks])
     machine = launch_constant(machine, _one_arm(options.launch))
     if options.trials:
         machine = host_constants(machine, [_one_arm(name) for name in options.host], options.trials)
     records = [options.kernels.name, options.profile.stem, *(folder.name for folder in options.device)]
     records.append(options.link.stem)
-    others = [*options.ranks, options.launch, *(options.host if options.trials else [])]
+    others = [options.blocks, *options.ranks, options.launch, *(options.host if options.trials else [])]
     records += ["/".join(Path(name).parts[-2:]) for name in dict.fromkeys(others)]
     return replace(machine, origin=f"published rates; constants fitted to {', '.join(records)}")
 

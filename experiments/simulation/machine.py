@@ -26,11 +26,13 @@ class Machine:
         weight_share, product_share: of bandwidth and arithmetic that matrix products reach. product_seconds: of each
             product beside that, to begin and to end.
         entry_share, prefill_share: the same of attention to the cache, and within prompts.
-        imbalance: what attention takes longer for N requests of unequal lengths, times the square root of N: a share of
-            the time of their entries at the whole bandwidth.
+        block_entries: a block is read as if it had so many entries more.
+        imbalance: what attention takes longer for N requests of unequal lengths: the time of so many entries at the
+            whole bandwidth as the standard deviation of lengths, times the square root of N.
         attention_seconds: of a layer's attention beside that.
         layer_seconds: of a layer's small kernels.
-        overlap_seconds: that a layer of few rows saves, since each kernel is launched before the one ahead has ended.
+        overlap_seconds: that a layer saves since each kernel is launched before the one ahead has ended: the less the
+            more rows, and nothing from 64 on.
         row_passes: how often they move the numbers of a token, `width` of them.
         sample_seconds: of sampling, for each request and token of the vocabulary.
         collective_seconds: of a sum over GPUs, twice a layer. sum_share: of the link's bandwidth that it reaches.
@@ -81,6 +83,7 @@ class Machine:
     beside: float
     request_seconds: float
     imbalance: float = 0.0
+    block_entries: float = 0.0
     overlap_seconds: float = 0.0
     product_seconds: float = 0.0
     eager: bool = False

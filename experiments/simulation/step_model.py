@@ -4,10 +4,11 @@ A roofline with shares: each part of a step reaches its own share of the machine
 
     products   = ((weights / bandwidth)^4 + (tokens x operations / flops)^4)^(1/4)      a roofline with a round corner
                + number of products x a constant
-    attention  = layers x a constant + entries x bytes / bandwidth + prefill pairs x operations / flops
-               + entries x bytes / whole bandwidth x a constant / requests^(1/2)      some have more to read
+    attention  = layers x a constant + (entries + blocks x a constant) x bytes / bandwidth
+               + prefill pairs x operations / flops
+               + deviation of entries x requests^(1/2) x a constant x bytes / whole bandwidth
     the rest   = layers x (a constant + tokens x bytes of a row / bandwidth) + sampled tokens x vocabulary x a constant
-               - layers x a constant where kernels of few rows overlap
+               - layers x a constant where kernels of few rows overlap, the less the more rows
     ranks      = 2 x layers x (latency + 2 x tokens x bytes of a row / link) + sampled tokens x bytes of logits / link
     moves      = blocks to host memory and back / host link, as far as the step beside them is shorter
 
@@ -32,7 +33,7 @@ from zipage import CompressionTime, CompressionWork, StepWork
 CORNER = 4
 """How sharp the roofline's corner is: at 48, 128 and 256 rows of Qwen3-8B's shape it is as a profile shows it."""
 OVERLAPPED_ROWS = 64
-"""Rows of a step up to which kernels are launched before those ahead of them have ended."""
+"""Rows of a step below which kernels are launched before those ahead of them have ended."""
 LOGITS_COPIES = 48
 """Bytes of each logit that the largest step holds at once, as memory plans show them: float32, twelve times."""
 MLP_BYTES = 3.4
@@ -43,7 +44,7 @@ LAYER_PRODUCTS = 4
 """Queries, keys and values; attention's output; gate and up; down."""
 CAPTURE_LAUNCHES = 2
 """Times that a step's kernels are launched to make it a graph: to warm up, and to be captured."""
-TIMED = 6
+TIMED = 7
 """Fields of `StepWork` that the device's time depends on, the first ones."""
 
 
@@ -58,6 +59,7 @@ class StepModel:
         self.machine = machine
         self.shape = shape
         self.memory_bytes = int(machine.memory_bytes)
+        self.block_size = block_size
         self._block_bytes = block_size * shape.sizes.kv_bytes
 
     def activation_bytes(self, spec: Any, max_num_seqs: int, max_num_batched_tokens: int) -> int:
@@ -69,7 +71,7 @@ class StepModel:
 
     def parts(
         self, num_decodes: Any, decode_entries: Any, prefill_tokens: Any = 0, prefill_entries: Any = 0,
-        all_decode: Any = 1, moved_blocks: Any = 0,
+        all_decode: Any = 1, moved_blocks: Any = 0, decode_squares: Any = 0,
     ) -> tuple[Any, Any, Any]:  # fmt: skip
         """Seconds of the matrix products, of attention and of the rest; of numbers or of arrays."""
         m, shape, sizes = self.machine, self.shape, self.shape.sizes
@@ -80,11 +82,13 @@ class StepModel:
         products = (reads**CORNER + arithmetic**CORNER) ** (1 / CORNER)
         products += (LAYER_PRODUCTS * shape.layers + 1) * m.product_seconds
         entries = decode_entries + all_decode * prefill_entries
-        passes = 1 / m.entry_share + m.imbalance * most(num_decodes, 1) ** -0.5
-        attention = shape.layers * m.attention_seconds + entries * sizes.kv_bytes / m.bandwidth * passes
+        # Their deviation from the mean, times the square root of how many they are.
+        uneven = most(decode_squares - decode_entries * decode_entries / most(num_decodes, 1), 0) ** 0.5
+        waited = entries * (1 + m.block_entries / self.block_size) / m.entry_share + m.imbalance * uneven
+        attention = shape.layers * m.attention_seconds + waited * sizes.kv_bytes / m.bandwidth
         attention += (1 - all_decode) * prefill_entries * shape.pair_flops / (m.flops * m.prefill_share)
         row = 2 * shape.width  # bytes
-        overlapped = m.overlap_seconds * (tokens <= OVERLAPPED_ROWS)
+        overlapped = m.overlap_seconds * most(1 - tokens / OVERLAPPED_ROWS, 0)
         rest = shape.layers * (m.layer_seconds - overlapped + m.row_passes * tokens * row / m.bandwidth)
         rest += m.sample_seconds * num_decodes * sizes.vocab_size
         if shape.ranks > 1:

@@ -152,8 +152,10 @@ class SimulatedCore(EngineCore):
 
     def _plan(self, batch: SleepingBatch) -> PlannedWork:
         self.scheduler.take_dropped()
-        entries = sum([request.cache_len for request in batch.decodes]) + self.scheduler.asleep_entries
-        entries += batch.num_decodes
+        lengths = [request.cache_len + 1 for request in batch.decodes]
+        asleep, squares = self.scheduler.asleep_reads
+        entries = sum(lengths) + asleep
+        squares += sum([length * length for length in lengths])
         tokens = reads = 0
         for request, count in batch.prefills:
             tokens += count
@@ -162,7 +164,7 @@ class SimulatedCore(EngineCore):
         all_decode, in_all = self.graphs.all_decode(tokens, reads), batch.num_decodes + tokens
         is_graph = self.graphs.take(in_all, len(batch.prefills), all_decode)
         captures = self.graphs.capture(in_all, all_decode) if is_graph else 0
-        work = StepWork(batch.num_decodes, entries, tokens, reads, all_decode, moved, is_graph, captures)
+        work = StepWork(batch.num_decodes, entries, tokens, reads, all_decode, moved, squares, is_graph, captures)
         return PlannedWork(work, [request.token for request in batch.sampled])
 
 

@@ -19,6 +19,7 @@ class StepWork(NamedTuple):
         prefill_entries: entries before each of these tokens, its own included, summed over them.
         all_decode: tokens of prompts attend as decodes, so that each reads all before it anew.
         moved_blocks: to host memory and back, of requests that are paused and resumed.
+        decode_squares: the square of what each of these requests reads, summed: the less, the more alike they are.
         is_graph: the step would be one CUDA graph.
         num_captures: graphs that are captured before it, since no step has asked for them yet.
     """
@@ -29,6 +30,7 @@ class StepWork(NamedTuple):
     prefill_entries: int = 0
     all_decode: bool = True
     moved_blocks: int = 0
+    decode_squares: int = 0
     is_graph: bool = True
     num_captures: int = 0
 

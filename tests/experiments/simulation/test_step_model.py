@@ -17,7 +17,8 @@ MODEL = ROOT / "models" / "qwen3-8b-shape"
 PLAIN = replace(
     read_machine("h100"), name="plain", bandwidth=1e12, flops=1e15, weight_share=0.5, product_share=0.5,
     entry_share=0.5, prefill_share=0.25, attention_seconds=0.0, layer_seconds=0.0, row_passes=0.0, sample_seconds=0.0,
-    product_seconds=0.0, collective_seconds=0.0, move_share=0.5, score_share=0.25, redundancy_share=0.5,
+    product_seconds=0.0, block_entries=0.0, collective_seconds=0.0, move_share=0.5, score_share=0.25,
+    redundancy_share=0.5,
 )  # fmt: skip
 
 
@@ -45,21 +46,31 @@ def test_the_corner_of_the_roofline_is_round(shape):
 
 
 def test_kernels_of_few_rows_overlap(shape):
+    """Of 64 none, of fewer the more."""
     plain, overlapping = (StepModel(replace(PLAIN, overlap_seconds=seconds), shape) for seconds in (0.0, 1e-5))
-    saved = [plain.step(work) - overlapping.step(work) for work in (StepWork(64, 500), StepWork(60, 500, 5))]
-    assert saved == pytest.approx([shape.layers * 1e-5, 0.0])
+    works = StepWork(16, 500), StepWork(40, 500, 8), StepWork(64, 500), StepWork(100, 500)
+    saved = [plain.step(work) - overlapping.step(work) for work in works]
+    assert saved == pytest.approx([36e-5 * 3 / 4, 36e-5 / 4, 0, 0])
 
 
-def test_few_requests_of_unequal_lengths_keep_some_of_the_device_waiting(shape):
-    plain, uneven = (StepModel(replace(PLAIN, imbalance=share), shape) for share in (0.0, 1.5))
-    lost = [uneven.step(StepWork(rows, 90_000)) - plain.step(StepWork(rows, 90_000)) for rows in (4, 100)]
-    whole = 90_000 * shape.sizes.kv_bytes / PLAIN.bandwidth
-    assert lost == pytest.approx([1.5 / 2 * whole, 1.5 / 10 * whole])
+def test_requests_of_unequal_lengths_keep_some_of_the_device_waiting(shape):
+    """By the deviation of their lengths, times the square root of how many they are."""
+    plain, uneven = (StepModel(replace(PLAIN, imbalance=factor), shape) for factor in (0.0, 0.5))
+    works = [StepWork(4, 4000, decode_squares=squares) for squares in (4 * 1000**2, 2 * 700**2 + 2 * 1300**2)]
+    lost = [uneven.step(work) - plain.step(work) for work in works]
+    assert lost == pytest.approx([0, 0.5 * 300 * 2 * 147_456 / 1e12])
+
+
+def test_a_block_is_read_as_if_it_had_more_entries(shape):
+    work, machine = StepWork(4, 4096), replace(PLAIN, block_entries=2.0)
+    seconds = [StepModel(machine, shape, size).step(work) for size in (16, 256)]
+    free = StepModel(replace(PLAIN, block_entries=0.0), shape).step(work)
+    assert [value - free for value in seconds] == pytest.approx([512 * 147_456 / 0.5e12, 32 * 147_456 / 0.5e12])
 
 
 def test_numbers_and_arrays_alike(shape):
     model = StepModel(read_machine("h200"), shape)
-    works = [StepWork(3, 500), StepWork(7, 100, 512, 4096, False, 2)]
+    works = [StepWork(3, 500, decode_squares=10**5), StepWork(7, 100, 512, 4096, False, 2, 10**4)]
     arrays = sum(model.parts(*np.array(works, dtype=float).T[:TIMED]))
     assert arrays == pytest.approx([model.step(work) for work in works])
 
