@@ -31,7 +31,7 @@ def machine_of_record(folder: Path) -> Machine:
     kind = next((kind for kind in sorted(kinds) if kind.upper() in gpus[0].upper()), "h100")
     machines = [read_machine(name) for name in machine_names() if name.partition("_")[0] == kind]
     started = provenance.get("started", LATEST)
-    return min((m for m in machines if started < (m.until or LATEST)), key=lambda m: m.until or LATEST)
+    return min((m for m in machines if m.until is None or started < m.until), key=lambda m: m.until or LATEST)
 
 
 def compared(folder: Path, machine: Machine) -> Iterator[dict[str, Any]]:
