@@ -20,6 +20,7 @@ class KernelShapes:
         layers, query_heads, kv_heads, head_dim: of the model.
         batch, contexts, block_sizes: of decode attention: `batch` requests of each context in blocks of each size.
         prompts, prompt_tokens: of prefill attention, in blocks of each size.
+        long_prompt: tokens of one prompt, in blocks of the largest size.
         store_tokens: tokens stored in a launch, in blocks of each size.
         compressions, entries, budget: requests compressed in one launch, entries of each before and after; in blocks of
             the largest size, of which both are whole numbers.
@@ -41,6 +42,7 @@ class KernelShapes:
     block_sizes: tuple[int, ...] = (16, 256)
     prompts: int = 4
     prompt_tokens: int = 2048
+    long_prompt: int = 16384
     store_tokens: int = 8192
     compressions: int = 8
     entries: int = 2304
@@ -54,8 +56,8 @@ class KernelShapes:
         """Shapes that a CPU runs in a second."""
         return cls(
             dtype="float32", layers=2, query_heads=4, kv_heads=2, head_dim=32, batch=4, contexts=(64,), prompts=2,
-            block_sizes=(16, 32), prompt_tokens=64, store_tokens=64, compressions=2, entries=96, budget=64,
-            redundancy_chunk=32, copy_bytes=1 << 22, matmul=256,
+            block_sizes=(16, 32), prompt_tokens=64, long_prompt=128, store_tokens=64, compressions=2,
+            entries=96, budget=64, redundancy_chunk=32, copy_bytes=1 << 22, matmul=256,
         )  # fmt: skip
 
     @classmethod

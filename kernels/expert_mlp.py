@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,8 +17,6 @@ Gate = Callable[[Tensor], Tensor]
 
 GROUPED_BYTES = 16
 """PyTorch's grouped product wants rows of a multiple of so many bytes."""
-GROUPED_CAPABILITIES = (9, 10)
-"""Major compute capabilities where it reads the groups on the device, in bfloat16. Elsewhere the host reads them."""
 
 
 def expert_mlp(
@@ -31,7 +30,7 @@ def expert_mlp(
 ) -> Tensor:
     """The sum over a token's experts of share * down(gate(gate_up(x))), where gate_up and down are linear.
 
-    Nothing on the host depends on the routing while a CUDA graph is captured.
+    On a GPU nothing on the host depends on the routing.
 
     Args:
         x: [T, width], last dimension contiguous; float32, float16 or bfloat16.
@@ -49,17 +48,12 @@ def expert_mlp(
         ValueError: an argument's shape, dtype, device or layout is not as above.
     """
     _check(x, experts, shares, gate_up, down, biases)
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            return _triton()(x, experts, shares, gate_up, down, biases, gate)
     aligned = all(size * x.itemsize % GROUPED_BYTES == 0 for size in (x.shape[1], down.shape[2]))
-    if aligned and (groups_on_device(x.dtype, x.device) or not torch.cuda.is_current_stream_capturing()):
-        return expert_mlp_grouped(x, experts, shares, gate_up, down, biases, gate)
-    return expert_mlp_all(x, experts, shares, gate_up, down, biases, gate)
-
-
-def groups_on_device(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `expert_mlp` groups tokens in a CUDA graph too. Elsewhere a graph holds all experts over all tokens."""
-    if device.type == "cpu":
-        return True
-    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in GROUPED_CAPABILITIES
+    compute = expert_mlp_grouped if aligned else expert_mlp_all
+    return compute(x, experts, shares, gate_up, down, biases, gate)
 
 
 def _check(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor, biases: Biases | None) -> None:
@@ -146,3 +140,10 @@ def expert_mlp_all(
         part = F.linear(gate(F.linear(x, gate_up[expert], first)), down[expert], second)
         out += (share * part).masked_fill_(~chosen.any(1, keepdim=True), 0.0)
     return out.to(x.dtype)
+
+
+@cache
+def _triton() -> Callable:
+    from kernels.expert_mlp_triton import expert_mlp_triton
+
+    return expert_mlp_triton

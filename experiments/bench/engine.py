@@ -103,9 +103,9 @@ def _check_memory(arms: Sequence[Arm], model: Path, device: str) -> None:
         pool = arm.options.get("kv_cache_memory_bytes") or 0
         if blocks:
             pool = blocks * arm.options.get("block_size", EngineConfig.block_size) * shape.kv_bytes
-        if available is not None and shape.weight_bytes + pool > available:
+        if available is not None and shape.held_weights + pool > available:
             raise UsageError(
-                f"scenario=engine_bench: {arm.title} needs {(shape.weight_bytes + pool) / 1e9:.0f} GB of memory, "
+                f"scenario=engine_bench: {arm.title} needs {(shape.held_weights + pool) / 1e9:.0f} GB of memory, "
                 f"{available / 1e9:.0f} are free: take a smaller model.path or a smaller pool"
             )
 

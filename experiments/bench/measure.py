@@ -254,7 +254,11 @@ def row_of(arm: Arm, shape: ModelShape, repeats: list[Repeat], ceilings: Mapping
         "repeats": rates,
         "steps": len(steps),
         "mean_batch": statistics.mean(step.num_decode for step in steps),
-        "step_bytes": statistics.mean(step_bytes(shape, entries) for repeat in repeats for entries in repeat.entries),
+        "step_bytes": statistics.mean(
+            step_bytes(shape, entries, _tokens(step))
+            for repeat in repeats
+            for step, entries in zip(repeat.steps, repeat.entries, strict=True)
+        ),
         "step_ms": _tails(times),
     }
     if arm.is_own:  # other engines tell neither
@@ -271,7 +275,7 @@ def row_of(arm: Arm, shape: ModelShape, repeats: list[Repeat], ceilings: Mapping
         bandwidth = max(ceilings["copy"], ceilings["read"])
         floors = [
             sum(
-                step_floor(shape, entries, step.prefill_tokens, bandwidth, ceilings["matmul"])
+                step_floor(shape, entries, _tokens(step), step.prefill_tokens, bandwidth, ceilings["matmul"])
                 for step, entries in zip(repeat.steps, repeat.entries, strict=True)
             )
             for repeat in repeats
@@ -279,6 +283,10 @@ def row_of(arm: Arm, shape: ModelShape, repeats: list[Repeat], ceilings: Mapping
         row["floor_tokens_per_second"] = statistics.median(r.tokens / f for r, f in zip(repeats, floors))
         row["of_floor"] = statistics.median(f / r.seconds for r, f in zip(repeats, floors))
     return row
+
+
+def _tokens(step: StepStats) -> int:
+    return step.num_decode + step.prefill_tokens
 
 
 def _names(arm: Arm) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ class ModelShape:
     """What a model makes a step read and multiply, on one of the ranks over which it is spread.
 
     Attributes:
-        weight_bytes: of all matrices that a step reads, of experts those of one token: a step reads more of them, as
-            many as its tokens are sent to. An input embedding is looked up, not read, unless it is the output's too.
+        weight_bytes: of all matrices that a step of one token reads, of experts those that it is sent to. An input
+            embedding is looked up, not read, unless it is the output's too.
         kv_bytes: of one token's K and V in all layers.
         read_bytes: of those in layers without a window: of the others a step reads no more than windows.
         token_flops: operations of one token in the layers' matrices.
         vocab_size: tokens.
+        expert_bytes: of one expert in all layers that have any.
+        num_experts, active_experts: of a layer and of a token; 0: there are none.
     """
 
     weight_bytes: int
@@ -32,6 +34,9 @@ class ModelShape:
     read_bytes: int
     token_flops: int
     vocab_size: int
+    expert_bytes: int = 0
+    num_experts: int = 0
+    active_experts: int = 0
 
     @classmethod
     def read(cls, folder: Path, dtype: str, device: str, ranks: int = 1) -> ModelShape:
@@ -62,7 +67,30 @@ class ModelShape:
         layer_bytes, depth = 2 * max(1, kv_heads // ranks) * head_dim * size, config["num_hidden_layers"]
         read_bytes = (depth - len(sliding_layers(config))) * layer_bytes
         weight_bytes = (layers + vocab * hidden) * size // ranks
-        return cls(weight_bytes, depth * layer_bytes, read_bytes, 2 * layers // ranks, vocab)
+        shape = cls(weight_bytes, depth * layer_bytes, read_bytes, 2 * layers // ranks, vocab)
+        if not _num_experts(config):
+            return shape
+        return replace(
+            shape,
+            expert_bytes=hidden * _sparse_layers(config) * _expert_rows(config) * size // ranks,
+            num_experts=_num_experts(config),
+            active_experts=config["num_experts_per_tok"],
+        )
+
+    def touched_experts(self, tokens: float) -> float:
+        """Experts of a layer that so many tokens are sent to, on average, if all experts are as likely."""
+        return self.num_experts * (1 - (1 - self.active_experts / self.num_experts) ** tokens)
+
+    def read_weights(self, tokens: float) -> float:
+        """Bytes of the matrices that a step of so many tokens reads."""
+        if not self.num_experts:
+            return self.weight_bytes
+        return self.weight_bytes + (self.touched_experts(tokens) - self.active_experts) * self.expert_bytes
+
+    @property
+    def held_weights(self) -> int:
+        """Bytes of all matrices, each expert's too."""
+        return self.weight_bytes + (self.num_experts - self.active_experts) * self.expert_bytes
 
 
 def sliding_layers(config: dict[str, Any]) -> list[int]:
@@ -75,22 +103,33 @@ def sliding_layers(config: dict[str, Any]) -> list[int]:
     return [] if period is None else [i for i in range(config.get("num_hidden_layers", 0)) if (i + 1) % period]
 
 
+def _num_experts(config: dict[str, Any]) -> int:
+    return config.get("num_experts") or config.get("num_local_experts") or 0
+
+
+def _sparse_layers(config: dict[str, Any]) -> int:
+    """Layers that have experts."""
+    only, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1
+    return sum(layer not in only and (layer + 1) % step == 0 for layer in range(config["num_hidden_layers"]))
+
+
+def _expert_rows(config: dict[str, Any]) -> int:
+    """Rows of hidden size in the three matrices of an expert."""
+    return 3 * (config.get("moe_intermediate_size") or config["intermediate_size"])
+
+
 def _mlp_rows(config: dict[str, Any]) -> int:
     """Rows of hidden size in the MLPs of all layers, of experts in those of one token."""
     layers, plain = config["num_hidden_layers"], 3 * config["intermediate_size"]
-    num_experts = config.get("num_experts") or config.get("num_local_experts")
-    if not num_experts:
+    if not _num_experts(config):
         return layers * plain
-    shared = config.get("shared_expert_intermediate_size") or 0
-    width = config.get("moe_intermediate_size") or config["intermediate_size"]
-    sparse = num_experts + 3 * (config["num_experts_per_tok"] * width + shared)
-    only, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1
-    dense = sum(layer in only or (layer + 1) % step > 0 for layer in range(layers))
-    return dense * plain + (layers - dense) * sparse
+    shared = 3 * (config.get("shared_expert_intermediate_size") or 0)
+    sparse = _num_experts(config) + config["num_experts_per_tok"] * _expert_rows(config) + shared
+    return (layers - _sparse_layers(config)) * plain + _sparse_layers(config) * sparse
 
 
 def step_floor(
-    shape: ModelShape, entries: float, prefill_tokens: float, bandwidth: float, flops_per_second: float
+    shape: ModelShape, entries: float, tokens: float, prefill_tokens: float, bandwidth: float, flops_per_second: float
 ) -> float:
     """The least seconds of a step: (weights + entries x bytes of one) / bandwidth + prefill arithmetic / matmul rate.
 
@@ -98,16 +137,17 @@ def step_floor(
 
     Args:
         entries: of all requests that the step reads.
-        prefill_tokens: of the step.
+        tokens: of the step, of decodes and of prompts: the experts that it reads depend on them.
+        prefill_tokens: those of prompts.
         bandwidth: measured bytes a second.
         flops_per_second: measured.
     """
-    return step_bytes(shape, entries) / bandwidth + prefill_tokens * shape.token_flops / flops_per_second
+    return step_bytes(shape, entries, tokens) / bandwidth + prefill_tokens * shape.token_flops / flops_per_second
 
 
-def step_bytes(shape: ModelShape, entries: float) -> float:
-    """The least bytes that a step reads: all weights, and `entries` of K and V."""
-    return shape.weight_bytes + entries * shape.read_bytes
+def step_bytes(shape: ModelShape, entries: float, tokens: float) -> float:
+    """The least bytes that a step of so many tokens reads: its weights, and `entries` of K and V."""
+    return shape.read_weights(tokens) + entries * shape.read_bytes
 
 
 class EntriesRead:

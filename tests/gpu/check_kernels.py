@@ -16,7 +16,6 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import accumulate, product
 from pathlib import Path
 
@@ -35,13 +34,11 @@ from kernels.clamped_swiglu import clamped_swiglu, clamped_swiglu_reference
 from kernels.copy_blocks import copy_blocks_reference
 from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
-from kernels.expert_mlp import expert_mlp, expert_mlp_reference
 from kernels.gelu_mul import gelu_mul, gelu_mul_reference
 from kernels.linear import linear, linear_reference
 from kernels.paged_decode import paged_decode, paged_decode_reference
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill import paged_prefill_reference
-from kernels.paged_prefill_triton import paged_prefill_triton
 from kernels.qk_norm_rope import qk_norm_rope_reference
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
 from kernels.sample_from_logits_triton import sample_from_logits_triton
@@ -51,7 +48,9 @@ from kernels.store_kv import store_kv_reference
 from kernels.store_kv_triton import store_kv_triton
 from kernels.store_step import store_queries_reference
 from kernels.store_step_triton import store_step_triton
+from tests.gpu.expert_cases import check_experts
 from tests.gpu.kernel_cases import (
+    BOUNDS,
     DEVICE,
     DRY,
     Checks,
@@ -60,6 +59,7 @@ from tests.gpu.kernel_cases import (
     fused,
     make_apart,
     make_paged,
+    prefill_kernels,
     provenance,
     rotation,
     upcast,
@@ -69,7 +69,6 @@ from tests.gpu.overlap_cases import check_overlap
 from tests.gpu.pairwise import pairwise
 from tests.gpu.score_forms import check_score_forms
 
-BOUNDS = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 KV_HEADS = 2
 
 
@@ -121,8 +120,9 @@ def check_attention(checks: Checks, grid: Grid) -> None:
                     continue
                 q = fused(sum(queries), KV_HEADS * group, head_dim, dtype)
                 expected = paged_prefill_reference(q.float(), ref, bounds, max(queries), scale)
-                out = paged_prefill_triton(q, view, bounds.to(DEVICE), max(queries), scale)
-                checks.add("paged_prefill", name, error(out, expected), bound, chunk=chunk, apart=apart, **case)
+                for kernel, prefill in prefill_kernels(q).items():
+                    out = prefill(q, view, bounds.to(DEVICE), max(queries), scale)
+                    checks.add(kernel, name, error(out, expected), bound, chunk=chunk, apart=apart, **case)
 
 
 def check_forms(checks: Checks, grid: Grid) -> None:
@@ -145,8 +145,9 @@ def check_forms(checks: Checks, grid: Grid) -> None:
         bounds = torch.tensor([0, *accumulate(queries)], dtype=torch.int32)
         q = fused(sum(queries), KV_HEADS * 4, head_dim, dtype)
         expected = paged_prefill_reference(q.float(), ref, bounds, max(queries), scale, form)
-        out = paged_prefill_triton(q, view, bounds.to(DEVICE), max(queries), scale, form=form)
-        checks.add("prefill_forms", name, error(out, expected), bound, **case)
+        for kernel, prefill in prefill_kernels(q, form).items():
+            out = prefill(q, view, bounds.to(DEVICE), max(queries), scale, form=form)
+            checks.add(f"{kernel}_forms", name, error(out, expected), bound, **case)
 
 
 def check_writes(checks: Checks, grid: Grid) -> None:
@@ -274,9 +275,10 @@ def check_large_addresses(checks: Checks) -> None:
     out = paged_decode_triton(q[:1], view, 0.1)
     expected = paged_decode_reference(q[:1].float(), host, 0.1)
     checks.add("paged_decode", "bfloat16", error(out, expected), BOUNDS["bfloat16"], elements=cache.numel())
-    out = paged_prefill_triton(q, view, bounds, 100, 0.1)
     expected = paged_prefill_reference(q.float(), host, bounds.cpu(), 100, 0.1)
-    checks.add("paged_prefill", "bfloat16", error(out, expected), BOUNDS["bfloat16"], elements=cache.numel())
+    for kernel, prefill in prefill_kernels(q).items():
+        out = prefill(q, view, bounds, 100, 0.1)
+        checks.add(kernel, "bfloat16", error(out, expected), BOUNDS["bfloat16"], elements=cache.numel())
 
 
 def check_graph(checks: Checks) -> None:
@@ -324,41 +326,9 @@ def check_combining(checks: Checks, replays: int = 300, layers: int = 24) -> Non
         checks.add("paged_decode", "bfloat16", value, 2 * BOUNDS["bfloat16"], **case)
 
 
-def check_experts(checks: Checks, grid: Grid) -> None:
-    """A mixture of experts, also in a graph that is replayed with other tokens for other experts; and gpt-oss's."""
-    tokens, width, inner, num_experts, active = (5, 32, 16, 6, 2) if DRY else (64, 2048, 768, 128, 8)
-    for name, biased in product(grid.dtypes, (False, True)):
-        options = {"device": DEVICE, "dtype": getattr(torch, name)}
-        x = torch.randn(tokens, width, **options)
-        gate_up = torch.randn(num_experts, 2 * inner, width, **options) * width**-0.5
-        down = torch.randn(num_experts, width, inner, **options) * inner**-0.5
-        shares = torch.rand(tokens, active, device=DEVICE)
-        experts = torch.rand(tokens, num_experts, device=DEVICE).topk(active).indices
-        given = x, experts, shares, gate_up, down
-        gates, reference_gates = {}, {}
-        if biased:
-            biases = torch.randn(num_experts, 2 * inner, **options), torch.randn(num_experts, width, **options)
-            limits = {"alpha": 1.702, "limit": 7.0}
-            gates = {"biases": biases, "gate": partial(clamped_swiglu, **limits)}
-            reference_gates = {"biases": biases, "gate": partial(clamped_swiglu_reference, **limits)}
-        out, graph = expert_mlp(*given, **gates), None
-        for replay in range(1 if DRY else 3):
-            expected = expert_mlp_reference(*given, **reference_gates)
-            checks.add("expert_mlp", name, error(out, expected), 4 * BOUNDS[name], replay=replay, biased=biased)
-            if DRY:
-                continue
-            if graph is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    out = expert_mlp(*given, **gates)
-            x.normal_()
-            experts.copy_(torch.rand(tokens, num_experts // 2**replay, device=DEVICE).topk(active).indices)
-            graph.replay()
-
-
 def check_replays(checks: Checks, grid: Grid) -> None:
     """What an interpreter on a CPU can't show: large addresses, and launches of a graph that follow each other."""
-    check_experts(checks, grid)
+    check_experts(checks, grid.dtypes)
     if not DRY:
         check_large_addresses(checks)
         check_graph(checks)

@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,13 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels import paged_prefill_gluon
+from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import CacheView
+from kernels.paged_prefill_triton import paged_prefill_triton
 
 DEVICE = "cpu" if DRY else "cuda"
+BOUNDS = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 
 
 @dataclass(frozen=True)
@@ -156,3 +161,10 @@ def provenance(commit: str, seed: int) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return record
+
+
+def prefill_kernels(q: Tensor, form: AttentionForm = PLAIN) -> dict[str, Callable]:
+    """Those that take such queries on this GPU. Each is checked, whichever `paged_prefill` chooses."""
+    if DRY or not paged_prefill_gluon.takes(q, form):
+        return {"paged_prefill": paged_prefill_triton}
+    return {"paged_prefill": paged_prefill_triton, "paged_prefill_gluon": paged_prefill_gluon.paged_prefill_gluon}

@@ -14,6 +14,7 @@ from kernels.add_rms_norm import add_rms_norm_torch
 from kernels.add_rms_norm_triton import add_rms_norm_triton
 from kernels.cache_view import shared
 from kernels.paged_decode_triton import paged_decode_triton
+from kernels.paged_prefill import paged_prefill
 from kernels.paged_prefill_triton import paged_prefill_triton
 from kernels.qk_norm_rope import qk_norm_rope_torch
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
@@ -81,8 +82,9 @@ def time_prefill() -> list[dict[str, Any]]:
     for block_size in (16, 256):
         view = make_paged((length,) * batch, block_size, kv_heads, head_dim, torch.bfloat16).view()
         args = q, view, bounds, length, 0.09
-        elapsed = milliseconds(lambda args=args: paged_prefill_triton(*args))
-        rows.append({"what": f"paged_prefill, block {block_size}", "ms": elapsed})
+        for kernel, prefill in (("Triton", paged_prefill_triton), ("as chosen", paged_prefill)):
+            elapsed = milliseconds(lambda args=args, prefill=prefill: prefill(*args))
+            rows.append({"what": f"block {block_size}, {kernel}", "ms": elapsed})
     dense = q.view(batch, length, heads, head_dim).transpose(1, 2).contiguous()
     k, v = torch.randn(2, *dense.shape, device=DEVICE, dtype=torch.bfloat16)
     elapsed = milliseconds(lambda: scaled_dot_product_attention(dense, k, v, is_causal=True, scale=0.09))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,15 +12,20 @@ from torch import Tensor
 from kernels.add_rms_norm import add_rms_norm
 from kernels.cache_view import shared
 from kernels.decode_pieces import decode_pieces
+from kernels.dependent_launch import dependent_launch
+from kernels.expert_mlp_triton import combine_experts, group_by_expert, multiply_experts
+from kernels.expert_tiles import find_tile
 from kernels.linear import linear
 from kernels.paged_decode import paged_decode
 from kernels.qk_norm_rope import qk_norm_rope
+from kernels.route_triton import choose_experts, logit_parts
 from kernels.silu_mul import silu_mul
 from kernels.store_step import store_step
 from tests.gpu.kernel_cases import DEVICE, Checks, differing, make_paged, rotation
 
 WIDTH, INNER, HEADS, KV_HEADS, DIM, BLOCK = 1024, 3072, 16, 2, 128, 16
 LAYERS, REPLAYS = 16, 60
+EXPERT_INNER = 512
 WEIGHTS = {
     "qkv": ((HEADS + 2 * KV_HEADS) * DIM, WIDTH),
     "output": (WIDTH, HEADS * DIM),
@@ -69,10 +75,48 @@ class Layers:
         return launched(add_rms_norm(hidden, delta, self.norm, 1e-6))
 
 
+class ExpertLayers:
+    """The kernels of sparse layers, with one router for all."""
+
+    EXPERTS, ACTIVE = 32, 4
+
+    def __init__(self, rows: int) -> None:
+        self.tile = find_tile(rows, self.ACTIVE, self.EXPERTS, 2, large=True)
+        self.norm = torch.ones(WIDTH, device=DEVICE, dtype=torch.bfloat16)
+        self.router = torch.randn(self.EXPERTS, WIDTH, device=DEVICE) * WIDTH**-0.5
+        shapes = (2 * EXPERT_INNER, WIDTH), (WIDTH, EXPERT_INNER)
+        self.weights = [
+            [
+                torch.randn(self.EXPERTS, *shape, device=DEVICE, dtype=torch.bfloat16) * shape[1] ** -0.5
+                for shape in shapes
+            ]
+            for _ in range(LAYERS)
+        ]
+
+    def __call__(self, inputs: Tensor, between: Callable[[], None]) -> Tensor:
+        """As `Layers`, with the launches of `expert_mlp_triton`."""
+
+        def launched(result: Any) -> Any:
+            between()
+            return result
+
+        hidden, delta, launch = launched(inputs.clone()), None, dependent_launch(inputs[:1])
+        for gate_up, down in self.weights:
+            normed = launched(add_rms_norm(hidden, delta, self.norm, 1e-6))
+            logits = launched(logit_parts(normed, self.router))
+            shares, experts = launched(choose_experts(logits, None, self.ACTIVE, normalized=True))
+            grouped = launched(group_by_expert(experts, self.EXPERTS, self.tile, launch))
+            inner = launched(multiply_experts(normed, gate_up, None, *grouped, self.tile, launch))
+            gated = launched(silu_mul(inner))
+            parts = launched(multiply_experts(gated, down, None, *grouped, self.tile, launch))
+            delta = launched(combine_experts(parts, shares, launch))
+        return launched(add_rms_norm(hidden, delta, self.norm, 1e-6))
+
+
 def check_overlap(checks: Checks) -> None:
     """A graph whose kernels overlap, replayed with other inputs each time: bit for bit what they give one at a time."""
-    for rows in (3, 40, 96):
-        layers = Layers(rows)
+    for make, rows in product((Layers, ExpertLayers), (3, 40, 96)):
+        layers = make(rows)
         inputs = torch.randn(rows, WIDTH, device=DEVICE, dtype=torch.bfloat16)
         layers(inputs, torch.cuda.synchronize)
         graph = torch.cuda.CUDAGraph()
@@ -84,4 +128,5 @@ def check_overlap(checks: Checks) -> None:
             graph.replay()
             overlapped = out.clone()
             changed = max(changed, differing(overlapped, layers(inputs, torch.cuda.synchronize)))
-        checks.add("overlap", "bfloat16", changed, 0.0, rows=rows, launches=REPLAYS * LAYERS * 10)
+        case = {"layers": make.__name__, "rows": rows, "replays": REPLAYS}
+        checks.add("overlap", "bfloat16", changed, 0.0, **case)

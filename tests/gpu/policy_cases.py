@@ -11,6 +11,8 @@ from torch import Tensor
 from kernels.cache_view import CacheView
 from kernels.key_forms import key_forms_reference
 from kernels.key_forms_triton import key_forms_triton
+from kernels.key_squares import MOST_DIM, key_squares_reference
+from kernels.key_squares_triton import key_squares_triton
 from kernels.lag_spread import LEAST_RANGE, lag_spread_reference
 from kernels.lag_spread_triton import lag_spread_triton
 from kernels.output_norms import output_norms_reference
@@ -46,3 +48,11 @@ def policy_cases(
         expected = key_forms_reference(host, *(None if x is None else x.cpu() for x in (linear, sizes, squares)))
         case = {"sizes": sizes is not None, "squares": squares is not None}
         yield "key_forms", key_forms_triton(event, linear, sizes, squares), expected, case
+
+    if head_dim > MOST_DIM:
+        return
+    spread = torch.randn(*shape, 20, head_dim, device=device)
+    matrices = spread.mT @ spread / 20
+    turn = torch.randn(shape[1], 2, head_dim // 2, device=device)
+    expected = key_squares_reference(host, matrices.cpu(), turn.cpu())
+    yield "key_squares", key_squares_triton(event, matrices, turn), expected, {}

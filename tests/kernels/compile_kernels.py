@@ -26,19 +26,24 @@ from kernels.compact_stable_triton import compact_stable_triton
 from kernels.copy_blocks_triton import copy_blocks_triton
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.delta_gates import DeltaGates
+from kernels.expert_mlp_triton import expert_mlp_triton, group_by_expert
+from kernels.expert_tiles import EXACT, TILES, ExpertTile
 from kernels.gated_delta_step_triton import gated_delta_step_triton
 from kernels.gated_delta_triton import gated_delta_triton
 from kernels.gated_norm_triton import gated_norm_triton
 from kernels.gelu_mul_triton import gelu_mul_triton
 from kernels.key_forms_triton import key_forms_triton
+from kernels.key_squares_triton import key_squares_triton
 from kernels.lag_spread_triton import lag_spread_triton
 from kernels.linear_tiles import Tile
 from kernels.linear_triton import linear_triton
 from kernels.output_norms_triton import output_norms_triton
 from kernels.paged_decode_triton import paged_decode_triton
+from kernels.paged_prefill_gluon import paged_prefill_gluon
 from kernels.paged_prefill_triton import paged_prefill_triton
 from kernels.qk_norm_rope_triton import qk_norm_rope_triton
 from kernels.redundancy_triton import redundancy_triton
+from kernels.route_triton import route_triton
 from kernels.sample_from_logits_triton import sample_from_logits_triton
 from kernels.select_triton import select_triton
 from kernels.silu_mul_triton import silu_mul_triton
@@ -133,6 +138,10 @@ def compile_view_kernels(apart: bool) -> None:
     linear, pairs = torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, DIM), torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, 3, 32)
     key_forms_triton(layers, linear)
     key_forms_triton(layers, linear, pairs[..., 0, :], pairs)
+    for dim in (DIM, 128):
+        caches = floats(2, LAYERS, REQUESTS * MAX_BLOCKS, HEADS, BLOCK, dim)
+        matrices = torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, dim, dim)
+        key_squares_triton(CacheView(*caches, *layers[2:]), matrices, torch.zeros(REQUESTS, 2, dim // 2))
     lag_spread_triton(layers, layers.lens, 24, 2.0**-12)
     redundancy_triton(layers, tau=0.4)
     projections = [floats(256, HEADS * GROUP * DIM)] * LAYERS
@@ -157,6 +166,19 @@ def compile_wide_heads() -> None:
     key_forms_triton(view, linear, pairs[..., 0, :], pairs)
 
 
+def compile_experts(dtype: torch.dtype, width: int, *tiles: ExpertTile) -> None:
+    experts, inner = 32, width // 2
+    gate_up, down = torch.zeros(experts, 2 * inner, width, dtype=dtype), torch.zeros(experts, width, inner, dtype=dtype)
+    biases = gate_up[:, :, 0].contiguous(), down[:, :, 0].contiguous()
+    x, shares = torch.zeros(TOKENS, width, dtype=dtype), torch.zeros(TOKENS, 4)
+    for bias in (None, torch.zeros(experts)):
+        route_triton(torch.zeros(TOKENS, width, dtype=dtype), torch.zeros(experts, width), bias, 4, normalized=True)
+    group_by_expert(longs(2048, 4), experts, tiles[0], {"DEPENDENT": False})
+    for tile in tiles:
+        for given in (None, biases):
+            expert_mlp_triton(x, longs(TOKENS, 4), shares, gate_up, down, given, silu_mul_triton, tile)
+
+
 def compile_other_kernels() -> None:
     hidden = floats(TOKENS, 256)
     add_rms_norm_triton(hidden, hidden, hidden[0], 1e-6)
@@ -174,6 +196,17 @@ def compile_other_kernels() -> None:
     sample_from_logits_triton(hidden, torch.zeros(TOKENS), torch.zeros(TOKENS, dtype=torch.float64))
     cache = floats(LAYERS, 2, HEADS, BLOCK, DIM)
     copy_blocks_triton(cache, cache, longs(1), longs(1))
+
+
+def compile_prompts() -> None:
+    """For Hopper: blocks larger and smaller than a tile, tables and lengths of each head, and a sink."""
+    for dim, block, dtype in ((128, 256, torch.bfloat16), (64, 16, torch.float16)):
+        caches = torch.zeros(2, REQUESTS * MAX_BLOCKS, HEADS, block, dim, dtype=dtype)
+        view = CacheView.shared(*caches, ints(REQUESTS, MAX_BLOCKS), ints(REQUESTS))
+        q = torch.zeros(TOKENS, HEADS * GROUP, dim, dtype=dtype)
+        apart = CacheView(*caches, view.block_tables.contiguous(), view.lens.contiguous())
+        paged_prefill_gluon(q, view, ints(REQUESTS + 1), TOKENS, 0.1)
+        paged_prefill_gluon(q, apart, ints(REQUESTS + 1), TOKENS, 0.1, form=AttentionForm(sinks=q[0, :, 0]))
 
 
 def compile_recurrence(dtype: torch.dtype, dim: int) -> None:
@@ -198,6 +231,10 @@ if __name__ == "__main__":
     compile_view_kernels(apart=False)
     compile_view_kernels(apart=True)
     compile_wide_heads()
+    compile_prompts()
     compile_other_kernels()
     compile_recurrence(DTYPE, 128)  # Qwen3-Next's and Qwen3.5's
     compile_recurrence(torch.float32, 16)
+    compile_experts(DTYPE, 2048, *TILES)
+    compile_experts(DTYPE, 1440, TILES[0])  # half of gpt-oss's width
+    compile_experts(torch.float32, 2048, EXACT)

@@ -20,4 +20,4 @@ def test_every_kernel_compiles():
     done = subprocess.run(command, check=False, env=env, cwd=FOLDER.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     compiled = {line.split()[0] for line in done.stdout.splitlines()}
-    assert compiled == {path.stem for path in FOLDER.glob("*_triton.py")}
+    assert compiled == {path.stem for kind in ("triton", "gluon") for path in FOLDER.glob(f"*_{kind}.py")}

@@ -43,6 +43,7 @@ from kernels.spans import Spans
 from kernels.store_kv import store_kv
 from kernels.store_predictions import store_predictions
 from kernels.store_step import store_step
+from kernels.route import route
 cache, tables, lens = torch.randn(2, 1, 16, 32), torch.ones(1, 1).int(), torch.full((1,), 5).int()
 store_kv(torch.randn(1, 1, 32), torch.randn(1, 1, 32), cache, cache, torch.tensor([[20]]))
 view = CacheView.shared(cache, cache, tables, lens)
@@ -58,7 +59,8 @@ compact_stable(layers, [], kept, layers.block_tables)
 normed = add_rms_norm(torch.randn(1, 128), torch.randn(1, 128), torch.ones(128), 1e-6)
 q, k, v = qk_norm_rope(normed, None, None, 1e-6, torch.ones(1, 1, 32), torch.zeros(1, 1, 16), 2, 1)
 store_step(k, v, q, cache, cache, torch.randn(1, 4, 2, 32), torch.tensor([[20]]), torch.tensor([3]))
-expert_mlp(normed, torch.zeros(1, 1).long(), torch.ones(1, 1), torch.randn(2, 8, 128), torch.randn(2, 128, 4))
+shares, experts = route(normed, torch.randn(2, 128), None, 1, True)
+expert_mlp(normed, experts, shares, torch.randn(2, 8, 128), torch.randn(2, 128, 4))
 spans, heads = Spans(torch.tensor([0]), torch.tensor([0, 1]).int()), normed.view(1, 4, 32)
 causal_conv(normed, torch.randn(128, 4), torch.randn(1, 3, 128), spans)
 gates = DeltaGates(*torch.randn(2, 1, 4), *torch.randn(2, 4))

@@ -1,5 +1,6 @@
-"""A mixture of experts, both ways to compute it against the reference."""
+"""A mixture of experts, each way to compute it against the reference."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -7,6 +8,10 @@ import torch
 
 from kernels.clamped_swiglu import clamped_swiglu, clamped_swiglu_reference
 from kernels.expert_mlp import expert_mlp, expert_mlp_all, expert_mlp_grouped, expert_mlp_reference
+from kernels.expert_mlp_triton import expert_mlp_triton, group_by_expert
+from kernels.expert_tiles import EXACT, ExpertTile, find_tile
+from kernels.silu_mul import silu_mul_torch
+from tests.kernels.paged import DEVICE, TRITON_DTYPES
 
 
 def arguments(tokens=9, width=32, inner=16, num_experts=5, active=2, dtype=torch.float32) -> dict:
@@ -56,23 +61,96 @@ def test_an_expert_that_overflows_costs_those_alone_that_it_has():
     assert expert_mlp_all(**given).isfinite().all()
 
 
-def test_while_a_graph_is_captured_the_host_reads_no_group(monkeypatch):
-    """Where PyTorch's grouped product would."""
-    given = {name: x.to("meta") for name, x in arguments().items()}
+def test_a_gpu_has_kernels_whatever_the_host_would_have_to_read(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    taken = []
-    for name in ("expert_mlp_all", "expert_mlp_grouped"):
-        monkeypatch.setattr(f"kernels.expert_mlp.{name}", lambda *_, name=name: taken.append(name))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    expert_mlp(**given)
-    given = {name: x.bfloat16() if x.is_floating_point() and name != "shares" else x for name, x in given.items()}
-    expert_mlp(**given)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    expert_mlp(**given)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    expert_mlp(**given)
-    assert taken == ["expert_mlp_all", "expert_mlp_grouped", "expert_mlp_all", "expert_mlp_grouped"]
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr("kernels.expert_mlp._triton", lambda: lambda *_: "triton")
+    for sizes in ({"tokens": 1}, {"tokens": 9000}, {"width": 30, "inner": 6}):
+        assert expert_mlp(**{name: x.to("meta") for name, x in arguments(**sizes).items()}) == "triton"
+
+
+ONE_TILE = ExpertTile(16, 32, 32, 3)
+TILES = [
+    pytest.param(ONE_TILE, id="whole"),
+    pytest.param(ExpertTile(16, 16, 64, 3), id="deeper-than-the-weight"),
+    pytest.param(ExpertTile(16, 64, 16, 3), id="swapped"),
+    pytest.param(ExpertTile(64, 64, 32, 3), id="many-rows"),
+]
+BOUNDS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def triton(given, tile=ONE_TILE, gate=silu_mul_torch, biases=None):
+    given = {name: x.to(DEVICE) for name, x in given.items()}
+    biases = None if biases is None else tuple(bias.to(DEVICE) for bias in biases)
+    return expert_mlp_triton(**given, biases=biases, gate=gate, tile=tile).cpu()
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("sizes", [{"tokens": 35}, {"tokens": 1, "width": 72, "inner": 20}], ids=["tiles", "ragged"])
+def test_kernels(tile, sizes, dtype, poisoned_empty):
+    """35 tokens are more than two tiles of one expert."""
+    given = arguments(dtype=dtype, **sizes)
+    out, expected = triton(given, tile), expert_mlp_reference(**given)
+    assert (out - expected).abs().max() < BOUNDS[dtype] * expected.abs().max()
+
+
+def test_kernels_with_biases_and_another_gate():
+    given, biases = arguments(tokens=20), (torch.randn(5, 32), torch.randn(5, 32))
+    gates = (partial(gate, alpha=1.7, limit=0.5) for gate in (clamped_swiglu, clamped_swiglu_reference))
+    out = triton(given, gate=next(gates), biases=biases)
+    expected = expert_mlp_reference(**given, biases=biases, gate=next(gates))
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_token_alone_is_a_token_in_a_crowd():
+    """To the last bit, also beside tokens that are no numbers."""
+    given = arguments(tokens=35)
+    whole = triton(given)
+    for token in (0, 17, 34):
+        one = {name: x[token : token + 1] if name in ("x", "experts", "shares") else x for name, x in given.items()}
+        assert triton(one).equal(whole[token : token + 1])
+    given["x"][3], given["shares"][20] = torch.nan, torch.nan
+    out, others = triton(given), torch.ones(35).bool()
+    others[[3, 20]] = False
+    assert out[others].equal(whole[others])
+    assert out[~others].isnan().all()
+
+
+def test_kernels_read_no_expert_that_nobody_has():
+    given = arguments()
+    given["gate_up"][0] = given["down"][0] = torch.nan
+    assert triton(given).isfinite().all()
+
+
+@pytest.mark.parametrize(("tokens", "num_experts", "active"), [(1, 5, 5), (3, 130, 2), (700, 9, 3), (2100, 4, 4)])
+def test_groups(tokens, num_experts, active):
+    """Pairs of each expert in their order, in tiles of no more than 16; as many tiles as the worst routing needs."""
+    experts = torch.rand(tokens, num_experts).topk(active).indices
+    experts[: tokens // 2] = torch.arange(active)
+    order, tiles = group_by_expert(experts.to(DEVICE), num_experts, ONE_TILE, {"DEPENDENT": False})
+    ids, expected = experts.flatten().sort(stable=True)
+    assert order.tolist() == expected.tolist()
+    listed, place = [row for row in tiles.tolist() if row[0] >= 0], 0
+    assert tiles[len(listed) :, 0].eq(-1).all()
+    for expert, begin, end in listed:
+        assert begin == place
+        assert ids[begin:end].eq(expert).all()
+        assert end - begin == 16 or end == len(ids) or ids[end] > expert
+        place = end
+    assert place == len(ids)
+
+
+def test_worst_routings_need_all_tiles():
+    assert ONE_TILE.most_tiles(pairs=10, num_experts=128) == 10
+    assert ONE_TILE.most_tiles(pairs=128 + 16 * 3, num_experts=128) == 128 + 3  # 48 more pairs: of one expert
+
+
+def test_tiles_follow_the_tokens_of_an_expert():
+    rows = [find_tile(tokens, 8, 128, 2, large=True).rows for tokens in (1, 128, 129, 256, 512, 1024, 8192)]
+    assert rows == [16, 16, 32, 32, 64, 128, 128]
+    assert find_tile(8192, 8, 128, 2, large=False).rows == 64
+    assert find_tile(8192, 8, 128, 4, large=True) == EXACT
 
 
 @pytest.mark.parametrize(

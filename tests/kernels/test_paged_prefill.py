@@ -1,10 +1,20 @@
+import sys
+
 import pytest
 import torch
 
+from kernels import paged_prefill_gluon
+from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import shared
 from kernels.paged_decode import paged_decode, paged_decode_reference, paged_decode_torch
 from kernels.paged_decode_triton import paged_decode_triton
-from kernels.paged_prefill import paged_prefill, paged_prefill_reference, paged_prefill_torch
+from kernels.paged_prefill import (
+    gpu_kernel,
+    hopper_kernels,
+    paged_prefill,
+    paged_prefill_reference,
+    paged_prefill_torch,
+)
 from kernels.paged_prefill_triton import paged_prefill_triton
 from tests.kernels.paged import BACKENDS, BOUNDS, device_of, error, fused, make_paged, starts, upcast
 
@@ -101,3 +111,46 @@ def test_no_queries(backend):
     view = make_paged([20], 16, 1, 64, torch.float32, device)
     q = torch.randn(0, 2, 64, device=device)
     assert ATTEND[backend](q, view, starts([0], device), 0, 0.125).shape == (0, 2, 64)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(paged_prefill_gluon, "has_warpgroups", lambda device: True)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "form", "chosen"),
+    [
+        (torch.bfloat16, 128, PLAIN, "gluon"),
+        (torch.float16, 64, AttentionForm(sinks=torch.zeros(4)), "gluon"),
+        (torch.float32, 128, PLAIN, "triton"),
+        (torch.bfloat16, 96, PLAIN, "triton"),
+        (torch.bfloat16, 256, PLAIN, "triton"),
+        (torch.bfloat16, 128, AttentionForm(window=4096), "triton"),
+        (torch.bfloat16, 128, AttentionForm(soft_cap=30.0), "triton"),
+    ],
+)
+def test_hopper_has_a_kernel_for_some(dtype, head_dim, form, chosen):
+    kernels = {"gluon": paged_prefill_gluon.paged_prefill_gluon, "triton": paged_prefill_triton}
+    assert gpu_kernel(torch.zeros(3, 4, head_dim, dtype=dtype), form) is kernels[chosen]
+
+
+def test_other_gpus_have_the_kernel_in_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    q = torch.zeros(3, 4, 128, dtype=torch.bfloat16)
+    paged_prefill_gluon.has_warpgroups.cache_clear()
+    assert gpu_kernel(q, PLAIN) is paged_prefill_triton
+    paged_prefill_gluon.has_warpgroups.cache_clear()
+
+
+@pytest.mark.usefixtures("hopper")
+def test_another_gluon_costs_speed_alone(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "kernels.paged_prefill_gluon", None)
+    monkeypatch.delattr("kernels.paged_prefill_gluon")
+    hopper_kernels.cache_clear()
+    for _ in range(2):
+        assert gpu_kernel(torch.zeros(3, 4, 128, dtype=torch.bfloat16), PLAIN) is paged_prefill_triton
+    hopper_kernels.cache_clear()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "Gluon" in caplog.text

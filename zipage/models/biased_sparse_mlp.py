@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kernels.clamped_swiglu import clamped_swiglu
 from kernels.expert_mlp import expert_mlp
+from kernels.route import route
 from zipage.models.expert_spec import ExpertSpec
 from zipage.models.mlp import new_parameter
 from zipage.models.shard import Piece, Shard
@@ -44,11 +44,10 @@ class BiasedSparseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, width] -> the rank's part of [T, width], in place 1 (`Shard.row_parallel`)."""
-        logits = F.linear(x.float(), self.router_weight, self.router_bias)
-        shares, experts = logits.topk(self.spec.num_active)
+        shares, experts = route(x, self.router_weight, self.router_bias, self.spec.num_active, normalized=True)
         biases = self.gate_up_bias, self.down_bias
         weights = self.gate_up_weight, self.down_weight
-        out = expert_mlp(x, experts, shares.softmax(-1), *weights, biases=biases, gate=self._gate)
+        out = expert_mlp(x, experts, shares, *weights, biases=biases, gate=self._gate)
         return self.shard.part(out, 1)
 
     def pieces(self) -> dict[str, tuple[Piece, ...]]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.expert_mlp import expert_mlp
+from kernels.route import route
 from zipage.models.expert_spec import ExpertSpec
 from zipage.models.mlp import GatedMLP, new_parameter, prefixed
 from zipage.models.shard import Piece, Shard
@@ -38,9 +39,7 @@ class SparseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, width] -> the rank's part of [T, width], in place 1 (`Shard.row_parallel`)."""
-        shares, experts = F.linear(x.float(), self.router_weight).softmax(-1).topk(self.spec.num_active)
-        if self.spec.normalized:
-            shares = shares / shares.sum(-1, keepdim=True)
+        shares, experts = route(x, self.router_weight, None, self.spec.num_active, self.spec.normalized)
         out = expert_mlp(x, experts, shares, self.gate_up_weight, self.down_weight)
         if not self.spec.shared_width:
             return self.shard.part(out, 1)

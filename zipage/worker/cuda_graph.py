@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kernels.cache_view import shared
-from kernels.expert_mlp import groups_on_device
 from kernels.spans import NO_ROW, Spans
 from kernels.store_positions import store_positions
 from zipage.models.decoder import Decoder
@@ -113,8 +112,7 @@ class StepGraphs:
         """Fields of `TokenBatch` that a graph reads."""
         self._chunk_numbers = (3 + slides) * PROMPTS + 1
         """What it reads of chunks: their fields, those of `ends` where layers slide."""
-        grouped = decoder.spec.experts is None or groups_on_device(decoder.dtype, decoder.device)
-        self._take_chunks = grouped and not cache.tiled
+        self._take_chunks = not cache.tiled
         # A token of a recurrent layer needs the state that the one before it leaves.
         self._decoded_tokens = DECODED_TOKENS if cache.recurrent is None else 0
         prompt_tokens = PROMPT_TOKENS if self._take_chunks else self._decoded_tokens

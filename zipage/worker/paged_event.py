@@ -14,6 +14,7 @@ from kernels.attended import attended
 from kernels.attention_score import attention_score
 from kernels.cache_view import CacheView, shared
 from kernels.key_forms import key_forms
+from kernels.key_squares import MOST_DIM, key_squares
 from kernels.lag_spread import lag_spread
 from kernels.output_norms import output_norms
 from kernels.pool_scores import pool_scores
@@ -179,6 +180,12 @@ class PagedEvent(Event):
         lines = self.shape[:3]
         weights = (None if x is None else x.expand(*lines, *x.shape[3:]) for x in (linear, sizes, squares))
         return key_forms(self.view, *weights)
+
+    def key_squares(self, matrices: Tensor, turn: Tensor) -> Tensor:
+        if not self.k_cache.is_cuda or self.head_dim > MOST_DIM:
+            return super().key_squares(matrices, turn)
+        matrices = matrices.expand(*self.shape[:3], *matrices.shape[3:])
+        return key_squares(self.view, matrices, torch.stack((turn.real, turn.imag), dim=1).float())
 
     def key_norms(self) -> Tensor:
         return self._norms(self.k_cache)

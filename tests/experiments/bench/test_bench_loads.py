@@ -145,12 +145,20 @@ def test_the_command_line_wins_over_a_load():
     assert all(arm.options["max_num_seqs"] == 7 for arm in arms_of("ample", max_num_seqs=7))
 
 
-@pytest.mark.parametrize(("load", "arm"), [("ample", "full"), ("pressure", "full"), ("pressure", "pressure")])
-def test_ample_memory_holds_every_request_to_its_end(load, arm):
+@pytest.mark.parametrize(
+    ("load", "arm", "model"),
+    [
+        ("ample", "full", "qwen3-8b-shape"),
+        ("pressure", "full", "qwen3-8b-shape"),
+        ("pressure", "pressure", "qwen3-8b-shape"),
+        ("experts", "full", "qwen3-30b-a3b-shape"),
+    ],
+)
+def test_ample_memory_holds_every_request_to_its_end(load, arm, model):
     (found,) = (a for a in arms_of(load) if a.name == arm)
-    options = found.options | {"model": "models/qwen3-8b-shape"}
+    options = found.options | {"model": f"models/{model}"}
     config = EngineConfig.from_kwargs(**options)
-    spec = spec_from_config(AutoConfig.from_pretrained(ROOT / "models/qwen3-8b-shape"))
+    spec = spec_from_config(AutoConfig.from_pretrained(ROOT / "models" / model))
     policy = config.make_policy()
     rule = None if policy is None else config.rule(policy, config.budget_tokens, config.max_model_len)
     plan = plan_memory(
@@ -159,3 +167,12 @@ def test_ample_memory_holds_every_request_to_its_end(load, arm):
     )  # fmt: skip
     needed = sum(-(-sum(lengths) // config.block_size) for lengths in found.lengths)
     assert needed <= plan.num_blocks < 1.05 * needed
+
+
+def test_budgets_of_mixtures_bind_while_they_are_timed():
+    (arm,) = arms_of("experts/zipage")
+    config = EngineConfig.from_kwargs(**arm.options | {"model": "models/qwen3-30b-a3b-shape"})
+    rule = config.rule(config.make_policy(), config.budget_tokens, arm.lengths[0][0])
+    most = rule.max_blocks * config.block_size
+    assert not rule.prompt_truncated
+    assert all(prompt + arm.warmup_tokens > most for prompt, _ in arm.lengths)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import statistics
 from random import Random
 
 import pandas as pd
@@ -90,9 +91,29 @@ def test_shape_of_qwen3_8b():
 
 def test_floor_of_a_step():
     shape = ModelShape(weight_bytes=1000, kv_bytes=20, read_bytes=10, token_flops=50, vocab_size=1)
-    assert step_floor(shape, 0, 0, 100.0, 1.0) == 10.0
-    assert step_floor(shape, 200, 0, 100.0, 1.0) == 30.0
-    assert step_floor(shape, 200, 4, 100.0, 20.0) == 40.0
+    assert step_floor(shape, 0, 0, 0, 100.0, 1.0) == 10.0
+    assert step_floor(shape, 200, 9, 0, 100.0, 1.0) == 30.0
+    assert step_floor(shape, 200, 9, 4, 100.0, 20.0) == 40.0
+
+
+def test_floor_of_a_mixture_of_experts_grows_with_the_experts_that_a_step_reads():
+    """gpt-oss-20b: 3.6 billion weights of one token, 20.9 of all; the input embedding is looked up."""
+    shape = ModelShape.read(EIGHT_B.with_name("gpt-oss-20b-shape"), "auto", "cuda")
+    assert shape.read_weights(1) == shape.weight_bytes
+    assert shape.touched_experts(2) == pytest.approx(32 - 28 * 28 / 32)
+    assert shape.read_weights(2) / 2e9 == pytest.approx(3.6 + 3.5 * 24 * 3 * 2880 * 2880 / 1e9, abs=0.06)
+    assert shape.read_weights(10_000) == shape.held_weights
+    assert shape.held_weights / 2e9 == pytest.approx(20.9 - 0.6, abs=0.06)
+    reads = step_floor(shape, 0, 10_000, 0, 1e12, 1.0)
+    assert reads == shape.held_weights / 1e12
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+def test_experts_of_a_step_are_as_many_as_random_tokens_are_sent_to(tokens):
+    shape = ModelShape.read(EIGHT_B.with_name("qwen3-30b-a3b-shape"), "auto", "cuda")
+    random = Random(0)
+    seen = [len({e for _ in range(tokens) for e in random.sample(range(128), 8)}) for _ in range(200)]
+    assert shape.touched_experts(tokens) == pytest.approx(statistics.mean(seen), abs=0.5)
 
 
 @pytest.mark.parametrize("policy", [{}, {"policy": "zipage", "budget_tokens": 32}])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -75,16 +75,16 @@ class ExpectedAttention(Policy):
         return True
 
     def rank(self, event: Event) -> Tensor:
-        turn = self._turn(event)[:, None, None]
+        turn = self._turn(event)
         mean, spread = self._of_file(event) if self.stats == "file" else self._of_window(event)
-        linear = turned(mean, turn) / math.sqrt(event.head_dim)
+        linear = turned(mean, turn[:, None, None]) / math.sqrt(event.head_dim)
         if self.cov == "pairs":
-            logits = event.key_forms(linear, squares=_turned_pairs(spread, turn) / (2 * event.head_dim))
+            logits = event.key_forms(linear, squares=_turned_pairs(spread, turn[:, None, None]) / (2 * event.head_dim))
         else:
             logits = event.key_forms(linear)
         if self.cov == "full":
             # K^T C' K = K"^T C K" where K" is the key, turned back.
-            logits = logits + spread(turned(event.keys(), turn.conj())) / (2 * event.head_dim)
+            logits = logits + event.key_squares(spread, turn.conj()) / (2 * event.head_dim)
         ranked = event.valid & (event.slots >= self.sink)
         shares = logits.masked_fill(~ranked[:, :, None], float("-inf")).softmax(dim=-1).mean(dim=3)
         scores = shares + self.eps
@@ -98,16 +98,14 @@ class ExpectedAttention(Policy):
         turn = torch.exp(1j * ahead[:, None] * event.inv_freq).mean(dim=0)
         return event.rope_factor * turn * torch.exp(1j * event.logical_lens.double()[:, None] * event.inv_freq)
 
-    def _of_file(self, event: Event) -> tuple[Tensor, Any]:
-        """mu [L, 1, H, G, d] and C: in "pairs" [L, 1, H, G, 3, d / 2], "full" K" [L, R, H, N, d] -> [L, R, H, G, N]."""
+    def _of_file(self, event: Event) -> tuple[Tensor, Tensor | None]:
+        """mu [L, 1, H, G, d] and C: in "pairs" [L, 1, H, G, 3, d / 2], "full" [L, 1, H, G, d, d]."""
         known = {name: array.unflatten(1, (event.num_heads, -1))[:, None] for name, array in event.calibration.items()}
         if self.cov == "pairs":
             return known["mean"], known["pairs"].mT
-        return known["mean"], lambda keys: torch.stack(
-            [((keys @ head) * keys).sum(dim=-1) for head in known["covariance"].unbind(dim=3)], dim=3
-        )
+        return known["mean"], known.get("covariance")
 
-    def _of_window(self, event: Event) -> tuple[Tensor, Any]:
+    def _of_window(self, event: Event) -> tuple[Tensor, Tensor]:
         """The same, [L, R, ...], of the window's queries."""
         places = event.logical_lens[:, None] - self.window + torch.arange(self.window, device=event.device)
         back = torch.exp(-1j * places.double()[..., None] * event.inv_freq) / event.rope_factor
@@ -117,9 +115,7 @@ class ExpectedAttention(Policy):
         if self.cov == "pairs":
             real, imaginary = apart.chunk(2, dim=-1)
             return mean, torch.stack((real * real, real * imaginary, imaginary * imaginary), dim=-2).mean(dim=4)
-        return mean, lambda keys: torch.stack(
-            [(keys @ head.mT).square().mean(dim=-1) for head in apart.unbind(dim=3)], dim=3
-        )
+        return mean, apart.mT @ apart / self.window
 
 
 def turned(x: Tensor, turn: Tensor) -> Tensor:
