@@ -64,16 +64,26 @@ def measure(arm: Arm, factory: BackendFactory, ceilings: Mapping[str, float] | N
             "cpu" if used_before is None else "cuda",
             arm.options.get("tensor_parallel_size", 1),
         )
-        _served(backend, arm, "start", [_prompts(arm, shape, "start")[0][:16]], [1])
+        first_token(backend, arm, shape)
         startup = time.perf_counter() - begin
-        if arm.window_steps is None:
-            warm_up = [min(output, arm.warmup_tokens) for _, output in arm.lengths]
-            _served(backend, arm, "warm-up", _prompts(arm, shape, "warm-up"), warm_up)
+        warm_up(backend, arm, shape)
         repeats = repeated(backend, arm, shape)
         return row_of(arm, shape, repeats, ceilings) | {"startup_seconds": startup, "memory_bytes": _used(used_before)}
     finally:
         if hasattr(backend, "shutdown"):
             backend.shutdown()
+
+
+def first_token(backend: Backend, arm: Arm, shape: ModelShape) -> None:
+    """One, so that the engine has started. Raises RunError as `measure`."""
+    _served(backend, arm, "start", [_prompts(arm, shape, "start")[0][:16]], [1])
+
+
+def warm_up(backend: Backend, arm: Arm, shape: ModelShape) -> None:
+    """The beginning of a load that is served whole. Raises RunError as `measure`."""
+    if arm.window_steps is None:
+        outputs = [min(output, arm.warmup_tokens) for _, output in arm.lengths]
+        _served(backend, arm, "warm-up", _prompts(arm, shape, "warm-up"), outputs)
 
 
 def repeated(backend: Backend, arm: Arm, shape: ModelShape) -> list[Repeat]:

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from experiments.bench.loads import Arm
-from experiments.bench.measure import Repeat, repeated, row_of
+from experiments.bench.measure import Repeat, first_token, repeated, row_of, warm_up
 from experiments.errors import UsageError
 from experiments.paths import ROOT
 from experiments.records import PROVENANCE, ROWS, read_config
 from experiments.simulation.machine import Machine
 from experiments.simulation.shape import SimulatedShape
-from experiments.simulation.step_model import StepModel
+from experiments.simulation.step_model import TIMED, StepModel
 from zipage import CompressionTime, CompressionWork, SimulatedLLM, StepWork
 
 Model = TypeVar("Model", bound=StepModel)
@@ -87,9 +87,9 @@ class SimulatedArm:
     repeats: list[Repeat]
 
     def works(self) -> np.ndarray:
-        """[6, N], the fields of `StepWork` of the steps that were measured."""
+        """[TIMED, N], what the device's time depends on, of the steps that were measured."""
         numbers = [step.step for repeat in self.repeats for step in repeat.steps]
-        return np.array([self.times.works[number] for number in numbers], dtype=np.float64).T
+        return np.array([self.times.works[number][:TIMED] for number in numbers], dtype=np.float64).T
 
     def compressions(self) -> list[CompressionWork]:
         """Those of the steps that were measured."""
@@ -111,17 +111,18 @@ def started(options: Mapping[str, Any], times: StepModel) -> SimulatedLLM:
 
 
 def simulate_arm(arm: Arm, machine: Machine) -> SimulatedArm:
-    """Run an arm on a machine that is simulated. All repeats of whole loads are alike, so there is one.
+    """Run an arm on a machine that is simulated, as it is measured: the first repeat captures graphs that no warm-up
+    asked for.
 
     Raises:
         RunError: as `experiments.bench.measure.measure`.
         ValueError: the engine can't be started so.
     """
-    if arm.window_steps is None:
-        arm = replace(arm, repeats=1)
     times = times_of(arm.options, machine, Recorded)
     llm, shape = started(arm.options, times), times.shape
     try:
+        first_token(llm, arm, shape.sizes)
+        warm_up(llm, arm, shape.sizes)
         repeats = repeated(llm, arm, shape.sizes)
     finally:
         llm.shutdown()

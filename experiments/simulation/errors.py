@@ -15,21 +15,23 @@ from experiments.simulation.aims import AIMS, figure, off, pair
 from experiments.simulation.arms import MeasuredArm, measured_arms, simulate_arm
 from experiments.simulation.machine import Machine, machine_names, read_machine
 
-OVERLAPS_FROM = "2026-11-28T06:04"
-"""Since when an engine's kernels of few rows overlap (commit bc54748, UTC)."""
+LATEST = "9999"
+"""Later than every time."""
 COUNTS = ("preemptions", "pauses", "compressions")
 RATIOS = ("tokens_per_second", "steps", "mean_batch")
 
 
 def machine_of_record(folder: Path) -> Machine:
-    """The machine of `conf/machine/` whose name is in that of the record's GPU, an H100 where none is; as it was with
-    engines before `OVERLAPS_FROM`, where there is one of that time.
+    """The machine of `conf/machine/` whose name is in that of the record's GPU, an H100 where none is; of several the
+    one that stands for engines of the record's time.
     """
     provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    gpus, names = provenance.get("hardware", {}).get("gpus") or ["H100"], machine_names()
-    name = next((name for name in names if name.partition("_")[0].upper() in gpus[0].upper()), "h100")
-    is_older = provenance.get("started", OVERLAPS_FROM) < OVERLAPS_FROM and f"{name}_before" in names
-    return read_machine(f"{name}_before" if is_older else name)
+    gpus = provenance.get("hardware", {}).get("gpus") or ["H100"]
+    kinds = {name.partition("_")[0] for name in machine_names()}
+    kind = next((kind for kind in sorted(kinds) if kind.upper() in gpus[0].upper()), "h100")
+    machines = [read_machine(name) for name in machine_names() if name.partition("_")[0] == kind]
+    started = provenance.get("started", LATEST)
+    return min((m for m in machines if m.until is None or started < m.until), key=lambda m: m.until or LATEST)
 
 
 def compared(folder: Path, machine: Machine) -> Iterator[dict[str, Any]]:
@@ -52,9 +54,7 @@ def compared(folder: Path, machine: Machine) -> Iterator[dict[str, Any]]:
 
 
 def _figures(measured: MeasuredArm, simulated: dict[str, Any]) -> dict[str, Any]:
-    theirs = dict(measured.row)
-    if measured.arm.window_steps is None:
-        theirs["steps"] = theirs["steps"] / measured.arm.repeats
+    theirs = measured.row
     figures = {name: figure(theirs[name], simulated[name]) for name in RATIOS}
     figures["tokens_per_second"] |= {"lowest": min(theirs["repeats"]), "highest": max(theirs["repeats"])}
     for name in ("p50", "p99"):

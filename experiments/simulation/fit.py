@@ -3,11 +3,14 @@
 Six stages, each with what those before have found:
 
 1. Shares of a compression and of prefill attention, from the kernels' benchmark.
-2. Shares of products and attention and the constants of a layer, by least squares over a profile's parts of a step and
-   over step times of the engine's benchmark. Which steps an arm takes is simulated once: constants change their times.
-3. What a sum over GPUs takes: the link's share from the gather in a profile of two ranks, the rest from an arm on two.
-4. What it takes to launch a layer kernel by kernel, from the slowest steps of an arm of small layers.
-5. What the host takes, from arms whose steps are so short that it shows, each simulated anew at every trial.
+2. What a product takes beside its bytes, from products of five sizes in a profile of ranks. Shares of products and
+   attention and the constants of a layer, by least squares over a profile's parts of a step and over step times of the
+   engine's benchmark. Which steps an arm takes is simulated once: constants change their times.
+3. What crosses the link: a gather's share of it from a profile of two ranks; what a sum takes, and its share, from two
+   arms on two GPUs, of 64 rows and of 250.
+4. What it takes to launch a layer kernel by kernel, from tokens/s of an arm of small layers that was timed once.
+5. What the host takes, from arms whose steps are so short that it shows (their tokens/s, number, median and slowest
+   tenth), each simulated anew at every trial.
 6. What a request takes to its engine, from the median TTFT of a server. It needs the trace that was served.
 
 `--few-rows` fits what few rows and unequal lengths change, and nothing else: from a profile's steps, whose kernels
@@ -19,21 +22,25 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares, minimize
+from scipy.optimize import brentq, least_squares, minimize
 
 from experiments.command_line import Parser, stoppable
 from experiments.errors import UsageError
 from experiments.paths import ROOT
-from experiments.records import ROWS
+from experiments.records import METRICS, ROWS
 from experiments.simulation.arms import MeasuredArm, SimulatedArm, measured_arms, simulate_arm
-from experiments.simulation.machine import Machine, read_machine
+from experiments.simulation.errors import machine_of_record
+from experiments.simulation.machine import MACHINES, Machine, file_of, read_machine
+from experiments.simulation.runs import simulate_run
 from experiments.simulation.served import compared_rates
 from experiments.simulation.shape import SimulatedShape
 from experiments.simulation.step_model import LOGIT_BYTES, StepModel
@@ -41,8 +48,8 @@ from experiments.simulation.step_model import LOGIT_BYTES, StepModel
 RECORDS = ROOT / "results" / "records"
 PROFILED_MODEL = ROOT / "models" / "qwen3-8b-shape"
 """Of `profile_step` and of the kernels' benchmark."""
-PROFILED_ROWS = 64
-"""Requests of the profile of ranks."""
+PROFILED_ROWS, PROFILED_STEPS = 64, 10
+"""Requests and steps of the profile of ranks."""
 SHARED = "full:256x1024="
 """A case of the profile whose requests share some of their blocks, so that their attention comes out too fast
 (docs/performance.md)."""
@@ -50,8 +57,12 @@ DEVICE = (
     *("weight_share", "product_share", "entry_share"),
     *("attention_seconds", "layer_seconds", "row_passes", "sample_seconds"),
 )
+SUMS = ("collective_seconds", "sum_share")
 FEW = ("imbalance", "overlap_seconds")
-HOST = ("host_row_seconds", "compression_seconds", "compression_score_seconds", "interpreter_share")
+MOST_IMBALANCE = 8.0
+HOST = ("host_seconds", "host_row_seconds", "compression_seconds", "compression_score_seconds", "interpreter_share")
+LAUNCHES = 1e-4, 4e-3
+"""Between which a layer's launch is sought, in seconds."""
 LARGEST, SMALLEST = 0.99, 1e-15
 """Of a share, and of any constant that is fitted as its logarithm."""
 
@@ -84,6 +95,28 @@ def profiled(path: Path) -> list[tuple[dict[str, Any], tuple[float, float, float
     return parts
 
 
+def _reads(case: dict[str, Any], shape: SimulatedShape) -> dict[str, float]:
+    """What a profiled step reads. Its lengths are spread evenly unless the case ends in `=`."""
+    rows, entries = case["rows"], case["kv_bytes"] / shape.sizes.kv_bytes
+    mean = entries / rows
+    lengths = np.full(rows, mean) if case["case"].endswith("=") else np.linspace(1, 2 * mean, rows)
+    return {"num_decodes": rows, "decode_entries": entries, "decode_squares": float((lengths**2).sum())}
+
+
+def product_constant(machine: Machine, path: Path) -> Machine:
+    """Stage 2, from a profile of ranks: where the line of products' times over their bytes begins."""
+    profile = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads((PROFILED_MODEL / "config.json").read_text(encoding="utf-8"))
+    width, inner, head_dim = (config[name] for name in ("hidden_size", "intermediate_size", "head_dim"))
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    rows = (head_dim * (heads + 2 * kv_heads), head_dim * heads, 2 * inner, inner, config["vocab_size"])
+    sizes = np.sort(rows) * width * LOGIT_BYTES / profile["gpus"]
+    kernels = [row for row in profile["rows"] if row["kernel"].startswith("nvjet")]
+    seconds = np.sort([1e-3 * row["ms_a_step"] * PROFILED_STEPS / row["calls"] for row in kernels])
+    _, begin = np.polyfit(sizes, seconds, 1, w=1 / seconds)
+    return replace(machine, product_seconds=max(0.0, float(begin)))
+
+
 def device_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredArm]) -> Machine:
     """Stage 2."""
     profile_shape = SimulatedShape.read(PROFILED_MODEL)
@@ -95,13 +128,13 @@ def device_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredArm
         changed = replace(machine, **dict(zip(DEVICE, np.exp(values).tolist())))
         model, found = StepModel(changed, profile_shape), []
         for case, measured in cases:
-            entries = case["kv_bytes"] / profile_shape.sizes.kv_bytes
-            parts = np.array(model.parts(case["rows"], entries))
+            parts = np.array(model.parts(**_reads(case, profile_shape)))
             parts[2] -= changed.sample_seconds * case["rows"] * profile_shape.sizes.vocab_size  # not profiled
             off = (parts - measured) / sum(measured)
             found += [off[0], off[2]] if case["case"] == SHARED else list(off)
         for measured, base, shape in zip(arms, simulated, shapes):
-            found += _off(measured, base, StepModel(changed, shape), StepModel(machine, shape))
+            now, before = (StepModel(on, shape, base.times.block_size) for on in (changed, machine))
+            found += _off(measured, base, now, before)
         return found
 
     begin = np.log([max(getattr(machine, name), SMALLEST) for name in DEVICE])
@@ -111,36 +144,62 @@ def device_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredArm
 
 
 def few_rows_constants(machine: Machine, profile: Path, arms: Sequence[MeasuredArm]) -> Machine:
-    """What steps of few rows save, and what unequal lengths cost."""
+    """What steps of few rows save."""
     profile_shape = SimulatedShape.read(PROFILED_MODEL)
     cases = json.loads(profile.read_text(encoding="utf-8"))["cases"]
     simulated = [simulate_arm(measured.arm, machine) for measured in arms]
-    begin = np.array([1.0, 1e-5])
 
     def changed(values: np.ndarray) -> Machine:
-        return replace(machine, **dict(zip(FEW, (values * begin).tolist())))
+        return replace(machine, overlap_seconds=float(values[0]) * 1e-5)
 
     def residuals(values: np.ndarray) -> list[float]:
         model, found = StepModel(changed(values), profile_shape), []
         for case in cases:
-            seconds = float(sum(model.parts(case["rows"], case["kv_bytes"] / profile_shape.sizes.kv_bytes)))
+            seconds = float(sum(model.parts(**_reads(case, profile_shape))))
             found.append(float(np.log(1e3 * seconds / case["step_ms"])))
         for measured, base in zip(arms, simulated):
             shape = base.times.shape
-            now = StepModel(changed(values), shape)
-            found += _off(measured, base, now, StepModel(machine, shape))
-            long = np.quantile(sum(now.parts(*base.works()[:-1])), 0.9)
+            now, before = (StepModel(on, shape, base.times.block_size) for on in (changed(values), machine))
+            found += _off(measured, base, now, before)
+            long = np.quantile(sum(now.parts(*base.works())), 0.9)
             found.append(float(np.log(1e3 * long / measured.row["step_ms"]["p90"])))
         return found
 
-    return changed(least_squares(residuals, np.ones(2), bounds=(0, np.inf)).x)
+    return changed(least_squares(residuals, np.ones(1), bounds=(0, np.inf)).x)
+
+
+def block_constant(machine: Machine, measured: MeasuredArm) -> Machine:
+    """Stage 2: as how many entries more a block counts, for the median step of an arm with small ones."""
+    simulated, size = simulate_arm(measured.arm, machine), measured.arm.options["block_size"]
+
+    def off(entries: float) -> float:
+        model = StepModel(replace(machine, block_entries=entries), simulated.times.shape, size)
+        return float(1e3 * np.median(sum(model.parts(*simulated.works()))) - measured.row["step_ms"]["p50"])
+
+    return replace(machine, block_entries=float(brentq(off, 0, size)))
+
+
+def imbalance_constant(machine: Machine, folder: Path, trace: str | None) -> Machine:
+    """What unequal lengths must cost for the tokens/s of a whole run, on a machine of its time."""
+    like = MACHINES / file_of(machine_of_record(folder))
+    measured = json.loads((folder / METRICS).read_text(encoding="utf-8"))["output_tokens_per_second"]
+
+    def off(imbalance: float) -> float:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "machine.yaml"
+            path.write_text(f"like: {like}\nimbalance: {imbalance}\n", encoding="utf-8")
+            with redirect_stdout(sys.stderr):
+                simulated = simulate_run(folder, str(path), trace)["output_tokens_per_second"]
+            return float(np.log(simulated / measured))
+
+    return replace(machine, imbalance=float(brentq(off, 0, MOST_IMBALANCE, xtol=0.02)))
 
 
 def _off(measured: MeasuredArm, base: SimulatedArm, now: StepModel, before: StepModel) -> list[float]:
     """By how much the time of an arm's steps is off under other constants: their sum and their median."""
     works = base.works()
-    after = sum(now.parts(*works[:-1]))
-    seconds = sum(repeat.seconds for repeat in base.repeats) + float(np.sum(after - sum(before.parts(*works[:-1]))))
+    after = sum(now.parts(*works))
+    seconds = sum(repeat.seconds for repeat in base.repeats) + float(np.sum(after - sum(before.parts(*works))))
     tokens = sum(repeat.tokens for repeat in base.repeats)
     rate = tokens / seconds / measured.row["tokens_per_second"]
     return [float(np.log(rate)), float(np.log(1e3 * np.median(after) / measured.row["step_ms"]["p50"]))]
@@ -156,22 +215,32 @@ def link_share(machine: Machine, path: Path) -> Machine:
 
 
 def launch_constant(machine: Machine, measured: MeasuredArm) -> Machine:
-    """Stage 4: what a layer must take for the 99th percentile of an arm's steps, launched kernel by kernel."""
-    for _ in range(3):
-        simulated = simulate_arm(measured.arm, machine)
-        lacking = measured.row["step_ms"]["p99"] - simulated.row["step_ms"]["p99"]
-        seconds = machine.launch_seconds + 1e-3 * lacking / simulated.times.shape.layers
-        machine = replace(machine, launch_seconds=max(0.0, seconds))
-    return machine
+    """Stage 4: what a layer's launches must take for the tokens/s of an arm with prompts, and captures of graphs."""
+
+    def off(seconds: float) -> float:
+        row = simulate_arm(measured.arm, replace(machine, launch_seconds=seconds)).row
+        return float(np.log(row["tokens_per_second"] / measured.row["tokens_per_second"]))
+
+    return replace(machine, launch_seconds=float(brentq(off, *LAUNCHES, xtol=1e-5)))
 
 
-def collective_constant(machine: Machine, measured: MeasuredArm) -> Machine:
-    """Stage 3: what a sum over GPUs must take for the median step of an arm on several of them."""
-    free = replace(machine, collective_seconds=0.0)
-    simulated = simulate_arm(measured.arm, free)
-    lacking = measured.row["step_ms"]["p50"] - simulated.row["step_ms"]["p50"]
-    sums = 2 * simulated.times.shape.layers
-    return replace(machine, collective_seconds=max(0.0, 1e-3 * lacking / sums))
+def sum_constants(machine: Machine, arms: Sequence[MeasuredArm]) -> Machine:
+    """Stage 3: what a sum over GPUs must take for the median steps of arms with few and with many rows."""
+    simulated = [simulate_arm(measured.arm, machine) for measured in arms]
+
+    def changed(values: np.ndarray) -> Machine:
+        return replace(machine, **dict(zip(SUMS, np.exp(values).tolist())))
+
+    def residuals(values: np.ndarray) -> list[float]:
+        found = []
+        for measured, base in zip(arms, simulated):
+            model = StepModel(changed(values), base.times.shape, base.times.block_size)
+            after = sum(model.parts(*base.works()))
+            found.append(float(np.log(1e3 * np.median(after) / measured.row["step_ms"]["p50"])))
+        return found
+
+    begin = np.log([getattr(machine, name) for name in SUMS])
+    return changed(least_squares(residuals, np.minimum(begin, -1e-2), bounds=(-np.inf, (np.inf, 0.0))).x)
 
 
 def host_constants(machine: Machine, arms: Sequence[MeasuredArm], trials: int) -> Machine:
@@ -187,6 +256,8 @@ def host_constants(machine: Machine, arms: Sequence[MeasuredArm], trials: int) -
             row = simulate_arm(measured.arm, changed(values)).row
             for name in ("tokens_per_second", "steps"):
                 total += np.log(row[name] / measured.row[name]) ** 2
+            for share in ("p50", "p90"):
+                total += np.log(row["step_ms"][share] / measured.row["step_ms"][share]) ** 2
         return total
 
     begin = np.log([getattr(machine, name) for name in HOST])
@@ -214,7 +285,7 @@ def request_constant(machine: Machine, rows: Sequence[dict[str, Any]]) -> Machin
 def as_yaml(machine: Machine, head: str) -> str:
     lines = [f"# {head}"]
     for name, value in asdict(machine).items():
-        if name != "eager":
+        if value is not None and name not in ("eager", "launches_prompts"):
             lines.append(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
     return "\n".join(lines) + "\n"
 
@@ -242,16 +313,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--ranks",
-        default=str(RECORDS / "engine_bench_ranks_h100" / "two_h100" / "two"),
+        nargs="+",
+        default=[
+            str(RECORDS / "engine_bench_ranks_h100" / "two_h100" / "two"),
+            str(RECORDS / "engine_bench_short_ranks_h100" / "two_zipage_short" / "two_zipage"),
+        ],
         metavar="RECORD/ARM",
-        help="an arm on several GPUs",
+        help="arms on several GPUs, of few rows and of many",
+    )
+    parser.add_argument(
+        "--blocks",
+        default=str(RECORDS / "engine_bench_short_h100" / "full"),
+        metavar="RECORD/ARM",
+        help="an arm whose blocks are small",
     )
     parser.add_argument("--link", type=Path, default=RECORDS / "ranks_profile_h200.json", help="a profile of ranks")
     parser.add_argument(
         "--launch",
-        default=str(RECORDS / "engine_bench_policies_h100" / "random"),
+        default=str(RECORDS / "engine_bench_redesign_h100" / "after_small1" / "full"),
         metavar="RECORD/ARM",
-        help="an arm whose slowest steps the host launches kernel by kernel",
+        help="an arm of small layers, timed once: its host launches prompts, and graphs that it captures",
     )
     served = RECORDS / "serve_trace_four_h100"
     parser.add_argument("--served", type=Path, default=served, help="a folder of records of scenario=serve_bench")
@@ -262,6 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--few-rows", action="store_true", help="only what few rows change, from --profile and the arms of --device"
     )
+    parser.add_argument("--uneven", type=Path, metavar="RUN", help="with --few-rows: a whole run of unequal lengths")
     parser.add_argument("--trials", type=int, default=40, help="of the host's constants; 0 leaves them as they are")
     parser.add_argument("--out", type=Path, help="a file of conf/machine/; without, it is printed")
     options = parser.parse_args(arguments)
@@ -271,6 +353,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine = read_machine(options.machine)
         if options.few_rows:
             arms = [arm for folder in options.device for arm in measured_arms(folder)]
+            if options.uneven is not None:
+                machine = imbalance_constant(machine, options.uneven, options.trace)
             machine = few_rows_constants(machine, options.profile, arms)
             print("\n".join(f"{name}: {getattr(machine, name):.6g}" for name in FEW))
             return 0
@@ -294,14 +378,15 @@ def _of_engines(machine: Machine, options: Namespace) -> Machine:
     """Stages 1 to 5."""
     machine = kernel_shares(machine, options.kernels)
     arms = [arm for folder in options.device for arm in measured_arms(folder)]
-    machine = device_constants(machine, options.profile, arms)
-    machine = collective_constant(link_share(machine, options.link), _one_arm(options.ranks))
+    machine = device_constants(product_constant(machine, options.link), options.profile, arms)
+    machine = block_constant(machine, _one_arm(options.blocks))
+    machine = sum_constants(link_share(machine, options.link), [_one_arm(name) for name in options.ranks])
     machine = launch_constant(machine, _one_arm(options.launch))
     if options.trials:
         machine = host_constants(machine, [_one_arm(name) for name in options.host], options.trials)
     records = [options.kernels.name, options.profile.stem, *(folder.name for folder in options.device)]
     records.append(options.link.stem)
-    others = [options.ranks, options.launch, *(options.host if options.trials else [])]
+    others = [options.blocks, *options.ranks, options.launch, *(options.host if options.trials else [])]
     records += ["/".join(Path(name).parts[-2:]) for name in dict.fromkeys(others)]
     return replace(machine, origin=f"published rates; constants fitted to {', '.join(records)}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,26 @@ class Machine:
         memory_bytes: of the GPU, as CUDA tells it.
         bandwidth, flops: of its memory and its arithmetic in bfloat16, a second, as published.
         link_bandwidth: bytes a second between GPUs. host_bandwidth: between GPU and host memory.
-        weight_share, product_share: of bandwidth and arithmetic that matrix products reach.
+        weight_share, product_share: of bandwidth and arithmetic that matrix products reach. product_seconds: of each
+            product beside that, to begin and to end.
         entry_share, prefill_share: the same of attention to the cache, and within prompts.
-        imbalance: what attention takes longer for N requests of unequal lengths, times the square root of N: a share of
-            the time of their entries at the whole bandwidth.
+        block_entries: a block is read as if it had so many entries more.
+        imbalance: what attention takes longer for N requests of unequal lengths: the time of so many entries at the
+            whole bandwidth as the standard deviation of lengths, times the square root of N.
         attention_seconds: of a layer's attention beside that.
         layer_seconds: of a layer's small kernels.
-        overlap_seconds: that a layer of few rows saves, since each kernel is launched before the one ahead has ended.
+        overlap_seconds: that a layer saves since each kernel is launched before the one ahead has ended: the less the
+            more rows, and nothing from 64 on.
         row_passes: how often they move the numbers of a token, `width` of them.
         sample_seconds: of sampling, for each request and token of the vocabulary.
-        collective_seconds: of a sum over GPUs, twice a layer. link_share: of the link's bandwidth that it reaches.
+        collective_seconds: of a sum over GPUs, twice a layer. sum_share: of the link's bandwidth that it reaches.
+            link_share: that a gather of logits reaches.
         host_seconds, host_row_seconds: of scheduling and booking a step, and for each request in it.
         launch_seconds: of launching a layer's kernels where they are no part of a graph.
-        eager: no step is a graph.
+        eager: no step is a graph. launches_prompts: no step is whose prompts have attention of their own, as before
+            `until`.
+        until: when records were made, in UTC, that a machine of this name stands for, where engines since do otherwise;
+            None: all later ones.
         move_share, score_share, redundancy_share: of bandwidth, bandwidth and arithmetic that the parts of a
             compression reach.
         compression_seconds: that the host takes to launch a batch of compressions. compression_score_seconds: more for
@@ -63,6 +70,7 @@ class Machine:
     sample_seconds: float
     collective_seconds: float
     link_share: float
+    sum_share: float
     host_seconds: float
     host_row_seconds: float
     launch_seconds: float
@@ -75,8 +83,12 @@ class Machine:
     beside: float
     request_seconds: float
     imbalance: float = 0.0
+    block_entries: float = 0.0
     overlap_seconds: float = 0.0
+    product_seconds: float = 0.0
     eager: bool = False
+    launches_prompts: bool = False
+    until: str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -118,11 +130,13 @@ def machine_of(values: dict[str, Any], source: str) -> Machine:
     known = {field.name: field for field in fields(Machine)}
     if unknown := sorted(set(values) - set(known)):
         raise UsageError(f"{source}: unknown option {unknown[0]}; known: {', '.join(known)}")
-    if missing := sorted(set(known) - set(values) - {"imbalance", "overlap_seconds", "eager"}):
+    if missing := sorted(
+        set(known) - set(values) - {field.name for field in fields(Machine) if field.default is not MISSING}
+    ):
         raise UsageError(f"{source}: {missing[0]} is missing")
-    texts = ("name", "origin", "eager")
+    plain = ("name", "origin", "eager", "launches_prompts", "until")
     try:
-        return Machine(**{key: value if key in texts else float(value) for key, value in values.items()})
+        return Machine(**{key: value if key in plain else float(value) for key, value in values.items()})
     except (TypeError, ValueError) as error:
         raise UsageError(f"{source}: {error}") from error
 

@@ -62,6 +62,7 @@ def simulate_run(folder: Path, machine: str, trace: str | None = None) -> dict[s
 def compared_run(folder: Path, machine: Machine, name: str, trace: str | None) -> dict[str, Any]:
     """A run's figures, measured and simulated; `refused` says why it can't be simulated."""
     row = {"record": f"{folder.parent.name}/{folder.name}", "machine": machine.name}
+    row["fitted"] = row["record"] in machine.origin.replace(",", " ").split()
     measured = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     try:
         simulated = simulate_run(folder, name, trace)

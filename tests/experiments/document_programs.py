@@ -35,12 +35,12 @@ def simulate(module: str, given: list[str], request) -> None:
     program = importlib.import_module(module)
     if module.endswith("fit"):
         patch.setattr(program, "_of_servers", lambda machine, *_: machine)
+        several = "device", "sum", "host", "few_rows"
         for stage in (
-            "device_constants",
-            "collective_constant",
+            *(f"{name}_constants" for name in several),
+            "block_constant",
             "launch_constant",
-            "host_constants",
-            "few_rows_constants",
+            "imbalance_constant",
         ):
             patch.setattr(program, stage, lambda machine, *_: machine)
     elif given[0] in ("serve", "fleet", "capacity"):

@@ -97,6 +97,8 @@ class SimulatedRunner:
         clock = self._timeline.clock
         clock.sleep(self._times.host(plan.work) + self._timeline.interrupted)
         self._timeline.interrupted = 0.0
+        if plan.work.num_captures:  # none begins before the device is idle
+            clock.wait_until(self._timeline.free)
         launch = self._times.launch(plan.work)
         begin = self._timeline.queue(self._times.step(plan.work), launch)
         clock.sleep(launch)

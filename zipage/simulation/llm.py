@@ -24,9 +24,9 @@ from zipage.models.shard import Shard
 from zipage.models.spec import ModelSpec
 from zipage.sampling_params import SamplingParams
 from zipage.simulation.device import PlannedWork, SimulatedCompressor, SimulatedRunner, Timeline, VirtualClock
+from zipage.simulation.graphs import SimulatedGraphs
 from zipage.simulation.sleep import SleepingBatch, SleepingRequest, SleepingScheduler
 from zipage.simulation.times import DeviceTimes, StepWork
-from zipage.worker.cuda_graph import DECODED_READS, DECODED_TOKENS, PROMPT_TOKENS, PROMPTS
 from zipage.worker.memory_plan import MemoryPlan
 from zipage.worker.model_runner import StepResult
 from zipage.worker.worker import DeviceMemory
@@ -106,6 +106,7 @@ class SimulatedLLM(LLM):
         core, core_spec = core_on(worker, config, spec, max_model_len, SimulatedCore, clock)
         inputs: InputProcessor = build_inputs(config, core_spec, clock)
         core.set_ends(spec.eos_token_ids, spec.vocab_size)
+        core.graphs = SimulatedGraphs(config.max_num_seqs, config.max_num_batched_tokens)
         core.token_listeners, core.tokens_listeners = [], []
         inputs.request_type = SleepingRequest
         return Engine(core, inputs, OutputProcessor(inputs.tokenizer, core.counters, clock), core_spec)
@@ -117,6 +118,7 @@ class SimulatedCore(EngineCore):
     scheduler_type = SleepingScheduler
     deferred_interrupts = nullcontext  # no device is left half-way
     scheduler: SleepingScheduler
+    graphs: SimulatedGraphs
     token_listeners: list[TokenListener]
     tokens_listeners: list[TokensListener]
 
@@ -150,16 +152,19 @@ class SimulatedCore(EngineCore):
 
     def _plan(self, batch: SleepingBatch) -> PlannedWork:
         self.scheduler.take_dropped()
-        entries = sum([request.cache_len for request in batch.decodes]) + self.scheduler.asleep_entries
-        entries += batch.num_decodes
+        lengths = [request.cache_len + 1 for request in batch.decodes]
+        asleep, squares = self.scheduler.asleep_reads
+        entries = sum(lengths) + asleep
+        squares += sum([length * length for length in lengths])
         tokens = reads = 0
         for request, count in batch.prefills:
             tokens += count
             reads += count * request.cache_len + count * (count + 1) // 2
         moved = sum(len(swap.block_ids) - swap.num_shared for swap in (*batch.paused, *batch.resumed))
-        few = len(batch.prefills) <= PROMPTS and tokens <= PROMPT_TOKENS
-        all_decode = tokens <= DECODED_TOKENS and reads <= DECODED_READS
-        work = StepWork(batch.num_decodes, entries, tokens, reads, all_decode, moved, few or all_decode)
+        all_decode, in_all = self.graphs.all_decode(tokens, reads), batch.num_decodes + tokens
+        is_graph = self.graphs.take(in_all, len(batch.prefills), all_decode)
+        captures = self.graphs.capture(in_all, all_decode) if is_graph else 0
+        work = StepWork(batch.num_decodes, entries, tokens, reads, all_decode, moved, squares, is_graph, captures)
         return PlannedWork(work, [request.token for request in batch.sampled])
 
 

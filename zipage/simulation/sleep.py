@@ -176,8 +176,8 @@ class SleepingScheduler(Scheduler):
         self._wakes: dict[int, list[SleepingRequest]] = {}
         self._lagging: list[SleepingRequest] = []
         self._unbooked: deque[SleepingBatch] = deque()
-        self._entries = self.asleep_room = 0
-        """Of those that sleep; entries less the number of the batch, for each."""
+        self._entries = self._squares = self.asleep_room = 0
+        """Of those that sleep; entries less the number of the batch, for each; squared too."""
 
     def add(self, request: SleepingRequest) -> None:
         super().add(request)
@@ -189,6 +189,13 @@ class SleepingScheduler(Scheduler):
     def asleep_entries(self) -> int:
         """Entries that those asleep hold."""
         return self._entries + self.num_asleep * self.steps.advanced
+
+    @property
+    def asleep_reads(self) -> tuple[int, int]:
+        """Entries that those asleep read in the coming step, and their squares, each summed over them."""
+        now = self.steps.advanced + 1
+        squares = self._squares + (2 * self._entries + self.num_asleep * now) * now
+        return self._entries + self.num_asleep * now, squares
 
     # What the scheduler looks at
 
@@ -222,7 +229,7 @@ class SleepingScheduler(Scheduler):
         del self._up[bisect_left(self._up, request.number, key=AGE)]
         wakes, room = self.steps.advanced + count, self.headroom.of(request)
         self.num_asleep += 1
-        self._entries += request.cache_len - self.steps.advanced
+        self._count(request.cache_len - self.steps.advanced, 1)
         self.asleep_room += room
         request.sleep(wakes, room)
         self._wakes.setdefault(wakes, []).append(request)
@@ -275,8 +282,12 @@ class SleepingScheduler(Scheduler):
             self._lagging.append(request)
         insort(self._up, request, key=AGE)
         self.num_asleep -= 1
-        self._entries -= _ENTRIES.__get__(request) - self.steps.advanced
+        self._count(_ENTRIES.__get__(request) - self.steps.advanced, -1)
         self.asleep_room -= request.room
+
+    def _count(self, entries: int, sign: int) -> None:
+        self._entries += sign * entries
+        self._squares += sign * entries * entries
 
     # Who comes and goes
 

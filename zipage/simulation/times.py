@@ -19,7 +19,9 @@ class StepWork(NamedTuple):
         prefill_entries: entries before each of these tokens, its own included, summed over them.
         all_decode: tokens of prompts attend as decodes, so that each reads all before it anew.
         moved_blocks: to host memory and back, of requests that are paused and resumed.
+        decode_squares: the square of what each of these requests reads, summed: the less, the more alike they are.
         is_graph: the step would be one CUDA graph.
+        num_captures: graphs that are captured before it, since no step has asked for them yet.
     """
 
     num_decodes: int
@@ -28,7 +30,9 @@ class StepWork(NamedTuple):
     prefill_entries: int = 0
     all_decode: bool = True
     moved_blocks: int = 0
+    decode_squares: int = 0
     is_graph: bool = True
+    num_captures: int = 0
 
 
 class CompressionWork(NamedTuple):
@@ -79,6 +83,6 @@ class DeviceTimes(Protocol):
 
     def launch(self, work: StepWork) -> float:
         """Seconds in which the host launches a step's kernels, while the device is at work on those before; 0 for a
-        graph."""
+        graph that was captured earlier."""
 
     def compression(self, work: CompressionWork) -> CompressionTime: ...

@@ -38,7 +38,7 @@ arms:
 
 
 LIKE = ("model.path=models/qwen3-0.6b-shape", "model.load_format=dummy", "scenario.options.search=null")
-LIKE += ("scenario.options.rates=[20,40]",)
+LIKE += ("scenario.options.rates=[10,40]",)
 
 
 @pytest.fixture(name="load")
@@ -95,7 +95,7 @@ def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("load") / "small.yaml"
     path.write_text(LOAD)
     arms = arms_of(str(path))[1]
-    rows = [simulate_rate(arm, read_machine("h200"), rate) for arm in arms[:2] for rate in (20, 40)]
+    rows = [simulate_rate(arm, read_machine("h200"), rate) for arm in arms[:2] for rate in (10, 40)]
     rows = [row | {"backend": "zipage", "refused": None, "streams": None} for row in rows]
     return json.dumps([*rows, rows[0] | {"backend": "vllm", "arm": "vllm"}])
 
@@ -119,7 +119,7 @@ def test_a_served_record_is_simulated_as_it_was_measured(served, tmp_path, capsy
     assert simulate.main([str(served), "--out", str(out)]) == 0
     assert "| limits hold or not | same | 4 of 4" in capsys.readouterr().out
     rows = json.loads(out.read_text())["served"]
-    assert [(row["arm"], row["rate"]) for row in rows] == [("full", 20), ("full", 40), ("zipage", 20), ("zipage", 40)]
+    assert [(row["arm"], row["rate"]) for row in rows] == [("full", 10), ("full", 40), ("zipage", 10), ("zipage", 40)]
     for row in rows:
         assert row["record"] == "served"
         for name in ("tokens_per_second", "ttft.p50", "e2e.p99", "compressions"):
@@ -135,7 +135,7 @@ def test_what_a_request_takes_to_its_engine_is_fitted_to_one_rate_and_predicts_a
     assert fitted.request_seconds == pytest.approx(true.request_seconds, rel=0.2)
     lacking = [row["ttft.p50"] for row in compared_rates(served, fitted, None) if row["arm"] == "zipage"]
     assert all(abs(median["off"]) < 0.1 for median in lacking)
-    assert all(row["ttft.p50"]["off"] < -0.2 for row in rows if row["rate"] == 20)
+    assert all(row["ttft.p50"]["off"] < -0.2 for row in rows if row["rate"] == 10)
 
 
 def test_the_constant_of_requests_is_fitted_alone(served, tmp_path, capsys, monkeypatch):
@@ -174,7 +174,7 @@ def test_a_load_that_has_changed_is_found_as_it_was(served, load, tmp_path, monk
     for name, text in (("a", LOAD.replace("count: 16", "count: 17")), ("b", LOAD)):
         (tmp_path / "loads" / name).mkdir(parents=True)
         (tmp_path / "loads" / name / "small.yaml").write_text(text)
-    assert [(rate.arm.name, rate.row["rate"]) for rate in measured_rates(served)] == [("zipage", 20), ("zipage", 40)]
+    assert [(rate.arm.name, rate.row["rate"]) for rate in measured_rates(served)] == [("zipage", 10), ("zipage", 40)]
 
 
 def test_what_is_no_option_is_refused(load, capsys):

@@ -10,14 +10,15 @@ from experiments.errors import UsageError
 from experiments.paths import ROOT
 from experiments.simulation.machine import machine_names, machine_of, read_machine
 from experiments.simulation.shape import SimulatedShape
-from experiments.simulation.step_model import StepModel
+from experiments.simulation.step_model import TIMED, StepModel
 from zipage import CompressionWork, StepWork, find_policy
 
 MODEL = ROOT / "models" / "qwen3-8b-shape"
 PLAIN = replace(
     read_machine("h100"), name="plain", bandwidth=1e12, flops=1e15, weight_share=0.5, product_share=0.5,
     entry_share=0.5, prefill_share=0.25, attention_seconds=0.0, layer_seconds=0.0, row_passes=0.0, sample_seconds=0.0,
-    collective_seconds=0.0, move_share=0.5, score_share=0.25, redundancy_share=0.5,
+    product_seconds=0.0, block_entries=0.0, collective_seconds=0.0, move_share=0.5, score_share=0.25,
+    redundancy_share=0.5,
 )  # fmt: skip
 
 
@@ -45,22 +46,32 @@ def test_the_corner_of_the_roofline_is_round(shape):
 
 
 def test_kernels_of_few_rows_overlap(shape):
+    """Of 64 none, of fewer the more."""
     plain, overlapping = (StepModel(replace(PLAIN, overlap_seconds=seconds), shape) for seconds in (0.0, 1e-5))
-    saved = [plain.step(work) - overlapping.step(work) for work in (StepWork(64, 500), StepWork(60, 500, 5))]
-    assert saved == pytest.approx([shape.layers * 1e-5, 0.0])
+    works = StepWork(16, 500), StepWork(40, 500, 8), StepWork(64, 500), StepWork(100, 500)
+    saved = [plain.step(work) - overlapping.step(work) for work in works]
+    assert saved == pytest.approx([36e-5 * 3 / 4, 36e-5 / 4, 0, 0])
 
 
-def test_few_requests_of_unequal_lengths_keep_some_of_the_device_waiting(shape):
-    plain, uneven = (StepModel(replace(PLAIN, imbalance=share), shape) for share in (0.0, 1.5))
-    lost = [uneven.step(StepWork(rows, 90_000)) - plain.step(StepWork(rows, 90_000)) for rows in (4, 100)]
-    whole = 90_000 * shape.sizes.kv_bytes / PLAIN.bandwidth
-    assert lost == pytest.approx([1.5 / 2 * whole, 1.5 / 10 * whole])
+def test_requests_of_unequal_lengths_keep_some_of_the_device_waiting(shape):
+    """By the deviation of their lengths, times the square root of how many they are."""
+    plain, uneven = (StepModel(replace(PLAIN, imbalance=factor), shape) for factor in (0.0, 0.5))
+    works = [StepWork(4, 4000, decode_squares=squares) for squares in (4 * 1000**2, 2 * 700**2 + 2 * 1300**2)]
+    lost = [uneven.step(work) - plain.step(work) for work in works]
+    assert lost == pytest.approx([0, 0.5 * 300 * 2 * 147_456 / 1e12])
+
+
+def test_a_block_is_read_as_if_it_had_more_entries(shape):
+    work, machine = StepWork(4, 4096), replace(PLAIN, block_entries=2.0)
+    seconds = [StepModel(machine, shape, size).step(work) for size in (16, 256)]
+    free = StepModel(replace(PLAIN, block_entries=0.0), shape).step(work)
+    assert [value - free for value in seconds] == pytest.approx([512 * 147_456 / 0.5e12, 32 * 147_456 / 0.5e12])
 
 
 def test_numbers_and_arrays_alike(shape):
     model = StepModel(read_machine("h200"), shape)
-    works = [StepWork(3, 500), StepWork(7, 100, 512, 4096, False, 2)]
-    arrays = sum(model.parts(*np.array(works, dtype=float).T[:-1]))
+    works = [StepWork(3, 500, decode_squares=10**5), StepWork(7, 100, 512, 4096, False, 2, 10**4)]
+    arrays = sum(model.parts(*np.array(works, dtype=float).T[:TIMED]))
     assert arrays == pytest.approx([model.step(work) for work in works])
 
 
@@ -85,10 +96,10 @@ def test_sums_and_logits_cross_the_link(shape):
     fast = replace(PLAIN, link_bandwidth=1e30)
     for ranks in (2, 4):
         part = SimulatedShape.read(MODEL, ranks=ranks)
-        slow = replace(PLAIN, link_bandwidth=1e10, link_share=0.5)
+        slow = replace(PLAIN, link_bandwidth=1e10, link_share=0.5, sum_share=0.25)
         more = StepModel(slow, part).step(StepWork(8, 1000)) - StepModel(fast, part).step(StepWork(8, 1000))
-        size = 8 * (72 * 2 * 4096 * 2 + shape.sizes.vocab_size * 2) * (ranks - 1) / ranks
-        assert more == pytest.approx(size / 5e9)
+        sums, logits = (8 * size * (ranks - 1) / ranks for size in (72 * 2 * 4096 * 2, shape.sizes.vocab_size * 2))
+        assert more == pytest.approx(sums / 2.5e9 + logits / 5e9)
 
 
 def test_what_is_no_graph_costs_the_host_launches(shape):
@@ -99,6 +110,27 @@ def test_what_is_no_graph_costs_the_host_launches(shape):
     assert model.launch(eager) == pytest.approx(36 * 50e-6)
     never = StepModel(replace(model.machine, eager=True), shape)
     assert never.launch(graph) == pytest.approx(36 * 50e-6)
+    assert never.launch(graph._replace(num_captures=2)) == pytest.approx(36 * 50e-6)
+
+
+def test_a_graph_that_is_captured_costs_two_launches(shape):
+    model = StepModel(replace(PLAIN, launch_seconds=50e-6), shape)
+    assert model.launch(StepWork(1, 100, num_captures=1)) == pytest.approx(2 * 36 * 50e-6)
+    assert model.launch(StepWork(1, 100, num_captures=2)) == pytest.approx(4 * 36 * 50e-6)
+
+
+def test_engines_launched_steps_with_long_prompts(shape):
+    """Prompts whose tokens attend as decodes were part of a graph before, too."""
+    before = StepModel(replace(PLAIN, launch_seconds=50e-6, launches_prompts=True), shape)
+    long, short = StepWork(4, 100, 600, 180_300, False), StepWork(4, 100, 20, 210)
+    assert before.launch(long) == before.launch(long._replace(num_captures=1)) == pytest.approx(36 * 50e-6)
+    assert before.launch(short) == 0
+
+
+def test_each_product_begins_and_ends(shape):
+    work = StepWork(8, 1000)
+    more = StepModel(replace(PLAIN, product_seconds=1e-5), shape).step(work)
+    assert more - StepModel(replace(PLAIN, product_seconds=0.0), shape).step(work) == pytest.approx(145e-5)
 
 
 @pytest.mark.parametrize(
