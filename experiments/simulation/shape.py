@@ -34,11 +34,6 @@ class SimulatedShape:
         """From a folder's `config.json`. Raises UsageError as `ModelShape.read`."""
         sizes = ModelShape.read(folder, dtype, "cuda", ranks)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if config.get("num_experts") or config.get("num_local_experts"):
-            raise UsageError(
-                f"model.path={folder}: a mixture of experts can't be simulated: how many experts a step reads is not "
-                "modelled; take a dense model"
-            )
         if sliding_layers(config):
             raise UsageError(
                 f"model.path={folder}: layers with a window can't be simulated: what they read is not modelled; take a "

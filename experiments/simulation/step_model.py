@@ -77,7 +77,7 @@ class StepModel:
         m, shape, sizes = self.machine, self.shape, self.shape.sizes
         most = np.maximum if isinstance(num_decodes, np.ndarray) else max  # which is faster for numbers
         tokens = num_decodes + prefill_tokens
-        reads = sizes.weight_bytes / (m.bandwidth * m.weight_share)
+        reads = sizes.read_weights(tokens) / (m.bandwidth * m.weight_share)
         arithmetic = tokens * sizes.token_flops / (m.flops * m.product_share)
         products = (reads**CORNER + arithmetic**CORNER) ** (1 / CORNER)
         products += (LAYER_PRODUCTS * shape.layers + 1) * m.product_seconds

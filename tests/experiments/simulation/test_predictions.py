@@ -74,6 +74,14 @@ def test_small_blocks_of_one_gpu_predict_those_of_another():
     assert found - 1 < 0.03 < 0.045 < without - 1
 
 
+def test_a_mixture_of_experts_is_predicted_by_what_dense_models_were_fitted_to():
+    for name in ("full", "zipage"):
+        arm = arm_of("engine_bench_experts_qwen_h200", name)
+        row = simulate_arm(arm.arm, read_machine("h200")).row
+        assert row["tokens_per_second"] == pytest.approx(arm.row["tokens_per_second"], rel=0.05)
+        assert row["step_ms"]["p50"] == pytest.approx(arm.row["step_ms"]["p50"], rel=0.02)
+
+
 def test_records_are_simulated_as_the_engine_was_then():
     for record, name in (
         ("engine_bench_alone_h200", "h200"),

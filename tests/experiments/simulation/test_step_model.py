@@ -187,9 +187,16 @@ def test_an_unknown_machine_names_those_there_are():
         machine_of({"name": "x"}, "here")
 
 
-def test_a_mixture_of_experts_is_refused():
-    with pytest.raises(UsageError, match="a mixture of experts can't be simulated"):
-        SimulatedShape.read(ROOT / "models" / "qwen3-30b-a3b-shape")
+def test_a_step_reads_the_experts_that_its_tokens_are_sent_to():
+    """8 of 128 for one token, and all for many, whose step takes as long as reading all weights."""
+    shape = SimulatedShape.read(ROOT / "models" / "qwen3-30b-a3b-shape")
+    machine = read_machine("h200")
+    model = StepModel(machine, shape, 256)
+    one, many = (model.parts(n, 0)[0] for n in (1, 256))
+    constant = (4 * shape.layers + 1) * machine.product_seconds
+    rate = machine.bandwidth * machine.weight_share
+    assert (one - constant) * rate == pytest.approx(shape.sizes.weight_bytes, rel=1e-3)
+    assert (many - constant) * rate == pytest.approx(shape.sizes.held_weights, rel=0.02)
 
 
 def test_layers_with_a_window_are_refused(tmp_path):
