@@ -199,14 +199,15 @@ def compile_other_kernels() -> None:
 
 
 def compile_prompts() -> None:
-    """For Hopper: blocks larger and smaller than a tile, tables and lengths of each head, and a sink."""
-    for dim, block, dtype in ((128, 256, torch.bfloat16), (64, 16, torch.float16)):
+    """For Hopper: blocks larger than a tile, and smaller with tables and lengths of each head and a sink."""
+    for dim, block, dtype, apart in ((128, 256, torch.bfloat16, False), (64, 16, torch.float16, True)):
         caches = torch.zeros(2, REQUESTS * MAX_BLOCKS, HEADS, block, dim, dtype=dtype)
         view = CacheView.shared(*caches, ints(REQUESTS, MAX_BLOCKS), ints(REQUESTS))
+        if apart:
+            view = CacheView(*caches, view.block_tables.contiguous(), view.lens.contiguous())
         q = torch.zeros(TOKENS, HEADS * GROUP, dim, dtype=dtype)
-        apart = CacheView(*caches, view.block_tables.contiguous(), view.lens.contiguous())
-        paged_prefill_gluon(q, view, ints(REQUESTS + 1), TOKENS, 0.1)
-        paged_prefill_gluon(q, apart, ints(REQUESTS + 1), TOKENS, 0.1, form=AttentionForm(sinks=q[0, :, 0]))
+        form = AttentionForm(sinks=q[0, :, 0] if apart else None)
+        paged_prefill_gluon(q, view, ints(REQUESTS + 1), TOKENS, 0.1, form=form)
 
 
 def compile_recurrence(dtype: torch.dtype, dim: int) -> None:
