@@ -161,5 +161,5 @@ def _values(path: Path, leading: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     other, leading = path.parent / f"{like}.yaml", (*leading, path.resolve())
     if other.resolve() in leading:
-        raise UsageError(f"{path}: like={like}: leads back to {other.name}; name another machine")
+        raise UsageError(f"{path}: its like, {like}, leads back to {other.name}: name another machine")
     return _values(other, leading) | values

@@ -171,7 +171,7 @@ def test_the_machines_that_come_with_it():
         ("like: h100\nentry_share: 1.5\n", "entry_share"),
         ("name: mine\n", "is missing"),
         ("- 1\n", "mapping"),
-        ("like: mine\n", r"mine\.yaml: like=mine: leads back to mine\.yaml"),
+        ("like: mine\n", r"mine\.yaml: its like, mine, leads back to mine\.yaml"),
         ("like: h100\neager: 'no'\n", "eager=no: must be true or false"),
         ("like: h100\nlaunches_prompts: 1\n", "launches_prompts=1: must be true or false"),
         ("like: h100\nname: 5\n", "name=5: must be a text"),
