@@ -16,8 +16,8 @@ class AttentionForm:
     Attributes:
         window: latest entries that a query sees, its own included, by their places in the cache; None: all.
         soft_cap: c, where scores x become c * tanh(x / c) (Gemma 2, arXiv:2408.00118); None: they stay.
-        sinks: float [Hq], a score of each query head that takes its share of the softmax and adds no value (gpt-oss,
-            arXiv:2508.10925); None: there are none.
+        sinks: float [Hq], contiguous, a score of each query head that takes its share of the softmax and adds no value
+            (gpt-oss, arXiv:2508.10925); None: there are none.
     """
 
     window: int | None = None
@@ -46,5 +46,7 @@ def check_form(form: AttentionForm, q: Tensor) -> None:
         return
     if form.sinks.shape != q.shape[1:2] or not form.sinks.is_floating_point():
         fail("sinks", "shape and dtype", (tuple(form.sinks.shape), form.sinks.dtype), f"give floats [{q.shape[1]}]")
+    if not form.sinks.is_contiguous():
+        fail("sinks", "stride", form.sinks.stride(), "make it contiguous")
     if form.sinks.device != q.device:
         fail("sinks", "device", form.sinks.device, f"move it to {q.device}, where q is")

@@ -34,11 +34,11 @@ def expert_mlp(
 
     Args:
         x: [T, width], last dimension contiguous; float32, float16 or bfloat16.
-        experts: int64 [T, k], of each token, none of them twice.
+        experts: int64 [T, k], of each token, at least one, none of them twice.
         shares: float32 [T, k].
         gate_up: [E, 2 * inner, width], contiguous, of x's dtype: rows of each expert in the order that `gate` takes.
         down: [E, width, inner], the same.
-        biases: of gate_up [E, 2 * inner] and of down [E, width], of x's dtype; None: there are none.
+        biases: of gate_up [E, 2 * inner] and of down [E, width], contiguous, of x's dtype; None: there are none.
         gate: [n, 2 * inner] -> [n, inner], such as `silu_mul`.
 
     Returns:
@@ -62,17 +62,21 @@ def _check(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Te
     if down.dim() != 3:
         fail("down", "shape", tuple(down.shape), "give [experts, width, inner]")
     num_experts, inner = down.shape[0], down.shape[2]
-    active = experts.shape[-1]
+    active = experts.shape[-1] if experts.dim() else 0
+    if not 1 <= active <= num_experts:
+        fail("experts", "shape", tuple(experts.shape), f"give [{tokens}, 1 to {num_experts}]")
     check_index("experts", experts, torch.int64, (tokens, active), x.device, "x")
     check_index("shares", shares, torch.float32, (tokens, active), x.device, "x")
     check_index("gate_up", gate_up, x.dtype, (num_experts, 2 * inner, width), x.device, "x")
     check_index("down", down, x.dtype, (num_experts, width, inner), x.device, "x")
-    for name, weight in (("gate_up", gate_up), ("down", down)):
-        if not weight.is_contiguous():
-            fail(name, "stride", weight.stride(), "make it contiguous")
+    weights = [("gate_up", gate_up), ("down", down)]
     if biases is not None:
         for name, bias, rows in zip(("gate_up's bias", "down's bias"), biases, (2 * inner, width), strict=True):
             check_index(name, bias, x.dtype, (num_experts, rows), x.device, "x")
+            weights.append((name, bias))
+    for name, weight in weights:
+        if not weight.is_contiguous():
+            fail(name, "stride", weight.stride(), "make it contiguous")
 
 
 def expert_mlp_reference(

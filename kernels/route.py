@@ -30,6 +30,8 @@ def route(x: Tensor, weight: Tensor, bias: Tensor | None, active: int, normalize
     """
     width = check_rows("x", x)[1]
     check_index("weight", weight, torch.float32, (-1, width), x.device, "x")
+    if not weight.is_contiguous():
+        fail("weight", "stride", weight.stride(), "make it contiguous")
     if bias is not None:
         check_index("bias", bias, torch.float32, (len(weight),), x.device, "x")
     if not 1 <= active <= len(weight):

@@ -120,7 +120,8 @@ def serve(backend: Backend, requests: Sequence[TimedRequest], progress: bool = T
                 outputs[output.request_id] = _since(start + due[output.request_id], output)
                 tokens += sum(len(sample.token_ids) for sample in output.outputs)
             if finished:
-                bar.set_postfix_str(f"{tokens / (clock() - start):.0f} tok/s", refresh=False)
+                passed = clock() - start  # 0 on a simulated clock, where the first request is refused
+                bar.set_postfix_str(f"{tokens / passed if passed else 0:.0f} tok/s", refresh=False)
                 bar.update(len(finished))
     return Served(outputs, start, clock() - start)
 

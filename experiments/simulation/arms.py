@@ -42,14 +42,15 @@ def measured_arms(folder: Path) -> list[MeasuredArm]:
         rows = json.loads((folder / ROWS).read_text(encoding="utf-8"))
         loads = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["inputs"]["loads"]
         path = Path(read_config(folder)["model"]["path"])
+        answered = [(load, row) for load, row in zip(loads, rows, strict=True) if row["refused"] is None]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{folder}: no record of scenario=engine_bench") from error
     model = str(path if path.is_absolute() else ROOT / path)
     known = {field.name for field in fields(Arm)}
     found = []
-    for load, row in zip(loads, rows, strict=True):
+    for load, row in answered:
         arm = Arm(**{name: value for name, value in load.items() if name in known})
-        if arm.is_own and row["refused"] is None:
+        if arm.is_own:
             found.append(MeasuredArm(folder.name, replace(arm, options=arm.options | {"model": model}), row))
     return found
 

@@ -11,6 +11,14 @@ from experiments.errors import UsageError
 from experiments.paths import CONF
 
 MACHINES = CONF / "machine"
+PLAIN = {
+    "name": (str, "a text"),
+    "origin": (str, "a text"),
+    "eager": (bool, "true or false"),
+    "launches_prompts": (bool, "true or false"),
+    "until": (str | None, "a text or null"),
+}
+"""Options that are no numbers, and what they are."""
 
 
 @dataclass(frozen=True)
@@ -128,22 +136,30 @@ def read_machine(name: str | Path) -> Machine:
 def machine_of(values: dict[str, Any], source: str) -> Machine:
     """A machine from plain values. Raises UsageError that names `source`."""
     known = {field.name: field for field in fields(Machine)}
-    if unknown := sorted(set(values) - set(known)):
+    if unknown := sorted(map(str, set(values) - set(known))):
         raise UsageError(f"{source}: unknown option {unknown[0]}; known: {', '.join(known)}")
     if missing := sorted(
         set(known) - set(values) - {field.name for field in fields(Machine) if field.default is not MISSING}
     ):
         raise UsageError(f"{source}: {missing[0]} is missing")
-    plain = ("name", "origin", "eager", "launches_prompts", "until")
+    for key, (kind, what) in PLAIN.items():
+        if key in values and not isinstance(values[key], kind):
+            raise UsageError(f"{source}: {key}={values[key]}: must be {what}")
     try:
-        return Machine(**{key: value if key in plain else float(value) for key, value in values.items()})
+        return Machine(**{key: value if key in PLAIN else float(value) for key, value in values.items()})
     except (TypeError, ValueError) as error:
         raise UsageError(f"{source}: {error}") from error
 
 
-def _values(path: Path) -> dict[str, Any]:
+def _values(path: Path, leading: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a file says, and what those that it is like say beside; `leading`: the files that led here."""
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise UsageError(f"{path}: must be a mapping of the options of a machine")
     like = values.pop("like", None)
-    return values if like is None else _values(path.parent / f"{like}.yaml") | values
+    if like is None:
+        return values
+    other, leading = path.parent / f"{like}.yaml", (*leading, path.resolve())
+    if other.resolve() in leading:
+        raise UsageError(f"{path}: its like, {like}, leads back to {other.name}: name another machine")
+    return _values(other, leading) | values

@@ -182,6 +182,7 @@ def test_plain_is_plain():
             AttentionForm(sinks=torch.zeros(3)),
             r"sinks has shape and dtype \(\(3,\), torch.float32\): give floats \[4\]",
         ),
+        (AttentionForm(sinks=torch.zeros(4, 2)[:, 0]), r"sinks has stride \(2,\): make it contiguous"),
         (AttentionForm(sinks=torch.zeros(4).int()), r"sinks has .*: give floats \[4\]"),
         (AttentionForm(sinks=torch.zeros(4, device="meta")), "sinks has device meta: move it to cpu"),
     ],

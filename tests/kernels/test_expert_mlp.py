@@ -161,6 +161,12 @@ def test_tiles_follow_the_tokens_of_an_expert():
         ({"gate_up": torch.zeros(5, 16, 32)}, r"gate_up has shape \(5, 16, 32\): give \[5, 32, 32\]"),
         ({"down": torch.zeros(32, 16)}, r"down has shape \(32, 16\): give \[experts, width, inner\]"),
         ({"biases": (torch.zeros(5, 32), torch.zeros(5, 16))}, r"down's bias has shape \(5, 16\): give \[5, 32\]"),
+        (
+            {"biases": (torch.zeros(5, 40)[:, :32], torch.zeros(5, 32))},
+            r"gate_up's bias has stride .*: make it contiguous",
+        ),
+        ({"experts": torch.zeros(9, 0).long()}, r"experts has shape \(9, 0\): give \[9, 1 to 5\]"),
+        ({"experts": torch.tensor(1)}, r"experts has shape \(\): give \[9, 1 to 5\]"),
         ({"down": torch.zeros(5, 16, 32).mT}, "down has stride .*: make its last dimension contiguous"),
     ],
 )

@@ -77,6 +77,7 @@ def test_a_token_alone_is_a_token_in_a_crowd():
     ("given", "message"),
     [
         ({"weight": torch.zeros(4, 8).half()}, "weight has dtype torch.float16: convert it to torch.float32"),
+        ({"weight": torch.zeros(4, 9)[:, :8]}, r"weight has stride \(9, 1\): make it contiguous"),
         ({"weight": torch.zeros(4, 7)}, r"weight has shape \(4, 7\): give"),
         ({"bias": torch.zeros(3)}, r"bias has shape \(3,\): give \[4\]"),
         ({"active": 5}, "active has value 5: give 1 to 4, the experts that there are"),

@@ -1,6 +1,7 @@
 """Committed records against their simulation, and a fit to one record that predicts another."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from experiments import simulate
 from experiments.errors import UsageError
 from experiments.paths import ROOT
+from experiments.records import ROWS
 from experiments.simulation.aims import aims_table, figure
 from experiments.simulation.arms import measured_arms, simulate_arm
 from experiments.simulation.errors import compared, error_table, load_table, machine_of_record
@@ -168,3 +170,11 @@ def test_a_folder_without_benchmarks_is_refused(tmp_path, capsys):
     assert "no record of a benchmark" in capsys.readouterr().err
     with pytest.raises(UsageError, match="no record of scenario=engine_bench"):
         measured_arms(RECORDS / "kernels_scenario_h100")
+
+
+@pytest.mark.parametrize("rows", ["[]", '{"refused": null}'])
+def test_a_record_whose_rows_are_not_those_of_its_arms_is_refused(tmp_path, rows):
+    shutil.copytree(RECORDS / "engine_bench_ample_h200", tmp_path / "record")
+    (tmp_path / "record" / ROWS).write_text(rows)
+    with pytest.raises(UsageError, match="record: no record of scenario=engine_bench"):
+        measured_arms(tmp_path / "record")

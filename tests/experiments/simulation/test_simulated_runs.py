@@ -8,7 +8,7 @@ import pytest
 from experiments.analysis.baselines import devices, full_kv
 from experiments.config.compose import load_experiment
 from experiments.config.options import told_apart
-from experiments.errors import UsageError
+from experiments.errors import RunError, UsageError
 from experiments.records import load_events, load_requests, load_runs, load_steps
 from experiments.reporting.plots.style import run_names
 from experiments.reporting.runs_table import runs_table, with_notes
@@ -75,6 +75,19 @@ def test_a_measured_run_is_no_baseline_of_a_simulated_one(tmp_path):
     ]
     assert full_kv(runs) == [None, None]
     assert "scenario.machine" in told_apart(runs)
+
+
+def test_a_request_that_is_refused_at_once_costs_no_other(tmp_path):
+    """Before the first step no time has passed: the clock is the model's."""
+    trace = tmp_path / "lengths.csv"
+    load = [option for option in LOAD if not option.startswith("workload")]
+    load += ["workload=trace", "scenario.arrival=trace", f"scenario.path={trace}", f"results_dir={tmp_path}"]
+    trace.write_text("arrival,prompt_tokens,output_tokens\n0,2000,20\n1,100,20\n")
+    requests = load_requests(job.run(load_experiment(load), shows=False))
+    assert requests["error"].isna().tolist() == [False, True]
+    trace.write_text("arrival,prompt_tokens,output_tokens\n0,2000,20\n1,2000,20\n")
+    with pytest.raises(RunError, match="2 of 2 samples could not be answered"):
+        job.run(load_experiment(load), shows=False)
 
 
 def test_the_same_run_on_the_same_machine_is_done(bounded, capsys):

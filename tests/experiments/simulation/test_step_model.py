@@ -171,6 +171,13 @@ def test_the_machines_that_come_with_it():
         ("like: h100\nentry_share: 1.5\n", "entry_share"),
         ("name: mine\n", "is missing"),
         ("- 1\n", "mapping"),
+        ("like: mine\n", r"mine\.yaml: its like, mine, leads back to mine\.yaml"),
+        ("like: h100\neager: 'no'\n", "eager=no: must be true or false"),
+        ("like: h100\nlaunches_prompts: 1\n", "launches_prompts=1: must be true or false"),
+        ("like: h100\nname: 5\n", "name=5: must be a text"),
+        ("like: h100\norigin: [a, b]\n", "origin=.*: must be a text"),
+        ("like: h100\nuntil: 5\n", "until=5: must be a text or null"),
+        ("like: h100\n1: 2\nspeed: 3\n", "unknown option 1"),
     ],
 )
 def test_a_file_that_is_no_machine(tmp_path, text, what):
