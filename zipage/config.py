@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ROUNDED = 1.05
+"""A budget that whole blocks make larger by this factor is pointed out."""
+
 EVICTION_DEFAULTS = {
     "budget_tokens": None,
     "interval": None,
@@ -216,6 +219,14 @@ class EngineConfig:
         if self.policy == "full" and idle:
             have = "has" if len(idle) == 1 else "have"
             logger.warning("policy 'full' never evicts: %s %s no effect", ", ".join(idle), have)
+
+    def warn_of_rounding(self) -> None:
+        """Log a budget that whole blocks make larger by more than 5 %: 128 are 256 in blocks of 256."""
+        if self.budget_tokens is None or self.policy == "full":
+            return
+        budget = self._budget(self.budget_tokens)
+        if budget.keep > ROUNDED * self.budget_tokens:
+            logger.warning("%s smaller blocks (block_size) keep nearer to it", budget)
 
     def make_policy(self) -> Policy | None:
         """The eviction policy; None for full KV.

@@ -49,6 +49,7 @@ class LLM:
     def __init__(self, model: str | PathLike[str], **options: Any) -> None:
         self.config = EngineConfig.from_kwargs(model=model, **options)
         self.config.warn_of_idle()
+        self.config.warn_of_rounding()
         engine = self._start()
         self._core = engine.core
         self._inputs = engine.inputs

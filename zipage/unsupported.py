@@ -87,7 +87,7 @@ SAMPLING_OPTIONS: dict[str, str] = {
     "skip_reading_prefix_cache": "use enable_prefix_caching=False",
     "thinking_token_budget": "use max_tokens, or budget_tokens, which bounds memory",
     "repetition_detection": "use max_tokens, or a penalty",
-    "routed_experts_prompt_start": "models with experts are not supported",
+    "routed_experts_prompt_start": "which experts a token was sent to is not told",
     "trace_decode_token_ids": "tokens are sampled",
     "skip_clone": "parameters are never changed",
 }

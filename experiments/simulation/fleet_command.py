@@ -49,7 +49,7 @@ def capacity(arguments: Sequence[str]) -> int:
     parser.add_argument("--replicas", nargs="+", type=int, default=[1, 2], help="fleets whose highest rate is searched")
     parser.add_argument("--router", default="least_tokens", choices=sorted(ROUTERS))
     parser.add_argument("--low", type=float, default=0.5, help="requests a second for each GPU: the search begins here")
-    parser.add_argument("--high", type=float, default=8.0, help="and here")
+    parser.add_argument("--high", type=float, default=8.0, help="and ends here")
     parser.add_argument("--steps", type=int, default=4, help="bisections")
     parser.add_argument("--traffic", nargs="+", type=float, default=TRAFFIC, help="requests a second to say GPUs for")
     parser.add_argument("--price", type=float, default=2.5, help="dollars for an hour of a GPU")
@@ -69,6 +69,8 @@ def capacity(arguments: Sequence[str]) -> int:
                 _say(mine[-1])
             rows += mine
             most = bearable(mine)
+            if most is not None and most >= options.high * replicas:
+                raise UsageError(f"--high {options.high:g}: {name} bears as much a GPU, or more; search higher")
             if most is not None:
                 borne[name][replicas * arm.gpus] = most
     borne = {name: fleets for name, fleets in borne.items() if fleets}

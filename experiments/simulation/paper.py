@@ -69,12 +69,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def pairs(folders: Sequence[Path]) -> dict[str, dict[str, Path]]:
-    """Model -> its runs of full KV and of zipage, the first of each. Raises UsageError where no model has both."""
+    """Model -> its runs of full KV and of zipage, the first of each, compressions beside decodes as in the paper.
+
+    Raises:
+        UsageError: no model has both.
+    """
     found: dict[str, dict[str, Path]] = {}
     for folder in folders:
         config = read_config(folder)
         name = {"full": "full KV", "zipage": "zipage"}.get(config["policy"]["name"])
-        if name is not None and config["engine"]["enable_prefix_caching"]:
+        if name is not None and config["engine"]["enable_prefix_caching"] and config["policy"]["async_compression"]:
             found.setdefault(config["model"]["name"], {}).setdefault(name, folder)
     whole = {model: runs for model, runs in found.items() if set(BASES) <= set(runs)}
     if not whole:

@@ -148,6 +148,13 @@ def test_options_of_eviction_are_said_to_have_no_effect(folder, caplog):
     assert "an engine of policy 'full' reserves no memory" in output.error
 
 
+def test_a_budget_that_blocks_make_larger_is_pointed_out(folder, caplog):
+    make_llm(folder, policy="random", budget_tokens=32, block_size=16)
+    assert "rounded" not in caplog.text
+    make_llm(folder, policy="random", budget_tokens=20, block_size=16)
+    assert "budget_tokens=20, rounded up to 32 entries in blocks of 16, smaller blocks" in caplog.text
+
+
 def test_text_options_need_a_tokenizer(folder):
     llm = make_llm(folder, skip_tokenizer_init=True)
     assert llm.get_tokenizer() is None

@@ -97,7 +97,9 @@ def main() -> int:
             record |= {"commit": args.commit, "versions": versions(), "rows": rows}
             record |= {"seconds": round(time.perf_counter() - begin, 1), "ok": all(row["ok"] for row in rows)}
             args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return 0 if record["ok"] else 1
+    slow = [f"{row['policy']} {row['options']} {row['ms']:.2f} ms" for row in rows if not row["ok"]]
+    print(f"over their limits: {'; '.join(slow)}" if slow else f"{len(rows)} policies under their limits")
+    return 1 if slow else 0
 
 
 if __name__ == "__main__":
