@@ -119,3 +119,8 @@ def test_options_that_make_no_sense(words, capsys):
     assert "full or a number" in capsys.readouterr().err
     assert simulate.main(["fleet", *words, "--rates", "1", "--replicas", "0"]) == 2
     assert "at least 1" in capsys.readouterr().err
+
+
+def test_a_search_that_ends_where_the_limits_hold_finds_nothing(words, capsys):
+    assert simulate.main(["capacity", *words, "--low", "0.5", "--high", "1", "--steps", "1", "--replicas", "1"]) == 2
+    assert "--high 1: full KV bears as much a GPU, or more; search higher" in capsys.readouterr().err
