@@ -1,7 +1,8 @@
 """Decode attention over block tables on Hopper, in Gluon, Triton's language for one kind of GPU.
 
-Of a program's warps one loads tiles of K and V, a ring of them ahead, whatever lines they belong to; four attend, with
-the queries of a KV head as the rows of a matrix instruction. Every program reads as much (`kernels.shares`).
+Of a program's warps one loads tiles of K and V, as many ahead as there is room for, whichever lines they belong to.
+Four attend: the queries of a KV head are the rows of a matrix instruction. Programs have equal shares of all lines
+(`kernels.shares`); a line that several share is combined by the one that is done with it last.
 
 Sources: Flash-Decoding (https://pytorch.org/blog/flash-decoding/), Stream-K (arXiv 2301.03598) for the shares,
 FlashAttention-3 (arXiv 2407.08608) for the roles of warps, PagedAttention (arXiv 2309.06180) for the block table.
@@ -24,6 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import CacheView
+from kernels.combine_shares import combine_shares
 from kernels.decode_shares_triton import share_decodes
 from kernels.dependent_launch import dependent_launch
 from kernels.layout import given_or_new
@@ -34,29 +36,39 @@ from kernels.tiles import multiprocessors, score_scale
 ROWS = gl.constexpr(64)
 """Of a matrix instruction, of which a KV head's queries are the first."""
 MOST_GROUP = 16
+"""Query heads of a KV head."""
+MOST_LINES = 512
+"""Requests times KV heads up to which this kernel is faster than the one in Triton, by measurement (docs/log.md)."""
 TILE = 64
 """Entries."""
-PART = 16
-"""Entries that one copy brings: of a line's last tile those parts are left out that hold nothing."""
+PART = gl.constexpr(16)
+"""Entries that one copy brings, no more than any block has: of a line's last tile, what holds nothing is left out."""
 STAGES = 3
-PROGRAMS_PER_SM = 2
+"""Tiles of K and of V in shared memory, so that two programs share a multiprocessor."""
+PROGRAMS_PER_SM, MOST_REGISTERS = 2, 128
+LINE_COST = 2
+"""What a line costs beside its tiles, in tiles: near what made unequal lengths fastest (docs/log.md)."""
 CHUNK_ELEMENTS = 4096
 """Elements of parts that a program combines at a time."""
 PRODUCER_REGISTERS = gl.constexpr(40)
 
 
 @gluon.jit
-def _wait_for_inputs(DEPENDENT: gl.constexpr):
-    """`kernels.dependent_launch.wait_for_inputs`."""
-    if DEPENDENT:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-        gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+def _wait():
+    """For the kernels ahead (`kernels.dependent_launch`)."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def _load_parts(desc, rows, tile, full, left, SPAN: gl.constexpr, PART: gl.constexpr, TILE: gl.constexpr):
+def _launch():
+    """Let the next kernel's programs start."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _load_parts(desc, rows, tile, full, left, SPAN: gl.constexpr, TILE: gl.constexpr):
     """A tile of which `left` entries are a line's, each SPAN of them from one of `rows` on. PART entries are a copy."""
     BYTES: gl.constexpr = PART * desc.block_type.shape[1] * desc.dtype.primitive_bitwidth // 8
     for at in gl.static_range(0, TILE, PART):
@@ -72,6 +84,7 @@ def _load_tiles(
     v_desc,
     table_ptr,
     lens_ptr,
+    fresh_ptr,
     k_tiles,
     v_tiles,
     k_full,
@@ -79,7 +92,7 @@ def _load_tiles(
     k_empty,
     v_empty,
     line,
-    tile,
+    offset,
     last_line,
     last_tile,
     kv_heads,
@@ -91,10 +104,17 @@ def _load_tiles(
     BLOCK_SIZE: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
+    LINE_COST: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
-    """All tiles of a program, those of each line in order. What lies past a line's last part stays what it was."""
-    PART: gl.constexpr = k_desc.block_type.shape[0]
+    """All tiles of a program, those of each line in order. What lies past a line's last part stays what it was. EARLY,
+    entries that were there before this step are loaded while the kernels ahead still run.
+    """
     SPAN: gl.constexpr = BLOCK_SIZE if BLOCK_SIZE < TILE else TILE
+    if EARLY:  # noqa: SIM102 - known when it is compiled
+        if gl.load(fresh_ptr) != 0:
+            _wait()
+    tile = gl.maximum(offset - LINE_COST, 0)
     i = 0
     while (line < last_line) | ((line == last_line) & (last_tile > 0)):
         row, head = (line // kv_heads).to(gl.int64), line % kv_heads
@@ -108,77 +128,28 @@ def _load_tiles(
             for entry in gl.static_range(0, TILE, SPAN):
                 block = gl.load(table + (start + entry) // BLOCK_SIZE, mask=start + entry < length, other=0)
                 rows += ((block * kv_heads + head) * BLOCK_SIZE + (start + entry) % BLOCK_SIZE,)
+            if EARLY:  # noqa: SIM102 - as above
+                if start + TILE >= length:
+                    _wait()  # the last entry is this step's
             slot, phase = i % STAGES, (i // STAGES & 1) ^ 1
             mbarrier.wait(k_empty.index(slot), phase)
-            _load_parts(k_desc, rows, k_tiles.index(slot), k_full.index(slot), length - start, SPAN, PART, TILE)
+            _load_parts(k_desc, rows, k_tiles.index(slot), k_full.index(slot), length - start, SPAN, TILE)
             mbarrier.wait(v_empty.index(slot), phase)
-            _load_parts(v_desc, rows, v_tiles.index(slot), v_full.index(slot), length - start, SPAN, PART, TILE)
+            _load_parts(v_desc, rows, v_tiles.index(slot), v_full.index(slot), length - start, SPAN, TILE)
             i += 1
         line += 1
         tile = 0
 
 
 @gluon.jit
-def _combine(
-    out_ptr,
-    acc_ptr,
-    max_ptr,
-    sum_ptr,
-    sinks_ptr,
-    row,
-    head,
-    begin,
-    first,
-    last,
-    total,
-    group,
-    kv_heads,
-    HEAD_DIM: gl.constexpr,
-    GROUP: gl.constexpr,
-    CHUNK: gl.constexpr,
-):
-    """The parts that programs `first` to `last` computed of a line, rescaled to their common maximum and added."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 1, HEAD_DIM // 32], [1, 1, 32], [4, 1, 1], [2, 1, 0])
-    of_parts: gl.constexpr = gl.SliceLayout(2, layout)
-    of_heads: gl.constexpr = gl.SliceLayout(0, layout)
-    member_of_parts = gl.arange(0, GROUP, gl.SliceLayout(0, of_parts))
-    member = gl.arange(0, GROUP, gl.SliceLayout(1, of_heads))
-    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, of_heads))
-    acc = gl.zeros([GROUP, HEAD_DIM], gl.float32, of_heads)
-    all_max = gl.full([GROUP], float("-inf"), gl.float32, gl.SliceLayout(1, of_heads))
-    all_sum = gl.zeros([GROUP], gl.float32, gl.SliceLayout(1, of_heads))
-    if sinks_ptr is not None:
-        sinks = gl.load(sinks_ptr + head * group + member, mask=member < group, other=0.0)
-        all_max = sinks.to(gl.float32) * 1.4426950408889634
-        all_sum += 1.0
-    programs = gl.minimum(gl.num_programs(0), total)
-    for chunk in range(first, last + 1, CHUNK):
-        program = chunk + gl.arange(0, CHUNK, gl.SliceLayout(1, of_parts))
-        # A program's first line has its first place, another has its second.
-        second = (program == first) & (first.to(gl.int64) * total // programs != begin)
-        place = 2 * program + second.to(gl.int32)
-        of_part = place[:, None] * group + member_of_parts[None, :]
-        there = (program <= last)[:, None] & (member_of_parts < group)[None, :]
-        part_max = gl.load(max_ptr + of_part, mask=there, other=float("-inf"), cache_modifier=".cg")
-        part_sum = gl.load(sum_ptr + of_part, mask=there, other=0.0, cache_modifier=".cg")
-        acc_ptrs = acc_ptr + of_part[:, :, None] * HEAD_DIM + gl.expand_dims(
-            gl.expand_dims(gl.arange(0, HEAD_DIM, gl.SliceLayout(0, gl.SliceLayout(1, layout))), 0), 1
-        )  # fmt: skip
-        part_acc = gl.load(acc_ptrs, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
-        chunk_max = gl.convert_layout(gl.max(part_max, 0), gl.SliceLayout(1, of_heads))
-        new_max = gl.where(member < group, gl.maximum(all_max, chunk_max), 0.0)
-        weights = gl.exp2(part_max - gl.convert_layout(new_max, gl.SliceLayout(0, of_parts))[None, :])
-        shrink = gl.exp2(all_max - new_max)
-        acc = acc * shrink[:, None] + gl.sum(part_acc * weights[:, :, None], 0)
-        chunk_sum = gl.convert_layout(gl.sum(part_sum * weights, 0), gl.SliceLayout(1, of_heads))
-        all_sum = all_sum * shrink + chunk_sum
-        all_max = new_max
-    held = member < group
-    out = acc / gl.where(held, all_sum, 1.0)[:, None]
-    heads = (row * kv_heads + head) * group + member
-    gl.store(
-        out_ptr + heads[:, None] * HEAD_DIM + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=held[:, None]
-    )
+def _next(
+    line, last_line, lens_ptr, q_ptrs, q_held, group, kv_heads, q_row_stride, q_head_stride, lens_row_stride,
+    lens_head_stride,
+):  # fmt: skip
+    row, head = (line // kv_heads).to(gl.int64), line % kv_heads
+    length = gl.load(lens_ptr + row * lens_row_stride + head * lens_head_stride, mask=line <= last_line, other=0)
+    of_line = q_ptrs + row * q_row_stride + head * group * q_head_stride
+    return length, gl.load(of_line, mask=q_held & (line <= last_line), other=0.0)
 
 
 @gluon.jit
@@ -198,10 +169,10 @@ def _attend(
     k_empty,
     v_empty,
     line,
-    tile,
+    offset,
     last_line,
     last_tile,
-    total,
+    units,
     scale_log2,
     group,
     kv_heads,
@@ -212,8 +183,10 @@ def _attend(
     HEAD_DIM: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
+    LINE_COST: gl.constexpr,
     GROUP: gl.constexpr,
     CHUNK: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """All tiles of a program. A line of which it has not all is combined by the program that is done with it last."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
@@ -230,20 +203,31 @@ def _attend(
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, scores_layout))
     entries = gl.arange(0, TILE, gl.SliceLayout(0, scores_layout))
     zeros = gl.zeros([ROWS, TILE], gl.float32, scores_layout)
-    program, programs = gl.program_id(0), gl.minimum(gl.num_programs(0), total)
+    program, programs = gl.program_id(0), gl.minimum(gl.num_programs(0), units)
+    if EARLY:
+        _wait()
+        _launch()
     first_line = line
-    begin = program.to(gl.int64) * total // programs - tile  # the line's first tile among all
+    begin = program.to(gl.int64) * units // programs - offset
+    tile = gl.maximum(offset - LINE_COST, 0)
+    q_held = (q_member < group)[:, None]
+    next_length, next_q = _next(
+        line, last_line, lens_ptr, q_ptrs, q_held, group, kv_heads, q_row_stride, q_head_stride, lens_row_stride,
+        lens_head_stride,
+    )  # fmt: skip
     i = 0
     while (line < last_line) | ((line == last_line) & (last_tile > 0)):
         row, head = (line // kv_heads).to(gl.int64), line % kv_heads
-        length = gl.load(lens_ptr + row * lens_row_stride + head * lens_head_stride)
+        length = next_length
         tiles = gl.maximum(gl.cdiv(length, TILE), 1)
         end = tiles
         if line == last_line:
             end = last_tile
-        q = gl.load(
-            q_ptrs + row * q_row_stride + head * group * q_head_stride, mask=(q_member < group)[:, None], other=0.0
-        )
+        q = next_q
+        next_length, next_q = _next(
+            line + 1, last_line, lens_ptr, q_ptrs, q_held, group, kv_heads, q_row_stride, q_head_stride,
+            lens_row_stride, lens_head_stride,
+        )  # fmt: skip
         whole = (tile == 0) & (end == tiles)
         row_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, scores_layout))
         row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, scores_layout))
@@ -260,9 +244,9 @@ def _attend(
             mbarrier.arrive(k_empty.index(slot), count=1)
             scores = gl.where((start + entries < length)[None, :], scores * scale_log2, float("-inf"))
             new_max = gl.maximum(row_max, gl.max(scores, 1))
-            offset = gl.where(new_max == float("-inf"), 0.0, new_max)
-            weights = gl.exp2(scores - offset[:, None])
-            shrink = gl.exp2(row_max - offset)
+            taken_off = gl.where(new_max == float("-inf"), 0.0, new_max)
+            weights = gl.exp2(scores - taken_off[:, None])
+            shrink = gl.exp2(row_max - taken_off)
             row_sum = row_sum * shrink + gl.sum(weights, 1)
             row_max = new_max
             weights = gl.convert_layout(weights.to(q_ptr.dtype.element_ty), weights_layout)
@@ -289,18 +273,18 @@ def _attend(
             gl.store(acc_ptr + (place + member)[:, None] * HEAD_DIM + dims[None, :], acc, mask=inside)
             gl.store(max_ptr + place + rows, row_max, mask=rows < group)
             gl.store(sum_ptr + place + rows, row_sum, mask=rows < group)
-            first = ((begin + 1) * programs - 1) // total
-            last = ((begin + tiles) * programs - 1) // total
-            # All threads' stores come before the count, and the count before the loads of the program that finds it full.
+            first = ((begin + LINE_COST + 1) * programs - 1) // units
+            last = ((begin + LINE_COST + tiles) * programs - 1) // units
+            # All threads' stores come before the count, and the count before the loads of whoever finds it full.
             barrier()
             if gl.atomic_add(arrived_ptr + line, 1, sem="acq_rel", scope="gpu") == (last - first).to(gl.int32):
                 barrier()
-                _combine(
+                combine_shares(
                     out_ptr, acc_ptr, max_ptr, sum_ptr, sinks_ptr, row, head, begin, first.to(gl.int32),
-                    last.to(gl.int32), total, group, kv_heads, HEAD_DIM, GROUP, CHUNK,
+                    last.to(gl.int32), units, group, kv_heads, HEAD_DIM, GROUP, CHUNK,
                 )  # fmt: skip
                 gl.store(arrived_ptr + line, 0)  # for the next layer
-        begin += tiles
+        begin += LINE_COST + tiles
         line += 1
         tile = 0
 
@@ -313,8 +297,9 @@ def _attend_shares(
     table_ptr,
     lens_ptr,
     starts_ptr,
-    tiles_ptr,
+    units_ptr,
     arrived_ptr,
+    fresh_ptr,
     out_ptr,
     acc_ptr,
     max_ptr,
@@ -333,20 +318,23 @@ def _attend_shares(
     BLOCK_SIZE: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
+    LINE_COST: gl.constexpr,
     GROUP: gl.constexpr,
     CHUNK: gl.constexpr,
     DEPENDENT: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """One program's share."""
-    _wait_for_inputs(DEPENDENT)
+    if DEPENDENT and not EARLY:
+        _wait()
+        _launch()
     program, programs = gl.program_id(0), gl.num_programs(0)
     line, last_line = gl.load(starts_ptr + program), gl.load(starts_ptr + program + 1)
-    tile = gl.load(starts_ptr + programs + 1 + program)
-    last_tile = gl.load(starts_ptr + programs + 2 + program)
-    total = gl.load(tiles_ptr)
+    offset = gl.load(starts_ptr + programs + 1 + program)
+    last_tile = gl.maximum(gl.load(starts_ptr + programs + 2 + program) - LINE_COST, 0)
+    units = gl.load(units_ptr)
 
     dtype: gl.constexpr = k_desc.dtype
-    PART: gl.constexpr = k_desc.block_type.shape[0]
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, HEAD_DIM], dtype)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], layout)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], layout)
@@ -367,17 +355,17 @@ def _attend_shares(
                 _attend,
                 (
                     q_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr, sinks_ptr, lens_ptr, arrived_ptr, k_tiles, v_tiles,
-                    k_full, v_full, k_empty, v_empty, line, tile, last_line, last_tile, total, scale_log2, group,
+                    k_full, v_full, k_empty, v_empty, line, offset, last_line, last_tile, units, scale_log2, group,
                     kv_heads, q_row_stride, q_head_stride, lens_row_stride, lens_head_stride, HEAD_DIM, TILE, STAGES,
-                    GROUP, CHUNK,
+                    LINE_COST, GROUP, CHUNK, EARLY,
                 ),
             ),
             (
                 _load_tiles,
                 (
-                    k_desc, v_desc, table_ptr, lens_ptr, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, line,
-                    tile, last_line, last_tile, kv_heads, table_row_stride, table_head_stride, lens_row_stride,
-                    lens_head_stride, HEAD_DIM, BLOCK_SIZE, TILE, STAGES,
+                    k_desc, v_desc, table_ptr, lens_ptr, fresh_ptr, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty,
+                    line, offset, last_line, last_tile, kv_heads, table_row_stride, table_head_stride, lens_row_stride,
+                    lens_head_stride, HEAD_DIM, BLOCK_SIZE, TILE, STAGES, LINE_COST, EARLY,
                 ),
             ),
         ],
@@ -386,21 +374,24 @@ def _attend_shares(
     )  # fmt: skip
 
 
-def takes(q_dtype: torch.dtype, head_dim: int, group: int, form: AttentionForm, device: torch.device) -> bool:
-    """Whether `paged_decode_gluon` has such queries, `group` of them a KV head, their attention's form, and the GPU."""
+def takes(view: CacheView, group: int, form: AttentionForm) -> bool:
+    """Whether `paged_decode_gluon` has such requests, `group` queries a KV head, attention's form, and the GPU."""
+    cache, requests, kv_heads = view.k_cache, *view.lens.shape[-2:]
     return (
-        q_dtype in ELEMENTS
-        and head_dim in HEAD_DIMS
+        cache.dtype in ELEMENTS
+        and cache.shape[-1] in HEAD_DIMS
+        and requests * kv_heads <= MOST_LINES
         and group <= MOST_GROUP
         and form.window is None
         and form.soft_cap is None
-        and has_warpgroups(device)
+        and has_warpgroups(cache.device)
     )
 
 
-def decode_shares(view: CacheView) -> Shares:
-    """How the programs of `paged_decode_gluon` share these requests' tiles, of all layers where the view has them."""
-    return share_decodes(view.lens, TILE, PROGRAMS_PER_SM * multiprocessors(view.lens.device))
+def decode_shares(view: CacheView, programs: int | None = None) -> Shares:
+    """How programs share these requests, of all layers where the view's lengths are; `programs` to compute with."""
+    programs = programs or PROGRAMS_PER_SM * multiprocessors(view.lens.device)
+    return share_decodes(view, TILE, LINE_COST, programs)
 
 
 def paged_decode_gluon(
@@ -410,7 +401,7 @@ def paged_decode_gluon(
     shares: Shares | None = None,
     out: Tensor | None = None,
     form: AttentionForm = PLAIN,
-    *, tile=None, part=None, stages=None, dependent=None, extra={},
+    early: bool = False,
 ) -> Tensor:
     """`paged_decode` in one launch, of what it `takes`; without `shares`, one more makes them here."""
     k_cache, v_cache, block_tables, lens = view
@@ -420,24 +411,24 @@ def paged_decode_gluon(
     if batch == 0:
         return out
     if shares is None:
-        shares = decode_shares(view)
-    tile, part, stages = tile or TILE, part or PART, stages or STAGES
+        shares, early = decode_shares(view), False
     group, programs = query_heads // kv_heads, shares.starts.shape[-1] - 1
     acc = torch.empty((2 * programs, group, head_dim), dtype=torch.float32, device=q.device)
     maxima, sums = torch.empty((2, 2 * programs, group), dtype=torch.float32, device=q.device)
-    shape = [min(part, block_size), head_dim]
+    shape = [PART.value, head_dim]
     layout = gl.NVMMASharedLayout.get_default_for(shape, ELEMENTS[q.dtype])
     k_desc, v_desc = (
         TensorDescriptor(cache, [cache.numel() // head_dim, head_dim], [head_dim, 1], shape, layout)
         for cache in (k_cache, v_cache)
     )
+    launch = dependent_launch(q)
     group_pad = triton.next_power_of_2(group)
     _attend_shares[(programs,)](
         q, k_desc, v_desc, block_tables, lens, *shares, out, acc, maxima, sums, form.sinks,
         score_scale(scale, None), group, kv_heads,
         *q.stride()[:2], *block_tables.stride()[:2], *lens.stride(),
-        HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=tile, STAGES=stages,
+        HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=TILE, STAGES=STAGES, LINE_COST=LINE_COST,
         GROUP=group_pad, CHUNK=max(4, CHUNK_ELEMENTS // (group_pad * head_dim)),
-        num_warps=4, **(dependent_launch(q) if dependent is None else dependent), **extra,
+        EARLY=early and launch["DEPENDENT"], num_warps=4, maxnreg=MOST_REGISTERS, **launch,
     )  # fmt: skip
     return out

@@ -8,21 +8,24 @@ from torch import Tensor
 
 
 class Shares(NamedTuple):
-    """Each program's tiles, of all tiles of all lines in order. A line is a request and KV head: line = request * H + head.
+    """Each program's part of all lines in order. A line is a request and KV head: line = request * H + head.
 
-    A line has ceil(n / TILE) tiles, and one if it has no entries. With T tiles in all, the p-th of P programs takes
-    those from p * T // P to (p + 1) * T // P. So it begins and ends within lines, and shares those with its neighbours.
-    Of more programs than tiles, only the first T have any.
+    A line costs LINE_COST units and one more for each of its ceil(n / TILE) tiles; without entries, for one tile. With
+    T units in all, the p-th of P programs has those from p * T // P to (p + 1) * T // P, and so begins and ends within
+    lines. Of more programs than units, only the first T have any.
 
     Attributes:
-        starts: int32 [2, P + 1], the line and the tile in it that each program begins with; at the end (B * H, 0).
-        tiles: int32 [1], T.
+        starts: int32 [2, P + 1], the line and the unit in it that each program begins with; at the end (B * H, 0).
+        units: int32 [1], T.
         arrived: int32 [B * H], zeros: how many programs have computed their part of a line, while they do.
+        fresh: int32 [1]. 0: of each line, a step writes the last entry alone. 1: it may write others too, as where the
+            tokens of a prompt attend as decodes.
     """
 
     starts: Tensor
-    tiles: Tensor
+    units: Tensor
     arrived: Tensor
+    fresh: Tensor
 
     def layer(self, index: int) -> Shares:
         """One layer, where each tensor has a leading dimension L."""

@@ -38,6 +38,7 @@ from kernels.lag_spread_triton import lag_spread_triton
 from kernels.linear_tiles import Tile
 from kernels.linear_triton import linear_triton
 from kernels.output_norms_triton import output_norms_triton
+from kernels.paged_decode_gluon import decode_shares, paged_decode_gluon
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill_gluon import paged_prefill_gluon
 from kernels.paged_prefill_triton import paged_prefill_triton
@@ -76,7 +77,7 @@ def compile_one(kernel: JITFunction, *args, grid, **kwargs) -> None:
     compiled = kernel.warmup(*args, grid=grid, **kwargs)
     if compiled.metadata.shared > SHARED_BYTES:
         raise AssertionError(f"{kernel.fn.__name__}: {compiled.metadata.shared} bytes of shared memory")
-    if compiled.metadata.launch_pdl:
+    if compiled.metadata.launch_pdl and not kwargs.get("EARLY"):
         check_waits(kernel.fn.__name__, compiled.asm["ptx"])
     print(Path(kernel.fn.__code__.co_filename).stem, kernel.fn.__name__, flush=True)
 
@@ -210,6 +211,19 @@ def compile_prompts() -> None:
         paged_prefill_gluon(q, view, ints(REQUESTS + 1), TOKENS, 0.1, form=form)
 
 
+def compile_decodes() -> None:
+    """As `compile_prompts`, the first early."""
+    for dim, block, dtype, apart in ((128, 256, torch.bfloat16, False), (64, 16, torch.float16, True)):
+        caches = torch.zeros(2, REQUESTS * MAX_BLOCKS, HEADS, block, dim, dtype=dtype)
+        view = CacheView.shared(*caches, ints(REQUESTS, MAX_BLOCKS), ints(REQUESTS))
+        if apart:
+            view = CacheView(*caches, view.block_tables.contiguous(), view.lens.contiguous())
+        q = torch.zeros(REQUESTS, HEADS * GROUP, dim, dtype=dtype)
+        form = AttentionForm(sinks=q[0, :, 0] if apart else None)
+        paged_decode_gluon(q, view, 0.1, decode_shares(view), form=form, early=not apart)
+    decode_shares(CacheView(*caches, ints(LAYERS, 1, 1, 1), ints(LAYERS, REQUESTS * HEADS, 1)))
+
+
 def compile_recurrence(dtype: torch.dtype, dim: int) -> None:
     """Of tokens each alone, and of spans."""
     widths = 2 * dim, 2 * dim, 4 * dim
@@ -233,6 +247,7 @@ if __name__ == "__main__":
     compile_view_kernels(apart=True)
     compile_wide_heads()
     compile_prompts()
+    compile_decodes()
     compile_other_kernels()
     compile_recurrence(DTYPE, 128)  # Qwen3-Next's and Qwen3.5's
     compile_recurrence(torch.float32, 16)

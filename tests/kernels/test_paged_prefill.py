@@ -6,11 +6,11 @@ import torch
 from kernels import paged_prefill_gluon
 from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import shared
+from kernels.hopper import hopper_kernels
 from kernels.paged_decode import paged_decode, paged_decode_reference, paged_decode_torch
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill import (
     gpu_kernel,
-    hopper_kernels,
     paged_prefill,
     paged_prefill_reference,
     paged_prefill_torch,
