@@ -1,10 +1,14 @@
 """Causal attention of new queries over paged entries on Hopper, in Gluon, Triton's language for one kind of GPU.
 
-Of a program's warps one loads tiles of K and V, and two groups of four each attend with 64 queries. A group multiplies
-queries and the next keys while it adds the values of the tile before, and takes the softmax while both products run.
+A work item is a request, a query head and a tile of 128 queries. Of a program's warps one loads the item's queries and
+its tiles of K and V, and two groups of four each attend with 64 queries. A group multiplies queries and the next keys
+while it adds the values of the tile before, and takes the softmax while both products run.
 
-Sources: FlashAttention-3 (arXiv 2407.08608) for the roles of warps and the order of the products, PagedAttention (arXiv
-2309.06180) for the block table.
+Programs are persistent, one for each multiprocessor: the loading warp draws item after item from a counter, and has the
+next one's queries and first tiles on their way while the groups still finish the one before.
+
+Sources: FlashAttention-3 (arXiv 2407.08608) for the roles of warps, the order of the products and the persistent
+programs, PagedAttention (arXiv 2309.06180) for the block table.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import CacheView
 from kernels.layout import given_or_new
-from kernels.tiles import score_scale
+from kernels.tiles import multiprocessors, score_scale
 
 # Triton 3.6 and later versions name these differently.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -41,8 +45,15 @@ TILE = 128
 """Entries."""
 STAGES = 2
 """Tiles of K and of V in shared memory."""
+AHEAD = gl.constexpr(2)
+"""Items whose queries are in shared memory."""
+FIELDS = gl.constexpr(4)
+"""Of an item, as the loading warp tells it: its first token, its queries and those after it, its head's entries, its
+head. No queries: there is no further item."""
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
 HEAD_DIMS = (64, 128)
+ALIGNED = 8
+"""Elements: rows of queries must begin at multiples of 16 bytes, or no descriptor can be made of them."""
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -75,14 +86,17 @@ def _products(
     k_empty,
     v_empty,
     i,
-    tiles,
+    end,
     limits,
     scale_log2,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """The scores and weights of a request's i-th tile from its end, while the values of the one before are added."""
+    """The scores and weights of the program's i-th tile, while the values of the one before are added.
+
+    An item's tiles come from its last one on: tile `end - 1` holds its first entries.
+    """
     slot, before = i % STAGES, (i - 1) % STAGES
     scores_layout: gl.constexpr = row_max.type.layout.parent
     zeros = gl.zeros([QUERIES, TILE], gl.float32, scores_layout)
@@ -92,11 +106,11 @@ def _products(
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(slot), count=1)
     new, row_max, row_sum, shrink = _weigh(
-        scores, row_max, row_sum, scale_log2, (tiles - 1 - i) * TILE, limits, TILE, MASKED
+        scores, row_max, row_sum, scale_log2, (end - 1 - i) * TILE, limits, TILE, MASKED
     )
     new = gl.convert_layout(new.to(weights.dtype), weights.type.layout)
     # Without this wait, which is a branch, the assembler moves the softmax behind the end of the product above.
-    mbarrier.wait(k_full.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=tiles > i + 1)
+    mbarrier.wait(k_full.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=end > i + 1)
     acc, weights, new, shrink, row_sum = warpgroup_mma_wait(0, deps=[acc, weights, new, shrink, row_sum])
     mbarrier.arrive(v_empty.index(before), count=1)
     acc *= gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
@@ -104,119 +118,163 @@ def _products(
 
 
 @gluon.jit
+def _tell(items, slot, first_token, queries, length, head):
+    """Write an item for the groups."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    items.index(slot * FIELDS).store(gl.full([1], first_token, gl.int32, layout))
+    items.index(slot * FIELDS + 1).store(gl.full([1], queries, gl.int32, layout))
+    items.index(slot * FIELDS + 2).store(gl.full([1], length, gl.int32, layout))
+    items.index(slot * FIELDS + 3).store(gl.full([1], head, gl.int32, layout))
+
+
+@gluon.jit
+def _next_item(items, q_full, turn):
+    """Wait for the program's item `turn` and its queries."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    slot = turn % AHEAD
+    mbarrier.wait(q_full.index(slot), turn // AHEAD & 1)
+    first_token = gl.sum(items.index(slot * FIELDS).load(layout), 0)
+    queries = gl.sum(items.index(slot * FIELDS + 1).load(layout), 0)
+    length = gl.sum(items.index(slot * FIELDS + 2).load(layout), 0)
+    head = gl.sum(items.index(slot * FIELDS + 3).load(layout), 0)
+    return first_token, queries, length, head
+
+
+@gluon.jit
+def _num_tiles(queries, length, TILE: gl.constexpr):
+    """Tiles of entries that an item sees, of which there are `length - queries` before it; 0 or less: none."""
+    return gl.cdiv(gl.minimum(length - queries + GROUPS * QUERIES, length), TILE)
+
+
+@gluon.jit
 def _attend(
     GROUP: gl.constexpr,
-    q_ptr,
     out_ptr,
     sinks_ptr,
+    items,
     q_tiles,
     k_tiles,
     v_tiles,
+    q_full,
     k_full,
     v_full,
+    q_empty,
     k_empty,
     v_empty,
     scale_log2,
-    begin,
-    queries,
-    first_query,
-    length,
-    tiles,
-    head,
     heads,
-    q_row_stride,
-    q_head_stride,
     HEAD_DIM: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """A group's queries, tile by tile from the last one that any of them sees."""
+    """A group's queries of each item, tile by tile from the last one that any of them sees."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     rows_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-    first = first_query + GROUP * QUERIES
-    rows = first + gl.arange(0, QUERIES, gl.SliceLayout(1, rows_layout))
-    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, rows_layout))
-    tokens = (begin + rows).to(gl.int64)
-    inside = (rows < queries)[:, None] & (dims < HEAD_DIM)[None, :]
-    q_ptrs = q_ptr + tokens[:, None] * q_row_stride + head * q_head_stride + dims[None, :]
-    q = q_tiles.index(GROUP)
-    q.store(gl.load(q_ptrs, mask=inside, other=0.0))
-    fence_async_shared()
-    barrier()
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    turn, begin = 0, 0  # items and tiles before this item
+    first_token, queries, length, head = _next_item(items, q_full, turn)
+    while queries > 0:
+        tiles = _num_tiles(queries, length, TILE)
+        end = begin + tiles
+        slot = begin % STAGES
+        q = q_tiles.index(turn % AHEAD * GROUPS + GROUP)
+        first_limit = length - queries + GROUP * QUERIES + 1
+        limits = first_limit + gl.arange(0, QUERIES, gl.SliceLayout(1, scores_layout))
+        row_max = gl.full([QUERIES], float("-inf"), gl.float32, gl.SliceLayout(1, scores_layout))
+        row_sum = gl.full([QUERIES], 0.0, gl.float32, gl.SliceLayout(1, scores_layout))
+        zeros = gl.zeros([QUERIES, TILE], gl.float32, scores_layout)
+        mbarrier.wait(k_full.index(slot), begin // STAGES & 1)
+        scores = warpgroup_mma(q, k_tiles.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        start = (tiles - 1) * TILE
+        weights, row_max, row_sum, _ = _weigh(scores, row_max, row_sum, scale_log2, start, limits, TILE, True)
+        weights = gl.convert_layout(weights.to(dtype), weights_layout)
+        acc = gl.zeros([QUERIES, HEAD_DIM], gl.float32, acc_layout)
+        if length < start + TILE:  # a product with 0 would let NaN through from what lies past the last entry
+            mbarrier.wait(v_full.index(slot), begin // STAGES & 1)
+            entries = start + gl.arange(0, TILE, gl.SliceLayout(1, rows_layout))
+            v_tile = v_tiles.index(slot)
+            v_tile.store(gl.where((entries < length)[:, None], v_tile.load(rows_layout), 0.0))
+            fence_async_shared()
+            barrier()
+        mbarrier.wait(k_full.index((begin + 1) % STAGES), (begin + 1) // STAGES & 1, pred=tiles > 1)
 
-    limits = length - queries + first + 1 + gl.arange(0, QUERIES, gl.SliceLayout(1, scores_layout))
-    row_max = gl.full([QUERIES], float("-inf"), gl.float32, gl.SliceLayout(1, scores_layout))
-    row_sum = gl.full([QUERIES], 0.0, gl.float32, gl.SliceLayout(1, scores_layout))
-    zeros = gl.zeros([QUERIES, TILE], gl.float32, scores_layout)
-    mbarrier.wait(k_full.index(0), 0)
-    scores = warpgroup_mma(q, k_tiles.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=[scores])
-    mbarrier.arrive(k_empty.index(0), count=1)
-    start = (tiles - 1) * TILE
-    weights, row_max, row_sum, _ = _weigh(scores, row_max, row_sum, scale_log2, start, limits, TILE, True)
-    weights = gl.convert_layout(weights.to(q_ptr.dtype.element_ty), weights_layout)
-    acc = gl.zeros([QUERIES, HEAD_DIM], gl.float32, acc_layout)
-    if length < start + TILE:  # a product with 0 would let NaN through from what lies past the last entry
-        mbarrier.wait(v_full.index(0), 0)
-        entries = start + gl.arange(0, TILE, gl.SliceLayout(1, rows_layout))
-        v_tile = v_tiles.index(0)
-        v_tile.store(gl.where((entries < length)[:, None], v_tile.load(rows_layout), 0.0))
-        fence_async_shared()
-        barrier()
-    mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=tiles > 1)
+        unmasked = end - gl.minimum(first_limit // TILE, tiles - 1)  # from here on, every query sees every entry
+        for i in range(begin + 1, unmasked):
+            weights, acc, row_max, row_sum = _products(
+                q, weights, acc, row_max, row_sum, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, i, end, limits,
+                scale_log2, TILE, STAGES, True,
+            )  # fmt: skip
+        for i in range(unmasked, end):
+            weights, acc, row_max, row_sum = _products(
+                q, weights, acc, row_max, row_sum, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, i, end, limits,
+                scale_log2, TILE, STAGES, False,
+            )  # fmt: skip
+        slot = (end - 1) % STAGES
+        mbarrier.wait(v_full.index(slot), (end - 1) // STAGES & 1)
+        acc = warpgroup_mma(weights, v_tiles.index(slot), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_empty.index(slot), count=1)
+        mbarrier.arrive(q_empty.index(turn % AHEAD), count=1)
 
-    seen_by_all = gl.minimum((length - queries + first + 1) // TILE, tiles - 1)
-    for i in range(1, tiles - seen_by_all):
-        weights, acc, row_max, row_sum = _products(
-            q, weights, acc, row_max, row_sum, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, i, tiles, limits,
-            scale_log2, TILE, STAGES, True,
-        )  # fmt: skip
-    for i in range(tiles - seen_by_all, tiles):
-        weights, acc, row_max, row_sum = _products(
-            q, weights, acc, row_max, row_sum, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, i, tiles, limits,
-            scale_log2, TILE, STAGES, False,
-        )  # fmt: skip
-    last = tiles - 1
-    mbarrier.wait(v_full.index(last % STAGES), last // STAGES & 1)
-    acc = warpgroup_mma(weights, v_tiles.index(last % STAGES), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-
-    if sinks_ptr is not None:
-        sink = gl.load(sinks_ptr + head).to(gl.float32) * 1.4426950408889634
-        offset = gl.maximum(row_max * scale_log2, sink)
-        shrink = gl.exp2(row_max * scale_log2 - offset)
-        row_sum = row_sum * shrink + gl.exp2(sink - offset)
-        acc *= gl.convert_layout(shrink, gl.SliceLayout(1, acc_layout))[:, None]
-    acc /= gl.convert_layout(row_sum, gl.SliceLayout(1, acc_layout))[:, None]
-    out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), rows_layout)
-    gl.store(out_ptr + (tokens[:, None] * heads + head) * HEAD_DIM + dims[None, :], out, mask=inside)
+        if sinks_ptr is not None:
+            sink = gl.load(sinks_ptr + head).to(gl.float32) * 1.4426950408889634
+            offset = gl.maximum(row_max * scale_log2, sink)
+            shrink = gl.exp2(row_max * scale_log2 - offset)
+            row_sum = row_sum * shrink + gl.exp2(sink - offset)
+            acc *= gl.convert_layout(shrink, gl.SliceLayout(1, acc_layout))[:, None]
+        acc /= gl.convert_layout(row_sum, gl.SliceLayout(1, acc_layout))[:, None]
+        out = gl.convert_layout(acc.to(dtype), rows_layout)
+        rows = GROUP * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(1, rows_layout))
+        dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, rows_layout))
+        out_ptrs = out_ptr + ((first_token + rows).to(gl.int64)[:, None] * heads + head) * HEAD_DIM + dims[None, :]
+        gl.store(out_ptrs, out, mask=(rows < queries)[:, None] & (dims < HEAD_DIM)[None, :])
+        begin = end
+        turn += 1
+        first_token, queries, length, head = _next_item(items, q_full, turn)
 
 
 @gluon.jit
-def _load_tiles(
+def _load_item(
+    q_desc,
     k_desc,
     v_desc,
     table_ptr,
+    items,
+    q_tiles,
     k_tiles,
     v_tiles,
+    q_full,
     k_full,
     v_full,
+    q_empty,
     k_empty,
     v_empty,
+    turn,
+    begin,
     tiles,
+    first_token,
+    queries,
     length,
+    head,
+    q_head_stride,
     first_row,
     rows_of_block,
-    HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Of a request's KV head, from the last tile on; of blocks that no entry lies in, the request's last one."""
+    """An item's tiles from the last one on, its queries after the first K.
+
+    Of blocks that no entry lies in, the last one of the request is loaded. Of rows past the last query, whatever lies
+    there: a row touches no other.
+    """
     PART: gl.constexpr = k_desc.block_type.shape[0]
-    BYTES: gl.constexpr = TILE * HEAD_DIM * k_desc.dtype.primitive_bitwidth // 8
+    HEAD_DIM: gl.constexpr = k_desc.block_type.shape[1]
+    ROW_BYTES: gl.constexpr = HEAD_DIM * k_desc.dtype.primitive_bitwidth // 8
     last_block = (length - 1) // BLOCK_SIZE
     for i in range(tiles):
         start = (tiles - 1 - i) * TILE
@@ -224,62 +282,137 @@ def _load_tiles(
         for entry in gl.static_range(0, TILE, PART):
             block = gl.load(table_ptr + gl.minimum((start + entry) // BLOCK_SIZE, last_block))
             rows += (first_row + block * rows_of_block + (start + entry) % BLOCK_SIZE,)
-        slot, phase = i % STAGES, (i // STAGES & 1) ^ 1
+        slot, phase = (begin + i) % STAGES, ((begin + i) // STAGES & 1) ^ 1
         mbarrier.wait(k_empty.index(slot), phase)
-        mbarrier.expect(k_full.index(slot), BYTES)
+        mbarrier.expect(k_full.index(slot), TILE * ROW_BYTES)
         for part in gl.static_range(TILE // PART):
             load_tile(k_desc, [rows[part], 0], k_full.index(slot), k_tiles.index(slot).slice(part * PART, PART, 0))
+        if i == 0:
+            ahead = turn % AHEAD
+            mbarrier.wait(q_empty.index(ahead), (turn // AHEAD & 1) ^ 1)
+            _tell(items, ahead, first_token, queries, length, head)
+            mbarrier.expect(q_full.index(ahead), GROUPS * QUERIES * ROW_BYTES)
+            for of in gl.static_range(GROUPS):
+                place = [first_token + of * QUERIES, head * q_head_stride]
+                load_tile(q_desc, place, q_full.index(ahead), q_tiles.index(ahead * GROUPS + of))
         mbarrier.wait(v_empty.index(slot), phase)
-        mbarrier.expect(v_full.index(slot), BYTES)
+        mbarrier.expect(v_full.index(slot), TILE * ROW_BYTES)
         for part in gl.static_range(TILE // PART):
             load_tile(v_desc, [rows[part], 0], v_full.index(slot), v_tiles.index(slot).slice(part * PART, PART, 0))
 
 
 @gluon.jit
-def _attend_tiles(
-    q_ptr,
+def _load(
+    q_desc,
     k_desc,
     v_desc,
     table_ptr,
     starts_ptr,
     lens_ptr,
-    out_ptr,
-    sinks_ptr,
-    scale_log2,
+    drawn_ptr,
+    items,
+    q_tiles,
+    k_tiles,
+    v_tiles,
+    q_full,
+    k_full,
+    v_full,
+    q_empty,
+    k_empty,
+    v_empty,
+    batch,
+    max_seqlen,
+    most_items,
     group,
     heads,
-    q_row_stride,
     q_head_stride,
     table_row_stride,
     table_head_stride,
     lens_row_stride,
     lens_head_stride,
-    HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """One request, query head and tile of queries."""
-    row, head = gl.program_id(1), gl.program_id(2)
-    kv_head = head // group
-    begin = gl.load(starts_ptr + row)
-    queries = gl.load(starts_ptr + row + 1) - begin
-    length = gl.load(lens_ptr + row * lens_row_stride + kv_head * lens_head_stride)
-    first_query = (gl.num_programs(0) - 1 - gl.program_id(0)) * (GROUPS * QUERIES)  # the longest work starts first
-    tiles = gl.cdiv(gl.minimum(length - queries + first_query + GROUPS * QUERIES, length), TILE)
-    if (first_query >= queries) | (tiles < 1):
-        return
-    table = table_ptr + row.to(gl.int64) * table_row_stride + kv_head * table_head_stride
+    """Draw items, and load them. They are numbered by request, then from its last queries on, then by head."""
+    turn, begin = 0, 0  # items and tiles loaded
+    item = gl.program_id(0)
+    row, number = 0, item  # a request, and the item's number less the items of the requests before
+    while row < batch:
+        first_token = gl.load(starts_ptr + row)
+        queries = gl.load(starts_ptr + row + 1) - first_token
+        query_tiles = gl.cdiv(gl.minimum(queries, max_seqlen), GROUPS * QUERIES)
+        if number >= query_tiles * heads:
+            number -= query_tiles * heads
+            row += 1
+        else:
+            head = number % heads
+            kv_head = head // group
+            length = gl.load(lens_ptr + row * lens_row_stride + kv_head * lens_head_stride)
+            first_query = (query_tiles - 1 - number // heads) * (GROUPS * QUERIES)
+            tiles = _num_tiles(queries - first_query, length, TILE)
+            if tiles > 0:
+                table = table_ptr + row.to(gl.int64) * table_row_stride + kv_head * table_head_stride
+                _load_item(
+                    q_desc, k_desc, v_desc, table, items, q_tiles, k_tiles, v_tiles,
+                    q_full, k_full, v_full, q_empty, k_empty, v_empty, turn, begin, tiles,
+                    first_token + first_query, queries - first_query, length, head, q_head_stride,
+                    kv_head * BLOCK_SIZE, (heads // group) * BLOCK_SIZE, BLOCK_SIZE, TILE, STAGES,
+                )  # fmt: skip
+                turn += 1
+                begin += tiles
+            if gl.num_programs(0) < most_items:
+                drawn = gl.num_programs(0) + gl.atomic_add(drawn_ptr, 1, sem="relaxed")
+                number += drawn - item
+                item = drawn
+            else:
+                row = batch
+    mbarrier.wait(q_empty.index(turn % AHEAD), (turn // AHEAD & 1) ^ 1)
+    _tell(items, turn % AHEAD, 0, 0, 0, 0)
+    mbarrier.arrive(q_full.index(turn % AHEAD), count=1)
 
-    dtype: gl.constexpr = k_desc.dtype
-    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([QUERIES, HEAD_DIM], dtype)
-    q_tiles = gl.allocate_shared_memory(dtype, [GROUPS, QUERIES, HEAD_DIM], q_layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], v_desc.layout)
+
+@gluon.jit(do_not_specialize=["batch", "max_seqlen", "most_items"])
+def _attend_items(
+    q_desc,
+    k_desc,
+    v_desc,
+    table_ptr,
+    starts_ptr,
+    lens_ptr,
+    drawn_ptr,
+    out_ptr,
+    sinks_ptr,
+    scale_log2,
+    batch,
+    max_seqlen,
+    most_items,
+    group,
+    heads,
+    q_head_stride,
+    table_row_stride,
+    table_head_stride,
+    lens_row_stride,
+    lens_head_stride,
+    BLOCK_SIZE: gl.constexpr,
+    TILE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """The first item of a program has its number; the others are drawn, unless there are as many programs as items."""
+    HEAD_DIM: gl.constexpr = q_desc.block_type.shape[1]
+    q_tiles = gl.allocate_shared_memory(q_desc.dtype, [AHEAD * GROUPS, QUERIES, HEAD_DIM], q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, HEAD_DIM], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES, TILE, HEAD_DIM], v_desc.layout)
+    items = gl.allocate_shared_memory(gl.int32, [AHEAD * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(AHEAD):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=GROUPS)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
@@ -294,24 +427,24 @@ def _attend_tiles(
             (
                 _attend,
                 (
-                    FIRST, q_ptr, out_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty,
-                    scale_log2, begin, queries, first_query, length, tiles, head, heads, q_row_stride, q_head_stride,
-                    HEAD_DIM, TILE, STAGES,
+                    FIRST, out_ptr, sinks_ptr, items, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full,
+                    q_empty, k_empty, v_empty, scale_log2, heads, HEAD_DIM, TILE, STAGES,
                 ),
             ),
             (
                 _attend,
                 (
-                    SECOND, q_ptr, out_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty,
-                    scale_log2, begin, queries, first_query, length, tiles, head, heads, q_row_stride, q_head_stride,
-                    HEAD_DIM, TILE, STAGES,
+                    SECOND, out_ptr, sinks_ptr, items, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full,
+                    q_empty, k_empty, v_empty, scale_log2, heads, HEAD_DIM, TILE, STAGES,
                 ),
             ),
             (
-                _load_tiles,
+                _load,
                 (
-                    k_desc, v_desc, table, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, tiles, length,
-                    kv_head * BLOCK_SIZE, (heads // group) * BLOCK_SIZE, HEAD_DIM, BLOCK_SIZE, TILE, STAGES,
+                    q_desc, k_desc, v_desc, table_ptr, starts_ptr, lens_ptr, drawn_ptr, items,
+                    q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty,
+                    batch, max_seqlen, most_items, group, heads, q_head_stride, table_row_stride, table_head_stride,
+                    lens_row_stride, lens_head_stride, BLOCK_SIZE, TILE, STAGES,
                 ),
             ),
         ],
@@ -327,12 +460,16 @@ def has_warpgroups(device: torch.device) -> bool:
 
 
 def takes(q: Tensor, form: AttentionForm) -> bool:
-    """Whether `paged_prefill_gluon` has these queries' dtype and width, their attention's form, and their GPU."""
+    """Whether `paged_prefill_gluon` has these queries' dtype, width and strides, their attention's form, their GPU."""
+    row_stride, head_stride, _ = q.stride()
     return (
         q.dtype in ELEMENTS
         and q.shape[2] in HEAD_DIMS
         and form.window is None
         and form.soft_cap is None
+        and row_stride >= (q.shape[1] - 1) * head_stride + q.shape[2]
+        and row_stride % ALIGNED == 0
+        and q.data_ptr() % (ALIGNED * q.element_size()) == 0
         and has_warpgroups(q.device)
     )
 
@@ -346,24 +483,35 @@ def paged_prefill_gluon(
     out: Tensor | None = None,
     form: AttentionForm = PLAIN,
 ) -> Tensor:
-    """`paged_prefill` in one launch, of what it `takes`; rows of a request past `max_seqlen` are left unwritten."""
+    """`paged_prefill` of what it `takes`; tiles of queries past `max_seqlen` of a request are left unwritten."""
     k_cache, v_cache, block_tables, lens = view
-    query_heads, head_dim = q.shape[1:]
+    tokens, query_heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1:3]
     batch = lens.shape[0]
     out = given_or_new(out, q)
     if max_seqlen == 0 or batch == 0:
         return out
-    shape = [min(TILE, block_size), head_dim]
-    layout = gl.NVMMASharedLayout.get_default_for(shape, ELEMENTS[q.dtype])
+
+    def describe(x: Tensor, rows: int, row_stride: int, width: int, tile_rows: int) -> TensorDescriptor:
+        tile = [tile_rows, head_dim]
+        layout = gl.NVMMASharedLayout.get_default_for(tile, ELEMENTS[q.dtype])
+        return TensorDescriptor(x, [rows, width], [row_stride, 1], tile, layout)
+
+    row_stride, head_stride, _ = q.stride()
+    q_desc = describe(q, tokens, row_stride, (query_heads - 1) * head_stride + head_dim, QUERIES.value)
     k_desc, v_desc = (
-        TensorDescriptor(cache, [cache.numel() // head_dim, head_dim], [head_dim, 1], shape, layout)
+        describe(cache, cache.numel() // head_dim, head_dim, head_dim, min(TILE, block_size))
         for cache in (k_cache, v_cache)
     )
-    _attend_tiles[(triton.cdiv(max_seqlen, QUERIES.value * GROUPS.value), batch, query_heads)](
-        q, k_desc, v_desc, block_tables, cu_seqlens, lens, out, form.sinks,
-        score_scale(scale, None), query_heads // kv_heads, query_heads,
-        *q.stride()[:2], *block_tables.stride()[:2], *lens.stride(),
-        HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=TILE, STAGES=STAGES, num_warps=4,
+    queries = QUERIES.value * GROUPS.value
+    most_items = min(triton.cdiv(max_seqlen, queries) * batch, tokens // queries + batch) * query_heads
+    programs = min(most_items, multiprocessors(q.device))
+    # Its memory is set anew for each launch: launches may run at the same time.
+    drawn = (torch.zeros if programs < most_items else torch.empty)(1, dtype=torch.int32, device=q.device)
+    _attend_items[(programs,)](
+        q_desc, k_desc, v_desc, block_tables, cu_seqlens, lens, drawn, out, form.sinks,
+        score_scale(scale, None), batch, max_seqlen, most_items, query_heads // kv_heads, query_heads, head_stride,
+        *block_tables.stride()[:2], *lens.stride(),
+        BLOCK_SIZE=block_size, TILE=TILE, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     return out
