@@ -79,12 +79,7 @@ def _products(
     acc,
     row_max,
     row_sum,
-    k_tiles,
-    v_tiles,
-    k_full,
-    v_full,
-    k_empty,
-    v_empty,
+    rings,
     i,
     end,
     limits,
@@ -97,6 +92,7 @@ def _products(
 
     An item's tiles come from its last one on: tile `end - 1` holds its first entries.
     """
+    k_tiles, v_tiles, k_full, v_full, k_empty, v_empty = rings
     slot, before = i % STAGES, (i - 1) % STAGES
     scores_layout: gl.constexpr = row_max.type.layout.parent
     zeros = gl.zeros([QUERIES, TILE], gl.float32, scores_layout)
@@ -141,6 +137,17 @@ def _next_item(items, q_full, turn):
 
 
 @gluon.jit
+def _barriers(COUNT: gl.constexpr):
+    """Of COUNT slots: those for the loading warp to fill, and those for both groups to empty."""
+    full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=GROUPS)
+    return full, empty
+
+
+@gluon.jit
 def _num_tiles(queries, length, TILE: gl.constexpr):
     """Tiles of entries that an item sees, of which there are `length - queries` before it; 0 or less: none."""
     return gl.cdiv(gl.minimum(length - queries + GROUPS * QUERIES, length), TILE)
@@ -151,16 +158,8 @@ def _attend(
     GROUP: gl.constexpr,
     out_ptr,
     sinks_ptr,
-    items,
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    k_full,
-    v_full,
-    q_empty,
-    k_empty,
-    v_empty,
+    queue,
+    rings,
     scale_log2,
     heads,
     HEAD_DIM: gl.constexpr,
@@ -168,6 +167,8 @@ def _attend(
     STAGES: gl.constexpr,
 ):
     """A group's queries of each item, tile by tile from the last one that any of them sees."""
+    items, q_tiles, q_full, q_empty = queue
+    k_tiles, v_tiles, k_full, v_full, k_empty, v_empty = rings
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
@@ -205,14 +206,12 @@ def _attend(
         unmasked = end - gl.minimum(first_limit // TILE, tiles - 1)  # from here on, every query sees every entry
         for i in range(begin + 1, unmasked):
             weights, acc, row_max, row_sum = _products(
-                q, weights, acc, row_max, row_sum, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, i, end, limits,
-                scale_log2, TILE, STAGES, True,
-            )  # fmt: skip
+                q, weights, acc, row_max, row_sum, rings, i, end, limits, scale_log2, TILE, STAGES, True
+            )
         for i in range(unmasked, end):
             weights, acc, row_max, row_sum = _products(
-                q, weights, acc, row_max, row_sum, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, i, end, limits,
-                scale_log2, TILE, STAGES, False,
-            )  # fmt: skip
+                q, weights, acc, row_max, row_sum, rings, i, end, limits, scale_log2, TILE, STAGES, False
+            )
         slot = (end - 1) % STAGES
         mbarrier.wait(v_full.index(slot), (end - 1) // STAGES & 1)
         acc = warpgroup_mma(weights, v_tiles.index(slot), acc, is_async=True)
@@ -238,65 +237,38 @@ def _attend(
 
 
 @gluon.jit
-def _load_item(
-    q_desc,
+def _load_tiles(
     k_desc,
     v_desc,
     table_ptr,
-    items,
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    k_full,
-    v_full,
-    q_empty,
-    k_empty,
-    v_empty,
-    turn,
+    rings,
     begin,
     tiles,
-    first_token,
-    queries,
     length,
-    head,
-    q_head_stride,
     first_row,
     rows_of_block,
     BLOCK_SIZE: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """An item's tiles from the last one on, its queries after the first K.
-
-    Of blocks that no entry lies in, the last one of the request is loaded. Of rows past the last query, whatever lies
-    there: a row touches no other.
-    """
+    """Of an item's KV head, from the last tile on; of blocks that no entry lies in, the request's last one."""
     PART: gl.constexpr = k_desc.block_type.shape[0]
-    HEAD_DIM: gl.constexpr = k_desc.block_type.shape[1]
-    ROW_BYTES: gl.constexpr = HEAD_DIM * k_desc.dtype.primitive_bitwidth // 8
+    BYTES: gl.constexpr = TILE * k_desc.block_type.shape[1] * k_desc.dtype.primitive_bitwidth // 8
+    k_tiles, v_tiles, k_full, v_full, k_empty, v_empty = rings
     last_block = (length - 1) // BLOCK_SIZE
-    for i in range(tiles):
-        start = (tiles - 1 - i) * TILE
+    for i in range(begin, begin + tiles):
+        start = (begin + tiles - 1 - i) * TILE
         rows = ()
         for entry in gl.static_range(0, TILE, PART):
             block = gl.load(table_ptr + gl.minimum((start + entry) // BLOCK_SIZE, last_block))
             rows += (first_row + block * rows_of_block + (start + entry) % BLOCK_SIZE,)
-        slot, phase = (begin + i) % STAGES, ((begin + i) // STAGES & 1) ^ 1
+        slot, phase = i % STAGES, (i // STAGES & 1) ^ 1
         mbarrier.wait(k_empty.index(slot), phase)
-        mbarrier.expect(k_full.index(slot), TILE * ROW_BYTES)
+        mbarrier.expect(k_full.index(slot), BYTES)
         for part in gl.static_range(TILE // PART):
             load_tile(k_desc, [rows[part], 0], k_full.index(slot), k_tiles.index(slot).slice(part * PART, PART, 0))
-        if i == 0:
-            ahead = turn % AHEAD
-            mbarrier.wait(q_empty.index(ahead), (turn // AHEAD & 1) ^ 1)
-            _tell(items, ahead, first_token, queries, length, head)
-            mbarrier.expect(q_full.index(ahead), GROUPS * QUERIES * ROW_BYTES)
-            for of in gl.static_range(GROUPS):
-                place = [first_token + of * QUERIES, head * q_head_stride]
-                load_tile(q_desc, place, q_full.index(ahead), q_tiles.index(ahead * GROUPS + of))
         mbarrier.wait(v_empty.index(slot), phase)
-        mbarrier.expect(v_full.index(slot), TILE * ROW_BYTES)
+        mbarrier.expect(v_full.index(slot), BYTES)
         for part in gl.static_range(TILE // PART):
             load_tile(v_desc, [rows[part], 0], v_full.index(slot), v_tiles.index(slot).slice(part * PART, PART, 0))
 
@@ -310,16 +282,8 @@ def _load(
     starts_ptr,
     lens_ptr,
     drawn_ptr,
-    items,
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    k_full,
-    v_full,
-    q_empty,
-    k_empty,
-    v_empty,
+    queue,
+    rings,
     batch,
     max_seqlen,
     most_items,
@@ -334,30 +298,42 @@ def _load(
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Draw items, and load them. They are numbered by request, then from its last queries on, then by head."""
+    """Draw items and load them. They are numbered by request, then by tile of queries from the last on, then by head.
+
+    A row of the queries' tiles past the request's last one holds whatever lies there: it touches no other row.
+    """
+    Q_BYTES: gl.constexpr = GROUPS * QUERIES * q_desc.block_type.shape[1] * q_desc.dtype.primitive_bitwidth // 8
+    items, q_tiles, q_full, q_empty = queue
     turn, begin = 0, 0  # items and tiles loaded
     item = gl.program_id(0)
-    row, number = 0, item  # a request, and the item's number less the items of the requests before
+    row, number = 0, item  # a request, and the item's number without the items of the requests before
     while row < batch:
+        head = item % heads
+        kv_head = head // group
         first_token = gl.load(starts_ptr + row)
         queries = gl.load(starts_ptr + row + 1) - first_token
+        length = gl.load(lens_ptr + row * lens_row_stride + kv_head * lens_head_stride)
         query_tiles = gl.cdiv(gl.minimum(queries, max_seqlen), GROUPS * QUERIES)
         if number >= query_tiles * heads:
             number -= query_tiles * heads
             row += 1
         else:
-            head = number % heads
-            kv_head = head // group
-            length = gl.load(lens_ptr + row * lens_row_stride + kv_head * lens_head_stride)
             first_query = (query_tiles - 1 - number // heads) * (GROUPS * QUERIES)
-            tiles = _num_tiles(queries - first_query, length, TILE)
+            first_token += first_query
+            queries -= first_query
+            tiles = _num_tiles(queries, length, TILE)
             if tiles > 0:
+                slot = turn % AHEAD
+                mbarrier.wait(q_empty.index(slot), (turn // AHEAD & 1) ^ 1)
+                _tell(items, slot, first_token, queries, length, head)
+                mbarrier.expect(q_full.index(slot), Q_BYTES)
+                for of in gl.static_range(GROUPS):
+                    place = [first_token + of * QUERIES, head * q_head_stride]
+                    load_tile(q_desc, place, q_full.index(slot), q_tiles.index(slot * GROUPS + of))
                 table = table_ptr + row.to(gl.int64) * table_row_stride + kv_head * table_head_stride
-                _load_item(
-                    q_desc, k_desc, v_desc, table, items, q_tiles, k_tiles, v_tiles,
-                    q_full, k_full, v_full, q_empty, k_empty, v_empty, turn, begin, tiles,
-                    first_token + first_query, queries - first_query, length, head, q_head_stride,
-                    kv_head * BLOCK_SIZE, (heads // group) * BLOCK_SIZE, BLOCK_SIZE, TILE, STAGES,
+                _load_tiles(
+                    k_desc, v_desc, table, rings, begin, tiles, length, kv_head * BLOCK_SIZE,
+                    (heads // group) * BLOCK_SIZE, BLOCK_SIZE, TILE, STAGES,
                 )  # fmt: skip
                 turn += 1
                 begin += tiles
@@ -367,9 +343,10 @@ def _load(
                 item = drawn
             else:
                 row = batch
-    mbarrier.wait(q_empty.index(turn % AHEAD), (turn // AHEAD & 1) ^ 1)
-    _tell(items, turn % AHEAD, 0, 0, 0, 0)
-    mbarrier.arrive(q_full.index(turn % AHEAD), count=1)
+    slot = turn % AHEAD
+    mbarrier.wait(q_empty.index(slot), (turn // AHEAD & 1) ^ 1)
+    _tell(items, slot, 0, 0, 0, 0)
+    mbarrier.arrive(q_full.index(slot), count=1)
 
 
 @gluon.jit(do_not_specialize=["batch", "max_seqlen", "most_items"])
@@ -398,51 +375,29 @@ def _attend_items(
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The first item of a program has its number; the others are drawn, unless there are as many programs as items."""
+    """A program's first item is that of its number; it draws others where there are more items than programs."""
     HEAD_DIM: gl.constexpr = q_desc.block_type.shape[1]
+    items = gl.allocate_shared_memory(gl.int32, [AHEAD * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [AHEAD * GROUPS, QUERIES, HEAD_DIM], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, HEAD_DIM], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES, TILE, HEAD_DIM], v_desc.layout)
-    items = gl.allocate_shared_memory(gl.int32, [AHEAD * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_full = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(AHEAD):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=GROUPS)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=GROUPS)
-        mbarrier.init(v_empty.index(i), count=GROUPS)
+    q_full, q_empty = _barriers(AHEAD)
+    k_full, k_empty = _barriers(STAGES)
+    v_full, v_empty = _barriers(STAGES)
     fence_async_shared()
     barrier()
+    queue = items, q_tiles, q_full, q_empty
+    rings = k_tiles, v_tiles, k_full, v_full, k_empty, v_empty
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (
-                _attend,
-                (
-                    FIRST, out_ptr, sinks_ptr, items, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full,
-                    q_empty, k_empty, v_empty, scale_log2, heads, HEAD_DIM, TILE, STAGES,
-                ),
-            ),
-            (
-                _attend,
-                (
-                    SECOND, out_ptr, sinks_ptr, items, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full,
-                    q_empty, k_empty, v_empty, scale_log2, heads, HEAD_DIM, TILE, STAGES,
-                ),
-            ),
+            (_attend, (FIRST, out_ptr, sinks_ptr, queue, rings, scale_log2, heads, HEAD_DIM, TILE, STAGES)),
+            (_attend, (SECOND, out_ptr, sinks_ptr, queue, rings, scale_log2, heads, HEAD_DIM, TILE, STAGES)),
             (
                 _load,
                 (
-                    q_desc, k_desc, v_desc, table_ptr, starts_ptr, lens_ptr, drawn_ptr, items,
-                    q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, q_empty, k_empty, v_empty,
+                    q_desc, k_desc, v_desc, table_ptr, starts_ptr, lens_ptr, drawn_ptr, queue, rings,
                     batch, max_seqlen, most_items, group, heads, q_head_stride, table_row_stride, table_head_stride,
                     lens_row_stride, lens_head_stride, BLOCK_SIZE, TILE, STAGES,
                 ),
