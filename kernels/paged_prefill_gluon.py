@@ -41,15 +41,15 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 QUERIES = gl.constexpr(64)
 """Of a group of warps: the rows of a matrix instruction's tile."""
 GROUPS = gl.constexpr(2)
-TILE = 128
+TILE = gl.constexpr(128)
 """Entries."""
-STAGES = 2
+STAGES = gl.constexpr(2)
 """Tiles of K and of V in shared memory."""
 AHEAD = gl.constexpr(2)
 """Items whose queries are in shared memory."""
-FIELDS = gl.constexpr(4)
-"""Of an item, as the loading warp tells it: its first token, its queries and those after it, its head's entries, its
-head. No queries: there is no further item."""
+FIELDS = gl.constexpr(5)
+"""Of an item: its tiles of entries (0: there is no further item), its head, the length of the KV head, its first token,
+and the number of the request's queries from that on."""
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
 HEAD_DIMS = (64, 128)
 ALIGNED = 8
@@ -58,7 +58,7 @@ ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @gluon.jit
-def _weigh(scores, row_max, row_sum, scale_log2, start, limits, TILE: gl.constexpr, MASKED: gl.constexpr):
+def _weigh(scores, row_max, row_sum, scale_log2, start, limits, MASKED: gl.constexpr):
     """A tile's softmax weights, the new maximum and sum, and the factor by which earlier sums shrink."""
     if MASKED:
         entries = start + gl.arange(0, TILE, gl.SliceLayout(0, scores.type.layout))
@@ -84,8 +84,6 @@ def _products(
     end,
     limits,
     scale_log2,
-    TILE: gl.constexpr,
-    STAGES: gl.constexpr,
     MASKED: gl.constexpr,
 ):
     """The scores and weights of the program's i-th tile, while the values of the one before are added.
@@ -101,9 +99,7 @@ def _products(
     acc = warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(slot), count=1)
-    new, row_max, row_sum, shrink = _weigh(
-        scores, row_max, row_sum, scale_log2, (end - 1 - i) * TILE, limits, TILE, MASKED
-    )
+    new, row_max, row_sum, shrink = _weigh(scores, row_max, row_sum, scale_log2, (end - 1 - i) * TILE, limits, MASKED)
     new = gl.convert_layout(new.to(weights.dtype), weights.type.layout)
     # Without this wait, which is a branch, the assembler moves the softmax behind the end of the product above.
     mbarrier.wait(k_full.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=end > i + 1)
@@ -114,26 +110,22 @@ def _products(
 
 
 @gluon.jit
-def _tell(items, slot, first_token, queries, length, head):
-    """Write an item for the groups."""
+def _tell(queue, turn, item):
+    """Write an item, a number in each of its FIELDS, for the groups."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    items.index(slot * FIELDS).store(gl.full([1], first_token, gl.int32, layout))
-    items.index(slot * FIELDS + 1).store(gl.full([1], queries, gl.int32, layout))
-    items.index(slot * FIELDS + 2).store(gl.full([1], length, gl.int32, layout))
-    items.index(slot * FIELDS + 3).store(gl.full([1], head, gl.int32, layout))
+    for field in gl.static_range(FIELDS):
+        queue.index(turn % AHEAD * FIELDS + field).store(gl.full([1], item[field], gl.int32, layout))
 
 
 @gluon.jit
-def _next_item(items, q_full, turn):
-    """Wait for the program's item `turn` and its queries."""
+def _hear(queue, q_full, turn):
+    """The program's item `turn`, when its queries are there."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    slot = turn % AHEAD
-    mbarrier.wait(q_full.index(slot), turn // AHEAD & 1)
-    first_token = gl.sum(items.index(slot * FIELDS).load(layout), 0)
-    queries = gl.sum(items.index(slot * FIELDS + 1).load(layout), 0)
-    length = gl.sum(items.index(slot * FIELDS + 2).load(layout), 0)
-    head = gl.sum(items.index(slot * FIELDS + 3).load(layout), 0)
-    return first_token, queries, length, head
+    mbarrier.wait(q_full.index(turn % AHEAD), turn // AHEAD & 1)
+    item = ()
+    for field in gl.static_range(FIELDS):
+        item += (gl.sum(queue.index(turn % AHEAD * FIELDS + field).load(layout), 0),)
+    return item
 
 
 @gluon.jit
@@ -148,26 +140,18 @@ def _barriers(COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _num_tiles(queries, length, TILE: gl.constexpr):
-    """Tiles of entries that an item sees, of which there are `length - queries` before it; 0 or less: none."""
-    return gl.cdiv(gl.minimum(length - queries + GROUPS * QUERIES, length), TILE)
-
-
-@gluon.jit
 def _attend(
     GROUP: gl.constexpr,
     out_ptr,
     sinks_ptr,
-    queue,
+    items,
     rings,
     scale_log2,
     heads,
     HEAD_DIM: gl.constexpr,
-    TILE: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
     """A group's queries of each item, tile by tile from the last one that any of them sees."""
-    items, q_tiles, q_full, q_empty = queue
+    queue, q_tiles, q_full, q_empty = items
     k_tiles, v_tiles, k_full, v_full, k_empty, v_empty = rings
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -175,9 +159,8 @@ def _attend(
     rows_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     turn, begin = 0, 0  # items and tiles before this item
-    first_token, queries, length, head = _next_item(items, q_full, turn)
-    while queries > 0:
-        tiles = _num_tiles(queries, length, TILE)
+    tiles, head, length, first_token, queries = _hear(queue, q_full, turn)
+    while tiles > 0:
         end = begin + tiles
         slot = begin % STAGES
         q = q_tiles.index(turn % AHEAD * GROUPS + GROUP)
@@ -191,7 +174,7 @@ def _attend(
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_empty.index(slot), count=1)
         start = (tiles - 1) * TILE
-        weights, row_max, row_sum, _ = _weigh(scores, row_max, row_sum, scale_log2, start, limits, TILE, True)
+        weights, row_max, row_sum, _ = _weigh(scores, row_max, row_sum, scale_log2, start, limits, True)
         weights = gl.convert_layout(weights.to(dtype), weights_layout)
         acc = gl.zeros([QUERIES, HEAD_DIM], gl.float32, acc_layout)
         if length < start + TILE:  # a product with 0 would let NaN through from what lies past the last entry
@@ -206,11 +189,11 @@ def _attend(
         unmasked = end - gl.minimum(first_limit // TILE, tiles - 1)  # from here on, every query sees every entry
         for i in range(begin + 1, unmasked):
             weights, acc, row_max, row_sum = _products(
-                q, weights, acc, row_max, row_sum, rings, i, end, limits, scale_log2, TILE, STAGES, True
+                q, weights, acc, row_max, row_sum, rings, i, end, limits, scale_log2, True
             )
         for i in range(unmasked, end):
             weights, acc, row_max, row_sum = _products(
-                q, weights, acc, row_max, row_sum, rings, i, end, limits, scale_log2, TILE, STAGES, False
+                q, weights, acc, row_max, row_sum, rings, i, end, limits, scale_log2, False
             )
         slot = (end - 1) % STAGES
         mbarrier.wait(v_full.index(slot), (end - 1) // STAGES & 1)
@@ -233,7 +216,7 @@ def _attend(
         gl.store(out_ptrs, out, mask=(rows < queries)[:, None] & (dims < HEAD_DIM)[None, :])
         begin = end
         turn += 1
-        first_token, queries, length, head = _next_item(items, q_full, turn)
+        tiles, head, length, first_token, queries = _hear(queue, q_full, turn)
 
 
 @gluon.jit
@@ -248,8 +231,6 @@ def _load_tiles(
     first_row,
     rows_of_block,
     BLOCK_SIZE: gl.constexpr,
-    TILE: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
     """Of an item's KV head, from the last tile on; of blocks that no entry lies in, the request's last one."""
     PART: gl.constexpr = k_desc.block_type.shape[0]
@@ -282,7 +263,7 @@ def _load(
     starts_ptr,
     lens_ptr,
     drawn_ptr,
-    queue,
+    items,
     rings,
     batch,
     max_seqlen,
@@ -295,15 +276,13 @@ def _load(
     lens_row_stride,
     lens_head_stride,
     BLOCK_SIZE: gl.constexpr,
-    TILE: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
     """Draw items and load them. They are numbered by request, then by tile of queries from the last on, then by head.
 
     A row of the queries' tiles past the request's last one holds whatever lies there: it touches no other row.
     """
     Q_BYTES: gl.constexpr = GROUPS * QUERIES * q_desc.block_type.shape[1] * q_desc.dtype.primitive_bitwidth // 8
-    items, q_tiles, q_full, q_empty = queue
+    queue, q_tiles, q_full, q_empty = items
     turn, begin = 0, 0  # items and tiles loaded
     item = gl.program_id(0)
     row, number = 0, item  # a request, and the item's number without the items of the requests before
@@ -321,11 +300,11 @@ def _load(
             first_query = (query_tiles - 1 - number // heads) * (GROUPS * QUERIES)
             first_token += first_query
             queries -= first_query
-            tiles = _num_tiles(queries, length, TILE)
+            tiles = gl.cdiv(gl.minimum(length - queries + GROUPS * QUERIES, length), TILE)
             if tiles > 0:
                 slot = turn % AHEAD
                 mbarrier.wait(q_empty.index(slot), (turn // AHEAD & 1) ^ 1)
-                _tell(items, slot, first_token, queries, length, head)
+                _tell(queue, turn, (tiles, head, length, first_token, queries))
                 mbarrier.expect(q_full.index(slot), Q_BYTES)
                 for of in gl.static_range(GROUPS):
                     place = [first_token + of * QUERIES, head * q_head_stride]
@@ -333,7 +312,7 @@ def _load(
                 table = table_ptr + row.to(gl.int64) * table_row_stride + kv_head * table_head_stride
                 _load_tiles(
                     k_desc, v_desc, table, rings, begin, tiles, length, kv_head * BLOCK_SIZE,
-                    (heads // group) * BLOCK_SIZE, BLOCK_SIZE, TILE, STAGES,
+                    (heads // group) * BLOCK_SIZE, BLOCK_SIZE,
                 )  # fmt: skip
                 turn += 1
                 begin += tiles
@@ -343,10 +322,9 @@ def _load(
                 item = drawn
             else:
                 row = batch
-    slot = turn % AHEAD
-    mbarrier.wait(q_empty.index(slot), (turn // AHEAD & 1) ^ 1)
-    _tell(items, slot, 0, 0, 0, 0)
-    mbarrier.arrive(q_full.index(slot), count=1)
+    mbarrier.wait(q_empty.index(turn % AHEAD), (turn // AHEAD & 1) ^ 1)
+    _tell(queue, turn, (0, 0, 0, 0, 0))
+    mbarrier.arrive(q_full.index(turn % AHEAD), count=1)
 
 
 @gluon.jit(do_not_specialize=["batch", "max_seqlen", "most_items"])
@@ -372,12 +350,10 @@ def _attend_items(
     lens_row_stride,
     lens_head_stride,
     BLOCK_SIZE: gl.constexpr,
-    TILE: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
     """A program's first item is that of its number; it draws others where there are more items than programs."""
     HEAD_DIM: gl.constexpr = q_desc.block_type.shape[1]
-    items = gl.allocate_shared_memory(gl.int32, [AHEAD * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    queue = gl.allocate_shared_memory(gl.int32, [AHEAD * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [AHEAD * GROUPS, QUERIES, HEAD_DIM], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, HEAD_DIM], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES, TILE, HEAD_DIM], v_desc.layout)
@@ -386,20 +362,20 @@ def _attend_items(
     v_full, v_empty = _barriers(STAGES)
     fence_async_shared()
     barrier()
-    queue = items, q_tiles, q_full, q_empty
+    items = queue, q_tiles, q_full, q_empty
     rings = k_tiles, v_tiles, k_full, v_full, k_empty, v_empty
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_attend, (FIRST, out_ptr, sinks_ptr, queue, rings, scale_log2, heads, HEAD_DIM, TILE, STAGES)),
-            (_attend, (SECOND, out_ptr, sinks_ptr, queue, rings, scale_log2, heads, HEAD_DIM, TILE, STAGES)),
+            (_attend, (FIRST, out_ptr, sinks_ptr, items, rings, scale_log2, heads, HEAD_DIM)),
+            (_attend, (SECOND, out_ptr, sinks_ptr, items, rings, scale_log2, heads, HEAD_DIM)),
             (
                 _load,
                 (
-                    q_desc, k_desc, v_desc, table_ptr, starts_ptr, lens_ptr, drawn_ptr, queue, rings,
+                    q_desc, k_desc, v_desc, table_ptr, starts_ptr, lens_ptr, drawn_ptr, items, rings,
                     batch, max_seqlen, most_items, group, heads, q_head_stride, table_row_stride, table_head_stride,
-                    lens_row_stride, lens_head_stride, BLOCK_SIZE, TILE, STAGES,
+                    lens_row_stride, lens_head_stride, BLOCK_SIZE,
                 ),
             ),
         ],
@@ -455,7 +431,7 @@ def paged_prefill_gluon(
     row_stride, head_stride, _ = q.stride()
     q_desc = describe(q, tokens, row_stride, (query_heads - 1) * head_stride + head_dim, QUERIES.value)
     k_desc, v_desc = (
-        describe(cache, cache.numel() // head_dim, head_dim, head_dim, min(TILE, block_size))
+        describe(cache, cache.numel() // head_dim, head_dim, head_dim, min(TILE.value, block_size))
         for cache in (k_cache, v_cache)
     )
     queries = QUERIES.value * GROUPS.value
@@ -467,6 +443,6 @@ def paged_prefill_gluon(
         q_desc, k_desc, v_desc, block_tables, cu_seqlens, lens, drawn, out, form.sinks,
         score_scale(scale, None), batch, max_seqlen, most_items, query_heads // kv_heads, query_heads, head_stride,
         *block_tables.stride()[:2], *lens.stride(),
-        BLOCK_SIZE=block_size, TILE=TILE, STAGES=STAGES, num_warps=4,
+        BLOCK_SIZE=block_size, num_warps=4,
     )  # fmt: skip
     return out
