@@ -255,6 +255,12 @@ def _load_tiles(
 
 
 @gluon.jit
+def _locate(item, heads, group):
+    """An item's tile of queries, counted over all requests, of each from the last on; its head, and its KV head."""
+    return item // heads, item % heads, item % heads // group
+
+
+@gluon.jit
 def _load(
     q_desc,
     k_desc,
@@ -277,51 +283,46 @@ def _load(
     lens_head_stride,
     BLOCK_SIZE: gl.constexpr,
 ):
-    """Draw items and load them. They are numbered by request, then by tile of queries from the last on, then by head.
+    """Draw items and load them: each of its own request, or of one after that of the item drawn before.
 
     A row of the queries' tiles past the request's last one holds whatever lies there: it touches no other row.
     """
     Q_BYTES: gl.constexpr = GROUPS * QUERIES * q_desc.block_type.shape[1] * q_desc.dtype.primitive_bitwidth // 8
     queue, q_tiles, q_full, q_empty = items
     turn, begin = 0, 0  # items and tiles loaded
-    item = gl.program_id(0)
-    row, number = 0, item  # a request, and the item's number without the items of the requests before
+    row, before = 0, 0  # a request, and the tiles of queries of all before it
+    query_tile, head, kv_head = _locate(gl.program_id(0), heads, group)
     while row < batch:
-        head = item % heads
-        kv_head = head // group
         first_token = gl.load(starts_ptr + row)
         queries = gl.load(starts_ptr + row + 1) - first_token
         length = gl.load(lens_ptr + row * lens_row_stride + kv_head * lens_head_stride)
-        query_tiles = gl.cdiv(gl.minimum(queries, max_seqlen), GROUPS * QUERIES)
-        if number >= query_tiles * heads:
-            number -= query_tiles * heads
-            row += 1
-        else:
-            first_query = (query_tiles - 1 - number // heads) * (GROUPS * QUERIES)
+        after = before + gl.cdiv(gl.minimum(queries, max_seqlen), GROUPS * QUERIES)
+        first_query = (after - 1 - query_tile) * (GROUPS * QUERIES)
+        queries -= first_query
+        tiles = gl.cdiv(gl.minimum(length - queries + GROUPS * QUERIES, length), TILE)
+        if (query_tile < after) & (tiles > 0):
+            slot = turn % AHEAD
             first_token += first_query
-            queries -= first_query
-            tiles = gl.cdiv(gl.minimum(length - queries + GROUPS * QUERIES, length), TILE)
-            if tiles > 0:
-                slot = turn % AHEAD
-                mbarrier.wait(q_empty.index(slot), (turn // AHEAD & 1) ^ 1)
-                _tell(queue, turn, (tiles, head, length, first_token, queries))
-                mbarrier.expect(q_full.index(slot), Q_BYTES)
-                for of in gl.static_range(GROUPS):
-                    place = [first_token + of * QUERIES, head * q_head_stride]
-                    load_tile(q_desc, place, q_full.index(slot), q_tiles.index(slot * GROUPS + of))
-                table = table_ptr + row.to(gl.int64) * table_row_stride + kv_head * table_head_stride
-                _load_tiles(
-                    k_desc, v_desc, table, rings, begin, tiles, length, kv_head * BLOCK_SIZE,
-                    (heads // group) * BLOCK_SIZE, BLOCK_SIZE,
-                )  # fmt: skip
-                turn += 1
-                begin += tiles
-            if gl.num_programs(0) < most_items:
-                drawn = gl.num_programs(0) + gl.atomic_add(drawn_ptr, 1, sem="relaxed")
-                number += drawn - item
-                item = drawn
-            else:
-                row = batch
+            mbarrier.wait(q_empty.index(slot), (turn // AHEAD & 1) ^ 1)
+            _tell(queue, turn, (tiles, head, length, first_token, queries))
+            mbarrier.expect(q_full.index(slot), Q_BYTES)
+            for of in gl.static_range(GROUPS):
+                place = [first_token + of * QUERIES, head * q_head_stride]
+                load_tile(q_desc, place, q_full.index(slot), q_tiles.index(slot * GROUPS + of))
+            table = table_ptr + row.to(gl.int64) * table_row_stride + kv_head * table_head_stride
+            _load_tiles(
+                k_desc, v_desc, table, rings, begin, tiles, length, kv_head * BLOCK_SIZE,
+                (heads // group) * BLOCK_SIZE, BLOCK_SIZE,
+            )  # fmt: skip
+            turn += 1
+            begin += tiles
+        if query_tile >= after:
+            row, before = row + 1, after
+        elif gl.num_programs(0) < most_items:
+            drawn = gl.atomic_add(drawn_ptr, 1, sem="relaxed")
+            query_tile, head, kv_head = _locate(gl.num_programs(0) + drawn, heads, group)
+        else:
+            row = batch
     mbarrier.wait(q_empty.index(turn % AHEAD), (turn // AHEAD & 1) ^ 1)
     _tell(queue, turn, (0, 0, 0, 0, 0))
     mbarrier.arrive(q_full.index(turn % AHEAD), count=1)
