@@ -283,9 +283,9 @@ def _load(
     lens_head_stride,
     BLOCK_SIZE: gl.constexpr,
 ):
-    """Draw items and load them: each of its own request, or of one after that of the item drawn before.
+    """Draw items, find the request of each, on from that of the one before, and load them.
 
-    A row of the queries' tiles past the request's last one holds whatever lies there: it touches no other row.
+    Rows of queries past a request's last one hold whatever lies there. A row touches no other.
     """
     Q_BYTES: gl.constexpr = GROUPS * QUERIES * q_desc.block_type.shape[1] * q_desc.dtype.primitive_bitwidth // 8
     queue, q_tiles, q_full, q_empty = items
