@@ -70,6 +70,7 @@ from tests.gpu.kernel_cases import (
 from tests.gpu.kernel_times import time_copy, time_decode, time_layer_ops, time_prefill, timing_table
 from tests.gpu.overlap_cases import check_overlap
 from tests.gpu.pairwise import pairwise
+from tests.gpu.prompt_cases import check_prompts
 from tests.gpu.score_forms import check_score_forms
 
 KV_HEADS = 2
@@ -334,8 +335,9 @@ def check_combining(checks: Checks, replays: int = 300, layers: int = 24) -> Non
 
 
 def check_replays(checks: Checks, grid: Grid) -> None:
-    """What an interpreter on a CPU can't show: large addresses, and launches of a graph that follow each other."""
+    """What an interpreter on a CPU can't show: large addresses, and launches that follow or overlap each other."""
     check_experts(checks, grid.dtypes)
+    check_prompts(checks, grid.dtypes)
     if not DRY:
         check_large_addresses(checks)
         check_graph(checks)
