@@ -11,7 +11,6 @@ FlashAttention-3 (arXiv 2407.08608) for the roles of warps, PagedAttention (arXi
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -35,8 +34,8 @@ from kernels.tiles import multiprocessors, score_scale
 
 ROWS = gl.constexpr(64)
 """Of a matrix instruction, of which a KV head's queries are the first."""
-MOST_GROUP = 16
-"""Query heads of a KV head."""
+MOST_GROUP, FEW_HEADS = 16, 4
+"""Query heads of a KV head, and those up to which parts are combined as if there were so many."""
 MOST_LINES = 512
 """Requests times KV heads up to which this kernel is faster than the one in Triton, by measurement (docs/log.md)."""
 TILE = 64
@@ -51,6 +50,8 @@ LINE_COST = 2
 CHUNK_ELEMENTS = 4096
 """Elements of parts that a program combines at a time."""
 PRODUCER_REGISTERS = gl.constexpr(40)
+POINTERS = ("table_ptr", "lens_ptr", "starts_ptr", "units_ptr", "arrived_ptr", "fresh_ptr", "max_ptr", "sum_ptr")
+NUMBERS = ("group", "kv_heads", *(f"{of}_{by}_stride" for of in ("table", "lens") for by in ("row", "head")))
 
 
 @gluon.jit
@@ -100,8 +101,9 @@ def _load_tiles(
     table_head_stride,
     lens_row_stride,
     lens_head_stride,
+    block_size,
     HEAD_DIM: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr,
+    SPAN: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
     LINE_COST: gl.constexpr,
@@ -110,7 +112,6 @@ def _load_tiles(
     """All tiles of a program, those of each line in order. What lies past a line's last part stays what it was. EARLY,
     entries that were there before this step are loaded while the kernels ahead still run.
     """
-    SPAN: gl.constexpr = BLOCK_SIZE if BLOCK_SIZE < TILE else TILE
     if EARLY:  # noqa: SIM102 - known when it is compiled
         if gl.load(fresh_ptr) != 0:
             _wait()
@@ -126,8 +127,8 @@ def _load_tiles(
         for start in range(tile * TILE, end * TILE, TILE):
             rows = ()
             for entry in gl.static_range(0, TILE, SPAN):
-                block = gl.load(table + (start + entry) // BLOCK_SIZE, mask=start + entry < length, other=0)
-                rows += ((block * kv_heads + head) * BLOCK_SIZE + (start + entry) % BLOCK_SIZE,)
+                block = gl.load(table + (start + entry) // block_size, mask=start + entry < length, other=0)
+                rows += ((block * kv_heads + head) * block_size + (start + entry) % block_size,)
             if EARLY:  # noqa: SIM102 - as above
                 if start + TILE >= length:
                     _wait()  # the last entry is this step's
@@ -289,7 +290,7 @@ def _attend(
         tile = 0
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=[*POINTERS, *NUMBERS])
 def _attend_shares(
     q_ptr,
     k_desc,
@@ -314,8 +315,9 @@ def _attend_shares(
     table_head_stride,
     lens_row_stride,
     lens_head_stride,
+    block_size,
     HEAD_DIM: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr,
+    SPAN: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
     LINE_COST: gl.constexpr,
@@ -365,7 +367,7 @@ def _attend_shares(
                 (
                     k_desc, v_desc, table_ptr, lens_ptr, fresh_ptr, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty,
                     line, offset, last_line, last_tile, kv_heads, table_row_stride, table_head_stride, lens_row_stride,
-                    lens_head_stride, HEAD_DIM, BLOCK_SIZE, TILE, STAGES, LINE_COST, EARLY,
+                    lens_head_stride, block_size, HEAD_DIM, SPAN, TILE, STAGES, LINE_COST, EARLY,
                 ),
             ),
         ],
@@ -422,12 +424,12 @@ def paged_decode_gluon(
         for cache in (k_cache, v_cache)
     )
     launch = dependent_launch(q)
-    group_pad = triton.next_power_of_2(group)
+    group_pad = FEW_HEADS if group <= FEW_HEADS else MOST_GROUP
     _attend_shares[(programs,)](
         q, k_desc, v_desc, block_tables, lens, *shares, out, acc, maxima, sums, form.sinks,
         score_scale(scale, None), group, kv_heads,
-        *q.stride()[:2], *block_tables.stride()[:2], *lens.stride(),
-        HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=TILE, STAGES=STAGES, LINE_COST=LINE_COST,
+        *q.stride()[:2], *block_tables.stride()[:2], *lens.stride(), block_size,
+        HEAD_DIM=head_dim, SPAN=min(block_size, TILE), TILE=TILE, STAGES=STAGES, LINE_COST=LINE_COST,
         GROUP=group_pad, CHUNK=max(4, CHUNK_ELEMENTS // (group_pad * head_dim)),
         EARLY=early and launch["DEPENDENT"], num_warps=4, maxnreg=MOST_REGISTERS, **launch,
     )  # fmt: skip
