@@ -11,7 +11,7 @@ from tests.kernels.grid import half
 from tests.kernels.paged import CUDA, device_of, upcast
 
 BOUNDS = {torch.float32: 5e-5, torch.float16: 5e-5, torch.bfloat16: 2e-5 if CUDA else 5e-6}
-"""Factors are sums of two bfloat16; interpreted, the second is exact, but the first cut off. Keys of bfloat16 are one."""
+"""Factors are sums of two bfloat16, keys of bfloat16 one. Interpreted, the second is exact, but the first cut off."""
 
 
 def weights_of(event, group: int, one_for_all: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
