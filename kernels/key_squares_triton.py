@@ -34,10 +34,9 @@ def _parts(x, PART: tl.constexpr):
 @triton.jit
 def _product(keys, high, low, acc, EXACT: tl.constexpr, PART: tl.constexpr):
     """acc + keys @ (high + low). EXACT: keys are numbers of bfloat16."""
-    if EXACT:
-        keys_high = keys.to(PART)
-    else:
-        keys_high, keys_low = _parts(keys, PART)
+    keys_high, keys_low = _parts(keys, PART)
+    if not EXACT:
+        acc = tl.dot(keys_low, low, acc, input_precision="ieee")
         acc = tl.dot(keys_low, high, acc, input_precision="ieee")
     acc = tl.dot(keys_high, low, acc, input_precision="ieee")
     return tl.dot(keys_high, high, acc, input_precision="ieee")

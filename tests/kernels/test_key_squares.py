@@ -10,8 +10,11 @@ from tests.kernels.events import difference, make_event
 from tests.kernels.grid import half
 from tests.kernels.paged import CUDA, device_of, upcast
 
-BOUNDS = {torch.float32: 5e-5, torch.float16: 5e-5, torch.bfloat16: 2e-5 if CUDA else 5e-6}
-"""Factors are sums of two bfloat16, keys of bfloat16 one. Interpreted, the second is exact, but the first cut off."""
+BOUND = 2e-5 if CUDA else 5e-6
+"""On a GPU matrices and keys are sums of two bfloat16. Interpreted, the second number is exact."""
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+"""The interpreter takes this kernel's products of bfloat16 in float32."""
 
 
 def weights_of(event, group: int, one_for_all: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -35,7 +38,7 @@ def error(event, weights) -> float:
 
 @pytest.mark.usefixtures("poisoned_empty")
 @half(
-    ("dtype", [*BOUNDS]),
+    ("dtype", DTYPES),
     (
         ("lens", "block_size", "head_dim", "group"),
         [
@@ -49,27 +52,27 @@ def error(event, weights) -> float:
 )
 def test_key_squares(dtype, one_for_all, apart, lens, block_size, head_dim, group):
     event = make_event(lens, block_size, 2, 1 + apart, head_dim, dtype, device_of("triton"), apart=apart)
-    assert error(event, weights_of(event, group, one_for_all)) < BOUNDS[dtype]
+    assert error(event, weights_of(event, group, one_for_all)) < BOUND
 
 
 @pytest.mark.parametrize("most", [64, 128])
 def test_keys_of_several_programs(monkeypatch, most):
     monkeypatch.setattr(key_squares_triton_module, "MOST_KEYS", most)
-    event = make_event([300, 64, 65, 0, 129], 32, 1, 2, 16, torch.bfloat16, device_of("triton"))
-    assert error(event, weights_of(event, 2, False)) < BOUNDS[torch.bfloat16]
+    event = make_event([200, 64, 65, 0, 129], 32, 1, 1, 16, torch.bfloat16, device_of("triton"))
+    assert error(event, weights_of(event, 2, False)) < BOUND
 
 
-@pytest.mark.parametrize("dtype", [*BOUNDS])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_symmetric_cancels(dtype):
     """Only the symmetric part of a matrix counts, turned or not: of an antisymmetric one the linear form is left."""
     event = make_event([40], 16, 1, 1, 32, dtype, device_of("triton"))
     linear, matrices, turn = weights_of(event, 2, False)
     out = key_squares_triton(event.view, linear, (matrices - matrices.mT).contiguous(), turn)
     expected = key_squares_reference(upcast(event.view), linear.cpu(), 0 * matrices.cpu(), turn.cpu())
-    assert difference(out, expected) < 1e-3  # what cancels is larger than what is left
+    assert difference(out, expected) < 20 * BOUND  # what cancels is larger than what is left
 
 
-@pytest.mark.parametrize("dtype", [*BOUNDS])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_key_of_nan_has_no_say_in_others(dtype):
     event = make_event([70, 40], 16, 1, 2, 32, dtype, device_of("triton"))
     weights = weights_of(event, 2, True)
