@@ -1,8 +1,8 @@
 """Linear and quadratic forms of paged keys under whole matrices, in Triton.
 
 A program turns its matrix and not its keys: K^T (R^T M R) K. The turned matrix stays in shared memory while keys pass
-by. Halves (x, y) of a key give `x.(xx x + cross y) + y.(yy y)`: three products of half-blocks, where four would do the
-same. A matrix is a sum of two in bfloat16, and so is a key of another type.
+by. Halves (x, y) of a key give `x.(xx x + cross y) + y.(yy y)`: three products of half-blocks where four would be. A
+matrix is a sum of two in bfloat16, and so is a key of another type.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STRIDES = (
 
 @triton.jit
 def _parts(x, PART: tl.constexpr):
-    """x, float32, in two numbers: bfloat16's next to it, or before it, and the rest."""
+    """x, float32, as a sum of two: in bfloat16, and the rest."""
     high = x.to(tl.bfloat16).to(tl.float32)
     return high.to(PART), (x - high).to(PART)
 
