@@ -120,10 +120,10 @@ def _key_squares(
     blocks = load_blocks(table, start, length, BLOCK_SIZE, TILE)
     for begin in range(start, min(start + most_keys, length), TILE):
         offsets = blocks * block_stride + (begin % BLOCK_SIZE + inside) % BLOCK_SIZE * (2 * HALF)
-        # Slots past the length may hold NaN, which reaches no other key. Negative keys have the same squares, and being
-        # computed, they are multiplied from registers: shared memory is busy enough with the matrix.
-        x = -tl.load(keys + offsets[:, None], mask=first[None, :], other=0.0).to(tl.float32)
-        y = -tl.load(keys + offsets[:, None] + HALF, mask=first[None, :], other=0.0).to(tl.float32)
+        # Slots past the length may hold NaN, which reaches no other key. A square is the same of a negative key, and what
+        # is computed is multiplied from registers: a loaded tile would be from shared memory, which is busy.
+        x = tl.load(keys + offsets[:, None], mask=first[None, :], other=0.0).to(tl.float32) * -1.0
+        y = tl.load(keys + offsets[:, None] + HALF, mask=first[None, :], other=0.0).to(tl.float32) * -1.0
         blocks = load_blocks(table, begin + TILE, length, BLOCK_SIZE, TILE)
         of_x = _product(x, xx_high, xx_low, tl.zeros([TILE, HALF_PAD], tl.float32), EXACT, PART)
         of_x = _product(y, cross_high, cross_low, of_x, EXACT, PART)
