@@ -120,8 +120,8 @@ def _key_squares(
     blocks = load_blocks(table, start, length, BLOCK_SIZE, TILE)
     for begin in range(start, min(start + most_keys, length), TILE):
         offsets = blocks * block_stride + (begin % BLOCK_SIZE + inside) % BLOCK_SIZE * (2 * HALF)
-        # Slots past the length may hold NaN, which reaches no other key. A square is the same of a negative key, and what
-        # is computed is multiplied from registers: a loaded tile would be from shared memory, which is busy.
+        # Slots past the length may hold NaN, which reaches no other key. Negative keys have the same squares; what is
+        # computed is multiplied from registers, and what is loaded from shared memory, which is busy.
         x = tl.load(keys + offsets[:, None], mask=first[None, :], other=0.0).to(tl.float32) * -1.0
         y = tl.load(keys + offsets[:, None] + HALF, mask=first[None, :], other=0.0).to(tl.float32) * -1.0
         blocks = load_blocks(table, begin + TILE, length, BLOCK_SIZE, TILE)
