@@ -141,8 +141,9 @@ def compile_view_kernels(apart: bool) -> None:
     key_forms_triton(layers, linear, pairs[..., 0, :], pairs)
     for dim in (DIM, 128):
         caches = floats(2, LAYERS, REQUESTS * MAX_BLOCKS, HEADS, BLOCK, dim)
-        matrices = torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, dim, dim)
-        key_squares_triton(CacheView(*caches, *layers[2:]), matrices, torch.zeros(REQUESTS, 2, dim // 2))
+        matrices, turn = torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, dim, dim), torch.zeros(REQUESTS, 2, dim // 2)
+        for caches_of in (caches, caches.half(), caches.float()):
+            key_squares_triton(CacheView(*caches_of, *layers[2:]), matrices[..., 0], matrices, turn)
     lag_spread_triton(layers, layers.lens, 24, 2.0**-12)
     redundancy_triton(layers, tau=0.4)
     projections = [floats(256, HEADS * GROUP * DIM)] * LAYERS
