@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.cache_view import CacheView
 from kernels.tiles import load_blocks
 
-MOST_KEYS = 2048
+MOST_KEYS = 4096
 """Of a program, which turns its matrix once."""
 
 STRIDES = (
