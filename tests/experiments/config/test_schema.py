@@ -147,7 +147,7 @@ def test_an_allocation_and_its_options_arrive():
         UsageError, match="allocation_options of 'adaptive': unknown option 'alhpa'; did you mean alpha"
     ):
         load_experiment([*unequal, "policy.allocation_options.alhpa=0.3"])
-    with pytest.raises(UsageError, match="enable_prefix_caching=True: must be False with .*allocation='adaptive'"):
+    with pytest.raises(UsageError, match=r"enable_prefix_caching=True: must be False with .*allocation='adaptive'"):
         load_experiment(unequal[:2])
 
 

@@ -157,7 +157,7 @@ def test_what_a_group_of_arms_shares_is_said_once():
     ]
     arms += [("policy=full", "workload=b", "engine.num_blocks=16")]
     text = "\n".join(plan_lines(arms, [""] * 4))
-    for once in ("steps=12", "protection=prompt", "pool=16", "workload"):
+    for once in ("steps=12", "protection=prompt", "num_blocks=16", "workload"):
         assert text.count(once) == (once != "workload"), once
     assert [line.split() for line in text.splitlines() if "budget" in line] == [
         ["2", "x", "budget=1"],
