@@ -358,6 +358,7 @@ class Job:
             output = served.outputs.get(problem.id)
             if output is None and served.window is not None:
                 continue  # still at work, or never handed over
+            problem = problem if self.machine is None else replace(problem, facts=())  # a simulated text holds none
             rows += outcomes.request_rows(problem, prompt, output, samples, grader, served.start, reader)
         for column, what in (("error", "could not be answered"), ("grader_error", "could not be graded, score 0")):
             faults = [row for row in rows if row.get(column) is not None]

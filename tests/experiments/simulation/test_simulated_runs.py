@@ -62,6 +62,12 @@ def test_it_says_everywhere_that_it_is_simulated(bounded):
     assert "simulated" in run_names(runs).iloc[0]
 
 
+def test_no_fact_is_looked_for_in_a_simulated_answer(tmp_path):
+    problems = ["model=reasoner", "workload=program_trace", "limit=2", "sampling.max_tokens=8"]
+    folder = job.run(load_experiment(["scenario=simulate", *problems, f"results_dir={tmp_path}"]), shows=False)
+    assert load_runs(folder)["facts_known"].isna().all()
+
+
 def test_a_budget_that_blocks_enlarge_is_pointed_out_once(tmp_path, capsys, caplog):
     run(tmp_path, "policy=zipage", "policy.budget_tokens=100")
     note = "note: policy.budget_tokens=100: whole blocks of 64 make it 128, 28% more; a smaller engine.block_size comes"
