@@ -241,7 +241,7 @@ def _attend(
             slot, phase = i % STAGES, i // STAGES & 1
             mbarrier.wait(k_full.index(slot), phase)
             scores = warpgroup_mma(q, k_tiles.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[scores])
+            scores, q = warpgroup_mma_wait(0, deps=[scores, q])  # until then the registers of both are read
             mbarrier.arrive(k_empty.index(slot), count=1)
             scores = gl.where((start + entries < length)[None, :], scores * scale_log2, float("-inf"))
             new_max = gl.maximum(row_max, gl.max(scores, 1))
@@ -260,7 +260,7 @@ def _attend(
                 fence_async_shared()
                 barrier()
             acc = warpgroup_mma(weights, v_tiles.index(slot), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
+            acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
             mbarrier.arrive(v_empty.index(slot), count=1)
             i += 1
 

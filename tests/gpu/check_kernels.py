@@ -305,6 +305,20 @@ def check_graph(checks: Checks) -> None:
         checks.add("paged_decode", "bfloat16", value, BOUNDS["bfloat16"], graph=True, contexts=list(contexts))
 
 
+def check_shares(checks: Checks) -> None:
+    """Lines of many tiles, of few and of none, of which a program has several, each width, type and size of block."""
+    contexts = 1, 4097, 0, 63, 256, 1000, 17
+    for dtype, head_dim, block_size in product((torch.bfloat16, torch.float16), (64, 128), (16, 256)):
+        view = make_paged(contexts, block_size, KV_HEADS, head_dim, dtype).view()
+        q = fused(len(contexts), KV_HEADS * 4, head_dim, dtype)
+        expected = paged_decode_reference(q.float(), upcast(view), 0.1)
+        name = str(dtype)[6:]
+        for kernel, decode in decode_kernels(view, 4).items():
+            for wanted in (1, 3, 40, None):
+                case = {"head_dim": head_dim, "block_size": block_size, "wanted": wanted}
+                checks.add(kernel, name, error(decode(q, 0.1, wanted), expected), BOUNDS[name], **case)
+
+
 def check_combining(checks: Checks, replays: int = 300, layers: int = 24) -> None:
     """Pieces combined over and over, the layers of a graph in the same memory: any that came too late, or of the layer
     before, would change a bit from one replay to another, or all from what uncut requests give.
@@ -341,6 +355,7 @@ def check_replays(checks: Checks, grid: Grid) -> None:
     if not DRY:
         check_large_addresses(checks)
         check_graph(checks)
+        check_shares(checks)
         check_combining(checks)
         check_overlap(checks)
 
