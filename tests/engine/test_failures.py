@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.covering import half
 from tests.engine.compressed import greedy, make_llm, random_prompts, record_events, tokens_of
 from tests.eviction.cases import Case
 from tests.tiny_models import VOCAB, save_tiny_model, save_tiny_tokenizer
@@ -109,10 +110,9 @@ def tokens_alone(folder):
     return [tokens_of(llm.generate([prompt], greedy(66), use_tqdm=False))[0] for prompt in ALIGNED]
 
 
-@every_loop
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["in the step", "beside"])
-@pytest.mark.parametrize("debug", [False, True])
-@pytest.mark.parametrize("fault", ["raises", "NaN", "batch"])
+@pytest.mark.parametrize(
+    ("fault", "debug", "asynchronous", "overlaps"), half(["raises", "NaN", "batch"], *[[False, True]] * 3)
+)
 def test_what_fails_in_the_last_layer_of_a_batch_costs_no_neighbour(
     folder, tokens_alone, fault, debug, asynchronous, overlaps
 ):
@@ -155,9 +155,7 @@ EXITS = {
 }
 
 
-@every_loop
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["in the step", "beside"])
-@pytest.mark.parametrize("kind", EXITS)
+@pytest.mark.parametrize(("kind", "asynchronous", "overlaps"), half(list(EXITS), *[[False, True]] * 2))
 def test_whatever_a_policy_raises_ends_its_request_alone(
     folder, tokens_alone, monkeypatch, kind, asynchronous, overlaps
 ):
@@ -221,9 +219,9 @@ SAMPLED = [
 ]
 
 
-@every_loop
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("options", SAMPLED, ids=str)
+@pytest.mark.parametrize(
+    ("options", "value", "overlaps"), half(SAMPLED, [float("nan"), float("inf")], [False, True]), ids=str
+)
 def test_logits_that_are_not_finite_end_their_request_alone(folder, monkeypatch, options, value, overlaps):
     params = SamplingParams(max_tokens=30, ignore_eos=True, **options)
     llm = make_llm(folder, None, async_scheduling=overlaps, skip_tokenizer_init=False)
@@ -289,9 +287,14 @@ class PanicException(BaseException):
     """As pyo3 has it, where the Rust of tokenizers panics."""
 
 
-@every_loop
-@pytest.mark.parametrize("error", [ValueError("Invalid prefix"), PanicException("Invalid prefix")], ids=repr)
-@pytest.mark.parametrize("options", [{}, {"stop": ["no such text"]}, {"logprobs": 1}], ids=str)
+UNSPELLED = [ValueError("Invalid prefix"), PanicException("Invalid prefix")]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "overlaps"),
+    half([{}, {"stop": ["no such text"]}, {"logprobs": 1}], UNSPELLED, [False, True]),
+    ids=repr,
+)
 def test_tokens_that_cannot_be_spelled_end_their_request_alone(folder, monkeypatch, options, error, overlaps):
     params = [greedy(30, **(options if i == 2 else {})) for i in range(4)]
     llm = make_llm(folder, None, async_scheduling=overlaps, skip_tokenizer_init=False)
