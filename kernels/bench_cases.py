@@ -71,7 +71,7 @@ def _decode(shapes: KernelShapes, device: torch.device, context: int, block_size
     if spread:
         lens = torch.linspace(1, longest, shapes.batch, device=device).int()
     view = CacheView.shared(k_cache, v_cache, tables, lens)
-    pieces = decode_pieces(view)
+    pieces = decode_pieces(view, shapes.query_heads // shapes.kv_heads)
     q = torch.randn(shapes.batch, shapes.query_heads, shapes.head_dim, device=device, dtype=k_cache.dtype)
     scale = shapes.head_dim**-0.5
 

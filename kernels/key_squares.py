@@ -1,4 +1,4 @@
-"""Quadratic forms of paged keys under whole matrices, for policies that know how queries to come are spread."""
+"""Forms of paged keys under whole matrices, for policies that know how queries to come are spread."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ MOST_DIM = 128
 """Of a head."""
 
 
-def key_squares(view: CacheView, matrices: Tensor, turn: Tensor) -> Tensor:
-    """K'^T M K' of each key K under G matrices M. K' is K turned: each rotary pair by its own angle.
+def key_squares(view: CacheView, linear: Tensor, matrices: Tensor, turn: Tensor) -> Tensor:
+    """linear . K + K'^T M K' of each key K, of G kinds. K' is K turned: each rotary pair by its own angle.
 
     Dimensions f and f + d / 2 are a rotary pair (x, y), which becomes (x cos - y sin, x sin + y cos).
 
     Args:
         view: any range of layers, of heads of up to MOST_DIM. V is not read.
-        matrices: float32 [L, R, H, G, d, d], each contiguous; what they differ in may be expanded.
+        linear: float32 [L, R, H, G, d], the last dimension contiguous. Any other may be expanded, here and below.
+        matrices: M, float32 [L, R, H, G, d, d], each contiguous; they need not be symmetric.
         turn: float32 [R, 2, d / 2], cos and sin, or those times a length; the last dimension contiguous.
 
     Returns:
@@ -32,14 +33,14 @@ def key_squares(view: CacheView, matrices: Tensor, turn: Tensor) -> Tensor:
     Raises:
         ValueError: an argument's shape, dtype, device or layout is not as above, or d is odd.
     """
-    _check(view, matrices, turn)
+    _check(view, linear, matrices, turn)
     if view.lens.is_cuda:
         with torch.cuda.device(view.lens.device):
-            return _triton()(view, matrices, turn)
-    return key_squares_reference(view, matrices, turn)
+            return _triton()(view, linear, matrices, turn)
+    return key_squares_reference(view, linear, matrices, turn)
 
 
-def _check(view: CacheView, matrices: Tensor, turn: Tensor) -> None:
+def _check(view: CacheView, linear: Tensor, matrices: Tensor, turn: Tensor) -> None:
     check_view(view, all_layers=True)
     head_dim, device = view.k_cache.shape[4], view.k_cache.device
     if head_dim % 2:
@@ -49,6 +50,7 @@ def _check(view: CacheView, matrices: Tensor, turn: Tensor) -> None:
     check_index("matrices", matrices, torch.float32, (*view.lens.shape, -1, head_dim, head_dim), device)
     if matrices.stride(-2) != head_dim:
         fail("matrices", "stride", matrices.stride(), "make each matrix contiguous")
+    check_index("linear", linear, torch.float32, (*view.lens.shape, matrices.shape[3], head_dim), device)
     check_index("turn", turn, torch.float32, (view.lens.shape[1], 2, head_dim // 2), device)
 
 
@@ -60,14 +62,14 @@ def squares(keys: Tensor, matrices: Tensor, turn: Tensor) -> Tensor:
     return ((turned @ matrices) * turned).sum(dim=-1)
 
 
-def key_squares_reference(view: CacheView, matrices: Tensor, turn: Tensor) -> Tensor:
+def key_squares_reference(view: CacheView, linear: Tensor, matrices: Tensor, turn: Tensor) -> Tensor:
     """`key_squares`, layer by layer, request by request and head by head."""
     out = torch.zeros(*matrices.shape[:4], view.width, device=matrices.device)
     for line in product(*map(range, view.lens.shape)):
         length = int(view.lens[line])
         if length:
             keys = entries_reference(view.k_cache[line[0]], view.block_tables[line], length, line[2])
-            out[*line, :, :length] = squares(keys, matrices[line], turn[line[1]])
+            out[*line, :, :length] = linear[line] @ keys.mT + squares(keys, matrices[line], turn[line[1]])
     return out
 
 

@@ -16,9 +16,11 @@ from torch import Tensor
 from kernels.attention_form import PLAIN, AttentionForm, check_form
 from kernels.cache_view import CacheView, check_view, entries_reference
 from kernels.decode_spans import SPAN, DecodeSpans, decode_spans
+from kernels.hopper import hopper_kernels
 from kernels.layout import check_queries, fail, given_or_new
 from kernels.paged_prefill import attend_reference, paged_prefill_torch
 from kernels.pieces import Pieces
+from kernels.shares import Shares
 
 PIECE_BYTES = 2 << 20
 """K copied at a time: still in the caches when it is multiplied, and worth the calls."""
@@ -28,9 +30,10 @@ def paged_decode(
     q: Tensor,
     view: CacheView,
     scale: float,
-    pieces: Pieces | DecodeSpans | None = None,
+    pieces: Pieces | Shares | DecodeSpans | None = None,
     out: Tensor | None = None,
     form: AttentionForm = PLAIN,
+    early: bool = False,
 ) -> Tensor:
     """Attention of one query per request over its entries.
 
@@ -41,6 +44,8 @@ def paged_decode(
         pieces: `decode_pieces` of these lengths, caches and tables; None: they are made here.
         out: [B, Hq, d], contiguous, of q's dtype, to write into; None: a new one.
         form: of the attention. The current token's entry is the last in a window.
+        early: entries from before this step, and all of `view` and `pieces` but the caches, may be read while kernels
+            launched before still run: another layer had these pieces before this one.
 
     Returns:
         [B, Hq, d], q's dtype. The softmax is in float32.
@@ -51,6 +56,8 @@ def paged_decode(
     _check(q, view, form)
     if q.is_cuda:
         with torch.cuda.device(q.device):
+            if isinstance(pieces, Shares):
+                return hopper_kernels("paged_decode").paged_decode_gluon(q, view, scale, pieces, out, form, early)
             return _triton()(q, view, scale, pieces, out, form)
     return paged_decode_torch(q, view, scale, out, form, pieces)
 

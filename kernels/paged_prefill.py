@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cache
 from itertools import product
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,9 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.attention_form import PLAIN, AttentionForm, check_form
 from kernels.cache_view import CacheView, check_view, entries_reference, gather_entries
+from kernels.hopper import hopper_kernels
 from kernels.layout import check_index, check_queries, fail, given_or_new
-
-log = logging.getLogger(__name__)
 
 MASKED_QUERIES = 512
 """Queries whose causal mask is built at a time."""
@@ -194,7 +191,7 @@ def _formed(q: Tensor, keys: Tensor, values: Tensor, scale: float, form: Attenti
 
 def gpu_kernel(q: Tensor, form: AttentionForm) -> Callable:
     """The fastest one that takes these queries on their GPU."""
-    hopper = hopper_kernels()
+    hopper = hopper_kernels("paged_prefill")
     return hopper.paged_prefill_gluon if hopper is not None and hopper.takes(q, form) else _triton()
 
 
@@ -203,16 +200,3 @@ def _triton() -> Callable:
     from kernels.paged_prefill_triton import paged_prefill_triton
 
     return paged_prefill_triton
-
-
-@cache
-def hopper_kernels() -> ModuleType | None:
-    """Those for Hopper. None with a warning where Triton's Gluon, which is experimental, is another than ours."""
-    try:
-        from kernels import paged_prefill_gluon
-    except (ImportError, AttributeError) as error:
-        log.warning(
-            "Prompts are attended to by a slower kernel: this Triton's Gluon differs (%s); use 3.6 to 3.9", error
-        )
-        return None
-    return paged_prefill_gluon

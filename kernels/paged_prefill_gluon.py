@@ -1,10 +1,14 @@
 """Causal attention of new queries over paged entries on Hopper, in Gluon, Triton's language for one kind of GPU.
 
-Of a program's warps one loads tiles of K and V, and two groups of four each attend with 64 queries. A group multiplies
-queries and the next keys while it adds the values of the tile before, and takes the softmax while both products run.
+A work item is a request, a query head and a tile of 128 queries. Of a program's warps one loads the item's queries and
+its tiles of K and V, and two groups of four each attend with 64 queries. A group multiplies queries and the next keys
+while it adds the values of the tile before, and takes the softmax while both products run.
 
-Sources: FlashAttention-3 (arXiv 2407.08608) for the roles of warps and the order of the products, PagedAttention (arXiv
-2309.06180) for the block table.
+Programs are persistent, one for each multiprocessor: the loading warp draws item after item from a counter, and has the
+next one's queries and first tiles on their way while the groups still finish the one before.
+
+Sources: FlashAttention-3 (arXiv 2407.08608) for the roles of warps, the order of the products and the persistent
+programs, PagedAttention (arXiv 2309.06180) for the block table.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import CacheView
 from kernels.layout import given_or_new
-from kernels.tiles import score_scale
+from kernels.tiles import multiprocessors, score_scale
 
 # Triton 3.6 and later versions name these differently.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -37,17 +41,24 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 QUERIES = gl.constexpr(64)
 """Of a group of warps: the rows of a matrix instruction's tile."""
 GROUPS = gl.constexpr(2)
-TILE = 128
+TILE = gl.constexpr(128)
 """Entries."""
-STAGES = 2
+STAGES = gl.constexpr(2)
 """Tiles of K and of V in shared memory."""
+AHEAD = gl.constexpr(2)
+"""Items whose queries are in shared memory."""
+FIELDS = gl.constexpr(5)
+"""Of an item: its tiles of entries (0: there is no further item), its head, the length of the KV head, its first token,
+and the number of the request's queries from that on."""
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
 HEAD_DIMS = (64, 128)
+ALIGNED = 8
+"""Elements: rows of queries must begin at multiples of 16 bytes, or no descriptor can be made of them."""
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @gluon.jit
-def _weigh(scores, row_max, row_sum, scale_log2, start, limits, TILE: gl.constexpr, MASKED: gl.constexpr):
+def _weigh(scores, row_max, row_sum, scale_log2, start, limits, MASKED: gl.constexpr):
     """A tile's softmax weights, the new maximum and sum, and the factor by which earlier sums shrink."""
     if MASKED:
         entries = start + gl.arange(0, TILE, gl.SliceLayout(0, scores.type.layout))
@@ -68,21 +79,18 @@ def _products(
     acc,
     row_max,
     row_sum,
-    k_tiles,
-    v_tiles,
-    k_full,
-    v_full,
-    k_empty,
-    v_empty,
+    rings,
     i,
-    tiles,
+    end,
     limits,
     scale_log2,
-    TILE: gl.constexpr,
-    STAGES: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """The scores and weights of a request's i-th tile from its end, while the values of the one before are added."""
+    """The scores and weights of the program's i-th tile, while the values of the one before are added.
+
+    An item's tiles come from its last one on: tile `end - 1` holds its first entries.
+    """
+    k_tiles, v_tiles, k_full, v_full, k_empty, v_empty = rings
     slot, before = i % STAGES, (i - 1) % STAGES
     scores_layout: gl.constexpr = row_max.type.layout.parent
     zeros = gl.zeros([QUERIES, TILE], gl.float32, scores_layout)
@@ -91,12 +99,10 @@ def _products(
     acc = warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(slot), count=1)
-    new, row_max, row_sum, shrink = _weigh(
-        scores, row_max, row_sum, scale_log2, (tiles - 1 - i) * TILE, limits, TILE, MASKED
-    )
+    new, row_max, row_sum, shrink = _weigh(scores, row_max, row_sum, scale_log2, (end - 1 - i) * TILE, limits, MASKED)
     new = gl.convert_layout(new.to(weights.dtype), weights.type.layout)
     # Without this wait, which is a branch, the assembler moves the softmax behind the end of the product above.
-    mbarrier.wait(k_full.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=tiles > i + 1)
+    mbarrier.wait(k_full.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=end > i + 1)
     acc, weights, new, shrink, row_sum = warpgroup_mma_wait(0, deps=[acc, weights, new, shrink, row_sum])
     mbarrier.arrive(v_empty.index(before), count=1)
     acc *= gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
@@ -104,94 +110,113 @@ def _products(
 
 
 @gluon.jit
+def _tell(queue, turn, item):
+    """Write an item, a number in each of its FIELDS, for the groups."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    for field in gl.static_range(FIELDS):
+        queue.index(turn % AHEAD * FIELDS + field).store(gl.full([1], item[field], gl.int32, layout))
+
+
+@gluon.jit
+def _hear(queue, q_full, turn):
+    """The program's item `turn`, when its queries are there."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(q_full.index(turn % AHEAD), turn // AHEAD & 1)
+    item = ()
+    for field in gl.static_range(FIELDS):
+        item += (gl.sum(queue.index(turn % AHEAD * FIELDS + field).load(layout), 0),)
+    return item
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr):
+    """Of COUNT slots: those for the loading warp to fill, and those for both groups to empty."""
+    full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=GROUPS)
+    return full, empty
+
+
+@gluon.jit
 def _attend(
     GROUP: gl.constexpr,
-    q_ptr,
     out_ptr,
     sinks_ptr,
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    k_full,
-    v_full,
-    k_empty,
-    v_empty,
+    items,
+    rings,
     scale_log2,
-    begin,
-    queries,
-    first_query,
-    length,
-    tiles,
-    head,
     heads,
-    q_row_stride,
-    q_head_stride,
     HEAD_DIM: gl.constexpr,
-    TILE: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
-    """A group's queries, tile by tile from the last one that any of them sees."""
+    """A group's queries of each item, tile by tile from the last one that any of them sees."""
+    queue, q_tiles, q_full, q_empty = items
+    k_tiles, v_tiles, k_full, v_full, k_empty, v_empty = rings
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     rows_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-    first = first_query + GROUP * QUERIES
-    rows = first + gl.arange(0, QUERIES, gl.SliceLayout(1, rows_layout))
-    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, rows_layout))
-    tokens = (begin + rows).to(gl.int64)
-    inside = (rows < queries)[:, None] & (dims < HEAD_DIM)[None, :]
-    q_ptrs = q_ptr + tokens[:, None] * q_row_stride + head * q_head_stride + dims[None, :]
-    q = q_tiles.index(GROUP)
-    q.store(gl.load(q_ptrs, mask=inside, other=0.0))
-    fence_async_shared()
-    barrier()
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    turn, begin = 0, 0  # items and tiles before this item
+    tiles, head, length, first_token, queries = _hear(queue, q_full, turn)
+    while tiles > 0:
+        end = begin + tiles
+        slot = begin % STAGES
+        q = q_tiles.index(turn % AHEAD * GROUPS + GROUP)
+        first_limit = length - queries + GROUP * QUERIES + 1
+        limits = first_limit + gl.arange(0, QUERIES, gl.SliceLayout(1, scores_layout))
+        row_max = gl.full([QUERIES], float("-inf"), gl.float32, gl.SliceLayout(1, scores_layout))
+        row_sum = gl.full([QUERIES], 0.0, gl.float32, gl.SliceLayout(1, scores_layout))
+        zeros = gl.zeros([QUERIES, TILE], gl.float32, scores_layout)
+        mbarrier.wait(k_full.index(slot), begin // STAGES & 1)
+        scores = warpgroup_mma(q, k_tiles.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        start = (tiles - 1) * TILE
+        weights, row_max, row_sum, _ = _weigh(scores, row_max, row_sum, scale_log2, start, limits, True)
+        weights = gl.convert_layout(weights.to(dtype), weights_layout)
+        acc = gl.zeros([QUERIES, HEAD_DIM], gl.float32, acc_layout)
+        if length < start + TILE:  # a product with 0 would let NaN through from what lies past the last entry
+            mbarrier.wait(v_full.index(slot), begin // STAGES & 1)
+            entries = start + gl.arange(0, TILE, gl.SliceLayout(1, rows_layout))
+            v_tile = v_tiles.index(slot)
+            v_tile.store(gl.where((entries < length)[:, None], v_tile.load(rows_layout), 0.0))
+            fence_async_shared()
+            barrier()
+        mbarrier.wait(k_full.index((begin + 1) % STAGES), (begin + 1) // STAGES & 1, pred=tiles > 1)
 
-    limits = length - queries + first + 1 + gl.arange(0, QUERIES, gl.SliceLayout(1, scores_layout))
-    row_max = gl.full([QUERIES], float("-inf"), gl.float32, gl.SliceLayout(1, scores_layout))
-    row_sum = gl.full([QUERIES], 0.0, gl.float32, gl.SliceLayout(1, scores_layout))
-    zeros = gl.zeros([QUERIES, TILE], gl.float32, scores_layout)
-    mbarrier.wait(k_full.index(0), 0)
-    scores = warpgroup_mma(q, k_tiles.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=[scores])
-    mbarrier.arrive(k_empty.index(0), count=1)
-    start = (tiles - 1) * TILE
-    weights, row_max, row_sum, _ = _weigh(scores, row_max, row_sum, scale_log2, start, limits, TILE, True)
-    weights = gl.convert_layout(weights.to(q_ptr.dtype.element_ty), weights_layout)
-    acc = gl.zeros([QUERIES, HEAD_DIM], gl.float32, acc_layout)
-    if length < start + TILE:  # a product with 0 would let NaN through from what lies past the last entry
-        mbarrier.wait(v_full.index(0), 0)
-        entries = start + gl.arange(0, TILE, gl.SliceLayout(1, rows_layout))
-        v_tile = v_tiles.index(0)
-        v_tile.store(gl.where((entries < length)[:, None], v_tile.load(rows_layout), 0.0))
-        fence_async_shared()
-        barrier()
-    mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=tiles > 1)
+        unmasked = end - gl.minimum(first_limit // TILE, tiles - 1)  # from here on, every query sees every entry
+        for i in range(begin + 1, unmasked):
+            weights, acc, row_max, row_sum = _products(
+                q, weights, acc, row_max, row_sum, rings, i, end, limits, scale_log2, True
+            )
+        for i in range(unmasked, end):
+            weights, acc, row_max, row_sum = _products(
+                q, weights, acc, row_max, row_sum, rings, i, end, limits, scale_log2, False
+            )
+        slot = (end - 1) % STAGES
+        mbarrier.wait(v_full.index(slot), (end - 1) // STAGES & 1)
+        acc = warpgroup_mma(weights, v_tiles.index(slot), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_empty.index(slot), count=1)
+        mbarrier.arrive(q_empty.index(turn % AHEAD), count=1)
 
-    seen_by_all = gl.minimum((length - queries + first + 1) // TILE, tiles - 1)
-    for i in range(1, tiles - seen_by_all):
-        weights, acc, row_max, row_sum = _products(
-            q, weights, acc, row_max, row_sum, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, i, tiles, limits,
-            scale_log2, TILE, STAGES, True,
-        )  # fmt: skip
-    for i in range(tiles - seen_by_all, tiles):
-        weights, acc, row_max, row_sum = _products(
-            q, weights, acc, row_max, row_sum, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, i, tiles, limits,
-            scale_log2, TILE, STAGES, False,
-        )  # fmt: skip
-    last = tiles - 1
-    mbarrier.wait(v_full.index(last % STAGES), last // STAGES & 1)
-    acc = warpgroup_mma(weights, v_tiles.index(last % STAGES), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-
-    if sinks_ptr is not None:
-        sink = gl.load(sinks_ptr + head).to(gl.float32) * 1.4426950408889634
-        offset = gl.maximum(row_max * scale_log2, sink)
-        shrink = gl.exp2(row_max * scale_log2 - offset)
-        row_sum = row_sum * shrink + gl.exp2(sink - offset)
-        acc *= gl.convert_layout(shrink, gl.SliceLayout(1, acc_layout))[:, None]
-    acc /= gl.convert_layout(row_sum, gl.SliceLayout(1, acc_layout))[:, None]
-    out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), rows_layout)
-    gl.store(out_ptr + (tokens[:, None] * heads + head) * HEAD_DIM + dims[None, :], out, mask=inside)
+        if sinks_ptr is not None:
+            sink = gl.load(sinks_ptr + head).to(gl.float32) * 1.4426950408889634
+            offset = gl.maximum(row_max * scale_log2, sink)
+            shrink = gl.exp2(row_max * scale_log2 - offset)
+            row_sum = row_sum * shrink + gl.exp2(sink - offset)
+            acc *= gl.convert_layout(shrink, gl.SliceLayout(1, acc_layout))[:, None]
+        acc /= gl.convert_layout(row_sum, gl.SliceLayout(1, acc_layout))[:, None]
+        out = gl.convert_layout(acc.to(dtype), rows_layout)
+        rows = GROUP * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(1, rows_layout))
+        dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, rows_layout))
+        out_ptrs = out_ptr + ((first_token + rows).to(gl.int64)[:, None] * heads + head) * HEAD_DIM + dims[None, :]
+        gl.store(out_ptrs, out, mask=(rows < queries)[:, None] & (dims < HEAD_DIM)[None, :])
+        begin = end
+        turn += 1
+        tiles, head, length, first_token, queries = _hear(queue, q_full, turn)
 
 
 @gluon.jit
@@ -199,27 +224,21 @@ def _load_tiles(
     k_desc,
     v_desc,
     table_ptr,
-    k_tiles,
-    v_tiles,
-    k_full,
-    v_full,
-    k_empty,
-    v_empty,
+    rings,
+    begin,
     tiles,
     length,
     first_row,
     rows_of_block,
-    HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
-    TILE: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
-    """Of a request's KV head, from the last tile on; of blocks that no entry lies in, the request's last one."""
+    """Of an item's KV head, from the last tile on; of blocks that no entry lies in, the request's last one."""
     PART: gl.constexpr = k_desc.block_type.shape[0]
-    BYTES: gl.constexpr = TILE * HEAD_DIM * k_desc.dtype.primitive_bitwidth // 8
+    BYTES: gl.constexpr = TILE * k_desc.block_type.shape[1] * k_desc.dtype.primitive_bitwidth // 8
+    k_tiles, v_tiles, k_full, v_full, k_empty, v_empty = rings
     last_block = (length - 1) // BLOCK_SIZE
-    for i in range(tiles):
-        start = (tiles - 1 - i) * TILE
+    for i in range(begin, begin + tiles):
+        start = (begin + tiles - 1 - i) * TILE
         rows = ()
         for entry in gl.static_range(0, TILE, PART):
             block = gl.load(table_ptr + gl.minimum((start + entry) // BLOCK_SIZE, last_block))
@@ -236,82 +255,128 @@ def _load_tiles(
 
 
 @gluon.jit
-def _attend_tiles(
-    q_ptr,
+def _locate(item, heads, group):
+    """An item's tile of queries, counted over all requests, of each from the last on; its head, and its KV head."""
+    return item // heads, item % heads, item % heads // group
+
+
+@gluon.jit
+def _load(
+    q_desc,
     k_desc,
     v_desc,
     table_ptr,
     starts_ptr,
     lens_ptr,
-    out_ptr,
-    sinks_ptr,
-    scale_log2,
+    drawn_ptr,
+    items,
+    rings,
+    batch,
+    max_seqlen,
+    most_items,
     group,
     heads,
-    q_row_stride,
     q_head_stride,
     table_row_stride,
     table_head_stride,
     lens_row_stride,
     lens_head_stride,
-    HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
-    TILE: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
-    """One request, query head and tile of queries."""
-    row, head = gl.program_id(1), gl.program_id(2)
-    kv_head = head // group
-    begin = gl.load(starts_ptr + row)
-    queries = gl.load(starts_ptr + row + 1) - begin
-    length = gl.load(lens_ptr + row * lens_row_stride + kv_head * lens_head_stride)
-    first_query = (gl.num_programs(0) - 1 - gl.program_id(0)) * (GROUPS * QUERIES)  # the longest work starts first
-    tiles = gl.cdiv(gl.minimum(length - queries + first_query + GROUPS * QUERIES, length), TILE)
-    if (first_query >= queries) | (tiles < 1):
-        return
-    table = table_ptr + row.to(gl.int64) * table_row_stride + kv_head * table_head_stride
+    """Draw items, find the request of each, on from that of the one before, and load them.
 
-    dtype: gl.constexpr = k_desc.dtype
-    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([QUERIES, HEAD_DIM], dtype)
-    q_tiles = gl.allocate_shared_memory(dtype, [GROUPS, QUERIES, HEAD_DIM], q_layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], v_desc.layout)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=GROUPS)
-        mbarrier.init(v_empty.index(i), count=GROUPS)
+    Rows of queries past a request's last one hold whatever lies there. A row touches no other.
+    """
+    Q_BYTES: gl.constexpr = GROUPS * QUERIES * q_desc.block_type.shape[1] * q_desc.dtype.primitive_bitwidth // 8
+    queue, q_tiles, q_full, q_empty = items
+    turn, begin = 0, 0  # items and tiles loaded
+    row, before = 0, 0  # a request, and the tiles of queries of all before it
+    query_tile, head, kv_head = _locate(gl.program_id(0), heads, group)
+    while row < batch:
+        first_token = gl.load(starts_ptr + row)
+        queries = gl.load(starts_ptr + row + 1) - first_token
+        length = gl.load(lens_ptr + row * lens_row_stride + kv_head * lens_head_stride)
+        after = before + gl.cdiv(gl.minimum(queries, max_seqlen), GROUPS * QUERIES)
+        first_query = (after - 1 - query_tile) * (GROUPS * QUERIES)
+        queries -= first_query
+        tiles = gl.cdiv(gl.minimum(length - queries + GROUPS * QUERIES, length), TILE)
+        if (query_tile < after) & (tiles > 0):
+            slot = turn % AHEAD
+            first_token += first_query
+            mbarrier.wait(q_empty.index(slot), (turn // AHEAD & 1) ^ 1)
+            _tell(queue, turn, (tiles, head, length, first_token, queries))
+            mbarrier.expect(q_full.index(slot), Q_BYTES)
+            for of in gl.static_range(GROUPS):
+                place = [first_token + of * QUERIES, head * q_head_stride]
+                load_tile(q_desc, place, q_full.index(slot), q_tiles.index(slot * GROUPS + of))
+            table = table_ptr + row.to(gl.int64) * table_row_stride + kv_head * table_head_stride
+            _load_tiles(
+                k_desc, v_desc, table, rings, begin, tiles, length, kv_head * BLOCK_SIZE,
+                (heads // group) * BLOCK_SIZE, BLOCK_SIZE,
+            )  # fmt: skip
+            turn += 1
+            begin += tiles
+        if query_tile >= after:
+            row, before = row + 1, after
+        elif gl.num_programs(0) < most_items:
+            drawn = gl.atomic_add(drawn_ptr, 1, sem="relaxed")
+            query_tile, head, kv_head = _locate(gl.num_programs(0) + drawn, heads, group)
+        else:
+            row = batch
+    mbarrier.wait(q_empty.index(turn % AHEAD), (turn // AHEAD & 1) ^ 1)
+    _tell(queue, turn, (0, 0, 0, 0, 0))
+    mbarrier.arrive(q_full.index(turn % AHEAD), count=1)
+
+
+@gluon.jit(do_not_specialize=["batch", "max_seqlen", "most_items"])
+def _attend_items(
+    q_desc,
+    k_desc,
+    v_desc,
+    table_ptr,
+    starts_ptr,
+    lens_ptr,
+    drawn_ptr,
+    out_ptr,
+    sinks_ptr,
+    scale_log2,
+    batch,
+    max_seqlen,
+    most_items,
+    group,
+    heads,
+    q_head_stride,
+    table_row_stride,
+    table_head_stride,
+    lens_row_stride,
+    lens_head_stride,
+    BLOCK_SIZE: gl.constexpr,
+):
+    """A program's first item is that of its number; it draws others where there are more items than programs."""
+    HEAD_DIM: gl.constexpr = q_desc.block_type.shape[1]
+    queue = gl.allocate_shared_memory(gl.int32, [AHEAD * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_tiles = gl.allocate_shared_memory(q_desc.dtype, [AHEAD * GROUPS, QUERIES, HEAD_DIM], q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, HEAD_DIM], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES, TILE, HEAD_DIM], v_desc.layout)
+    q_full, q_empty = _barriers(AHEAD)
+    k_full, k_empty = _barriers(STAGES)
+    v_full, v_empty = _barriers(STAGES)
     fence_async_shared()
     barrier()
+    items = queue, q_tiles, q_full, q_empty
+    rings = k_tiles, v_tiles, k_full, v_full, k_empty, v_empty
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     gl.warp_specialize(
         [
+            (_attend, (FIRST, out_ptr, sinks_ptr, items, rings, scale_log2, heads, HEAD_DIM)),
+            (_attend, (SECOND, out_ptr, sinks_ptr, items, rings, scale_log2, heads, HEAD_DIM)),
             (
-                _attend,
+                _load,
                 (
-                    FIRST, q_ptr, out_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty,
-                    scale_log2, begin, queries, first_query, length, tiles, head, heads, q_row_stride, q_head_stride,
-                    HEAD_DIM, TILE, STAGES,
-                ),
-            ),
-            (
-                _attend,
-                (
-                    SECOND, q_ptr, out_ptr, sinks_ptr, q_tiles, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty,
-                    scale_log2, begin, queries, first_query, length, tiles, head, heads, q_row_stride, q_head_stride,
-                    HEAD_DIM, TILE, STAGES,
-                ),
-            ),
-            (
-                _load_tiles,
-                (
-                    k_desc, v_desc, table, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, tiles, length,
-                    kv_head * BLOCK_SIZE, (heads // group) * BLOCK_SIZE, HEAD_DIM, BLOCK_SIZE, TILE, STAGES,
+                    q_desc, k_desc, v_desc, table_ptr, starts_ptr, lens_ptr, drawn_ptr, items, rings,
+                    batch, max_seqlen, most_items, group, heads, q_head_stride, table_row_stride, table_head_stride,
+                    lens_row_stride, lens_head_stride, BLOCK_SIZE,
                 ),
             ),
         ],
@@ -327,12 +392,16 @@ def has_warpgroups(device: torch.device) -> bool:
 
 
 def takes(q: Tensor, form: AttentionForm) -> bool:
-    """Whether `paged_prefill_gluon` has these queries' dtype and width, their attention's form, and their GPU."""
+    """Whether `paged_prefill_gluon` has these queries' dtype, width and strides, their attention's form, their GPU."""
+    row_stride, head_stride, _ = q.stride()
     return (
         q.dtype in ELEMENTS
         and q.shape[2] in HEAD_DIMS
         and form.window is None
         and form.soft_cap is None
+        and row_stride >= (q.shape[1] - 1) * head_stride + q.shape[2]
+        and row_stride % ALIGNED == 0
+        and q.data_ptr() % (ALIGNED * q.element_size()) == 0
         and has_warpgroups(q.device)
     )
 
@@ -346,24 +415,35 @@ def paged_prefill_gluon(
     out: Tensor | None = None,
     form: AttentionForm = PLAIN,
 ) -> Tensor:
-    """`paged_prefill` in one launch, of what it `takes`; rows of a request past `max_seqlen` are left unwritten."""
+    """`paged_prefill` of what it `takes`; tiles of queries past `max_seqlen` of a request are left unwritten."""
     k_cache, v_cache, block_tables, lens = view
-    query_heads, head_dim = q.shape[1:]
+    tokens, query_heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1:3]
     batch = lens.shape[0]
     out = given_or_new(out, q)
     if max_seqlen == 0 or batch == 0:
         return out
-    shape = [min(TILE, block_size), head_dim]
-    layout = gl.NVMMASharedLayout.get_default_for(shape, ELEMENTS[q.dtype])
+
+    def describe(x: Tensor, rows: int, row_stride: int, width: int, tile_rows: int) -> TensorDescriptor:
+        tile = [tile_rows, head_dim]
+        layout = gl.NVMMASharedLayout.get_default_for(tile, ELEMENTS[q.dtype])
+        return TensorDescriptor(x, [rows, width], [row_stride, 1], tile, layout)
+
+    row_stride, head_stride, _ = q.stride()
+    q_desc = describe(q, tokens, row_stride, (query_heads - 1) * head_stride + head_dim, QUERIES.value)
     k_desc, v_desc = (
-        TensorDescriptor(cache, [cache.numel() // head_dim, head_dim], [head_dim, 1], shape, layout)
+        describe(cache, cache.numel() // head_dim, head_dim, head_dim, min(TILE.value, block_size))
         for cache in (k_cache, v_cache)
     )
-    _attend_tiles[(triton.cdiv(max_seqlen, QUERIES.value * GROUPS.value), batch, query_heads)](
-        q, k_desc, v_desc, block_tables, cu_seqlens, lens, out, form.sinks,
-        score_scale(scale, None), query_heads // kv_heads, query_heads,
-        *q.stride()[:2], *block_tables.stride()[:2], *lens.stride(),
-        HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=TILE, STAGES=STAGES, num_warps=4,
+    queries = QUERIES.value * GROUPS.value
+    most_items = min(triton.cdiv(max_seqlen, queries) * batch, tokens // queries + batch) * query_heads
+    programs = min(most_items, multiprocessors(q.device))
+    # Its memory is set anew for each launch: launches may run at the same time.
+    drawn = (torch.zeros if programs < most_items else torch.empty)(1, dtype=torch.int32, device=q.device)
+    _attend_items[(programs,)](
+        q_desc, k_desc, v_desc, block_tables, cu_seqlens, lens, drawn, out, form.sinks,
+        score_scale(scale, None), batch, max_seqlen, most_items, query_heads // kv_heads, query_heads, head_stride,
+        *block_tables.stride()[:2], *lens.stride(),
+        BLOCK_SIZE=block_size, num_warps=4,
     )  # fmt: skip
     return out

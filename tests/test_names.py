@@ -152,6 +152,29 @@ def headings(path: Path) -> list[str]:
     return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
+def section(path: Path, heading: str) -> str:
+    """The text of a page below this heading, with what stands below smaller ones."""
+    text = path.read_text(encoding="utf-8")
+    found = dict(zip(headings(path), re.finditer(r"^(#+) ", text, flags=re.MULTILINE), strict=True))
+    begin, level = found[heading].end(), len(found[heading][1])
+    end = re.search(rf"^#{{1,{level}}} ", text[begin:], flags=re.MULTILINE)
+    return text[begin : begin + end.start()] if end else text[begin:]
+
+
+def test_no_figure_stands_among_the_aims_alone():
+    """Each is one of a section that its row links to, so that there is one place to keep."""
+    page, missing = ROOT / "docs" / "aims.md", []
+    for row in re.findall(r"^\| (?!what).+$", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        links = re.findall(r"\]\(([^)#]+)#([^)]+)\)", row)
+        assert links, row
+        there = " ".join(section((page.parent / file).resolve(), heading) for file, heading in links)
+        figures = set(re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"\]\([^)]*\)", "]", row.split("|", 2)[2])))
+        missing += [
+            (figure, row) for figure in figures if not re.search(rf"(?<![\d.,]){re.escape(figure)}(?!\d|[.,]\d)", there)
+        ]
+    assert not missing
+
+
 def test_the_readme_is_short_and_every_page_can_be_reached_from_it():
     readme = ROOT / "README.md"
     assert len(readme.read_text(encoding="utf-8").splitlines()) <= 130

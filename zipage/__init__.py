@@ -8,6 +8,7 @@ import kernels
 from zipage import threads  # noqa: F401  (first: it must come before torch)
 from zipage.checks import closest
 from zipage.config import EngineConfig
+from zipage.eviction.budget import is_enlarged
 from zipage.eviction.registry import find as find_policy
 from zipage.outputs import CompletionOutput, Logprob, RequestOutput, StreamEvent
 from zipage.sampling_params import SamplingParams
@@ -52,6 +53,7 @@ __all__ = [
     "calibrate",
     "closest",
     "find_policy",
+    "is_enlarged",
     "load_to_calibrate",
     "measure_ceilings",
     "measure_kernels",

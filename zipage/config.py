@@ -23,7 +23,7 @@ from zipage.checks import (
 )
 from zipage.eviction import allocation as allocations
 from zipage.eviction import registry
-from zipage.eviction.budget import Budget
+from zipage.eviction.budget import Budget, is_enlarged
 from zipage.eviction.fault import named
 from zipage.eviction.protection import Protection
 from zipage.eviction.rule import EvictionRule
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ROUNDED = 1.05
-"""A budget that whole blocks make larger by this factor is pointed out."""
+rounding_logger = logging.getLogger(f"{__name__}.rounding")
+"""Of its own, so that who points budgets out in other words can silence it."""
 
 EVICTION_DEFAULTS = {
     "budget_tokens": None,
@@ -221,12 +221,12 @@ class EngineConfig:
             logger.warning("policy 'full' never evicts: %s %s no effect", ", ".join(idle), have)
 
     def warn_of_rounding(self) -> None:
-        """Log a budget that whole blocks make larger by more than 5 %: 128 are 256 in blocks of 256."""
+        """Log a budget that whole blocks enlarge: 128 are 256 in blocks of 256."""
         if self.budget_tokens is None or self.policy == "full":
             return
         budget = self._budget(self.budget_tokens)
-        if budget.keep > ROUNDED * self.budget_tokens:
-            logger.warning("%s smaller blocks (block_size) keep nearer to it", budget)
+        if is_enlarged(budget.keep, self.budget_tokens):
+            rounding_logger.warning("%s smaller blocks (block_size) keep nearer to it", budget)
 
     def make_policy(self) -> Policy | None:
         """The eviction policy; None for full KV.

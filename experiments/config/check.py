@@ -7,6 +7,7 @@ import re
 from operator import attrgetter
 
 from experiments.config.schema import Experiment, engine_options
+from experiments.config.typed import as_typed
 from experiments.errors import UsageError
 from zipage import EngineConfig, SamplingParams
 
@@ -21,6 +22,8 @@ OF_LENGTHS = ("lengths", "trace")
 """Generators whose problems say how long their outputs are."""
 OF_TURNS, OF_CHAINS = ("turns", "none"), ("chain", "none")
 """Graders that can read conversations, and chains of questions: their golds are lists."""
+GROUPS = ("engine.", "policy.", "sampling.", "model.", "hardware.")
+"""Of the options that engine and sampling parameters check; errors that begin with one name it already."""
 LAUNCHERS = ("local", "ray", "slurm")
 LAUNCHED = {
     "accelerator": ("ray", "slurm"),
@@ -136,7 +139,8 @@ def check(experiment: Experiment) -> None:
         try:
             cls(**options)
         except ValueError as error:
-            raise UsageError(f"{group}: {error}") from error
+            text = as_typed(str(error), experiment.policy.name)
+            raise UsageError(text if text.startswith(GROUPS) else f"{group}: {text}") from error
 
 
 def _only(launchers: tuple[str, ...]) -> str:

@@ -11,15 +11,13 @@ from experiments.errors import one_line
 from experiments.graders import GRADERS
 from experiments.running.traces import read_trace
 from experiments.workloads import READERS
+from zipage import is_enlarged
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from experiments.config.schema import Experiment
     from experiments.workloads import Problem
-
-ROUNDED = 1.05
-"""A note is printed where rounding to whole blocks makes a budget or an interval larger by this factor."""
 
 
 def notes_before(experiment: Experiment, problems: Sequence[Problem]) -> list[str]:
@@ -34,8 +32,8 @@ def notes_on(runs: pd.DataFrame) -> list[str]:
     def column(name: str) -> pd.Series:
         return runs.reindex(columns=[name]).astype(float).iloc[:, 0]
 
-    rounded = (held_budgets(runs) > ROUNDED * asked_budgets(runs)).sum()
-    spaced = (held_intervals(runs) > ROUNDED * asked_intervals(runs)).sum()
+    rounded = is_enlarged(held_budgets(runs), asked_budgets(runs)).sum()
+    spaced = is_enlarged(held_intervals(runs), asked_intervals(runs)).sum()
     equal = ((column("sampling.n") > 1) & (column("sampling.temperature") == 0)).sum()
     ungraded, unmeasured = column("grader_errors").sum(), column("fidelity.worked_unmeasured").sum()
     misranked = sum(column(f"{of}counters.compressions_misranked").sum() for of in ("", "worked_"))
@@ -80,7 +78,7 @@ def _rounding(experiment: Experiment, option: str, asked: int | None) -> str | N
         return None
     size = experiment.engine.block_size
     held = -(-asked // size) * size
-    if held <= ROUNDED * asked:
+    if not is_enlarged(held, asked):
         return None
     return (
         f"{option}={asked}: whole blocks of {size} make it {held}, {held / asked - 1:.0%} more; "

@@ -23,13 +23,11 @@ BUDGET, INTERVAL = "policy.budget_tokens", "policy.interval"
 
 NAMES = {
     BUDGET: "budget",
-    "engine.num_blocks": "pool",
-    "engine.max_num_seqs": "batch",
     "model.name": "model",
     "workload.name": "workload",
     "policy.name": "policy",
 }
-"""What options are called where there is little room; others by their last part."""
+"""What options are called where there is little room; others by their last part, as they are typed."""
 
 
 def short_names(options: Iterable[str]) -> dict[str, str]:

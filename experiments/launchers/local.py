@@ -220,7 +220,7 @@ class Local:
             if is_lost:
                 waiting.append(task)
                 line = "this process was silent for so long that another has taken it over"
-                report.note(f"arm {task.number + 1}: {line}")
+                report.note(f"arm {task.number}: {line}")
             else:
                 report.ended(task, self._name(slot, slot.gpus), reason, time.monotonic() - running.begin)
         finally:

@@ -145,7 +145,7 @@ class Ray:
             line = f"{worker} was lost ({one_line(error)})"
             if self._lost[task.number] == TRIES:
                 return line
-            report.note(f"arm {task.number + 1}: {line}; it is run again")
+            report.note(f"arm {task.number}: {line}; it is run again")
         return None
 
     def _stop(self) -> None:

@@ -18,7 +18,7 @@ class Task:
     """An arm of a sweep that is to be run, as plain data that travels to where it is.
 
     Attributes:
-        number: of the arm in its sweep, from 0.
+        number: of the arm in the plan of the whole sweep, from 1.
         overrides: of `python -m experiments.run`.
         folder: where its record will lie.
         before: `records.stamp` of a record there that is to be replaced.

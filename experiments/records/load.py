@@ -91,7 +91,10 @@ def load_runs(paths: str | Path | Iterable[str | Path] | None = None) -> pd.Data
             continue
         rows.append(row)
     if incomplete:
-        logger.warning("%d incomplete run%s skipped", incomplete, "s" * (incomplete > 1))
+        logger.warning(
+            "%d incomplete run%s skipped: in progress, stopped or never begun; running one again removes its %s folder",
+            incomplete, "s" * (incomplete > 1), PARTIAL,
+        )  # fmt: skip
     runs = pd.DataFrame(rows)
     runs.attrs["incomplete"] = incomplete
     return runs

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from experiments.running.quiet import errors_alone
 
 
 @contextmanager
@@ -12,10 +13,5 @@ def quiet() -> Iterator[None]:
     """Inside, the client logs errors alone."""
     import huggingface_hub  # noqa: F401 - sets the level itself when it is first imported
 
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+    with errors_alone("huggingface_hub"):
         yield
-    finally:
-        logger.setLevel(before)

@@ -17,6 +17,7 @@ from experiments.backends import BACKENDS, Backend, BackendFactory, get_backend
 from experiments.config.check import SERVED
 from experiments.config.notes import notes_before
 from experiments.config.schema import Experiment, ModelConfig, WorkloadConfig, engine_options, to_dict
+from experiments.config.typed import as_typed
 from experiments.errors import RunError, UsageError, after_record, one_line
 from experiments.graders import Grader, get_grader
 from experiments.graders.ungraded import grade_none
@@ -26,6 +27,7 @@ from experiments.running import fidelity, outcomes, tracebacks
 from experiments.running.equal_bytes import with_budget
 from experiments.running.models import LocalModel, find_model, model_name
 from experiments.running.prompts import Prompt, PromptRenderer
+from experiments.running.quiet import errors_alone
 from experiments.running.scenarios import Served, TimedRequest, arrival_times, serve
 from experiments.running.steady import serve_steadily
 from experiments.running.tracking import open_tracker
@@ -284,11 +286,16 @@ class Job:
         if not self.needs_tokenizer:
             options["skip_tokenizer_init"] = True
         try:
-            return self.factory(**options)
+            with errors_alone("zipage.config.rounding"):  # `notes` have it
+                return self.factory(**options)
         except (ValueError, FileNotFoundError) as error:
-            raise UsageError(f"the model can't be loaded: {' '.join(str(error).split())}") from error
+            raise UsageError(f"the model can't be loaded: {self._typed(' '.join(str(error).split()))}") from error
         except Exception as error:
             raise _failure("loading the model failed", error, staging) from error
+
+    def _typed(self, text: str) -> str:
+        """What the engine says, in the names that a run's user types."""
+        return as_typed(text, self.experiment.policy.name)
 
     def _serve(
         self,
@@ -351,12 +358,14 @@ class Job:
             output = served.outputs.get(problem.id)
             if output is None and served.window is not None:
                 continue  # still at work, or never handed over
+            problem = problem if self.machine is None else replace(problem, facts=())  # a simulated text holds none
             rows += outcomes.request_rows(problem, prompt, output, samples, grader, served.start, reader)
         for column, what in (("error", "could not be answered"), ("grader_error", "could not be graded, score 0")):
             faults = [row for row in rows if row.get(column) is not None]
             if not faults:
                 continue
-            first = f"the first is {faults[0]['prompt_id']}: {faults[0][column]}"
+            fault = faults[0][column]
+            first = f"the first is {faults[0]['prompt_id']}: {self._typed(fault) if column == 'error' else fault}"
             line = f"{len(faults)} of {len(rows)} samples {what}; {first}"
             if column == "error" and len(faults) == len(rows) and served.window is None:
                 raise RunError(line + f" (nothing was recorded; traceback: {trace})" * trace.exists())

@@ -17,14 +17,18 @@ HEADS = ("model", "workload")
 Options = dict[str, str]
 
 
-def plan_lines(arms: Sequence[Sequence[str]], states: Sequence[str], width: int = WIDTH) -> list[str]:
+def plan_lines(
+    arms: Sequence[Sequence[str]], states: Sequence[str], width: int = WIDTH, numbers: Sequence[int] | None = None
+) -> list[str]:
     """The plan, in lines of at most `width` columns.
 
     Args:
         arms: overrides of each arm.
         states: what stands before each, such as "done"; "" where it is still to be run.
+        numbers: of the arms; None: from 1 on.
     """
-    plan, digits = _Plan(arms), max(3, len(str(len(arms))))
+    numbers = numbers or range(1, len(arms) + 1)
+    plan, digits = _Plan(arms), max(3, len(str(max(numbers))))
     lines = _wrapped("  all arms: ", plan.said(plan.common), width)
     for group in plan.groups:
         if group.heading:
@@ -33,7 +37,7 @@ def plan_lines(arms: Sequence[Sequence[str]], states: Sequence[str], width: int 
         if group.evicting:
             lines += _wrapped("  those that evict: ", plan.said(group.evicting), width)
         for n in group.arms:
-            lines += _wrapped(f"  {n + 1:{digits}} {states[n]:7} ", plan.said(plan.rest[n]), width)
+            lines += _wrapped(f"  {numbers[n]:{digits}} {states[n]:7} ", plan.said(plan.rest[n]), width)
     return lines
 
 

@@ -10,7 +10,7 @@ import contextlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
@@ -70,15 +70,16 @@ def run(
     sweep = None
     try:
         name, jobs = "+".join(Path(name).stem for name in names), prepare(names, arguments, backends)
+        of = len({job.folder for _, job in jobs})
         jobs = jobs if numbers is None else _chosen(names, jobs, numbers)
         config = jobs[0][1].experiment.launcher
         if dry_run:
-            Sweep(name, place(names, jobs, config.accelerator)).print_plan()
+            Sweep(name, place(names, jobs, config.accelerator, numbers), of).print_plan()
             return 0
         commands = Commands(tuple(child), tuple(worker))
         with open_launcher(config, commands, [job.experiment for _, job in jobs], shares) as launcher:
-            arms = place(names, jobs, launcher.accelerator)
-            sweep = Sweep(name, arms, shares)
+            arms = place(names, jobs, launcher.accelerator, numbers)
+            sweep = Sweep(name, arms, of, shares)
             sweep.write()
             return sweep.run(launcher)
     except KeyboardInterrupt:
@@ -129,8 +130,13 @@ def _chosen(names: Sequence[str], jobs: Sequence[tuple[Arm, job.Job]], numbers: 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """An arm, where its record lies or will lie, and what there is of it."""
+    """An arm, where its record lies or will lie, and what there is of it.
 
+    Attributes:
+        number: in the plan of the whole sweep, from 1, also where some of its arms are run alone.
+    """
+
+    number: int
     overrides: Arm
     experiment: Experiment
     folder: Path
@@ -183,22 +189,25 @@ def prepare(
 
 
 def place(
-    names: Sequence[str], jobs: Sequence[tuple[Arm, job.Job]], accelerator: str | None = None
-) -> list[PlannedRun]:
+    names: Sequence[str], jobs: Sequence[tuple[Arm, job.Job]], accelerator: str | None = None,
+    numbers: Sequence[int] | None = None,
+) -> list[PlannedRun]:  # fmt: skip
     """Where the arms' records lie, and what there is of them. Arms that mean the same run are one. Raises as `plan`.
 
     Args:
         accelerator: where they are run (see `job.Job`).
+        numbers: of these arms in the whole sweep; None: they are all of it.
     """
     planned: dict[Path, PlannedRun] = {}
-    for number, (overrides, prepared) in enumerate(jobs, 1):
+    for i, (overrides, prepared) in enumerate(jobs):
+        number = len(planned) + 1 if numbers is None else numbers[i]
         with _named(names, number, overrides):
             prepared = replace(prepared, accelerator=accelerator)
             folder = prepared.folder
             if folder not in planned:
                 standing, notes = prepared.standing, tuple(prepared.notes)
                 own = tuple(override for override in overrides if not _launches(override))
-                planned[folder] = PlannedRun(own, prepared.experiment, folder, standing, notes)
+                planned[folder] = PlannedRun(number, own, prepared.experiment, folder, standing, notes)
     return list(planned.values())
 
 
@@ -220,16 +229,18 @@ class Sweep:
     """Arms on their way. It hears of them as a `launchers.task.Report`.
 
     Attributes:
+        arms: by their numbers.
         path: the sweep's record, a list of its arms and their runs; it has nothing that changes.
         done: arms that are recorded.
     """
 
-    def __init__(self, name: str, arms: Sequence[PlannedRun], shares: bool = False) -> None:
-        self.name, self.arms, self._shares = name, arms, shares
+    def __init__(self, name: str, arms: Sequence[PlannedRun], of: int, shares: bool = False) -> None:
+        self.name, self._shares = name, shares
+        self.arms = {arm.number: arm for arm in arms}
         digest = records.content_hash([arm.folder.name for arm in arms])
         self.path = arms[0].folder.parent / records.SWEEPS / f"{records.shortened(name)}-{digest[:12]}.json"
         names = arm_names([arm.overrides for arm in arms])
-        self._titles = [f"arm {number} of {len(arms)}: {said}" for number, said in enumerate(names, 1)]
+        self._titles = {number: f"arm {number} of {of}: {said}" for number, said in zip(self.arms, names)}
         """Each with what sets the arm apart from the others."""
         self.done = 0
         self._failures = 0
@@ -247,7 +258,7 @@ class Sweep:
 
     def write(self) -> None:
         """Write the record. Raises UsageError where it can't be written."""
-        arms = [{"overrides": list(arm.overrides), "run": arm.folder.name} for arm in self.arms]
+        arms = [{"overrides": list(arm.overrides), "run": arm.folder.name} for arm in self.arms.values()]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             records.write_json(self.path, {"sweep": self.name, "arms": arms})
@@ -320,22 +331,23 @@ class Sweep:
 
     def print_plan(self) -> None:
         """See what there is to do, and print it."""
-        kinds = {arm.kind for arm in self.arms}
+        arms = self.arms.values()
+        kinds = {arm.kind for arm in arms}
         for run in records.load_runs(self.path.parents[1]).to_dict("records"):
             kind = tuple(None if run.get(name) != run.get(name) else run.get(name) for name in ALIKE)  # no NaN
             seconds = (run.get("load_seconds") or 0.0) + (run.get("seconds") or 0.0)
             if kind in kinds and seconds > 0:  # neither absent nor NaN
                 self._seconds.setdefault(kind, []).append(seconds)
-        self._waiting = [number for number, arm in enumerate(self.arms) if arm.waits]
+        self._waiting = [number for number, arm in self.arms.items() if arm.waits]
         self.done = len(self.arms) - len(self._waiting)
         width = min(WIDTH, (columns() or WIDTH + 1) - 1)
         print(fill(f"sweep {self.name}: {counted(self.arms)}, {self.done} done, {self._to_go()}", width))
-        states = ["" if arm.standing.state == "missing" else arm.standing.state for arm in self.arms]
-        print(*plan_lines([arm.overrides for arm in self.arms], states, width), sep="\n", flush=True)
-        reasons = Counter((arm.standing.state, arm.standing.reason) for arm in self.arms if arm.standing.reason)
+        states = ["" if arm.standing.state == "missing" else arm.standing.state for arm in arms]
+        print(*plan_lines([arm.overrides for arm in arms], states, width, list(self.arms)), sep="\n", flush=True)
+        reasons = Counter((arm.standing.state, arm.standing.reason) for arm in arms if arm.standing.reason)
         for (state, reason), count in reasons.items():
             print(fill(f"  {count} {state}: {reason}; force=stale runs such arms again", width), flush=True)
-        for note in dict.fromkeys(note for arm in self.arms for note in arm.notes):
+        for note in dict.fromkeys(note for arm in arms for note in arm.notes):
             print(fill(f"note: {note}", width, subsequent_indent="  ", break_on_hyphens=False), flush=True)
 
     def _group(self, arm: PlannedRun) -> list[str]:
@@ -366,7 +378,7 @@ class Sweep:
         return max([shared, *running])
 
 
-def counted(arms: Sequence[PlannedRun]) -> str:
+def counted(arms: Collection[Any]) -> str:
     return "1 arm" if len(arms) == 1 else f"{len(arms)} arms"
 
 

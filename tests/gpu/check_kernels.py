@@ -28,15 +28,17 @@ from torch import Tensor
 
 from kernels.add_rms_norm import add_rms_norm_reference
 from kernels.add_rms_norm_triton import add_rms_norm_triton
-from kernels.attention_form import AttentionForm
+from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import CacheView, shared
 from kernels.clamped_swiglu import clamped_swiglu, clamped_swiglu_reference
 from kernels.copy_blocks import copy_blocks_reference
 from kernels.copy_blocks_triton import copy_blocks_triton
+from kernels.decode_pieces import decode_pieces
 from kernels.decode_pieces_triton import decode_pieces_triton
 from kernels.gelu_mul import gelu_mul, gelu_mul_reference
 from kernels.linear import linear, linear_reference
 from kernels.paged_decode import paged_decode, paged_decode_reference
+from kernels.paged_decode_gluon import decode_shares, takes
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill import paged_prefill_reference
 from kernels.qk_norm_rope import qk_norm_rope_reference
@@ -54,6 +56,7 @@ from tests.gpu.kernel_cases import (
     DEVICE,
     DRY,
     Checks,
+    decode_kernels,
     differing,
     error,
     fused,
@@ -67,6 +70,7 @@ from tests.gpu.kernel_cases import (
 from tests.gpu.kernel_times import time_copy, time_decode, time_layer_ops, time_prefill, timing_table
 from tests.gpu.overlap_cases import check_overlap
 from tests.gpu.pairwise import pairwise
+from tests.gpu.prompt_cases import check_prompts
 from tests.gpu.score_forms import check_score_forms
 
 KV_HEADS = 2
@@ -108,9 +112,10 @@ def check_attention(checks: Checks, grid: Grid) -> None:
             ref = upcast(view)
             q = fused(len(contexts), KV_HEADS * group, head_dim, dtype)
             expected = paged_decode_reference(q.float(), ref, scale)
-            for wanted in (1, None, 200):
-                out = paged_decode_triton(q, view, scale, decode_pieces_triton(view, wanted))
-                checks.add("paged_decode", name, error(out, expected), bound, wanted=wanted, apart=apart, **case)
+            for kernel, decode in decode_kernels(view, group).items():
+                for wanted in (1, None, 200):
+                    value = error(decode(q, scale, wanted), expected)
+                    checks.add(kernel, name, value, bound, wanted=wanted, apart=apart, **case)
 
             for chunk in ("whole", "part"):
                 shortest = view.lens.amin(1).tolist()
@@ -138,9 +143,10 @@ def check_forms(checks: Checks, grid: Grid) -> None:
         ref = upcast(view)
         q = fused(len(contexts), KV_HEADS * 4, head_dim, dtype)
         expected = paged_decode_reference(q.float(), ref, scale, form)
-        for wanted in (1, None, 200):
-            out = paged_decode_triton(q, view, scale, decode_pieces_triton(view, wanted), form=form)
-            checks.add("decode_forms", name, error(out, expected), bound, wanted=wanted, **case)
+        for kernel, decode in decode_kernels(view, 4, form).items():
+            for wanted in (1, None, 200):
+                value = error(decode(q, scale, wanted), expected)
+                checks.add(f"{kernel}_forms", name, value, bound, wanted=wanted, **case)
         queries = [-(-n // 3) for n in contexts]
         bounds = torch.tensor([0, *accumulate(queries)], dtype=torch.int32)
         q = fused(sum(queries), KV_HEADS * 4, head_dim, dtype)
@@ -286,17 +292,16 @@ def check_graph(checks: Checks) -> None:
     paged = make_paged((3000, 700, 64), 64, KV_HEADS, 128, torch.bfloat16)
     view = paged.view()
     q = fused(3, KV_HEADS * 4, 128, torch.bfloat16)
-    args = q, view, 0.1
-    paged_decode(*args)
+    paged_decode(q, view, 0.1, decode_pieces(view, 4))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = paged_decode(*args)
+        outs = paged_decode(q, view, 0.1), paged_decode(q, view, 0.1, decode_pieces(view, 4))
     for contexts in ((3000, 700, 64), (65, 0, 1), (2999, 129, 33)):
         paged.cache_lens.copy_(torch.tensor(contexts, dtype=torch.int32))
         q.normal_()
         graph.replay()
         expected = paged_decode_reference(q.float(), upcast(view), 0.1)
-        value = error(out, expected)
+        value = max(error(out, expected) for out in outs)
         checks.add("paged_decode", "bfloat16", value, BOUNDS["bfloat16"], graph=True, contexts=list(contexts))
 
 
@@ -308,27 +313,31 @@ def check_combining(checks: Checks, replays: int = 300, layers: int = 24) -> Non
     queries = [fused(len(view.lens), 32, 128, torch.bfloat16) for _ in range(layers)]
     whole = decode_pieces_triton(view, 1)
     expected = [paged_decode_triton(q, view, 0.1, whole) for q in queries]
-    for wanted in (50, 100, 400):
-        paged_decode_triton(queries[0], view, 0.1)
+    divided = [(decode_pieces_triton, wanted) for wanted in (50, 100, 400)]
+    if takes(view, 4, PLAIN):
+        divided += [(decode_shares, programs) for programs in (17, 264, 1000)]
+    for divide, wanted in divided:
+        paged_decode(queries[0], view, 0.1, divide(view, wanted))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            pieces = decode_pieces_triton(view, wanted)
-            outs = [paged_decode_triton(q, view, 0.1, pieces) for q in queries]
+            pieces = divide(view, wanted)
+            outs = [paged_decode(q, view, 0.1, pieces, early=i > 0) for i, q in enumerate(queries)]
         graph.replay()
         first = torch.stack(outs).clone()
         changed = torch.zeros((), device=DEVICE, dtype=torch.int64)
         for _ in range(replays):
             graph.replay()
             changed += (torch.stack(outs) != first).sum()
-        case = {"combining": wanted, "pieces": int(pieces.starts[-1]), "launches": replays * layers}
+        case = {"combining": wanted, "by": divide.__name__, "launches": replays * layers}
         checks.add("paged_decode", "bfloat16", int(changed), 0, **case)
         value = max(error(out, other) for out, other in zip(first, expected))
         checks.add("paged_decode", "bfloat16", value, 2 * BOUNDS["bfloat16"], **case)
 
 
 def check_replays(checks: Checks, grid: Grid) -> None:
-    """What an interpreter on a CPU can't show: large addresses, and launches of a graph that follow each other."""
+    """What an interpreter on a CPU can't show: large addresses, and launches that follow or overlap each other."""
     check_experts(checks, grid.dtypes)
+    check_prompts(checks, grid.dtypes)
     if not DRY:
         check_large_addresses(checks)
         check_graph(checks)

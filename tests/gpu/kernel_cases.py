@@ -25,9 +25,11 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import paged_prefill_gluon
+from kernels import paged_decode_gluon, paged_prefill_gluon
 from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import CacheView
+from kernels.decode_pieces_triton import decode_pieces_triton
+from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill_triton import paged_prefill_triton
 
 DEVICE = "cpu" if DRY else "cuda"
@@ -168,3 +170,18 @@ def prefill_kernels(q: Tensor, form: AttentionForm = PLAIN) -> dict[str, Callabl
     if DRY or not paged_prefill_gluon.takes(q, form):
         return {"paged_prefill": paged_prefill_triton}
     return {"paged_prefill": paged_prefill_triton, "paged_prefill_gluon": paged_prefill_gluon.paged_prefill_gluon}
+
+
+def decode_kernels(view: CacheView, group: int, form: AttentionForm = PLAIN) -> dict[str, Callable]:
+    """As `prefill_kernels`, with how many pieces, or programs, to divide requests among; None: as many as it takes."""
+
+    def in_pieces(q: Tensor, scale: float, wanted: int | None) -> Tensor:
+        return paged_decode_triton(q, view, scale, decode_pieces_triton(view, wanted), form=form)
+
+    def in_shares(q: Tensor, scale: float, wanted: int | None) -> Tensor:
+        shares = paged_decode_gluon.decode_shares(view, wanted)
+        return paged_decode_gluon.paged_decode_gluon(q, view, scale, shares, form=form)
+
+    if DRY or not paged_decode_gluon.takes(view, group, form):
+        return {"paged_decode": in_pieces}
+    return {"paged_decode": in_pieces, "paged_decode_gluon": in_shares}

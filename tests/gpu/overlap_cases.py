@@ -37,10 +37,18 @@ WEIGHTS = {
 class Layers:
     """The kernels of a decode step over all layers, on one cache that each layer writes to and reads."""
 
+    PROMPT = 0
+    """Tokens of a prompt among the rows, each of which attends to the entries of those before it."""
+
     def __init__(self, rows: int) -> None:
         options: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16}
         contexts = tuple(37 + 211 * row % 1900 for row in range(rows))
-        self.view = make_paged(contexts, BLOCK, KV_HEADS, DIM, torch.bfloat16).view()
+        paged = make_paged(contexts, BLOCK, KV_HEADS, DIM, torch.bfloat16)
+        if self.PROMPT:
+            contexts = *contexts[: -self.PROMPT], *range(contexts[-1] - self.PROMPT + 1, contexts[-1] + 1)
+            paged.block_tables[-self.PROMPT :] = paged.block_tables[-1]
+            paged.cache_lens.copy_(torch.tensor(contexts, dtype=torch.int32))
+        self.view = paged.view()
         last = torch.tensor(contexts, device=DEVICE) - 1
         blocks = self.view.block_tables[:, 0].gather(1, last[:, None] // BLOCK)[:, 0]
         self.slots = shared(blocks * BLOCK + last % BLOCK, KV_HEADS)
@@ -61,18 +69,22 @@ class Layers:
             return result
 
         hidden, delta = launched(inputs.clone()), None
-        pieces = launched(decode_pieces(self.view))
-        for weights in self.weights:
+        pieces = launched(decode_pieces(self.view, HEADS // KV_HEADS))
+        for layer, weights in enumerate(self.weights):
             normed = launched(add_rms_norm(hidden, delta, self.norm, 1e-6))
             qkv = launched(linear(normed, weights["qkv"]))
             q, k, v = launched(qk_norm_rope(qkv, None, None, 1e-6, *self.angles, HEADS, KV_HEADS))
             launched(store_step(k, v, q, *self.view[:2], self.queries, self.slots, self.indices))
-            attended = launched(paged_decode(q, self.view, DIM**-0.5, pieces))
+            attended = launched(paged_decode(q, self.view, DIM**-0.5, pieces, early=layer > 0))
             delta = launched(linear(attended.flatten(1), weights["output"]))
             normed = launched(add_rms_norm(hidden, delta, self.norm, 1e-6))
             gated = launched(silu_mul(launched(linear(normed, weights["gate_up"]))))
             delta = launched(linear(gated, weights["down"]))
         return launched(add_rms_norm(hidden, delta, self.norm, 1e-6))
+
+
+class PromptLayers(Layers):
+    PROMPT = 30
 
 
 class ExpertLayers:
@@ -115,7 +127,7 @@ class ExpertLayers:
 
 def check_overlap(checks: Checks) -> None:
     """A graph whose kernels overlap, replayed with other inputs each time: bit for bit what they give one at a time."""
-    for make, rows in product((Layers, ExpertLayers), (3, 40, 96)):
+    for make, rows in (*product((Layers, ExpertLayers), (3, 40, 96)), (PromptLayers, 40)):
         layers = make(rows)
         inputs = torch.randn(rows, WIDTH, device=DEVICE, dtype=torch.bfloat16)
         layers(inputs, torch.cuda.synchronize)

@@ -52,7 +52,8 @@ def policy_cases(
     if head_dim > MOST_DIM:
         return
     spread = torch.randn(*shape, 20, head_dim, device=device)
-    matrices = spread.mT @ spread / 20
     turn = torch.randn(shape[1], 2, head_dim // 2, device=device)
-    expected = key_squares_reference(host, matrices.cpu(), turn.cpu())
-    yield "key_squares", key_squares_triton(event, matrices, turn), expected, {}
+    for kind, matrices in (("covariance", spread.mT @ spread / 20), ("any", torch.randn_like(spread.mT @ spread))):
+        weights = linear, matrices[:, :1].expand_as(matrices), turn  # one for all requests
+        expected = key_squares_reference(host, *(x.cpu() for x in weights))
+        yield "key_squares", key_squares_triton(event, *weights), expected, {"matrices": kind}

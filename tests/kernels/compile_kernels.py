@@ -8,7 +8,7 @@ of each kernel. The interpreter is chosen at import, hence a process of its own.
 import re
 import sys
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ from kernels.lag_spread_triton import lag_spread_triton
 from kernels.linear_tiles import Tile
 from kernels.linear_triton import linear_triton
 from kernels.output_norms_triton import output_norms_triton
+from kernels.paged_decode_gluon import decode_shares, paged_decode_gluon
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill_gluon import paged_prefill_gluon
 from kernels.paged_prefill_triton import paged_prefill_triton
@@ -77,7 +78,7 @@ def compile_one(kernel: JITFunction, *args, grid, **kwargs) -> None:
     compiled = kernel.warmup(*args, grid=grid, **kwargs)
     if compiled.metadata.shared > SHARED_BYTES:
         raise AssertionError(f"{kernel.fn.__name__}: {compiled.metadata.shared} bytes of shared memory")
-    if compiled.metadata.launch_pdl:
+    if compiled.metadata.launch_pdl and not kwargs.get("EARLY"):
         check_waits(kernel.fn.__name__, compiled.asm["ptx"])
     print(Path(kernel.fn.__code__.co_filename).stem, kernel.fn.__name__, flush=True)
 
@@ -139,10 +140,11 @@ def compile_view_kernels(apart: bool) -> None:
     linear, pairs = torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, DIM), torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, 3, 32)
     key_forms_triton(layers, linear)
     key_forms_triton(layers, linear, pairs[..., 0, :], pairs)
-    dim = 128 if apart else DIM
-    caches = floats(2, LAYERS, REQUESTS * MAX_BLOCKS, HEADS, BLOCK, dim)
-    matrices = torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, dim, dim)
-    key_squares_triton(CacheView(*caches, *layers[2:]), matrices, torch.zeros(REQUESTS, 2, dim // 2))
+    for place, (dim, dtype) in enumerate(product((DIM, 128), (DTYPE, torch.float16, torch.float32))):
+        if place % 2 == apart:  # any two of width, type and layout meet
+            caches = floats(2, LAYERS, REQUESTS * MAX_BLOCKS, HEADS, BLOCK, dim).to(dtype)
+            matrices, turn = torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, dim, dim), torch.zeros(REQUESTS, 2, dim // 2)
+            key_squares_triton(CacheView(*caches, *layers[2:]), matrices[..., 0], matrices, turn)
     lag_spread_triton(layers, layers.lens, 24, 2.0**-12)
     projections = [floats(256, HEADS * GROUP * DIM)] * LAYERS
     output_norms_triton(layers, projections, layers.lens)
@@ -210,6 +212,19 @@ def compile_prompts() -> None:
         paged_prefill_gluon(q, view, ints(REQUESTS + 1), TOKENS, 0.1, form=form)
 
 
+def compile_decodes() -> None:
+    """As `compile_prompts`, the first early."""
+    for dim, block, dtype, apart in ((128, 256, torch.bfloat16, False), (64, 16, torch.float16, True)):
+        caches = torch.zeros(2, REQUESTS * MAX_BLOCKS, HEADS, block, dim, dtype=dtype)
+        view = CacheView.shared(*caches, ints(REQUESTS, MAX_BLOCKS), ints(REQUESTS))
+        if apart:
+            view = CacheView(*caches, view.block_tables.contiguous(), view.lens.contiguous())
+        q = torch.zeros(REQUESTS, HEADS * GROUP, dim, dtype=dtype)
+        form = AttentionForm(sinks=q[0, :, 0] if apart else None)
+        paged_decode_gluon(q, view, 0.1, decode_shares(view), form=form, early=not apart)
+    decode_shares(CacheView(*caches, ints(LAYERS, 1, 1, 1), ints(LAYERS, REQUESTS * HEADS, 1)))
+
+
 def compile_recurrence(dtype: torch.dtype, dim: int) -> None:
     """Of tokens each alone, and of spans."""
     widths = 2 * dim, 2 * dim, 4 * dim
@@ -233,6 +248,7 @@ if __name__ == "__main__":
     compile_view_kernels(apart=True)
     compile_wide_heads()
     compile_prompts()
+    compile_decodes()
     compile_other_kernels()
     compile_recurrence(DTYPE, 128)  # Qwen3-Next's and Qwen3.5's
     compile_recurrence(torch.float32, 16)

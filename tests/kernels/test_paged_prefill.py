@@ -6,11 +6,11 @@ import torch
 from kernels import paged_prefill_gluon
 from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import shared
+from kernels.hopper import hopper_kernels
 from kernels.paged_decode import paged_decode, paged_decode_reference, paged_decode_torch
 from kernels.paged_decode_triton import paged_decode_triton
 from kernels.paged_prefill import (
     gpu_kernel,
-    hopper_kernels,
     paged_prefill,
     paged_prefill_reference,
     paged_prefill_torch,
@@ -134,6 +134,16 @@ def hopper(monkeypatch):
 def test_hopper_has_a_kernel_for_some(dtype, head_dim, form, chosen):
     kernels = {"gluon": paged_prefill_gluon.paged_prefill_gluon, "triton": paged_prefill_triton}
     assert gpu_kernel(torch.zeros(3, 4, head_dim, dtype=dtype), form) is kernels[chosen]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_hopper_has_a_kernel_for_rows_of_queries_that_a_descriptor_holds():
+    heads_first = torch.zeros(4, 3, 128, dtype=torch.bfloat16)
+    fused = torch.zeros(3, 6 * 128, dtype=torch.bfloat16)
+    shifted = torch.zeros(3, 4 * 128 + 4, dtype=torch.bfloat16)[:, 4:]
+    assert gpu_kernel(fused[:, : 4 * 128].view(3, 4, 128), PLAIN) is paged_prefill_gluon.paged_prefill_gluon
+    assert gpu_kernel(heads_first.transpose(0, 1), PLAIN) is paged_prefill_triton
+    assert gpu_kernel(shifted.view(3, 4, 128), PLAIN) is paged_prefill_triton
 
 
 def test_other_gpus_have_the_kernel_in_triton(monkeypatch):

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zipage.eviction.policy import Policy
     from zipage.eviction.protection import Protection
+
+
+def is_enlarged(held: Any, asked: Any) -> Any:
+    """Whether whole blocks made a budget or an interval larger by more than 5 %, which is to be pointed out.
+
+    Args:
+        held, asked: entries: numbers, or arrays of them, which are compared one by one.
+    """
+    return held > 1.05 * asked
 
 
 @dataclass(frozen=True)

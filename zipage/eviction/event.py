@@ -252,21 +252,23 @@ class Event(ABC):
             forms = forms + squares.flatten(-2) @ torch.cat((x * x, 2 * x * y, y * y), dim=-1).mT
         return forms
 
-    def key_squares(self, matrices: Tensor, turn: Tensor) -> Tensor:
-        """K'^T M K' of each key K. K' is K turned: each rotary pair, as a complex number, times `turn`.
+    def key_squares(self, linear: Tensor, matrices: Tensor, turn: Tensor) -> Tensor:
+        """linear . K + K'^T M K' of each key K. K' is K turned: each rotary pair, as a complex number, times `turn`.
 
         Args:
-            matrices: float32 [L or 1, R or 1, H, G, d, d], G numbers being asked of each key.
+            linear: float32 [L or 1, R or 1, H, G, d], G numbers being asked of each key.
+            matrices: M, float32, the same with d, d for d.
             turn: complex [R, d / 2].
 
         Returns:
             float32 [L, R, H, G, N].
         """
-        x, y = self.keys().chunk(2, dim=-1)
+        keys = self.keys()
+        x, y = keys.chunk(2, dim=-1)
         cos, sin = (part.float()[:, None, None] for part in (turn.real, turn.imag))
-        keys = torch.cat((x * cos - y * sin, x * sin + y * cos), dim=-1)
-        members = [((keys @ matrix) * keys).sum(dim=-1) for matrix in matrices.unbind(dim=3)]
-        return torch.stack(members, dim=3)
+        turned = torch.cat((x * cos - y * sin, x * sin + y * cos), dim=-1)
+        members = [((turned @ matrix) * turned).sum(dim=-1) for matrix in matrices.unbind(dim=3)]
+        return linear @ keys.mT + torch.stack(members, dim=3)
 
     def key_norms(self) -> Tensor:
         """|K|_2, float32 [L, R, H, N]."""

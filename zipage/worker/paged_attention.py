@@ -15,6 +15,7 @@ from kernels.decode_spans import DecodeSpans
 from kernels.paged_decode import paged_decode
 from kernels.paged_prefill import paged_prefill
 from kernels.pieces import Pieces
+from kernels.shares import Shares
 from kernels.store_kv import store_kv
 from kernels.store_step import store_step
 from zipage.models.attention import AttentionSpec
@@ -58,14 +59,15 @@ class PagedAttention:
     _slots: Tensor | None = field(init=False, default=None)
     _decodes: tuple[Tensor, Tensor] | None = field(init=False, default=None)
     _prefills: tuple[Tensor, Tensor] | None = field(init=False, default=None)
-    _pieces: Pieces | DecodeSpans | None = field(init=False, default=None)
+    _pieces: Pieces | Shares | DecodeSpans | None = field(init=False, default=None)
     """Slots, (tables, lengths) and the decodes' pieces as kernels take them, made at the first call for all layers."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, d], k and v [T, H, d], after rotary -> [T, Hq, d]."""
         k_cache, v_cache, scale = self.cache.k[layer], self.cache.v[layer], self.layers[layer].scale
-        if self._slots is None:
-            self._share(k_cache, v_cache)
+        early = self._slots is not None
+        if not early:
+            self._share(k_cache, v_cache, q.shape[1] // k.shape[1])
         n, form = self.num_decodes, PLAIN if self.forms is None else self.forms[layer]
         if self.query_indices is None:
             store_kv(k, v, k_cache, v_cache, self._slots)
@@ -73,18 +75,20 @@ class PagedAttention:
             store_step(k, v, q, k_cache, v_cache, self.cache.queries[layer], self._slots, self.query_indices)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if n:
-            paged_decode(q[:n], CacheView(k_cache, v_cache, *self._decodes), scale, self._pieces, out[:n], form)
+            view = CacheView(k_cache, v_cache, *self._decodes)
+            paged_decode(q[:n], view, scale, self._pieces, out[:n], form, early)
         if self.max_seqlen:
             view = CacheView(k_cache, v_cache, *self._prefills)
             paged_prefill(q, view, self.cu_seqlens, self.max_seqlen, scale, out, form)
         return out
 
-    def _share(self, k_cache: Tensor, v_cache: Tensor) -> None:
-        """All KV heads have the same slots, tables and lengths."""
+    def _share(self, k_cache: Tensor, v_cache: Tensor, group: int) -> None:
+        """All KV heads have the same slots, tables and lengths, and `group` query heads each."""
         heads = k_cache.shape[1]
         self._slots = shared(self.slots, heads)
         if self.num_decodes:
             self._decodes = shared(self.decode_tables, heads), shared(self.decode_lens, heads)
-            self._pieces = decode_pieces(CacheView(k_cache, v_cache, *self._decodes))
+            view = CacheView(k_cache, v_cache, *self._decodes)
+            self._pieces = decode_pieces(view, group, self.forms or (PLAIN,))
         if self.max_seqlen:
             self._prefills = shared(self.prefill_tables, heads), shared(self.prefill_lens, heads)

@@ -181,11 +181,11 @@ class PagedEvent(Event):
         weights = (None if x is None else x.expand(*lines, *x.shape[3:]) for x in (linear, sizes, squares))
         return key_forms(self.view, *weights)
 
-    def key_squares(self, matrices: Tensor, turn: Tensor) -> Tensor:
+    def key_squares(self, linear: Tensor, matrices: Tensor, turn: Tensor) -> Tensor:
         if not self.k_cache.is_cuda or self.head_dim > MOST_DIM:
-            return super().key_squares(matrices, turn)
-        matrices = matrices.expand(*self.shape[:3], *matrices.shape[3:])
-        return key_squares(self.view, matrices, torch.stack((turn.real, turn.imag), dim=1).float())
+            return super().key_squares(linear, matrices, turn)
+        weights = (x.expand(*self.shape[:3], *x.shape[3:]) for x in (linear, matrices))
+        return key_squares(self.view, *weights, torch.stack((turn.real, turn.imag), dim=1).float())
 
     def key_norms(self) -> Tensor:
         return self._norms(self.k_cache)

@@ -70,7 +70,8 @@ class TiledAttention:
             self._decodes = rows[:num_decodes]
             lens = tables.lens_of(self._decodes, entries[:num_decodes] + 1)
             self._lens = lens.view(num_layers, -1, 1)
-            self._pieces = decode_pieces(CacheView(cache.k, cache.v, tables.tables[..., :width], self._lens))
+            view = CacheView(cache.k, cache.v, tables.tables[..., :width], self._lens)
+            self._pieces = decode_pieces(view, layers[0].num_heads // layers[0].num_kv_heads)
         self._max_seqlen = max(chunks, default=0)
         if chunks:
             bounds = np.cumsum([0, *chunks])

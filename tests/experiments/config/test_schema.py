@@ -147,7 +147,7 @@ def test_an_allocation_and_its_options_arrive():
         UsageError, match="allocation_options of 'adaptive': unknown option 'alhpa'; did you mean alpha"
     ):
         load_experiment([*unequal, "policy.allocation_options.alhpa=0.3"])
-    with pytest.raises(UsageError, match="enable_prefix_caching=True: must be False with allocation='adaptive'"):
+    with pytest.raises(UsageError, match=r"enable_prefix_caching=True: must be False with .*allocation='adaptive'"):
         load_experiment(unequal[:2])
 
 
@@ -289,8 +289,8 @@ def test_the_result_is_frozen():
         ("sampling.temperature=hot", "sampling.temperature: Value 'hot' of type 'str'"),
         ("limit=1.5", "limit: Value '1.5' of type 'float' could not be converted to Integer"),
         ("sampling.stop=x", "sampling.stop: Invalid value assigned"),
-        ("sampling.temperature=-1", "sampling: SamplingParams.temperature=-1.0: must be"),
-        ("engine.block_size=20", "engine: block_size=20: must be a power of two"),
+        ("sampling.temperature=-1", "sampling.temperature=-1.0: must be"),
+        ("engine.block_size=20", "engine.block_size=20: must be a power of two"),
         ("limit=0", "limit=0: must be at least 1"),
         ("scenario.arrival=never", "scenario.arrival='never': must be all_at_once or poisson or trace"),
         ("scenario=trace", "scenario.path=None: must be given"),
@@ -317,16 +317,19 @@ def test_wrong_options_are_named_in_one_line(option, line):
     ("option", "line"),
     [
         ("policy.options.alhpa=0.9", "engine: policy 'zipage': unknown option 'alhpa'; did you mean alpha?"),
-        ("policy.options.lambda=2", "engine: zipage.lambda=2.0: must be in [0, 1]"),
+        ("policy.options.lambda=2", "policy.options.lambda=2.0: must be in [0, 1]"),
         ("policy.options.window=300", "engine: zipage: window=300 queries do not fit a block of 256"),
         (
             "policy.protection=sink:500",
-            "engine: budget_tokens=512 is less than protection=sink:500 and recent_tokens=16",
+            "policy.budget_tokens=512 is less than policy.protection=sink:500 and policy.recent_tokens=16",
         ),
-        ("policy.protection=head", "engine: protection='head': must be none, prompt or sink:N"),
-        ("policy.recent_tokens=512", "engine: budget_tokens=512 leaves nothing to choose beside recent_tokens=512"),
-        ("policy.interval=0", "engine: interval=0: must be at least 1, or None"),
-        ("policy.budget_tokens=null", "engine: budget_tokens=None: must be given with policy 'zipage'"),
+        ("policy.protection=head", "policy.protection='head': must be none, prompt or sink:N"),
+        (
+            "policy.recent_tokens=512",
+            "policy.budget_tokens=512 leaves nothing to choose beside policy.recent_tokens=512",
+        ),
+        ("policy.interval=0", "policy.interval=0: must be at least 1, or None"),
+        ("policy.budget_tokens=null", "policy.budget_tokens=None: must be given with policy 'zipage'"),
     ],
 )
 def test_wrong_options_of_a_policy_are_named_in_one_line(option, line):

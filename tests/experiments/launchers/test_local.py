@@ -308,13 +308,13 @@ def test_a_lone_worker_leaves_the_choice_of_a_gpu_to_its_arm(monkeypatch, tmp_pa
             return
 
     monkeypatch.setattr(local, "Alone", Alone)
-    report = sweep.Sweep("x", [PLANNED(tmp_path)])
-    local.Local(Commands((), ()), ["0", "1"], 1).run([Task(0, (), tmp_path / "run", None, None, 1)], report)
+    report = sweep.Sweep("x", [PLANNED(tmp_path)], of=1)
+    local.Local(Commands((), ()), ["0", "1"], 1).run([Task(1, (), tmp_path / "run", None, None, 1)], report)
     assert [set(environment) for environment in given] == [{claims.VARIABLE}]
 
 
 def PLANNED(folder: Path) -> sweep.PlannedRun:
-    return sweep.PlannedRun(("seed=0",), arms()[0], folder / "run", sweep.Standing("missing"))
+    return sweep.PlannedRun(1, ("seed=0",), arms()[0], folder / "run", sweep.Standing("missing"))
 
 
 def test_gpus_of_an_arm():
@@ -393,7 +393,7 @@ def test_an_arm_whose_claim_was_lost_is_the_other_processs(monkeypatch, tmp_path
             return
 
     monkeypatch.setattr(local, "Alone", Alone)
-    local.Local(Commands((), ()), [], 1).run([Task(3, (), tmp_path / "run", None, None, 0)], Report())
+    local.Local(Commands((), ()), [], 1).run([Task(4, (), tmp_path / "run", None, None, 0)], Report())
     assert said == [
         "started",
         "arm 4: this process was silent for so long that another has taken it over",

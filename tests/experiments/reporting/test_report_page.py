@@ -183,10 +183,10 @@ class TestPage:
         tables = dict(by_load(compare(runs)))
         assert list(tables) == ["lengths", "program_trace"]
         lengths = tables["lengths"]
-        assert {"pool", "batch", "tokens/s"} <= set(lengths)
+        assert {"num_blocks", "max_num_seqs", "tokens/s"} <= set(lengths)
         assert not any("accuracy" in name or "verdict" in name for name in lengths)
-        assert not lengths.duplicated(["policy", "pool", "batch"]).any()
-        assert not {"pool", "batch"} & set(tables["program_trace"]), "they are the same in all its rows"
+        assert not lengths.duplicated(["policy", "num_blocks", "max_num_seqs"]).any()
+        assert not {"num_blocks", "max_num_seqs"} & set(tables["program_trace"]), "they are the same in all its rows"
         for table in tables.values():
             assert table["policy"].tolist() == sorted(table["policy"], key=lambda name: (name != "full KV", name))
             assert list(table).index("tokens/s") <= 5

@@ -99,7 +99,7 @@ def test_chains_and_conversations_have_their_figures_by_place(tmp_path):
 
 def test_full_kv_is_first_then_policies_and_budgets(demo):
     rows = cells_of(runs_table(demo))
-    loads = [(row["policy"], int(row["pool"]), int(row["batch"])) for row in rows[:8]]
+    loads = [(row["policy"], int(row["num_blocks"]), int(row["max_num_seqs"])) for row in rows[:8]]
     assert loads == sorted(loads)
     assert [(row["policy"], row["budget"]) for row in rows[8:]] == [
         ("full", "-"),
@@ -119,7 +119,7 @@ def test_short_run_names_are_told_apart():
 def test_short_names_of_options_are_told_apart():
     names = short_names(["seed", "workload.seed", "engine.num_blocks", "policy.options.alpha"])
     assert names["workload.seed"] == "workload.seed"
-    assert (names["engine.num_blocks"], names["policy.options.alpha"]) == ("pool", "alpha")
+    assert (names["engine.num_blocks"], names["policy.options.alpha"]) == ("num_blocks", "alpha")
     assert len(set(names.values())) == 4
 
 
@@ -169,7 +169,7 @@ class TestConclusion:
         ratios = speeds["zipage"] / speeds["full"]
         pool, batch = ratios.idxmax()
         assert f": {ratios.max():.2f} x full KV's tokens/s" in line
-        assert line.endswith(f"(pool {pool}, batch {batch})")
+        assert line.endswith(f"(num_blocks {pool}, max_num_seqs {batch})")
 
     def test_each_workload_has_its_own(self, tmp_path):
         for number, workload in enumerate(("sums", "traces")):

@@ -64,7 +64,7 @@ def test_nothing_asked_is_nothing_changed():
         ),
         (
             ["policy=zipage", "policy.bytes_as=random", "policy.protection=sink:490"],
-            "policy.bytes_as=random: its bytes are a budget of 480 here: engine: budget_tokens=480 is less than",
+            "policy.bytes_as=random: its bytes are a budget of 480 here: policy.budget_tokens=480 is less than",
         ),
     ],
 )

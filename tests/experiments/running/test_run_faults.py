@@ -89,7 +89,7 @@ def test_fault_of_the_grader_costs_a_row(launch, results, tmp_path, capsys):
         (["model.path=no/such/folder"], "model.path=no/such/folder: no such file or folder"),
         (["model.path=org/name"], "model.path=org/name: no such folder here, and not to be had from the hub"),
         (["workload.path=nowhere.jsonl"], "workload.path=nowhere.jsonl: no such file"),
-        (["engine.block_size=17"], "engine: block_size=17: must be a power of two from 16 to 256"),
+        (["engine.block_size=17"], "engine.block_size=17: must be a power of two from 16 to 256"),
         (["workload.grader=mind"], "workload.grader=mind: must be one of number, math, exact"),
         (["backend=vlm"], "backend=vlm: must be one of zipage"),
         (["model.chat_template=none.jinja"], "model.chat_template=none.jinja: must be auto, none or a file"),
@@ -113,7 +113,7 @@ def test_wrong_engine_option_from_the_engine_is_one_line(monkeypatch, arguments,
 
     monkeypatch.setattr(sys, "argv", ["run", *arguments])
     assert run.main({"zipage": refuse}) == 2
-    assert capsys.readouterr().err == "error: the model can't be loaded: num_blocks=1: holds no request\n"
+    assert capsys.readouterr().err == "error: the model can't be loaded: engine.num_blocks=1: holds no request\n"
 
 
 def test_unwritable_results_are_found_before_the_model(launch, tmp_path, capsys):

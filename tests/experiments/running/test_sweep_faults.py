@@ -34,7 +34,7 @@ def test_file_that_is_no_sweep_is_one_line(tmp_path, capsys, content):
         (["limt=3"], "limt: unknown option; did you mean limit?"),
         (["model.path=no/such/folder"], "model.path=no/such/folder: no such file or folder"),
         (["workload.options.kount=1"], "workload.options.kount: unknown option of word_problems"),
-        (["policy.budget_tokens=16"], "engine: "),
+        (["policy.budget_tokens=16"], "policy.budget_tokens=16"),
     ],
 )
 def test_wrong_arm_is_named_before_anything_runs(launch_sweep, small, results, capsys, more, line):

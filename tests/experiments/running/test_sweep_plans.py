@@ -57,6 +57,16 @@ def test_chosen_arms_alone_are_run_by_their_numbers_in_the_plan(launch_sweep, sm
     assert capsys.readouterr().out.startswith("sweep small: 5 arms, 2 done, 3 to go"), "they are the whole sweep's"
 
 
+def test_chosen_arms_keep_their_numbers(launch_sweep, small, capsys):
+    """In the plan, beside their ends and in errors, so that a number means one arm of the sweep."""
+    assert launch_sweep(small, "+arms=[2,5]") == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^ +(\d+) ", out.partition("arm ")[0], flags=re.MULTILINE) == ["2", "5"]
+    assert re.findall(r"^arm (\d+ of \d+): ", out, flags=re.MULTILINE) == ["2 of 5", "5 of 5"]
+    assert launch_sweep(small, "+arms=[4]", "--dry-run") == 0
+    assert re.search(r"^ +4 ", capsys.readouterr().out, flags=re.MULTILINE)
+
+
 def test_numbers_count_arms_that_mean_the_same_run_once_as_the_plan_does(launch_sweep, small, capsys):
     twice = "sampling.temperature=0,0.0"
     assert launch_sweep(small, twice, "+arms=5", "--dry-run") == 0
@@ -147,7 +157,7 @@ def test_what_a_group_of_arms_shares_is_said_once():
     ]
     arms += [("policy=full", "workload=b", "engine.num_blocks=16")]
     text = "\n".join(plan_lines(arms, [""] * 4))
-    for once in ("steps=12", "protection=prompt", "pool=16", "workload"):
+    for once in ("steps=12", "protection=prompt", "num_blocks=16", "workload"):
         assert text.count(once) == (once != "workload"), once
     assert [line.split() for line in text.splitlines() if "budget" in line] == [
         ["2", "x", "budget=1"],
@@ -160,8 +170,8 @@ def test_time_left_counts_the_running_arm_down(launch_sweep, small, monkeypatch)
     monkeypatch.setattr(Progress, "show", lambda self, *told: seen.append(told))
     launch_sweep(small)
     assert seen == [], "no arm took a second"
-    arm = SimpleNamespace(kind="a", folder=Path("r/x"), overrides=())
-    sweep = Sweep("s", [arm] * 5)
+    arms = [SimpleNamespace(number=n, kind="a", folder=Path("r/x"), overrides=()) for n in range(5)]
+    sweep = Sweep("s", arms, of=5)
 
     def left(running: dict[int, float]) -> float | None:
         """With so many seconds spent on each that runs."""

@@ -62,6 +62,40 @@ def test_it_says_everywhere_that_it_is_simulated(bounded):
     assert "simulated" in run_names(runs).iloc[0]
 
 
+def test_no_fact_is_looked_for_in_a_simulated_answer(tmp_path):
+    problems = ["model=reasoner", "workload=program_trace", "limit=2", "sampling.max_tokens=8"]
+    folder = job.run(load_experiment(["scenario=simulate", *problems, f"results_dir={tmp_path}"]), shows=False)
+    assert load_runs(folder)["facts_known"].isna().all()
+
+
+def test_a_budget_that_blocks_enlarge_is_pointed_out_once(tmp_path, capsys, caplog):
+    run(tmp_path, "policy=zipage", "policy.budget_tokens=100")
+    note = "note: policy.budget_tokens=100: whole blocks of 64 make it 128, 28% more; a smaller engine.block_size comes"
+    said = capsys.readouterr().out + caplog.text
+    assert said.count(note) == 1
+    assert "rounded up" not in said, "the engine's own words for it"
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("engine.num_blocks=1", "raise engine.num_blocks or shorten it"),
+        ("engine.kv_cache_memory_bytes=1000", "raise engine.gpu_memory_utilization or engine.kv_cache_memory_bytes"),
+        ("engine.data_parallel_size=2", "engine.data_parallel_size=2: only one replica can be simulated"),
+        ("engine.block_size=17", "engine.block_size=17: must be a power of two"),
+        (
+            "policy.recent_tokens=300",
+            "policy.budget_tokens=128 leaves nothing to choose beside policy.recent_tokens=300",
+        ),
+    ],
+)
+def test_errors_name_options_as_they_were_typed(tmp_path, option, said):
+    with pytest.raises((UsageError, RunError)) as caught:
+        run(tmp_path, *BOUNDED, option)
+    assert said in str(caught.value)
+    assert "engine: " not in str(caught.value)
+
+
 def test_a_measured_run_is_no_baseline_of_a_simulated_one(tmp_path):
     run(tmp_path, *BOUNDED)
     full = run(tmp_path, "policy=full")

@@ -78,13 +78,13 @@ class ExpectedAttention(Policy):
         turn = self._turn(event)
         mean, spread = self._of_file(event) if self.stats == "file" else self._of_window(event)
         linear = turned(mean, turn[:, None, None]) / math.sqrt(event.head_dim)
-        if self.cov == "pairs":
+        if self.cov == "full":
+            # K^T C' K / (2d) = K"^T C K" where K" is the key, turned back and shortened.
+            logits = event.key_squares(linear, spread, turn.conj() / math.sqrt(2 * event.head_dim))
+        elif self.cov == "pairs":
             logits = event.key_forms(linear, squares=_turned_pairs(spread, turn[:, None, None]) / (2 * event.head_dim))
         else:
             logits = event.key_forms(linear)
-        if self.cov == "full":
-            # K^T C' K = K"^T C K" where K" is the key, turned back.
-            logits = logits + event.key_squares(spread, turn.conj()) / (2 * event.head_dim)
         ranked = event.valid & (event.slots >= self.sink)
         shares = logits.masked_fill(~ranked[:, :, None], float("-inf")).softmax(dim=-1).mean(dim=3)
         scores = shares + self.eps
