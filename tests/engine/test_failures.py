@@ -12,6 +12,7 @@ import torch
 
 from tests.engine.compressed import greedy, make_llm, random_prompts, record_events, tokens_of
 from tests.eviction.cases import Case
+from tests.kernels.grid import half
 from tests.tiny_models import VOCAB, save_tiny_model, save_tiny_tokenizer
 from zipage import SamplingParams
 from zipage.engine.detokenizer import Detokenizer
@@ -46,6 +47,8 @@ def folder(tmp_path_factory):
 
 
 every_loop = pytest.mark.parametrize("overlaps", [False, True], ids=["stepwise", "overlapped"])
+LOOPS = "overlaps", [pytest.param(False, id="stepwise"), pytest.param(True, id="overlapped")]
+SIDES = "asynchronous", [pytest.param(False, id="in the step"), pytest.param(True, id="beside")]
 
 
 @every_loop
@@ -109,10 +112,7 @@ def tokens_alone(folder):
     return [tokens_of(llm.generate([prompt], greedy(66), use_tqdm=False))[0] for prompt in ALIGNED]
 
 
-@every_loop
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["in the step", "beside"])
-@pytest.mark.parametrize("debug", [False, True])
-@pytest.mark.parametrize("fault", ["raises", "NaN", "batch"])
+@half(("fault", ["raises", "NaN", "batch"]), ("debug", [False, True]), SIDES, LOOPS)
 def test_what_fails_in_the_last_layer_of_a_batch_costs_no_neighbour(
     folder, tokens_alone, fault, debug, asynchronous, overlaps
 ):
@@ -155,9 +155,7 @@ EXITS = {
 }
 
 
-@every_loop
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["in the step", "beside"])
-@pytest.mark.parametrize("kind", EXITS)
+@half(("kind", list(EXITS)), SIDES, LOOPS)
 def test_whatever_a_policy_raises_ends_its_request_alone(
     folder, tokens_alone, monkeypatch, kind, asynchronous, overlaps
 ):
@@ -221,9 +219,7 @@ SAMPLED = [
 ]
 
 
-@every_loop
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("options", SAMPLED, ids=str)
+@half(("options", SAMPLED), ("value", [float("nan"), float("inf")]), LOOPS)
 def test_logits_that_are_not_finite_end_their_request_alone(folder, monkeypatch, options, value, overlaps):
     params = SamplingParams(max_tokens=30, ignore_eos=True, **options)
     llm = make_llm(folder, None, async_scheduling=overlaps, skip_tokenizer_init=False)
@@ -289,9 +285,11 @@ class PanicException(BaseException):
     """As pyo3 has it, where the Rust of tokenizers panics."""
 
 
-@every_loop
-@pytest.mark.parametrize("error", [ValueError("Invalid prefix"), PanicException("Invalid prefix")], ids=repr)
-@pytest.mark.parametrize("options", [{}, {"stop": ["no such text"]}, {"logprobs": 1}], ids=str)
+@half(
+    ("options", [{}, {"stop": ["no such text"]}, {"logprobs": 1}]),
+    ("error", [ValueError("Invalid prefix"), PanicException("Invalid prefix")]),
+    LOOPS,
+)
 def test_tokens_that_cannot_be_spelled_end_their_request_alone(folder, monkeypatch, options, error, overlaps):
     params = [greedy(30, **(options if i == 2 else {})) for i in range(4)]
     llm = make_llm(folder, None, async_scheduling=overlaps, skip_tokenizer_init=False)

@@ -27,7 +27,8 @@ from zipage.worker.train_scorer import train_scorer
 
 pytestmark = pytest.mark.usefixtures("forked_children")
 
-NUM_TOKENS = 200
+NUM_TOKENS = 100
+"""More than the longest prompt leaves of a block of 256."""
 LENGTHS = (17, 33, 70, 200)
 NUM_LAYERS = 2
 

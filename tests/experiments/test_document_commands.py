@@ -410,6 +410,7 @@ SMALL = {
     "http://127.0.0.1:8000": "{served}",
     "max_completion_tokens=30_000": "max_completion_tokens=100",
     "max_tokens=30_000": "max_tokens=100",
+    "max_turn_tokens=512": "max_turn_tokens=16",
     "max_tokens=None, logprobs": "max_tokens=8, logprobs",
     "max_tokens=512": "max_tokens=8",
     "budget_tokens=2048": "budget_tokens=512",

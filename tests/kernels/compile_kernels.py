@@ -8,6 +8,7 @@ of each kernel. The interpreter is chosen at import, hence a process of its own.
 import re
 import sys
 from functools import partial
+from itertools import cycle, product
 from pathlib import Path
 
 import torch
@@ -135,17 +136,16 @@ def compile_view_kernels(apart: bool) -> None:
         for softmax in ("all", "group_cut"):
             attention_score_triton(windows, layers, lens, lens, 0.1, softmax=softmax, **form)
         attended_triton(windows, layers, lens, lens, 0.1, 1e-4, **form)
-    redundancy_triton(layers, tau=0.4, chunk=32)
+    redundancy_triton(layers, tau=0.4, chunk=32 if apart else None)
     linear, pairs = torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, DIM), torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, 3, 32)
     key_forms_triton(layers, linear)
     key_forms_triton(layers, linear, pairs[..., 0, :], pairs)
-    for dim in (DIM, 128):
-        caches = floats(2, LAYERS, REQUESTS * MAX_BLOCKS, HEADS, BLOCK, dim)
-        matrices, turn = torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, dim, dim), torch.zeros(REQUESTS, 2, dim // 2)
-        for caches_of in (caches, caches.half(), caches.float()):
-            key_squares_triton(CacheView(*caches_of, *layers[2:]), matrices[..., 0], matrices, turn)
+    for place, (dim, dtype) in enumerate(product((DIM, 128), (DTYPE, torch.float16, torch.float32))):
+        if place % 2 == apart:  # any two of width, type and layout meet
+            caches = floats(2, LAYERS, REQUESTS * MAX_BLOCKS, HEADS, BLOCK, dim).to(dtype)
+            matrices, turn = torch.zeros(LAYERS, REQUESTS, HEADS, GROUP, dim, dim), torch.zeros(REQUESTS, 2, dim // 2)
+            key_squares_triton(CacheView(*caches, *layers[2:]), matrices[..., 0], matrices, turn)
     lag_spread_triton(layers, layers.lens, 24, 2.0**-12)
-    redundancy_triton(layers, tau=0.4)
     projections = [floats(256, HEADS * GROUP * DIM)] * LAYERS
     output_norms_triton(layers, projections, layers.lens)
     forced = torch.zeros(REQUESTS, width, dtype=torch.bool)
@@ -169,6 +169,7 @@ def compile_wide_heads() -> None:
 
 
 def compile_experts(dtype: torch.dtype, width: int, *tiles: ExpertTile) -> None:
+    """Biases, which take no shared memory, with every other tile, and the first tile with them and without."""
     experts, inner = 32, width // 2
     gate_up, down = torch.zeros(experts, 2 * inner, width, dtype=dtype), torch.zeros(experts, width, inner, dtype=dtype)
     biases = gate_up[:, :, 0].contiguous(), down[:, :, 0].contiguous()
@@ -176,9 +177,8 @@ def compile_experts(dtype: torch.dtype, width: int, *tiles: ExpertTile) -> None:
     for bias in (None, torch.zeros(experts)):
         route_triton(torch.zeros(TOKENS, width, dtype=dtype), torch.zeros(experts, width), bias, 4, normalized=True)
     group_by_expert(longs(2048, 4), experts, tiles[0], {"DEPENDENT": False})
-    for tile in tiles:
-        for given in (None, biases):
-            expert_mlp_triton(x, longs(TOKENS, 4), shares, gate_up, down, given, silu_mul_triton, tile)
+    for tile, given in [*zip(tiles, cycle((None, biases))), (tiles[0], biases)]:
+        expert_mlp_triton(x, longs(TOKENS, 4), shares, gate_up, down, given, silu_mul_triton, tile)
 
 
 def compile_other_kernels() -> None:

@@ -30,6 +30,6 @@ def half(*axes: Axis) -> pytest.MarkDecorator:
 
 
 def _param(names: str | tuple[str, ...], value: Any) -> Any:
-    if hasattr(value, "values"):  # it is a `pytest.param`
+    if isinstance(value, tuple) and hasattr(value, "values"):  # it is a `pytest.param`
         return value
     return pytest.param(value) if isinstance(names, str) else pytest.param(*value)

@@ -34,7 +34,7 @@ OPTIONS = [
 ]
 SMALL_CHAIN = [
     "workload=chained_arithmetic",
-    "workload.options.steps=10",
+    "workload.options.steps=8",
     "workload.options.recalls=1",
     "workload.options.distance=[32,96]",
     "workload.options.restatements=0",
@@ -94,7 +94,7 @@ def test_main_job_from_another_folder(tmp_path, monkeypatch, capsys):
     assert requests["grade"].tolist() == [1.0, 1.0]
     assert [known.tolist() for known in requests["facts_known"]] == [[True], [True]]
     assert all(0 < distances[0] < 130 for distances in requests["fact_distances"])
-    assert requests["difficulty"].tolist() == ["10 steps, 1 recalls"] * 2
+    assert requests["difficulty"].tolist() == ["8 steps, 1 recalls"] * 2
     assert (requests["output_tokens"] == requests["expected_tokens"] + 1).all()
     assert (requests["prompt_tokens"] == requests["prompt"].str.len() - len("<|user|><|assistant|>") + 2).all()
     heading, _, line = (part.split("|") for part in capsys.readouterr().out.splitlines() if part.startswith("|"))
@@ -104,7 +104,7 @@ def test_main_job_from_another_folder(tmp_path, monkeypatch, capsys):
 
 def test_lost_facts_lose_the_answer(tmp_path, monkeypatch):
     """The first of the same problems, in a cache that holds a third of it."""
-    more = [*SMALL_CHAIN, "limit=1", "sampling.max_tokens=330", "policy=streaming", "policy.budget_tokens=128"]
+    more = [*SMALL_CHAIN, "limit=1", "sampling.max_tokens=264", "policy=streaming", "policy.budget_tokens=96"]
     more += ["engine.block_size=16", "engine.num_blocks=128"]
     monkeypatch.setattr(sys, "argv", ["run", *OPTIONS, *more, f"results_dir={tmp_path / 'runs'}"])
     assert run.main() == 0

@@ -202,7 +202,9 @@ def test_records_from_before_there_was_eviction_are_in_the_table(launch, results
         ("provenance.json", "\udcff"),
     ],
 )
-def test_damaged_record_costs_the_table_a_line(tmp_path, capsys, caplog, name, content):
+def test_damaged_record_costs_the_table_a_line(tmp_path, capsys, caplog, monkeypatch, name, content):
+    if name != "requests.parquet":  # which pictures read; what they make of a damaged record is the same in all
+        monkeypatch.setattr("experiments.reporting.pictures.pictures", lambda runs, compared: iter(()))
     made_runs.make_run(tmp_path, "good")
     damaged = made_runs.make_run(tmp_path, "bad")
     (damaged / name).write_text(content, errors="surrogateescape")
