@@ -18,12 +18,17 @@ from tests.experiments.running.test_lifeline import running
 
 SWEEP = """
 import sys
+import tests.experiments.running.no_torch
 from experiments.run import main
 from tests.experiments.fake_engine import fake_backend
 from tests.experiments.running.run_process import CHILD
 
 sys.exit(main(fake_backend(), child=[sys.executable, "-c", CHILD, sys.argv.pop(1)]))
 """
+
+
+PATIENCE = 300.0
+"""Seconds. A cluster is a dozen processes, which take 15 of one core until an arm has begun: a machine may be slow."""
 
 
 @pytest.fixture
@@ -69,22 +74,22 @@ def descendants(pid: int) -> set[int]:
 
 
 def test_a_killed_worker_costs_its_arm_alone_and_ctrl_c_ends_all(start, results):
-    started = start(5.0)
-    wait_for(lambda: len(begun(results)) == 2)
+    started = start(60.0)
+    wait_for(lambda: len(begun(results)) == 2, PATIENCE, started)
     victim, run = next(iter(owners(results).items()))
     os.kill(victim, signal.SIGKILL)
-    wait_for(lambda: run in owners(results).values() and victim not in owners(results))
-    wait_for(lambda: len(begun(results)) == 2)
+    wait_for(lambda: run in owners(results).values() and victim not in owners(results), PATIENCE, started)
+    wait_for(lambda: len(begun(results)) == 2, PATIENCE, started)
     processes = descendants(started.pid)
     assert len(processes) > 5
     os.killpg(started.pid, signal.SIGINT)  # as a terminal does
-    output = started.communicate(timeout=60)[0]
+    output = started.communicate(timeout=PATIENCE)[0]
     assert started.returncode == 130, output
     assert re.search(r"^arm \d: \S+ was lost \(WorkerCrashedError: .*\); it is run again$", output, re.MULTILINE)
     assert output.count(": begins on ") == 2
     assert output.count(": begins again on ") == 1
     assert output.endswith("\nerror: interrupted: 0 of 3 arms recorded, and the same command goes on\n")
-    wait_for(lambda: not any(map(running, processes)), seconds=10)
+    wait_for(lambda: not any(map(running, processes)))
     assert sorted(path.name for path in results.iterdir()) == [".locks", "sweeps"]
     assert not list((results / claims.FOLDER).iterdir())
 

@@ -15,11 +15,13 @@ from tests.experiments.running.run_process import ROOT, wait_for
 
 SWEEP = """
 import sys
+import tests.experiments.running.no_torch
 from experiments.run import main
 from tests.experiments.fake_engine import fake_backend
 from tests.experiments.running.run_process import CHILD
 
-WORKER = "import sys; from experiments.running import worker; from tests.experiments.fake_engine import fake_backend;"
+WORKER = "import sys, tests.experiments.running.no_torch; from experiments.running import worker;"
+WORKER += "from tests.experiments.fake_engine import fake_backend;"
 WORKER += "sys.exit(worker.main(fake_backend(step_seconds=10)))"
 sys.exit(main(fake_backend(), [sys.executable, "-c", CHILD, "10"], [sys.executable, "-c", WORKER]))
 """
