@@ -73,8 +73,7 @@ def run(experiment: Experiment, backends: Mapping[str, BackendFactory] = BACKEND
             torch.set_num_threads(experiment.hardware.threads)
         started, begin = provenance.now(), time.perf_counter()
         records.write_config(staging, options)
-        code = {"code": provenance.code_state(), "sources": hashes}
-        origin = provenance.collect() | code | {"started": started, "inputs": inputs}
+        origin = provenance.collect() | {"sources": hashes, "started": started, "inputs": inputs}
 
         tracker = open_tracker(experiment.tracking, run_id, options, folder.parent)
 

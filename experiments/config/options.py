@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import compress
 from typing import TYPE_CHECKING, Any
@@ -48,13 +48,14 @@ def in_order(runs: pd.DataFrame) -> pd.DataFrame:
     if runs.empty:
         return runs
     options = told_apart(runs)
-    numbers = readable_options(runs, options).map(_by_number)
+    texts = _texts(runs, options)
     keys = [
         (run["workload.name"], run["model.name"], run["policy.name"] != "full", label(run))
-        for _, run in runs.iterrows()
+        for run in runs.filter(items=NAMING).to_dict("records")
     ]
-    budgets = held_budgets(runs).fillna(0)
-    places = sorted(range(len(runs)), key=lambda i: (*keys[i], budgets.iloc[i], *numbers.iloc[i]))
+    budgets = held_budgets(runs).fillna(0).tolist()
+    numbers = [[_by_number(texts[option][i]) for option in options] for i in range(len(runs))]
+    places = sorted(range(len(runs)), key=lambda i: (*keys[i], budgets[i], *numbers[i]))
     return runs.iloc[places]
 
 
@@ -62,7 +63,14 @@ def _by_number(text: str) -> tuple[int, float, str]:
     return (0, float(text), "") if text.isdigit() else (1, 0.0, text)
 
 
-def label(run: pd.Series) -> str:
+NAMING = (
+    *("workload.name", "model.name", "policy.name", "policy.protection", "policy.allocation"),
+    "provenance.calibration",
+)
+"""What a run is called by."""
+
+
+def label(run: Mapping[str, Any] | pd.Series) -> str:
     """`zipage`, `zipage + prompt`, `full KV`; `q_filters@1a2b3c4d`, by the sha256 of the calibration file; `snapkv,
     adaptive`, by the allocation where budgets are unequal."""
     name, protection = run["policy.name"], run["policy.protection"]
@@ -127,11 +135,12 @@ def first_given(runs: pd.DataFrame, *options: str, dtype: type) -> pd.Series:
     """The first of these options that each run has; NaN where it has none."""
     import pandas as pd
 
-    found = pd.Series(float("nan"), index=runs.index, name=options[0], dtype=dtype)
+    found = None
     for option in options:
         if option in runs:
-            found = found.where(found.notna(), runs[option].astype(dtype))
-    return found
+            values = runs[option].astype(dtype)
+            found = values.rename(options[0]) if found is None else found.where(found.notna(), values)
+    return pd.Series(float("nan"), runs.index, dtype, options[0]) if found is None else found
 
 
 def budget_texts(runs: pd.DataFrame, full: str = "-") -> pd.Series:
@@ -152,12 +161,16 @@ def readable_options(runs: pd.DataFrame, options: list[str]) -> pd.DataFrame:
     """The options as text, budgets as they held. A record from before there was an option has its default."""
     import pandas as pd
 
+    return pd.DataFrame(_texts(runs, options), index=runs.index, columns=options, dtype=object)
+
+
+def _texts(runs: pd.DataFrame, options: Iterable[str]) -> dict[str, list[str]]:
     texts = {}
     for name in options:
         values = held_budgets(runs) if name == BUDGET else runs[name]
         default = readable(_defaults().get(name))
         texts[name] = [default if text == "-" else text for text in map(readable, values.tolist())]
-    return pd.DataFrame(texts, index=runs.index, columns=options, dtype=object)
+    return texts
 
 
 def readable(value: Any) -> str:
@@ -179,8 +192,10 @@ def varied_options(runs: pd.DataFrame) -> list[str]:
 
     What only evicting policies read is compared among them, and a policy's own options among the runs of that policy.
     """
+    if len(runs) < 2:
+        return []
     options = [name for name in runs if name.partition(".")[0] in GROUPS and name not in REPEATED]
-    texts = readable_options(runs, options)
+    texts = _texts(runs, options)
     options = [name for name in options if len(set(texts[name])) > 1]
     evicting = [policy != "full" for policy in texts["policy.name"]]
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,19 +49,22 @@ def simulate_command(what: str, arguments: Sequence[str]) -> str:
     return without_folders(f"python -m experiments.simulate {what} {shlex.join(arguments)}")
 
 
-def collect(command: Sequence[str] | None = None, machine: Machine | None = None) -> dict[str, Any]:
+def collect(
+    command: Sequence[str] | None = None, machine: Machine | None = None, code: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Everything about this process and this machine that a number may depend on.
 
     Args:
         command: what was run, where it is not this process's command line.
         machine: that the engine was simulated on: its GPU stands in the place of this machine's.
+        code: `code_state` as it was before, where it may have changed since.
     """
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     simulated = {} if machine is None else {"simulated": asdict(machine)}
     return simulated | {
-        "code": code_state(),
+        "code": code_state() if code is None else code,
         "command": shlex.join([Path(sys.executable).name, *(sys.orig_argv[1:] if command is None else command)]),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "hardware": {
@@ -121,6 +125,7 @@ def _git(*arguments: str) -> bytes | None:
     return done.stdout if done.returncode == 0 else None
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)

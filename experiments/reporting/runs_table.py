@@ -82,12 +82,12 @@ def runs_table(runs: pd.DataFrame, wide: bool = False, columns: Mapping[str, Col
     if runs["model.name"].nunique() <= 1:
         del columns["model.name"]
     columns = _insert(columns, "budget", {option: _of_option(option, short_names(options)) for option in options})
-    told = zip(runs.iterrows(), simulated(runs))
+    rows = [run for _, run in runs.iterrows()]
     own = {
-        "policy": [_policy(run) + SIMULATED * is_simulated for (_, run), is_simulated in told],
-        "budget": budget_texts(runs) + [" (never bound)" * never_bound(run) for _, run in runs.iterrows()],
+        "policy": [_policy(run) + SIMULATED * is_simulated for run, is_simulated in zip(rows, simulated(runs))],
+        "budget": budget_texts(runs) + [" (never bound)" * never_bound(run) for run in rows],
         "tpot.p50": runs["tpot.p50"].astype(float) * 1000,
-        "place_accuracy": [place_text(run.get("place_accuracy")) for _, run in runs.iterrows()],
+        "place_accuracy": [place_text(run.get("place_accuracy")) for run in rows],
     }
     shown = runs.assign(**own, **readable_options(runs, options))
     blank = [None] * len(shown)

@@ -225,7 +225,7 @@ class Job:
         tracker = open_tracker(self.experiment.tracking, self.run_id, kept, staging.parent)
         metrics: dict[str, Any] | None = None
         try:
-            code = {"code": provenance.code_state(), "sources": sources.hashes(self.experiment)}  # it may change later
+            code, hashes = provenance.code_state(), sources.hashes(self.experiment)  # they may change later
             started, begin = provenance.now(), time.perf_counter()
             backend = self._load(staging)
             load_seconds = time.perf_counter() - begin
@@ -268,7 +268,8 @@ class Job:
             schemas.write_rows(staging / records.STEPS, step_rows, schemas.STEP_SCHEMA)
             schemas.write_rows(staging / records.EVENTS, event_rows, schemas.EVENT_SCHEMA)
             times = {"started": started, "ended": provenance.now()}
-            origin = provenance.collect(self.command, self.machine) | code | times | self._inputs(prompts, renderer)
+            origin = provenance.collect(self.command, self.machine, code) | {"sources": hashes} | times
+            origin |= self._inputs(prompts, renderer)
             records.write_json(staging / records.PROVENANCE, origin)
             tracker.log_record(staging, request_rows)
             if hasattr(backend, "shutdown"):

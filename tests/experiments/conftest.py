@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from experiments import run
 from experiments.paths import ROOT
-from experiments.records import sources
+from experiments.records import provenance, sources
 from tests.experiments.fake_engine import fake_backend
 from tests.experiments.hydra_files import read_once
 
@@ -24,6 +25,15 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _hydra_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read_once(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _git_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the runs of this process: it would be asked as long as they take."""
+    monkeypatch.setattr(provenance, "code_state", CODE_STATE)
+
+
+CODE_STATE = cache(provenance.code_state)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import yaml
 from experiments.config.compose import load_experiment
 from experiments.config.notes import notes_before
 from experiments.records import load_events, load_requests, load_runs, load_steps, provenance
+from experiments.records.provenance import code_state
 from experiments.workloads import Problem
 from tests.experiments.fake_engine import FakeTokenizer
 from tests.experiments.running.run_process import start
@@ -84,7 +85,7 @@ def test_asking_git_writes_nothing(tmp_path, monkeypatch):
     os.utime(tmp_path / "file", (1, 1))  # which git would note in its index
     before = (tmp_path / ".git" / "index").read_bytes()
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    assert provenance.code_state()["diff"] == "none"
+    assert code_state()["diff"] == "none"
     assert (tmp_path / ".git" / "index").read_bytes() == before
 
 
