@@ -246,7 +246,8 @@ def test_ctrl_c_leaves_rows_and_no_process(results, tiny, load):
     """As a program: the rate that was done is recorded, and no server or client lives on."""
     path = load(MORE.replace("rates: [10]", "rates: [10, 11]").replace("seconds: 0.5", "seconds: 1"))
     program = (
-        "import json, sys\nfrom experiments.bench import serve\nfrom experiments.run import main\n"
+        "import json, sys\nimport tests.experiments.running.no_torch\nfrom experiments.bench import serve\n"
+        "from experiments.run import main\n"
         f"serve.command = lambda backend, options, port, flags: ([*{FAKE!r}, str(port), '{{}}'], {{}})\n"
         "sys.exit(main())"
     )
