@@ -6,9 +6,30 @@ from pathlib import Path
 
 import httpx
 
+from experiments.backends import BACKENDS
+from experiments.config.arms import expand
+from experiments.config.compose import load_experiment
+from experiments.config.schema import Experiment, LauncherConfig
 from experiments.paths import ROOT
+from experiments.running import job, sweep
+
+PLANNED: dict[tuple[str, ...], str] = {}
+"""Sweeps with what decides their arms -> the command that has planned them all."""
 
 SHORTENED = ("warmup=", "seconds=", "drain=", "begun=")
+
+
+def planned(sweeps: list[str], arguments: list[str], command: str) -> list[Experiment]:
+    """The arms of a sweep. Of one that another command has planned the first one: all are launched alike."""
+    elsewhere = ("launcher", "results_dir=", "workload.path=")
+    key = (*sweeps, *(argument for argument in arguments if not argument.startswith(elsewhere)))
+    if PLANNED.setdefault(key, command) == command:
+        arms = [arm.experiment for arm in sweep.plan(sweeps, arguments, BACKENDS)]
+        assert len(arms) > 1
+        return arms
+    first = job.prepare(load_experiment(expand(sweeps, arguments)[0]), BACKENDS).experiment
+    assert "launcher" not in command or first.launcher != LauncherConfig()
+    return [first]
 
 
 def calibrate_a_little(given: list[str], request) -> None:

@@ -39,7 +39,7 @@ from experiments.records import load_runs
 from experiments.running import sweep
 from experiments.workloads import load_problems
 from experiments.workloads.problem import Problem
-from tests.experiments.document_programs import calibrate_a_little, send_body, simulate, train_a_little
+from tests.experiments.document_programs import calibrate_a_little, planned, send_body, simulate, train_a_little
 from tests.experiments.workloads.test_workload_configs import ITEMS, write
 from tests.serve.running import RunningServer, answers, free_port, wait_until
 from tests.tiny_models import save_tiny_model, save_tiny_tokenizer
@@ -159,9 +159,8 @@ def make_run(given: list[str], request) -> None:
         assert run.main(BACKENDS) == 0, output.readouterr().err
         assert output.readouterr().out.startswith("sweep ")
     elif sweeps:
-        arms = sweep.plan(sweeps, [a for a in arguments if a != "+share_model=true"], BACKENDS)
-        assert len(arms) > 1
-        assert all(arm.experiment.sampling.max_tokens > held(arm.experiment) for arm in arms)
+        arms = planned(sweeps, [a for a in arguments if a != "+share_model=true"], " ".join(given))
+        assert all(arm.sampling.max_tokens > held(arm) for arm in arms)
     elif BENCHMARKS & set(given):
         patch.setattr(engine, "_check_memory", lambda *_: None)  # as where there is a GPU
         experiment = load_experiment(options)

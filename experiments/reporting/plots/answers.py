@@ -54,12 +54,13 @@ def facts_by_distance(runs: pd.DataFrame) -> Figure:
             same = part.runs[~evicts(part.runs) | (held == budget)]
             parts.append((f"{part.title}, budget {budget:,.0f}", same, None))
     figure, axes = panels([title for title, _, _ in parts])
+    points = {index: known_by_distance(facts) for index, facts in known.items()}
     for axis, (_, same, policy) in zip(axes, parts, strict=True):
         names = run_names(same, budget=policy is not None)
         if policy:
             names = without_policy(names, policy)
         for index, name, style in zip(same.index, names, line_looks(same), strict=True):
-            centres, shares = known_by_distance(known[index])
+            centres, shares = points[index]
             spans = np.array([[share.value - share.low, share.high - share.value] for share in shares]).T
             values = [100 * share.value for share in shares]
             axis.errorbar(

@@ -127,8 +127,9 @@ class TestAccuracyByBudget:
         assert all(axis.get_window_extent().height > 90 for axis in panels.values()), "no panel collapses"
         rows = axes_of(plots.accuracy_by_policy(runs, compared))
         assert list(rows) == ["sums, budget 64", "sums, budget 128"]
+        plain = runs[runs["policy.protection"] == "none"]
         for draw in (plots.throughput_over_time, plots.latency_cdfs, plots.concurrency_over_time):
-            figure = draw(runs)
+            figure = draw(plain)
             figure.draw_without_rendering()
             assert all(axis.get_window_extent().height > 90 for axis in figure.axes), draw.__name__
 
