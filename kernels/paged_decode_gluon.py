@@ -144,13 +144,14 @@ def _load_tiles(
 
 @gluon.jit
 def _next(
-    line, last_line, lens_ptr, q_ptrs, q_held, group, kv_heads, q_row_stride, q_head_stride, lens_row_stride,
+    line, end_line, lens_ptr, q_ptrs, q_held, group, kv_heads, q_row_stride, q_head_stride, lens_row_stride,
     lens_head_stride,
 ):  # fmt: skip
+    """A line's length and queries; nothing is read from `end_line` on."""
     row, head = (line // kv_heads).to(gl.int64), line % kv_heads
-    length = gl.load(lens_ptr + row * lens_row_stride + head * lens_head_stride, mask=line <= last_line, other=0)
+    length = gl.load(lens_ptr + row * lens_row_stride + head * lens_head_stride, mask=line < end_line, other=0)
     of_line = q_ptrs + row * q_row_stride + head * group * q_head_stride
-    return length, gl.load(of_line, mask=q_held & (line <= last_line), other=0.0)
+    return length, gl.load(of_line, mask=q_held & (line < end_line), other=0.0)
 
 
 @gluon.jit
@@ -212,12 +213,13 @@ def _attend(
     begin = program.to(gl.int64) * units // programs - offset
     tile = gl.maximum(offset - LINE_COST, 0)
     q_held = (q_member < group)[:, None]
+    end_line = last_line + (last_tile > 0).to(gl.int32)
     next_length, next_q = _next(
-        line, last_line, lens_ptr, q_ptrs, q_held, group, kv_heads, q_row_stride, q_head_stride, lens_row_stride,
+        line, end_line, lens_ptr, q_ptrs, q_held, group, kv_heads, q_row_stride, q_head_stride, lens_row_stride,
         lens_head_stride,
     )  # fmt: skip
     i = 0
-    while (line < last_line) | ((line == last_line) & (last_tile > 0)):
+    while line < end_line:
         row, head = (line // kv_heads).to(gl.int64), line % kv_heads
         length = next_length
         tiles = gl.maximum(gl.cdiv(length, TILE), 1)
@@ -226,7 +228,7 @@ def _attend(
             end = last_tile
         q = next_q
         next_length, next_q = _next(
-            line + 1, last_line, lens_ptr, q_ptrs, q_held, group, kv_heads, q_row_stride, q_head_stride,
+            line + 1, end_line, lens_ptr, q_ptrs, q_held, group, kv_heads, q_row_stride, q_head_stride,
             lens_row_stride, lens_head_stride,
         )  # fmt: skip
         whole = (tile == 0) & (end == tiles)
