@@ -27,7 +27,7 @@ from kernels.cache_view import CacheView
 from kernels.combine_shares import combine_shares
 from kernels.decode_shares_triton import share_decodes
 from kernels.dependent_launch import dependent_launch
-from kernels.layout import given_or_new
+from kernels.layout import fail, given_or_new
 from kernels.paged_prefill_gluon import ELEMENTS, HEAD_DIMS, barrier, has_warpgroups, load_tile
 from kernels.shares import Shares
 from kernels.tiles import multiprocessors, score_scale
@@ -407,16 +407,18 @@ def paged_decode_gluon(
     form: AttentionForm = PLAIN,
     early: bool = False,
 ) -> Tensor:
-    """`paged_decode` in one launch, of what it `takes`; without `shares`, one more makes them here."""
+    """`paged_decode` in one launch; without `shares`, one more makes them here. ValueError unless it `takes` this."""
     k_cache, v_cache, block_tables, lens = view
     batch, query_heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1:3]
-    out = given_or_new(out, q)
+    group, out = query_heads // kv_heads, given_or_new(out, q)
     if batch == 0:
         return out
+    if not takes(view, group, form):
+        fail("pieces", "type", "Shares", "its kernel has no such attention, give decode_pieces of this group and form")
     if shares is None:
         shares, early = decode_shares(view), False
-    group, programs = query_heads // kv_heads, shares.starts.shape[-1] - 1
+    programs = shares.starts.shape[-1] - 1
     acc = torch.empty((2 * programs, group, head_dim), dtype=torch.float32, device=q.device)
     maxima, sums = torch.empty((2, 2 * programs, group), dtype=torch.float32, device=q.device)
     shape = [PART.value, head_dim]
