@@ -28,9 +28,9 @@ from kernels.combine_shares import combine_shares
 from kernels.decode_shares_triton import share_decodes
 from kernels.dependent_launch import dependent_launch
 from kernels.layout import fail, given_or_new
-from kernels.paged_prefill_gluon import ELEMENTS, HEAD_DIMS, barrier, has_warpgroups, load_tile
 from kernels.shares import Shares
 from kernels.tiles import multiprocessors, score_scale
+from kernels.warpgroups import ELEMENTS, HEAD_DIMS, barrier, has_warpgroups, load_tile
 
 ROWS = gl.constexpr(64)
 """Of a matrix instruction, of which a KV head's queries are the first."""
