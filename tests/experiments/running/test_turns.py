@@ -202,7 +202,7 @@ def test_other_questions_in_later_turns_are_other_data(arguments):
     [
         (["workload.grader=number"], "workload.grader='number': must be turns or none"),
         (["workload.turns=null", "workload.recalls=0"], "workload.grader='turns': must be another one"),
-        (["sampling.stop=[x]"], "use stop_token_ids"),
+        (["sampling.stop=[x]"], "use sampling.stop_token_ids"),
         (["sampling.logprobs=true"], "does not go with follow_ups"),
         (["sampling.ignore_eos=true"], "sampling.ignore_eos=True: must be false"),
         (["sampling.min_tokens=3"], "sampling.min_tokens=3: must be 0"),
