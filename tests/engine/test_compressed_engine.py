@@ -10,6 +10,7 @@ from tests.engine.compressed import (
     UNBOUNDED,
     Recorder,
     count_orders,
+    generation_of,
     greedy,
     make_llm,
     pause_now_and_then,
@@ -105,7 +106,8 @@ def test_an_unbounded_budget_gives_the_tokens_of_full_kv(folder, prompts, full_t
     ids=lambda value: "interval" if isinstance(value, int) else str(value or "block"),
 )
 def test_what_each_head_keeps_equals_the_simulation_over_a_generation(folder, case, interval, monkeypatch):
-    prompt, new, keep, size = (24, 58, 48, 16) if interval is None else (24, 122, 48, 48)
+    keep, size = 48, 16 if interval is None else 48
+    prompt, new = generation_of(case, keep, size)
     recorder = Recorder()
     monkeypatch.setattr(PagedAttention, "__call__", recorder.wrap(PagedAttention.__call__))
     monkeypatch.setattr(Decoder, "forward", recorder.watch(Decoder.forward))
@@ -127,7 +129,7 @@ def test_what_each_head_keeps_equals_the_simulation_over_a_generation(folder, ca
     )
     expected = simulation.run([keep + size] * len(events))
     assert [event.num_tokens for event in events] == [keep + size + 1 + i * size for i in range(len(events))]
-    assert len(events) == (prompt + new - 2 - keep) // size
+    assert len(events) == 2
     for event, kept in zip(events, expected, strict=True):
         assert event.entries_before == keep + size
         assert event.entries_after == keep
