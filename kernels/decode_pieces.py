@@ -34,10 +34,15 @@ def decode_pieces(
     if not view.lens.is_cuda:
         return None if view.lens.dim() == 3 or view.heads_differ else decode_spans(view)
     with torch.cuda.device(view.lens.device):
-        hopper = hopper_kernels("paged_decode")
-        if hopper is not None and all(hopper.takes(view, group, form) for form in forms):
-            return hopper.decode_shares(view)
-        return _triton()(view)
+        return gpu_pieces(view, group, forms)
+
+
+def gpu_pieces(view: CacheView, group: int, forms: Sequence[AttentionForm]) -> Pieces | Shares:
+    """`decode_pieces` on a GPU."""
+    hopper = hopper_kernels("paged_decode")
+    if hopper is not None and all(hopper.takes(view, group, form) for form in forms):
+        return hopper.decode_shares(view)
+    return _triton()(view)
 
 
 @cache

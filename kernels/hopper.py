@@ -15,6 +15,6 @@ def hopper_kernels(name: str) -> ModuleType | None:
     """`kernels/NAME_gluon.py`. None with a warning where Triton's Gluon, which is experimental, differs from ours."""
     try:
         return import_module(f"kernels.{name}_gluon")
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         log.warning("%s has a slower kernel: this Triton's Gluon differs (%s); use Triton 3.6 to 3.9", name, error)
         return None

@@ -51,9 +51,12 @@ def paged_decode(
         [B, Hq, d], q's dtype. The softmax is in float32.
 
     Raises:
-        ValueError: an argument's shape, dtype, device or layout is not as above.
+        ValueError: an argument's shape, dtype, device or layout is not as above, or the kernel that has such `pieces`
+            has no such attention.
     """
     _check(q, view, form)
+    if pieces is not None:
+        _check_pieces(pieces, q, view)
     if q.is_cuda:
         with torch.cuda.device(q.device):
             if isinstance(pieces, Shares):
@@ -69,6 +72,15 @@ def _check(q: Tensor, view: CacheView, form: AttentionForm) -> None:
     if view.lens.shape[0] != q.shape[0]:
         fail("lens", "shape", tuple(view.lens.shape), f"give {q.shape[0]} requests, one for each query")
     check_form(form, q)
+
+
+def _check_pieces(pieces: Pieces | Shares | DecodeSpans, q: Tensor, view: CacheView) -> None:
+    """Check that pieces are of such a device and of as many lines. Raises ValueError as `_check`."""
+    if isinstance(pieces, DecodeSpans) == q.is_cuda:
+        fail("pieces", "type", type(pieces).__name__, f"give decode_pieces of this view, on {q.device}, or None")
+    if not isinstance(pieces, DecodeSpans) and pieces.arrived.numel() != view.lens.numel():
+        shape = tuple(pieces.arrived.shape)
+        fail("pieces.arrived", "shape", shape, f"give decode_pieces of this view, {tuple(view.lens.shape)}, or None")
 
 
 def paged_decode_reference(q: Tensor, view: CacheView, scale: float, form: AttentionForm = PLAIN) -> Tensor:

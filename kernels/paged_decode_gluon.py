@@ -27,10 +27,10 @@ from kernels.cache_view import CacheView
 from kernels.combine_shares import combine_shares
 from kernels.decode_shares_triton import share_decodes
 from kernels.dependent_launch import dependent_launch
-from kernels.layout import given_or_new
-from kernels.paged_prefill_gluon import ELEMENTS, HEAD_DIMS, barrier, has_warpgroups, load_tile
+from kernels.layout import fail, given_or_new
 from kernels.shares import Shares
 from kernels.tiles import multiprocessors, score_scale
+from kernels.warpgroups import ELEMENTS, HEAD_DIMS, barrier, has_warpgroups, load_tile
 
 ROWS = gl.constexpr(64)
 """Of a matrix instruction, of which a KV head's queries are the first."""
@@ -144,13 +144,14 @@ def _load_tiles(
 
 @gluon.jit
 def _next(
-    line, last_line, lens_ptr, q_ptrs, q_held, group, kv_heads, q_row_stride, q_head_stride, lens_row_stride,
+    line, end_line, lens_ptr, q_ptrs, q_held, group, kv_heads, q_row_stride, q_head_stride, lens_row_stride,
     lens_head_stride,
 ):  # fmt: skip
+    """A line's length and queries; nothing is read from `end_line` on."""
     row, head = (line // kv_heads).to(gl.int64), line % kv_heads
-    length = gl.load(lens_ptr + row * lens_row_stride + head * lens_head_stride, mask=line <= last_line, other=0)
+    length = gl.load(lens_ptr + row * lens_row_stride + head * lens_head_stride, mask=line < end_line, other=0)
     of_line = q_ptrs + row * q_row_stride + head * group * q_head_stride
-    return length, gl.load(of_line, mask=q_held & (line <= last_line), other=0.0)
+    return length, gl.load(of_line, mask=q_held & (line < end_line), other=0.0)
 
 
 @gluon.jit
@@ -212,12 +213,13 @@ def _attend(
     begin = program.to(gl.int64) * units // programs - offset
     tile = gl.maximum(offset - LINE_COST, 0)
     q_held = (q_member < group)[:, None]
+    end_line = last_line + (last_tile > 0).to(gl.int32)
     next_length, next_q = _next(
-        line, last_line, lens_ptr, q_ptrs, q_held, group, kv_heads, q_row_stride, q_head_stride, lens_row_stride,
+        line, end_line, lens_ptr, q_ptrs, q_held, group, kv_heads, q_row_stride, q_head_stride, lens_row_stride,
         lens_head_stride,
     )  # fmt: skip
     i = 0
-    while (line < last_line) | ((line == last_line) & (last_tile > 0)):
+    while line < end_line:
         row, head = (line // kv_heads).to(gl.int64), line % kv_heads
         length = next_length
         tiles = gl.maximum(gl.cdiv(length, TILE), 1)
@@ -226,7 +228,7 @@ def _attend(
             end = last_tile
         q = next_q
         next_length, next_q = _next(
-            line + 1, last_line, lens_ptr, q_ptrs, q_held, group, kv_heads, q_row_stride, q_head_stride,
+            line + 1, end_line, lens_ptr, q_ptrs, q_held, group, kv_heads, q_row_stride, q_head_stride,
             lens_row_stride, lens_head_stride,
         )  # fmt: skip
         whole = (tile == 0) & (end == tiles)
@@ -405,16 +407,18 @@ def paged_decode_gluon(
     form: AttentionForm = PLAIN,
     early: bool = False,
 ) -> Tensor:
-    """`paged_decode` in one launch, of what it `takes`; without `shares`, one more makes them here."""
+    """`paged_decode` in one launch; without `shares`, one more makes them here. ValueError unless it `takes` this."""
     k_cache, v_cache, block_tables, lens = view
     batch, query_heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1:3]
-    out = given_or_new(out, q)
+    group, out = query_heads // kv_heads, given_or_new(out, q)
     if batch == 0:
         return out
+    if not takes(view, group, form):
+        fail("pieces", "type", "Shares", "its kernel has no such attention, give decode_pieces of this group and form")
     if shares is None:
         shares, early = decode_shares(view), False
-    group, programs = query_heads // kv_heads, shares.starts.shape[-1] - 1
+    programs = shares.starts.shape[-1] - 1
     acc = torch.empty((2 * programs, group, head_dim), dtype=torch.float32, device=q.device)
     maxima, sums = torch.empty((2, 2 * programs, group), dtype=torch.float32, device=q.device)
     shape = [PART.value, head_dim]

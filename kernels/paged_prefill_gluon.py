@@ -13,8 +13,6 @@ programs, PagedAttention (arXiv 2309.06180) for the block table.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
@@ -23,7 +21,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -33,10 +30,7 @@ from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import CacheView
 from kernels.layout import given_or_new
 from kernels.tiles import multiprocessors, score_scale
-
-# Triton 3.6 and later versions name these differently.
-load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+from kernels.warpgroups import ELEMENTS, HEAD_DIMS, barrier, has_warpgroups, load_tile
 
 QUERIES = gl.constexpr(64)
 """Of a group of warps: the rows of a matrix instruction's tile."""
@@ -51,10 +45,8 @@ FIELDS = gl.constexpr(5)
 """Of an item: its tiles of entries (0: there is no further item), its head, the length of the KV head, its first token,
 and the number of the request's queries from that on."""
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
-HEAD_DIMS = (64, 128)
 ALIGNED = 8
 """Elements: rows of queries must begin at multiples of 16 bytes, or no descriptor can be made of them."""
-ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @gluon.jit
@@ -383,12 +375,6 @@ def _attend_items(
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
-
-
-@functools.cache
-def has_warpgroups(device: torch.device) -> bool:
-    """Whether the GPU has Hopper's matrix instructions, which neither its predecessors nor its successors have."""
-    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def takes(q: Tensor, form: AttentionForm) -> bool:

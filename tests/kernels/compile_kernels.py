@@ -243,6 +243,7 @@ if __name__ == "__main__":
     triton.runtime.driver.set_active(HopperDriver())
     for module in (output_norms_triton, paged_prefill_triton):
         vars(sys.modules[module.__module__])["has_large_shared_memory"] = lambda device: True
+    vars(sys.modules[paged_decode_gluon.__module__])["has_warpgroups"] = lambda device: True
     JITFunction.__getitem__ = lambda kernel, grid: partial(compile_one, kernel, grid=grid)
     compile_view_kernels(apart=False)
     compile_view_kernels(apart=True)

@@ -1,4 +1,5 @@
 import random
+import sys
 
 import pytest
 import torch
@@ -6,7 +7,11 @@ import torch
 from kernels import paged_decode_gluon
 from kernels.attention_form import PLAIN, AttentionForm
 from kernels.cache_view import CacheView
+from kernels.decode_pieces import gpu_pieces
 from kernels.decode_shares_triton import share_decodes
+from kernels.hopper import hopper_kernels
+from kernels.pieces import Pieces
+from kernels.shares import Shares
 from tests.kernels.grid import half
 from tests.kernels.paged import DEVICE, make_paged
 
@@ -109,3 +114,42 @@ def test_hopper_has_a_kernel_for_some(monkeypatch, dtype, head_dim, batch, group
     assert paged_decode_gluon.takes(view, group, form) == taken
     monkeypatch.setattr(paged_decode_gluon, "has_warpgroups", lambda device: False)
     assert not paged_decode_gluon.takes(view, group, form)
+
+
+@pytest.fixture
+def of_hopper(monkeypatch):
+    """A view that Hopper's kernel takes."""
+    monkeypatch.setattr(paged_decode_gluon, "has_warpgroups", lambda device: True)
+    cache = torch.zeros(2, 8, 16, 64, dtype=torch.float16, device=DEVICE)
+    tables = torch.zeros(3, 1, dtype=torch.int32, device=DEVICE)
+    return CacheView.shared(cache, cache, tables, torch.tensor([3, 0, 9], dtype=torch.int32, device=DEVICE))
+
+
+def test_one_layer_that_hopper_has_no_kernel_for_leaves_all_to_the_other(of_hopper):
+    """They have the same pieces."""
+    sinks = AttentionForm(sinks=torch.zeros(8, device=DEVICE))
+    assert isinstance(gpu_pieces(of_hopper, 1, (PLAIN, sinks)), Shares)
+    assert isinstance(gpu_pieces(of_hopper, 1, (PLAIN, AttentionForm(window=4))), Pieces)
+    assert isinstance(gpu_pieces(of_hopper, 17, (PLAIN,)), Pieces)
+
+
+def test_another_gluon_costs_speed_alone(of_hopper, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "kernels.paged_decode_gluon", None)
+    monkeypatch.delattr("kernels.paged_decode_gluon")
+    hopper_kernels.cache_clear()
+    for _ in range(2):
+        assert isinstance(gpu_pieces(of_hopper, 1, (PLAIN,)), Pieces)
+    hopper_kernels.cache_clear()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "paged_decode has a slower kernel" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("group", "form"), [(1, AttentionForm(window=4)), (1, AttentionForm(soft_cap=9.0)), (17, PLAIN)]
+)
+def test_shares_are_of_no_attention_that_hopper_has_no_kernel_for(of_hopper, group, form):
+    """It would leave out the window, the cap, the heads past the sixteenth."""
+    q = torch.zeros(3, 8 * group, 64, dtype=torch.float16, device=DEVICE)
+    shares = share_decodes(of_hopper, paged_decode_gluon.TILE, paged_decode_gluon.LINE_COST, 4)
+    with pytest.raises(ValueError, match="pieces has type Shares: its kernel has no such attention"):
+        paged_decode_gluon.paged_decode_gluon(q, of_hopper, 0.1, shares, form=form)

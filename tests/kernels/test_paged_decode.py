@@ -4,7 +4,9 @@ import torch
 from kernels.cache_view import CacheView
 from kernels.decode_pieces import decode_pieces
 from kernels.decode_pieces_triton import decode_pieces_triton
-from kernels.paged_decode import paged_decode, paged_decode_reference, paged_decode_torch
+from kernels.decode_shares_triton import share_decodes
+from kernels.decode_spans import decode_spans
+from kernels.paged_decode import _check_pieces, paged_decode, paged_decode_reference, paged_decode_torch
 from kernels.paged_decode_triton import paged_decode_triton
 from tests.kernels.paged import BACKENDS, BOUNDS, DEVICE, device_of, error, fused, make_paged, upcast
 
@@ -136,3 +138,22 @@ def test_spans_of_a_layer_are_those_of_the_next(contexts):
     following = view._replace(k_cache=view.k_cache.flip(-1), v_cache=view.v_cache.flip(-1))
     q = torch.randn(len(contexts), 6, 64)
     assert error(paged_decode(q, following, 0.1, pieces), paged_decode_reference(q, following, 0.1)) < 1e-5
+
+
+def test_pieces_of_another_device_are_refused():
+    view, q = make_paged([20, 9], 16, 2, 64, torch.float32), torch.randn(2, 4, 64)
+    for pieces in (decode_pieces_triton(view, 3), share_decodes(view, 64, 2, 3)):
+        with pytest.raises(ValueError, match=f"pieces has type {type(pieces).__name__}: give decode_pieces"):
+            paged_decode(q, view, 0.1, pieces)
+
+
+@pytest.mark.parametrize("divide", [decode_pieces_triton, lambda view: share_decodes(view, 64, 2, 3)])
+def test_pieces_of_another_batch_are_refused(monkeypatch, divide):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    q, pieces = torch.randn(2, 4, 64), divide(make_paged([20, 9, 1], 16, 2, 64, torch.float32))
+    with pytest.raises(ValueError, match=r"pieces.arrived has shape .*: give decode_pieces of this view, \(2, 2\)"):
+        _check_pieces(pieces, q, make_paged([20, 9], 16, 2, 64, torch.float32))
+    with pytest.raises(ValueError, match="pieces has type DecodeSpans"):
+        _check_pieces(
+            decode_spans(make_paged([20, 9], 16, 2, 64, torch.float32)), q, make_paged([9], 16, 2, 64, q.dtype)
+        )
