@@ -128,6 +128,15 @@ class Recorder:
         return {name: array.numpy() for name, array in arrays.items()}
 
 
+def generation_of(case: Case, keep: int, size: int) -> tuple[int, int]:
+    """Tokens of the prompt and those generated until a request was compressed twice, to `keep` from `size` more.
+
+    Where a rule tells a prompt's tokens from others, it is short; else the first compression comes soon after it.
+    """
+    prompt = 24 if case.protection == "prompt" or case.policy == "lazy_eviction" else keep + size - 4
+    return prompt, keep + 2 * size + 2 - prompt
+
+
 def record_events(llm: LLM) -> list[EventStats]:
     events: list[EventStats] = []
     llm.event_listeners.append(events.append)

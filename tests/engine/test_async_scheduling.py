@@ -157,7 +157,7 @@ def test_an_abort_drops_the_token_under_way(folder):
 
 def test_a_request_may_end_while_it_is_paused(folder):
     """Its last token was under way when it left: it ends with it, is never resumed, and nothing of it is left."""
-    params = [greedy(60, seed=i) for i in range(len(PROMPTS))]
+    params = [greedy(40, seed=i) for i in range(len(PROMPTS))]
     tokens = []
     for llm in pair(folder, Case("random")):
         events = record_events(llm)

@@ -8,8 +8,8 @@ from tests.tiny_models import VOCAB, save_tiny_model
 
 CASES = [Case("zipage", SMALL_CHUNK, recent=8), Case("snapkv", {"window": 8}), Case("tova")]
 """Windows of a block, of a part of one, and of one query."""
-BUDGET, INTERVAL, NEW = 32, 32, 70
-LENGTHS = (5, 17, 33, 70, 100, 41)
+BUDGET, INTERVAL, NEW = 32, 32, 58
+LENGTHS = (25, 40, 33, 70, 100, 51)
 CHANGES = {
     "one": (1, {}),
     "two": (2, {"async_compression": True, "async_scheduling": True}),

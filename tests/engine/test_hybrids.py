@@ -138,16 +138,16 @@ def test_what_each_head_keeps_equals_the_simulation(folder, case, monkeypatch):
 )
 def test_bounded_requests_answer_as_each_alone(folder, case, options):
     """In chunks and paused, and in a pool too small for all."""
-    prompts = random_prompts((5, 17, 7, 33, 70), VOCAB)
-    unbounded = tokens_of(make_llm(folder, None).generate(prompts, greedy(50), use_tqdm=False))
+    prompts = random_prompts((17, 27, 20, 33, 70), VOCAB)
+    unbounded = tokens_of(make_llm(folder, None).generate(prompts, greedy(34), use_tqdm=False))
 
     def answers(alone: bool, paused: bool = False, **more) -> list[list[int]]:
         llm = make_llm(folder, case, budget=32, **{"async_compression": False} | options | more)
         if paused:
             pause_now_and_then(llm)
         batches = [[prompt] for prompt in prompts] if alone else [prompts]
-        tokens = [each for batch in batches for each in tokens_of(llm.generate(batch, greedy(50), use_tqdm=False))]
-        assert llm.stats.budget_bound > 0
+        tokens = [each for batch in batches for each in tokens_of(llm.generate(batch, greedy(34), use_tqdm=False))]
+        assert llm.stats.budget_bound == len(prompts)
         assert not paused or llm.stats.resumes > 0
         assert "num_blocks" not in more or llm.stats.preemptions + llm.stats.resumes > 0
         return tokens

@@ -11,10 +11,10 @@ from zipage import LLM, SamplingParams
 PROMPTS = random_prompts((5, 33, 17, 9, 70, 40), VOCAB)
 FOLLOW_UPS = random_prompts((3, 1, 20), VOCAB, seed=5)
 ZIPAGE = Case("zipage", {"chunk": 32})
-NUM_TOKENS = 100
+NUM_TOKENS = 64
 CASES = {
     "full": (None, {}),
-    "preempted": (None, {"num_blocks": 22}),
+    "preempted": (None, {"num_blocks": 16}),
     "zipage": (ZIPAGE, {"async_compression": False}),
     "zipage beside": (ZIPAGE, {"async_compression": True}),
     "random": (Case("random", protection="prompt"), {}),
@@ -55,11 +55,12 @@ def read_back(tokens: list[int], params: SamplingParams) -> list[bool]:
 @pytest.mark.parametrize("case", CASES)
 def test_follow_ups_come_after_end_tokens_and_the_rest_is_drawn_from_what_stands_there(folder, case, async_scheduling):
     case, options = CASES[case]
-    llm = make_llm(folder, case, async_scheduling=async_scheduling, headroom=0, **options)
+    llm = make_llm(folder, case, budget=32, async_scheduling=async_scheduling, headroom=0, **options)
     pause_now_and_then(llm)
-    params = with_ends(llm, follow_ups=FOLLOW_UPS, max_turn_tokens=25, return_hidden_states=True)
+    params = with_ends(llm, follow_ups=FOLLOW_UPS, max_turn_tokens=15, return_hidden_states=True)
     outputs = llm.generate(PROMPTS, params, use_tqdm=False)
     assert (llm.stats.compressions_applied > 0) == (case is not None)
+    assert (llm.stats.preemptions > 0) == ("num_blocks" in options)
     num_given = 0
     for output, asked in zip(outputs, params, strict=True):
         sample = output.outputs[0]
@@ -99,10 +100,11 @@ def test_a_conversation_under_full_kv_is_what_its_turns_are_one_by_one(folder, a
 
 @LOOPS
 def test_forced_tokens_that_a_free_run_drew_change_nothing_after_them(folder, async_scheduling):
-    llm = make_llm(folder, ZIPAGE, async_scheduling=async_scheduling)
-    free = tokens_of(llm.generate(PROMPTS, greedy(80), use_tqdm=False))
-    params = [greedy(80, forced_token_ids=tokens[:n]) for tokens, n in zip(free, (1, 50, 79, 80, 60, 7), strict=True)]
+    llm = make_llm(folder, ZIPAGE, budget=32, async_scheduling=async_scheduling)
+    free = tokens_of(llm.generate(PROMPTS, greedy(60), use_tqdm=False))
+    params = [greedy(60, forced_token_ids=tokens[:n]) for tokens, n in zip(free, (1, 40, 59, 60, 50, 7), strict=True)]
     assert tokens_of(llm.generate(PROMPTS, params, use_tqdm=False)) == free
+    assert llm.stats.compressions_applied > 2 * len(PROMPTS)
 
 
 def test_forced_tokens_stand_though_others_are_likelier_and_do_not_end_the_request(folder):

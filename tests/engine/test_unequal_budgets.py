@@ -1,5 +1,6 @@
 """Unequal budgets from end to end: what must not change a token, what stays, and what memory that takes."""
 
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -10,6 +11,7 @@ from tests.engine.compressed import (
     UNBOUNDED,
     Recorder,
     check_look,
+    generation_of,
     greedy,
     looks,
     make_llm,
@@ -117,7 +119,8 @@ SIMULATED = [
 
 @pytest.mark.parametrize(("case", "name", "rounding"), SIMULATED, ids=str)
 def test_what_each_head_keeps_equals_the_simulation_over_a_generation(folder, case, name, rounding, monkeypatch):
-    prompt, new, keep, block = 24, 58, 48, 16
+    keep, block = 48, 16
+    prompt, new = generation_of(case, keep, block)
     recorder = Recorder()
     monkeypatch.setattr(TiledAttention, "__call__", recorder.wrap(TiledAttention.__call__))
     monkeypatch.setattr(Decoder, "forward", recorder.watch(Decoder.forward))
@@ -127,7 +130,7 @@ def test_what_each_head_keeps_equals_the_simulation_over_a_generation(folder, ca
     llm.generate(random_prompts([prompt], VOCAB, seed=3), greedy(new, seed=5), use_tqdm=False)
     sizes = {"seed": 5, "prompt_len": prompt, "keep": keep, "recent": case.recent, "protection": case.protection}
     simulation = UnequalSimulation(policy=case.policy, options=case.options, **recorder.arrays(llm), **sizes)
-    assert len(events) == (prompt + new - 2 - keep) // block
+    assert len(events) == 2
     gains = [keep + block] + [block] * (len(events) - 1)
     expected = simulation.run_unequal(gains, (name, options, rounding), block)
     lengths = set()
@@ -154,27 +157,43 @@ CHANGES = {
 
 
 BOUNDED = [("pyramid", "page"), ("adaptive", "page"), ("adaptive", "entry"), ("threshold", "entry")]
+IN_TURNS = {
+    ("adaptive", "page"): ("overlapped", "constrained", "tight", "tight-async", "paused"),
+    ("adaptive", "entry"): ("asynchronous", "chunked", "tight", "strided"),
+}
+"""Changes of a kind that meets them in pages or by entry: each kind meets each change, and so does each rounding."""
 
 
-@pytest.fixture(scope="module", params=BOUNDED, ids="-".join)
-def bounded(request, folder, prompts):
-    """A kind, and the tokens of each prompt alone, compressed in place, in ample memory."""
-    case = ZIPAGE if request.param[1] == "page" else SNAPKV
-    llm = make_llm(folder, case, BUDGET, async_compression=False, **unequal(*request.param))
-    alone = [tokens_of(llm.generate([p], greedy(NEW, seed=i), use_tqdm=False))[0] for i, p in enumerate(prompts)]
-    assert llm.stats.compressions_applied > 0
-    return case, request.param, alone
+def case_of(kind: tuple[str, str]) -> Case:
+    return ZIPAGE if kind[1] == "page" else SNAPKV
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_batch_equals_its_requests_alone(folder, prompts, bounded, change):
-    case, kind, expected = bounded
+@pytest.fixture(scope="module")
+def alone(folder, prompts):
+    """Of a kind, the tokens of each prompt alone, compressed in place, in ample memory."""
+
+    @cache
+    def alone(kind: tuple[str, str]) -> list[list[int]]:
+        llm = make_llm(folder, case_of(kind), BUDGET, async_compression=False, **unequal(*kind))
+        tokens = [tokens_of(llm.generate([p], greedy(NEW, seed=i), use_tqdm=False))[0] for i, p in enumerate(prompts)]
+        assert llm.stats.compressions_applied > 0
+        return tokens
+
+    return alone
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [(kind, change) for kind in BOUNDED for change in IN_TURNS.get(kind, CHANGES)],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_a_batch_equals_its_requests_alone(folder, prompts, alone, kind, change):
     options = {"async_compression": False} | CHANGES[change] | unequal(*kind)
-    llm = make_llm(folder, case, BUDGET, **options)
+    llm = make_llm(folder, case_of(kind), BUDGET, **options)
     if change == "paused":
         pause_now_and_then(llm, share=0.3)
     params = [greedy(NEW, seed=i) for i in range(len(prompts))]
-    assert tokens_of(llm.generate(prompts, params, use_tqdm=False)) == expected
+    assert tokens_of(llm.generate(prompts, params, use_tqdm=False)) == alone(kind)
     stats = llm.stats
     assert stats.compressions_ordered == stats.compressions_applied > 0
     assert stats.blocks_used == stats.query_slots_used == 0
@@ -184,7 +203,7 @@ def test_a_batch_equals_its_requests_alone(folder, prompts, bounded, change):
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
-def test_every_policy_ranks_heads_that_hold_next_to_nothing(folder, prompts, case):
+def test_every_policy_ranks_heads_that_hold_next_to_nothing(folder, case):
     """In the steepest pyramid the last layer keeps what must stay, which may be no entry at all."""
     policy = case.make()
     case = Case(case.policy, case.options, policy.num_queries if policy.leaves_window_unscored else 0)
@@ -193,11 +212,13 @@ def test_every_policy_ranks_heads_that_hold_next_to_nothing(folder, prompts, cas
     def tokens(prompts: list) -> list[list[int]]:
         llm = make_llm(folder, case, 32, trace_positions=True, **unequal("pyramid", "entry", beta=1e6))
         events = record_events(llm)
-        found = tokens_of(llm.generate(prompts, greedy(34, seed=1), use_tqdm=False))
+        found = tokens_of(llm.generate(prompts, greedy(26, seed=1), use_tqdm=False))
+        assert {event.round for event in events} == {0, 1}
         assert {(event.kept_positions[-1] >= 0).sum(axis=-1).max() for event in events} == {must}
         return found
 
-    assert tokens(prompts[1:3]) == [*tokens(prompts[1:2]), *tokens(prompts[2:3])]
+    first, second = random_prompts((40, 47), VOCAB)
+    assert tokens([first, second]) == [*tokens([first]), *tokens([second])]
 
 
 def test_samples_of_a_prompt_each_hold_their_own(folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -143,6 +144,14 @@ class Tokens:
 
 def make_tokens(seed: int, total: int = 256, layers=2, heads=2, group=2, head_dim=32, prompt_len=24) -> Tokens:
     """Random entries; half of the keys are near-duplicates of each other. No cosine is within 0.02 of 0.5."""
+    drawn = _draw_entries(seed, total, layers, heads, group, head_dim)
+    keys, values, queries, hidden = (x.clone() for x in drawn)
+    return Tokens(keys, values, queries, 1000 + seed, prompt_len, hidden)
+
+
+@cache
+def _draw_entries(seed: int, total: int, layers: int, heads: int, group: int, head_dim: int) -> tuple[Tensor, ...]:
+    """Keys, values, queries and hidden states of `make_tokens`."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -163,7 +172,7 @@ def make_tokens(seed: int, total: int = 256, layers=2, heads=2, group=2, head_di
     values = normal(layers, heads, total, head_dim)
     queries = 1.5 * normal(layers, total, heads * group, head_dim)
     hidden = normal(layers, total, calibrations.WIDTH)
-    return Tokens(keys, values, queries, 1000 + seed, prompt_len, hidden)
+    return keys, values, queries, hidden
 
 
 def _near_half(keys: Tensor) -> Tensor:

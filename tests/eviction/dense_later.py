@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 
 from tests import calibrations
+
+
+@cache
+def _rotation(frequencies: tuple[float, ...], position: int) -> np.ndarray:
+    angles = np.array(frequencies) * position
+    cos, sin = np.diag(np.cos(angles)), np.diag(np.sin(angles))
+    return np.block([[cos, -sin], [sin, cos]])
+
+
+@cache
+def _mean_rotation(frequencies: tuple[float, ...], start: int, count: int) -> np.ndarray:
+    return sum(_rotation(frequencies, start + t) for t in range(count)) / count
 
 
 class LaterMethods:
@@ -89,16 +102,14 @@ class LaterMethods:
 
     def _turning(self, position: int) -> np.ndarray:
         """The real matrix [d, d] of RoPE at a position."""
-        angles = self._frequencies() * position
-        cos, sin = np.diag(np.cos(angles)), np.diag(np.sin(angles))
-        return self.rope_factor * np.block([[cos, -sin], [sin, cos]])
+        return self.rope_factor * _rotation(tuple(self._frequencies()), position)
 
     def _expected_attention(self, place, n):
         """Matrices and vectors after RoPE, with the keys as they are cached."""
         o, (layer, head) = self.o, place
         d = self.keys.shape[3]
         tokens = self.cache[place].tokens
-        turn = sum(self._turning(self.seen + t) for t in range(o["T"])) / o["T"]
+        turn = self.rope_factor * _mean_rotation(tuple(self._frequencies()), self.seen, o["T"])
         shares = np.zeros(n)
         for g in range(self.group):
             row = layer, head * self.group + g

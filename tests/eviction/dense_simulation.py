@@ -217,7 +217,7 @@ class Simulation(LaterMethods):
                     logits[n - window :] = -math.inf
         if softmax == "group_cut":
             rows = [[np.maximum.reduce([rows[g][q] for g in range(self.group)]) for q in range(window)]]
-        weights = self._weights(place, rows)
+        weights = [[x.tolist() for x in row] for row in self._weights(place, rows)]
         over_group = {"max": max, "mean": lambda x: sum(x) / len(x)}[group]
         over_window = {"mean": lambda x: sum(x) / len(x), "sum": sum, "max": max}[fuse]
         return [
@@ -414,14 +414,14 @@ def raw_sums(units: list[np.ndarray], threshold: float = 0.5) -> list[float]:
     """Row sums of cosines; key j is left out of the sum of the highest m != j that it is near."""
     n = len(units)
     matrix = np.array(units)
-    cosine = matrix @ matrix.T
+    cosine = (matrix @ matrix.T).tolist()
     last = {}
     for j in range(n):
         for m in range(n - 1, -1, -1):
-            if m != j and cosine[m, j] > threshold:
+            if m != j and cosine[m][j] > threshold:
                 last[j] = m
                 break
-    return [float(sum(cosine[m, j] for j in range(n) if j != m and last.get(j) != m)) for m in range(n)]
+    return [sum(cosine[m][j] for j in range(n) if j != m and last.get(j) != m) for m in range(n)]
 
 
 def uniform(seed: int, stream: int, t: int, layer: int, head: int, slot: int, bits: int = 23) -> float:

@@ -278,7 +278,7 @@ def test_requests_that_run_in_graphs_from_their_first_token_get_the_tokens_of_an
         while waiting or llm.has_unfinished_requests():
             if waiting:
                 index, prompt = waiting.pop(0)
-                llm.add_request(prompt, greedy(48), str(index))
+                llm.add_request(prompt, greedy(36), str(index))
             outputs |= {output.request_id: output for _ in range(5) for output in llm.step()}
         assert case is not None or llm.stats.preemptions > 0
         return tokens_of([outputs[str(index)] for index in range(len(prompts))]), steps
