@@ -55,6 +55,7 @@ BENCHMARK_IDS = {
     "engine_bench_small_h200": "engine_bench-abec7a519ab3",
     "engine_bench_alone_h200": "engine_bench-0f42d63e7f50",
     "engine_bench_mixed_copied_h200": "engine_bench-a762de119bf8",
+    "kernels_scenario_before_h200": "kernels-0ccaca31dd47",
     "kernels_scenario_h200": "kernels-0ccaca31dd47",
     "engine_bench_ample_h200": "engine_bench-bd1d7df54495",
     "engine_bench_experts_qwen_h200": "engine_bench-1e28e5744f64",
